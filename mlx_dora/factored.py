@@ -1,0 +1,164 @@
+"""Norms and angles of adapted rows from the factored terms, without a dense weight.
+
+What inference, fuse, analysis and merging share (`docs/method.md`, "Factored terms").
+All of it is float32, read row block by row block, and evaluates as it goes; training
+uses `mlx_dora.kernels.adapted_norm` instead.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dora.kernels.quantized import QuantizedWeight
+from mlx_dora.kernels.reference import check_factors, update_terms
+from mlx_dora.kernels.rows import Weight, row_blocks, row_squares
+
+# Under this share of ‖W0‖² + s²‖BA‖² the factored sum may be off by more than 1e-5.
+_RECOMPUTE_BELOW = 2.0**-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactoredTerms:
+    """Inner products of each row of W0 with its update. All ``(out,)`` float32.
+
+    Attributes:
+        scale: Multiplier s of the update BA.
+        squared_base: q0 = ‖W0‖².
+        cross: c = ⟨W0, BA⟩.
+        squared_update: p = ‖BA‖².
+        norm: n = ‖W0 + s·BA‖.
+        recomputed: Rows that nearly cancel, whose norm was taken from the dense row.
+    """
+
+    scale: float
+    squared_base: mx.array
+    cross: mx.array
+    squared_update: mx.array
+    norm: mx.array
+    recomputed: int
+
+
+def factored_terms(
+    weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float
+) -> FactoredTerms:
+    """Inner products of one adapted matrix, W0 read once.
+
+    Args:
+        weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
+        lora_a: Shape ``(in, r)``.
+        lora_b: Shape ``(r, out)``.
+        scale: Multiplier of the update.
+
+    Returns:
+        The terms, evaluated. Rows whose update cancels all but an eighth of their
+        length are recomputed densely and counted.
+
+    Raises:
+        DoRAError: If the shapes do not fit together.
+    """
+    check_factors(weight.shape, lora_a, lora_b)
+    a = lora_a.astype(mx.float32)
+    squares, products = [], []
+    for _, block in row_blocks(weight):
+        full = block.astype(mx.float32)
+        squares.append(mx.square(full).sum(axis=1))
+        products.append(full @ a)
+        mx.eval(squares[-1], products[-1])
+    q0 = mx.concatenate(squares)
+    c, p = update_terms(mx.concatenate(products), a, lora_b)
+    squared = q0 + (2 * scale) * c + (scale * scale) * p
+    norm = mx.sqrt(mx.maximum(squared, 0.0))
+    noisy = squared < _RECOMPUTE_BELOW * (q0 + (scale * scale) * p)
+    mx.eval(q0, c, p, norm, noisy)
+    rows = np.flatnonzero(np.array(noisy))
+    if rows.size:
+        index = mx.array(rows)
+        dense = _rows(weight, index) + scale * (
+            lora_b.astype(mx.float32).T[index] @ a.T
+        )
+        norm[index] = mx.sqrt(mx.square(dense).sum(axis=1))
+        mx.eval(norm)
+    return FactoredTerms(
+        scale=scale,
+        squared_base=q0,
+        cross=c,
+        squared_update=p,
+        norm=norm,
+        recomputed=int(rows.size),
+    )
+
+
+def _rows(weight: Weight, index: mx.array) -> mx.array:
+    if isinstance(weight, QuantizedWeight):
+        return weight.rows(index).dequantize().astype(mx.float32)
+    return weight[index].astype(mx.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowGeometry:
+    """How far each output row moved, in length and in direction. ``(out,)`` float32.
+
+    Attributes:
+        base_norm: ‖W0‖.
+        delta_m: Change of length, |m| − ‖W0‖, in units of the weight.
+        angle: Between the base's row and the adapted one, in radians, 0 to π.
+    """
+
+    base_norm: mx.array
+    delta_m: mx.array
+    angle: mx.array
+
+    @property
+    def mean_delta_m(self) -> float:
+        """ΔM of DoRA's section 3.2: mean of |Δm| over rows."""
+        return mx.abs(self.delta_m).mean().item()
+
+    @property
+    def mean_delta_d(self) -> float:
+        """ΔD of DoRA's section 3.2: mean of 1 − cos(angle) over rows."""
+        return (2 * mx.square(mx.sin(self.angle / 2))).mean().item()
+
+
+def row_geometry(
+    weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float, m: mx.array
+) -> RowGeometry:
+    r"""Length and angle of every adapted row against its base row.
+
+    .. math:: \tan\theta = s\sqrt{q_0 p - c^2} \, / \, (q_0 + s c)
+
+    The arctangent keeps small angles that :math:`1 - \cos\theta` would lose; a negative
+    magnitude turns the row round, so its angle is :math:`\pi - \theta`.
+
+    Args:
+        weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
+        lora_a: Shape ``(in, r)``.
+        lora_b: Shape ``(r, out)``.
+        scale: Multiplier of the update.
+        m: Magnitudes. Shape ``(out,)``.
+
+    Returns:
+        The geometry; a row that is zero before or after has angle 0.
+    """
+    terms = factored_terms(weight, lora_a, lora_b, scale)
+    q0, c, p = terms.squared_base, terms.cross, terms.squared_update
+    sine = abs(scale) * mx.sqrt(mx.maximum(q0 * p - mx.square(c), 0.0))
+    angle = mx.arctan2(sine, q0 + scale * c)
+    angle = mx.where(m < 0, np.pi - angle, angle)
+    base_norm = mx.sqrt(q0)
+    length = mx.where(terms.norm > 0, mx.abs(m.astype(mx.float32)), 0.0)
+    moved = (base_norm > 0) & (length > 0)
+    return RowGeometry(
+        base_norm=base_norm,
+        delta_m=length - base_norm,
+        angle=mx.where(moved, angle, 0.0),
+    )
+
+
+__all__ = [
+    "FactoredTerms",
+    "RowGeometry",
+    "factored_terms",
+    "row_geometry",
+    "row_squares",
+]

@@ -1,0 +1,274 @@
+"""Every op in plain MLX: the specification that a hand-written kernel must meet.
+
+Shapes as MLX stores them: weight ``(out, in)``, lora_a ``(in, r)``, lora_b
+``(r, out)``. The paper's column norm is the norm of each output row here.
+"""
+
+import mlx.core as mx
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.kernels.quantized import QuantizedWeight
+from mlx_dora.kernels.rows import Weight, row_blocks, row_squares
+
+# Below this share of ‖W0‖² + s²‖BA‖² the factored sum is rounding noise.
+_NOISE_FLOOR = 2.0**-20
+
+
+def normalize_rows(
+    weight: mx.array, magnitude: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    r"""Rescale each output row to a given length.
+
+    .. math:: m_j \, W_j / \lVert W_j \rVert_2
+
+    Eq. 2 of DoRA (arXiv:2402.09353), read right to left.
+
+    Args:
+        weight: Shape ``(out, in)``, any float dtype.
+        magnitude: Length of each row. Shape ``(out,)``; None stands for 1.
+
+    Returns:
+        The rescaled weight, ``(out, in)`` in the dtype of `weight`, rounded once, and
+        the row norms, ``(out,)`` float32. A zero row stays zero.
+
+    Raises:
+        DoRAError: If `magnitude` does not have one entry a row.
+    """
+    if magnitude is not None and magnitude.shape != weight.shape[:1]:
+        raise DoRAError(
+            f"magnitude has shape {magnitude.shape}; a weight of shape "
+            f"{weight.shape} needs {weight.shape[:1]}."
+        )
+    full = weight.astype(mx.float32)
+    norm = mx.sqrt(mx.square(full).sum(axis=1))  # over a row: one norm per output
+    target = mx.ones_like(norm) if magnitude is None else magnitude
+    gain = row_gain(target, norm)
+    return (gain[:, None] * full).astype(weight.dtype), norm
+
+
+def row_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
+    """The factor g = m / n of each row, float32; 0 where the norm is 0."""
+    safe = mx.where(norm > 0, norm, 1.0)
+    return mx.where(norm > 0, magnitude.astype(mx.float32) / safe, 0.0)
+
+
+def update_terms(
+    product: mx.array, lora_a: mx.array, lora_b: mx.array
+) -> tuple[mx.array, mx.array]:
+    r"""Per row :math:`c = \langle W_0, BA\rangle` and :math:`p = \lVert BA \rVert^2`.
+
+    Section 3 of "Scaling DoRA" (arXiv:2603.22276): only ``(out, r)`` and ``(r, r)``
+    arrays are built.
+
+    Args:
+        product: U = W0·A. Shape ``(out, r)``, float32.
+        lora_a: Shape ``(in, r)``.
+        lora_b: Shape ``(r, out)``.
+
+    Returns:
+        c and p, each ``(out,)`` float32.
+    """
+    a = lora_a.astype(mx.float32)
+    b = lora_b.astype(mx.float32).T  # (out, r)
+    gram = a.T @ a  # (r, r)
+    return (product * b).sum(axis=1), ((b @ gram) * b).sum(axis=1)
+
+
+def adapted_norm(
+    weight: Weight,
+    lora_a: mx.array,
+    lora_b: mx.array,
+    scale: float,
+    *,
+    squared_base: mx.array | None = None,
+) -> mx.array:
+    r"""Norm of each row of the adapted weight, without building that weight.
+
+    .. math:: n_j = \lVert W_j + s \, (B A)_j \rVert_2
+
+    The denominator of Eq. 5 in DoRA (arXiv:2402.09353); a constant in the backward
+    pass (section 4.3), so no gradient flows through it. Factored as in
+    `update_terms`; W·A is taken in the dtype of the weight, all else in float32.
+
+    Args:
+        weight: Frozen base weight. Shape ``(out, in)``, any float dtype or packed.
+        lora_a: Down projection. Shape ``(in, r)``.
+        lora_b: Up projection. Shape ``(r, out)``.
+        scale: Multiplier of the low-rank update.
+        squared_base: ``‖W‖²`` of each row, if known. Shape ``(out,)``, float32.
+
+    Returns:
+        Norms in float32, never below 2⁻¹⁰ of ``(‖W‖² + s²‖BA‖²)^½``, under which the
+        factored sum is noise. Shape ``(out,)``.
+
+    Raises:
+        DoRAError: If the shapes do not fit together.
+    """
+    check_factors(weight.shape, lora_a, lora_b)
+    lora_a, lora_b = mx.stop_gradient(lora_a), mx.stop_gradient(lora_b)
+    if squared_base is None:
+        squared_base = row_squares(weight)
+    if isinstance(weight, QuantizedWeight):
+        dtype = weight.scales.dtype if weight.mode == "affine" else mx.float32
+        product = weight.matmul(lora_a.T.astype(dtype)).T
+    else:
+        product = weight @ lora_a.astype(weight.dtype)
+    c, p = update_terms(product.astype(mx.float32), lora_a, lora_b)
+    return mx.stop_gradient(factored_norm(squared_base, c, p, scale))
+
+
+def factored_norm(
+    squared_base: mx.array, c: mx.array, p: mx.array, scale: float
+) -> mx.array:
+    """‖W0 + s·BA‖ from ‖W0‖², c and p of `update_terms`, floored at the noise."""
+    squared = squared_base + (2 * scale) * c + (scale * scale) * p
+    floor = _NOISE_FLOOR * (squared_base + (scale * scale) * p)
+    return mx.sqrt(mx.maximum(squared, floor))
+
+
+def fused_weight(
+    weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float, m: mx.array
+) -> mx.array:
+    r"""The adapted weight itself, for fuse and export.
+
+    .. math:: W'_j = m_j \, (W + s B A)_j / \lVert (W + s B A)_j \rVert_2
+
+    Eq. 5 of DoRA (arXiv:2402.09353). Arithmetic in float32, row block by row block,
+    with one rounding at the end.
+
+    Args:
+        weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
+        lora_a: Shape ``(in, r)``.
+        lora_b: Shape ``(r, out)``.
+        scale: Multiplier of the low-rank update.
+        m: Magnitudes. Shape ``(out,)``.
+
+    Returns:
+        Shape ``(out, in)``, in the dtype of `weight` (of its unpacked form if packed).
+
+    Raises:
+        DoRAError: If the shapes do not fit together.
+    """
+    check_factors(weight.shape, lora_a, lora_b)
+    a = lora_a.astype(mx.float32).T
+    b = scale * lora_b.astype(mx.float32).T
+    rows = []
+    for index, block in row_blocks(weight):
+        rescaled, _ = normalize_rows(
+            block.astype(mx.float32) + b[index] @ a, m[index].astype(mx.float32)
+        )
+        rows.append(rescaled.astype(block.dtype))
+    return rows[0] if len(rows) == 1 else mx.concatenate(rows)
+
+
+def _compose(
+    y: mx.array, low_rank: mx.array, gain: mx.array, bias: mx.array | None
+) -> mx.array:
+    out = gain * (y.astype(mx.float32) + low_rank)
+    return (out if bias is None else out + bias).astype(y.dtype)
+
+
+compose = mx.compile(_compose, shapeless=True)
+
+
+@mx.custom_function
+def _dora_scale(
+    y: mx.array,
+    h: mx.array,
+    lora_b: mx.array,
+    scale: mx.array,
+    m: mx.array,
+    norm: mx.array,
+    bias: mx.array | None,
+) -> mx.array:
+    low_rank = (scale * h.astype(mx.float32)) @ lora_b.astype(mx.float32)
+    return compose(y, low_rank, row_gain(m, norm), bias)
+
+
+@_dora_scale.vjp
+def _dora_scale_vjp(primals, cotangent, output):  # noqa: ANN001, ANN202 - MLX's protocol
+    y, h, lora_b, scale, m, norm, bias = primals
+    axes = list(range(y.ndim - 1))
+    dy = cotangent.astype(mx.float32)
+    scaled = row_gain(m, norm) * dy
+    rows = scaled.reshape(-1, scaled.shape[-1])
+    low = h.reshape(-1, h.shape[-1]).astype(mx.float32)
+    out = output.astype(mx.float32)
+    # dm = Σ dy·u/n, and g·u is the output before the bias: the output is enough.
+    unscaled = dy * (out if bias is None else out - bias)
+    safe = mx.where(m != 0, m, 1.0)
+    dm = mx.where(m != 0, unscaled.sum(axis=axes) / safe, 0.0)
+    return (
+        scaled.astype(y.dtype),
+        (scale * (scaled @ lora_b.astype(mx.float32).T)).astype(h.dtype),
+        (scale * (low.T @ rows)).astype(lora_b.dtype),
+        mx.zeros_like(scale),  # MLX drops None, and would shift the rest
+        dm.astype(m.dtype),
+        mx.zeros_like(norm),
+        None if bias is None else dy.sum(axis=axes).astype(bias.dtype),
+    )
+
+
+def dora_scale(
+    y: mx.array,
+    h: mx.array,
+    lora_b: mx.array,
+    scale: float,
+    m: mx.array,
+    norm: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    r"""Add the low-rank part, rescale every output, add the bias.
+
+    .. math:: o = g \circ (y + s \, h B) + b, \qquad g = m / n
+
+    Eq. 5 of DoRA (arXiv:2402.09353) on activations. Differentiable in y, h, lora_b, m
+    and bias, with the norm a constant (section 4.3). The gradient of m needs the
+    output alone: :math:`dm_j = \sum_t do_{tj} (o_{tj} - b_j) / m_j`. At m = 0 it is
+    defined as 0.
+
+    Args:
+        y: Base output W0·x. Shape ``(..., out)``, any float dtype.
+        h: Low-rank activation x·A. Shape ``(..., r)``.
+        lora_b: Up projection. Shape ``(r, out)``.
+        scale: Multiplier of the low-rank update.
+        m: Magnitudes. Shape ``(out,)``, float32.
+        norm: Norms of the adapted rows, see `adapted_norm`. Shape ``(out,)``, float32.
+        bias: Shape ``(out,)``, or None.
+
+    Returns:
+        Shape ``(..., out)`` in the dtype of `y`: float32 inside, rounded once. A row of
+        norm 0 gives its bias alone.
+
+    Raises:
+        DoRAError: If the shapes do not fit together.
+    """
+    r, out = lora_b.shape
+    rows = {"m": m.shape, "norm": norm.shape, "last axis of y": y.shape[-1:]}
+    if bias is not None:
+        rows["bias"] = bias.shape
+    wrong = [
+        f"{name} has shape {shape}" for name, shape in rows.items() if shape != (out,)
+    ]
+    if h.shape != (*y.shape[:-1], r):
+        wrong.append(f"h has shape {h.shape}, expected {(*y.shape[:-1], r)}")
+    if wrong:
+        raise DoRAError(f"lora_b of shape {(r, out)} does not fit: {'; '.join(wrong)}.")
+    factor = mx.array(scale, dtype=mx.float32)
+    return _dora_scale(y, h, lora_b, factor, m, norm, bias)
+
+
+def check_factors(shape: tuple[int, ...], lora_a: mx.array, lora_b: mx.array) -> None:
+    """Refuse low-rank factors that do not fit a weight of shape ``(out, in)``."""
+    out, width = shape
+    if (
+        lora_a.ndim != 2
+        or lora_b.ndim != 2
+        or lora_a.shape[0] != width
+        or lora_b.shape[1] != out
+        or lora_a.shape[1] != lora_b.shape[0]
+    ):
+        raise DoRAError(
+            f"lora_a {lora_a.shape} and lora_b {lora_b.shape} do not fit a weight of "
+            f"shape {(out, width)}; expected ({width}, r) and (r, {out})."
+        )

@@ -1,0 +1,33 @@
+"""Walking over the output rows of a weight, dense or packed, in bounded memory."""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+
+from mlx_dora.kernels.quantized import QuantizedWeight
+
+Weight = mx.array | QuantizedWeight
+
+# Elements of one block: its float32 copy takes 16 MB.
+_BLOCK = 1 << 22
+
+
+def row_blocks(weight: Weight) -> Iterator[tuple[slice, mx.array]]:
+    """Consecutive row blocks in the weight's own (unpacked) dtype, with their slices."""
+    out, width = weight.shape
+    step = max(1, _BLOCK // max(width, 1))
+    for start in range(0, out, step):
+        index = slice(start, min(start + step, out))
+        if isinstance(weight, QuantizedWeight):
+            yield index, weight.rows(index).dequantize()
+        else:
+            yield index, weight[index]
+
+
+def row_squares(weight: Weight) -> mx.array:
+    """Sum of squares of each output row, accumulated in float32. Shape ``(out,)``."""
+    parts = [
+        mx.square(block.astype(mx.float32)).sum(axis=1)
+        for _, block in row_blocks(weight)
+    ]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)

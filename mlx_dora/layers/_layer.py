@@ -1,0 +1,98 @@
+"""What every DoRA layer does with its base, its norms and its eval-mode cache."""
+
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dora.kernels import adapted_norm
+from mlx_dora.kernels.rows import row_squares
+from mlx_dora.layers._base import weight_of
+from mlx_dora.layers._folded import Folded, fold
+
+
+class DoRALayer(nn.Module):
+    """Common part of `DoRALinear` and `DoRAEmbedding`; not used by itself.
+
+    A subclass names the attribute that holds the frozen base and says which of its
+    parameters is the factor on the input's side and which on the output's.
+    """
+
+    base_name: ClassVar[str]
+
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """The update as A ``(in, r)`` and B ``(r, out)`` for a base ``(out, in)``."""
+        raise NotImplementedError
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen module this layer wraps."""
+        return self[self.base_name]
+
+    def set_base(self, base: nn.Module) -> None:
+        """Take another base and set m to the norms of its rows."""
+        self[self.base_name] = base
+        self.m = mx.sqrt(self._measure_base())
+
+    def norm(self) -> mx.array:
+        """Norm of every adapted row, without a gradient. Shape ``(out,)``, float32."""
+        if "_norm" in self:
+            return self["_norm"]
+        return adapted_norm(
+            weight_of(self.base),
+            *self.factors(),
+            self.scale,
+            squared_base=self["_squared_base"],
+        )
+
+    def hold_norm(self) -> None:
+        """Compute the norm now and use it until `release_norm`."""
+        self.release_norm()
+        self._norm = self.norm()
+
+    def release_norm(self) -> None:
+        """Go back to computing the norm on each call."""
+        self.pop("_norm", None)
+
+    def invalidate(self) -> None:
+        """Forget what eval mode has cached, after writing into a parameter's array."""
+        self._folded = None
+
+    def folded(self, dtype: mx.Dtype) -> Folded | None:
+        """The eval-mode cache for activations of `dtype`; None where it cannot serve."""
+        if self.training:
+            return None
+        base = self.base
+        sources = (self["m"], self["lora_a"], self["lora_b"], base["weight"])
+        if self._folded is None or not self._folded.fits(sources, dtype):
+            self._folded = fold(
+                sources,
+                weight_of(base),
+                *self.factors(),
+                self.scale,
+                self["m"],
+                base.get("bias"),
+                dtype,
+            )
+        return self._folded
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, value)
+        if not key.startswith("_"):
+            self._folded = None
+
+    def _set_training_mode(self, mode: bool) -> None:
+        # MLX's hook of train() and eval(): the moment to see a base weight replaced
+        # behind our back, as `model.load_weights` does.
+        super()._set_training_mode(mode)
+        self._folded = None
+        if self._measured is not self.base["weight"]:
+            self._measure_base()
+
+    def _measure_base(self) -> mx.array:
+        squared = row_squares(weight_of(self.base))
+        mx.eval(squared)  # an unevaluated array cannot be used from another thread
+        self._squared_base = squared
+        # An attribute of the object, not a parameter: held for its identity alone.
+        object.__setattr__(self, "_measured", self.base["weight"])
+        return squared

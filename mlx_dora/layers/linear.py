@@ -1,0 +1,116 @@
+"""DoRA for `nn.Linear` and `nn.QuantizedLinear`."""
+
+import math
+from typing import ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dora.kernels import dora_scale
+from mlx_dora.kernels.reference import row_gain
+from mlx_dora.layers._base import fused_module, project, weight_of
+from mlx_dora.layers._layer import DoRALayer
+
+
+class DoRALinear(DoRALayer):
+    r"""A linear layer whose magnitude and low-rank direction are trained.
+
+    .. math:: y = m \circ \frac{W_0 x + s\,B(A x)}{\lVert W_0 + s\,BA \rVert} + b
+
+    Eq. 5 of DoRA (arXiv:2402.09353), the norm a constant in the backward pass
+    (section 4.3), one norm per output row. At the start m = ‖W0‖ and B = 0, and the
+    layer equals its base bit for bit. A row of W0 that is zero has no direction and
+    stays zero; a magnitude that reaches 0 is frozen there.
+
+    Parameters: ``lora_a`` ``(input_dims, r)``, ``lora_b`` ``(r, output_dims)`` and
+    ``m`` ``(output_dims,)``, float32. Input ``(..., input_dims)``; output
+    ``(..., output_dims)`` in the input's dtype. The low-rank product x·A runs in the
+    input's dtype; norms and the scale m/‖·‖ are float32, and the result is rounded once.
+
+    In eval mode what does not depend on the input is cached. Assigning
+    (``layer.m *= 2``) and ``model.update(...)`` are noticed; after writing into an
+    array (``layer.m[0] = 1``) call `invalidate`.
+
+    Attributes:
+        linear: The frozen base.
+        enabled: False makes the layer its base, m included.
+
+    Args:
+        input_dims: Width of the input.
+        output_dims: Width of the output.
+        r: Rank of the update.
+        dropout: Probability of dropping an input of the low-rank branch.
+        scale: Multiplier s of the update.
+        bias: Whether the base has a bias.
+    """
+
+    base_name: ClassVar[str] = "linear"
+
+    def __init__(
+        self,
+        input_dims: int,
+        output_dims: int,
+        r: int = 8,
+        dropout: float = 0.0,
+        scale: float = 20.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self._adapt(nn.Linear(input_dims, output_dims, bias=bias), r, dropout, scale)
+
+    @staticmethod
+    def from_base(
+        linear: nn.Linear | nn.QuantizedLinear,
+        r: int = 8,
+        dropout: float = 0.0,
+        scale: float = 20.0,
+    ) -> "DoRALinear":
+        """Wrap a linear layer; it is kept, unchanged, as ``linear``."""
+        layer = DoRALinear.__new__(DoRALinear)
+        nn.Module.__init__(layer)
+        layer._adapt(linear, r, dropout, scale)
+        return layer
+
+    def _adapt(self, linear: nn.Module, r: int, dropout: float, scale: float) -> None:
+        output_dims, input_dims = weight_of(linear).shape
+        self.dropout = nn.Dropout(p=dropout)
+        self.scale = scale
+        self.enabled = True
+        bound = 1 / math.sqrt(input_dims)  # Kaiming-uniform with a = sqrt(5)
+        self.lora_a = mx.random.uniform(low=-bound, high=bound, shape=(input_dims, r))
+        self.lora_b = mx.zeros((r, output_dims))
+        self.set_linear(linear)
+
+    def set_linear(self, linear: nn.Module) -> None:
+        """Take another base and set m to the norms of its rows."""
+        self.set_base(linear)
+
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """A ``(in, r)`` and B ``(r, out)``."""
+        return self["lora_a"], self["lora_b"]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        linear = self.linear
+        if not self.enabled:
+            return linear(x)
+        y = project(linear, x)
+        if (folded := self.folded(x.dtype)) is not None:
+            return folded.apply(y, x)
+        norm = self.norm()
+        offset = None
+        if "bias" in linear:  # y holds b already, and g∘y has g∘b in it
+            offset = (1 - row_gain(self.m, norm)) * linear.bias.astype(mx.float32)
+        h = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        return dora_scale(y, h, self.lora_b, self.scale, self.m, norm, offset)
+
+    def fuse(self, dequantize: bool = False) -> nn.Module:
+        """The adapted layer as a plain one.
+
+        Args:
+            dequantize: Return an `nn.Linear` for a packed base too. Packing again
+                loses most of a small update (`mlx_dora.fuse_dora` reports how much).
+
+        Returns:
+            An `nn.Linear` in the base's dtype, or an `nn.QuantizedLinear`.
+        """
+        return fused_module(self, dequantize)
