@@ -112,7 +112,7 @@ def _dequantized_matmul(
         return x @ unpack(w, scales, biases).T
 
     @run.vjp
-    def run_vjp(primals, cotangent, _output):  # noqa: ANN001, ANN202 - MLX's protocol
+    def run_vjp(primals, cotangent, _output):
         x, w, scales, biases = primals
         # Without this link `mx.compile` merges both unpackings and keeps the first.
         (w,) = mx.depends([w], [cotangent])

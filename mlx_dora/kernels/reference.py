@@ -186,7 +186,7 @@ def _dora_scale(
 
 
 @_dora_scale.vjp
-def _dora_scale_vjp(primals, cotangent, output):  # noqa: ANN001, ANN202 - MLX's protocol
+def _dora_scale_vjp(primals, cotangent, output):
     y, h, lora_b, scale, m, norm, bias = primals
     axes = list(range(y.ndim - 1))
     dy = cotangent.astype(mx.float32)
