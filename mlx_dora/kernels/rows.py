@@ -13,7 +13,7 @@ _BLOCK = 1 << 22
 
 
 def row_blocks(weight: Weight) -> Iterator[tuple[slice, mx.array]]:
-    """Consecutive row blocks in the weight's own (unpacked) dtype, with their slices."""
+    """Consecutive row blocks in the (unpacked) dtype of the weight, with slices."""
     out, width = weight.shape
     step = max(1, _BLOCK // max(width, 1))
     for start in range(0, out, step):

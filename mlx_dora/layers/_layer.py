@@ -19,6 +19,14 @@ class DoRALayer(nn.Module):
     """
 
     base_name: ClassVar[str]
+    dropout: nn.Dropout
+    scale: float
+    enabled: bool
+    lora_a: mx.array
+    lora_b: mx.array
+    m: mx.array
+    _folded: Folded | None
+    _measured: mx.array
 
     def factors(self) -> tuple[mx.array, mx.array]:
         """The update as A ``(in, r)`` and B ``(r, out)`` for a base ``(out, in)``."""
@@ -59,7 +67,7 @@ class DoRALayer(nn.Module):
         self._folded = None
 
     def folded(self, dtype: mx.Dtype) -> Folded | None:
-        """The eval-mode cache for activations of `dtype`; None where it cannot serve."""
+        """The eval-mode cache for activations of `dtype`; None if it cannot serve."""
         if self.training:
             return None
         base = self.base

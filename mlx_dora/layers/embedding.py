@@ -8,7 +8,8 @@ import mlx.nn as nn
 
 from mlx_dora.kernels import dora_scale
 from mlx_dora.kernels.reference import factored_norm, row_gain, update_terms
-from mlx_dora.layers._base import fused_module, project, weight_of
+from mlx_dora.layers._base import project, weight_of
+from mlx_dora.layers._fuse import fused_module
 from mlx_dora.layers._layer import DoRALayer
 
 
@@ -38,6 +39,7 @@ class DoRAEmbedding(DoRALayer):
     """
 
     base_name: ClassVar[str] = "embedding"
+    embedding: nn.Embedding | nn.QuantizedEmbedding
 
     def __init__(
         self,
@@ -90,6 +92,7 @@ class DoRAEmbedding(DoRALayer):
             super().hold_norm()
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Adapted rows of the tokens `x`, ``(..., dims)``."""
         y = self.embedding(x)
         if not self.enabled:
             return y

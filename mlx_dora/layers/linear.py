@@ -8,7 +8,8 @@ import mlx.nn as nn
 
 from mlx_dora.kernels import dora_scale
 from mlx_dora.kernels.reference import row_gain
-from mlx_dora.layers._base import fused_module, project, weight_of
+from mlx_dora.layers._base import project, weight_of
+from mlx_dora.layers._fuse import fused_module
 from mlx_dora.layers._layer import DoRALayer
 
 
@@ -25,7 +26,7 @@ class DoRALinear(DoRALayer):
     Parameters: ``lora_a`` ``(input_dims, r)``, ``lora_b`` ``(r, output_dims)`` and
     ``m`` ``(output_dims,)``, float32. Input ``(..., input_dims)``; output
     ``(..., output_dims)`` in the input's dtype. The low-rank product x·A runs in the
-    input's dtype; norms and the scale m/‖·‖ are float32, and the result is rounded once.
+    input's dtype; norms and the scale m/‖·‖ are float32, the result is rounded once.
 
     In eval mode what does not depend on the input is cached. Assigning
     (``layer.m *= 2``) and ``model.update(...)`` are noticed; after writing into an
@@ -45,6 +46,7 @@ class DoRALinear(DoRALayer):
     """
 
     base_name: ClassVar[str] = "linear"
+    linear: nn.Linear | nn.QuantizedLinear
 
     def __init__(
         self,
@@ -90,6 +92,7 @@ class DoRALinear(DoRALayer):
         return self["lora_a"], self["lora_b"]
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Adapted output for `x`, as the class says."""
         linear = self.linear
         if not self.enabled:
             return linear(x)
