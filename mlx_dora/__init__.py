@@ -1,0 +1,66 @@
+"""DoRA (weight-decomposed low-rank adaptation, arXiv:2402.09353) for MLX.
+
+The public names are loaded on first use, so importing this package imports neither
+mlx nor mlx_lm: OpenBLAS must come before MLX (`mlx_dora.openblas`).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_dora.adapters.config import DoRAConfig
+    from mlx_dora.adapters.files import Adapter, load_adapter, save_adapter
+    from mlx_dora.adapters.fuse import fuse_dora
+    from mlx_dora.adapters.hosting import load, use_in_mlx_lm
+    from mlx_dora.adapters.surgery import apply_dora, disabled, remove_dora
+    from mlx_dora.decomposition import dora_decompose, dora_merge
+    from mlx_dora.errors import DoRAError
+    from mlx_dora.layers import DoRAEmbedding, DoRALinear
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "mlx_dora.adapters.files",
+    "DoRAConfig": "mlx_dora.adapters.config",
+    "DoRAEmbedding": "mlx_dora.layers",
+    "DoRAError": "mlx_dora.errors",
+    "DoRALinear": "mlx_dora.layers",
+    "apply_dora": "mlx_dora.adapters.surgery",
+    "disabled": "mlx_dora.adapters.surgery",
+    "dora_decompose": "mlx_dora.decomposition",
+    "dora_merge": "mlx_dora.decomposition",
+    "fuse_dora": "mlx_dora.adapters.fuse",
+    "load": "mlx_dora.adapters.hosting",
+    "load_adapter": "mlx_dora.adapters.files",
+    "remove_dora": "mlx_dora.adapters.surgery",
+    "save_adapter": "mlx_dora.adapters.files",
+    "use_in_mlx_lm": "mlx_dora.adapters.hosting",
+}
+
+__all__ = [
+    "Adapter",
+    "DoRAConfig",
+    "DoRAEmbedding",
+    "DoRAError",
+    "DoRALinear",
+    "apply_dora",
+    "disabled",
+    "dora_decompose",
+    "dora_merge",
+    "fuse_dora",
+    "load",
+    "load_adapter",
+    "remove_dora",
+    "save_adapter",
+    "use_in_mlx_lm",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mlx_dora' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

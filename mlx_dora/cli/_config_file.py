@@ -1,0 +1,111 @@
+"""The ``-c/--config`` option: a YAML file in mlx-lm's form as the commands' defaults.
+
+A flag beats the file, the file beats the default. Keys are the options' long names,
+with underscores or dashes; ``lora_parameters`` nests rank, scale, dropout and keys, as
+mlx-lm writes them. What mlx-lm leaves unset with ``null`` keeps its default.
+"""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from mlx_dora.cli._yaml import load_yaml
+from mlx_dora.errors import DoRAError
+
+# Their keys are options of ours; everything else that nests is one option's value.
+FLATTENED = ("lora_parameters",)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; an empty file is an empty mapping.
+
+    Raises:
+        DoRAError: If the file is not YAML or holds something else than a mapping.
+    """
+    try:
+        loaded = load_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise DoRAError(f"{path} is not valid YAML: {reason}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        kind = type(loaded).__name__
+        raise DoRAError(f"{path} must hold `key: value` lines, got a {kind}.")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _flatten(path: Path, config: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Map each key to how the file wrote it and its value."""
+    flat: dict[str, tuple[str, Any]] = {}
+
+    def add(key: str, written: str, value: Any) -> None:
+        name = key.replace("-", "_")
+        if name in flat:
+            raise DoRAError(f"{path}: {written} and {flat[name][0]} are one option.")
+        flat[name] = (written, value)
+
+    for key, value in config.items():
+        if key not in FLATTENED:
+            add(key, key, value)
+        elif isinstance(value, dict):
+            for inner, inner_value in value.items():
+                add(str(inner), f"{key}.{inner}", inner_value)
+        elif value is not None:
+            raise DoRAError(f"{path}: {key} must be a mapping, got {value!r}.")
+    return flat
+
+
+def default_map(path: Path, params: list[click.Parameter]) -> dict[str, Any]:
+    """Turn a config file into click's ``default_map`` for these parameters.
+
+    Raises:
+        DoRAError: If a key is not an option; near names are listed.
+    """
+    names: dict[str, str] = {}
+    for param in params:
+        if not isinstance(param, click.Option) or param.name is None:
+            continue
+        for spelling in (param.name, *(o[2:] for o in param.opts if o[:2] == "--")):
+            names[spelling.replace("-", "_")] = param.name
+    defaults: dict[str, Any] = {}
+    problems = []
+    for name, (written, value) in _flatten(path, read_config_file(path)).items():
+        if name == "config":  # mlx-lm's adapter_config.json, used as a config, has it
+            continue
+        if name in names:
+            if value is not None:
+                defaults[names[name]] = value
+            continue
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f" (did you mean {', '.join(near)}?)" if near else ""
+        problems.append(f"{written}{hint}")
+    if problems:
+        raise DoRAError(f"{path}: unknown keys: {', '.join(problems)}.")
+    return defaults
+
+
+def _use_file(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    if path is not None:
+        ctx.default_map = default_map(path, ctx.command.params)
+
+
+def config_file_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``-c/--config FILE``; write it right below ``@verb``, above the options.
+
+    The function does not see the option: the file's values reach it as if they were
+    the other options' defaults.
+    """
+    return click.option(
+        "-c",
+        "--config",
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_use_file,
+        help="YAML file with options in mlx-lm's form; flags override it.",
+    )(function)

@@ -1,0 +1,121 @@
+"""What every command shares: one-line errors, exit codes, OpenBLAS before MLX.
+
+A command file is ``mlx_dora/cli/<verb>.py`` and holds one click command called
+``command``::
+
+    from mlx_dora.adapters.config import DoRAConfig
+    from mlx_dora.cli._config_file import config_file_option
+    from mlx_dora.cli._framework import verb
+    from mlx_dora.cli._options import dataclass_options
+
+
+    @verb("train")
+    @config_file_option
+    @dataclass_options(train=TrainConfig, dora=DoRAConfig)
+    def command(train: TrainConfig, dora: DoRAConfig) -> None:
+        "Fine-tune a model with DoRA."  # the help text
+        from mlx_dora.train.finetune import finetune  # mlx only from here on
+
+Nothing at module level may import mlx or mlx_lm, not even through a package: ``--help``
+stays quick, and OpenBLAS must be loaded before MLX. Results go to stdout with
+``click.echo``, progress and warnings to stderr; what the library logs with a level of
+warning or above is shown on stderr too.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from mlx_dora import openblas
+from mlx_dora.errors import DoRAError
+
+EXIT_BAD_INPUT = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 88}
+
+
+class _Stderr(logging.Handler):
+    """Shows the library's warnings on whatever stderr is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+
+
+def _show_library_warnings() -> None:
+    logger = logging.getLogger("mlx_dora")
+    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+        logger.addHandler(_Stderr(logging.WARNING))
+        logger.propagate = False
+
+
+def _describe(error: OSError) -> str:
+    if error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+class Boundary(click.Command):
+    """Turns what a user can put right into one line on stderr and an exit code.
+
+    0: done. 1: `DoRAError` or `OSError`. 2: wrong usage. 130: Ctrl-C. Anything else is
+    our bug and keeps its traceback.
+    """
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            result = super().main(*args, standalone_mode=False, **extra)
+        except click.UsageError as error:
+            where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+            click.echo(f"Error: {error.format_message()}{where}", err=True)
+            sys.exit(EXIT_USAGE)
+        except click.ClickException as error:
+            click.echo(f"Error: {error.format_message()}", err=True)
+            sys.exit(error.exit_code)
+        except DoRAError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(EXIT_BAD_INPUT)
+        except OSError as error:
+            click.echo(f"Error: {_describe(error)}", err=True)
+            sys.exit(EXIT_BAD_INPUT)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("Interrupted.", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+class Verb(Boundary):
+    """A command that loads OpenBLAS before its body, and so before MLX."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        _show_library_warnings()
+        openblas.preload()
+        return super().invoke(ctx)
+
+
+class PassThrough(Verb):
+    """A command that leaves its whole argument list, ``--help`` too, in `ctx.args`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.args = list(args)
+        return ctx.args
+
+
+def verb(
+    name: str, cls: type[Verb] = Verb
+) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a function the command `name`; its docstring becomes the help text.
+
+    The function may return an int, which becomes the exit code.
+
+    Args:
+        name: The verb as typed after ``mlx_dora``.
+        cls: `Verb`, or `PassThrough` for a command that parses its own arguments.
+    """
+    return click.command(name, cls=cls, context_settings=_SETTINGS)

@@ -1,0 +1,191 @@
+"""Command-line options made from the fields of configuration dataclasses."""
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from mlx_dora.cli._yaml import load_yaml
+
+_MISSING = dataclasses.MISSING
+
+
+class _Integer(click.ParamType):
+    """An integer; ``1e3`` is one (a YAML file may say so), ``1.5`` and ``true`` not."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        try:
+            if not isinstance(value, bool) and int(value) == float(value):
+                return int(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        self.fail(f"{value!r} is not a whole number.", param, ctx)
+
+
+class _Number(click.ParamType):
+    """A float that does not take ``true`` for 1."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            if not isinstance(value, bool):
+                return float(value)
+        except (TypeError, ValueError):
+            pass
+        self.fail(f"{value!r} is not a number.", param, ctx)
+
+
+class _Text(click.ParamType):
+    """A string; a YAML list or number in its place is an error, not its printout."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        if isinstance(value, str | Path):
+            return str(value)
+        self.fail(f"expected text, got {value!r}.", param, ctx)
+
+
+class _Names(click.ParamType):
+    """Several names: ``a,b`` on the command line, a list in a YAML file."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        self.fail(f"expected names, got {value!r}.", param, ctx)
+
+
+class _Structure(click.ParamType):
+    """A mapping or list: YAML text on the command line, the value itself in a file."""
+
+    name = "yaml"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                value = load_yaml(value)
+            except yaml.YAMLError:
+                self.fail(f"{value!r} is not valid YAML.", param, ctx)
+        if isinstance(value, dict | list | tuple):
+            return value
+        self.fail(f"expected a mapping or a list, got {value!r}.", param, ctx)
+
+
+def _param_type(hint: Any) -> click.ParamType:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        found = [_param_type(kind) for kind in kinds]
+        # `dict | list` is one structure; any other real union is not supported.
+        if len({type(one) for one in found}) == 1:
+            return found[0]
+        raise TypeError(f"no option type for {hint!r}")
+    if typing.get_origin(hint) is typing.Literal:
+        return click.Choice([str(choice) for choice in typing.get_args(hint)])
+    simple = {int: _Integer, float: _Number, str: _Text}
+    if hint in simple:
+        return simple[hint]()
+    if hint is bool:
+        return click.BOOL
+    if hint is Path:
+        return click.Path(path_type=Path)
+    if typing.get_origin(hint) in (tuple, list) and typing.get_args(hint)[0] is str:
+        return _Names()
+    if (typing.get_origin(hint) or hint) in (dict, list, tuple):
+        return _Structure()
+    raise TypeError(f"no option type for {hint!r}")
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
+    if field.default is not _MISSING:
+        default = field.default
+    elif field.default_factory is not _MISSING:
+        default = field.default_factory()
+    else:
+        default = _MISSING
+    flag = "--" + field.name.replace("_", "-")
+    kind = _param_type(hint)
+    if field.metadata.get("choices"):
+        kind = click.Choice(field.metadata["choices"])
+    settings: dict[str, Any] = {"help": field.metadata.get("help"), "type": kind}
+    if kind is click.BOOL:
+        flag = f"{flag}/--no-{flag[2:]}"
+    if default is _MISSING:
+        settings["required"] = True
+    elif isinstance(kind, _Structure):
+        # Built in the config class instead: click would print and re-read it.
+        settings["default"] = None
+    else:
+        settings["default"] = default
+        settings["show_default"] = default not in (None, False, "")
+    extra = field.metadata.get("flags", ())
+    return click.Option([flag, *extra, field.name], **settings)
+
+
+def dataclass_options(
+    *, exclude: tuple[str, ...] = (), **configs: type
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command one option per field of each dataclass, and pass it the objects.
+
+    ``@dataclass_options(train=TrainConfig, dora=DoRAConfig)`` makes ``--batch-size``,
+    ``--rank`` and the rest, and calls the function with ``train=TrainConfig(...)`` and
+    ``dora=DoRAConfig(...)``. Names, defaults and help come from the fields (their
+    ``metadata={"help": ..., "choices": ..., "flags": ("-m",)}``; the last two are
+    optional): a bool becomes ``--x/--no-x``, a `typing.Literal` a choice, a tuple of
+    str takes ``a,b``, a dict or list takes YAML. A field without a default is a
+    required option. A field that two of the classes share becomes one option and
+    reaches both; its defaults must agree. Write it above the function's other
+    ``click.option`` decorators, below `config_file_option`.
+
+    Args:
+        exclude: Fields that get no option and keep their default.
+        **configs: Argument name of the function, and the dataclass it receives.
+    """
+    hints = {key: typing.get_type_hints(config) for key, config in configs.items()}
+    options: dict[str, click.Option] = {}
+    for key, config in configs.items():
+        for field in dataclasses.fields(config):
+            if field.name in exclude or not field.init:
+                continue
+            option = _option(field, hints[key][field.name])
+            known = options.setdefault(field.name, option)
+            if known.default != option.default:
+                raise TypeError(f"two defaults for the option {field.name!r}")
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(**values: Any) -> Any:
+            chosen = {name: values.pop(name) for name in options}
+            for key, config in configs.items():
+                names = {field.name for field in dataclasses.fields(config)}
+                values[key] = config(
+                    **{
+                        name: value
+                        for name, value in chosen.items()
+                        if name in names and not _left_to_class(options[name], value)
+                    }
+                )
+            return function(**values)
+
+        # click shows parameters in reverse order of attachment.
+        params = list(reversed(options.values()))
+        call.__click_params__ = getattr(function, "__click_params__", []) + params  # pyright: ignore[reportFunctionMemberAccess]
+        return call
+
+    return decorate
+
+
+def _left_to_class(option: click.Option, value: Any) -> bool:
+    return value is None and isinstance(option.type, _Structure)
