@@ -27,7 +27,9 @@ class _Integer(click.ParamType):
                 return int(value)
         except (TypeError, ValueError, OverflowError):
             pass
-        self.fail(f"{value!r} is not a whole number.", param, ctx)
+        raise click.BadParameter(
+            f"{value!r} is not a whole number.", ctx=ctx, param=param
+        )
 
 
 class _Number(click.ParamType):
@@ -41,7 +43,7 @@ class _Number(click.ParamType):
                 return float(value)
         except (TypeError, ValueError):
             pass
-        self.fail(f"{value!r} is not a number.", param, ctx)
+        raise click.BadParameter(f"{value!r} is not a number.", ctx=ctx, param=param)
 
 
 class _Text(click.ParamType):
@@ -52,7 +54,7 @@ class _Text(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         if isinstance(value, str | Path):
             return str(value)
-        self.fail(f"expected text, got {value!r}.", param, ctx)
+        raise click.BadParameter(f"expected text, got {value!r}.", ctx=ctx, param=param)
 
 
 class _Names(click.ParamType):
@@ -65,7 +67,9 @@ class _Names(click.ParamType):
             value = [part.strip() for part in value.split(",") if part.strip()]
         if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
             return tuple(value)
-        self.fail(f"expected names, got {value!r}.", param, ctx)
+        raise click.BadParameter(
+            f"expected names, got {value!r}.", ctx=ctx, param=param
+        )
 
 
 class _Structure(click.ParamType):
@@ -77,11 +81,15 @@ class _Structure(click.ParamType):
         if isinstance(value, str):
             try:
                 value = load_yaml(value)
-            except yaml.YAMLError:
-                self.fail(f"{value!r} is not valid YAML.", param, ctx)
+            except yaml.YAMLError as error:
+                raise click.BadParameter(
+                    f"{value!r} is not valid YAML.", ctx=ctx, param=param
+                ) from error
         if isinstance(value, dict | list | tuple):
             return value
-        self.fail(f"expected a mapping or a list, got {value!r}.", param, ctx)
+        raise click.BadParameter(
+            f"expected a mapping or a list, got {value!r}.", ctx=ctx, param=param
+        )
 
 
 def _param_type(hint: Any) -> click.ParamType:
@@ -108,13 +116,21 @@ def _param_type(hint: Any) -> click.ParamType:
     raise TypeError(f"no option type for {hint!r}")
 
 
-def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
-    if field.default is not _MISSING:
-        default = field.default
-    elif field.default_factory is not _MISSING:
-        default = field.default_factory()
-    else:
-        default = _MISSING
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Option:
+    flags: tuple[str, ...]
+    settings: dict[str, Any]
+
+    @property
+    def default(self) -> Any:
+        return self.settings.get("default", _MISSING)
+
+    def is_left_to_class(self, value: Any) -> bool:
+        """Whether the config class shall take its own default."""
+        return value is None and isinstance(self.settings["type"], _Structure)
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> _Option:
     flag = "--" + field.name.replace("_", "-")
     kind = _param_type(hint)
     if field.metadata.get("choices"):
@@ -122,16 +138,17 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     settings: dict[str, Any] = {"help": field.metadata.get("help"), "type": kind}
     if kind is click.BOOL:
         flag = f"{flag}/--no-{flag[2:]}"
-    if default is _MISSING:
-        settings["required"] = True
-    elif isinstance(kind, _Structure):
-        # Built in the config class instead: click would print and re-read it.
-        settings["default"] = None
+    if isinstance(kind, _Structure):
+        settings["default"] = None  # click would print and read a mapping's text
+    elif field.default is not _MISSING:
+        settings["default"] = field.default
+        settings["show_default"] = field.default not in (None, False, "")
+    elif field.default_factory is not _MISSING:
+        settings["default"] = field.default_factory()
     else:
-        settings["default"] = default
-        settings["show_default"] = default not in (None, False, "")
+        settings["required"] = True
     extra = field.metadata.get("flags", ())
-    return click.Option([flag, *extra, field.name], **settings)
+    return _Option(flags=(flag, *extra, field.name), settings=settings)
 
 
 def dataclass_options(
@@ -154,7 +171,7 @@ def dataclass_options(
         **configs: Argument name of the function, and the dataclass it receives.
     """
     hints = {key: typing.get_type_hints(config) for key, config in configs.items()}
-    options: dict[str, click.Option] = {}
+    options: dict[str, _Option] = {}
     for key, config in configs.items():
         for field in dataclasses.fields(config):
             if field.name in exclude or not field.init:
@@ -174,18 +191,14 @@ def dataclass_options(
                     **{
                         name: value
                         for name, value in chosen.items()
-                        if name in names and not _left_to_class(options[name], value)
+                        if name in names and not options[name].is_left_to_class(value)
                     }
                 )
             return function(**values)
 
-        # click shows parameters in reverse order of attachment.
-        params = list(reversed(options.values()))
-        call.__click_params__ = getattr(function, "__click_params__", []) + params  # pyright: ignore[reportFunctionMemberAccess]
-        return call
+        decorated = call
+        for option in reversed(options.values()):  # click shows the last one first
+            decorated = click.option(*option.flags, **option.settings)(decorated)
+        return decorated
 
     return decorate
-
-
-def _left_to_class(option: click.Option, value: Any) -> bool:
-    return value is None and isinstance(option.type, _Structure)

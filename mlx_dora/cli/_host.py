@@ -1,0 +1,49 @@
+"""Running one of mlx-lm's own commands, its arguments untouched, on our layers."""
+
+import sys
+from importlib import import_module
+
+from mlx_dora.errors import DoRAError
+
+# An error raised in here is about the caller's model, adapter or arguments; one raised
+# in our own layers is our bug and keeps its traceback.
+_HOSTS = ("mlx_lm", "transformers", "huggingface_hub", "tokenizers", "mlx.nn")
+
+
+def _raised_by_host(error: BaseException) -> bool:
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    return any(module == host or module.startswith(f"{host}.") for host in _HOSTS)
+
+
+def run_host_command(name: str, command_path: str, args: list[str]) -> None:
+    """Call ``mlx_lm.<name>.main()`` with `args` as the command line.
+
+    Args:
+        name: The module of mlx_lm that holds the command.
+        command_path: What mlx-lm's usage text calls the program.
+        args: The arguments as typed, ``--help`` included.
+
+    Raises:
+        DoRAError: If mlx-lm refuses the model, the adapter or an argument's value.
+    """
+    from mlx_dora.adapters.hosting import use_in_mlx_lm
+
+    previous = sys.argv
+    sys.argv = [command_path, *args]
+    try:
+        with use_in_mlx_lm():
+            import_module(f"mlx_lm.{name}").main()
+    except DoRAError:
+        raise
+    except (ValueError, KeyError) as error:
+        if not _raised_by_host(error):
+            raise
+        text = error.args[0] if isinstance(error, KeyError) else error
+        raise DoRAError(f"mlx-lm: {str(text).strip()}") from error
+    finally:
+        sys.argv = previous

@@ -1,0 +1,13 @@
+"""``mlx_dora.generate``: mlx-lm's command of that name, argv unchanged."""
+
+import click
+
+from mlx_dora.cli._framework import PassThrough, verb
+from mlx_dora.cli._host import run_host_command
+
+
+@verb("generate", cls=PassThrough)
+@click.pass_context
+def command(ctx: click.Context) -> None:
+    """Generate text, as mlx_lm.generate does, on our layers."""
+    run_host_command("generate", ctx.command_path, ctx.args)
