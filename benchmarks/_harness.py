@@ -33,9 +33,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_dora import openblas
-
 from _machine import describe_machine
+
+from mlx_dora import openblas
 
 BLAS = openblas.preload()
 
@@ -245,12 +245,17 @@ def _table(measurement: Measurement) -> str:
     case = measurement.case
     facts = ", ".join(f"{k} {v}" for k, v in case.facts.items())
     title = f"{case.name} ({case.dtype}{', ' + facts if facts else ''})"
-    head = (
-        f"  {'':24}{'median ms':>11}{'p20':>10}{'p80':>10}{'time':>9}{'transient':>16}"
-    )
+    head = f"  {'':24}{'median ms':>11}{'p20':>10}{'p80':>10}{'time':>9}{'extra':>16}"
     rows = [
         f"  {name:24}{t.median_ms:11.3f}{t.p20_ms:10.3f}{t.p80_ms:10.3f}"
         f"{measurement.time_ratio(name):8.2f}x{t.transient_bytes / 2**20:12.1f} MiB"
         for name, t in measurement.timings.items()
     ]
-    return "\n".join([title, head, *rows, f"  time: over {case.baseline}'s median"])
+    return "\n".join(
+        [
+            title,
+            head,
+            *rows,
+            f"  time: over {case.baseline}'s; extra: peak memory above what was alive",
+        ]
+    )
