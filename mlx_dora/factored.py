@@ -112,12 +112,13 @@ class RowGeometry:
     @property
     def mean_delta_m(self) -> float:
         """ΔM of DoRA's section 3.2: mean of |Δm| over rows."""
-        return mx.abs(self.delta_m).mean().item()
+        return float(np.abs(np.array(self.delta_m, dtype=np.float64)).mean())
 
     @property
     def mean_delta_d(self) -> float:
         """ΔD of DoRA's section 3.2: mean of 1 − cos(angle) over rows."""
-        return (2 * mx.square(mx.sin(self.angle / 2))).mean().item()
+        angle = np.array(self.angle, dtype=np.float64)
+        return float((2 * np.sin(angle / 2) ** 2).mean())
 
 
 def row_geometry(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import mlx.core as mx
 
@@ -120,4 +121,4 @@ def _dequantized_matmul(
         constants = (primals[1], scales, biases)  # frozen: no gradient
         return dx, *(None if c is None else mx.zeros_like(c) for c in constants)
 
-    return run
+    return cast(Callable[..., mx.array], run)

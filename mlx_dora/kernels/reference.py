@@ -4,6 +4,8 @@ Shapes as MLX stores them: weight ``(out, in)``, lora_a ``(in, r)``, lora_b
 ``(r, out)``. The paper's column norm is the norm of each output row here.
 """
 
+from typing import cast
+
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
@@ -88,7 +90,7 @@ def adapted_norm(
 
     The denominator of Eq. 5 in DoRA (arXiv:2402.09353); a constant in the backward
     pass (section 4.3), so no gradient flows through it. Factored as in
-    `update_terms`; W·A is taken in the dtype of the weight, all else in float32.
+    `update_terms`; W·A is taken in the dtype of a dense weight, all else in float32.
 
     Args:
         weight: Frozen base weight. Shape ``(out, in)``, any float dtype or packed.
@@ -109,8 +111,7 @@ def adapted_norm(
     if squared_base is None:
         squared_base = row_squares(weight)
     if isinstance(weight, QuantizedWeight):
-        dtype = weight.scales.dtype if weight.mode == "affine" else mx.float32
-        product = weight.matmul(lora_a.T.astype(dtype)).T
+        product = weight.matmul(lora_a.T.astype(mx.float32)).T
     else:
         product = weight @ lora_a.astype(weight.dtype)
     c, p = update_terms(product.astype(mx.float32), lora_a, lora_b)
@@ -255,7 +256,7 @@ def dora_scale(
     if wrong:
         raise DoRAError(f"lora_b of shape {(r, out)} does not fit: {'; '.join(wrong)}.")
     factor = mx.array(scale, dtype=mx.float32)
-    return _dora_scale(y, h, lora_b, factor, m, norm, bias)
+    return cast(mx.array, _dora_scale(y, h, lora_b, factor, m, norm, bias))
 
 
 def check_factors(shape: tuple[int, ...], lora_a: mx.array, lora_b: mx.array) -> None:

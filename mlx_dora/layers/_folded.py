@@ -22,13 +22,13 @@ class Folded:
         offset: (1 − g)·b, what the base's bias lacks. Shape ``(out,)``, or None.
     """
 
-    sources: tuple[mx.array, ...]
+    sources: tuple[mx.array | None, ...]
     down: mx.array
     up: mx.array
     gain: mx.array
     offset: mx.array | None
 
-    def fits(self, sources: tuple[mx.array, ...], dtype: mx.Dtype) -> bool:
+    def fits(self, sources: tuple[mx.array | None, ...], dtype: mx.Dtype) -> bool:
         """Whether this still holds for these arrays and this activation dtype."""
         return self.down.dtype == dtype and all(
             a is b for a, b in zip(self.sources, sources, strict=True)
@@ -41,7 +41,7 @@ class Folded:
 
 
 def fold(
-    sources: tuple[mx.array, ...],
+    sources: tuple[mx.array | None, ...],
     weight: Weight,
     lora_a: mx.array,
     lora_b: mx.array,
@@ -59,7 +59,9 @@ def fold(
         mx.eval(lora_a, lora_b, m)
     except ValueError:
         return None
-    gain = row_gain(m, factored_terms(weight, lora_a, lora_b, scale).norm)
+    # Gradients in eval mode go through here too, and the norm is a constant for them.
+    norm = mx.stop_gradient(factored_terms(weight, lora_a, lora_b, scale).norm)
+    gain = row_gain(m, norm)
     up = scale * lora_b.astype(mx.float32)
     down = lora_a.astype(dtype)
     offset = None if bias is None else (1 - gain) * bias.astype(mx.float32)

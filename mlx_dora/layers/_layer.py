@@ -71,7 +71,8 @@ class DoRALayer(nn.Module):
         if self.training:
             return None
         base = self.base
-        sources = (self["m"], self["lora_a"], self["lora_b"], base["weight"])
+        bias = base.get("bias")
+        sources = (self["m"], self["lora_a"], self["lora_b"], base["weight"], bias)
         if self._folded is None or not self._folded.fits(sources, dtype):
             self._folded = fold(
                 sources,
@@ -79,7 +80,7 @@ class DoRALayer(nn.Module):
                 *self.factors(),
                 self.scale,
                 self["m"],
-                base.get("bias"),
+                bias,
                 dtype,
             )
         return self._folded

@@ -1,0 +1,36 @@
+"""Comparisons that several tests share."""
+
+import mlx.core as mx
+import numpy as np
+
+# Relative RMS error allowed for a result computed in a dtype.
+BOUNDS = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
+
+
+def to_numpy(value: mx.array | np.ndarray) -> np.ndarray:
+    """The values in float64, whatever the dtype they are stored in."""
+    if isinstance(value, mx.array):
+        value = np.array(value.astype(mx.float32))
+    return np.asarray(value, dtype=np.float64)
+
+
+def relative_rms(actual: mx.array | np.ndarray, expected: np.ndarray) -> float:
+    """Root mean square of the error over that of the expected values."""
+    truth = to_numpy(expected)
+    assert np.isfinite(truth).all(), "the expected values are not finite"
+    error = to_numpy(actual)
+    assert error.shape == truth.shape, f"shape {error.shape}, expected {truth.shape}"
+    scale = np.sqrt(np.mean(truth**2))
+    return float(np.sqrt(np.mean((error - truth) ** 2)) / (scale or 1.0))
+
+
+def assert_close(
+    actual: mx.array | np.ndarray,
+    expected: np.ndarray,
+    dtype: mx.Dtype = mx.float32,
+    bound: float | None = None,
+) -> None:
+    """Fail unless the relative RMS error is within the dtype's bound (NaN fails)."""
+    limit = BOUNDS[dtype] if bound is None else bound
+    error = relative_rms(actual, expected)
+    assert error <= limit, f"relative RMS error {error:.3g}, allowed {limit:.3g}"

@@ -1,0 +1,89 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_dora.factored import factored_terms, row_geometry
+from mlx_dora.kernels import QuantizedWeight
+from tests.checks import assert_close, to_numpy
+
+
+def make(out=40, width=96, r=4, dtype=mx.float32, size=0.1):
+    rng = np.random.default_rng(0)
+    weight = mx.array(rng.standard_normal((out, width)).astype(np.float32))
+    a = mx.array(rng.standard_normal((width, r)).astype(np.float32))
+    b = mx.array((size * rng.standard_normal((r, out))).astype(np.float32))
+    return weight.astype(dtype), a, b
+
+
+def pack(weight, bits):
+    packed, scales, biases = mx.quantize(weight, 32, bits)
+    return QuantizedWeight(
+        weight=packed, scales=scales, biases=biases, group_size=32, bits=bits
+    )
+
+
+@pytest.mark.parametrize("bits", [None, 3, 4])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_terms_match_float64(dtype, bits):
+    weight, a, b = make(dtype=dtype)
+    dense = to_numpy(weight)
+    if bits:
+        weight = pack(weight, bits)
+        dense = to_numpy(weight.dequantize())
+    update = (to_numpy(a) @ to_numpy(b)).T
+    terms = factored_terms(weight, a, b, 0.5)
+    assert_close(terms.squared_base, (dense**2).sum(1))
+    assert_close(terms.cross, (dense * update).sum(1))
+    assert_close(terms.squared_update, (update**2).sum(1))
+    assert_close(terms.norm, np.linalg.norm(dense + 0.5 * update, axis=1))
+    assert terms.recomputed == 0
+
+
+@pytest.mark.parametrize("share", [0.1, 3e-3, 3e-4, 1e-6])
+def test_rows_that_nearly_cancel_are_recomputed_and_counted(share):
+    weight, a, b = make(r=1)
+    weight[5] = a[:, 0]
+    b[0, 5] = -(1 - share)
+    dense = to_numpy(weight) + (to_numpy(a) @ to_numpy(b)).T
+    terms = factored_terms(weight, a, b, 1.0)
+    assert terms.recomputed == 1
+    assert to_numpy(terms.norm)[5] == pytest.approx(
+        np.linalg.norm(dense[5]), rel=1e-6 + 1e-7 / share
+    )
+
+
+def test_a_row_that_cancels_wholly_has_norm_zero():
+    weight, a, b = make(r=1)
+    weight[5] = a[:, 0]
+    b[0, 5] = -1.0
+    assert factored_terms(weight, a, b, 1.0).norm[5].item() == 0
+
+
+@pytest.mark.parametrize("size", [1e-4, 0.1, 3.0])
+def test_geometry_matches_float64(size):
+    weight, a, b = make(size=size)
+    update = (to_numpy(a) @ to_numpy(b)).T
+    dense = to_numpy(weight)
+    adapted = dense + 0.5 * update
+    m = mx.array((1.1 * np.linalg.norm(dense, axis=1)).astype(np.float32))
+    m = mx.where(mx.arange(m.size) == 2, -m, m)
+    after = to_numpy(m)[:, None] * adapted / np.linalg.norm(adapted, axis=1)[:, None]
+    unit = [v / np.linalg.norm(v, axis=1)[:, None] for v in (dense, after)]
+    # 2·asin(chord / 2) keeps tiny angles, unlike arccos.
+    angle = 2 * np.arcsin(np.linalg.norm(unit[0] - unit[1], axis=1) / 2)
+    geometry = row_geometry(weight, a, b, 0.5, m)
+    assert_close(geometry.angle, angle)
+    delta_m = np.linalg.norm(after, axis=1) - np.linalg.norm(dense, axis=1)
+    assert_close(geometry.delta_m, delta_m)
+    assert geometry.mean_delta_m == pytest.approx(np.abs(delta_m).mean(), rel=1e-5)
+    assert geometry.mean_delta_d == pytest.approx((1 - np.cos(angle)).mean(), rel=1e-4)
+
+
+def test_zero_rows_have_no_angle():
+    weight, a, b = make()
+    weight[3] = 0.0
+    b[:, 3] = 0.0
+    geometry = row_geometry(weight, a, b, 0.5, mx.zeros(40))
+    assert geometry.angle[3].item() == 0
+    assert geometry.delta_m[3].item() == 0
+    assert np.isfinite(to_numpy(geometry.angle)).all()
