@@ -1,0 +1,1 @@
+"""A set of DoRA layers in a model or on disk: config, surgery, files, fuse."""

@@ -1,0 +1,1 @@
+"""Files and arrays: strict headers, streaming reads, writes that cannot tear."""

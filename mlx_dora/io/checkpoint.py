@@ -1,0 +1,220 @@
+"""A model folder's tensors over all its shards, one at a time, and their writer."""
+
+import json
+import logging
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.atomic import write_tensors, write_text
+from mlx_dora.io.header import TensorInfo, read_header
+
+INDEX_NAME = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 << 30
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """The tensors of a model folder, indexed from checked headers, read lazily.
+
+    Shards are those of ``model.safetensors.index.json``, or else every
+    ``model*.safetensors``, as mlx-lm takes them.
+
+    Args:
+        folder: A local model folder.
+
+    Raises:
+        DoRAError: If there is no such folder or no weights, a shard is missing or
+            broken, a shard's name leads out of the folder, or a tensor is listed twice
+            or not there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise DoRAError(f"{folder} is not a model folder.")
+        self._infos: dict[str, TensorInfo] = {}
+        self._shards: dict[str, Path] = {}
+        # Arrays not handed out yet; one that was is dropped, so that it can be freed.
+        self._unread: dict[Path, dict[str, mx.array]] = {}
+        index = self.folder / INDEX_NAME
+        if index.exists():
+            self._read_index(index)
+        else:
+            self._read_shards()
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._infos)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype, shape and place of a tensor, from its shard's header."""
+        if name not in self._infos:
+            raise DoRAError(f"{self.folder} has no tensor {name!r}.")
+        return self._infos[name]
+
+    def shard(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        self.info(name)
+        return self._shards[name]
+
+    def tensor(self, name: str) -> mx.array:
+        """Return a lazy array: its bytes are read when it is evaluated."""
+        path = self.shard(name)
+        unread = self._unread.get(path, {})
+        if name not in unread:
+            loaded = mx.load(str(path))
+            assert isinstance(loaded, dict)
+            self._unread[path] = unread = loaded
+        return unread.pop(name)
+
+    def _read_index(self, index: Path) -> None:
+        weight_map = _weight_map(index)
+        for shard in dict.fromkeys(weight_map.values()):
+            path = self.folder / shard
+            # Symbolic links are fine (the Hub's cache is made of them): names are not
+            # allowed to climb.
+            if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard:
+                raise DoRAError(f"{index}: the shard {shard!r} is not a plain name.")
+            if not path.is_file():
+                raise DoRAError(f"{index}: the shard {shard!r} is not in the folder.")
+            header = read_header(path)
+            listed = {name for name, file in weight_map.items() if file == shard}
+            if missing := sorted(listed - header.keys()):
+                raise DoRAError(f"{path} lacks {', '.join(missing)} of the index.")
+            if extra := sorted(header.keys() - listed):
+                logger.warning(
+                    "%s: the index leaves out %s: not read.", path, ", ".join(extra)
+                )
+            for name in listed:
+                self._infos[name], self._shards[name] = header[name], path
+
+    def _read_shards(self) -> None:
+        shards = sorted(self.folder.glob("model*.safetensors"))
+        if not shards:
+            raise DoRAError(f"{self.folder} holds no model*.safetensors.")
+        for path in shards:
+            for name, info in read_header(path).items():
+                if name in self._infos:
+                    other = self._shards[name].name
+                    raise DoRAError(f"{name!r} is in {path} and in {other}.")
+                self._infos[name], self._shards[name] = info, path
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        content: Any = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DoRAError(f"{index} is not JSON ({error}).") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
+        raise DoRAError(f"{index} has no weight_map from tensors to files.")
+    if not weight_map:
+        raise DoRAError(f"{index} lists no tensors.")
+    return weight_map
+
+
+class ShardWriter:
+    """Writes tensors into a folder as mlx-lm's shards, holding one shard at a time.
+
+    Use as a context manager, inside `atomic_directory`: only a block that ends well
+    gets its final file names and the index. One shard is ``model.safetensors``,
+    several are ``model-00001-of-0000n.safetensors``.
+
+    Args:
+        folder: An existing folder.
+        max_shard_bytes: A shard is closed before it would grow past this; a larger
+            tensor has one of its own.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        self._folder = Path(folder)
+        self._max_shard_bytes = max_shard_bytes
+        self._waiting: dict[str, mx.array] = {}
+        self._waiting_bytes = 0
+        self._parts: list[Path] = []
+        self._part_of: dict[str, int] = {}
+        self._total_bytes = 0
+        self._is_usable = True
+
+    def add(self, name: str, tensor: mx.array) -> None:
+        """Compute a tensor and take it in; a full shard is written."""
+        if not self._is_usable:
+            raise RuntimeError("this ShardWriter failed or was closed")
+        if name in self._part_of or name in self._waiting:
+            raise DoRAError(f"two tensors are called {name!r}.")
+        try:
+            mx.eval(tensor)
+            full = self._waiting_bytes + tensor.nbytes > self._max_shard_bytes
+            if self._waiting and full:
+                self._write_part()
+        except BaseException:
+            self._discard()
+            raise
+        self._waiting[name] = tensor
+        self._waiting_bytes += tensor.nbytes
+        self._total_bytes += tensor.nbytes
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._discard()
+        elif not self._is_usable:
+            raise RuntimeError("an earlier failure was swallowed; nothing is finalised")
+        else:
+            try:
+                self._finalise()
+            except BaseException:
+                self._discard()
+                raise
+
+    def _write_part(self) -> None:
+        path = self._folder / f"model-{len(self._parts) + 1:05d}.part.safetensors"
+        self._parts.append(path)
+        write_tensors(path, self._waiting)
+        self._part_of.update(dict.fromkeys(self._waiting, len(self._parts) - 1))
+        self._waiting, self._waiting_bytes = {}, 0
+
+    def _finalise(self) -> None:
+        if self._waiting:
+            self._write_part()
+        if not self._parts:
+            raise DoRAError(f"no tensors were given for {self._folder}.")
+        count = len(self._parts)
+        names = [
+            f"model-{part + 1:05d}-of-{count:05d}.safetensors" for part in range(count)
+        ]
+        if count == 1:
+            names = ["model.safetensors"]
+        for part, name in zip(self._parts, names, strict=True):
+            part.replace(self._folder / name)
+        index = {
+            "metadata": {"total_size": self._total_bytes},
+            "weight_map": {
+                key: names[self._part_of[key]] for key in sorted(self._part_of)
+            },
+        }
+        write_text(self._folder / INDEX_NAME, json.dumps(index, indent=4))
+        self._is_usable = False
+
+    def _discard(self) -> None:
+        self._is_usable = False
+        self._waiting = {}
+        for part in self._parts:
+            part.unlink(missing_ok=True)
