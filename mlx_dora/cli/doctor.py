@@ -1,0 +1,25 @@
+"""``mlx_dora.doctor``: is this machine set up well, and does our code work on it."""
+
+import click
+
+from mlx_dora.cli._framework import verb
+
+
+@verb("doctor")
+def command() -> int:
+    """Examine this machine: device, versions, BLAS, memory, layers, known traps.
+
+    Takes under a minute. Exits with 1 if a layer computes wrong results here.
+    """
+    from mlx_dora.doctor.diagnosis import UNVERIFIED, diagnose
+
+    diagnosis = diagnose()
+    for title, rows in diagnosis.sections.items():
+        click.echo(title)
+        for label, value in rows:
+            click.echo(f"  {label:<16} {value}")
+    click.echo("Known traps")
+    for trap in diagnosis.traps:
+        click.echo(f"  - {trap}")
+    click.echo(UNVERIFIED)
+    return 0 if diagnosis.is_healthy else 1

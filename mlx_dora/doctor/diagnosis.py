@@ -1,0 +1,90 @@
+"""The whole examination, as sections of label and value to print."""
+
+import dataclasses
+
+import mlx.core as mx
+
+from mlx_dora import __version__, openblas
+from mlx_dora.doctor.checks import LayerCheck, check_layers, matmul_gflops
+from mlx_dora.doctor.machine import (
+    Memory,
+    describe_machine,
+    describe_memory,
+    describe_versions,
+)
+from mlx_dora.doctor.traps import find_traps
+
+UNVERIFIED = (
+    "The authors of mlx_dora have never run it on a Mac: everything they measured was "
+    "measured on Linux. On Apple silicon this table is news to them; please paste it "
+    "into an issue."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """Titled sections of (label, value) rows, and the warnings that apply."""
+
+    sections: dict[str, list[tuple[str, str]]]
+    traps: list[str]
+    is_healthy: bool
+
+
+def diagnose() -> Diagnosis:
+    """Examine this machine; takes seconds, a minute where the BLAS is slow."""
+    blas = openblas.preload()
+    machine, memory = describe_machine(), describe_memory()
+    gflops, half = matmul_gflops(), matmul_gflops(mx.bfloat16)
+    layers = check_layers()
+    sections = {
+        "Machine": [
+            ("device", machine.device),
+            ("chip", f"{machine.chip}, {machine.cores} cores"),
+            ("system", machine.system),
+        ],
+        "Versions": [
+            ("mlx_dora", __version__),
+            ("python", machine.python),
+            *describe_versions().items(),
+        ],
+        "Matrix products, 512 x 2048 x 2048": [
+            ("OpenBLAS", f"{blas.state}: {blas.message}"),
+            ("float32", f"{gflops:.0f} GFLOP/s"),
+            ("bfloat16", f"{half:.0f} GFLOP/s"),
+        ],
+        "Memory": _memory_rows(memory),
+        "Kernels": [("all ops", "reference (plain MLX); there are no others yet")],
+        "DoRA layer, 1024 x 1024, rank 8, against float64 NumPy": [
+            (check.name, _layer_row(check)) for check in layers
+        ],
+    }
+    return Diagnosis(
+        sections=sections,
+        traps=find_traps(machine, memory, blas, gflops, layers),
+        is_healthy=all(check.is_right for check in layers),
+    )
+
+
+def _layer_row(check: LayerCheck) -> str:
+    verdict = "right" if check.is_right else "WRONG"
+    return (
+        f"{verdict}, error {check.error:.1e} (allowed {check.bound:.0e}); one token "
+        f"{check.dora_us:.0f} us, plain layer {check.base_us:.0f} us"
+    )
+
+
+def _memory_rows(memory: Memory) -> list[tuple[str, str]]:
+    def gib(size: int | None) -> str:
+        return "not told" if size is None else f"{size / 2**30:.1f} GiB"
+
+    rows = [
+        ("total", gib(memory.total_bytes)),
+        ("MLX's limit", gib(memory.mlx_limit_bytes)),
+    ]
+    if memory.recommended_bytes is not None:
+        rows.append(("working set", f"{gib(memory.recommended_bytes)} recommended"))
+    if memory.largest_buffer_bytes is not None:
+        rows.append(("largest array", gib(memory.largest_buffer_bytes)))
+    if memory.wired_limit_mb is not None:
+        rows.append(("wired limit", f"{memory.wired_limit_mb} MB (0: the default)"))
+    return rows

@@ -1,0 +1,87 @@
+import subprocess
+import sys
+
+import pytest
+
+from mlx_dora import openblas
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**_clean_environment(), **environment},
+    )
+    return done.stdout + done.stderr
+
+
+def _clean_environment() -> dict[str, str]:
+    import os
+
+    return {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+
+
+@pytest.fixture
+def cpu_build(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A Linux machine with MLX's CPU build, in a process that has loaded nothing."""
+    monkeypatch.setattr(openblas, "_status", None)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(openblas, "_is_cpu_build", lambda: True)
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.delitem(sys.modules, "mlx.core")
+    return monkeypatch
+
+
+def test_preload_imports_no_mlx() -> None:
+    code = (
+        "import sys; from mlx_dora import openblas; openblas.preload();"
+        "print([m for m in sys.modules if m.split('.')[0] in ('mlx', 'mlx_lm')])"
+    )
+    assert run(code).splitlines()[0] == "[]"
+
+
+def test_preload_after_mlx_says_so_once_and_claims_nothing(
+    cpu_build: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cpu_build.setitem(sys.modules, "mlx.core", sys)
+    first, second = openblas.preload(), openblas.preload()
+    assert first == second
+    assert first.state == "too late"
+    assert [record.getMessage() for record in caplog.records] == [first.message]
+    assert "LD_PRELOAD=libopenblas.so.0" in first.message
+
+
+def test_a_missing_library_is_a_warning_with_the_cure(
+    cpu_build: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cpu_build.setattr(openblas, "LIBRARY", "libno-such-blas.so.0")
+    assert openblas.preload().state == "missing"
+    assert "apt-get install libopenblas0-pthread" in caplog.text
+
+
+def test_nothing_to_do_on_a_mac(cpu_build: pytest.MonkeyPatch) -> None:
+    cpu_build.setattr(sys, "platform", "darwin")
+    assert openblas.preload().state == "not needed"
+
+
+def test_nothing_to_do_with_a_gpu_build(cpu_build: pytest.MonkeyPatch) -> None:
+    cpu_build.setattr(openblas, "_is_cpu_build", lambda: False)
+    assert openblas.preload().state == "not needed"
+
+
+def test_ld_preload_is_recognised(cpu_build: pytest.MonkeyPatch) -> None:
+    cpu_build.setenv("LD_PRELOAD", "/usr/lib/libopenblas.so.0")
+    assert openblas.preload().state == "environment"
+
+
+def test_a_preloaded_library_makes_float32_products_quick() -> None:
+    if openblas.preload().state != "loaded":
+        pytest.skip("OpenBLAS is not installed, or not for this build of MLX")
+    code = (
+        "from mlx_dora import openblas; openblas.preload();"
+        "from mlx_dora.doctor.checks import matmul_gflops; print(matmul_gflops())"
+    )
+    # The reference BLAS: 2. A busy machine must not fail this.
+    assert float(run(code).splitlines()[0]) > 8
