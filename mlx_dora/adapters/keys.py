@@ -1,0 +1,118 @@
+"""Which modules of a model a config means, as full paths."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import mlx.nn as nn
+
+from mlx_dora.errors import DoRAError
+
+# What mlx-lm adapts when no keys are given. The experts' classes live in mlx_lm, which
+# is slow to import, so they are told by where they come from.
+_LINEARS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+_EXPERTS = "mlx_lm.models.switch_layers"
+
+
+def natural_order(path: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts ``layers.2`` before ``layers.10``."""
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        for part in path.split(".")
+    ]
+
+
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The model's ``layers`` with their paths, in order; empty if it has none."""
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        return []
+    paths = {id(module): path for path, module in model.named_modules()}
+    return [
+        (paths[id(block)], block)
+        for block in layers
+        if isinstance(block, nn.Module) and id(block) in paths
+    ]
+
+
+def last_blocks(model: nn.Module, num_layers: int) -> list[tuple[str, nn.Module]]:
+    """The last `num_layers` blocks; -1 is all of them, 0 none.
+
+    Raises:
+        DoRAError: If the model has fewer blocks, or none at all.
+    """
+    found = blocks(model)
+    if not found:
+        raise DoRAError(
+            f"{type(model).__name__} has no blocks in .layers; name the modules to "
+            "adapt in keys, as full paths."
+        )
+    if num_layers > len(found):
+        raise DoRAError(
+            f"num_layers is {num_layers}, but the model has only {len(found)} blocks "
+            "(-1 adapts all)."
+        )
+    return found if num_layers == -1 else found[len(found) - num_layers :]
+
+
+def resolve_keys(
+    model: nn.Module, keys: Iterable[str] | None, num_layers: int
+) -> list[str]:
+    """Return the full paths of the modules that `keys` and `num_layers` mean.
+
+    A key names a module relative to each of the last `num_layers` blocks, or by its
+    full path, whatever `num_layers` (mlx-lm's rule). Without keys, every linear layer
+    and embedding in those blocks, as in mlx-lm.
+
+    Raises:
+        DoRAError: If a key names no module (with near names), or there are not so many
+            blocks.
+    """
+    if keys is None:
+        return [
+            _join(path, name)
+            for path, block in last_blocks(model, num_layers)
+            for name, module in _modules(block)
+            if isinstance(module, _LINEARS) or _is_experts(module)
+        ]
+    modules = dict(model.named_modules())
+    relative = [key for key in keys if key not in modules]
+    chosen = last_blocks(model, num_layers) if relative else []
+    found = {key for key in keys if key in modules}
+    unmatched = []
+    for key in relative:
+        paths = {_join(path, key) for path, _ in chosen} & modules.keys()
+        elsewhere = any(_join(path, key) in modules for path, _ in blocks(model))
+        if not paths and not (num_layers == 0 and elsewhere):
+            unmatched.append(_unmatched(model, key, elsewhere, num_layers))
+        found |= paths
+    if unmatched:
+        raise DoRAError(f"keys: {'; '.join(unmatched)}.")
+    return sorted(found, key=natural_order)
+
+
+def near_names(name: str, names: Iterable[str]) -> str:
+    """Return a hint in brackets with names like `name`, or nothing."""
+    near = difflib.get_close_matches(name, sorted(set(names)), n=3, cutoff=0.5)
+    return f" (did you mean {', '.join(near)}?)" if near else ""
+
+
+def _unmatched(model: nn.Module, key: str, elsewhere: bool, num_layers: int) -> str:
+    if elsewhere:
+        return f"{key!r} is in none of the last {num_layers} blocks"
+    names = [path for path, _ in model.named_modules() if path]
+    for path, block in blocks(model):
+        names += [name for name, _ in block.named_modules() if name]
+        names = [name for name in names if not name.startswith(f"{path}.")]
+    return f"no module is called {key!r}{near_names(key, names)}"
+
+
+def _modules(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    return sorted(block.named_modules(), key=lambda item: natural_order(item[0]))
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return type(module).__module__ == _EXPERTS and "weight" in module
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name

@@ -1,0 +1,211 @@
+"""Putting adapters into a model, taking them out, and switching them off."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.keys import last_blocks, natural_order, near_names, resolve_keys
+from mlx_dora.errors import DoRAError
+from mlx_dora.layers import DoRAEmbedding, DoRALinear, dora_class
+
+DoRAModule = DoRALinear | DoRAEmbedding
+FineTuneType = Literal["dora", "lora", "full"]
+
+# mlx-lm's own layers, told by where they are defined: importing it takes a second.
+_HOST_ADAPTERS = ("mlx_lm.tuner.lora", "mlx_lm.tuner.dora")
+
+
+def dora_layers(model: nn.Module) -> list[tuple[str, DoRAModule]]:
+    """Every DoRA layer of the model with its path, in natural order."""
+    return [
+        (path, layer)
+        for path, layer in adapter_layers(model)
+        if isinstance(layer, DoRALinear | DoRAEmbedding)
+    ]
+
+
+def adapter_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every adapted layer, mlx-lm's LoRA and DoRA included, in natural order."""
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, DoRALinear | DoRAEmbedding)
+        or type(module).__module__ in _HOST_ADAPTERS
+    ]
+    return sorted(found, key=lambda item: natural_order(item[0]))
+
+
+def base_of(layer: nn.Module) -> nn.Module:
+    """Return the frozen module that an adapted layer wraps."""
+    return layer["embedding"] if "embedding" in layer else layer["linear"]
+
+
+def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
+    """Adapt a model in place: freeze it and put DoRA layers over its modules.
+
+    Afterwards only the adapter's parameters are trainable, and the model's output is
+    what it was.
+
+    Args:
+        model: A model without adapters.
+        config: Which modules, at which rank and scale.
+
+    Returns:
+        The full paths of the adapted modules, in natural order.
+
+    Raises:
+        DoRAError: If a key or an entry of `rank_pattern` matches nothing, a module
+            cannot take DoRA (all of them by name), there are fewer blocks than
+            `num_layers`, or the model has adapters already. The model is unchanged.
+    """
+    paths = adaptable_paths(model, config)
+    modules = dict(model.named_modules())
+    problems = []
+    for path in paths:
+        try:
+            dora_class(modules[path])
+        except DoRAError as error:
+            problems.append(f"{path}: {error}")
+    if problems:
+        hint = " Leave them out by giving keys." if config.keys is None else ""
+        raise DoRAError(" ".join(problems) + hint)
+    model.freeze()
+    layers: list[tuple[str, nn.Module]] = []
+    for path in paths:
+        layer = dora_class(modules[path]).from_base(
+            modules[path],
+            r=config.rank_of(path),
+            dropout=config.dropout,
+            scale=config.scale_of(path),
+        )
+        layer.train(model.training)
+        layers.append((path, layer))
+    put_modules(model, layers)
+    return paths
+
+
+def apply_layers(
+    model: nn.Module, config: DoRAConfig, fine_tune_type: FineTuneType
+) -> list[str]:
+    """Make a model trainable the way `fine_tune_type` says.
+
+    Args:
+        model: A model without adapters.
+        config: Which modules; for ``"full"``, `num_layers` alone counts.
+        fine_tune_type: ``"dora"`` is `apply_dora`; ``"lora"`` puts mlx-lm's LoRA layers
+            on the same modules; ``"full"`` unfreezes the last blocks.
+
+    Returns:
+        The full paths of the adapted modules, or of the unfrozen blocks.
+
+    Raises:
+        DoRAError: As `apply_dora`, or for an unknown `fine_tune_type`.
+    """
+    ways: dict[str, Callable[[nn.Module, DoRAConfig], list[str]]] = {
+        "dora": apply_dora,
+        "lora": _apply_lora,
+        "full": _unfreeze_blocks,
+    }
+    if fine_tune_type not in ways:
+        raise DoRAError(
+            f"fine_tune_type must be {', '.join(ways)}; got {fine_tune_type!r}."
+        )
+    return ways[fine_tune_type](model, config)
+
+
+def remove_dora(model: nn.Module) -> list[str]:
+    """Take every adapter out: the very same base modules come back, still frozen.
+
+    mlx-lm's LoRA and DoRA layers go too.
+
+    Returns:
+        The paths that were adapted.
+    """
+    layers = adapter_layers(model)
+    put_modules(model, [(path, base_of(layer)) for path, layer in layers])
+    return [path for path, _ in layers]
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Make the model its base while the block runs, magnitudes included.
+
+    Layers that were disabled before stay so afterwards; an exception restores them too.
+    """
+    ours = dora_layers(model)
+    before = [layer.enabled for _, layer in ours]
+    adapted = {path for path, _ in ours}
+    others = [(p, layer) for p, layer in adapter_layers(model) if p not in adapted]
+    try:
+        for _, layer in ours:
+            layer.enabled = False
+        put_modules(model, [(path, base_of(layer)) for path, layer in others])
+        yield
+    finally:
+        put_modules(model, others)
+        for (_, layer), enabled in zip(ours, before, strict=True):
+            layer.enabled = enabled
+
+
+def adaptable_paths(model: nn.Module, config: DoRAConfig) -> list[str]:
+    """Resolve the config's keys and check its rank pattern against them.
+
+    Raises:
+        DoRAError: As `apply_dora`, but for the modules' classes.
+    """
+    if adapted := adapter_layers(model):
+        raise DoRAError(
+            f"the model has {len(adapted)} adapted layers already ({adapted[0][0]}, "
+            "...); take them out with remove_dora first."
+        )
+    paths = resolve_keys(model, config.keys, config.num_layers)
+    used = {config.pattern_for(path) for path in paths}
+    unused = [name for name in config.rank_pattern or {} if name not in used]
+    if unused and paths:
+        hints = [f"{name!r}{near_names(name, paths)}" for name in unused]
+        raise DoRAError(f"rank_pattern matches no adapted module: {', '.join(hints)}.")
+    return paths
+
+
+def put_modules(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
+    """Put modules at their paths."""
+    if modules:
+        model.update_modules(tree_unflatten(modules))
+
+
+def _apply_lora(model: nn.Module, config: DoRAConfig) -> list[str]:
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    paths = adaptable_paths(model, config)
+    model.freeze()
+    settings: dict[tuple[int, float], list[str]] = {}
+    for path in paths:
+        setting = config.rank_of(path), config.scale_of(path)
+        settings.setdefault(setting, []).append(path)
+    try:
+        for (rank, scale), keys in settings.items():
+            parameters = {
+                "rank": rank,
+                "scale": scale,
+                "dropout": config.dropout,
+                "keys": keys,
+            }
+            linear_to_lora_layers(model, config.num_layers, parameters)
+    except ValueError as error:
+        remove_dora(model)
+        raise DoRAError(f"LoRA: {error}.") from error
+    for _, layer in adapter_layers(model):
+        layer.train(model.training)
+    return paths
+
+
+def _unfreeze_blocks(model: nn.Module, config: DoRAConfig) -> list[str]:
+    chosen = last_blocks(model, config.num_layers)
+    model.freeze()
+    for _, block in chosen:
+        block.unfreeze()
+    return [path for path, _ in chosen]
