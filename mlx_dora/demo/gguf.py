@@ -46,7 +46,9 @@ def read_gguf(path: Path, dtype: ModelDtype) -> GGUFModel:
     Args:
         path: The file.
         dtype: What the weights become. ``"q4"`` keeps GGUF's own blocks: affine,
-            group size 32, 4 bits (8 where the file has 8), float16 scales and biases.
+            group size 32, 4 bits (8 where the file has 8). Scales and biases become
+            float32, which loses nothing and sets the model's arithmetic: on a CPU
+            MLX multiplies float16 blocks some forty times slower.
 
     Raises:
         DoRAError: If the file is no GGUF, or holds another architecture.
@@ -70,6 +72,7 @@ def read_gguf(path: Path, dtype: ModelDtype) -> GGUFModel:
     }
     tensors: dict[str, mx.array] = {}
     bits: dict[str, int] = {}
+    target = mx.float32 if dtype == "q4" else getattr(mx, dtype)
     for stem in sorted({name.rpartition(".")[0] for name in arrays}):
         leaves = {
             leaf: arrays[f"{stem}.{leaf}"]
@@ -81,9 +84,10 @@ def read_gguf(path: Path, dtype: ModelDtype) -> GGUFModel:
         module = _module_name(stem)
         if "scales" in leaves and dtype == "q4":
             bits[module] = _bits(leaves)
-            tensors |= {f"{module}.{leaf}": value for leaf, value in leaves.items()}
+            for leaf, value in leaves.items():
+                packed = leaf == "weight"
+                tensors[f"{module}.{leaf}"] = value if packed else value.astype(target)
         else:
-            target = mx.float16 if dtype == "q4" else getattr(mx, dtype)
             tensors[f"{module}.weight"] = _dense(leaves).astype(target)
     mx.eval(tensors)
     return GGUFModel(
@@ -165,7 +169,7 @@ def _config(
         "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
         "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
         "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
-        "torch_dtype": "float16" if dtype == "q4" else dtype,
+        "torch_dtype": "float32" if dtype == "q4" else dtype,
     }
 
 
