@@ -89,10 +89,10 @@ class QuantizedWeight:
 
 def unpacks(x: mx.array, shape: tuple[int, int]) -> bool:
     """Whether a product with a packed ``(out, in)`` weight unpacks it first."""
-    if mx.default_device().type != mx.DeviceType.cpu:
-        return False
     rows = x.size // max(x.shape[-1], 1)
-    return rows > _CPU_PACKED_ROWS and rows * shape[0] * shape[1] > _CPU_SMALL_WORK
+    if rows <= _CPU_PACKED_ROWS or rows * shape[0] * shape[1] <= _CPU_SMALL_WORK:
+        return False
+    return mx.default_device().type == mx.DeviceType.cpu
 
 
 @lru_cache

@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.kernels import QuantizedWeight
+from mlx_dora.kernels.quantized import unpacks
 from mlx_dora.kernels.rows import Weight
 
 Packed = nn.QuantizedLinear | nn.QuantizedEmbedding
@@ -21,6 +22,12 @@ def packed_weight(base: Packed) -> QuantizedWeight:
     )
 
 
+def packed_shape(base: Packed) -> tuple[int, int]:
+    """Shape ``(out, in)`` of the weight that a quantised module stands for."""
+    out, words = base["weight"].shape
+    return out, words * 32 // base.bits
+
+
 def weight_of(base: nn.Module) -> Weight:
     """The weight of a base module, dense or packed."""
     return packed_weight(base) if isinstance(base, Packed) else base["weight"]
@@ -32,11 +39,11 @@ def project(base: nn.Module, x: mx.array) -> mx.array:
     The base's own op, so that an untrained adapter changes no bit, except where a
     packed weight is slow on the CPU (`QuantizedWeight.matmul`).
     """
-    if isinstance(base, Packed):
+    if isinstance(base, Packed) and unpacks(x, packed_shape(base)):
         y = packed_weight(base).matmul(x)
         y = y + base["bias"] if "bias" in base else y
-    elif isinstance(base, nn.Embedding):
+    elif isinstance(base, nn.Embedding | nn.QuantizedEmbedding):
         y = base.as_linear(x)
     else:
         y = base(x)
-    return y.astype(x.dtype)
+    return y if y.dtype == x.dtype else y.astype(x.dtype)

@@ -1,0 +1,163 @@
+"""One layer: our DoRA against mlx-lm's DoRA, mlx-lm's LoRA and the plain base.
+
+    python benchmarks/bench_layer.py [--only decode] [--rank 8] [--smoke]
+
+Forward of 1, 8, 32 and 128 tokens in eval mode, and a training step (forward and
+gradients of the adapter and the input) of 128 and 512 tokens, on a dense and on a 4-bit
+base, ranks 8 and 64. Shapes are SmolLM2-1.7B's q_proj and Llama-3.2-1B's down_proj.
+"""
+
+from collections.abc import Callable
+
+import _harness as bench
+import click
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tuner.dora import DoRALinear as TheirDoRA
+from mlx_lm.tuner.lora import LoRALinear
+
+from mlx_dora.layers import DoRALinear
+
+SHAPES = {"q_proj": (2048, 2048), "down_proj": (8192, 2048)}
+SMOKE = {"tiny": (64, 64)}
+SCALE = 2.0
+REPEATS = {1: 20, 8: 5, 32: 2}  # calls in one timed run: short ones drown in noise
+
+
+def layers(
+    shape: tuple[int, int], rank: int, quantized: bool, dtype: mx.Dtype
+) -> dict[str, nn.Module]:
+    """The contenders on one base, with the same trained factors."""
+    mx.random.seed(0)
+    linear = nn.Linear(*shape, bias=False)
+    linear.set_dtype(dtype)
+    base = linear.to_quantized(64, 4) if quantized else linear
+    made: dict[str, nn.Module] = {
+        "base": base,
+        "mlx-lm LoRA": LoRALinear.from_base(base, r=rank, scale=SCALE),
+        "mlx-lm DoRA": TheirDoRA.from_base(base, r=rank, scale=SCALE),
+        "ours": DoRALinear.from_base(base, r=rank, scale=SCALE),
+    }
+    first = made["ours"]
+    lora_b = mx.random.normal(first["lora_b"].shape) * 0.02
+    for name, layer in made.items():
+        if name == "base":
+            layer.freeze()
+            continue
+        layer.update({"lora_a": first["lora_a"], "lora_b": lora_b})
+        layer.freeze()
+        layer.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
+    mx.eval([layer.parameters() for layer in made.values()])
+    return made
+
+
+def forward(layer: nn.Module, x: mx.array, repeats: int) -> Callable[[], mx.array]:
+    layer.eval()
+
+    def run() -> mx.array:
+        y = layer(x)
+        for _ in range(repeats - 1):
+            mx.eval(y)
+            y = layer(x)
+        return y
+
+    return run
+
+
+def training(layer: nn.Module, x: mx.array, dy: mx.array) -> Callable[[], list]:
+    layer.train()
+
+    def loss(params: dict, x: mx.array) -> mx.array:
+        layer.update(params)
+        return (layer(x) * dy).sum()
+
+    step = mx.compile(mx.value_and_grad(loss, argnums=(0, 1)))
+    params = layer.trainable_parameters()
+
+    def run() -> list:
+        value, gradients = step(params, x)
+        layer.update(params)
+        return [value, gradients]
+
+    return run
+
+
+def case(
+    name: str,
+    shape: tuple[int, int],
+    tokens: int,
+    rank: int,
+    quantized: bool,
+    dtype: mx.Dtype,
+    train: bool,
+) -> bench.Case:
+    made = layers(shape, rank, quantized, dtype)
+    x = mx.random.normal((1, tokens, shape[0])).astype(dtype)
+    dy = mx.random.normal((1, tokens, shape[1])).astype(dtype)
+    mx.eval(x, dy)
+    repeats = 1 if train else REPEATS.get(tokens, 1)
+
+    def runner(layer: nn.Module) -> Callable[[], bench.Arrays]:
+        return training(layer, x, dy) if train else forward(layer, x, repeats)
+
+    # mlx-lm's DoRA divides by the norm of the dense weight: an independent reference.
+    reference = runner(made["mlx-lm DoRA"])
+    return bench.Case(
+        name=f"{name} {'step' if train else 'forward'}",
+        dtype=str(dtype).removeprefix("mlx.core."),
+        contenders=[
+            bench.Contender(
+                name=label,
+                run=runner(layer),
+                expected=reference if label == "ours" else None,
+                bound=1e-4 if dtype == mx.float32 else 2e-2,
+            )
+            for label, layer in made.items()
+        ],
+        baseline="mlx-lm LoRA",
+        facts={
+            "weight": "4-bit" if quantized else "dense",
+            "tokens": tokens,
+            "rank": rank,
+            "repeats": repeats,
+        },
+    )
+
+
+@click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)
+@bench.options
+@click.option("--only", type=click.Choice(["decode", "batch", "step"]))
+@click.option("--rank", "ranks", type=int, multiple=True, help="8 and 64.")
+@click.option("--weight", type=click.Choice(["dense", "4-bit"]))
+@click.option("--dtype", default="float32", show_default=True)
+def main(
+    settings: bench.Settings,
+    only: str | None,
+    ranks: tuple[int, ...],
+    weight: str | None,
+    dtype: str,
+) -> None:
+    kinds = {"decode": (1,), "batch": (8, 32, 128), "step": (128, 512)}
+    if settings.smoke:
+        kinds = {"decode": (1,), "batch": (8,), "step": (8,)}
+    for kind in [only] if only else kinds:
+        for name, shape in (SMOKE if settings.smoke else SHAPES).items():
+            for quantized in (False, True):
+                if weight and (weight == "4-bit") != quantized:
+                    continue
+                for rank in ranks or ((8,) if settings.smoke else (8, 64)):
+                    for tokens in kinds[kind]:
+                        one = case(
+                            name,
+                            shape,
+                            tokens,
+                            rank,
+                            quantized,
+                            getattr(mx, dtype),
+                            kind == "step",
+                        )
+                        bench.report(bench.measure(one, settings))
+
+
+if __name__ == "__main__":
+    main()
