@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
@@ -28,8 +28,12 @@ def dora_layers(model: nn.Module) -> list[tuple[str, DoRAModule]]:
     ]
 
 
-def adapter_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every adapted layer, mlx-lm's LoRA and DoRA included, in natural order."""
+def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Every adapted layer, mlx-lm's LoRA and DoRA included, in natural order.
+
+    All of them have ``lora_a``, ``lora_b``, ``scale`` and ``dropout``; mlx-lm's are
+    untyped.
+    """
     found = [
         (path, module)
         for path, module in model.named_modules()

@@ -1,0 +1,69 @@
+"""Recognising a base model by its tensors, so that an adapter is not put on another."""
+
+import hashlib
+import json
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_dora.adapters.keys import natural_order
+from mlx_dora.adapters.surgery import adapter_layers, base_of
+
+# Values of this many tensors are looked at, and this many of each.
+_SAMPLED_TENSORS = 16
+_SAMPLED_VALUES = 256
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash the base's tensor names, shapes and dtypes, and a sample of its values.
+
+    Adapters do not count: the same before and after `apply_dora` or with mlx-lm's LoRA
+    layers. At most 16 matrices are read, however large the model; two models that
+    differ only elsewhere are not told apart.
+
+    Returns:
+        ``"sha256:"`` and 64 hexadecimal digits.
+    """
+    tensors = base_tensors(model)
+    names = sorted(tensors, key=natural_order)
+    digest = hashlib.sha256()
+    for name in names:
+        tensor = tensors[name]
+        line = [name, list(tensor.shape), str(tensor.dtype)]
+        digest.update(json.dumps(line).encode() + b"\n")
+    matrices = [name for name in names if tensors[name].ndim > 1 and tensors[name].size]
+    for name in _spread(matrices, _SAMPLED_TENSORS):
+        digest.update(_sample(tensors[name]))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def base_tensors(model: nn.Module) -> dict[str, mx.array]:
+    """Every parameter of the base under the name it has without adapters."""
+    adapted = adapter_layers(model)
+    prefixes = tuple(f"{path}." for path, _ in adapted)
+    tensors: dict[str, mx.array] = {
+        name: cast(mx.array, tensor)
+        for name, tensor in tree_flatten(model.parameters())
+        if not name.startswith(prefixes)
+    }
+    for path, layer in adapted:
+        for name, tensor in tree_flatten(base_of(layer).parameters()):
+            tensors[f"{path}.{name}"] = cast(mx.array, tensor)
+    return tensors
+
+
+def _spread(names: list[str], count: int) -> list[str]:
+    """Return `count` names evenly spread, first and last among them."""
+    if len(names) <= count:
+        return names
+    return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
+
+
+def _sample(tensor: mx.array) -> bytes:
+    flat = tensor.reshape(-1)
+    step = max(1, flat.size // _SAMPLED_VALUES)
+    values = mx.contiguous(flat[::step][:_SAMPLED_VALUES])
+    return np.array(values.view(mx.uint8)).tobytes()

@@ -1,0 +1,118 @@
+"""What an adapter folder says in JSON, and how ranks are padded there."""
+
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_dora.adapters.adapter import Adapter, BaseModel, rank_axis, rank_of
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.errors import DoRAError
+
+FORMAT_VERSION = 1
+
+
+def config_json(adapter: Adapter) -> dict[str, Any]:
+    """The content of ``adapter_config.json``."""
+    config = adapter.config
+    parameters = None
+    if adapter.fine_tune_type != "full":
+        parameters = replace(config, keys=tuple(adapter.paths)).lora_parameters()
+    return {
+        "fine_tune_type": adapter.fine_tune_type,
+        "num_layers": config.num_layers,
+        "lora_parameters": parameters,
+        "mlx_dora": {
+            "version": FORMAT_VERSION,
+            "base": {
+                "model": adapter.base.model,
+                "fingerprint": adapter.base.fingerprint,
+            },
+            "variant": config.variant,
+            "rank_pattern": config.rank_pattern,
+            "training": None if adapter.training is None else dict(adapter.training),
+        },
+    }
+
+
+def parse_config(content: dict[str, Any]) -> Adapter:
+    """Read ``adapter_config.json``, ours or mlx-lm's, into an adapter without tensors.
+
+    Raises:
+        DoRAError: If a value is missing or bad.
+    """
+    kind = content.get("fine_tune_type", "lora")  # mlx-lm's default
+    if kind not in ("dora", "lora", "full"):
+        raise DoRAError(f"fine_tune_type must be dora, lora or full, got {kind!r}.")
+    ours = content.get("mlx_dora")
+    if ours is not None and not isinstance(ours, dict):
+        raise DoRAError(f"mlx_dora must be an object, got {ours!r:.60}.")
+    parameters = {} if kind == "full" else _lora_parameters(content, ours is None)
+    config = DoRAConfig.from_lora_parameters(
+        parameters, num_layers=content.get("num_layers", -1)
+    )
+    if ours is None:
+        model = content.get("model")
+        base = BaseModel(model=model if isinstance(model, str) else None)
+        return Adapter(config=config, tensors={}, base=base, fine_tune_type=kind)
+    version = ours.get("version")
+    if type(version) is not int or version > FORMAT_VERSION:
+        raise DoRAError(
+            f"format version {version!r} is newer than this mlx_dora knows "
+            f"({FORMAT_VERSION}); upgrade mlx_dora."
+        )
+    base, training = ours.get("base") or {}, ours.get("training")
+    for name, value in (("base", base), ("training", training or {})):
+        if not isinstance(value, dict):
+            raise DoRAError(f"mlx_dora.{name} must be an object, got {value!r:.60}.")
+    return Adapter(
+        config=replace(
+            config,
+            variant=ours.get("variant", "dora"),
+            rank_pattern=ours.get("rank_pattern"),
+        ),
+        tensors={},
+        base=BaseModel(model=base.get("model"), fingerprint=base.get("fingerprint")),
+        fine_tune_type=kind,
+        training=training,
+    )
+
+
+def _lora_parameters(content: dict[str, Any], is_host: bool) -> dict[str, Any]:
+    parameters = content.get("lora_parameters")
+    if not isinstance(parameters, dict):
+        raise DoRAError(f"lora_parameters must be an object, got {parameters!r:.60}.")
+    if is_host and "scale" in parameters:
+        # Configs for mlx-lm often keep keys that it ignores, such as alpha.
+        known = ("rank", "scale", "dropout", "keys")
+        return {key: value for key, value in parameters.items() if key in known}
+    missing = [key for key in ("rank", "scale") if key not in parameters]
+    if missing and "alpha" not in parameters:
+        raise DoRAError(f"lora_parameters lacks {' and '.join(missing)}.")
+    return parameters
+
+
+def pad_rank(name: str, tensor: mx.array, rank: int) -> mx.array:
+    """Fill a low-rank factor with zeros up to `rank`: stock mlx-lm reads one rank."""
+    leaf = name.rpartition(".")[2]
+    if leaf == "m" or rank_of(leaf, tensor) == rank:
+        return tensor
+    widths = [(0, 0)] * tensor.ndim
+    widths[rank_axis(leaf, tensor.ndim)] = (0, rank - rank_of(leaf, tensor))
+    return mx.pad(tensor, widths)
+
+
+def strip_rank(tensors: dict[str, mx.array], config: DoRAConfig) -> dict[str, mx.array]:
+    """Undo `pad_rank`; a factor that is not padded with zeros stays, and is refused."""
+    stripped = dict(tensors)
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        true = config.rank_of(path)
+        if leaf not in ("lora_a", "lora_b") or tensor.ndim not in (2, 3):
+            continue
+        if rank_of(leaf, tensor) == config.rank and true < config.rank:
+            axis = rank_axis(leaf, tensor.ndim)
+            factor, padding = mx.split(tensor, [true], axis=axis)
+            if not mx.any(padding != 0):
+                stripped[name] = factor
+    return stripped
