@@ -1,0 +1,1 @@
+"""Measuring a model: loss, label accuracy, samples, fused against unfused."""

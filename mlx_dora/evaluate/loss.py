@@ -1,0 +1,138 @@
+"""Mean loss per target token."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.evaluate.batches import Examples, RowCounts, batches_once
+
+Loss = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
+"""(model, tokens, lengths) -> (mean loss of the target tokens, their number)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossResult:
+    """Loss of a model on a data set.
+
+    Args:
+        loss: Sum of the target tokens' losses over their number, in nats.
+        tokens: Number of target tokens.
+        rows: Number of rows looked at.
+        rows_truncated: How many of them were cut.
+        rows_skipped: How many had no target left and were left out.
+    """
+
+    loss: float
+    tokens: int
+    rows: int
+    rows_truncated: int = 0
+    rows_skipped: int = 0
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the loss."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def target_mask(lengths: mx.array, positions: int) -> mx.array:
+    """Which of the positions 1..positions of each row are targets.
+
+    Target position t is the t-th token of the row: it counts from the first target
+    up to the row's last token. (mlx-lm counts one padding token more.)
+
+    Args:
+        lengths: First target and length per row. Shape ``(rows, 2)``.
+        positions: Number of target positions.
+
+    Returns:
+        Booleans. Shape ``(rows, positions)``.
+    """
+    steps = mx.arange(1, positions + 1)
+    return (steps >= lengths[:, 0:1]) & (steps < lengths[:, 1:])
+
+
+def loss_fn(
+    model: nn.Module, batch: mx.array, lengths: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Cross-entropy of the next token, averaged over the batch's target tokens.
+
+    Args:
+        model: Maps tokens ``(rows, length)`` to logits.
+        batch: Tokens. Shape ``(rows, length)``.
+        lengths: Position of the first target and length of each row. ``(rows, 2)``.
+
+    Returns:
+        The mean in float32, 0 where there is no target; and the number of targets.
+    """
+    targets = batch[:, 1:]
+    logits = model(batch[:, :-1])
+    if mx.default_device() == mx.cpu:  # there it would reduce in the logits' dtype
+        logits = logits.astype(mx.float32)
+    mask = target_mask(lengths, targets.shape[1])
+    tokens = mask.sum()
+    losses = mx.where(mask, mx.fast.cross_entropy(logits, targets), 0.0)
+    return losses.sum() / mx.maximum(tokens, 1), tokens
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode for a while, and back in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def evaluate_loss(
+    model: nn.Module,
+    dataset: Examples,
+    *,
+    batch_size: int = 4,
+    max_seq_length: int = 2048,
+    num_batches: int = -1,
+    loss: Loss = loss_fn,
+    progress: Callable[[int], None] | None = None,
+) -> LossResult:
+    """Loss of a model in eval mode, each target token weighing the same.
+
+    Args:
+        model: The model.
+        dataset: Examples.
+        batch_size: Rows in a batch.
+        max_seq_length: Rows are cut to this many tokens.
+        num_batches: Look at this many batches only, of rows spread evenly over the
+            data; -1 for all.
+        loss: Loss and token count of one batch.
+        progress: Called after each batch with its number of rows.
+
+    Raises:
+        DoRAError: If no row has a target token.
+    """
+    if num_batches < -1 or num_batches == 0:
+        raise DoRAError(f"num_batches must be -1 or at least 1, got {num_batches}.")
+    counts = RowCounts()
+    total, tokens = 0.0, 0
+    with eval_mode(model):
+        for batch, lengths in batches_once(
+            dataset, batch_size, max_seq_length, num_batches, counts
+        ):
+            value, count = loss(model, batch, lengths)
+            mx.eval(value, count)
+            total += float(value) * int(count)
+            tokens += int(count)
+            if progress is not None:
+                progress(batch.shape[0])
+    return LossResult(
+        loss=total / tokens,
+        tokens=tokens,
+        rows=counts.rows,
+        rows_truncated=counts.truncated,
+        rows_skipped=counts.skipped,
+    )
