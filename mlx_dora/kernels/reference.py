@@ -4,6 +4,7 @@ Shapes as MLX stores them: weight ``(out, in)``, lora_a ``(in, r)``, lora_b
 ``(r, out)``. The paper's column norm is the norm of each output row here.
 """
 
+from functools import partial
 from typing import cast
 
 import mlx.core as mx
@@ -162,14 +163,31 @@ def fused_weight(
     return rows[0] if len(rows) == 1 else mx.concatenate(rows)
 
 
-def _compose(
+@partial(mx.compile, shapeless=True)
+def _rescale(
     y: mx.array, low_rank: mx.array, gain: mx.array, bias: mx.array | None
 ) -> mx.array:
     out = gain * (y.astype(mx.float32) + low_rank)
     return (out if bias is None else out + bias).astype(y.dtype)
 
 
-compose = mx.compile(_compose, shapeless=True)
+def compose(
+    y: mx.array, h: mx.array, up: mx.array, gain: mx.array, bias: mx.array | None
+) -> mx.array:
+    """``g∘(y + h·up) + b`` in float32, rounded once to the dtype of `y`.
+
+    Args:
+        y: Shape ``(..., out)``.
+        h: Shape ``(..., r)``.
+        up: s·B, or B with s in `h`. Shape ``(r, out)``, float32.
+        gain: Shape ``(out,)``, float32.
+        bias: Shape ``(out,)`` float32, or None.
+    """
+    h = h.astype(mx.float32)
+    if y.dtype != mx.float32:
+        return _rescale(y, h @ up, gain, bias)
+    out = gain * mx.addmm(y, h, up)  # the sum costs no pass of its own
+    return out if bias is None else out + bias
 
 
 @mx.custom_function
@@ -182,8 +200,8 @@ def _dora_scale(
     norm: mx.array,
     bias: mx.array | None,
 ) -> mx.array:
-    low_rank = (scale * h.astype(mx.float32)) @ lora_b.astype(mx.float32)
-    return compose(y, low_rank, row_gain(m, norm), bias)
+    h = scale * h.astype(mx.float32)
+    return compose(y, h, lora_b.astype(mx.float32), row_gain(m, norm), bias)
 
 
 @_dora_scale.vjp

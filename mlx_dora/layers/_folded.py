@@ -36,8 +36,7 @@ class Folded:
 
     def apply(self, y: mx.array, x: mx.array) -> mx.array:
         """Output for base output `y` ``(..., out)`` and input `x` ``(..., in)``."""
-        low_rank = (x @ self.down).astype(mx.float32) @ self.up
-        return compose(y, low_rank, self.gain, self.offset)
+        return compose(y, x @ self.down, self.up, self.gain, self.offset)
 
 
 def fold(
