@@ -60,18 +60,27 @@ def _flatten(path: Path, config: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     return flat
 
 
+def _refuse_other_kind(
+    path: Path, written: str, param: click.Option, value: Any
+) -> None:
+    """What click's own types, made for text, would crash on or print."""
+    if param.type is click.BOOL and not isinstance(value, bool):
+        raise DoRAError(f"{path}: {written} must be true or false, got {value!r}.")
+    if param.type is click.STRING and isinstance(value, dict | list):
+        raise DoRAError(f"{path}: {written} must be text, got {value!r}.")
+
+
 def default_map(path: Path, params: list[click.Parameter]) -> dict[str, Any]:
     """Turn a config file into click's ``default_map`` for these parameters.
 
     Raises:
         DoRAError: If a key is not an option; near names are listed.
     """
-    names: dict[str, str] = {}
+    names: dict[str, click.Option] = {}
     for param in params:
-        if not isinstance(param, click.Option) or param.name is None:
-            continue
-        for spelling in (param.name, *(o[2:] for o in param.opts if o[:2] == "--")):
-            names[spelling.replace("-", "_")] = param.name
+        if isinstance(param, click.Option) and param.name is not None:
+            for flag in (param.name, *(o[2:] for o in param.opts if o[:2] == "--")):
+                names[flag.replace("-", "_")] = param
     defaults: dict[str, Any] = {}
     problems = []
     for name, (written, value) in _flatten(path, read_config_file(path)).items():
@@ -79,7 +88,9 @@ def default_map(path: Path, params: list[click.Parameter]) -> dict[str, Any]:
             continue
         if name in names:
             if value is not None:
-                defaults[names[name]] = value
+                param = names[name]
+                _refuse_other_kind(path, written, param, value)
+                defaults[str(param.name)] = value
             continue
         near = difflib.get_close_matches(name, names, n=3)
         hint = f" (did you mean {', '.join(near)}?)" if near else ""
