@@ -1,0 +1,180 @@
+"""The demo's data: what Python's own standard library says its functions do.
+
+Questions and answers made from the docstrings of the running Python, so the set is
+real, free to use, and on every machine. The model is asked about ``textwrap.dedent``
+and should answer in one terse sentence, as that module's author did.
+"""
+
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import types
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.atomic import write_text
+
+# Quick to import, without side effects. A module that a platform lacks is left out.
+_NAMES = """
+argparse ast asyncio.events asyncio.locks asyncio.queues base64 bdb binascii bisect
+bz2 calendar cmath cmd code codecs codeop collections colorsys compileall
+concurrent.futures.thread configparser contextlib copy csv ctypes.util datetime
+decimal difflib dis doctest email.charset email.header email.message email.utils
+enum filecmp fileinput fnmatch fractions ftplib functools gc genericpath getopt
+getpass gettext glob graphlib gzip hashlib heapq hmac html.parser http.client
+http.cookiejar http.cookies http.server imaplib inspect io ipaddress itertools
+json.decoder json.encoder keyword linecache locale logging logging.handlers lzma
+mailbox math mimetypes modulefinder multiprocessing.connection
+multiprocessing.managers multiprocessing.pool netrc ntpath numbers operator optparse
+pathlib pdb pickle pickletools pkgutil platform plistlib poplib posixpath pprint
+profile pstats py_compile pyclbr queue quopri random re reprlib runpy sched secrets
+select selectors shelve shlex shutil signal site smtplib socket socketserver
+sqlite3.dump ssl stat statistics string stringprep struct subprocess symtable
+sysconfig tarfile tempfile textwrap threading time timeit token tokenize trace
+traceback types unicodedata unittest.case unittest.loader unittest.mock
+unittest.result unittest.suite urllib.parse urllib.request urllib.robotparser uuid
+venv warnings wave weakref webbrowser wsgiref.handlers wsgiref.headers wsgiref.util
+xml.dom.minidom xml.etree.ElementTree xml.sax.saxutils xmlrpc.client zipapp zipfile
+zipimport zlib
+"""
+MODULES = tuple(_NAMES.split())
+
+_ANSWER_LENGTH = range(20, 141)  # characters
+_PARAMETERS_SHOWN = 5
+_ROWS_PER_MODULE = 12  # so that no large module drowns the others
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionAnswer:
+    """One row: which module it is from, what is asked, what the docstring answers."""
+
+    module: str
+    question: str
+    answer: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row in mlx-lm's chat format."""
+        return {
+            "messages": [
+                {"role": "user", "content": self.question},
+                {"role": "assistant", "content": self.answer},
+            ]
+        }
+
+
+def write_demo_data(folder: str | Path) -> dict[str, int]:
+    """Write train.jsonl, valid.jsonl and test.jsonl, in mlx-lm's chat format.
+
+    Returns:
+        Rows in each.
+
+    Raises:
+        DoRAError: If this Python has no docstrings (``-OO`` strips them).
+    """
+    splits = demo_rows()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in splits.items():
+        lines = (json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows)
+        write_text(folder / f"{name}.jsonl", "".join(lines))
+    return {name: len(rows) for name, rows in splits.items()}
+
+
+def demo_rows() -> dict[str, list[QuestionAnswer]]:
+    """The rows of ``train``, ``valid`` and ``test``; the same on every run of a Python.
+
+    A module's rows all lie in one split, chosen by a hash of its name, and no answer
+    occurs twice, so nothing in ``valid`` or ``test`` was seen in training.
+    """
+    splits: dict[str, list[QuestionAnswer]] = {"train": [], "valid": [], "test": []}
+    seen: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # looking is not using
+        for name in sorted(MODULES):
+            rows = [row for row in _rows(name) if row.answer not in seen]
+            rows = sorted(rows, key=lambda row: _draw(row.question))[:_ROWS_PER_MODULE]
+            seen.update(row.answer for row in rows)
+            splits[_split_of(name)].extend(rows)
+    if empty := [name for name, rows in splits.items() if not rows]:
+        raise DoRAError(
+            f"found no docstrings for {' and '.join(empty)}: this Python was started "
+            "with -OO or PYTHONOPTIMIZE=2, which strips them."
+        )
+    return splits
+
+
+def _split_of(module: str) -> str:
+    """Five modules in seven train, one validates, one tests."""
+    return {0: "valid", 1: "test"}.get(_draw(module)[0] % 7, "train")
+
+
+def _draw(text: str) -> bytes:
+    """Chance that is the same on every run and every machine."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _rows(name: str) -> Iterator[QuestionAnswer]:
+    """A module's rows, each answer once."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError:  # not on this platform, or left out of this build
+        return
+    answers: set[str] = set()
+    for path, member in _public_members(module):
+        answer = _first_sentence(inspect.getdoc(member) or "")
+        if answer and answer not in answers:
+            answers.add(answer)
+            call = f"{name}.{path}{_parameters(member)}"
+            question = f"What does Python's `{call}` do?"
+            yield QuestionAnswer(module=name, question=question, answer=answer)
+
+
+def _public_members(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
+    """Functions, classes and methods defined here, by name; none from elsewhere."""
+    for name, member in sorted(vars(module).items()):
+        if name.startswith("_") or _home(member) != module.__name__:
+            continue
+        if inspect.isroutine(member):
+            yield name, member
+        elif inspect.isclass(member):
+            yield name, member
+            for method_name, method in sorted(vars(member).items()):
+                plain = inspect.isfunction(method) or inspect.ismethoddescriptor(method)
+                if plain and not method_name.startswith("_"):
+                    yield f"{name}.{method_name}", method
+
+
+def _home(member: Any) -> str | None:
+    """The module that defines it, where ``_bisect`` counts as ``bisect``."""
+    home = getattr(member, "__module__", None)
+    return home.lstrip("_") if isinstance(home, str) else None
+
+
+def _parameters(member: Any) -> str:
+    """``(text, width)``: names without defaults, which may hold addresses.
+
+    Read off the code object: `inspect.signature` would evaluate annotations.
+    """
+    code = getattr(member, "__code__", None)
+    if code is None:  # a class, or written in C
+        return ""
+    count = code.co_argcount + code.co_kwonlyargcount
+    names = [name for name in code.co_varnames[:count] if name != "self"]
+    shown = names[:_PARAMETERS_SHOWN] + ["..."] * (len(names) > _PARAMETERS_SHOWN)
+    return f"({', '.join(shown)})"
+
+
+def _first_sentence(text: str) -> str:
+    """The opening sentence on one line, or nothing when it is no plain sentence."""
+    opening = " ".join(text.split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[a-z0-9)`'\"]\.)\s", opening, maxsplit=1)[0]
+    is_signature = "->" in sentence or re.match(r"[\w.]+\(", sentence)
+    if is_signature or not sentence.endswith(".") or not sentence[0].isupper():
+        return ""
+    return sentence if len(sentence) in _ANSWER_LENGTH else ""
