@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.fingerprint import fingerprint
-from mlx_dora.adapters.keys import blocks
+from mlx_dora.adapters.keys import blocks, natural_order
 from mlx_dora.adapters.surgery import FineTuneType, adapter_layers
 from mlx_dora.errors import DoRAError
 
@@ -55,8 +55,9 @@ class Adapter:
 
     @property
     def paths(self) -> list[str]:
-        """The adapted modules, in the order of the tensors."""
-        return list(dict.fromkeys(name.rpartition(".")[0] for name in self.tensors))
+        """The adapted modules, in natural order."""
+        paths = {name.rpartition(".")[0] for name in self.tensors}
+        return sorted(paths, key=natural_order)
 
 
 def take_adapter(

@@ -46,7 +46,7 @@ def attach_adapter(
     if adapter.fine_tune_type == "full":
         model.load_weights(list(adapter.tensors.items()), strict=False)
         return list(adapter.tensors)
-    paths = sorted(adapter.paths, key=natural_order)
+    paths = adapter.paths
     apply_layers(
         model, replace(adapter.config, keys=tuple(paths)), adapter.fine_tune_type
     )

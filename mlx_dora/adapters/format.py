@@ -114,5 +114,5 @@ def strip_rank(tensors: dict[str, mx.array], config: DoRAConfig) -> dict[str, mx
             axis = rank_axis(leaf, tensor.ndim)
             factor, padding = mx.split(tensor, [true], axis=axis)
             if not mx.any(padding != 0):
-                stripped[name] = factor
+                stripped[name] = mx.contiguous(factor)
     return stripped
