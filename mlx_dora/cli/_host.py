@@ -44,6 +44,7 @@ def run_host_command(name: str, command_path: str, args: list[str]) -> None:
         if not _raised_by_host(error):
             raise
         text = error.args[0] if isinstance(error, KeyError) else error
-        raise DoRAError(f"mlx-lm: {str(text).strip()}") from error
+        line = " ".join(str(text).split())
+        raise DoRAError(f"mlx-lm: {line}") from error
     finally:
         sys.argv = previous

@@ -1,0 +1,161 @@
+"""mlx-lm's own commands on our layers; each starts one process, so few tests do."""
+
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_dora import DoRAConfig, apply_dora, load, save_adapter
+from mlx_dora.cli.generate import command
+from mlx_dora.errors import DoRAError
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
+
+
+@pytest.fixture
+def adapter(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    model = load(str(tiny_model_folder))[0]
+    apply_dora(model, DoRAConfig(rank=2, num_layers=-1))
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def generate(*args: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(command, args)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_generate_runs_an_adapter_on_our_layers(
+    tiny_model_folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_dora import DoRALinear
+
+    ran: list[str] = []
+    forward = DoRALinear.__call__
+    monkeypatch.setattr(
+        DoRALinear,
+        "__call__",
+        lambda self, x: ran.append("ours") or forward(self, x),
+    )
+    paths = ("--model", str(tiny_model_folder), "--adapter-path", str(adapter))
+    code, output, _ = generate(*paths, "--prompt", "fox", "--max-tokens", "2")
+    assert code == 0
+    assert "Generation: 2 tokens" in output
+    assert ran
+
+
+def test_arguments_reach_mlx_lm_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `mlx_lm.generate` is the function; the module of that name is what runs.
+    module = importlib.import_module("mlx_lm.generate")
+    seen: list[list[str]] = []
+    monkeypatch.setattr(module, "main", lambda: seen.append(sys.argv))
+    before = sys.argv
+    args = ["--prompt", "--", "-", "-x=1", "", "a b", "--config", "--"]
+    assert generate(*args)[0] == 0
+    assert seen[0][1:] == args
+    assert sys.argv is before
+
+
+def test_help_is_mlx_lms_own() -> None:
+    code, output, _ = generate("--help")
+    assert code == 0
+    assert output.startswith("usage: ")
+    assert "--max-tokens" in output
+
+
+def test_wrong_flags_exit_with_2() -> None:
+    assert generate("--no-such-flag")[0] == 2
+
+
+def test_bad_input_is_one_line(tiny_model_folder: Path, adapter: Path) -> None:
+    model = ("--model", str(tiny_model_folder))
+    weights = adapter / "adapters.safetensors"
+    missing = str(adapter / "no" / "such")
+    for args in (
+        ("--model", missing),
+        ("--model", "no-such-organisation/no-such-model"),
+        ("--model", str(adapter)),  # a folder without config.json
+        (*model, "--adapter-path", missing),
+    ):
+        code, output, errors = generate(*args, "--prompt", "a")
+        assert (code, output) == (1, ""), args
+        assert len(errors.strip().splitlines()) == 1, args
+    weights.write_bytes(weights.read_bytes()[:-4])
+    code, _, errors = generate(*model, "--adapter-path", str(adapter), "--prompt", "a")
+    assert code == 1
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_our_own_mistakes_keep_their_traceback(
+    tiny_model_folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_dora import DoRALinear
+
+    def broken(self: DoRALinear, x: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(DoRALinear, "__call__", broken)
+    paths = ("--model", str(tiny_model_folder), "--adapter-path", str(adapter))
+    with pytest.raises(ValueError, match="a bug") as caught:
+        generate(*paths, "--prompt", "fox", "--max-tokens", "1")
+    assert not isinstance(caught.value, DoRAError)
+
+
+def test_chat_answers(tiny_model_folder: Path, adapter: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "mlx_dora", "chat"),
+            *("--model", str(tiny_model_folder), "--adapter-path", str(adapter)),
+            *("--max-tokens", "2"),
+        ],
+        input="hello\nq\n",
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_server_answers_with_an_adapter(tiny_model_folder: Path, adapter: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = ("--model", str(tiny_model_folder), "--adapter-path", str(adapter))
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlx_dora.server", *paths, "--port", str(port)],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        data=json.dumps({"prompt": "the fox", "max_tokens": 2}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    try:
+        answer = None
+        for _ in range(300):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    answer = json.load(response)
+                break
+            except (ConnectionError, urllib.error.URLError):
+                assert server.poll() is None, server.communicate()[1]
+                time.sleep(0.2)
+        assert answer is not None
+        assert answer["usage"]["completion_tokens"] == 2
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
