@@ -56,7 +56,7 @@ def _show_library_warnings() -> None:
 def _describe(error: OSError) -> str:
     if error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class Boundary(click.Command):

@@ -31,6 +31,8 @@ def run_host_command(name: str, command_path: str, args: list[str]) -> None:
     Raises:
         DoRAError: If mlx-lm refuses the model, the adapter or an argument's value.
     """
+    from huggingface_hub.errors import HFValidationError
+
     from mlx_dora.adapters.hosting import use_in_mlx_lm
 
     previous = sys.argv
@@ -40,6 +42,8 @@ def run_host_command(name: str, command_path: str, args: list[str]) -> None:
             import_module(f"mlx_lm.{name}").main()
     except DoRAError:
         raise
+    except HFValidationError as error:  # a path that is not there, taken for a Hub id
+        raise DoRAError(f"there is no such folder, and as a Hub id: {error}") from error
     except (ValueError, KeyError) as error:
         if not _raised_by_host(error):
             raise
