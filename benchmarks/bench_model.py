@@ -1,6 +1,6 @@
-"""A model: our DoRA against mlx-lm's DoRA, mlx-lm's LoRA and the plain base.
+"""A model: our DoRA against mlx-lm's DoRA and LoRA and the plain base.
 
-    python benchmarks/bench_model.py [--only decode] [--rank 8] [--weight dense] [--smoke]
+    python benchmarks/bench_model.py [--only decode] [--rank 8] [--weight dense]
 
 SmolLM2-135M (the demo's), every linear of every block adapted: decode with a KV cache
 of 64 tokens, prompts of 8, 32 and 128 tokens, and a training step (forward, loss,
