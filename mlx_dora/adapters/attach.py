@@ -21,7 +21,11 @@ from mlx_dora.layers import dora_class
 
 
 def attach_adapter(
-    model: nn.Module, adapter: Adapter, *, check_base: bool = True
+    model: nn.Module,
+    adapter: Adapter,
+    *,
+    check_base: bool = True,
+    name: str = "the adapter",
 ) -> list[str]:
     """Put an adapter onto the model it belongs to, in place.
 
@@ -30,6 +34,7 @@ def attach_adapter(
         adapter: What to put on it.
         check_base: Refuse a model that is not the one the adapter was trained on, as
             far as its fingerprint tells.
+        name: What an error calls the adapter, such as its path.
 
     Returns:
         The full paths of the adapted modules (for full fine-tuning, the parameters).
@@ -38,11 +43,9 @@ def attach_adapter(
         DoRAError: If anything does not fit; one message with all problems. The model is
             unchanged.
     """
-    problems = adapter_problems(adapter) + fit_problems(
-        model, adapter, check_base=check_base
-    )
+    problems = adapter_problems(adapter) + _fit_problems(model, adapter, check_base)
     if problems:
-        raise DoRAError(f"the adapter does not fit: {'; '.join(problems)}.")
+        raise DoRAError(f"{name} does not fit the model: {'; '.join(problems)}.")
     if adapter.fine_tune_type == "full":
         model.load_weights(list(adapter.tensors.items()), strict=False)
         return list(adapter.tensors)
@@ -57,9 +60,7 @@ def attach_adapter(
     return paths
 
 
-def fit_problems(
-    model: nn.Module, adapter: Adapter, *, check_base: bool = True
-) -> list[str]:
+def _fit_problems(model: nn.Module, adapter: Adapter, check_base: bool) -> list[str]:
     """What keeps an adapter from going onto this model; empty if nothing."""
     if adapted := adapter_layers(model):
         return [
