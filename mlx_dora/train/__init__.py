@@ -1,0 +1,31 @@
+"""Fine-tuning: `finetune` and its settings.
+
+The names are loaded on first use, since importing the settings must not import MLX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_dora.train.config import TrainConfig
+    from mlx_dora.train.loop import finetune
+    from mlx_dora.train.reports import StepReport, TrainReport
+
+_HOME = {
+    "StepReport": "mlx_dora.train.reports",
+    "TrainConfig": "mlx_dora.train.config",
+    "TrainReport": "mlx_dora.train.reports",
+    "finetune": "mlx_dora.train.loop",
+}
+
+__all__ = ["StepReport", "TrainConfig", "TrainReport", "finetune"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mlx_dora.train' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,149 @@
+"""Optimizers and learning-rate schedules in mlx-lm's spelling."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.train.config import TrainConfig
+
+Schedule = Callable[[mx.array], mx.array]
+
+OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+    "muon": optim.Muon,
+    "sgd": optim.SGD,
+    "adafactor": optim.Adafactor,
+}
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "cosine_decay": optim.cosine_decay,
+    "exponential_decay": optim.exponential_decay,
+    "linear_schedule": optim.linear_schedule,
+    "step_decay": optim.step_decay,
+}
+
+
+def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings given for the chosen optimizer, its learning rate apart.
+
+    Raises:
+        DoRAError: If they are no mapping or the optimizer does not have one of them.
+    """
+    given = config.optimizer_config or {}
+    unknown = [str(name) for name in given if name not in OPTIMIZERS]
+    if unknown:
+        raise DoRAError(
+            f"optimizer_config: no optimizer {', '.join(unknown)}; settings stand "
+            f"under {', '.join(OPTIMIZERS)}."
+        )
+    settings = given.get(config.optimizer) or {}
+    if not isinstance(settings, dict):
+        raise DoRAError(
+            f"optimizer_config.{config.optimizer} must be a mapping, got {settings!r}."
+        )
+    known = list(inspect.signature(OPTIMIZERS[config.optimizer]).parameters)
+    known.remove("learning_rate")
+    unknown = [str(name) for name in settings if name not in known]
+    if unknown:
+        raise DoRAError(
+            f"optimizer_config.{config.optimizer}: unknown {', '.join(unknown)}; "
+            f"known are {', '.join(known)}."
+        )
+    return settings
+
+
+def build_optimizer(config: TrainConfig) -> optim.Optimizer:
+    """Make the configured optimizer.
+
+    MLX's Adam and AdamW correct no bias unless ``bias_correction`` is set.
+
+    Raises:
+        DoRAError: If a setting or the schedule is unknown or bad.
+    """
+    settings = optimizer_settings(config)
+    rate = build_schedule(config.lr_schedule) if config.lr_schedule else None
+    rate = config.learning_rate if rate is None else rate
+    try:
+        return OPTIMIZERS[config.optimizer](learning_rate=rate, **settings)
+    except (ValueError, TypeError) as error:
+        raise DoRAError(f"optimizer_config.{config.optimizer}: {error}") from error
+
+
+def describe_training(config: TrainConfig) -> dict[str, Any]:
+    """The settings that make a result, to be recorded beside it; defaults included."""
+    signature = inspect.signature(OPTIMIZERS[config.optimizer]).parameters
+    settings = {
+        name: parameter.default
+        for name, parameter in signature.items()
+        if name != "learning_rate"
+    }
+    kept = (
+        "fine_tune_type",
+        "optimizer",
+        "learning_rate",
+        "lr_schedule",
+        "batch_size",
+        "grad_accumulation_steps",
+        "iters",
+        "max_seq_length",
+        "mask_prompt",
+        "seed",
+    )
+    return {
+        **{name: getattr(config, name) for name in kept},
+        "optimizer_config": {**settings, **optimizer_settings(config)},
+    }
+
+
+def build_schedule(settings: dict[str, Any]) -> Schedule:
+    """Make a schedule from mlx-lm's ``lr_schedule``, counted in updates.
+
+    Args:
+        settings: ``name`` and ``arguments`` of one of MLX's schedules, and optionally
+            ``warmup`` (updates that rise linearly to the first argument) from
+            ``warmup_init``.
+
+    Raises:
+        DoRAError: If a key is unknown or missing, or the arguments do not fit.
+    """
+    known = ("name", "arguments", "warmup", "warmup_init")
+    unknown = [str(key) for key in settings if key not in known]
+    if unknown:
+        raise DoRAError(
+            f"lr_schedule: unknown {', '.join(unknown)}; known are {', '.join(known)}."
+        )
+    name, arguments = settings.get("name"), settings.get("arguments")
+    if name not in SCHEDULES:
+        raise DoRAError(
+            f"lr_schedule: name must be {', '.join(SCHEDULES)}; got {name!r}."
+        )
+    if not isinstance(arguments, list | tuple) or not all(map(_is_number, arguments)):
+        raise DoRAError(
+            f"lr_schedule: arguments must be a list of numbers, got {arguments!r}."
+        )
+    warmup = settings.get("warmup") or 0
+    start = settings.get("warmup_init") or 0.0
+    if type(warmup) is not int or warmup < 0 or not _is_number(start):
+        raise DoRAError(
+            "lr_schedule: warmup must be a number of updates and warmup_init a rate, "
+            f"got {warmup!r} and {start!r}."
+        )
+    try:
+        schedule = SCHEDULES[name](*arguments)
+        if not warmup:
+            return schedule
+        rising = optim.linear_schedule(start, arguments[0], warmup)
+        return optim.join_schedules([rising, schedule], [warmup + 1])
+    except (ValueError, TypeError) as error:
+        wanted = inspect.signature(SCHEDULES[name])
+        raise DoRAError(
+            f"lr_schedule: {name}{wanted} does not take {arguments!r}: {error}"
+        ) from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,119 @@
+"""What a training tells: after some steps, and at its end."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+LOG_NAME = "log.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One report: of the training since the last one, or of a validation.
+
+    Args:
+        step: Batches done.
+        train_loss: Mean loss of the target tokens since the last report; None in the
+            report of a validation.
+        val_loss: Mean loss on the validation data; None in a report of training.
+        learning_rate: At this step.
+        tokens_per_second: Target tokens, padding and prompts apart, over the time
+            spent on steps.
+        steps_per_second: Batches over the same time.
+        trained_tokens: Target tokens so far.
+        seconds: Since the training began.
+        peak_memory_bytes: Most memory MLX held so far.
+    """
+
+    step: int
+    train_loss: float | None = None
+    val_loss: float | None = None
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
+    steps_per_second: float | None = None
+    trained_tokens: int
+    seconds: float
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that have a value."""
+        return {
+            name: value for name, value in asdict(self).items() if value is not None
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """The result of a training.
+
+    Args:
+        adapter_path: Folder of the adapter.
+        steps: Batches trained on.
+        modules: Paths of what was trained.
+        trainable_parameters: How many numbers those have.
+        train_loss: Of the last report.
+        first_val_loss: Before the first step; None without validation.
+        val_loss: After the last step.
+        trained_tokens: Target tokens.
+        seconds: Whole duration, validations included.
+        peak_memory_bytes: Most memory MLX held.
+        rows_truncated: Training rows that were cut (each counted once).
+        rows_skipped: Training rows without a target token, left out.
+        history: All reports.
+    """
+
+    adapter_path: Path
+    steps: int
+    modules: tuple[str, ...]
+    trainable_parameters: int
+    train_loss: float | None
+    first_val_loss: float | None = None
+    val_loss: float | None = None
+    trained_tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    rows_truncated: int = 0
+    rows_skipped: int = 0
+    history: tuple[StepReport, ...] = ()
+
+
+class Journal:
+    """Takes reports: keeps them, writes ``log.jsonl``, and passes them on.
+
+    Args:
+        folder: Where ``log.jsonl`` goes; folder and file are made at the first report,
+            and a log of an earlier training is replaced then.
+        listeners: Called with each report, in this order.
+    """
+
+    def __init__(
+        self, folder: Path, listeners: Sequence[Callable[[StepReport], None]]
+    ) -> None:
+        self.history: list[StepReport] = []
+        self._folder = folder
+        self._listeners = listeners
+
+    def add(self, report: StepReport) -> None:
+        """Take one report."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        mode = "a" if self.history else "w"
+        with (self._folder / LOG_NAME).open(mode, encoding="utf-8") as file:
+            file.write(json.dumps(report.to_dict()) + "\n")
+        self.history.append(report)
+        for listener in self._listeners:
+            listener(report)
+
+    def first(self, name: str) -> float | None:
+        """The first value of a field of the reports; None if there is none."""
+        return next(self._values(name), None)
+
+    def last(self, name: str) -> float | None:
+        """The latest value of a field of the reports; None if there is none."""
+        values = list(self._values(name))
+        return values[-1] if values else None
+
+    def _values(self, name: str) -> Iterator[float]:
+        values = (getattr(report, name) for report in self.history)
+        return (value for value in values if value is not None)

@@ -1,0 +1,135 @@
+"""What a training starts from: adapter layers, a folder, weights of an earlier run."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.surgery import apply_layers, dora_layers
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.header import read_header
+from mlx_dora.train.config import FineTuneType, TrainConfig
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "adapters.safetensors"
+_LISTED = 5
+
+
+def make_trainable(
+    model: nn.Module, config: DoRAConfig, fine_tune_type: FineTuneType
+) -> list[str]:
+    """Adapt the model, or take the DoRA layers it has already.
+
+    Returns:
+        Paths of what will be trained.
+
+    Raises:
+        DoRAError: If nothing would be trained, or the model's DoRA layers are of
+            another rank or scale than `config` says.
+    """
+    present = dora_layers(model) if fine_tune_type == "dora" else []
+    if present:
+        for path, layer in present:
+            found = layer.lora_b.shape[0], float(layer.scale)
+            expected = config.rank_of(path), config.scale_of(path)
+            if found != expected:
+                raise DoRAError(
+                    f"the model's DoRA layer {path} has rank and scale {found}, the "
+                    f"config says {expected}."
+                )
+        logger.info("training the %d DoRA layers the model has", len(present))
+        return [path for path, _ in present]
+    paths = apply_layers(model, config, fine_tune_type)
+    if not paths:
+        raise DoRAError(
+            f"nothing to train: num_layers is {config.num_layers} and no key names a "
+            "module outside the blocks."
+        )
+    return paths
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, mx.array]:
+    """The trainable parameters by name."""
+    flat = tree_flatten(model.trainable_parameters())
+    return {name: value for name, value in flat if isinstance(value, mx.array)}
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Put the trained weights of an earlier run into a model, all of them or none.
+
+    Args:
+        model: A model made trainable as it was then.
+        path: The ``adapters.safetensors``, or its folder.
+
+    Raises:
+        DoRAError: If names or shapes are not those of the trainable parameters, or a
+            value is not finite.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path / WEIGHTS_NAME
+    if not path.is_file():
+        raise DoRAError(f"resume_adapter_file {path} does not exist.")
+    found = {name: info.shape for name, info in read_header(path).items()}
+    wanted = {name: value.shape for name, value in trainable_tensors(model).items()}
+    problems = [f"it lacks {name}" for name in wanted if name not in found]
+    problems += [f"{name} is not trained here" for name in found if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(found[name])}, the model needs {tuple(wanted[name])}"
+        for name in wanted
+        if name in found and tuple(found[name]) != tuple(wanted[name])
+    ]
+    tensors = mx.load(str(path)) if found and not problems else {}
+    assert isinstance(tensors, dict)
+    problems += [
+        f"{name} holds NaN or inf"
+        for name, value in tensors.items()
+        if not mx.all(mx.isfinite(value))
+    ]
+    if problems:
+        more = len(problems) - _LISTED
+        listed = "; ".join(problems[:_LISTED])
+        raise DoRAError(f"{path}: {listed}{f'; and {more} more' if more > 0 else ''}.")
+    weights = trainable_tensors(model)
+    model.load_weights(
+        [(name, value.astype(weights[name].dtype)) for name, value in tensors.items()],
+        strict=False,
+    )
+    mx.eval(model.trainable_parameters())
+
+
+def check_folder(path: Path, config: TrainConfig) -> None:
+    """Refuse a folder that cannot take the adapter, or would lose one unasked.
+
+    Going on from the folder's own weights counts as asking.
+
+    Raises:
+        DoRAError: If `path` is a file, or holds an adapter and is not to be replaced.
+    """
+    if path.exists() and not path.is_dir():
+        raise DoRAError(f"adapter_path {path} is a file, not a folder.")
+    weights = path / WEIGHTS_NAME
+    if not weights.exists() or config.overwrite:
+        return
+    resumed = Path(config.resume_adapter_file or "").expanduser().resolve()
+    if resumed not in (weights.resolve(), path.resolve()):
+        raise DoRAError(
+            f"{path} holds an adapter already; choose another adapter_path, or set "
+            "overwrite (--overwrite) to replace it."
+        )
+
+
+@contextmanager
+def train_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in train mode for a while, and in eval mode afterwards."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()

@@ -1,0 +1,64 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_dora import DoRAConfig
+from mlx_dora.train import TrainConfig, TrainReport, finetune
+
+EXAMPLES = [
+    ([1, *range(10 + i, 10 + i + 6 + 5 * (i % 4)), 2], 1 + i % 3) for i in range(12)
+]
+
+
+@pytest.fixture
+def run(
+    make_tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> Callable[..., tuple[nn.Module, TrainReport]]:
+    """Train a tiny model: ``run("name", iters=3, rank=4, ...)``, settings mixed."""
+
+    def call(
+        name: str = "adapter",
+        *,
+        model: nn.Module | None = None,
+        data: Any = EXAMPLES,
+        valid: Any = None,
+        callback: Any = None,
+        progress: Any = None,
+        options: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> tuple[nn.Module, TrainReport]:
+        ours = {"rank", "scale", "dropout", "keys", "num_layers", "rank_pattern"}
+        dora = {key: settings.pop(key) for key in ours & set(settings)}
+        defaults = {"iters": 5, "learning_rate": 1e-2, "batch_size": 4}
+        model = make_tiny_model() if model is None else model
+        report = finetune(
+            model,
+            None,
+            data,
+            valid,
+            train=TrainConfig(**{**defaults, **settings}),
+            dora=DoRAConfig(**{"rank": 4, "scale": 2.0, "num_layers": -1, **dora}),
+            adapter_path=tmp_path / name,
+            callback=callback,
+            progress=progress,
+            **(options or {}),
+        )
+        return model, report
+
+    return call
+
+
+def tensors(folder: Path) -> dict[str, mx.array]:
+    loaded = mx.load(str(folder / "adapters.safetensors"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def same_bits(one: dict[str, mx.array], two: dict[str, mx.array]) -> bool:
+    return one.keys() == two.keys() and all(
+        mx.array_equal(value, two[name]) for name, value in one.items()
+    )
