@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import re
+import sys
 import types
 import warnings
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ def write_demo_data(folder: str | Path) -> dict[str, int]:
         Rows in each.
 
     Raises:
-        DoRAError: If this Python has no docstrings (``-OO`` strips them).
+        DoRAError: If this Python has no docstrings.
     """
     splits = demo_rows()
     folder = Path(folder)
@@ -91,7 +92,15 @@ def demo_rows() -> dict[str, list[QuestionAnswer]]:
 
     A module's rows all lie in one split, chosen by a hash of its name, and no answer
     occurs twice, so nothing in ``valid`` or ``test`` was seen in training.
+
+    Raises:
+        DoRAError: If this Python has no docstrings (``-OO`` strips them).
     """
+    if sys.flags.optimize > 1:
+        raise DoRAError(
+            "the demo's data are docstrings, which this Python leaves out: start it "
+            "without -OO and PYTHONOPTIMIZE=2."
+        )
     splits: dict[str, list[QuestionAnswer]] = {"train": [], "valid": [], "test": []}
     seen: set[str] = set()
     with warnings.catch_warnings():
@@ -101,11 +110,6 @@ def demo_rows() -> dict[str, list[QuestionAnswer]]:
             rows = sorted(rows, key=lambda row: _draw(row.question))[:_ROWS_PER_MODULE]
             seen.update(row.answer for row in rows)
             splits[_split_of(name)].extend(rows)
-    if empty := [name for name, rows in splits.items() if not rows]:
-        raise DoRAError(
-            f"found no docstrings for {' and '.join(empty)}: this Python was started "
-            "with -OO or PYTHONOPTIMIZE=2, which strips them."
-        )
     return splits
 
 
