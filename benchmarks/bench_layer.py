@@ -8,6 +8,7 @@ base, ranks 8 and 64. Shapes are SmolLM2-1.7B's q_proj and Llama-3.2-1B's down_p
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import _harness as bench
 import click
@@ -31,7 +32,7 @@ def layers(
     mx.random.seed(0)
     linear = nn.Linear(*shape, bias=False)
     linear.set_dtype(dtype)
-    base = linear.to_quantized(64, 4) if quantized else linear
+    base: Any = linear.to_quantized(64, 4) if quantized else linear
     made: dict[str, nn.Module] = {
         "base": base,
         "mlx-lm LoRA": LoRALinear.from_base(base, r=rank, scale=SCALE),

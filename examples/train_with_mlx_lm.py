@@ -21,8 +21,8 @@ import mlx.optimizers as optim  # noqa: E402 - OpenBLAS first
 from mlx.utils import tree_flatten  # noqa: E402 - OpenBLAS first
 from mlx_lm import load  # noqa: E402 - OpenBLAS first
 from mlx_lm.models import llama  # noqa: E402 - OpenBLAS first
-from mlx_lm.tuner import TrainingArgs, train  # noqa: E402 - OpenBLAS first
 from mlx_lm.tuner.datasets import CacheDataset  # noqa: E402 - OpenBLAS first
+from mlx_lm.tuner.trainer import TrainingArgs, train  # noqa: E402 - OpenBLAS first
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402 - OpenBLAS first
 
 from mlx_dora import DoRALinear, use_in_mlx_lm  # noqa: E402 - OpenBLAS first

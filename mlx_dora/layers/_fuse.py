@@ -1,5 +1,7 @@
 """A DoRA layer as a plain module again."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -13,7 +15,7 @@ _DENSE: dict[type, type[nn.Module]] = {
 }
 
 
-def fused_module(layer: DoRALayer, dequantize: bool) -> nn.Module:
+def fused_module(layer: DoRALayer, dequantize: bool) -> Any:
     """The base of `layer` with the adapter in its weight.
 
     Args:

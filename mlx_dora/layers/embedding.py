@@ -128,7 +128,7 @@ class DoRAEmbedding(DoRALayer):
         h = self.dropout(x) @ down.astype(x.dtype)
         return dora_scale(y, h, up, self.scale, self.m, self.norm())
 
-    def fuse(self, dequantize: bool = False) -> nn.Module:
+    def fuse(self, dequantize: bool = False) -> nn.Embedding | nn.QuantizedEmbedding:
         """The adapted embedding as a plain one.
 
         Args:

@@ -106,7 +106,7 @@ class DoRALinear(DoRALayer):
         h = self.dropout(x) @ self.lora_a.astype(x.dtype)
         return dora_scale(y, h, self.lora_b, self.scale, self.m, norm, offset)
 
-    def fuse(self, dequantize: bool = False) -> nn.Module:
+    def fuse(self, dequantize: bool = False) -> nn.Linear | nn.QuantizedLinear:
         """The adapted layer as a plain one.
 
         Args:

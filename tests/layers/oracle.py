@@ -1,6 +1,7 @@
 """DoRA in float64 NumPy, forward and backward, written from the paper's equations."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +12,11 @@ from tests.checks import to_numpy
 QUANTIZED_MODES = [
     ("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)
 ] + [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+
+
+def quantized(linear: nn.Linear, group: int, bits: int, mode: str = "affine") -> Any:
+    """The layer packed; MLX's own type for it allows a class we do not wrap."""
+    return linear.to_quantized(group, bits, mode)
 
 
 @dataclass
@@ -52,7 +58,7 @@ def dora_truth(
     )
 
 
-def dense_weight(base: nn.Module) -> np.ndarray:
+def dense_weight(base: Any) -> np.ndarray:
     """The weight of a base module in float64, unpacked by MLX if it is packed."""
     weight = base.weight
     if hasattr(base, "scales"):
@@ -67,7 +73,7 @@ def dense_weight(base: nn.Module) -> np.ndarray:
     return to_numpy(weight)
 
 
-def trained(layer: nn.Module, seed: int = 0, size: float = 0.3) -> nn.Module:
+def trained(layer: Any, seed: int = 0, size: float = 0.3) -> Any:
     """Give a fresh layer a B and magnitudes such as training leaves behind."""
     rng = np.random.default_rng(seed)
     b = rng.standard_normal(layer.lora_b.shape) * size / layer.scale
@@ -77,7 +83,9 @@ def trained(layer: nn.Module, seed: int = 0, size: float = 0.3) -> nn.Module:
     return layer
 
 
-def value_and_gradients(layer, x, cotangent, call=None):
+def value_and_gradients(
+    layer: Any, x: mx.array, cotangent: np.ndarray, call: Any = None
+) -> tuple[mx.array, dict[str, mx.array], Any]:
     """Output of the layer, gradients of lora_a, lora_b, m and x for a cotangent."""
     call = call or layer
     weights = mx.array(cotangent.astype(np.float32))

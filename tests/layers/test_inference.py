@@ -10,7 +10,7 @@ import pytest
 
 from mlx_dora.layers import DoRALinear
 from tests.checks import assert_close, to_numpy
-from tests.layers.oracle import dense_weight, dora_truth, trained
+from tests.layers.oracle import dense_weight, dora_truth, quantized, trained
 
 
 @pytest.fixture(params=["dense", "quantized"])
@@ -18,7 +18,7 @@ def layer(request):
     mx.random.seed(0)
     linear = nn.Linear(128, 48)
     if request.param == "quantized":
-        linear = linear.to_quantized(64, 4)
+        linear = quantized(linear, 64, 4)
     return trained(DoRALinear.from_base(linear, r=8, scale=2.0)).eval()
 
 
@@ -29,7 +29,7 @@ def x():
 
 def truth(layer, x):
     cotangent = np.zeros((*x.shape[:-1], layer.m.size))
-    args = map(to_numpy, (layer.lora_a, layer.lora_b))
+    args = to_numpy(layer.lora_a), to_numpy(layer.lora_b)
     bias = to_numpy(layer.linear.bias)
     weight = dense_weight(layer.linear)
     return dora_truth(

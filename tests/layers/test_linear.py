@@ -1,3 +1,5 @@
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,6 +11,7 @@ from tests.layers.oracle import (
     QUANTIZED_MODES,
     dense_weight,
     dora_truth,
+    quantized,
     trained,
     value_and_gradients,
 )
@@ -24,7 +27,8 @@ def check(layer, x, *, mask=None, dtype, bound=None):
     truth = dora_truth(
         to_numpy(x),
         dense_weight(base),
-        *map(to_numpy, (layer.lora_a, layer.lora_b)),
+        to_numpy(layer.lora_a),
+        to_numpy(layer.lora_b),
         layer.scale,
         to_numpy(layer.m),
         cotangent.astype(np.float64),
@@ -63,7 +67,7 @@ def test_dense_forward_and_gradients_match_float64(in_dims, out_dims, bias, r, d
 @pytest.mark.parametrize("bias", [False, True])
 def test_quantized_forward_and_gradients_match_float64(mode, bits, group, bias):
     mx.random.seed(0)
-    linear = nn.Linear(256, 96, bias=bias).to_quantized(group, bits, mode)
+    linear = quantized(nn.Linear(256, 96, bias=bias), group, bits, mode)
     layer = trained(DoRALinear.from_base(linear, r=8, scale=2.0))
     check(layer, mx.random.normal((2, 5, 256)), dtype=mx.float32)
 
@@ -74,7 +78,7 @@ def test_quantized_half_precision_matches_float64(bits, dtype):
     mx.random.seed(0)
     linear = nn.Linear(256, 96)
     linear.set_dtype(dtype)
-    base = linear.to_quantized(64, bits)
+    base = quantized(linear, 64, bits)
     layer = trained(DoRALinear.from_base(base, scale=2.0))
     x = mx.random.normal((2, 5, 256)).astype(dtype)
     # MLX's CPU quantized_matmul accumulates in half precision. The base's own error
@@ -88,7 +92,7 @@ def test_quantized_half_precision_matches_float64(bits, dtype):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_unpacking_path_matches_float64(compiled):
     mx.random.seed(0)
-    linear = nn.Linear(512, 256).to_quantized(64, 4)
+    linear = quantized(nn.Linear(512, 256), 64, 4)
     layer = trained(DoRALinear.from_base(linear, scale=2.0))
     x = mx.random.normal((40, 512))  # past the point where the CPU unpacks
     if compiled:
@@ -138,7 +142,7 @@ def test_untrained_layer_equals_its_base_bit_for_bit(shape, bias, dtype):
 
 @pytest.mark.parametrize(("mode", "bits", "group"), QUANTIZED_MODES)
 def test_untrained_quantized_layer_equals_its_base_bit_for_bit(mode, bits, group):
-    linear = nn.Linear(256, 96).to_quantized(group, bits, mode)
+    linear = quantized(nn.Linear(256, 96), group, bits, mode)
     layer = DoRALinear.from_base(linear)
     x = mx.random.normal((2, 9, 256))
     assert mx.array_equal(layer(x), linear(x))
@@ -221,9 +225,9 @@ def test_untrained_layer_fuses_to_the_identical_weight(dtype):
 
 @pytest.mark.parametrize(("mode", "bits", "group"), QUANTIZED_MODES)
 def test_quantized_fuse(mode, bits, group):
-    linear = nn.Linear(256, 96).to_quantized(group, bits, mode)
+    linear = quantized(nn.Linear(256, 96), group, bits, mode)
     layer = DoRALinear.from_base(linear, scale=2.0)
-    same = layer.fuse()
+    same: Any = layer.fuse()
     assert mx.array_equal(same.weight, linear.weight)
     assert mx.array_equal(same.scales, linear.scales)
     x = mx.random.normal((3, 256))
@@ -233,5 +237,6 @@ def test_quantized_fuse(mode, bits, group):
     assert type(plain) is nn.Linear
     bound = 1e-5 if mode == "affine" else 8e-3  # the others unpack to bfloat16
     assert_close(plain(x), to_numpy(layer(x)), bound=bound)
-    assert type(layer.fuse()) is nn.QuantizedLinear
-    assert layer.fuse().scales.dtype == linear.scales.dtype
+    packed: Any = layer.fuse()
+    assert type(packed) is nn.QuantizedLinear
+    assert packed.scales.dtype == linear.scales.dtype
