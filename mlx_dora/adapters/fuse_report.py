@@ -69,6 +69,21 @@ class FuseReport:
             and min(layer.kept, layer.cosine) < _KEPT_WELL
         )
 
+    def lines(self) -> list[str]:
+        """The report as text: a line a layer that was packed again, and a summary."""
+        found = [
+            f"{layer.path}: {layer.bits} bits, {layer.kept:.1%} of the update kept "
+            f"(cosine {layer.cosine:.3f})"
+            for layer in self.layers
+            if layer.kept is not None
+        ]
+        dtypes = ", ".join(sorted({layer.dtype for layer in self.layers}))
+        found.append(
+            f"Fused {len(self.layers)} layers ({dtypes}): {self.bytes_before:,} bytes "
+            f"before, {self.bytes_after:,} after."
+        )
+        return found
+
 
 def describe_fused(path: str, layer: DoRAModule, module: nn.Module) -> FusedLayer:
     """Compare a DoRA layer with the plain module it was fused into."""

@@ -1,0 +1,83 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mlx_dora.adapters.files import save_adapter
+from mlx_dora.adapters.hosting import load
+from mlx_dora.cli.fuse import command
+from tests.adapters.training import train
+
+MakeFolder = Callable[..., Path]
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(command, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def make_trained(make_tiny_folder: MakeFolder, tmp_path: Path) -> Callable[..., Path]:
+    def make(**kw: object) -> Path:
+        base = make_tiny_folder("base", **kw)
+        model, _ = load(base)
+        train(model)
+        save_adapter(model, tmp_path / "adapter")
+        return tmp_path
+
+    return make
+
+
+def test_fuses_and_reports(make_trained: Callable[..., Path]) -> None:
+    at = make_trained(bits=4)
+    inputs = ("--model", at / "base", "--adapter-path", at / "adapter")
+    result = run(*inputs, "--save-path", at / "out")
+    assert result.exit_code == 0, result.output
+    assert "q_proj: 4 bits, " in result.stdout
+    assert "Fused 4 layers (float32): " in result.stdout
+    assert load(at / "out")[0].layers
+    result = run(*inputs, "--save-path", at / "dense", "--dequantize")
+    assert result.exit_code == 0, result.output
+    assert " bits, " not in result.stdout
+
+
+def test_refusals_are_one_line(
+    make_trained: Callable[..., Path], make_tiny_folder: MakeFolder
+) -> None:
+    at = make_trained()
+    other = make_tiny_folder("other", seed=2)
+    (at / "there").mkdir()
+    (at / "empty").mkdir()
+    cases = [
+        (at / "none", at / "adapter", at / "out", "there is no model folder"),
+        (at / "base", at / "none", at / "out", "there is no such folder"),
+        (at / "base", at / "empty", at / "out", "it has no adapter_config.json"),
+        (other, at / "adapter", at / "out", "was trained on another model"),
+        (at / "base", at / "adapter", at / "there", "already exists"),
+    ]
+    for model, adapter, out, message in cases:
+        result = run("--model", model, "--adapter-path", adapter, "--save-path", out)
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert not (at / "out").exists()
+    result = run(
+        "--model", other, "--adapter-path", at / "adapter", "--save-path", at / "out",
+        "--no-check-base",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+
+
+def test_usage_error_exits_with_2() -> None:
+    assert run("--nonsense").exit_code == 2
+    assert run().exit_code == 2
+
+
+def test_runs_as_a_module() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "mlx_dora.fuse", "--help"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "--adapter-path" in result.stdout
