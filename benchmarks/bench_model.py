@@ -138,7 +138,12 @@ def step(model: Any, batch: mx.array, checkpoint: bool) -> Callable[[], list]:
 
 
 def cases(
-    kind: str, rank: int, quantized: bool, smoke: bool, folder: Path | None
+    kind: str,
+    rank: int,
+    quantized: bool,
+    smoke: bool,
+    folder: Path | None,
+    lengths: tuple[int, ...],
 ) -> list[bench.Case]:
     models = contenders(rank, quantized, smoke, folder)
     vocabulary = models["base"]["model"].embed_tokens.weight.shape[0]
@@ -153,7 +158,7 @@ def cases(
                 ("prompt", {"tokens": count}, lambda m, t=tokens: prompt(m, t))
             )
     else:
-        for length in (8,) if smoke else (32, 128):
+        for length in (8,) if smoke else (lengths or (32, 128)):
             batch = (mx.arange(4 * (length + 1)) * 7 % vocabulary).reshape(4, -1)
             for checkpoint in (False, True):
                 facts = {"tokens": 4 * length, "grad_checkpoint": checkpoint}
@@ -194,12 +199,14 @@ def cases(
 @click.option("--only", type=click.Choice(["decode", "prompt", "step"]))
 @click.option("--rank", "ranks", type=int, multiple=True, help="8 and 64.")
 @click.option("--weight", type=click.Choice(["dense", "4-bit"]))
+@click.option("--length", "lengths", type=int, multiple=True, help="32 and 128.")
 @click.option("--model", "folder", type=click.Path(path_type=Path, exists=True))
 def main(
     settings: bench.Settings,
     only: str | None,
     ranks: tuple[int, ...],
     weight: str | None,
+    lengths: tuple[int, ...],
     folder: Path | None,
 ) -> None:
     smoke = settings.smoke
@@ -208,7 +215,7 @@ def main(
             if weight and (weight == "4-bit") != quantized:
                 continue
             for rank in ranks or ((4,) if smoke else (8, 64)):
-                for case in cases(kind, rank, quantized, smoke, folder):
+                for case in cases(kind, rank, quantized, smoke, folder, lengths):
                     bench.report(bench.measure(case, settings))
 
 
