@@ -42,7 +42,8 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     Yields a fresh folder beside `path`. When the block ends well, everything in it is
     flushed to disk and the folder is renamed to `path`; when it raises, the folder is
     deleted and `path` is as before. A process killed inside leaves at most a hidden
-    ``.<name>.*.partial`` folder beside it.
+    ``.<name>.*.partial`` folder beside it; one killed while it overwrites may leave the
+    old folder in ``.<name>.*.old``.
 
     Args:
         path: The folder to make. Its parents are made if missing.
