@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -30,6 +31,20 @@ class _Integer(click.ParamType):
         raise click.BadParameter(
             f"{value!r} is not a whole number.", ctx=ctx, param=param
         )
+
+
+class _Size(click.ParamType):
+    """A number of bytes: ``4096``, ``500MB``, ``2G``, as mlx-lm reads them."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        found = re.fullmatch(r"(\d+\.?\d*) *(|MB?|GB?)", str(value).strip().upper())
+        if found is None:
+            raise click.BadParameter(
+                f"{value!r} is not a size such as 500MB.", ctx=ctx, param=param
+            )
+        return int(float(found[1]) * {"": 1, "M": 10**6, "G": 10**9}[found[2][:1]])
 
 
 class _Number(click.ParamType):
@@ -133,6 +148,8 @@ class _Option:
 def _option(field: dataclasses.Field[Any], hint: Any) -> _Option:
     flag = "--" + field.name.replace("_", "-")
     kind = _param_type(hint)
+    if field.metadata.get("unit") == "bytes":
+        kind = _Size()
     if field.metadata.get("choices"):
         kind = click.Choice(field.metadata["choices"])
     settings: dict[str, Any] = {"help": field.metadata.get("help"), "type": kind}
@@ -159,8 +176,8 @@ def dataclass_options(
     ``@dataclass_options(train=TrainConfig, dora=DoRAConfig)`` makes ``--batch-size``,
     ``--rank`` and the rest, and calls the function with ``train=TrainConfig(...)`` and
     ``dora=DoRAConfig(...)``. Names, defaults and help come from the fields (their
-    ``metadata={"help": ..., "choices": ..., "flags": ("-m",)}``; the last two are
-    optional): a bool becomes ``--x/--no-x``, a `typing.Literal` a choice, a tuple of
+    ``metadata={"help": ..., "choices": ..., "flags": ("-m",), "unit": "bytes"}``; the
+    last three are optional): a bool becomes ``--x/--no-x``, a `typing.Literal` a choice, a tuple of
     str takes ``a,b``, a dict or list takes YAML. A field without a default is a
     required option. A field that two of the classes share becomes one option and
     reaches both; its defaults must agree. Write it above the function's other

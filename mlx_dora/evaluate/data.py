@@ -188,8 +188,19 @@ def load_datasets(
     Raises:
         DoRAError: If the data set does not exist or a row is malformed.
     """
+    return make_datasets(read_splits(config, names), tokenizer)
+
+
+def make_datasets(
+    splits: dict[str, list[Rows]], tokenizer: Any
+) -> dict[str, Dataset | None]:
+    """Check rows that `read_splits` has read, and make data sets of them.
+
+    Raises:
+        DoRAError: If a row is malformed.
+    """
     loaded: dict[str, Dataset | None] = {}
-    for name, parts in read_splits(config, names).items():
+    for name, parts in splits.items():
         sets = [TokenDataset(rows, tokenizer) for rows in parts]
         loaded[name] = JoinedDataset(sets) if len(sets) > 1 else next(iter(sets), None)
     return loaded

@@ -112,7 +112,9 @@ class TrainConfig(DataConfig):
     clear_cache_threshold: int = field(
         default=0,
         metadata={
-            "help": "Free MLX's buffer cache after a step that leaves more bytes in it."
+            "help": "Free MLX's buffer cache after a step that leaves more bytes in it "
+            "(2GB, 500MB).",
+            "unit": "bytes",
         },
     )
     lr_schedule: dict[str, Any] | None = field(

@@ -1,0 +1,131 @@
+"""Progress on stderr: live bars on a terminal, plain lines or nothing elsewhere."""
+
+import sys
+from types import TracebackType
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from mlx_dora.train.reports import StepReport
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: int) -> str:
+    """A number of bytes as MB or GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def describe(report: StepReport, iters: int) -> str:
+    """One line for one report."""
+    parts = [f"step {report.step}/{iters}"]
+    if report.val_loss is not None:
+        return f"{parts[0]}  validation loss {report.val_loss:.4f}"
+    if report.train_loss is not None:
+        parts.append(f"loss {report.train_loss:.4f}")
+    if report.learning_rate is not None:
+        parts.append(f"lr {report.learning_rate:.3g}")
+    if report.tokens_per_second is not None:
+        parts.append(f"{report.tokens_per_second:.0f} tokens/s")
+    parts.append(f"peak {size(report.peak_memory_bytes)}")
+    if report.steps_per_second:
+        left = duration((iters - report.step) / report.steps_per_second)
+        parts.append(f"{left} left")
+    return "  ".join(parts)
+
+
+class WorkDisplay:
+    """Bars on a terminal, nothing elsewhere; a context manager."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, TaskID] = {}
+        self._bars: Progress | None = None
+        if sys.stderr.isatty():
+            self._bars = Progress(
+                TextColumn("{task.description:<9}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+
+    def __enter__(self) -> "WorkDisplay":
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def progress(self, phase: str, total: int, done: int) -> None:
+        """Take note of steps or rows done; a bar that is full goes away."""
+        if self._bars is None:
+            return
+        task = self._task(phase, total)
+        self._bars.advance(task, done)
+        if all(one.finished for one in self._bars.tasks if one.id == task):
+            self._bars.remove_task(self._tasks.pop(phase))
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bars if there are any."""
+        if self._bars is None:
+            click.echo(line, err=True)
+        else:
+            self._bars.console.print(line, highlight=False, markup=False)
+
+    def note(self, phase: str, total: int, text: str) -> None:
+        """Put a text beside a bar."""
+        if self._bars is not None:
+            self._bars.update(self._task(phase, total), note=text)
+
+    def _task(self, phase: str, total: int) -> TaskID:
+        assert self._bars is not None
+        if phase not in self._tasks:
+            self._tasks[phase] = self._bars.add_task(phase, total=total, note="")
+        return self._tasks[phase]
+
+
+class TrainDisplay(WorkDisplay):
+    """Shows a training's reports too.
+
+    Args:
+        iters: Steps of the training.
+    """
+
+    def __init__(self, iters: int) -> None:
+        super().__init__()
+        self._iters = iters
+
+    def report(self, report: StepReport) -> None:
+        """Take a report of the training."""
+        self.say(describe(report, self._iters))
+        if report.train_loss is not None and report.step < self._iters:
+            self.note("train", self._iters, _note(report))
+
+
+def _note(report: StepReport) -> str:
+    loss, speed = report.train_loss or 0.0, report.tokens_per_second or 0.0
+    peak = size(report.peak_memory_bytes)
+    return f"loss {loss:.3f}  {speed:.0f} tokens/s  peak {peak}"

@@ -1,0 +1,88 @@
+"""``mlx_dora.train``: fine-tune a model, with ``mlx_lm.lora``'s options."""
+
+import shlex
+from dataclasses import replace
+
+import click
+
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.cli._config_file import config_file_option
+from mlx_dora.cli._framework import verb
+from mlx_dora.cli._options import dataclass_options
+from mlx_dora.cli._progress import TrainDisplay, duration, size
+from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.reports import TrainReport
+
+HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
+
+
+@verb("train")
+@config_file_option
+@dataclass_options(train=TrainConfig, dora=DoRAConfig)
+def command(train: TrainConfig, dora: DoRAConfig) -> None:
+    """Fine-tune a model with DoRA (or LoRA, or in full).
+
+    Takes the flags and the YAML files of mlx_lm.lora; training is the default.
+
+    D is a folder with train.jsonl (and valid.jsonl, test.jsonl), or a data set on the
+    Hugging Face Hub. The adapter's folder gets adapters.safetensors and
+    adapter_config.json, which mlx-lm loads, log.jsonl, and loss.png if matplotlib is
+    installed. Ctrl-C finishes the step, saves, and exits with 130.
+    """
+    from mlx_dora.train.job import run_job
+
+    if train.model is None:
+        click.echo(f"No model given: taking mlx-lm's, {HOST_DEFAULT_MODEL}.", err=True)
+        train = replace(train, model=HOST_DEFAULT_MODEL)
+    display = TrainDisplay(train.iters)
+    with display:
+        result = run_job(
+            train, dora, callback=display.report, progress=display.progress
+        )
+    if result.train is not None:
+        for line in describe_training(result.train):
+            click.echo(line)
+        if result.plot is not None:
+            click.echo(f"Loss plot: {result.plot}")
+        else:
+            click.echo("No loss plot: pip install 'mlx_dora[report]' to get one.")
+    if result.test is not None:
+        loss, perplexity = result.test.loss, result.test.perplexity
+        tokens = f"{result.test.tokens:,} tokens"
+        click.echo(f"Test loss {loss:.4f}, perplexity {perplexity:.3f} ({tokens}).")
+    if result.train is not None:
+        click.echo("Next:")
+        for line in next_commands(train):
+            click.echo(f"  {line}")
+
+
+def describe_training(report: TrainReport) -> list[str]:
+    """Lines that sum up a training."""
+    lines = [
+        f"Trained {report.trainable_parameters / 1e6:.3f} M parameters in "
+        f"{len(report.modules)} modules: {report.steps} steps, "
+        f"{report.trained_tokens:,} tokens, {duration(report.seconds)}, peak memory "
+        f"{size(report.peak_memory_bytes)}."
+    ]
+    if report.first_val_loss is not None and report.val_loss is not None:
+        before, after = report.first_val_loss, report.val_loss
+        lines.append(f"Validation loss {before:.4f} before, {after:.4f} after.")
+    if report.rows_truncated or report.rows_skipped:
+        lines.append(
+            f"Training rows cut: {report.rows_truncated}; left out for want of a "
+            f"target: {report.rows_skipped}."
+        )
+    lines.append(f"Adapter: {report.adapter_path}")
+    return lines
+
+
+def next_commands(train: TrainConfig) -> list[str]:
+    """Commands to go on with."""
+    words = ["--model", str(train.model), "--adapter-path", train.adapter_path]
+    models = " ".join(shlex.quote(word) for word in words)
+    fused = shlex.quote(train.adapter_path.rstrip("/") + "-fused")
+    lines = [f"mlx_dora.generate {models} --prompt 'Hello'"]
+    if train.hf_dataset is None:
+        lines.append(f"mlx_dora.evaluate {models} --data {shlex.quote(train.data)}")
+    lines.append(f"mlx_dora.fuse {models} --save-path {fused}")
+    return lines

@@ -1,0 +1,182 @@
+"""Base against adapter against fused model, on the same data."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dora.adapters.attach import attach_adapter
+from mlx_dora.adapters.files import read_adapter
+from mlx_dora.adapters.hosting import load, model_folder
+from mlx_dora.errors import DoRAError
+from mlx_dora.evaluate.agreement import Agreement, compare_probe, take_probe
+from mlx_dora.evaluate.config import EvaluateConfig
+from mlx_dora.evaluate.data import Dataset, make_datasets
+from mlx_dora.evaluate.generation import Prompt, generate_samples, sample_prompts
+from mlx_dora.evaluate.labels import LabelAccuracy, find_labels, label_accuracy
+from mlx_dora.evaluate.loss import LossResult, evaluate_loss
+from mlx_dora.evaluate.rows import read_splits
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, total rows, rows newly done)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelResult:
+    """What was measured of one model.
+
+    Args:
+        name: ``"base"``, ``"adapter"`` or ``"fused"``.
+        loss: Its loss on the data.
+        labels: Its accuracy, where the answers are labels.
+        samples: Its continuations of the prompts.
+    """
+
+    name: str
+    loss: LossResult
+    labels: LabelAccuracy | None
+    samples: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Several models on one part of a data set.
+
+    Args:
+        split: ``"train"``, ``"valid"`` or ``"test"``.
+        results: One a model: base, adapter, fused, as far as asked for.
+        prompts: What the models continued.
+        agreement: The fused model's logits against the adapter's.
+    """
+
+    split: str
+    results: tuple[ModelResult, ...]
+    prompts: tuple[Prompt, ...]
+    agreement: Agreement | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        told = asdict(self)
+        for entry, result in zip(told["results"], self.results, strict=True):
+            entry["loss"]["perplexity"] = result.loss.perplexity
+        told["prompts"] = [
+            {"text": one.text, "expected": one.expected} for one in self.prompts
+        ]
+        return told
+
+
+def compare_models(
+    config: EvaluateConfig, progress: Progress | None = None
+) -> Comparison:
+    """Measure a base, an adapter on it and a fused model, one after the other.
+
+    One model is in memory at a time.
+
+    Args:
+        config: Models, data, and how much to measure.
+        progress: Called as the work goes on.
+
+    Raises:
+        DoRAError: If a model, the adapter or the data cannot be used.
+    """
+    adapter = None if config.adapter_path is None else read_adapter(config.adapter_path)
+    if config.fused_path is not None:
+        model_folder(config.fused_path)
+    split, splits = _read_split(config)
+    model, tokenizer = load(config.model, trust_remote_code=config.trust_remote_code)
+    data = make_datasets(splits, tokenizer)[split]
+    assert data is not None
+    prompts = sample_prompts(
+        data, tokenizer, config.samples, max_tokens=config.max_seq_length
+    )
+    labels = find_labels(data) if config.labels else None
+
+    def measure(name: str, model: nn.Module) -> ModelResult:
+        return _measure(name, model, tokenizer, data, prompts, labels, config, progress)
+
+    results = [measure("base", model)]
+    probe = None
+    if adapter is not None:
+        attach_adapter(model, adapter, name=str(config.adapter_path))
+        model.eval()
+        results.append(measure("adapter", model))
+        if config.fused_path is not None:
+            length = min(config.max_seq_length, 256)
+            probe = take_probe(model, data, max_seq_length=length)
+    agreement = None
+    if config.fused_path is not None:
+        del model
+        mx.clear_cache()
+        fused, _ = load(
+            Path(config.fused_path), trust_remote_code=config.trust_remote_code
+        )
+        results.append(measure("fused", fused))
+        agreement = compare_probe(fused, probe) if probe is not None else None
+    return Comparison(
+        split=split,
+        results=tuple(results),
+        prompts=tuple(prompts),
+        agreement=agreement,
+    )
+
+
+def _read_split(config: EvaluateConfig) -> tuple[str, dict[str, Any]]:
+    wanted = [config.split] if config.split else ["test", "valid"]
+    for name in wanted:
+        splits = read_splits(config, [name]) if _has(config, name) else {}
+        if splits.get(name):
+            return name, splits
+    raise DoRAError(f"{config.data} has no {' or '.join(wanted)} data.")
+
+
+def _has(config: EvaluateConfig, name: str) -> bool:
+    folder = Path(config.data).expanduser()
+    is_local = config.hf_dataset is None and folder.is_dir()
+    return not is_local or (folder / f"{name}.jsonl").exists()
+
+
+def _measure(
+    name: str,
+    model: nn.Module,
+    tokenizer: Any,
+    data: Dataset,
+    prompts: list[Prompt],
+    labels: tuple[str, ...] | None,
+    config: EvaluateConfig,
+    progress: Progress | None,
+) -> ModelResult:
+    rows = len(data)
+    if config.num_batches != -1:
+        rows = min(rows, config.num_batches * config.batch_size)
+
+    def told(what: str) -> Callable[[int], None] | None:
+        return None if progress is None else partial(progress, f"{name}: {what}", rows)
+
+    loss = evaluate_loss(
+        model,
+        data,
+        batch_size=config.batch_size,
+        max_seq_length=config.max_seq_length,
+        num_batches=config.num_batches,
+        progress=told("loss"),
+    )
+    accuracy = None
+    if labels is not None:
+        accuracy = label_accuracy(
+            model,
+            data,
+            labels,
+            batch_size=config.batch_size,
+            max_seq_length=config.max_seq_length,
+            num_rows=rows,
+            progress=told("labels"),
+        )
+    texts = generate_samples(model, tokenizer, prompts, max_tokens=config.max_tokens)
+    return ModelResult(name=name, loss=loss, labels=accuracy, samples=tuple(texts))

@@ -1,0 +1,148 @@
+"""A whole training from names: model and data loaded, trained, tested, drawn."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.files import read_adapter
+from mlx_dora.adapters.hosting import load, model_folder
+from mlx_dora.errors import DoRAError
+from mlx_dora.evaluate.data import make_datasets
+from mlx_dora.evaluate.loss import LossResult, evaluate_loss
+from mlx_dora.evaluate.rows import read_splits
+from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.loop import Progress, finetune
+from mlx_dora.train.optimizers import build_optimizer
+from mlx_dora.train.plot import PLOT_NAME, can_plot, plot_losses
+from mlx_dora.train.reports import StepReport, TrainReport
+from mlx_dora.train.services import check_services
+from mlx_dora.train.start import check_folder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResult:
+    """What a job did.
+
+    Args:
+        train: Of the training; None if there was only a test.
+        test: Of the test; None if none was asked for.
+        plot: The picture of the losses; None without matplotlib or training.
+    """
+
+    train: TrainReport | None
+    test: LossResult | None
+    plot: Path | None
+
+
+def run_job(
+    train: TrainConfig,
+    dora: DoRAConfig,
+    *,
+    callback: Callable[[StepReport], None] | None = None,
+    progress: Progress | None = None,
+) -> JobResult:
+    """Do what ``mlx_dora.train`` does: train, and test if asked to.
+
+    Without training (``test`` alone), the adapter at ``adapter_path`` is tested, or the
+    plain model if that is empty.
+
+    Args:
+        train: Names the model, the data and the adapter's folder.
+        dora: Which modules are adapted and how.
+        callback: Called with each report.
+        progress: Called after every step and during validations and the test.
+
+    Raises:
+        DoRAError: If a setting, the model or the data is unfit; nothing is written.
+        KeyboardInterrupt: After Ctrl-C, when the step is done and the adapter saved.
+    """
+    if train.model is None:
+        raise DoRAError("model is not given: name a folder or a Hugging Face id.")
+    if not train.trains and not train.test:
+        raise DoRAError("nothing to do: neither train nor test is set.")
+    if mx.distributed.init().size() > 1:
+        raise DoRAError("training on more than one process is not supported yet.")
+    # What is quickly seen to be wrong comes before what takes long to load.
+    folder = Path(train.adapter_path).expanduser()
+    names = ["train", "valid"] * train.trains + ["test"] * train.test
+    tested = train.adapter_path if train.adapter_path and not train.trains else None
+    if train.trains:
+        if not train.adapter_path:
+            raise DoRAError("adapter_path is empty: name a folder for the adapter.")
+        check_folder(folder, train)
+        check_services(train)
+        build_optimizer(train)
+    elif tested is not None:
+        _check_tested(tested)
+    splits = read_splits(train, names)
+    for name in names:
+        if splits[name]:
+            continue
+        if name != "valid":
+            raise DoRAError(f"{train.data} has no {name} data.")
+        logger.warning("there is no validation data: training goes on without")
+    model_folder(train.model)
+    model, tokenizer = load(
+        train.model, tested, trust_remote_code=train.trust_remote_code
+    )
+    data = make_datasets(splits, tokenizer)
+
+    report, plot = None, None
+    if train.trains:
+        report = finetune(
+            model,
+            tokenizer,
+            data["train"],
+            data["valid"],
+            train=train,
+            dora=dora,
+            adapter_path=folder,
+            callback=callback,
+            progress=progress,
+        )
+        if can_plot():
+            plot = folder / PLOT_NAME
+            plot_losses(report.history, plot)
+    return JobResult(
+        train=report,
+        test=_test(model, data["test"], train, progress) if train.test else None,
+        plot=plot,
+    )
+
+
+def _check_tested(path: str) -> None:
+    try:
+        read_adapter(path)
+    except DoRAError as error:
+        raise DoRAError(
+            f"{error} (test alone measures an adapter that is there; set train too to "
+            "make one first)"
+        ) from error
+
+
+def _test(
+    model: Any, data: Any, train: TrainConfig, progress: Progress | None
+) -> LossResult:
+    rows = len(data)
+    if train.test_batches != -1:
+        rows = min(rows, train.test_batches * train.batch_size)
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress("test", rows, done)
+
+    return evaluate_loss(
+        model,
+        data,
+        batch_size=train.batch_size,
+        max_seq_length=train.max_seq_length,
+        num_batches=train.test_batches,
+        progress=tell,
+    )
