@@ -101,7 +101,13 @@ def _dequantized_matmul(
 ) -> Callable[..., mx.array]:
     """``x @ W.T`` that unpacks W in each direction and keeps it in neither."""
 
-    def unpack(w: mx.array, scales: mx.array, biases: mx.array | None) -> mx.array:
+    def unpack(
+        w: mx.array, scales: mx.array, biases: mx.array | None, after: mx.array
+    ) -> mx.array:
+        # Without the link to `after` this would depend on constants alone: `mx.compile`
+        # would merge it with every other unpacking of w (that of the backward pass,
+        # or of a checkpoint's second forward pass) and keep the result between them.
+        (w,) = mx.depends([w], [after])
         return mx.dequantize(
             w, scales, biases, group_size=group_size, bits=bits, mode=mode
         )
@@ -110,15 +116,13 @@ def _dequantized_matmul(
     def run(
         x: mx.array, w: mx.array, scales: mx.array, biases: mx.array | None
     ) -> mx.array:
-        return x @ unpack(w, scales, biases).T
+        return x @ unpack(w, scales, biases, x).T
 
     @run.vjp
     def run_vjp(primals, cotangent, _output):
         x, w, scales, biases = primals
-        # Without this link `mx.compile` merges both unpackings and keeps the first.
-        (w,) = mx.depends([w], [cotangent])
-        dx = (cotangent @ unpack(w, scales, biases)).astype(x.dtype)
-        constants = (primals[1], scales, biases)  # frozen: no gradient
+        dx = (cotangent @ unpack(w, scales, biases, cotangent)).astype(x.dtype)
+        constants = (w, scales, biases)  # frozen: no gradient
         return dx, *(None if c is None else mx.zeros_like(c) for c in constants)
 
     return cast(Callable[..., mx.array], run)

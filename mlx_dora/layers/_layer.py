@@ -5,10 +5,20 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import adapted_norm
 from mlx_dora.kernels.rows import row_squares
 from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._folded import Folded, fold
+
+
+def unsupported(module: nn.Module, known: tuple[type[nn.Module], ...]) -> DoRAError:
+    """The error for a module of a class that cannot be adapted."""
+    names = ", ".join(cls.__name__ for cls in known)
+    return DoRAError(
+        f"{type(module).__module__}.{type(module).__name__} cannot take DoRA; supported "
+        f"are exactly {names} (a subclass may compute something else)."
+    )
 
 
 class DoRALayer(nn.Module):
@@ -19,6 +29,7 @@ class DoRALayer(nn.Module):
     """
 
     base_name: ClassVar[str]
+    base_types: ClassVar[tuple[type[nn.Module], ...]]
     dropout: nn.Dropout
     scale: float
     enabled: bool
@@ -38,7 +49,14 @@ class DoRALayer(nn.Module):
         return self[self.base_name]
 
     def set_base(self, base: nn.Module) -> None:
-        """Take another base and set m to the norms of its rows."""
+        """Take another base and set m to the norms of its rows.
+
+        Raises:
+            DoRAError: If `base` is not exactly of a class this layer adapts: a subclass
+                may compute something else.
+        """
+        if type(base) not in self.base_types:
+            raise unsupported(base, self.base_types)
         self[self.base_name] = base
         self.m = mx.sqrt(self._measure_base())
 

@@ -39,6 +39,7 @@ class DoRAEmbedding(DoRALayer):
     """
 
     base_name: ClassVar[str] = "embedding"
+    base_types = (nn.Embedding, nn.QuantizedEmbedding)
     embedding: nn.Embedding | nn.QuantizedEmbedding
 
     def __init__(

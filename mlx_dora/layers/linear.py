@@ -46,6 +46,7 @@ class DoRALinear(DoRALayer):
     """
 
     base_name: ClassVar[str] = "linear"
+    base_types = (nn.Linear, nn.QuantizedLinear)
     linear: nn.Linear | nn.QuantizedLinear
 
     def __init__(

@@ -2,16 +2,12 @@
 
 import mlx.nn as nn
 
-from mlx_dora.errors import DoRAError
+from mlx_dora.layers._layer import unsupported
 from mlx_dora.layers.embedding import DoRAEmbedding
 from mlx_dora.layers.linear import DoRALinear
 
-# Exact classes: a subclass whose call does something else would be adapted wrongly.
-_LAYERS: dict[type, type] = {
-    nn.Linear: DoRALinear,
-    nn.QuantizedLinear: DoRALinear,
-    nn.Embedding: DoRAEmbedding,
-    nn.QuantizedEmbedding: DoRAEmbedding,
+_LAYERS = {
+    cls: layer for layer in (DoRALinear, DoRAEmbedding) for cls in layer.base_types
 }
 
 
@@ -23,9 +19,5 @@ def dora_class(module: nn.Module) -> type[DoRALinear] | type[DoRAEmbedding]:
     """
     layer = _LAYERS.get(type(module))
     if layer is None:
-        known = ", ".join(cls.__name__ for cls in _LAYERS)
-        raise DoRAError(
-            f"{type(module).__module__}.{type(module).__name__} cannot take DoRA; "
-            f"supported are exactly {known} (subclasses may compute something else)."
-        )
+        raise unsupported(module, tuple(_LAYERS))
     return layer

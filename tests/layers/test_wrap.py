@@ -23,6 +23,11 @@ def test_supported_modules_get_their_layer(module, layer):
     assert dora_class(module) is layer
 
 
+def test_a_layer_itself_refuses_a_subclass():
+    with pytest.raises(DoRAError, match="GatedLinear cannot take DoRA"):
+        DoRALinear.from_base(GatedLinear(8, 8))
+
+
 @pytest.mark.parametrize(
     "module", [GatedLinear(8, 8), nn.Bilinear(4, 4, 4), nn.RMSNorm(8)]
 )
