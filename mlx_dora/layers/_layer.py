@@ -55,10 +55,14 @@ class DoRALayer(nn.Module):
             DoRAError: If `base` is not exactly of a class this layer adapts: a subclass
                 may compute something else.
         """
-        if type(base) not in self.base_types:
-            raise unsupported(base, self.base_types)
+        self.check_base(base)
         self[self.base_name] = base
         self.m = mx.sqrt(self._measure_base())
+
+    def check_base(self, base: nn.Module) -> None:
+        """Refuse a base that is not exactly of a class this layer adapts."""
+        if type(base) not in self.base_types:
+            raise unsupported(base, self.base_types)
 
     def norm(self) -> mx.array:
         """Norm of every adapted row, without a gradient. Shape ``(out,)``, float32."""

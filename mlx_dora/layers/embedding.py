@@ -67,6 +67,7 @@ class DoRAEmbedding(DoRALayer):
         return layer
 
     def _adapt(self, base: nn.Module, r: int, dropout: float, scale: float) -> None:
+        self.check_base(base)
         num_embeddings, dims = weight_of(base).shape
         self.dropout = nn.Dropout(p=dropout)
         self.scale = scale

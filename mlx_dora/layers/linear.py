@@ -75,6 +75,7 @@ class DoRALinear(DoRALayer):
         return layer
 
     def _adapt(self, linear: nn.Module, r: int, dropout: float, scale: float) -> None:
+        self.check_base(linear)
         output_dims, input_dims = weight_of(linear).shape
         self.dropout = nn.Dropout(p=dropout)
         self.scale = scale
