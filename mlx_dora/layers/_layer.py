@@ -16,8 +16,8 @@ def unsupported(module: nn.Module, known: tuple[type[nn.Module], ...]) -> DoRAEr
     """The error for a module of a class that cannot be adapted."""
     names = ", ".join(cls.__name__ for cls in known)
     return DoRAError(
-        f"{type(module).__module__}.{type(module).__name__} cannot take DoRA; supported "
-        f"are exactly {names} (a subclass may compute something else)."
+        f"{type(module).__module__}.{type(module).__name__} cannot take DoRA; "
+        f"supported are exactly {names} (a subclass may compute something else)."
     )
 
 
