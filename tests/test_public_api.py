@@ -86,6 +86,9 @@ SIGNATURES = {
         "dora",
         "adapter_path",
         "callback=",
+        "progress=",
+        "loss=",
+        "batches=",
     ],
 }
 

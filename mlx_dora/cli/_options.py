@@ -159,7 +159,9 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> _Option:
         settings["default"] = None  # click would print and read a mapping's text
     elif field.default is not _MISSING:
         settings["default"] = field.default
-        settings["show_default"] = field.default not in (None, False, "")
+        settings["show_default"] = not any(
+            field.default is v for v in (None, False, "")
+        )
     elif field.default_factory is not _MISSING:
         settings["default"] = field.default_factory()
     else:
@@ -176,12 +178,12 @@ def dataclass_options(
     ``@dataclass_options(train=TrainConfig, dora=DoRAConfig)`` makes ``--batch-size``,
     ``--rank`` and the rest, and calls the function with ``train=TrainConfig(...)`` and
     ``dora=DoRAConfig(...)``. Names, defaults and help come from the fields (their
-    ``metadata={"help": ..., "choices": ..., "flags": ("-m",), "unit": "bytes"}``; the
-    last three are optional): a bool becomes ``--x/--no-x``, a `typing.Literal` a choice, a tuple of
-    str takes ``a,b``, a dict or list takes YAML. A field without a default is a
-    required option. A field that two of the classes share becomes one option and
-    reaches both; its defaults must agree. Write it above the function's other
-    ``click.option`` decorators, below `config_file_option`.
+    ``metadata={"help": ...}``, with ``"choices"``, ``"flags": ("-m",)`` or
+    ``"unit": "bytes"`` if wanted): a bool becomes ``--x/--no-x``, a `typing.Literal` a
+    choice, a tuple of str takes ``a,b``, a dict or list takes YAML, bytes take ``2GB``.
+    A field without a default is a required option. A field that two of the classes
+    share becomes one option and reaches both; its defaults must agree. Write it above
+    the function's other ``click.option`` decorators, below `config_file_option`.
 
     Args:
         exclude: Fields that get no option and keep their default.
