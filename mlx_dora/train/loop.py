@@ -116,7 +116,6 @@ def finetune(
         (value, tokens), gradient = value_and_grad(model, batch, lengths)
         return value * tokens, tokens, gradient
 
-    @mx.compile
     def accumulate(total: Any, gradient: Any, tokens: mx.array) -> Any:
         new = tree_map(lambda g: g.astype(mx.float32) * tokens, gradient), tokens
         return new if total is None else tree_map(mx.add, total, new)

@@ -2,7 +2,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
@@ -50,15 +49,3 @@ def run(
         return model, report
 
     return call
-
-
-def tensors(folder: Path) -> dict[str, mx.array]:
-    loaded = mx.load(str(folder / "adapters.safetensors"))
-    assert isinstance(loaded, dict)
-    return loaded
-
-
-def same_bits(one: dict[str, mx.array], two: dict[str, mx.array]) -> bool:
-    return one.keys() == two.keys() and all(
-        mx.array_equal(value, two[name]) for name, value in one.items()
-    )

@@ -1,0 +1,70 @@
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.train import TrainConfig
+
+OURS = {"overwrite", "hf_dataset"}
+FEATURES = {"prompt_feature", "completion_feature", "chat_feature", "text_feature"}
+# The adapter's own settings are DoRAConfig's.
+ELSEWHERE = {"num_layers", "lora_parameters", "config"}
+DIFFERENT = {"model", "train", "fine_tune_type", "optimizer_config"}
+
+
+def test_fields_are_mlx_lms_with_its_defaults() -> None:
+    from mlx_lm.lora import CONFIG_DEFAULTS
+
+    ours = {field.name: field.default for field in fields(TrainConfig)}
+    assert set(ours) - OURS - FEATURES == set(CONFIG_DEFAULTS) - ELSEWHERE
+    for name in set(CONFIG_DEFAULTS) - ELSEWHERE - DIFFERENT:
+        assert ours[name] == CONFIG_DEFAULTS[name], name
+    assert ours["fine_tune_type"] == "dora"
+
+
+def test_every_field_has_help() -> None:
+    assert all(field.metadata.get("help") for field in fields(TrainConfig))
+
+
+@pytest.mark.parametrize(
+    ("settings", "trains"),
+    [
+        ({}, True),
+        ({"test": True}, False),
+        ({"test": True, "train": True}, True),
+        ({"train": False}, False),
+    ],
+)
+def test_training_is_the_default_unless_only_a_test_is_asked_for(
+    settings: dict[str, Any], trains: bool
+) -> None:
+    assert TrainConfig(**settings).trains == trains
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"iters": 1.5}, r"iters must be a whole number of at least 1, got 1\.5"),
+        ({"iters": True}, "iters must be a whole number of at least 1, got True"),
+        ({"val_batches": -2}, "val_batches must be a whole number of at least -1"),
+        ({"test_batches": 0}, "test_batches must be -1 or at least 1"),
+        ({"max_seq_length": 1}, "max_seq_length must be a whole number of at least 2"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
+        ({"learning_rate": 0}, "learning_rate must be above 0, got 0"),
+        ({"learning_rate": "1e-5"}, "learning_rate must be a number, got '1e-5'"),
+        ({"optimizer": "lion"}, "optimizer must be adam, .*; got 'lion'"),
+        ({"fine_tune_type": "qlora"}, "fine_tune_type must be dora, lora, full"),
+        ({"lr_schedule": "cosine"}, "lr_schedule must be a mapping, got 'cosine'"),
+        ({"report_to": "wandb,x"}, "report_to knows wandb and swanlab, not x"),
+        ({"prompt_feature": ""}, "prompt_feature must be the name of a key"),
+        ({"hf_dataset": {"name": "x"}}, "hf_dataset needs a mapping with the key"),
+    ],
+)
+def test_bad_values_are_told_in_one_line(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DoRAError, match=message) as info:
+        TrainConfig(**settings)
+    assert "\n" not in str(info.value)
