@@ -1,0 +1,54 @@
+"""What a DoRA adapter did to each matrix: to its rows' lengths and directions."""
+
+import math
+from dataclasses import dataclass
+
+import mlx.nn as nn
+import numpy as np
+
+from mlx_dora.adapters.surgery import dora_layers
+from mlx_dora.factored import row_geometry
+from mlx_dora.layers import weight_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixChange:
+    """One adapted matrix (DoRA, arXiv:2402.09353, section 3.2).
+
+    Args:
+        path: Of its module.
+        delta_m: ΔM, the mean change of a row's length, in units of the weight.
+        delta_m_relative: ΔM over the mean length of the base's rows.
+        delta_d: ΔD, the mean over rows of one minus the cosine of the angle turned.
+        degrees: The mean angle.
+    """
+
+    path: str
+    delta_m: float
+    delta_m_relative: float
+    delta_d: float
+    degrees: float
+
+
+def matrix_changes(model: nn.Module) -> list[MatrixChange]:
+    """Every adapted matrix of a model, the one whose rows turned most first."""
+    changes = []
+    for path, layer in dora_layers(model):
+        lora_a, lora_b = layer.factors()
+        geometry = row_geometry(
+            weight_of(layer.base), lora_a, lora_b, layer.scale, layer.m
+        )
+        mean_norm = float(np.array(geometry.base_norm, dtype=np.float64).mean())
+        mean_angle = float(np.array(geometry.angle, dtype=np.float64).mean())
+        changes.append(
+            MatrixChange(
+                path=path,
+                delta_m=geometry.mean_delta_m,
+                delta_m_relative=geometry.mean_delta_m / mean_norm
+                if mean_norm
+                else 0.0,
+                delta_d=geometry.mean_delta_d,
+                degrees=math.degrees(mean_angle),
+            )
+        )
+    return sorted(changes, key=lambda change: change.delta_d, reverse=True)
