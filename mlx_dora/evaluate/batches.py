@@ -158,7 +158,7 @@ def iterate_batches(
                 if tally.add(example, max_seq_length):
                     usable.append(example)
             found += len(usable)
-            if not told and (line := counts.describe(max_seq_length)):
+            if usable and not told and (line := counts.describe(max_seq_length)):
                 told = True
                 logger.warning("%s", line)
             pool = _sorted_batches(usable, batch_size, max_seq_length)

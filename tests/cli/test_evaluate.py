@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mlx_dora import DoRAConfig, apply_dora, load, save_adapter
+from mlx_dora.adapters.fuse import fuse_model
+from mlx_dora.cli.evaluate import command
+from mlx_dora.train.start import trainable_tensors
+from tests.cli.training_data import write_data
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "data", valid=8)
+
+
+@pytest.fixture
+def adapter(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    model = load(tiny_model_folder)[0]
+    apply_dora(model, DoRAConfig(rank=2, num_layers=-1))
+    changed = [(name, value + 0.05) for name, value in trainable_tensors(model).items()]
+    model.load_weights(changed, strict=False)
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def invoke(*args: object) -> Result:
+    result = CliRunner().invoke(command, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_base_adapter_and_fused_side_by_side(
+    tiny_model_folder: Path, adapter: Path, data: Path, tmp_path: Path
+) -> None:
+    fused, found = tmp_path / "fused", tmp_path / "found.json"
+    fuse_model(str(tiny_model_folder), adapter, fused)
+    models = ["--model", tiny_model_folder, "--adapter-path", adapter]
+    result = invoke(
+        *models, "--fused-path", fused, "--data", data, "--json", found, "--samples", 2
+    )
+    assert result.exit_code == 0, result.output
+    told = json.loads(found.read_text())
+    base, adapted, plain = told["results"]
+    assert [one["name"] for one in told["results"]] == ["base", "adapter", "fused"]
+    assert told["split"] == "valid"
+    assert base["loss"]["loss"] != pytest.approx(adapted["loss"]["loss"], rel=1e-3)
+    assert plain["loss"]["perplexity"] == pytest.approx(
+        adapted["loss"]["perplexity"], rel=1e-3
+    )
+    assert told["agreement"]["relative_logit_difference"] < 1e-4
+    assert told["agreement"]["max_logit_difference"] > 0
+    assert adapted["labels"]["labels"] == {"even": 4, "odd": 4}
+    assert len(told["prompts"]) == len(adapted["samples"]) == 2
+    for part in ("base", "adapter", "fused", "perplexity", "accuracy", "sample 2"):
+        assert part in result.stdout
+
+
+def test_base_alone_with_json_on_stdout(tiny_model_folder: Path, data: Path) -> None:
+    result = invoke(
+        *("--model", tiny_model_folder, "--data", data, "--json", "-"),
+        *("--samples", 0, "--no-labels", "--num-batches", 1, "--batch-size", 3),
+    )
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert [one["loss"]["rows"] for one in told["results"]] == [3]
+    assert told["results"][0]["labels"] is None
+    assert told["agreement"] is None
+
+
+def test_test_data_is_preferred(
+    tiny_model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    write_data(data, test=2)
+    options = ["--model", tiny_model_folder, "--data", data, "--samples", 0]
+    assert "test data: 2 rows" in invoke(*options).stdout
+    assert "valid data: 8 rows" in invoke(*options, "--split", "valid").stdout
+
+
+BAD = {
+    "no model": (["--model", "no/such/model"], 1, "no/such/model"),
+    "no adapter": (["--adapter-path", "no/adapter"], 1, "no/adapter"),
+    "no fused model": (["--fused-path", "no/fused/model"], 1, "no/fused/model"),
+    "no data": (["--data", "no/such/data"], 1, "does not exist"),
+    "no split": (["--split", "train"], 1, "has no train data"),
+    "bad split": (["--split", "dev"], 2, "dev"),
+    "no batches": (["--num-batches", "0"], 1, "num_batches must be -1 or at least 1"),
+    "bad samples": (["--samples", "-1"], 1, "samples must be a whole number"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_input_is_one_line(tiny_model_folder: Path, data: Path, name: str) -> None:
+    extra, code, message = BAD[name]
+    result = invoke("--model", tiny_model_folder, "--data", data, *extra)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == ""
+
+
+def test_model_is_required(data: Path) -> None:
+    result = invoke("--data", data)
+    assert result.exit_code == 2
+    assert "--model" in result.stderr

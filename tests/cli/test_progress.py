@@ -1,0 +1,61 @@
+import sys
+from typing import Any
+
+import pytest
+
+from mlx_dora.cli._progress import TrainDisplay, describe, duration, size
+from mlx_dora.train import StepReport
+
+
+def report(**extra: Any) -> StepReport:
+    values = {
+        "step": 5,
+        "trained_tokens": 9,
+        "seconds": 1.0,
+        "peak_memory_bytes": 10**9,
+    }
+    return StepReport(**{**values, **extra})
+
+
+def test_lines_of_reports() -> None:
+    trained = report(
+        train_loss=1.25,
+        learning_rate=1e-4,
+        tokens_per_second=321.4,
+        steps_per_second=0.5,
+    )
+    assert describe(trained, 65) == (
+        "step 5/65  loss 1.2500  lr 0.0001  321 tokens/s  peak 1.00 GB  2:00 left"
+    )
+    assert describe(report(val_loss=2.0), 65) == "step 5/65  validation loss 2.0000"
+
+
+def test_durations_and_sizes() -> None:
+    assert [duration(s) for s in (5, 65, 3661)] == ["0:05", "1:05", "1:01:01"]
+    assert [size(n) for n in (12_300_000, 2_340_000_000)] == ["12 MB", "2.34 GB"]
+
+
+def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with TrainDisplay(10) as display:
+        display.progress("train", 10, 1)
+        display.say("hello")
+    out, errors = capsys.readouterr()
+    assert (out, errors) == ("", "hello\n")
+
+
+def test_bars_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    display = TrainDisplay(10)
+    with display:
+        display.progress("validate", 4, 4)
+        display.report(report(train_loss=1.5, tokens_per_second=7.0))
+        display.progress("train", 10, 5)
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert "step 5/10  loss 1.5000" in errors
+    assert "5/10" in errors
+    assert "loss 1.500" in errors

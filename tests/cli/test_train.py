@@ -1,0 +1,325 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mlx_dora.cli.train import command, describe_training, next_commands
+from mlx_dora.train import TrainConfig, TrainReport
+from tests.cli.training_data import write_data
+
+# As in mlx-lm's own example, with its comments gone and small numbers.
+HOST_YAML = """
+model: "{model}"
+train: true
+fine_tune_type: {kind}
+optimizer: adamw
+optimizer_config:
+  adamw:
+    betas: [0.9, 0.98]
+    eps: 1e-6
+    weight_decay: 0.05
+    bias_correction: true
+data: "{data}"
+seed: 0
+num_layers: 1
+batch_size: 4
+iters: 4
+val_batches: 25
+learning_rate: 1e-3
+steps_per_report: 2
+steps_per_eval: 200
+resume_adapter_file: null
+adapter_path: "{adapter}"
+save_every: 100
+test: true
+test_batches: 100
+max_seq_length: 256
+grad_checkpoint: true
+lora_parameters:
+  keys: ["self_attn.q_proj", "self_attn.v_proj"]
+  rank: 4
+  scale: 20.0
+  dropout: 0.1
+lr_schedule:
+  name: cosine_decay
+  warmup: 2
+  warmup_init: 1e-7
+  arguments: [1e-5, 1000, 1e-7]
+"""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "data", train=20, valid=4, test=6)
+
+
+@pytest.fixture
+def small(tiny_model_folder: Path, data: Path, tmp_path: Path) -> list[str]:
+    """Options of a training that takes a second."""
+    return [
+        *("--model", str(tiny_model_folder), "--data", str(data), "--iters", "3"),
+        *("--rank", "2", "--adapter-path", str(tmp_path / "out"), "--num-layers", "1"),
+    ]
+
+
+def invoke(*args: str) -> Result:
+    result = CliRunner().invoke(command, args)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.mark.parametrize("kind", ["dora", "lora"])
+def test_a_yaml_of_mlx_lm_works_unchanged(
+    tiny_model_folder: Path, data: Path, tmp_path: Path, kind: str
+) -> None:
+    from mlx_lm.utils import load
+
+    adapter = tmp_path / "out"
+    path = tmp_path / "lora.yaml"
+    path.write_text(
+        HOST_YAML.format(model=tiny_model_folder, data=data, adapter=adapter, kind=kind)
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_dora.train", "--config", str(path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Validation loss" in done.stdout
+    assert "Test loss" in done.stdout
+    assert "step 4/4  loss" in done.stderr
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["fine_tune_type"] == kind
+    assert config["lora_parameters"]["rank"] == 4
+    assert config["mlx_dora"]["training"]["optimizer_config"]["bias_correction"]
+    assert [path.split(".")[2] for path in config["lora_parameters"]["keys"]] == [
+        "1",
+        "1",
+    ]
+    load(str(tiny_model_folder), adapter_path=str(adapter))
+
+
+def test_flags_beat_the_file(small: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("iters: 50\nlora_parameters: {scale: 3.0, rank: 7}\n")
+    result = invoke("-c", str(path), *small)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["mlx_dora"]["training"]["steps"] == 3
+    assert config["lora_parameters"]["rank"] == 2
+    assert config["lora_parameters"]["scale"] == 3.0
+
+
+def test_results_go_to_stdout_and_progress_to_stderr(
+    small: list[str], tmp_path: Path
+) -> None:
+    from mlx_dora.train.plot import can_plot
+
+    result = invoke("--train", "--test", *small, "--mask-prompt")
+    assert result.exit_code == 0, result.output
+    assert "step 0/3  validation loss" in result.stderr
+    assert "step 3/3  loss" in result.stderr
+    assert "step" not in result.stdout.replace("steps", "")
+    assert f"Adapter: {tmp_path / 'out'}" in result.stdout
+    assert "mlx_dora.generate --model" in result.stdout
+    assert "mlx_dora.fuse --model" in result.stdout
+    assert "Test loss" in result.stdout
+    assert ("Loss plot: " in result.stdout) == can_plot()
+    assert (tmp_path / "out" / "loss.png").exists() == can_plot()
+
+
+def test_without_matplotlib_it_says_so(
+    small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_dora.train import plot
+
+    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    result = invoke(*small)
+    assert "No loss plot: pip install 'mlx_dora[report]'" in result.stdout
+
+
+def test_test_alone_measures_an_adapter(small: list[str], tmp_path: Path) -> None:
+    result = invoke("--test", *small)
+    assert result.exit_code == 1
+    assert "set train too" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert invoke(*small).exit_code == 0
+    before = (tmp_path / "out" / "adapters.safetensors").read_bytes()
+    result = invoke("--test", *small)
+    assert result.exit_code == 0, result.output
+    assert "Test loss" in result.stdout
+    assert "Adapter:" not in result.stdout
+    assert (tmp_path / "out" / "adapters.safetensors").read_bytes() == before
+
+
+def test_an_adapter_is_replaced_only_when_told(small: list[str]) -> None:
+    assert invoke(*small).exit_code == 0
+    refused = invoke(*small)
+    assert refused.exit_code == 1
+    assert "--overwrite" in refused.stderr
+    assert invoke(*small, "--overwrite").exit_code == 0
+
+
+def test_missing_validation_data_is_told(small: list[str], data: Path) -> None:
+    (data / "valid.jsonl").unlink()
+    result = invoke(*small)
+    assert result.exit_code == 0
+    assert "no validation data" in result.stderr
+    assert "validation loss" not in result.output
+
+
+def test_cache_threshold_takes_sizes(small: list[str]) -> None:
+    assert invoke(*small, "--clear-cache-threshold", "1.5GB").exit_code == 0
+    bad = invoke(*small, "--clear-cache-threshold", "much")
+    assert bad.exit_code == 2
+    assert "is not a size such as 500MB" in bad.stderr
+
+
+BAD: dict[str, tuple[list[str], int, str]] = {
+    "unknown data folder": (["--data", "no/such/folder"], 1, "does not exist"),
+    "unknown model": (["--model", "no/such/model"], 1, "no/such/model"),
+    "rank 0": (["--rank", "0"], 1, "rank must be at least 1, got 0"),
+    "NaN scale": (["--scale", "nan"], 1, "scale must be a finite number"),
+    "bad number": (["--iters", "many"], 2, "'many'"),
+    "unknown flag": (["--no-such-flag"], 2, "--no-such-flag"),
+    "unknown key": (["--keys", "q_prog"], 1, "q_prog"),
+    "unknown optimizer": (["--optimizer", "lion"], 2, "lion"),
+    "no layers": (["--num-layers", "0"], 1, "nothing to train"),
+    "no folder for the adapter": (["--adapter-path", ""], 1, "adapter_path is empty"),
+    "nothing to do": (["--no-train"], 1, "nothing to do"),
+    "missing config": (["-c", "none.yaml"], 1, "none.yaml"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_input_is_one_line_and_leaves_nothing(
+    small: list[str], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra, code, message = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    result = invoke(*small, *extra)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert result.stdout == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "train.jsonl is empty"),
+        ('{"question": "a"}\n', "line 1: expected the keys 'prompt' and 'completion'"),
+        ('{"text": "a"}\n{"txt": "b"}\n', "line 2: expected the key 'text'"),
+        ("not json\n", "line 1: not JSON"),
+    ],
+)
+def test_bad_data_is_one_line_and_leaves_nothing(
+    small: list[str], data: Path, tmp_path: Path, content: str, message: str
+) -> None:
+    (data / "train.jsonl").write_text(content)
+    result = invoke(*small)
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_cut_before_its_targets_is_refused(
+    small: list[str], tmp_path: Path
+) -> None:
+    result = invoke(*small, "--max-seq-length", "2", "--mask-prompt")
+    assert result.exit_code == 1, result.output
+    assert "no row has a target token within max_seq_length 2" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_key_of_the_yaml_is_told(small: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rte: 1e-5\n")
+    result = invoke("-c", str(path), *small)
+    assert result.exit_code == 1
+    assert "learning_rte (did you mean learning_rate" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_saves_and_exits_with_130(small: list[str], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_dora.train", *small, "--iters", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "out" / "log.jsonl"
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (
+        log.exists() and "train_loss" in log.read_text()
+    ):
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "the adapter is in" in errors
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["mlx_dora"]["training"]["steps"] >= 10
+
+
+def test_help_needs_no_mlx() -> None:
+    code = (
+        "import sys; from mlx_dora.cli.train import command\n"
+        "try: command(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'mlx', 'mlx_lm'} & {n.split('.')[0] for n in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith("[]")
+
+
+def report(**extra: Any) -> TrainReport:
+    return TrainReport(
+        adapter_path=Path("out"),
+        steps=7,
+        modules=("a", "b"),
+        trainable_parameters=1_500_000,
+        train_loss=1.0,
+        trained_tokens=12_345,
+        seconds=3725.0,
+        peak_memory_bytes=2_500_000_000,
+        **extra,
+    )
+
+
+def test_summary_says_what_was_done() -> None:
+    lines = describe_training(
+        report(first_val_loss=2.0, val_loss=1.5, rows_truncated=3)
+    )
+    assert lines == [
+        "Trained 1.500 M parameters in 2 modules: 7 steps, 12,345 tokens, 1:02:05, "
+        "peak memory 2.50 GB.",
+        "Validation loss 2.0000 before, 1.5000 after.",
+        "Training rows cut: 3; left out for want of a target: 0.",
+        "Adapter: out",
+    ]
+    assert len(describe_training(report())) == 2
+
+
+def test_next_commands_are_quoted_for_the_shell() -> None:
+    train = TrainConfig(model="my model", adapter_path="out/", data="d")
+    assert next_commands(train) == [
+        "mlx_dora.generate --model 'my model' --adapter-path out/ --prompt 'Hello'",
+        "mlx_dora.evaluate --model 'my model' --adapter-path out/ --data d",
+        "mlx_dora.fuse --model 'my model' --adapter-path out/ --save-path out-fused",
+    ]
