@@ -19,7 +19,7 @@ class DemoConfig:
         default=None,
         metadata={"help": "Another model (folder or Hub id) in place of SmolLM2-135M."},
     )
-    iters: int = field(default=60, metadata={"help": "Training steps, of 4 rows each."})
+    iters: int = field(default=40, metadata={"help": "Training steps, of 4 rows each."})
     seed: int = field(default=0, metadata={"help": "Seed of adapter and data order."})
 
     def __post_init__(self) -> None:
