@@ -24,8 +24,8 @@ def command(train: TrainConfig, dora: DoRAConfig) -> None:
 
     Takes the flags and the YAML files of mlx_lm.lora; training is the default.
 
-    D is a folder with train.jsonl (and valid.jsonl, test.jsonl), or a data set on the
-    Hugging Face Hub. The adapter's folder gets adapters.safetensors and
+    The data is a folder with train.jsonl (and valid.jsonl, test.jsonl), or a data set
+    on the Hugging Face Hub. The adapter's folder gets adapters.safetensors and
     adapter_config.json, which mlx-lm loads, log.jsonl, and loss.png if matplotlib is
     installed. Ctrl-C finishes the step, saves, and exits with 130.
     """
