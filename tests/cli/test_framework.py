@@ -5,7 +5,9 @@ import logging
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import pytest
@@ -92,9 +94,6 @@ def test_every_verb_has_a_command_and_an_entry_point() -> None:
 
 
 def test_console_scripts_are_the_verbs() -> None:
-    tomllib = pytest.importorskip("tomllib")  # Python 3.11
-    from pathlib import Path
-
     file = Path(__file__).parents[2] / "pyproject.toml"
     scripts = tomllib.loads(file.read_text())["project"]["scripts"]
     expected = {f"mlx_dora.{name}": f"mlx_dora.cli.{name}:command" for name in VERBS}
