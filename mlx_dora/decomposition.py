@@ -6,7 +6,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import normalize_rows
 
 
-def dora_decompose(weight: mx.array, eps: float = 0.0) -> tuple[mx.array, mx.array]:
+def dora_decompose(W: mx.array, eps: float = 0.0) -> tuple[mx.array, mx.array]:
     r"""Split a weight into the length and the direction of each output row.
 
     .. math:: m_j = \lVert W_j \rVert_2, \qquad \hat V_j = W_j / (m_j + \epsilon)
@@ -15,27 +15,27 @@ def dora_decompose(weight: mx.array, eps: float = 0.0) -> tuple[mx.array, mx.arr
     here, since MLX stores weights as (out, in).
 
     Args:
-        weight: Shape ``(out, in)``, any float dtype.
+        W: Weight. Shape ``(out, in)``, any float dtype.
         eps: Added to the divisor; 0 keeps directions of unit length.
 
     Returns:
         m, ``(out,)`` float32, and the direction, ``(out, in)`` in the dtype of
-        `weight`. A zero row gives 0 and 0.
+        `W`. A zero row gives 0 and 0.
 
     Raises:
-        DoRAError: If `weight` is not a float matrix, or `eps` is negative.
+        DoRAError: If `W` is not a float matrix, or `eps` is negative.
     """
-    _check_matrix("weight", weight)
+    _check_matrix("W", W)
     if not eps >= 0:
         raise DoRAError(f"eps must be at least 0, got {eps}.")
-    direction, m = normalize_rows(weight)
+    direction, m = normalize_rows(W)
     if eps:
         length = mx.where(m > 0, m / (m + eps), 0.0)
-        direction, _ = normalize_rows(weight, length)
+        direction, _ = normalize_rows(W, length)
     return m, direction
 
 
-def dora_merge(weight: mx.array, delta_m: mx.array, delta_v: mx.array) -> mx.array:
+def dora_merge(W0: mx.array, delta_m: mx.array, delta_V: mx.array) -> mx.array:
     r"""Recombine a weight with a change of magnitude and a change of direction.
 
     .. math:: W' = (\lVert W_0 \rVert + \Delta m) \circ
@@ -44,27 +44,27 @@ def dora_merge(weight: mx.array, delta_m: mx.array, delta_v: mx.array) -> mx.arr
     Eq. 5 of DoRA (arXiv:2402.09353), norms per output row.
 
     Args:
-        weight: W0. Shape ``(out, in)``, any float dtype.
+        W0: Base weight. Shape ``(out, in)``, any float dtype.
         delta_m: Change of magnitude. Shape ``(out,)``.
-        delta_v: Change of the unnormalised direction. Shape ``(out, in)``.
+        delta_V: Change of the unnormalised direction. Shape ``(out, in)``.
 
     Returns:
-        W', ``(out, in)`` in the dtype of `weight`, rounded once. A row of W0 + ΔV that
+        W', ``(out, in)`` in the dtype of `W0`, rounded once. A row of W0 + ΔV that
         is zero stays zero.
 
     Raises:
         DoRAError: If the shapes do not fit together.
     """
-    _check_matrix("weight", weight)
-    if delta_v.shape != weight.shape or delta_m.shape != weight.shape[:1]:
+    _check_matrix("W0", W0)
+    if delta_V.shape != W0.shape or delta_m.shape != W0.shape[:1]:
         raise DoRAError(
-            f"delta_m {delta_m.shape} and delta_v {delta_v.shape} do not fit a weight "
-            f"of shape {weight.shape}; expected {weight.shape[:1]} and {weight.shape}."
+            f"delta_m {delta_m.shape} and delta_V {delta_V.shape} do not fit a weight "
+            f"of shape {W0.shape}; expected {W0.shape[:1]} and {W0.shape}."
         )
-    full = weight.astype(mx.float32)
+    full = W0.astype(mx.float32)
     m = mx.sqrt(mx.square(full).sum(axis=1)) + delta_m.astype(mx.float32)
-    merged, _ = normalize_rows(full + delta_v.astype(mx.float32), m)
-    return merged.astype(weight.dtype)
+    merged, _ = normalize_rows(full + delta_V.astype(mx.float32), m)
+    return merged.astype(W0.dtype)
 
 
 def _check_matrix(name: str, weight: mx.array) -> None:

@@ -39,8 +39,8 @@ NAMES = {
 
 # In order; "*" starts those given by name only, "=" marks a default.
 SIGNATURES = {
-    "mlx_dora.dora_decompose": ["weight", "eps="],
-    "mlx_dora.dora_merge": ["weight", "delta_m", "delta_v"],
+    "mlx_dora.dora_decompose": ["W", "eps="],
+    "mlx_dora.dora_merge": ["W0", "delta_m", "delta_V"],
     "mlx_dora.apply_dora": ["model", "config"],
     "mlx_dora.remove_dora": ["model"],
     "mlx_dora.disabled": ["model"],
