@@ -53,8 +53,8 @@ SIGNATURES = {
         "overwrite=",
         "base_model=",
     ],
-    "mlx_dora.DoRALinear.from_base": ["linear", "r=", "dropout=", "scale="],
-    "mlx_dora.DoRAEmbedding.from_base": ["embedding", "r=", "dropout=", "scale="],
+    "mlx_dora.DoRALinear.from_base": ["module", "r=", "dropout=", "scale="],
+    "mlx_dora.DoRAEmbedding.from_base": ["module", "r=", "dropout=", "scale="],
     "mlx_dora.DoRALinear.fuse": ["self", "dequantize="],
     "mlx_dora.DoRAEmbedding.fuse": ["self", "dequantize="],
     "mlx_dora.kernels.adapted_norm": [

@@ -1,6 +1,7 @@
 """What every DoRA layer does with its base, its norms and its eval-mode cache."""
 
-from typing import Any, ClassVar
+import math
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +31,7 @@ class DoRALayer(nn.Module):
 
     base_name: ClassVar[str]
     base_types: ClassVar[tuple[type[nn.Module], ...]]
+    lora_a_spans_rows: ClassVar[bool] = False  # mlx-lm's layout of an embedding's
     dropout: nn.Dropout
     scale: float
     enabled: bool
@@ -38,6 +40,39 @@ class DoRALayer(nn.Module):
     m: mx.array
     _folded: Folded | None
     _measured: mx.array
+
+    @classmethod
+    def from_base(
+        cls, module: Any, r: int = 8, dropout: float = 0.0, scale: float = 20.0
+    ) -> Self:
+        """Wrap a module; it is kept, unchanged, under its name in the class.
+
+        Args:
+            module: A module of one of the classes that the layer adapts.
+            r: Rank of the update.
+            dropout: Probability of dropping in the low-rank branch.
+            scale: Multiplier s of the update.
+
+        Raises:
+            DoRAError: If `module` is of any other class.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.adapt(module, r, dropout, scale)
+        return layer
+
+    def adapt(self, base: nn.Module, r: int, dropout: float, scale: float) -> None:
+        """Take a base and start from it: a random A, B = 0 and m = ‖W0‖."""
+        self.check_base(base)
+        out, width = weight_of(base).shape
+        fan, other = (out, width) if self.lora_a_spans_rows else (width, out)
+        self.dropout = nn.Dropout(p=dropout)
+        self.scale = scale
+        self.enabled = True
+        bound = 1 / math.sqrt(fan)  # Kaiming-uniform with a = sqrt(5)
+        self.lora_a = mx.random.uniform(low=-bound, high=bound, shape=(fan, r))
+        self.lora_b = mx.zeros((r, other))
+        self.set_base(base)
 
     def factors(self) -> tuple[mx.array, mx.array]:
         """The update as A ``(in, r)`` and B ``(r, out)`` for a base ``(out, in)``."""

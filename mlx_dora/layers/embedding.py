@@ -1,6 +1,5 @@
 """DoRA for `nn.Embedding` and `nn.QuantizedEmbedding`, tied heads included."""
 
-import math
 from typing import ClassVar
 
 import mlx.core as mx
@@ -8,7 +7,7 @@ import mlx.nn as nn
 
 from mlx_dora.kernels import dora_scale
 from mlx_dora.kernels.reference import factored_norm, row_gain, update_terms
-from mlx_dora.layers._base import project, weight_of
+from mlx_dora.layers._base import project
 from mlx_dora.layers._fuse import fused_module
 from mlx_dora.layers._layer import DoRALayer
 
@@ -39,6 +38,8 @@ class DoRAEmbedding(DoRALayer):
     """
 
     base_name: ClassVar[str] = "embedding"
+    lora_a_spans_rows: ClassVar[bool] = True
+    _projects: bool = False
     base_types = (nn.Embedding, nn.QuantizedEmbedding)
     embedding: nn.Embedding | nn.QuantizedEmbedding
 
@@ -51,34 +52,7 @@ class DoRAEmbedding(DoRALayer):
         scale: float = 20.0,
     ) -> None:
         super().__init__()
-        self._adapt(nn.Embedding(num_embeddings, dims), r, dropout, scale)
-
-    @staticmethod
-    def from_base(
-        embedding: nn.Embedding | nn.QuantizedEmbedding,
-        r: int = 8,
-        dropout: float = 0.0,
-        scale: float = 20.0,
-    ) -> "DoRAEmbedding":
-        """Wrap an embedding; it is kept, unchanged, as ``embedding``."""
-        layer = DoRAEmbedding.__new__(DoRAEmbedding)
-        nn.Module.__init__(layer)
-        layer._adapt(embedding, r, dropout, scale)
-        return layer
-
-    def _adapt(self, base: nn.Module, r: int, dropout: float, scale: float) -> None:
-        self.check_base(base)
-        num_embeddings, dims = weight_of(base).shape
-        self.dropout = nn.Dropout(p=dropout)
-        self.scale = scale
-        self.enabled = True
-        self._projects = False
-        bound = 1 / math.sqrt(num_embeddings)
-        self.lora_a = mx.random.uniform(
-            low=-bound, high=bound, shape=(num_embeddings, r)
-        )
-        self.lora_b = mx.zeros((r, dims))
-        self.set_embedding(base)
+        self.adapt(nn.Embedding(num_embeddings, dims), r, dropout, scale)
 
     def set_embedding(self, embedding: nn.Module) -> None:
         """Take another base and set m to the norms of its rows."""

@@ -1,6 +1,5 @@
 """DoRA for `nn.Linear` and `nn.QuantizedLinear`."""
 
-import math
 from typing import ClassVar
 
 import mlx.core as mx
@@ -8,7 +7,7 @@ import mlx.nn as nn
 
 from mlx_dora.kernels import dora_scale
 from mlx_dora.kernels.reference import row_gain
-from mlx_dora.layers._base import project, weight_of
+from mlx_dora.layers._base import project
 from mlx_dora.layers._fuse import fused_module
 from mlx_dora.layers._layer import DoRALayer
 
@@ -59,31 +58,7 @@ class DoRALinear(DoRALayer):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self._adapt(nn.Linear(input_dims, output_dims, bias=bias), r, dropout, scale)
-
-    @staticmethod
-    def from_base(
-        linear: nn.Linear | nn.QuantizedLinear,
-        r: int = 8,
-        dropout: float = 0.0,
-        scale: float = 20.0,
-    ) -> "DoRALinear":
-        """Wrap a linear layer; it is kept, unchanged, as ``linear``."""
-        layer = DoRALinear.__new__(DoRALinear)
-        nn.Module.__init__(layer)
-        layer._adapt(linear, r, dropout, scale)
-        return layer
-
-    def _adapt(self, linear: nn.Module, r: int, dropout: float, scale: float) -> None:
-        self.check_base(linear)
-        output_dims, input_dims = weight_of(linear).shape
-        self.dropout = nn.Dropout(p=dropout)
-        self.scale = scale
-        self.enabled = True
-        bound = 1 / math.sqrt(input_dims)  # Kaiming-uniform with a = sqrt(5)
-        self.lora_a = mx.random.uniform(low=-bound, high=bound, shape=(input_dims, r))
-        self.lora_b = mx.zeros((r, output_dims))
-        self.set_linear(linear)
+        self.adapt(nn.Linear(input_dims, output_dims, bias=bias), r, dropout, scale)
 
     def set_linear(self, linear: nn.Module) -> None:
         """Take another base and set m to the norms of its rows."""
