@@ -31,7 +31,7 @@ class DoRALayer(nn.Module):
 
     base_name: ClassVar[str]
     base_types: ClassVar[tuple[type[nn.Module], ...]]
-    lora_a_spans_rows: ClassVar[bool] = False  # mlx-lm's layout of an embedding's
+    lora_a_spans_rows: ClassVar[bool] = False  # an embedding's has a row a token
     dropout: nn.Dropout
     scale: float
     enabled: bool
