@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.kernels.reference import check_factors, update_terms
-from mlx_dora.kernels.rows import Weight, row_blocks, row_squares
+from mlx_dora.kernels.rows import Weight, row_blocks
 
 # Under this share of ‖W0‖² + s²‖BA‖² the factored sum may be off by more than 1e-5.
 _RECOMPUTE_BELOW = 2.0**-6
@@ -154,12 +154,3 @@ def row_geometry(
         delta_m=length - base_norm,
         angle=mx.where(moved, angle, 0.0),
     )
-
-
-__all__ = [
-    "FactoredTerms",
-    "RowGeometry",
-    "factored_terms",
-    "row_geometry",
-    "row_squares",
-]
