@@ -37,11 +37,7 @@ def normalize_rows(
     Raises:
         DoRAError: If `magnitude` does not have one entry a row.
     """
-    if magnitude is not None and magnitude.shape != weight.shape[:1]:
-        raise DoRAError(
-            f"magnitude has shape {magnitude.shape}; a weight of shape "
-            f"{weight.shape} needs {weight.shape[:1]}."
-        )
+    check_magnitude(weight, magnitude)
     full = weight.astype(mx.float32)
     norm = mx.sqrt(mx.square(full).sum(axis=1))  # over a row: one norm per output
     target = mx.ones_like(norm) if magnitude is None else magnitude
@@ -262,6 +258,29 @@ def dora_scale(
     Raises:
         DoRAError: If the shapes do not fit together.
     """
+    check_scale(y, h, lora_b, m, norm, bias)
+    factor = mx.array(scale, dtype=mx.float32)
+    return cast(mx.array, _dora_scale(y, h, lora_b, factor, m, norm, bias))
+
+
+def check_magnitude(weight: mx.array, magnitude: mx.array | None) -> None:
+    """Refuse a magnitude that has not one entry for each row of the weight."""
+    if magnitude is not None and magnitude.shape != weight.shape[:1]:
+        raise DoRAError(
+            f"magnitude has shape {magnitude.shape}; a weight of shape "
+            f"{weight.shape} needs {weight.shape[:1]}."
+        )
+
+
+def check_scale(
+    y: mx.array,
+    h: mx.array,
+    lora_b: mx.array,
+    m: mx.array,
+    norm: mx.array,
+    bias: mx.array | None,
+) -> None:
+    """Refuse arrays of `dora_scale` that do not fit together."""
     r, out = lora_b.shape
     rows = {"m": m.shape, "norm": norm.shape, "last axis of y": y.shape[-1:]}
     if bias is not None:
@@ -273,8 +292,6 @@ def dora_scale(
         wrong.append(f"h has shape {h.shape}, expected {(*y.shape[:-1], r)}")
     if wrong:
         raise DoRAError(f"lora_b of shape {(r, out)} does not fit: {'; '.join(wrong)}.")
-    factor = mx.array(scale, dtype=mx.float32)
-    return cast(mx.array, _dora_scale(y, h, lora_b, factor, m, norm, bias))
 
 
 def check_factors(shape: tuple[int, ...], lora_a: mx.array, lora_b: mx.array) -> None:

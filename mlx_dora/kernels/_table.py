@@ -1,0 +1,222 @@
+"""The kernels: buffers and launch geometry, as functions of shapes alone.
+
+One entry for each ``metal/<name>.metal``, whose head comment says the same in words.
+Grids are in threads, as MLX wants them, and whole multiples of the threadgroup. A
+threadgroup has at most 256 threads, since some chips refuse more for some kernels.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+_THREADS = 256
+_SIMD = 32
+_GROUPS = _THREADS // _SIMD  # simdgroups of a full threadgroup
+# Floats of adapted rows that a thread holds between two passes.
+_HELD = 16  # of one row: rows of up to 4096
+_HELD_ROWS = 64  # of several
+# Floats of h in threadgroup memory: 16 KB.
+_H_TILE = 4096
+_CHUNK = 64  # tokens that one threadgroup sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """Buffers of ``metal/<name>.metal``, in order."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How one call is launched, and what it gives."""
+
+    template: tuple[tuple[str, mx.Dtype | int | bool], ...]
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    output_shapes: tuple[tuple[int, ...], ...]
+    output_dtypes: tuple[mx.Dtype, ...]
+
+
+_LOW_RANK = ("lora_a", "lora_b", "scale")
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel(
+            name="normalize_rows",
+            inputs=("weight", "magnitude"),
+            outputs=("rescaled", "norm"),
+        ),
+        Kernel(
+            name="adapted_norm",
+            inputs=("weight", *_LOW_RANK),
+            outputs=("norm",),
+        ),
+        Kernel(
+            name="adapted_norm_packed",
+            inputs=("weight", "scales", "biases", *_LOW_RANK),
+            outputs=("norm",),
+        ),
+        Kernel(
+            name="fused_weight",
+            inputs=("weight", *_LOW_RANK, "magnitude"),
+            outputs=("fused",),
+        ),
+        Kernel(
+            name="dora_scale",
+            inputs=("y", "h", "lora_b", "scale", "m", "norm", "bias"),
+            outputs=("composed",),
+        ),
+        Kernel(
+            name="dora_scale_backward",
+            inputs=("dy", "o", "m", "norm", "bias"),
+            outputs=("scaled", "partial"),
+        ),
+        Kernel(
+            name="dora_scale_columns",
+            inputs=("partial", "m"),
+            outputs=("sums",),
+        ),
+    )
+}
+
+
+def plan_normalize_rows(shape: tuple[int, int], dtype: mx.Dtype) -> Launch:
+    """A threadgroup a row, which stays in registers up to 4096 columns."""
+    out, width = shape
+    reads, threads = 4, _threads_for(width, 4)
+    steps = _ceil(width, threads * reads)
+    return Launch(
+        template=(("T", dtype), ("N", reads), ("STEPS", _held(steps, reads))),
+        grid=(threads * out, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=(shape, (out,)),
+        output_dtypes=(dtype, mx.float32),
+    )
+
+
+def plan_adapted_norm(shape: tuple[int, int], r: int) -> Launch:
+    """Rows of a simdgroup grow with the matrix, so that A is read less often."""
+    template = (("R", r), ("ROWS", _rows_of_simdgroup(shape[0])), ("N", 4))
+    return _norm_launch(shape[0], template)
+
+
+def plan_adapted_norm_packed(out: int, r: int, bits: int, group_size: int) -> Launch:
+    """As `plan_adapted_norm`; 8 columns of a thread are `bits` whole bytes."""
+    rows = _rows_of_simdgroup(out)
+    return _norm_launch(
+        out, (("R", r), ("ROWS", rows), ("BITS", bits), ("GROUP", group_size))
+    )
+
+
+def _rows_of_simdgroup(out: int) -> int:
+    """1, 2 or 4: at least 64 threadgroups where there are as many rows."""
+    return 4 if out >= 2048 else 2 if out >= 1024 else 1
+
+
+def _norm_launch(out: int, template: tuple[tuple[str, int], ...]) -> Launch:
+    tile = _GROUPS * dict(template)["ROWS"]
+    return Launch(
+        template=template,
+        grid=(_THREADS * _ceil(out, tile), 1, 1),
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=((out,),),
+        output_dtypes=(mx.float32,),
+    )
+
+
+def plan_fused_weight(shape: tuple[int, int], r: int, dtype: mx.Dtype) -> Launch:
+    """As many rows together as fit in registers and B's in 16 KB: A is read by all."""
+    out, width = shape
+    reads, threads = 4, _threads_for(width, 4)
+    steps = _ceil(width, threads * reads)
+    held = _held(steps, reads)
+    rows = _power_of_two(min(8, _HELD_ROWS // (reads * max(held, 1)), _H_TILE // r))
+    return Launch(
+        template=(
+            ("T", dtype),
+            ("R", r),
+            ("ROWS", rows),
+            ("N", reads),
+            ("STEPS", held),
+        ),
+        grid=(threads * _ceil(out, rows), 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=(shape,),
+        output_dtypes=(dtype,),
+    )
+
+
+def plan_dora_scale(
+    shape: tuple[int, int], r: int, dtype: mx.Dtype, has_bias: bool
+) -> Launch:
+    """Up to 16 tokens together, so that B is read once for all of them."""
+    tokens, out = shape
+    reads, threads = 4, _threads_for(out, 4)
+    rows = _power_of_two(min(16, tokens, _H_TILE // r))
+    return Launch(
+        template=(
+            ("T", dtype),
+            ("R", r),
+            ("ROWS", rows),
+            ("N", reads),
+            ("HAS_BIAS", has_bias),
+        ),
+        grid=(threads * _ceil(tokens, rows), _ceil(out, threads * reads), 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=(shape,),
+        output_dtypes=(dtype,),
+    )
+
+
+def plan_dora_scale_backward(
+    shape: tuple[int, int], dtype: mx.Dtype, has_bias: bool
+) -> Launch:
+    """First stage: chunks of tokens by strips of 128 columns."""
+    tokens, out = shape
+    reads = 4
+    chunks = _ceil(tokens, _CHUNK)
+    return Launch(
+        template=(
+            ("T", dtype),
+            ("N", reads),
+            ("CHUNK", _CHUNK),
+            ("HAS_BIAS", has_bias),
+        ),
+        grid=(_THREADS * chunks, _ceil(out, _SIMD * reads), 1),
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=(shape, (1 + has_bias, chunks, out)),
+        output_dtypes=(dtype, mx.float32),
+    )
+
+
+def plan_dora_scale_columns(sums: int, _chunks: int, out: int) -> Launch:
+    """Second stage, given the shape of the first's sums: a thread a column."""
+    return Launch(
+        template=(("SUMS", sums),),
+        grid=(_THREADS * _ceil(out, _THREADS), sums, 1),
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=((sums, out),),
+        output_dtypes=(mx.float32,),
+    )
+
+
+def _ceil(n: int, step: int) -> int:
+    return -(-n // step)
+
+
+def _threads_for(width: int, reads: int) -> int:
+    """Whole simdgroups, no more than the columns need."""
+    return min(_THREADS, _SIMD * _ceil(width, _SIMD * reads))
+
+
+def _held(steps: int, reads: int) -> int:
+    """Steps whose values stay in registers; 0 if the row is too long for that."""
+    return steps if steps * reads <= _HELD else 0
+
+
+def _power_of_two(limit: int) -> int:
+    return 1 << (max(limit, 1).bit_length() - 1)
