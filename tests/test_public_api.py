@@ -53,6 +53,14 @@ SIGNATURES = {
         "overwrite=",
         "base_model=",
     ],
+    "mlx_dora.adapters.peft.to_peft": [
+        "adapter",
+        "path",
+        "*",
+        "base_model_name_or_path=",
+        "overwrite=",
+    ],
+    "mlx_dora.adapters.peft.from_peft": ["path", "model="],
     "mlx_dora.DoRALinear.from_base": ["module", "r=", "dropout=", "scale="],
     "mlx_dora.DoRAEmbedding.from_base": ["module", "r=", "dropout=", "scale="],
     "mlx_dora.DoRALinear.fuse": ["self", "dequantize="],
@@ -92,6 +100,8 @@ SIGNATURES = {
     ],
 }
 
+PACKAGES = ("kernels", "train", "adapters", "peft")
+
 
 def describe(function: object) -> list[str]:
     assert callable(function)
@@ -106,9 +116,7 @@ def describe(function: object) -> list[str]:
 
 def find(path: str) -> object:
     parts = path.split(".")
-    cut = next(
-        i for i, part in enumerate(parts[1:], 1) if part not in ("kernels", "train")
-    )
+    cut = next(i for i, part in enumerate(parts[1:], 1) if part not in PACKAGES)
     found: object = importlib.import_module(".".join(parts[:cut]))
     for part in parts[cut:]:
         found = getattr(found, part)

@@ -43,7 +43,7 @@ def attach_adapter(
         DoRAError: If anything does not fit; one message with all problems. The model is
             unchanged.
     """
-    problems = adapter_problems(adapter) + _fit_problems(model, adapter, check_base)
+    problems = adapter_problems(adapter) + fit_problems(model, adapter, check_base)
     if problems:
         raise DoRAError(f"{name} does not fit the model: {'; '.join(problems)}.")
     if adapter.fine_tune_type == "full":
@@ -60,7 +60,9 @@ def attach_adapter(
     return paths
 
 
-def _fit_problems(model: nn.Module, adapter: Adapter, check_base: bool) -> list[str]:
+def fit_problems(
+    model: nn.Module, adapter: Adapter, check_base: bool = False
+) -> list[str]:
     """What keeps an adapter from going onto this model; empty if nothing."""
     if adapted := adapter_layers(model):
         return [

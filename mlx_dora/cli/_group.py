@@ -8,7 +8,17 @@ import click
 from mlx_dora import __version__
 from mlx_dora.cli._framework import Boundary
 
-VERBS = ("train", "fuse", "evaluate", "generate", "chat", "server", "doctor", "demo")
+VERBS = (
+    "train",
+    "fuse",
+    "convert",
+    "evaluate",
+    "generate",
+    "chat",
+    "server",
+    "doctor",
+    "demo",
+)
 
 
 class _LazyGroup(Boundary, click.Group):

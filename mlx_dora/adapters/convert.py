@@ -1,0 +1,64 @@
+"""Adapter folders between MLX's format and PEFT's."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from mlx_dora.adapters.adapter import Adapter
+from mlx_dora.adapters.attach import fit_problems
+from mlx_dora.adapters.files import load_adapter, save_adapter
+from mlx_dora.adapters.hosting import load
+from mlx_dora.adapters.peft import from_peft, to_peft
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.atomic import check_output
+
+AdapterFormat = Literal["mlx", "peft"]
+
+
+def convert_adapter(
+    source: str | Path,
+    target: str | Path,
+    to: AdapterFormat,
+    *,
+    model: str | Path | None = None,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> Adapter:
+    """Convert an adapter folder into the other format.
+
+    Args:
+        source: A folder in the format that `to` is not.
+        target: The folder to make.
+        to: ``"mlx"`` reads PEFT's format and writes MLX's, ``"peft"`` the reverse.
+        model: The base, as a local MLX folder or Hub id. With it, module names,
+            ``target_modules`` and shapes are checked against it.
+        base_model: What the output says of its base; the name in `model`, or what
+            `source` says, if None.
+        overwrite: Replace an existing folder.
+
+    Returns:
+        The adapter that was written.
+
+    Raises:
+        DoRAError: If `source` cannot be read, holds what the other format cannot
+            express, or does not fit the model; or `target` exists.
+    """
+    check_output(target, overwrite=overwrite)
+    if Path(source).resolve().is_relative_to(Path(target).resolve()):
+        raise DoRAError(f"{target} holds the input {source}; choose another output.")
+    adapter = load_adapter(source) if to == "peft" else None
+    loaded = None if model is None else load(model, lazy=True)[0]
+    name = base_model or (None if model is None else str(model))
+    if adapter is None:
+        adapter = from_peft(source, loaded)
+    elif loaded is not None and (
+        problems := fit_problems(loaded, adapter, check_base=True)
+    ):
+        raise DoRAError(f"{source} does not fit the model: {'; '.join(problems)}.")
+    if name is not None:
+        adapter = replace(adapter, base=replace(adapter.base, model=name))
+    if to == "peft":
+        to_peft(adapter, target, overwrite=overwrite)
+    else:
+        save_adapter(adapter, target, overwrite=overwrite)
+    return adapter

@@ -1,0 +1,94 @@
+"""What PEFT and torch do, in a process of their own: ``peft_peer.py JOB FOLDER``.
+
+Reads ``job.json`` and ``in.safetensors`` there and writes ``out.safetensors``. Imports
+neither mlx nor mlx_dora, so that the interpreter may be another one.
+"""
+# pyright: reportMissingImports=false
+# torch and peft belong to the extra `peers`, which few machines install.
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+Tensors = dict[str, torch.Tensor]
+
+
+def load_base(path: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def logits(job: dict[str, Any], given: Tensors) -> Tensors:
+    """Logits of a saved adapter; a warning, as of a missing key, is an error."""
+    base = load_base(job["model"])
+    with torch.no_grad(), warnings.catch_warnings():
+        plain = base(given["tokens"]).logits
+        warnings.simplefilter("error", UserWarning)
+        model = PeftModel.from_pretrained(base, job["adapter"]).eval()
+        return {"base": plain, "adapted": model(given["tokens"]).logits}
+
+
+def train(job: dict[str, Any], given: Tensors) -> Tensors:
+    """Train an adapter for a few steps, save it, and give its logits."""
+    torch.manual_seed(0)
+    model = get_peft_model(load_base(job["model"]), LoraConfig(**job["config"]))
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job["learning_rate"])
+    tokens = given["tokens"]
+    for _ in range(job["steps"]):
+        loss = model(tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    model.save_pretrained(job["adapter"])
+    with torch.no_grad(), model.disable_adapter():
+        plain = model(tokens).logits
+    with torch.no_grad():
+        return {"base": plain, "adapted": model(tokens).logits}
+
+
+def layer(job: dict[str, Any], given: Tensors) -> Tensors:
+    """Forward and gradients of one linear layer under PEFT's DoRA."""
+    width, rows = given["weight"].shape[1], given["weight"].shape[0]
+    base = torch.nn.Sequential(torch.nn.Linear(width, rows, bias="bias" in given))
+    base[0].weight.data = given["weight"]
+    if "bias" in given:
+        base[0].bias.data = given["bias"]
+    config = LoraConfig(
+        r=job["r"], lora_alpha=job["alpha"], use_dora=True, target_modules=["0"]
+    )
+    adapted = get_peft_model(base, config).base_model.model[0]
+    parameters = {
+        "lora_a": adapted.lora_A["default"].weight,
+        "lora_b": adapted.lora_B["default"].weight,
+        "m": adapted.lora_magnitude_vector["default"].weight,
+    }
+    for name, parameter in parameters.items():
+        parameter.data = given[name].contiguous()
+    x = given["x"].requires_grad_()
+    y = adapted(x)
+    y.backward(given["dy"])
+    found = {name: parameter.grad for name, parameter in parameters.items()}
+    return {"y": y.detach(), "x": x.grad, **found}
+
+
+def main() -> None:
+    folder = Path(sys.argv[2])
+    job = json.loads((folder / "job.json").read_text())
+    found = {"logits": logits, "train": train, "layer": layer}[sys.argv[1]](
+        job, load_file(folder / "in.safetensors")
+    )
+    save_file({k: v.contiguous() for k, v in found.items()}, folder / "out.safetensors")
+
+
+if __name__ == "__main__":
+    main()
