@@ -13,6 +13,8 @@ openblas.preload()
 import mlx.core as mx  # noqa: E402 - OpenBLAS first
 import mlx.nn as nn  # noqa: E402
 
+from mlx_dora.kernels import _launch, _source  # noqa: E402
+
 
 def main(checkout: Path) -> None:
     """Check the package's place, its names, one layer, and every console script."""
@@ -21,6 +23,11 @@ def main(checkout: Path) -> None:
     assert metadata.version("mlx_dora") == mlx_dora.__version__
     for name in mlx_dora.__all__:
         assert getattr(mlx_dora, name) is not None, name
+
+    sources = home / "metal"
+    assert _source.source_folder() == sources, _source.source_folder()
+    for name in _launch.KERNELS:
+        assert (sources / f"{name}.metal").is_file(), name
 
     linear = nn.Linear(64, 32)
     layer = mlx_dora.DoRALinear.from_base(linear, r=4)

@@ -30,7 +30,7 @@ def adapted_norm(
             weight, lora_a, lora_b, scale, squared_base=squared_base
         )
     reference.check_factors(weight.shape, lora_a, lora_b)
-    return mx.stop_gradient(_run(weight, lora_a, lora_b, scale))
+    return mx.stop_gradient(launched(weight, lora_a, lora_b, scale))
 
 
 def _takes(weight: Weight, rank: int) -> bool:
@@ -56,7 +56,10 @@ def _takes(weight: Weight, rank: int) -> bool:
     )
 
 
-def _run(weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float) -> mx.array:
+def launched(
+    weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float
+) -> mx.array:
+    """The kernel's norms, whatever the size; no gradient is defined."""
     out, width = weight.shape
     r = lora_a.shape[1]
     low_rank = (
@@ -90,5 +93,5 @@ def _check(weight: Weight) -> float:
     a = mx.random.normal((width, 5), key=mx.random.key(1))
     b = mx.random.normal((5, out), key=mx.random.key(2))
     return relative_error(
-        _run(weight, a, b, 0.5), reference.adapted_norm(weight, a, b, 0.5)
+        launched(weight, a, b, 0.5), reference.adapted_norm(weight, a, b, 0.5)
     )

@@ -39,10 +39,10 @@ def dora_scale(
     ):
         return reference.dora_scale(y, h, lora_b, scale, m, norm, bias)
     reference.check_scale(y, h, lora_b, m, norm, bias)
-    return _run(y, h, lora_b, scale, m, norm, bias)
+    return launched(y, h, lora_b, scale, m, norm, bias)
 
 
-def _run(
+def launched(
     y: mx.array,
     h: mx.array,
     lora_b: mx.array,
@@ -51,6 +51,7 @@ def _run(
     norm: mx.array,
     bias: mx.array | None,
 ) -> mx.array:
+    """The kernel's output, whatever the size; differentiable."""
     r, out = lora_b.shape
     composed = _differentiable(
         y.reshape(-1, out),
@@ -128,5 +129,7 @@ def _check(dtype: mx.Dtype) -> float:
             gradients = mx.grad(loss, argnums=(0, 1, 2, 3))(y, h, b, m)
             return [op(y, h, b, 0.5, m, norm, bias), *gradients]
 
-        worst = max(worst, relative_error(all_of(_run), all_of(reference.dora_scale)))
+        worst = max(
+            worst, relative_error(all_of(launched), all_of(reference.dora_scale))
+        )
     return worst

@@ -29,18 +29,19 @@ def fused_weight(
         return reference.fused_weight(weight, lora_a, lora_b, scale, m)
     reference.check_factors(weight.shape, lora_a, lora_b)
     if not is_packed:
-        return _run(weight, lora_a, lora_b, scale, m)
+        return launched(weight, lora_a, lora_b, scale, m)
     return mx.concatenate(  # unpacked a block at a time
         [
-            _run(block, lora_a, lora_b[:, index], scale, m[index])
+            launched(block, lora_a, lora_b[:, index], scale, m[index])
             for index, block in row_blocks(weight)
         ]
     )
 
 
-def _run(
+def launched(
     weight: mx.array, lora_a: mx.array, lora_b: mx.array, scale: float, m: mx.array
 ) -> mx.array:
+    """The kernel's weight from a dense one, whatever the size; no gradient."""
     out, width = weight.shape
     inputs = (
         weight,
@@ -60,5 +61,5 @@ def _check(dtype: mx.Dtype) -> float:
     b = mx.random.normal((5, 9), key=mx.random.key(2))
     m = mx.arange(9, dtype=mx.float32)
     return relative_error(
-        _run(weight, a, b, 0.5, m), reference.fused_weight(weight, a, b, 0.5, m)
+        launched(weight, a, b, 0.5, m), reference.fused_weight(weight, a, b, 0.5, m)
     )

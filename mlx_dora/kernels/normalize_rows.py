@@ -28,20 +28,20 @@ def normalize_rows(
     reference.check_magnitude(weight, magnitude)
     if magnitude is None:
         magnitude = mx.ones(weight.shape[:1])
-    return _launched(weight, magnitude.astype(mx.float32))
+    return launched(weight, magnitude.astype(mx.float32))
 
 
-def _run(weight: mx.array, magnitude: mx.array) -> tuple[mx.array, mx.array]:
-    launch = plan_normalize_rows(cast(tuple[int, int], weight.shape), weight.dtype)
-    rescaled, norm = run(_KERNEL, (weight, magnitude), launch)
-    return rescaled, norm
-
-
-def _launched(weight: mx.array, magnitude: mx.array) -> tuple[mx.array, mx.array]:
+def launched(weight: mx.array, magnitude: mx.array) -> tuple[mx.array, mx.array]:
+    """The kernel's results, whatever the size; differentiable."""
     return cast(tuple[mx.array, mx.array], _differentiable(weight, magnitude))
 
 
-_differentiable = mx.custom_function(_run)
+@mx.custom_function
+def _differentiable(weight: mx.array, magnitude: mx.array) -> tuple[mx.array, mx.array]:
+    out, width = weight.shape
+    launch = plan_normalize_rows((out, width), weight.dtype)
+    rescaled, norm = run(_KERNEL, (weight, magnitude), launch)
+    return rescaled, norm
 
 
 @_differentiable.vjp
@@ -54,5 +54,5 @@ def _check(dtype: mx.Dtype) -> float:
     weight = mx.random.normal((9, 301), key=mx.random.key(0)).astype(dtype)
     magnitude = mx.arange(9, dtype=mx.float32)
     return relative_error(
-        _run(weight, magnitude), reference.normalize_rows(weight, magnitude)
+        launched(weight, magnitude), reference.normalize_rows(weight, magnitude)
     )

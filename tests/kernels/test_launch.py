@@ -1,0 +1,263 @@
+import logging
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_dora import kernels
+from mlx_dora.errors import DoRAError
+from mlx_dora.kernels import QuantizedWeight, _launch, _source, _table, reference
+from tests.checks import to_numpy
+
+ROOT = Path(__file__).parents[2]
+normalize_rows_module = import_module("mlx_dora.kernels.normalize_rows")
+adapted_norm_module = import_module("mlx_dora.kernels.adapted_norm")
+BIG = mx.zeros((512, 512))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As if MLX's default device were an Apple GPU, with nothing checked yet."""
+    monkeypatch.setattr(_launch, "device_backend", lambda: "metal")
+    monkeypatch.setattr(_launch, "_VERDICTS", {})
+    monkeypatch.delenv("MLX_DORA_KERNELS", raising=False)
+    _launch.build.cache_clear()
+    yield monkeypatch
+    _launch.build.cache_clear()
+
+
+def takes(op: str = "adapted_norm", **changes: object) -> bool:
+    facts = {"elements": 1 << 20, "rank": 8, "dtype": mx.float32, "check": lambda: 0.0}
+    return _launch.takes_kernel(op, **(facts | changes))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("choice", ["metal", "cuda"])
+def test_a_backend_that_is_not_here_is_an_error(
+    choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_launch, "device_backend", lambda: "reference")
+    monkeypatch.setenv("MLX_DORA_KERNELS", choice)
+    with pytest.raises(DoRAError, match=f"{choice}, but MLX's default device here is "):
+        kernels.normalize_rows(BIG)
+
+
+def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_DORA_KERNELS", "triton")
+    with pytest.raises(DoRAError, match="'triton'; expected one of auto, metal, cuda"):
+        kernels.normalize_rows(BIG)
+
+
+@pytest.mark.parametrize("choice", ["", "auto", "reference"])
+def test_a_cpu_runs_the_reference(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_DORA_KERNELS", choice)
+    with mx.stream(mx.cpu):
+        assert _launch.chosen_backend() == "reference"
+        assert not takes()
+
+
+def test_auto_takes_what_pays_and_force_takes_all(gpu: pytest.MonkeyPatch) -> None:
+    assert takes()
+    assert not takes(elements=4096)
+    assert not takes(rank=64)
+    assert not takes("adapted_norm_packed", rank=32, variant="4-bit")
+    gpu.setenv("MLX_DORA_KERNELS", "metal")
+    assert takes(elements=4096)
+    assert takes(rank=64)
+    assert not takes(rank=513)
+    assert not takes(elements=0)
+    gpu.setenv("MLX_DORA_KERNELS", "reference")
+    assert not takes()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        (0.5, "is wrong by 5.0e-01"),
+        (float("nan"), "is wrong by nan"),
+        (RuntimeError("no such function\nsecond line"), "(no such function)"),
+        (ValueError("Thread group size (256)"), "(Thread group size (256))"),
+    ],
+)
+def test_a_bad_kernel_is_told_once_and_not_used(
+    trouble: float | Exception,
+    message: str,
+    gpu: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls = []
+
+    def check() -> float:
+        calls.append(1)
+        if isinstance(trouble, Exception):
+            raise trouble
+        return trouble
+
+    with caplog.at_level(logging.ERROR, "mlx_dora"):
+        assert not takes(check=check)
+        assert not takes(check=check)
+    assert len(calls) == 1
+    assert len(caplog.records) == 1
+    assert message in caplog.text
+    assert "adapted_norm in float32" in caplog.text
+    assert takes(dtype=mx.float16)  # compiled apart, so checked apart
+
+
+def test_a_wrong_result_of_the_real_op_is_caught(
+    gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def doubled(weight: mx.array, magnitude: mx.array) -> tuple[mx.array, mx.array]:
+        rescaled, norm = reference.normalize_rows(weight, magnitude)
+        return rescaled, 2 * norm
+
+    gpu.setattr(normalize_rows_module, "launched", doubled)
+    weight = mx.random.normal((600, 600), key=mx.random.key(3))
+    _, norm = kernels.normalize_rows(weight)
+    assert mx.allclose(norm, mx.linalg.norm(weight, axis=1))
+    assert "normalize_rows in float32 is wrong by 1.0e+00" in caplog.text
+    right = reference.normalize_rows
+    gpu.setattr(
+        normalize_rows_module,
+        "launched",
+        lambda w, m: (
+            tuple(map(mx.negative, right(w, m))) if w.size > 10_000 else right(w, m)
+        ),
+    )
+    gpu.setattr(_launch, "_VERDICTS", {})
+    _, norm = kernels.normalize_rows(weight)
+    assert (norm < 0).all()  # so a kernel that passes is the one that runs
+
+
+def test_without_metal_mlx_refuses_and_the_reference_serves(
+    gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if mx.metal.is_available():
+        pytest.skip("it runs here")
+    weight = mx.random.normal((600, 600), key=mx.random.key(3))
+    a, b = mx.ones((600, 2)), mx.ones((2, 600))
+    norm = kernels.adapted_norm(weight, a, b, 0.5)
+    expected = np.linalg.norm(to_numpy(weight) + 1.0, axis=1)
+    assert np.allclose(to_numpy(norm), expected, rtol=1e-5)
+    assert caplog.text.count("does not run") == 1
+
+
+def test_a_shape_error_is_the_same_with_a_kernel(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(_launch, "_passes", lambda *_: True)
+    with pytest.raises(DoRAError, match="magnitude has shape"):
+        kernels.normalize_rows(BIG, mx.ones(3))
+    with pytest.raises(DoRAError, match="do not fit a weight of shape"):
+        kernels.adapted_norm(BIG, mx.ones((5, 2)), mx.ones((2, 512)), 1.0)
+    with pytest.raises(DoRAError, match="do not fit a weight of shape"):
+        kernels.fused_weight(BIG, mx.ones((5, 2)), mx.ones((2, 512)), 1.0, BIG[0])
+    with pytest.raises(DoRAError, match="h has shape"):
+        kernels.dora_scale(BIG, BIG, mx.ones((2, 512)), 1.0, BIG[0], BIG[0])
+
+
+def test_formats_without_scale_and_bias_stay_with_the_reference(
+    gpu: pytest.MonkeyPatch,
+) -> None:
+    gpu.setattr(_launch, "_passes", lambda *_: pytest.fail("took a kernel"))
+    packed, scales, *_ = mx.quantize(mx.ones((600, 512)), 32, 4, mode="mxfp4")
+    weight = QuantizedWeight(
+        weight=packed, scales=scales, biases=None, group_size=32, bits=4, mode="mxfp4"
+    )
+    a, b = mx.zeros((512, 2)), mx.zeros((2, 600))
+    assert kernels.adapted_norm(weight, a, b, 1.0).shape == (600,)
+    assert kernels.fused_weight(weight, a, b, 1.0, mx.ones(600)).shape == (600, 512)
+
+
+def test_sources_are_found_beside_the_package_and_in_a_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert _source.source_folder() == ROOT / "metal"
+    monkeypatch.setattr(_source, "_PLACES", (tmp_path / "a", tmp_path / "b"))
+    with pytest.raises(DoRAError, match="the Metal sources are in neither"):
+        _source.source_folder()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "common.h").touch()
+    assert _source.source_folder() == tmp_path / "b"
+
+
+def test_comments_become_blanks_line_for_line() -> None:
+    text = "a; // thread_position_in_grid\n/* x_shape\n y */ b; /**/ c / d;\n"
+    blank = _source.blank_comments(text)
+    assert blank.split() == ["a;", "b;", "c", "/", "d;"]
+    assert [len(line) for line in blank.splitlines()] == [
+        len(line) for line in text.splitlines()
+    ]
+
+
+def numbers(launch: _table.Launch) -> dict[str, int]:
+    return {name: v for name, v in launch.template if isinstance(v, int)}
+
+
+def launches() -> list[tuple[str, _table.Launch]]:
+    made: list[tuple[str, _table.Launch]] = []
+    for out in (1, 3, 31, 33, 1000, 4096, 151936):
+        for width in (1, 31, 33, 1000, 4096, 14336):
+            shape = (out, width)
+            made.append(
+                ("normalize_rows", _table.plan_normalize_rows(shape, mx.float16))
+            )
+            made.append(
+                ("backward", _table.plan_dora_scale_backward(shape, mx.float16, True))
+            )
+            made.append(("columns", _table.plan_dora_scale_columns(2, 5, width)))
+            for r in (1, 8, 64, 512):
+                fused = _table.plan_fused_weight(shape, r, mx.float16)
+                made.append(("fused_weight", fused))
+                made.append(("adapted_norm", _table.plan_adapted_norm(shape, r)))
+                scaled = _table.plan_dora_scale(shape, r, mx.float16, False)
+                made.append(("dora_scale", scaled))
+    return made
+
+
+def test_every_launch_is_one_that_every_chip_accepts() -> None:
+    for name, launch in launches():
+        threads = int(np.prod(launch.threadgroup))
+        assert threads % 32 == 0, name
+        assert threads <= 256, name
+        for whole, part in zip(launch.grid, launch.threadgroup, strict=True):
+            assert whole % part == 0, name
+            assert 0 < whole < 2**31, name
+        assert max(launch.grid[1:]) <= 65535, name  # CUDA's limit
+
+
+def test_registers_and_threadgroup_memory_stay_bounded() -> None:
+    for name, launch in launches():
+        facts = numbers(launch)
+        held = (facts.get("STEPS") or 1) * facts.get("N", 1)
+        assert held * facts.get("ROWS", 1) <= 64, name
+        floats = facts.get("ROWS", 1) * facts.get("R", 1)
+        if name in ("fused_weight", "dora_scale"):
+            assert floats <= 4096, name  # 16 KB
+
+
+def test_a_row_of_4096_stays_in_registers() -> None:
+    for width, is_held in ((4096, True), (4097, False), (1, True)):
+        plans = (
+            _table.plan_normalize_rows((7, width), mx.float32),
+            _table.plan_fused_weight((7, width), 8, mx.float32),
+        )
+        assert all(bool(numbers(p)["STEPS"]) == is_held for p in plans)
+
+
+def test_heads_name_the_buffers_of_the_table() -> None:
+    for name, kernel in _launch.KERNELS.items():
+        head = (ROOT / "metal" / f"{name}.metal").read_text().split("\n  ")[0]
+        told = " ".join(line.removeprefix("//").strip() for line in head.splitlines())
+        told, template = told.split("template:")
+        inputs, outputs = told.split("in:", 1)[1].split("out: ")
+        for part, names in ((inputs, kernel.inputs), (outputs, kernel.outputs)):
+            places = [part.index(f"{each} ") for each in names]
+            assert places == sorted(places), name
+        assert "launch:" in template, name
+        assert "reference: mlx_dora/kernels/reference.py::" in template, name
+
+
+def test_relative_error_keeps_a_nan() -> None:
+    pair = [mx.array([1.0, 2.0]), mx.array([float("nan"), 1.0])]
+    assert np.isnan(_launch.relative_error(pair, [mx.ones(2), mx.ones(2)]))
+    assert _launch.relative_error(mx.zeros(3), mx.zeros(3)) == 0
