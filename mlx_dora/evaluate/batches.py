@@ -1,24 +1,22 @@
-"""Padded batches of examples of similar length."""
+"""Rows of tokens as padded arrays, and the batches of a measurement."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.data import Example
-
-logger = logging.getLogger(__name__)
-
-PAD_TO = 32
-# Batches whose rows are drawn, tokenised and sorted by length together.
-POOL = 100
+from mlx_dora.evaluate.data import Example, target_spans
 
 Batch = tuple[mx.array, mx.array]
-"""Tokens (rows, length), and per row the first target's position and the length."""
+"""Tokens ``(rows, length)``, and what the loss must know of them, in one of two forms.
+
+Mostly ``(rows, 2)``, as mlx-lm has it: per row the first target's position and the
+length. For packed rows and for several spans of targets ``(rows, length, 2)``: per
+token the number of its document (0 is padding) and whether it is a target.
+"""
 
 
 class Examples(Protocol):
@@ -39,11 +37,11 @@ class RowCounts:
 
     def add(self, example: Example, max_seq_length: int) -> bool:
         """Count one row; False if no target is left in it."""
-        tokens, first = example
+        tokens, targets = example
         self.rows += 1
         self.longest = max(self.longest, len(tokens))
         self.truncated += len(tokens) > max_seq_length
-        usable = min(len(tokens), max_seq_length) > max(first, 1)
+        usable = bool(target_spans(targets, min(len(tokens), max_seq_length)))
         self.skipped += not usable
         return usable
 
@@ -64,31 +62,62 @@ class RowCounts:
         return "; ".join(parts) or None
 
 
+def padded_width(length: int, max_seq_length: int) -> int:
+    """The width of an array for rows of up to `length` tokens.
+
+    The inputs (all tokens but the last) are padded to a multiple of 8, past 256 of a
+    16th to a 32nd of their length: little is wasted, and few widths occur, each of
+    which a compiled step is traced for.
+    """
+    inputs = max(length - 1, 1)
+    step = max(8, 2 ** ((inputs - 1).bit_length() - 5))
+    return min(1 + step * -(-inputs // step), max_seq_length)
+
+
 def pad_batch(examples: Sequence[Example], max_seq_length: int) -> Batch:
-    """Pad rows so that the inputs' length is a multiple of 32, within the maximum.
+    """Cut and pad rows of one example each.
 
     Returns:
         Tokens, int32 ``(rows, length)``, zeros after each row's end; and ``(rows, 2)``
-        with the position of each row's first target and its length after truncation.
+        with the position of each row's first target and its length after truncation,
+        or the longer form of `Batch` if an example's targets are spans.
     """
+    firsts = [first for _, first in examples if isinstance(first, int)]
+    if len(firsts) < len(examples):
+        return pack_batch([[example] for example in examples], max_seq_length)
     lengths = [min(len(tokens), max_seq_length) for tokens, _ in examples]
-    width = 1 + PAD_TO * -(-(max(lengths) - 1) // PAD_TO)
-    width = min(width, max_seq_length)
+    width = padded_width(max(lengths), max_seq_length)
     tokens = np.zeros((len(examples), width), np.int32)
     for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
         tokens[row, :length] = example[0][:length]
-    firsts = [first for _, first in examples]
     return mx.array(tokens), mx.array(list(zip(firsts, lengths, strict=True)))
 
 
-def _sorted_batches(
-    examples: list[Example], batch_size: int, max_seq_length: int
-) -> list[list[Example]]:
-    examples = sorted(examples, key=lambda one: min(len(one[0]), max_seq_length))
-    return [
-        examples[start : start + batch_size]
-        for start in range(0, len(examples), batch_size)
+def pack_batch(rows: Sequence[Sequence[Example]], max_seq_length: int) -> Batch:
+    """Put each row's examples one after the other and pad the rows.
+
+    Returns:
+        Tokens, int32 ``(rows, length)``; and int32 ``(rows, length, 2)`` with the
+        number of each token's document, from 1, and 1 where it is a target.
+    """
+    cut = [
+        [(tokens[:max_seq_length], targets) for tokens, targets in row] for row in rows
     ]
+    longest = max(sum(len(tokens) for tokens, _ in row) for row in cut)
+    width = padded_width(longest, max_seq_length)
+    assert longest <= width, "the examples of a row are longer than max_seq_length"
+    batch = np.zeros((len(rows), width), np.int32)
+    marks = np.zeros((len(rows), width, 2), np.int32)
+    for place, row in enumerate(cut):
+        at = 0
+        for number, (tokens, targets) in enumerate(row, start=1):
+            here = slice(at, at + len(tokens))
+            batch[place, here] = tokens
+            marks[place, here, 0] = number
+            for start, end in target_spans(targets, len(tokens)):
+                marks[place, at + start : at + end, 1] = 1
+            at = here.stop
+    return mx.array(batch), mx.array(marks)
 
 
 def batches_once(
@@ -121,55 +150,14 @@ def batches_once(
         if counts.add(example, max_seq_length):
             chosen.append(example)
     if not chosen:
-        _refuse_empty(max_seq_length)
-    for batch in _sorted_batches(chosen, batch_size, max_seq_length):
-        yield pad_batch(batch, max_seq_length)
+        refuse_empty(max_seq_length)
+    chosen.sort(key=lambda one: min(len(one[0]), max_seq_length))
+    for start in range(0, len(chosen), batch_size):
+        yield pad_batch(chosen[start : start + batch_size], max_seq_length)
 
 
-def iterate_batches(
-    dataset: Examples,
-    batch_size: int,
-    max_seq_length: int,
-    *,
-    seed: int = 0,
-    counts: RowCounts | None = None,
-) -> Iterator[Batch]:
-    """Batches without end: epochs in a new order each, rows of like length together.
-
-    An epoch is a permutation made from `seed` and the epoch's number alone. Its rows
-    are drawn in pools of 100 batches, sorted by length within a pool, and the pool's
-    batches shuffled; a pool's last batch may be smaller. Rows without any target are
-    left out. What was cut or left out is logged once.
-
-    Raises:
-        DoRAError: If no row has a target token.
-    """
-    counts = RowCounts() if counts is None else counts
-    epoch, told = 0, False
-    while True:
-        random = np.random.default_rng([seed, epoch])
-        order = random.permutation(len(dataset))
-        found = 0
-        for start in range(0, len(order), POOL * batch_size):
-            usable = []
-            for index in order[start : start + POOL * batch_size]:
-                example = dataset[int(index)]
-                tally = counts if epoch == 0 else RowCounts()
-                if tally.add(example, max_seq_length):
-                    usable.append(example)
-            found += len(usable)
-            if usable and not told and (line := counts.describe(max_seq_length)):
-                told = True
-                logger.warning("%s", line)
-            pool = _sorted_batches(usable, batch_size, max_seq_length)
-            for place in random.permutation(len(pool)):
-                yield pad_batch(pool[place], max_seq_length)
-        if not found:
-            _refuse_empty(max_seq_length)
-        epoch += 1
-
-
-def _refuse_empty(max_seq_length: int) -> None:
+def refuse_empty(max_seq_length: int) -> NoReturn:
+    """Say that there is nothing to train on or to measure."""
     raise DoRAError(
         f"no row has a target token within max_seq_length {max_seq_length}: raise it, "
         "or train on the prompt too (no mask_prompt)."

@@ -12,8 +12,19 @@ from mlx_dora.evaluate.rows import SPLITS, Rows, read_splits
 logger = logging.getLogger(__name__)
 
 Kind = Literal["completions", "chat", "text", "tokens"]
-Example = tuple[list[int], int]
-"""Tokens, and the position of the first token that may be a target."""
+Spans = tuple[tuple[int, int], ...]
+Example = tuple[list[int], int | Spans]
+"""Tokens, and which of them may be targets: all from a position on, or some spans."""
+
+
+def target_spans(targets: int | Spans, length: int) -> Spans:
+    """The spans ``[start, end)`` of targets among the first `length` tokens.
+
+    A row's very first token is never a target: nothing comes before it.
+    """
+    spans = ((targets, length),) if isinstance(targets, int) else targets
+    cut = ((max(start, 1), min(end, length)) for start, end in spans)
+    return tuple((start, end) for start, end in cut if start < end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,9 +301,12 @@ def _check_messages(rows: Rows, index: int, key: str) -> None:
 
 
 def _token_row(row: Any) -> Example:
-    if len(row) == 2 and isinstance(row[0], Sequence):
-        return list(row[0]), int(row[1])
-    return list(row), 0
+    if len(row) != 2 or not isinstance(row[0], Sequence):
+        return list(row), 0
+    tokens, targets = row
+    if isinstance(targets, Sequence):
+        return list(tokens), tuple((int(a), int(b)) for a, b in targets)
+    return list(tokens), int(targets)
 
 
 def _check_tokens(rows: Rows, index: int) -> None:

@@ -19,9 +19,10 @@ from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import write_adapter_files
 from mlx_dora.adapters.fingerprint import fingerprint
-from mlx_dora.evaluate.batches import RowCounts, iterate_batches
+from mlx_dora.evaluate.batches import RowCounts
 from mlx_dora.evaluate.data import as_dataset
 from mlx_dora.evaluate.loss import Loss, evaluate_loss, loss_fn
+from mlx_dora.evaluate.schedule import iterate_batches
 from mlx_dora.layers import held_norms
 from mlx_dora.train.checkpointing import checkpointed_blocks
 from mlx_dora.train.config import TrainConfig
