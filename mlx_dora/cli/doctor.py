@@ -7,9 +7,9 @@ from mlx_dora.cli._framework import verb
 
 @verb("doctor")
 def command() -> int:
-    """Examine this machine: device, versions, BLAS, memory, layers, known traps.
+    """Examine this machine: versions, BLAS, memory, layers, kernels, known traps.
 
-    Takes under a minute. Exits with 1 if a layer computes wrong results here.
+    Takes under a minute. Exits with 1 if a layer or a kernel computes wrong results.
     """
     from mlx_dora.doctor.diagnosis import UNVERIFIED, diagnose
 
@@ -17,7 +17,7 @@ def command() -> int:
     for title, rows in diagnosis.sections.items():
         click.echo(title)
         for label, value in rows:
-            click.echo(f"  {label:<16} {value}")
+            click.echo(f"  {label:<24} {value}")
     click.echo("Known traps")
     for trap in diagnosis.traps:
         click.echo(f"  - {trap}")

@@ -1,7 +1,10 @@
 """What is known to go wrong on a machine like this one, and the cure."""
 
+from collections.abc import Sequence
+
 from mlx_dora.doctor.checks import SLOW_GFLOPS, LayerCheck
 from mlx_dora.doctor.machine import Machine, Memory
+from mlx_dora.kernels.examine import KernelCheck
 from mlx_dora.openblas import LIBRARY, OpenBLASStatus
 
 
@@ -11,12 +14,20 @@ def find_traps(
     blas: OpenBLASStatus,
     gflops: float,
     layers: list[LayerCheck],
+    kernels: Sequence[KernelCheck] = (),
 ) -> list[str]:
     """List warnings that apply here, worst first, one sentence or two each."""
     traps = [
         f"WRONG RESULTS: the layer on a {check.name} base is off by {check.error:.1e} "
         f"(allowed: {check.bound:.0e}). Please report this table."
         for check in layers
+        if not check.is_right
+    ]
+    traps += [
+        f"The {check.name} kernel in {check.dtype} "
+        + (f"does not run here: {check.problem}" if check.problem else "is WRONG here")
+        + ". Plain MLX is used instead. Please report this table."
+        for check in kernels
         if not check.is_right
     ]
     if not machine.is_gpu and gflops < SLOW_GFLOPS:

@@ -24,6 +24,7 @@ from mlx_dora.kernels._table import KERNELS, Kernel, Launch
 __all__ = [
     "CROSSOVERS",
     "KERNELS",
+    "allowed_error",
     "build",
     "chosen_backend",
     "relative_error",
@@ -134,8 +135,13 @@ def takes_kernel(
 
 
 _VERDICTS: dict[tuple[str, str, str, str], bool] = {}
-# Relative RMS error allowed against the reference, whose own is of this order too.
-_BOUNDS = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+def allowed_error(dtype: str, backend: str) -> float:
+    """Relative RMS error allowed against the reference, whose own is of this order."""
+    if dtype == "float32" and backend == "cuda":
+        return 2e-3  # MLX's CUDA build multiplies in TF32
+    return {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
 
 
 def _passes(key: tuple[str, str, str, str], check: Callable[[], float]) -> bool:
@@ -147,9 +153,10 @@ def _passes(key: tuple[str, str, str, str], check: Callable[[], float]) -> bool:
             raise
         trouble = f"does not run ({str(problem).strip().splitlines()[0]})"
     else:
-        if error <= _BOUNDS[dtype]:  # a NaN is not
+        bound = allowed_error(dtype, backend)
+        if error <= bound:  # a NaN is not
             return True
-        trouble = f"is wrong by {error:.1e} (allowed {_BOUNDS[dtype]:.0e})"
+        trouble = f"is wrong by {error:.1e} (allowed {bound:.0e})"
     name = f"{op} {variant}".strip()
     _LOG.error(
         "the %s kernel of %s in %s %s on this machine; plain MLX is used instead. "

@@ -1,0 +1,45 @@
+"""What the examination of the kernels says, as rows to print."""
+
+from mlx_dora.kernels.examine import Examination, KernelCheck, OpTiming
+
+
+def kernel_rows(found: Examination) -> list[tuple[str, str]]:
+    """Which kernels serve here and whether each is right."""
+    if found.device == "reference":
+        return [
+            (
+                "all ops",
+                "plain MLX: it computes on the CPU here, where no kernel can run",
+            )
+        ]
+    rows = [("MLX_DORA_KERNELS", f"{found.chosen}; this device has {found.device}")]
+    names = dict.fromkeys(check.name for check in found.checks)
+    for name in names:
+        checks = [check for check in found.checks if check.name == name]
+        rows.append((name, "; ".join(map(_verdict, checks))))
+    return rows
+
+
+def _verdict(check: KernelCheck) -> str:
+    if check.problem is not None:
+        return f"{check.dtype} DOES NOT RUN"
+    return f"{check.dtype} {'right' if check.is_right else 'WRONG'}, {check.error:.0e}"
+
+
+def timing_rows(found: Examination) -> list[tuple[str, str]]:
+    """Each op by its kernel and by plain MLX, and the bandwidth of a copy."""
+    rows = [("copy", f"{found.copy_gbps:.0f} GB/s")]
+    rows += [(timing.name, _timing(timing, found)) for timing in found.timings]
+    return rows
+
+
+def _timing(timing: OpTiming, found: Examination) -> str:
+    plain = f"compiled {timing.compiled_ms:.2f} ms, plain MLX {timing.plain_ms:.2f} ms"
+    if timing.kernel_ms is None:
+        return f"no kernel; {plain}"
+    share = timing.best_gbps / found.copy_gbps
+    return (
+        f"kernel {timing.kernel_ms:.2f} ms ({timing.best_gbps:.0f} GB/s, {share:.0%} "
+        f"of copy, {timing.compiled_ms / timing.kernel_ms:.2f} x compiled's speed); "
+        f"{plain}"
+    )

@@ -1,0 +1,75 @@
+import dataclasses
+
+import mlx.core as mx
+import pytest
+
+from mlx_dora.kernels import examine as examining
+from mlx_dora.kernels import jobs, traffic
+from mlx_dora.kernels._launch import relative_error
+
+SQUARE = (4096, 4096)
+MB = 1 << 20
+
+
+def small_jobs() -> list[jobs.Job]:
+    return list(examining._small_jobs())
+
+
+def test_every_job_runs_plain_and_compiled_to_the_same_values() -> None:
+    for job in small_jobs():
+        plain = examining._flat(job.reference(*job.arrays))
+        compiled = examining._flat(mx.compile(job.reference)(*job.arrays))
+        assert relative_error(compiled, plain) < 1e-2, job.name
+
+
+def test_the_checks_cover_every_kernel_dtype_and_width() -> None:
+    names = [(job.name, job.dtype) for job in small_jobs()]
+    assert len(names) == len(set(names)) == 3 * 10
+
+
+def test_large_operands_move_once() -> None:
+    half, packed = 2 * 4096 * 4096, 4096 * 4096 // 2 + 2 * 2 * 4096 * 64
+    for r in (8, 64):
+        norm = traffic.adapted_norm_traffic(SQUARE, r, mx.bfloat16)
+        assert norm.large == half
+        four = traffic.adapted_norm_packed_traffic(SQUARE, r, 4, 64, mx.bfloat16)
+        assert four.large == packed
+        fused = traffic.fused_weight_traffic(SQUARE, r, mx.bfloat16)
+        assert fused.large == 2 * half
+        scale = traffic.dora_scale_traffic((2048, 4096), r, mx.bfloat16)
+        assert scale.large == half
+    assert traffic.normalize_rows_traffic(SQUARE, mx.bfloat16).large == 2 * half
+    long = (4096, 14336)
+    size = 2 * 4096 * 14336
+    assert traffic.normalize_rows_traffic(long, mx.bfloat16).large == 3 * size
+    assert traffic.fused_weight_traffic(long, 8, mx.bfloat16).large == 3 * size
+    backward = traffic.dora_scale_backward_traffic((2048, 4096), mx.bfloat16, False)
+    assert backward.large == 3 * half // 2 + 2 * 4 * 32 * 4096
+
+
+def test_what_is_read_again_fits_in_two_megabytes() -> None:
+    for r in (8, 64):
+        for moved in (
+            traffic.adapted_norm_traffic(SQUARE, r, mx.bfloat16),
+            traffic.adapted_norm_packed_traffic(SQUARE, r, 4, 64, mx.bfloat16),
+            traffic.fused_weight_traffic(SQUARE, r, mx.bfloat16),
+            traffic.dora_scale_traffic((2048, 4096), r, mx.bfloat16),
+        ):
+            assert 0 < moved.cached <= 2 * MB
+            assert moved.rereads >= moved.cached
+
+
+def test_a_kernel_that_fails_is_told_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = jobs.normalize_rows_job((4, 5), mx.float32)
+
+    def refuse(*_: mx.array) -> mx.array:
+        raise RuntimeError("[metal] no such function\nlog")
+
+    broken = dataclasses.replace(job, kernel=refuse)
+    check = examining._check(broken, "metal")
+    assert check.problem == "[metal] no such function"
+    assert not check.is_right
+    fine = dataclasses.replace(job, kernel=job.reference)
+    assert examining._check(fine, "metal").is_right
