@@ -43,7 +43,9 @@ class _Stderr(logging.Handler):
     """Shows the library's warnings on whatever stderr is at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+        # Not click.echo, which looks behind `sys.stderr` for the terminal itself: live
+        # bars stand in its place to keep other lines above them.
+        sys.stderr.write(f"{record.levelname.lower()}: {record.getMessage()}\n")
 
 
 def _show_library_warnings() -> None:

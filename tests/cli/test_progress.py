@@ -1,3 +1,6 @@
+import os
+import pty
+import subprocess
 import sys
 from typing import Any
 
@@ -59,3 +62,39 @@ def test_bars_on_a_terminal(
     assert "step 5/10  loss 1.5000" in errors
     assert "5/10" in errors
     assert "loss 1.500" in errors
+
+
+WARNS_WHILE_TRAINING = """
+import logging
+from mlx_dora.cli._framework import _show_library_warnings
+from mlx_dora.cli._progress import TrainDisplay
+_show_library_warnings()
+with TrainDisplay(10) as display:
+    display.progress("train", 10, 5)
+    logging.getLogger("mlx_dora.train").warning("finishing the step")
+"""
+
+
+def test_a_warning_has_a_line_of_its_own_above_the_bars() -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", WARNS_WHILE_TRAINING],
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the terminal is gone: Linux's end of file
+            break
+        if not part:
+            break
+        shown += part
+    assert process.wait() == 0
+    os.close(ours)
+    before, _, _ = shown.decode().partition("warning: finishing the step")
+    line = before.rpartition("\n")[2].rpartition("\r")[2]
+    assert "train" in before
+    assert "train" not in line
