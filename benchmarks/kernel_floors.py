@@ -1,0 +1,81 @@
+"""Least time of each kernel on Apple chips: calculated, never measured.
+
+    python benchmarks/kernel_floors.py
+
+Prints the table of metal/README.md: the larger of bytes over memory bandwidth and
+float32 operations over the peak of the arithmetic units, bfloat16, 4096 x 4096 weights
+and 2048 tokens. Rereads of A, B and h are taken to hit a cache.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_dora.kernels import traffic
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Published bandwidth, and cores x 128 units x 2 x clock."""
+
+    name: str
+    gbps: float
+    tflops: float
+
+
+CHIPS = (
+    Chip("M1", 68, 2.6),
+    Chip("M1 Max", 400, 10.4),
+    Chip("M4 Max", 546, 18.4),
+    Chip("M2 Ultra", 800, 27.2),
+    Chip("M3 Ultra", 819, 28.7),
+)
+SHAPE = (4096, 4096)
+ACTIVATIONS = (2048, 4096)
+HALF = mx.bfloat16
+
+
+def rows() -> list[tuple[str, int, int]]:
+    """Name, bytes, and float32 operations of each kernel."""
+    weight = SHAPE[0] * SHAPE[1]
+    outputs = ACTIVATIONS[0] * ACTIVATIONS[1]
+    found = [
+        (
+            "normalize_rows",
+            traffic.normalize_rows_traffic(SHAPE, HALF).large,
+            3 * weight,
+        )
+    ]
+    for r in (8, 64):
+        dense = traffic.adapted_norm_traffic(SHAPE, r, HALF)
+        packed = traffic.adapted_norm_packed_traffic(SHAPE, r, 4, 64, HALF)
+        fused = traffic.fused_weight_traffic(SHAPE, r, HALF)
+        scale = traffic.dora_scale_traffic(ACTIVATIONS, r, HALF)
+        found += [
+            (f"adapted_norm, r {r}", dense.large, (2 * r + 8) * weight),
+            (f"adapted_norm 4-bit, r {r}", packed.large, (2 * r + 14) * weight),
+            (f"fused_weight, r {r}", fused.large, (2 * r + 5) * weight),
+            (f"dora_scale, r {r}", scale.large, (2 * r + 2) * outputs),
+        ]
+    backward = traffic.dora_scale_backward_traffic(ACTIVATIONS, HALF, False)
+    found.append(("dora_scale backward", backward.large, 4 * outputs))
+    return found
+
+
+def main() -> None:
+    print(f"| kernel | MB | {' | '.join(chip.name for chip in CHIPS)} |")
+    print(f"| --- | ---: |{' ---: |' * len(CHIPS)}")
+    for name, moved, operations in rows():
+        cells = []
+        for chip in CHIPS:
+            memory, arithmetic = (
+                moved / chip.gbps / 1e9,
+                operations / chip.tflops / 1e12,
+            )
+            mark = "" if memory >= arithmetic else "*"
+            cells.append(f"{max(memory, arithmetic) * 1e6:.0f}{mark}")
+        print(f"| {name} | {moved / 1e6:.1f} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

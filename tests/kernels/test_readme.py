@@ -1,0 +1,41 @@
+"""metal/README.md against what it describes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from mlx_dora.kernels._launch import CROSSOVERS, KERNELS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "metal" / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_kernel_has_a_row() -> None:
+    named = re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \| [^|]+ \|$", README, re.M)
+    assert set(named) >= set(KERNELS)
+    assert {path.stem for path in (ROOT / "metal").glob("*.metal")} == set(KERNELS)
+
+
+def test_the_floors_are_those_of_the_script() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "kernel_floors.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.strip() in README
+
+
+def test_the_crossovers_are_those_of_the_table() -> None:
+    assert all(limit.elements == 1 << 18 for limit in CROSSOVERS.values())
+    told = re.search(
+        r"ranks up to (\d+) for `adapted_norm` \((\d+) packed\), (\d+) for\s+"
+        r"`dora_scale`, (\d+) for `fused_weight`",
+        README,
+    )
+    assert told is not None
+    ops = ("adapted_norm", "adapted_norm_packed", "dora_scale", "fused_weight")
+    assert [int(n) for n in told.groups()] == [CROSSOVERS[op].rank for op in ops]
