@@ -7,7 +7,13 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_dora.kernels import reference
-from mlx_dora.kernels._launch import KERNELS, relative_error, run, takes_kernel
+from mlx_dora.kernels._launch import (
+    CROSSOVERS,
+    KERNELS,
+    relative_error,
+    run,
+    takes_kernel,
+)
 from mlx_dora.kernels._table import (
     plan_dora_scale,
     plan_dora_scale_backward,
@@ -30,16 +36,29 @@ def dora_scale(
     bias: mx.array | None = None,
 ) -> mx.array:
     """Add the low-rank part, rescale every output, add the bias."""
-    if not takes_kernel(
-        "dora_scale",
-        elements=y.size,
-        rank=lora_b.shape[0],
-        dtype=y.dtype,
-        check=lambda: _check(y.dtype),
-    ):
+    if not _takes(y, lora_b.shape[0]):
         return reference.dora_scale(y, h, lora_b, scale, m, norm, bias)
     reference.check_scale(y, h, lora_b, m, norm, bias)
     return launched(y, h, lora_b, scale, m, norm, bias)
+
+
+def compose(
+    y: mx.array, h: mx.array, up: mx.array, gain: mx.array, bias: mx.array | None
+) -> mx.array:
+    """`reference.compose`, by the kernel of `dora_scale` where one pays."""
+    if y.size < CROSSOVERS["dora_scale"].elements or not _takes(y, up.shape[0]):
+        return reference.compose(y, h, up, gain, bias)
+    return launched(y, h, up, 1.0, gain, mx.ones_like(gain), bias)
+
+
+def _takes(y: mx.array, rank: int) -> bool:
+    return takes_kernel(
+        "dora_scale",
+        elements=y.size,
+        rank=rank,
+        dtype=y.dtype,
+        check=lambda: _check(y.dtype),
+    )
 
 
 def launched(

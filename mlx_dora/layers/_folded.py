@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_dora.factored import factored_terms
-from mlx_dora.kernels.reference import compose, row_gain
+from mlx_dora.kernels.dora_scale import compose
+from mlx_dora.kernels.reference import row_gain
 from mlx_dora.kernels.rows import Weight
 
 

@@ -261,3 +261,24 @@ def test_relative_error_keeps_a_nan() -> None:
     pair = [mx.array([1.0, 2.0]), mx.array([float("nan"), 1.0])]
     assert np.isnan(_launch.relative_error(pair, [mx.ones(2), mx.ones(2)]))
     assert _launch.relative_error(mx.zeros(3), mx.zeros(3)) == 0
+
+
+def test_the_first_use_may_fall_into_a_compiled_gradient(
+    gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for op in ("dora_scale", "adapted_norm"):
+        module = import_module(f"mlx_dora.kernels.{op}")
+        gpu.setattr(module, "launched", getattr(reference, op))
+    gpu.setenv("MLX_DORA_KERNELS", "metal")
+    weight, y = mx.ones((4, 6)), mx.ones((3, 4))
+    a, b, m = mx.ones((6, 2)), mx.ones((2, 4)), mx.arange(4.0)
+
+    def loss(y: mx.array, a: mx.array, b: mx.array, m: mx.array) -> mx.array:
+        norm = kernels.adapted_norm(weight, a, b, 0.5)
+        return kernels.dora_scale(y, y[:, :2], b, 0.5, m, norm).sum()
+
+    step = mx.compile(mx.grad(mx.checkpoint(loss), argnums=(0, 1, 2, 3)))
+    mx.eval(step(y, a, b, m))
+    assert sorted(key[1] for key in _launch._VERDICTS) == ["adapted_norm", "dora_scale"]
+    assert all(_launch._VERDICTS.values())
+    assert caplog.text == ""
