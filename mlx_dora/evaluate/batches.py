@@ -11,11 +11,12 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.data import Example, target_spans
 
 Batch = tuple[mx.array, mx.array]
-"""Tokens ``(rows, length)``, and what the loss must know of them, in one of two forms.
+"""Tokens ``(rows, length)``, and marks that tell the loss what they are.
 
 Mostly ``(rows, 2)``, as mlx-lm has it: per row the first target's position and the
-length. For packed rows and for several spans of targets ``(rows, length, 2)``: per
-token the number of its document (0 is padding) and whether it is a target.
+length. With several spans of targets ``(rows, length, 1)``: 1 where a token is one.
+For packed rows ``(rows, length, 2)``: the same, and the number of the token's document,
+from 1; 0 is padding.
 """
 
 
@@ -80,11 +81,12 @@ def pad_batch(examples: Sequence[Example], max_seq_length: int) -> Batch:
     Returns:
         Tokens, int32 ``(rows, length)``, zeros after each row's end; and ``(rows, 2)``
         with the position of each row's first target and its length after truncation,
-        or the longer form of `Batch` if an example's targets are spans.
+        or one mark a token (see `Batch`) if an example's targets are spans.
     """
     firsts = [first for _, first in examples if isinstance(first, int)]
     if len(firsts) < len(examples):
-        return pack_batch([[example] for example in examples], max_seq_length)
+        tokens, marks = pack_batch([[one] for one in examples], max_seq_length)
+        return tokens, marks[:, :, :1]
     lengths = [min(len(tokens), max_seq_length) for tokens, _ in examples]
     width = padded_width(max(lengths), max_seq_length)
     tokens = np.zeros((len(examples), width), np.int32)
@@ -97,8 +99,8 @@ def pack_batch(rows: Sequence[Sequence[Example]], max_seq_length: int) -> Batch:
     """Put each row's examples one after the other and pad the rows.
 
     Returns:
-        Tokens, int32 ``(rows, length)``; and int32 ``(rows, length, 2)`` with the
-        number of each token's document, from 1, and 1 where it is a target.
+        Tokens, int32 ``(rows, length)``; and int32 ``(rows, length, 2)`` with 1
+        where a token is a target, and the number of its document.
     """
     cut = [
         [(tokens[:max_seq_length], targets) for tokens, targets in row] for row in rows
@@ -113,9 +115,9 @@ def pack_batch(rows: Sequence[Sequence[Example]], max_seq_length: int) -> Batch:
         for number, (tokens, targets) in enumerate(row, start=1):
             here = slice(at, at + len(tokens))
             batch[place, here] = tokens
-            marks[place, here, 0] = number
+            marks[place, here, 1] = number
             for start, end in target_spans(targets, len(tokens)):
-                marks[place, at + start : at + end, 1] = 1
+                marks[place, at + start : at + end, 0] = 1
             at = here.stop
     return mx.array(batch), mx.array(marks)
 

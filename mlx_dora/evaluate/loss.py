@@ -10,6 +10,8 @@ import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.batches import Examples, RowCounts, batches_once
+from mlx_dora.evaluate.cross_entropy import summed_loss
+from mlx_dora.evaluate.documents import document_caches
 
 Loss = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
 """(model, tokens, lengths) -> (mean loss of the target tokens, their number)."""
@@ -57,26 +59,32 @@ def target_mask(lengths: mx.array, positions: int) -> mx.array:
 
 
 def loss_fn(
-    model: nn.Module, batch: mx.array, lengths: mx.array
+    model: nn.Module, batch: mx.array, marks: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Cross-entropy of the next token, averaged over the batch's target tokens.
 
     Args:
         model: Maps tokens ``(rows, length)`` to logits.
         batch: Tokens. Shape ``(rows, length)``.
-        lengths: Position of the first target and length of each row. ``(rows, 2)``.
+        marks: Position of the first target and length of each row, ``(rows, 2)``; or
+            one of the other forms of `Batch`. Documents packed in a row are apart: a
+            token sees its own alone (for models that `check_packable` lets pass).
 
     Returns:
         The mean in float32, 0 where there is no target; and the number of targets.
     """
-    targets = batch[:, 1:]
-    logits = model(batch[:, :-1])
-    if mx.default_device() == mx.cpu:  # there it would reduce in the logits' dtype
-        logits = logits.astype(mx.float32)
-    mask = target_mask(lengths, targets.shape[1])
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    cache = None
+    if marks.ndim == 2:
+        mask = target_mask(marks, targets.shape[1])
+    else:
+        mask = marks[:, 1:, 0] > 0
+        if marks.shape[-1] == 2:
+            cache = document_caches(model, marks[:, :-1, 1])
     tokens = mask.sum()
-    losses = mx.where(mask, mx.fast.cross_entropy(logits, targets), 0.0)
-    return losses.sum() / mx.maximum(tokens, 1), tokens
+    return summed_loss(model, inputs, targets, mask, cache) / mx.maximum(
+        tokens, 1
+    ), tokens
 
 
 @contextmanager

@@ -47,15 +47,16 @@ def test_packed_rows_tell_documents_and_targets() -> None:
     assert tokens.shape == (2, 9)
     assert marks.shape == (2, 9, 2)
     assert tokens[:, :6].tolist() == [[5, 6, 7, 8, 9, 0], [1, 2, 3, 4, 3, 3]]
-    assert marks[0, :, 0].tolist() == [1, 1, 1, 2, 2, 0, 0, 0, 0]
-    assert marks[0, :, 1].tolist() == [0, 1, 1, 0, 1, 0, 0, 0, 0]
-    assert marks[1, :, 1].tolist() == [0, 1, 0, 1, 0, 0, 0, 0, 0]
+    assert marks[0, :, 1].tolist() == [1, 1, 1, 2, 2, 0, 0, 0, 0]
+    assert marks[0, :, 0].tolist() == [0, 1, 1, 0, 1, 0, 0, 0, 0]
+    assert marks[1, :, 0].tolist() == [0, 1, 0, 1, 0, 0, 0, 0, 0]
 
 
 def test_spans_are_cut_with_their_row() -> None:
     _, marks = pad_batch([([1] * 9, ((2, 4), (6, 9))), ([1] * 3, 1)], 7)
-    assert marks[0, :, 1].tolist() == [0, 0, 1, 1, 0, 0, 1]
-    assert marks[1].tolist() == [[1, 0], [1, 1], [1, 1], *[[0, 0]] * 4]
+    assert marks.shape == (2, 7, 1)
+    assert marks[0, :, 0].tolist() == [0, 0, 1, 1, 0, 0, 1]
+    assert marks[1, :, 0].tolist() == [0, 1, 1, 0, 0, 0, 0]
 
 
 def test_a_part_of_the_data_is_spread_over_it_and_always_the_same() -> None:

@@ -1,0 +1,202 @@
+"""Cross-entropy over a large vocabulary whose logits never exist all at once."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+logger = logging.getLogger(__name__)
+
+# A chunk has as many tokens as make this many logits, but at least 128: fewer would not
+# keep a GPU busy. MLX works ahead, so that some ten chunks may exist at a time.
+CHUNK_LOGITS = 1 << 22
+CHUNK_TOKENS = 128
+# Where mlx-lm's models keep what makes the hidden states of their logits.
+_TRUNKS = ("model", "language_model.model", "transformer", "backbone")
+
+_told: set[type[nn.Module]] = set()
+
+
+class _StandIn:
+    """Takes a trunk's place: notes what it returns, or returns what is given."""
+
+    def __init__(self, trunk: Any, given: mx.array | None = None) -> None:
+        self.trunk = trunk
+        self.given = given
+        self.returned: list[Any] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.given is not None:
+            return self.given
+        self.returned.append(self.trunk(*args, **kwargs))
+        return self.returned[-1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trunk, name)  # such as a tied embedding
+
+
+@contextmanager
+def _in_place_of(model: nn.Module, path: str, stand_in: _StandIn) -> Iterator[None]:
+    *parents, name = path.split(".")
+    owner = model
+    for parent in parents:
+        owner = owner[parent]
+    # Written into the module's dictionary: as an attribute it would not be found there.
+    dict.__setitem__(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        dict.__setitem__(owner, name, stand_in.trunk)
+
+
+def _trunk(model: nn.Module) -> tuple[str, nn.Module] | None:
+    for path in _TRUNKS:
+        found: Any = model
+        for name in path.split("."):
+            found = found.get(name) if isinstance(found, nn.Module) else None
+        if isinstance(found, nn.Module) and "layers" in found:
+            return path, found
+    return None
+
+
+def summed_loss(
+    model: nn.Module,
+    inputs: mx.array,
+    targets: mx.array,
+    mask: mx.array,
+    cache: Any = None,
+) -> mx.array:
+    r"""Sum over the targets of :math:`\log\sum_v e^{z_v} - z_t`, z being the logits.
+
+    The model's trunk runs once; the head (with whatever the model does to its logits)
+    runs in chunks of tokens, by the model's own code. In train mode a chunk's gradient
+    with respect to its hidden states and to the head's trainable parameters is taken
+    while its logits are there, so that the backward pass needs no logits: the trick of
+    Liger's fused linear cross-entropy (arXiv:2410.10989). The gradients are exact, for
+    these and for all that comes before; other arrays of the head count as constants.
+
+    Args:
+        model: Maps tokens and a cache to logits.
+        inputs: Tokens. Shape ``(rows, length)``.
+        targets: The tokens to predict. Shape ``(rows, length)``.
+        mask: Which of them count. Shape ``(rows, length)``.
+        cache: Passed to the model unless None.
+
+    Returns:
+        The sum, float32. A model without a known trunk has its logits computed whole,
+        and a warning says so once.
+    """
+    arguments = {} if cache is None else {"cache": cache}
+    trunk = _trunk(model)
+    if trunk is None:
+        return _whole(model, model(inputs, **arguments), targets, mask)
+    path, inner = trunk
+    noted = _StandIn(inner)
+    with _in_place_of(model, path, noted):
+        logits = model(inputs, **arguments)  # never evaluated if there are chunks
+    hidden = noted.returned[0] if len(noted.returned) == 1 else None
+    if not isinstance(hidden, mx.array) or hidden.shape[:-1] != inputs.shape:
+        return _whole(model, logits, targets, mask)
+
+    def head(hidden: mx.array) -> mx.array:
+        with _in_place_of(model, path, _StandIn(inner, hidden[None])):
+            return model(targets[None], **arguments).flatten(0, 1)
+
+    size = max(CHUNK_TOKENS, CHUNK_LOGITS // logits.shape[-1])
+    chunks = -(-targets.size // size)
+    size = -(-targets.size // chunks)  # all alike
+    hidden, targets, mask = hidden.flatten(0, 1), targets.flatten(), mask.flatten()
+
+    def of_chunk(start: int, hidden: mx.array) -> mx.array:
+        here = slice(start, start + size)
+        return _losses(head(hidden), targets[here], mask[here]).sum()
+
+    starts = range(0, targets.size, size)
+    if not model.training:
+        return _in_turn(hidden, starts, size, of_chunk)
+    return _with_gradient(model, f"{path}.layers.", hidden, starts, size, of_chunk)
+
+
+def _losses(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
+    if mx.default_device() == mx.cpu:  # there it would reduce in the logits' dtype
+        logits = logits.astype(mx.float32)
+    return mx.where(mask, mx.fast.cross_entropy(logits, targets), 0.0)
+
+
+def _whole(
+    model: nn.Module, logits: mx.array, targets: mx.array, mask: mx.array
+) -> mx.array:
+    if type(model) not in _told:
+        _told.add(type(model))
+        logger.warning(
+            "%s: no trunk found, so the logits of a whole batch are in memory at once",
+            type(model).__name__,
+        )
+    return _losses(logits, targets, mask).sum()
+
+
+def _in_turn(
+    hidden: mx.array,
+    starts: range,
+    size: int,
+    of_chunk: Callable[[int, mx.array], mx.array],
+) -> mx.array:
+    total = mx.array(0.0)
+    for start in starts:
+        here = hidden[start : start + size]
+        total = total + of_chunk(start, mx.depends([here], [total])[0])
+    return total
+
+
+def _with_gradient(
+    model: nn.Module,
+    blocks: str,
+    hidden: mx.array,
+    starts: range,
+    size: int,
+    of_chunk: Callable[[int, mx.array], mx.array],
+) -> mx.array:
+    flat = tree_flatten(model.trainable_parameters())
+    named = [(name, value) for name, value in flat if not name.startswith(blocks)]
+    names = [name for name, _ in named]
+
+    def value(parameters: list[mx.array], hidden: mx.array, start: int) -> mx.array:
+        model.update(tree_unflatten(list(zip(names, parameters, strict=True))))
+        return of_chunk(start, hidden)
+
+    differentiate = mx.value_and_grad(value, argnums=(0, 1))
+
+    @mx.custom_function
+    def summed(hidden: mx.array, parameters: list[mx.array]) -> Any:
+        total, slopes = mx.array(0.0), []
+        sums = [mx.zeros(one.shape) for one in parameters]
+        for start in starts:
+            here = hidden[start : start + size]
+            if slopes:  # one chunk after the other, not all side by side
+                here = mx.depends([here], [total, slopes[-1], *sums])[0]
+            loss, (own, slope) = differentiate(parameters, here, start)
+            total = total + loss
+            slopes.append(slope)
+            sums = [a + b.astype(mx.float32) for a, b in zip(sums, own, strict=True)]
+        return total, mx.concatenate(slopes), *sums
+
+    @summed.vjp
+    def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        hidden, parameters = primals
+        _, slope, *sums = outputs
+        weight = cotangents[0]
+        return (slope * weight).astype(hidden.dtype), [
+            (total * weight).astype(one.dtype)
+            for total, one in zip(sums, parameters, strict=True)
+        ]
+
+    parameters: Any = [value for _, value in named]
+    try:
+        outputs: Any = summed(hidden, parameters)
+        return outputs[0]
+    finally:
+        model.update(tree_unflatten(named))

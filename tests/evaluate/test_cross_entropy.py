@@ -1,0 +1,181 @@
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_dora import DoRAConfig, apply_dora
+from mlx_dora.evaluate import cross_entropy
+from mlx_dora.evaluate.batches import pad_batch
+from mlx_dora.evaluate.cross_entropy import summed_loss
+from mlx_dora.evaluate.loss import loss_fn
+from mlx_dora.train.start import trainable_tensors
+from tests.checks import assert_close, to_numpy
+
+BATCH = pad_batch([(list(range(3, 40)), 0), (list(range(50, 71)), 6)], 64)
+KEYS = ("self_attn.q_proj", "mlp.up_proj")
+
+
+def whole_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> Any:
+    """The definition: all logits, MLX's own derivative."""
+    steps = mx.arange(1, batch.shape[1])
+    mask = (steps >= lengths[:, 0:1]) & (steps < lengths[:, 1:])
+    losses = nn.losses.cross_entropy(model(batch[:, :-1]), batch[:, 1:])
+    return (losses * mask).sum() / mask.sum(), mask.sum()
+
+
+def gradients(
+    model: nn.Module, loss: Callable[..., Any], compiled: bool = False
+) -> tuple[mx.array, dict[str, Any]]:
+    differentiate = partial(nn.value_and_grad(model, loss), model)
+    if compiled:
+        differentiate = mx.compile(
+            differentiate, inputs=model.state, outputs=model.state
+        )
+    (value, _), gradient = differentiate(*BATCH)
+    return value, dict(tree_flatten(gradient))
+
+
+@pytest.fixture
+def few_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 1)
+    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 17)
+
+
+@pytest.mark.usefixtures("few_logits")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(
+    ("tied", "keys"),
+    [(True, KEYS), (True, (*KEYS, "model.embed_tokens")), (False, (*KEYS, "lm_head"))],
+)
+def test_gradients_are_those_of_all_the_logits(
+    make_tiny_model: Callable[..., nn.Module],
+    tied: bool,
+    keys: tuple[str, ...],
+    bits: int | None,
+    compiled: bool,
+) -> None:
+    model = make_tiny_model(tie_word_embeddings=tied, bits=bits)
+    apply_dora(model, DoRAConfig(rank=4, scale=2.0, keys=keys, num_layers=-1))
+    flat = trainable_tensors(model).items()
+    noise = [(n, v + 0.1 * mx.random.normal(v.shape)) for n, v in flat]
+    model.load_weights(noise, strict=False)
+    model.train()
+    loss, expected = gradients(model, whole_loss)
+    value, found = gradients(model, loss_fn, compiled)
+    assert_close(value, to_numpy(loss))
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert_close(gradient, to_numpy(expected[name]), bound=2e-5)
+
+
+@pytest.mark.usefixtures("few_logits")
+def test_gradient_of_the_hidden_states_is_that_of_numpy() -> None:
+    class Trunk(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = []
+            self.table = nn.Embedding(320, 8)
+
+        def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+            return self.table(tokens)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Trunk()
+            self.head = nn.Linear(8, 320, bias=False)
+
+        def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+            return self.head(self.model(tokens))
+
+    mx.random.seed(4)
+    model = Model()
+    tokens = mx.random.randint(0, 320, (2, 31))
+    mask = mx.random.bernoulli(0.7, (2, 30))
+
+    def loss(model: nn.Module) -> mx.array:
+        return summed_loss(model, tokens[:, :-1], tokens[:, 1:], mask)
+
+    value, gradient = nn.value_and_grad(model, loss)(model)
+    table, head = to_numpy(model.model.table.weight), to_numpy(model.head.weight)
+    words, kept = np.array(tokens), np.array(mask)
+    logits = table[words[:, :-1]] @ head.T
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    hit = np.eye(320)[words[:, 1:]]
+    assert_close(value, np.array(-(np.log((p * hit).sum(-1)) * kept).sum()))
+    slope = (p - hit) * kept[..., None]
+    expected = np.zeros_like(table)
+    np.add.at(expected, words[:, :-1], slope @ head)
+    assert_close(gradient["model"]["table"]["weight"], expected)
+    of_head = np.einsum("rtv,rtd->vd", slope, table[words[:, :-1]])
+    assert_close(gradient["head"]["weight"], of_head)
+
+
+@pytest.mark.usefixtures("few_logits")
+def test_what_a_model_does_to_its_logits_is_kept() -> None:
+    from mlx_lm.models import gemma2
+
+    arguments = {
+        "model_type": "gemma2",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 320,
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 0.5,
+    }
+    model = gemma2.Model(gemma2.ModelArgs.from_dict(arguments))
+    for mode in (True, False):
+        model.train(mode)
+        value, _ = loss_fn(model, *BATCH)
+        assert_close(value, to_numpy(whole_loss(model, *BATCH)[0]))
+
+
+@pytest.mark.usefixtures("few_logits")
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_never_exist_whole(
+    make_tiny_model: Callable[..., nn.Module], training: bool
+) -> None:
+    model = make_tiny_model(vocab_size=10_000)
+    apply_dora(model, DoRAConfig(rank=4, num_layers=-1))
+    model.train(training)
+    tokens, lengths = pad_batch([([i % 300 for i in range(257)], 0)] * 4, 2048)
+    mx.eval(model.parameters(), tokens, lengths)
+    compute = nn.value_and_grad(model, loss_fn) if training else loss_fn
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(compute(model, tokens, lengths))
+    whole = 1024 * 10_000 * 4
+    # With all logits at once three times as much in training, and once otherwise.
+    assert mx.get_peak_memory() - before < 0.8 * whole
+
+
+def test_a_model_without_a_known_trunk_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(320, 320)
+
+        def __call__(self, tokens: mx.array) -> mx.array:
+            return self.table(tokens)
+
+    model = Plain()
+    expected = to_numpy(whole_loss(model, *BATCH)[0])
+    for _ in range(2):
+        assert_close(loss_fn(model, *BATCH)[0], expected)
+    assert len(caplog.records) == 1
+    assert "Plain: no trunk found" in caplog.text
