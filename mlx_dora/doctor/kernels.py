@@ -34,12 +34,13 @@ def timing_rows(found: Examination) -> list[tuple[str, str]]:
 
 
 def _timing(timing: OpTiming, found: Examination) -> str:
-    plain = f"compiled {timing.compiled_ms:.2f} ms, plain MLX {timing.plain_ms:.2f} ms"
+    share = f"({timing.gbps:.0f} GB/s, {timing.gbps / found.copy_gbps:.0%} of copy)"
+    compiled = f"compiled {timing.compiled_ms:.2f} ms"
+    plain = f"plain MLX {timing.plain_ms:.2f} ms"
     if timing.kernel_ms is None:
-        return f"no kernel; {plain}"
-    share = timing.best_gbps / found.copy_gbps
+        return f"no kernel; {compiled} {share}; {plain}"
+    gain = timing.compiled_ms / timing.kernel_ms
     return (
-        f"kernel {timing.kernel_ms:.2f} ms ({timing.best_gbps:.0f} GB/s, {share:.0%} "
-        f"of copy, {timing.compiled_ms / timing.kernel_ms:.2f} x compiled's speed); "
-        f"{plain}"
+        f"kernel {timing.kernel_ms:.2f} ms {share}, {gain:.2f} times as fast as "
+        f"compiled; {compiled}; {plain}"
     )

@@ -191,7 +191,11 @@ def build(name: str, backend: str) -> Callable[..., list[mx.array]]:
 
 
 def run(
-    kernel: Kernel, inputs: Sequence[mx.array], launch: Launch
+    kernel: Kernel,
+    inputs: Sequence[mx.array],
+    launch: Launch,
+    *,
+    initial: float | None = None,
 ) -> tuple[mx.array, ...]:
     """Launch a kernel on the default device.
 
@@ -199,10 +203,12 @@ def run(
         kernel: An entry of `KERNELS`.
         inputs: Its inputs in order; those that are not contiguous are copied by MLX.
         launch: What the kernel's planning function in `_table` gave.
+        initial: What outputs hold before; tests put NaN there.
 
     Returns:
         Its outputs in order.
     """
+    fill = {} if initial is None else {"init_value": initial}
     outputs = build(kernel.name, device_backend())(
         inputs=list(inputs),
         template=list(launch.template),
@@ -210,6 +216,7 @@ def run(
         threadgroup=launch.threadgroup,
         output_shapes=list(launch.output_shapes),
         output_dtypes=list(launch.output_dtypes),
+        **fill,
     )
     return tuple(outputs)
 

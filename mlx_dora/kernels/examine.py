@@ -62,7 +62,7 @@ class OpTiming:
     bytes_moved: int
 
     @property
-    def best_gbps(self) -> float:
+    def gbps(self) -> float:
         """Bytes that the kernel must move, over the kernel's time or the compiled's."""
         return self.bytes_moved / (self.kernel_ms or self.compiled_ms) / 1e6
 

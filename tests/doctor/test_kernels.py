@@ -43,7 +43,10 @@ def test_a_cpu_is_told_that_no_kernel_can_run() -> None:
     assert "no kernel can run" in kernel_rows(ON_CPU)[0][1]
     assert timing_rows(ON_CPU) == [
         ("copy", "100 GB/s"),
-        ("adapted_norm", "no kernel; compiled 2.00 ms, plain MLX 4.00 ms"),
+        (
+            "adapted_norm",
+            "no kernel; compiled 2.00 ms (25 GB/s, 25% of copy); plain MLX 4.00 ms",
+        ),
     ]
 
 
@@ -53,7 +56,7 @@ def test_a_gpu_is_told_what_is_right_and_how_fast() -> None:
         "float32 right, 1e-07; float16 WRONG, 5e-01; bfloat16 DOES NOT RUN",
     )
     assert timing_rows(ON_MAC)[1][1].startswith(
-        "kernel 1.00 ms (50 GB/s, 50% of copy, 2.00 x compiled's speed)"
+        "kernel 1.00 ms (50 GB/s, 50% of copy), 2.00 times as fast as compiled"
     )
 
 
