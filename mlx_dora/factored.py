@@ -5,6 +5,7 @@ All of it is float32, read row block by row block, and evaluates as it goes; tra
 uses `mlx_dora.kernels.adapted_norm` instead.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,6 +17,8 @@ from mlx_dora.kernels.rows import Weight, row_blocks
 
 # Under this share of ‖W0‖² + s²‖BA‖² the factored sum may be off by more than 1e-5.
 _RECOMPUTE_BELOW = 2.0**-6
+# Elements of a float32 block where not even a mid-sized matrix may be copied whole.
+_GRAM_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ def factored_terms(
     rows = np.flatnonzero(np.array(noisy))
     if rows.size:
         index = mx.array(rows)
-        dense = _rows(weight, index) + scale * (
+        dense = float32_rows(weight, index) + scale * (
             lora_b.astype(mx.float32).T[index] @ a.T
         )
         norm[index] = mx.sqrt(mx.square(dense).sum(axis=1))
@@ -89,10 +92,98 @@ def factored_terms(
     )
 
 
-def _rows(weight: Weight, index: mx.array) -> mx.array:
+def float32_rows(weight: Weight, index: mx.array) -> mx.array:
+    """Some output rows of a weight, dense or packed. Shape ``(len(index), in)``."""
     if isinstance(weight, QuantizedWeight):
         return weight.rows(index).dequantize().astype(mx.float32)
     return weight[index].astype(mx.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """A low-rank update s·BA of a base weight.
+
+    Attributes:
+        lora_a: Shape ``(in, r)``; r may be 0.
+        lora_b: Shape ``(r, out)``.
+        scale: Multiplier s.
+    """
+
+    lora_a: mx.array
+    lora_b: mx.array
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowGrams:
+    """Inner products of the rows of N adapted weights over one base, in float64.
+
+    Attributes:
+        inner: ``inner[j, i, k]`` is ⟨W0 + s_i·B_iA_i, W0 + s_k·B_kA_k⟩ of row j. Shape
+            ``(out, N, N)``.
+        base_norm: ‖W0‖ of each row. Shape ``(out,)``.
+        recomputed: Rows in which an update nearly cancels the base, taken densely.
+    """
+
+    inner: np.ndarray
+    base_norm: np.ndarray
+    recomputed: int
+
+
+def row_grams(weight: Weight, updates: Sequence[Update]) -> RowGrams:
+    r"""Inner products of every pair of adapted rows, W0 read once.
+
+    .. math:: \langle V_i, V_k \rangle_j = q_0 + s_i c_i + s_k c_k + s_i s_k
+        (B_i^\top A_i^\top A_k B_k)_{jj}
+
+    with q0 and c as in `FactoredTerms`. W0·A is float32, row block by row block; what
+    is small (ranks, pairs) is summed in float64. No ``(out, in)`` array is built.
+
+    Args:
+        weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
+        updates: The N updates.
+
+    Raises:
+        DoRAError: If the shapes do not fit together.
+    """
+    for one in updates:
+        check_factors(weight.shape, one.lora_a, one.lora_b)
+    stacked = mx.concatenate([one.lora_a.astype(mx.float32) for one in updates], axis=1)
+    squares, products = [], []
+    for _, block in row_blocks(weight, _GRAM_BLOCK):
+        full = block.astype(mx.float32)
+        squares.append(mx.square(full).sum(axis=1))
+        products.append(full @ stacked)
+        mx.eval(squares[-1], products[-1])
+        del full
+    q0 = np.array(mx.concatenate(squares), np.float64)
+    product = np.array(mx.concatenate(products), np.float64)  # (out, Σr)
+    a = np.array(stacked, np.float64)
+    ends = np.cumsum([0, *(one.lora_a.shape[1] for one in updates)])
+    spans = [slice(*ends[i : i + 2]) for i in range(len(updates))]
+    ups = [
+        one.scale * np.array(one.lora_b.astype(mx.float32), np.float64).T
+        for one in updates
+    ]
+    cross = [(product[:, span] * b).sum(1) for span, b in zip(spans, ups, strict=True)]
+    gram = a.T @ a
+    count = len(updates)
+    inner = np.empty((q0.size, count, count))
+    noisy = np.zeros(q0.size, bool)
+    for i in range(count):
+        for k in range(i, count):
+            both = ((ups[i] @ gram[spans[i], spans[k]]) * ups[k]).sum(1)
+            inner[:, i, k] = inner[:, k, i] = q0 + cross[i] + cross[k] + both
+            if i == k:
+                noisy |= inner[:, i, i] < _RECOMPUTE_BELOW * (q0 + both)
+    rows = np.flatnonzero(noisy & (q0 > 0))
+    if rows.size:
+        base = np.array(float32_rows(weight, mx.array(rows)), np.float64)
+        dense = np.stack(
+            [base + b[rows] @ a[:, s].T for b, s in zip(ups, spans, strict=True)], 1
+        )
+        inner[rows] = dense @ dense.transpose(0, 2, 1)
+    return RowGrams(inner=inner, base_norm=np.sqrt(q0), recomputed=int(rows.size))
 
 
 @dataclass(frozen=True, kw_only=True)

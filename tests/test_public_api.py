@@ -27,6 +27,7 @@ NAMES = {
         "save_adapter",
         "use_in_mlx_lm",
     ],
+    "mlx_dora.merge": ["merge_adapters"],
     "mlx_dora.train": ["StepReport", "TrainConfig", "TrainReport", "finetune"],
     "mlx_dora.kernels": [
         "QuantizedWeight",
@@ -84,6 +85,20 @@ SIGNATURES = {
     ],
     "mlx_dora.kernels.fused_weight": ["weight", "lora_a", "lora_b", "scale", "m"],
     "mlx_dora.kernels.normalize_rows": ["weight", "magnitude="],
+    "mlx_dora.merge.merge_adapters": [
+        "adapters",
+        "*",
+        "model",
+        "method=",
+        "weights=",
+        "rank=",
+        "save_path=",
+        "overwrite=",
+        "check_base=",
+        "density=",
+        "seed=",
+        "scale=",
+    ],
     "mlx_dora.train.finetune": [
         "model",
         "tokenizer",
@@ -100,7 +115,7 @@ SIGNATURES = {
     ],
 }
 
-PACKAGES = ("kernels", "train", "adapters", "peft")
+PACKAGES = ("kernels", "train", "adapters", "peft", "merge")
 
 
 def describe(function: object) -> list[str]:
@@ -175,6 +190,7 @@ def test_public_things_are_documented() -> None:
         "mlx_dora.errors",
         "mlx_dora.openblas",
         "mlx_dora.train",
+        "mlx_dora.merge",
         "mlx_dora.adapters.config",
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlx_dora.cli._framework import PassThrough
+from mlx_dora.cli._framework import PassThrough, VerbGroup
 from mlx_dora.cli._group import VERBS, group
 
 _HEAD = """\
@@ -59,6 +59,10 @@ def render() -> str:
             parts.append(_HOSTED.format(text=command.help, verb=verb))
         else:
             parts.append(f"```\n{_help(command, f'mlx_dora.{verb}')}\n```\n")
+        if isinstance(command, VerbGroup):
+            for name, one in command.commands.items():
+                parts.append(f"### mlx_dora.{verb} {name}\n")
+                parts.append(f"```\n{_help(one, f'mlx_dora.{verb} {name}')}\n```\n")
     return "\n".join(parts)
 
 

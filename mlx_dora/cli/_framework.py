@@ -101,6 +101,10 @@ class Verb(Boundary):
         return super().invoke(ctx)
 
 
+class VerbGroup(Verb, click.Group):
+    """A verb with commands of its own: ``mlx_dora.merge adapters``."""
+
+
 class PassThrough(Verb):
     """A command that leaves its whole argument list, ``--help`` too, in `ctx.args`."""
 
@@ -121,3 +125,8 @@ def verb(
         cls: `Verb`, or `PassThrough` for a command that parses its own arguments.
     """
     return click.command(name, cls=cls, context_settings=_SETTINGS)
+
+
+def verb_group(name: str) -> Callable[[Callable[..., Any]], VerbGroup]:
+    """Make a function a verb that has commands, added by ``@command.command(...)``."""
+    return click.group(name, cls=VerbGroup, context_settings=_SETTINGS)

@@ -11,6 +11,7 @@ from mlx_dora.cli._framework import Boundary
 VERBS = (
     "train",
     "fuse",
+    "merge",
     "convert",
     "evaluate",
     "generate",

@@ -12,10 +12,12 @@ Weight = mx.array | QuantizedWeight
 _BLOCK = 1 << 22
 
 
-def row_blocks(weight: Weight) -> Iterator[tuple[slice, mx.array]]:
+def row_blocks(
+    weight: Weight, elements: int = _BLOCK
+) -> Iterator[tuple[slice, mx.array]]:
     """Consecutive row blocks in the (unpacked) dtype of the weight, with slices."""
     out, width = weight.shape
-    step = max(1, _BLOCK // max(width, 1))
+    step = max(1, elements // max(width, 1))
     for start in range(0, out, step):
         index = slice(start, min(start + step, out))
         if isinstance(weight, QuantizedWeight):

@@ -1,0 +1,107 @@
+"""``mlx_dora.merge``: several adapters, or several models, as one."""
+
+from collections.abc import Mapping, Sequence
+
+import click
+import yaml
+
+from mlx_dora.cli._framework import verb_group
+from mlx_dora.cli._progress import WorkDisplay
+from mlx_dora.cli._yaml import load_yaml
+from mlx_dora.merge.names import ADAPTER_METHODS
+
+Weights = Sequence[float] | Mapping[str, Sequence[float]]
+
+
+def _read_weights(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> Weights | None:
+    """``0.3,0.7``, or YAML from patterns to lists."""
+    if value is None:
+        return None
+    try:
+        found = load_yaml(value if value[:1] in "[{" else f"[{value}]")
+    except yaml.YAMLError as error:
+        raise click.BadParameter(f"{value!r} is not a list of weights.") from error
+    if not isinstance(found, list | dict):
+        raise click.BadParameter(f"{value!r} is not a list of weights.")
+    return found
+
+
+@verb_group("merge")
+def command() -> None:
+    """Merge adapters or models by magnitude and direction."""
+
+
+@command.command("adapters")
+@click.argument("adapters", nargs=-1, required=True, metavar="A1 A2 ...")
+@click.option(
+    "--model", help="The base; what the first adapter says of its base if not given."
+)
+@click.option("--save-path", required=True, help="The adapter folder to make.")
+@click.option(
+    "--method",
+    type=click.Choice(ADAPTER_METHODS),
+    default="slerp",
+    show_default=True,
+    help="How to merge. The first six are exact and need no dense weight.",
+)
+@click.option(
+    "--weights",
+    callback=_read_weights,
+    help="One an adapter (0.3,0.7), or YAML from patterns of module paths to such "
+    "lists; equal if not given.",
+)
+@click.option("--rank", type=click.IntRange(min=1), help="Cut the update to this rank.")
+@click.option(
+    "--density", type=float, help="Share of the entries that ties and dare keep."
+)
+@click.option("--seed", default=0, show_default=True, help="Of dare's random numbers.")
+@click.option(
+    "--scale",
+    default=1.0,
+    show_default=True,
+    help="Factor on the merged task vectors of the methods that have them.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+@click.option(
+    "--check-base/--no-check-base",
+    default=True,
+    help="Refuse an adapter of another base or quantisation (the default).",
+)
+def adapters_command(
+    adapters: tuple[str, ...],
+    model: str | None,
+    save_path: str,
+    method: str,
+    weights: Weights | None,
+    rank: int | None,
+    density: float | None,
+    seed: int,
+    scale: float,
+    overwrite: bool,
+    check_base: bool,
+) -> None:
+    """Merge DoRA and LoRA adapters of one base into one DoRA adapter.
+
+    Ranks, scales and modules may differ. The result is an ordinary adapter folder.
+    """
+    from mlx_dora.merge.adapters import base_name, merge_adapters_report
+    from mlx_dora.merge.dense import Options
+
+    with WorkDisplay() as display:
+        report = merge_adapters_report(
+            adapters,
+            model=model or base_name(adapters[0]),
+            method=method,
+            weights=weights,
+            rank=rank,
+            save_path=save_path,
+            overwrite=overwrite,
+            check_base=check_base,
+            options=Options(density=density, seed=seed, scale=scale),
+            progress=display.progress,
+        )
+    for line in report.lines():
+        click.echo(line)
+    click.echo(f"Saved to {save_path}")

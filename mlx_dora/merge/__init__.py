@@ -1,0 +1,25 @@
+"""Merging adapters and models by magnitude and direction; extracting adapters.
+
+The public names are loaded on first use, so that the command line can read the options'
+defaults without MLX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_dora.merge.adapters import merge_adapters
+
+_HOME = {"merge_adapters": "mlx_dora.merge.adapters"}
+
+__all__ = ["merge_adapters"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mlx_dora.merge' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
