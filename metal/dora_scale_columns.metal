@@ -3,7 +3,7 @@
 // paper:     DoRA, arXiv:2402.09353, Eq. 6: the gradient of the magnitude
 // in:        partial float [SUMS, chunks, out]; m float [out]
 // out:       sums float [SUMS, out]
-// template:  SUMS 1, or 2 with a bias
+// template:  none; SUMS is 1, or 2 with a bias
 // launch:    a thread per column, in threadgroups of 256;
 //            grid (256 * ceil(out / 256), SUMS, 1)
 // reference: mlx_dora/kernels/reference.py::dora_scale, its vjp

@@ -196,7 +196,7 @@ def plan_dora_scale_backward(
 def plan_dora_scale_columns(sums: int, _chunks: int, out: int) -> Launch:
     """Second stage, given the shape of the first's sums: a thread a column."""
     return Launch(
-        template=(("SUMS", sums),),
+        template=(),
         grid=(_THREADS * _ceil(out, _THREADS), sums, 1),
         threadgroup=(_THREADS, 1, 1),
         output_shapes=((sums, out),),
