@@ -13,11 +13,16 @@ _BLOCK = 1 << 22
 
 
 def row_blocks(
-    weight: Weight, elements: int = _BLOCK
+    weight: Weight, elements: int | None = None
 ) -> Iterator[tuple[slice, mx.array]]:
-    """Consecutive row blocks in the (unpacked) dtype of the weight, with slices."""
+    """Consecutive row blocks in the (unpacked) dtype of the weight, with slices.
+
+    Args:
+        weight: Dense or packed.
+        elements: Of one block; None for about four million.
+    """
     out, width = weight.shape
-    step = max(1, elements // max(width, 1))
+    step = max(1, (elements or _BLOCK) // max(width, 1))
     for start in range(0, out, step):
         index = slice(start, min(start + step, out))
         if isinstance(weight, QuantizedWeight):
