@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.kernels._source import read_source
+from mlx_dora.kernels._source import in_cuda, read_source
 from mlx_dora.kernels._table import KERNELS, Kernel, Launch
 
 __all__ = [
@@ -176,9 +176,8 @@ def build(name: str, backend: str) -> Callable[..., list[mx.array]]:
     header, body = read_source("common.h"), read_source(f"{name}.metal")
     make = mx.fast.metal_kernel
     if backend == "cuda":
-        # Metal's words in CUDA; in a body `threadgroup` declares a variable.
-        header = read_source("cuda_prelude.h") + header
-        body = f"\n#undef threadgroup\n#define threadgroup __shared__\n{body}"
+        header = read_source("cuda_prelude.h") + in_cuda(header, is_body=False)
+        body = in_cuda(body, is_body=True)
         make = mx.fast.cuda_kernel
     made = make(
         name=f"mlx_dora_{name}",

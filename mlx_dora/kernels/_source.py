@@ -10,6 +10,8 @@ _PLACES = (
     Path(__file__).parents[1] / "metal",
     Path(__file__).parents[2] / "metal",
 )
+_SPACES = re.compile(r"\b(?:device|constant|thread)\b")
+_THREADGROUP = re.compile(r"\bthreadgroup\b")
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 
 
@@ -28,13 +30,21 @@ def source_folder() -> Path:
     )
 
 
-def read_source(name: str, folder: Path | None = None) -> str:
+def read_source(name: str) -> str:
     """Text of one file with its comments blanked, line for line.
 
     MLX looks for attributes and shapes by plain text search, in comments too.
     """
-    text = ((folder or source_folder()) / name).read_text(encoding="utf-8")
-    return blank_comments(text)
+    return blank_comments((source_folder() / name).read_text(encoding="utf-8"))
+
+
+def in_cuda(text: str, *, is_body: bool) -> str:
+    """Metal text with CUDA's address spaces; `cuda_prelude.h` spells the rest.
+
+    CUDA's pointers name no address space. In a body ``threadgroup`` declares an array
+    that the block shares.
+    """
+    return _THREADGROUP.sub("__shared__" if is_body else "", _SPACES.sub("", text))
 
 
 def blank_comments(text: str) -> str:
