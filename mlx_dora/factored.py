@@ -99,6 +99,28 @@ def float32_rows(weight: Weight, index: mx.array) -> mx.array:
     return weight[index].astype(mx.float32)
 
 
+def one_minus_cosine(base: mx.array, norm: mx.array, update: mx.array) -> mx.array:
+    r"""1 − cos of the angle between the sides `base` and `norm` of a triangle.
+
+    .. math:: 1 - \cos\theta = \frac{d^2 - (n - b)^2}{2 b n}
+
+    The law of cosines for W0, W0 + sBA and sBA, so that lengths alone will do; its form
+    keeps a small angle that b² + n² − d² would lose.
+
+    Args:
+        base: b = ‖W0‖ of each row. Shape ``(out,)``.
+        norm: n = ‖W0 + sBA‖. Shape ``(out,)``.
+        update: d = ‖sBA‖. Shape ``(out,)``.
+
+    Returns:
+        Between 0 and 2; 0 where a side is zero. Shape ``(out,)``.
+    """
+    change = norm - base
+    product = base * norm
+    raw = (update - change) * (update + change) / mx.where(product > 0, 2 * product, 1)
+    return mx.where(product > 0, mx.clip(raw, 0.0, 2.0), 0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Update:
     """A low-rank update s·BA of a base weight.

@@ -30,9 +30,9 @@ def size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def describe(report: StepReport, iters: int) -> str:
+def describe(report: StepReport, iters: int | None) -> str:
     """One line for one report."""
-    parts = [f"step {report.step}/{iters}"]
+    parts = [f"step {report.step}" + (f"/{iters}" if iters else "")]
     if report.val_loss is not None:
         return f"{parts[0]}  validation loss {report.val_loss:.4f}"
     if report.train_loss is not None:
@@ -41,8 +41,10 @@ def describe(report: StepReport, iters: int) -> str:
         parts.append(f"lr {report.learning_rate:.3g}")
     if report.tokens_per_second is not None:
         parts.append(f"{report.tokens_per_second:.0f} tokens/s")
+    if report.delta_m is not None and report.delta_d is not None:
+        parts.append(f"ΔM {report.delta_m:.2g} ΔD {report.delta_d:.2g}")
     parts.append(f"peak {size(report.peak_memory_bytes)}")
-    if report.steps_per_second:
+    if report.steps_per_second and iters:
         left = duration((iters - report.step) / report.steps_per_second)
         parts.append(f"{left} left")
     return "  ".join(parts)
@@ -111,18 +113,25 @@ class TrainDisplay(WorkDisplay):
     """Shows a training's reports too.
 
     Args:
-        iters: Steps of the training.
+        iters: Steps of the training; None until `progress` tells.
     """
 
-    def __init__(self, iters: int) -> None:
+    def __init__(self, iters: int | None) -> None:
         super().__init__()
         self._iters = iters
+
+    def progress(self, phase: str, total: int, done: int) -> None:
+        """Take note of steps or rows done, and of how many steps there will be."""
+        if phase == "train":
+            self._iters = total
+        super().progress(phase, total, done)
 
     def report(self, report: StepReport) -> None:
         """Take a report of the training."""
         self.say(describe(report, self._iters))
-        if report.train_loss is not None and report.step < self._iters:
-            self.note("train", self._iters, _note(report))
+        iters = self._iters
+        if iters and report.train_loss is not None and report.step < iters:
+            self.note("train", iters, _note(report))
 
 
 def _note(report: StepReport) -> str:

@@ -34,7 +34,7 @@ def command(train: TrainConfig, dora: DoRAConfig) -> None:
     if train.model is None:
         click.echo(f"No model given: taking mlx-lm's, {HOST_DEFAULT_MODEL}.", err=True)
         train = replace(train, model=HOST_DEFAULT_MODEL)
-    display = TrainDisplay(train.iters)
+    display = TrainDisplay(train.iters if train.epochs is None else None)
     with display:
         result = run_job(
             train, dora, callback=display.report, progress=display.progress

@@ -33,6 +33,13 @@ class DataConfig:
         default=False,
         metadata={"help": "Count only the completion's tokens in the loss."},
     )
+    all_turns: bool = field(
+        default=False,
+        metadata={
+            "help": "In chats, count every turn of the assistant's in the loss and "
+            "nothing else (mask_prompt alone counts the last turn)."
+        },
+    )
     prompt_feature: str = field(
         default="prompt", metadata={"help": "Key of the prompt in completions data."}
     )

@@ -63,10 +63,12 @@ class TokenDataset:
         self._tokenizer = tokenizer
         self._cache: list[Example | None] = [None] * len(rows.values)
         self._told_prefix = False
-        if self.kind == "text" and rows.config.mask_prompt:
+        self._masks = rows.config.mask_prompt or rows.config.all_turns
+        if self.kind == "text" and self._masks:
+            name = "mask_prompt" if rows.config.mask_prompt else "all_turns"
             raise DoRAError(
-                f"{rows.source}: mask_prompt needs completions or chat data; plain "
-                "text has no prompt."
+                f"{rows.source}: {name} needs completions or chat data; plain text has "
+                "no prompt."
             )
         for index in range(len(rows.values)):
             _check(rows, index, self.kind)
@@ -121,9 +123,25 @@ class TokenDataset:
             return (tokens if tokens[-1:] == [end] else [*tokens, end]), 0
         messages = self._messages(index) or []
         tokens = self._template(index, messages, generation=False)
-        if not config.mask_prompt:
+        if not self._masks:
             return tokens, 0
+        if self.kind == "chat" and config.all_turns:
+            return tokens, self._turns(index, messages, tokens)
         return tokens, self._prompt_length(index, messages, tokens)
+
+    def _turns(self, index: int, messages: list[Any], tokens: list[int]) -> Spans:
+        """Where the assistant's turns stand in a row's tokens."""
+        spans = []
+        for place, message in enumerate(messages, start=1):
+            if message.get("role") != "assistant":
+                continue
+            start = self._prompt_length(index, messages[:place], tokens)
+            until = self._template(index, messages[:place], generation=False)
+            end = _shared(until, tokens)
+            if end < len(until):
+                self._tell_prefix(index, end)
+            spans.append((start, end))
+        return tuple(spans)
 
     def _template(self, index: int, messages: list[Any], *, generation: bool) -> Any:
         import jinja2
@@ -145,18 +163,20 @@ class TokenDataset:
     def _prompt_length(self, index: int, messages: list[Any], tokens: list[int]) -> int:
         generation = messages[-1].get("role") == "assistant"
         prompt = self._template(index, messages[:-1], generation=generation)
-        for position, (expected, found) in enumerate(zip(prompt, tokens, strict=False)):
-            if expected != found:
-                if not self._told_prefix:
-                    self._told_prefix = True
-                    logger.warning(
-                        "%s: the chat template writes the prompt differently with and "
-                        "without an answer; the %d tokens they share count as prompt",
-                        self.where(index),
-                        position,
-                    )
-                return position
-        return min(len(prompt), len(tokens))
+        shared = _shared(prompt, tokens)
+        if shared < min(len(prompt), len(tokens)):
+            self._tell_prefix(index, shared)
+        return shared
+
+    def _tell_prefix(self, index: int, shared: int) -> None:
+        if not self._told_prefix:
+            self._told_prefix = True
+            logger.warning(
+                "%s: the chat template writes the same messages differently with and "
+                "without what follows them; only the %d tokens they share count",
+                self.where(index),
+                shared,
+            )
 
 
 class JoinedDataset:
@@ -298,6 +318,12 @@ def _check_messages(rows: Rows, index: int, key: str) -> None:
             raise DoRAError(
                 f"{where}: each message needs the key 'role'; found {found}."
             )
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    differ = (place for place, (a, b) in pairs if a != b)
+    return next(differ, min(len(one), len(other)))
 
 
 def _token_row(row: Any) -> Example:

@@ -69,10 +69,10 @@ class Schedule:
             if counts.add(example, max_seq_length):
                 usable.append(index)
                 lengths.append(min(len(example[0]), max_seq_length))
-        if line := counts.describe(max_seq_length):
-            logger.warning("%s", line)
         if not usable:
             refuse_empty(max_seq_length)
+        if line := counts.describe(max_seq_length):
+            logger.warning("%s", line)
         self._usable = np.array(usable)
         self._lengths = np.array(lengths)
         self._widths = np.array([padded_width(n, max_seq_length) for n in lengths])
@@ -124,28 +124,6 @@ class Schedule:
         if self._packing:
             return pack_batch(found, self._max_seq_length)
         return pad_batch([row[0] for row in found], self._max_seq_length)
-
-
-def iterate_batches(
-    dataset: Examples,
-    batch_size: int,
-    max_seq_length: int,
-    *,
-    seed: int = 0,
-    packing: bool = False,
-    counts: RowCounts | None = None,
-    start: int = 0,
-) -> Iterator[Batch]:
-    """Batches without end, from the `start`-th on, as `Schedule` says."""
-    schedule = Schedule(
-        dataset,
-        batch_size,
-        max_seq_length,
-        seed=seed,
-        packing=packing,
-        counts=counts,
-    )
-    return schedule.batches(start)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

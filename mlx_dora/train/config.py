@@ -64,6 +64,17 @@ class TrainConfig(DataConfig):
     )
     batch_size: int = field(default=4, metadata={"help": "Rows in a batch."})
     iters: int = field(default=1000, metadata={"help": "Batches to train for."})
+    epochs: int | None = field(
+        default=None,
+        metadata={"help": "Train for so many passes over the data, whatever iters is."},
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Lay short examples end to end in rows of up to max_seq_length "
+            "tokens, each seeing itself alone."
+        },
+    )
     val_batches: int = field(
         default=25,
         metadata={"help": "Batches of a validation; -1 for the whole set, 0 for none."},
@@ -152,6 +163,12 @@ class TrainConfig(DataConfig):
                 raise DoRAError(
                     f"{name} must be a whole number of at least {least}, got {value!r}."
                 )
+        if self.epochs is not None and (
+            type(self.epochs) is not int or self.epochs < 1
+        ):
+            raise DoRAError(
+                f"epochs must be a whole number of at least 1, got {self.epochs!r}."
+            )
         if self.test_batches == 0:
             raise DoRAError("test_batches must be -1 or at least 1, got 0.")
         rate = self.learning_rate

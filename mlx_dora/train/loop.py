@@ -1,11 +1,12 @@
 """The training loop, on one page.
 
-Left out here, on purpose: exact resume, sequence packing, several machines, early
-stopping, gradient clipping.
+Left out here, on purpose: exact resume, several machines, early stopping, gradient
+clipping.
 """
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -19,13 +20,15 @@ from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import write_adapter_files
 from mlx_dora.adapters.fingerprint import fingerprint
-from mlx_dora.evaluate.batches import RowCounts
+from mlx_dora.evaluate.batches import Batch, RowCounts
 from mlx_dora.evaluate.data import as_dataset
+from mlx_dora.evaluate.documents import check_packable
 from mlx_dora.evaluate.loss import Loss, evaluate_loss, loss_fn
-from mlx_dora.evaluate.schedule import iterate_batches
+from mlx_dora.evaluate.schedule import Schedule
 from mlx_dora.layers import held_norms
 from mlx_dora.train.checkpointing import checkpointed_blocks
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.geometry import measure_geometry
 from mlx_dora.train.interrupt import delayed_interrupt
 from mlx_dora.train.memory import trim_cache, wired_memory
 from mlx_dora.train.meter import Meter
@@ -58,7 +61,7 @@ def finetune(
     callback: Callable[[StepReport], None] | None = None,
     progress: Progress | None = None,
     loss: Loss = loss_fn,
-    batches: Callable[..., Iterator[tuple[mx.array, mx.array]]] = iterate_batches,
+    batches: Callable[..., Iterator[Batch]] | None = None,
 ) -> TrainReport:
     """Fine-tune a model in place and write its adapter.
 
@@ -80,7 +83,9 @@ def finetune(
         callback: Called with each report.
         progress: Called after every step and during validations.
         loss: Loss and number of targets of a batch.
-        batches: Makes the batches; called as `iterate_batches`.
+        batches: Makes batches without end from the data, batch size, maximum length,
+            ``seed`` and ``counts``, in place of `Schedule`; `train` must name iters
+            then, not epochs.
 
     Raises:
         DoRAError: If a setting, the data or the model is unfit (nothing is written
@@ -101,9 +106,19 @@ def finetune(
     modules = make_trainable(model, dora, train.fine_tune_type)
     if train.resume_adapter_file is not None:
         load_weights(model, train.resume_adapter_file)
+    if train.packing:
+        check_packable(model)
     counts = RowCounts()
     limits = train.batch_size, train.max_seq_length
-    source = batches(data, *limits, seed=train.seed, counts=counts)
+    if batches is None:
+        schedule = Schedule(
+            data, *limits, seed=train.seed, packing=train.packing, counts=counts
+        )
+        if train.epochs is not None:
+            train = replace(train, iters=schedule.length(train.epochs))
+        source = schedule.batches()
+    else:
+        source = batches(data, *limits, seed=train.seed, counts=counts)
     source = chain([next(source)], source)
 
     # 2. One update: gradients of a few batches, averaged over their tokens.
@@ -138,8 +153,9 @@ def finetune(
     journal = Journal(folder, listeners)
     meter = Meter()
 
-    def report(step: int) -> None:
-        journal.add(meter.report(step, optimizer.learning_rate))
+    def report(step: int, saves: bool) -> None:
+        geometry = measure_geometry(model)
+        journal.add(meter.report(step, optimizer.learning_rate, geometry, saves))
 
     def validate(step: int) -> None:
         if valid_data is None:
@@ -203,11 +219,12 @@ def finetune(
             is_last = stop or step >= train.iters
             if progress is not None:
                 progress("train", train.iters, len(window))
-            if is_last or is_due(train.steps_per_report, before, step):
-                report(step)
+            saves = is_last or is_due(train.save_every, before, step)
+            if saves or is_due(train.steps_per_report, before, step):
+                report(step, saves)
             if not stop and (is_last or is_due(train.steps_per_eval, before, step)):
                 validate(step)
-            if is_last or is_due(train.save_every, before, step):
+            if saves:
                 save(step)
     if stop:
         logger.warning("stopped after step %d; the adapter is in %s", step, folder)

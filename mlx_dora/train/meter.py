@@ -2,10 +2,12 @@
 
 import math
 import time
+from collections.abc import Mapping
 
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.train.geometry import LayerGeometry, by_layer, summarise
 from mlx_dora.train.reports import StepReport
 
 
@@ -60,8 +62,20 @@ class Meter:
                 "Lower the learning rate or the adapter's scale."
             )
 
-    def report(self, step: int, learning_rate: mx.array) -> StepReport:
+    def report(
+        self,
+        step: int,
+        learning_rate: mx.array,
+        geometry: Mapping[str, LayerGeometry],
+        with_layers: bool,
+    ) -> StepReport:
         """Make a report of the steps since the last one, and begin anew.
+
+        Args:
+            step: Batches done.
+            learning_rate: At this step.
+            geometry: Of the DoRA layers, now.
+            with_layers: Keep it by layer too.
 
         Raises:
             DoRAError: If their loss is not finite.
@@ -78,6 +92,8 @@ class Meter:
             trained_tokens=self.trained_tokens,
             seconds=self.seconds,
             peak_memory_bytes=mx.get_peak_memory(),
+            layers=by_layer(geometry) if geometry and with_layers else None,
+            **summarise(geometry),
         )
         self._clear()
         return report

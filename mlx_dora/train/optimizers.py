@@ -90,7 +90,9 @@ def describe_training(config: TrainConfig) -> dict[str, Any]:
         "grad_accumulation_steps",
         "iters",
         "max_seq_length",
+        "packing",
         "mask_prompt",
+        "all_turns",
         "seed",
     )
     return {

@@ -25,6 +25,13 @@ class StepReport:
         trained_tokens: Target tokens so far.
         seconds: Since the training began.
         peak_memory_bytes: Most memory MLX held so far.
+        delta_m: Mean over DoRA layers of ΔM, how far the rows' lengths have moved; None
+            without such layers, and in the report of a validation.
+        delta_d: Mean over layers of ΔD, one minus the cosine of the rows' turn.
+        correlation: Of ΔM and ΔD over layers; None if they do not vary.
+        gain_min: Least g = m/‖W0 + sBA‖ of any row.
+        gain_max: Greatest.
+        layers: At checkpoints the same by layer.
     """
 
     step: int
@@ -36,6 +43,12 @@ class StepReport:
     trained_tokens: int
     seconds: float
     peak_memory_bytes: int
+    delta_m: float | None = None
+    delta_d: float | None = None
+    correlation: float | None = None
+    gain_min: float | None = None
+    gain_max: float | None = None
+    layers: dict[str, dict[str, float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that have a value."""

@@ -234,3 +234,47 @@ def test_hub_entries_are_joined(
 def test_where_without_lines_counts_rows() -> None:
     rows = Rows(values=[1], source="x/one (train)", config=DataConfig())
     assert rows.where(0) == "x/one (train), row 0"
+
+
+TURNS = [
+    {"role": "user", "content": "the fox"},
+    {"role": "assistant", "content": "jumps over"},
+    {"role": "user", "content": "and then"},
+    {"role": "assistant", "content": "the lazy dog"},
+    {"role": "user", "content": "what"},
+]
+
+
+def test_every_turn_of_the_assistant_is_a_target(tokenizer: Any) -> None:
+    tokens, spans = data([{"messages": TURNS}], tokenizer, all_turns=True)[0]
+    assert isinstance(spans, tuple)
+    texts = [tokenizer.decode(tokens[start:end]) for start, end in spans]
+    assert texts == ["jumps over<|im_end|>\n", "the lazy dog<|im_end|>\n"]
+    one = [{"messages": TURNS[:4]}]
+    _, last = data(one, tokenizer, mask_prompt=True)[0]
+    tokens, spans = data(one, tokenizer, all_turns=True)[0]
+    assert isinstance(spans, tuple)
+    assert spans[-1] == (last, len(tokens))
+
+
+def test_a_turn_rewritten_later_is_told(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} "
+        "{% else %}A: {% if loop.last %}think {% endif %}{{ m.content }} {% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+    )
+    tokens, spans = data([{"messages": TURNS[:4]}], tokenizer, all_turns=True)[0]
+    assert isinstance(spans, tuple)
+    assert tokenizer.decode(tokens[spans[1][0] :]) == "think the lazy dog "
+    assert spans[0][0] >= spans[0][1] - 1  # nothing of it is sure
+    assert len(caplog.records) == 1
+    assert "writes the same messages differently" in caplog.text
+
+
+def test_turns_need_turns(tokenizer: Any) -> None:
+    with pytest.raises(DoRAError, match="all_turns needs completions or chat"):
+        data([ROWS["text"]], tokenizer, all_turns=True)
+    masked = data([ROWS["completions"]], tokenizer, mask_prompt=True)
+    assert data([ROWS["completions"]], tokenizer, all_turns=True)[0] == masked[0]

@@ -8,7 +8,7 @@ import pytest
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.batches import RowCounts, padded_width
 from mlx_dora.evaluate.data import Example
-from mlx_dora.evaluate.schedule import Schedule, best_fit, iterate_batches
+from mlx_dora.evaluate.schedule import Schedule, best_fit
 
 LENGTHS = np.random.default_rng(0).integers(2, 500, size=131).tolist()
 
@@ -68,8 +68,8 @@ def test_batches_start_anywhere(packing: bool) -> None:
 
 def test_processes_share_the_rows_of_each_batch() -> None:
     data = rows_of([4] * 9)
-    whole = [sorted(firsts(t)) for t, _ in islice(iterate_batches(data, 4, 64), 3)]
     schedule = Schedule(data, 4, 64)
+    whole = [sorted(firsts(t)) for t, _ in islice(schedule.batches(), 3)]
     shared = [
         list(islice(schedule.batches(rank=rank, ranks=2), 3)) for rank in range(2)
     ]
@@ -104,7 +104,7 @@ def test_best_fit_is_that_of_a_plain_search() -> None:
 
 
 def test_fewer_rows_than_a_batch_are_enough() -> None:
-    tokens, _ = next(iterate_batches(rows_of([5, 6]), 8, 2048))
+    tokens, _ = next(Schedule(rows_of([5, 6]), 8, 2048).batches())
     assert tokens.shape == (2, 9)
 
 
@@ -114,7 +114,7 @@ def test_cut_and_left_out_rows_are_counted_and_told_once(
     data: list[Example] = [*rows_of([10, 80, 90]), ([9] * 70, 68), ([9], 0)]
     counts = RowCounts()
     with caplog.at_level(logging.WARNING):
-        list(islice(iterate_batches(data, 2, 64, counts=counts), 10))
+        list(islice(Schedule(data, 2, 64, counts=counts).batches(), 10))
     assert counts == RowCounts(rows=5, truncated=3, skipped=2, longest=90)
     assert len(caplog.records) == 1
     assert "3 of 5 rows are longer than max_seq_length 64" in caplog.text
@@ -123,4 +123,4 @@ def test_cut_and_left_out_rows_are_counted_and_told_once(
 
 def test_data_without_any_target_is_refused() -> None:
     with pytest.raises(DoRAError, match="no row has a target token"):
-        iterate_batches([([1, 2, 3], 3)], 2, 64)
+        Schedule([([1, 2, 3], 3)], 2, 64)

@@ -6,7 +6,7 @@ import pytest
 from mlx_dora.errors import DoRAError
 from mlx_dora.train import TrainConfig
 
-OURS = {"overwrite", "hf_dataset"}
+OURS = {"overwrite", "hf_dataset", "epochs", "packing", "all_turns"}
 FEATURES = {"prompt_feature", "completion_feature", "chat_feature", "text_feature"}
 # The adapter's own settings are DoRAConfig's.
 ELSEWHERE = {"num_layers", "lora_parameters", "config"}

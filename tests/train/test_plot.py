@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -7,7 +8,7 @@ from mlx_dora.train import StepReport, plot
 from mlx_dora.train.plot import can_plot, plot_losses
 
 
-def report(step: int, **losses: float) -> StepReport:
+def report(step: int, **losses: Any) -> StepReport:
     return StepReport(
         step=step, trained_tokens=1, seconds=1.0, peak_memory_bytes=1, **losses
     )
