@@ -27,7 +27,7 @@ NAMES = {
         "save_adapter",
         "use_in_mlx_lm",
     ],
-    "mlx_dora.merge": ["merge_adapters"],
+    "mlx_dora.merge": ["merge_adapters", "merge_models"],
     "mlx_dora.train": ["StepReport", "TrainConfig", "TrainReport", "finetune"],
     "mlx_dora.kernels": [
         "QuantizedWeight",
@@ -98,6 +98,17 @@ SIGNATURES = {
         "density=",
         "seed=",
         "scale=",
+    ],
+    "mlx_dora.merge.merge_models": [
+        "models",
+        "*",
+        "save_path",
+        "base=",
+        "method=",
+        "weights=",
+        "parameters=",
+        "dtype=",
+        "overwrite=",
     ],
     "mlx_dora.train.finetune": [
         "model",

@@ -1,6 +1,7 @@
 """``mlx_dora.merge``: several adapters, or several models, as one."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import click
 import yaml
@@ -8,7 +9,8 @@ import yaml
 from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._progress import WorkDisplay
 from mlx_dora.cli._yaml import load_yaml
-from mlx_dora.merge.names import ADAPTER_METHODS
+from mlx_dora.errors import DoRAError
+from mlx_dora.merge.names import ADAPTER_METHODS, MODEL_METHODS
 
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
@@ -105,3 +107,109 @@ def adapters_command(
     for line in report.lines():
         click.echo(line)
     click.echo(f"Saved to {save_path}")
+
+
+@command.command("models")
+@click.argument("models", nargs=-1, metavar="[M1 M2 ...]")
+@click.option("--save-path", required=True, help="The model folder to make.")
+@click.option("--base", help="The model that changes are relative to.")
+@click.option(
+    "--method",
+    type=click.Choice(MODEL_METHODS),
+    default="slerp",
+    show_default=True,
+    help="How to merge.",
+)
+@click.option(
+    "--weights",
+    callback=_read_weights,
+    help="One a model (0.3,0.7), or YAML from patterns of module paths to such lists; "
+    "equal if not given.",
+)
+@click.option(
+    "--density", type=float, help="Share of the changes to keep (ties, dare)."
+)
+@click.option("--scale", type=float, help="Factor on the merged changes.")
+@click.option("--normalize/--no-normalize", default=None, help="Divide by the weights.")
+@click.option("--seed", default=0, show_default=True, help="Of dare's random numbers.")
+@click.option(
+    "--granularity",
+    type=click.Choice(["row", "tensor"]),
+    default="row",
+    show_default=True,
+    help="Directions of rows, or of whole tensors as in mergekit.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of the output; the base's, or the first model's, if not given.",
+)
+@click.option("--pad", is_flag=True, help="Merge embeddings of unlike vocabularies.")
+@click.option(
+    "-c",
+    "--config",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A mergekit YAML file, in place of models and method.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+def models_command(
+    models: tuple[str, ...],
+    save_path: str,
+    base: str | None,
+    method: str,
+    weights: Weights | None,
+    density: float | None,
+    scale: float | None,
+    normalize: bool | None,
+    seed: int,
+    granularity: str,
+    dtype: str | None,
+    pad: bool,
+    config: Path | None,
+    overwrite: bool,
+) -> None:
+    """Merge whole models, one tensor at a time.
+
+    The base, or else the first model, gives config, tokenizer and dtypes. A merge that
+    was killed goes on where it stopped when the command is given again.
+    """
+    from mlx_dora.merge.mergekit import read_mergekit
+    from mlx_dora.merge.models import run_merge
+    from mlx_dora.merge.plan import plan_models
+
+    if (config is None) == (not models):
+        raise click.UsageError("give either models or --config")
+    if config is not None:
+        plan = read_mergekit(_read_yaml(config))
+    else:
+        given = {"density": density, "lambda": scale, "normalize": normalize}
+        parameters = {key: value for key, value in given.items() if value is not None}
+        plan = plan_models(
+            models,
+            base=base,
+            method=method,
+            weights=weights,
+            parameters={
+                **parameters,
+                "seed": seed,
+                "granularity": granularity,
+                "pad": pad,
+            },
+            dtype=dtype,
+        )
+    with WorkDisplay() as display:
+        report = run_merge(
+            plan, save_path, overwrite=overwrite, progress=display.progress
+        )
+    for line in report.lines():
+        click.echo(line)
+    click.echo(f"Saved to {save_path}")
+
+
+def _read_yaml(path: Path) -> object:
+    try:
+        return load_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DoRAError(
+            f"{path} is not YAML: {' '.join(str(error).split())}"
+        ) from error

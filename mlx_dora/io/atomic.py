@@ -60,10 +60,10 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     work.mkdir()
     try:
         yield work
-        _flush_tree(work)
+        flush_tree(work)
         # Once more: the target may have appeared while the block ran.
         check_output(path, overwrite=overwrite)
-        _put_in_place(work, target)
+        put_in_place(work, target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -110,7 +110,8 @@ def _replacing(path: Path, *, suffix: str) -> Iterator[Path]:
     _flush(path.parent)
 
 
-def _put_in_place(work: Path, target: Path) -> None:
+def put_in_place(work: Path, target: Path) -> None:
+    """Rename a complete folder to `target`; an old one goes aside first, then away."""
     if not target.exists():
         work.rename(target)
         _flush(target.parent)
@@ -138,7 +139,8 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _flush_tree(folder: Path) -> None:
+def flush_tree(folder: Path) -> None:
+    """Flush a folder and all that is in it to disk."""
     for path in folder.rglob("*"):
         if not path.is_symlink():
             _flush(path)

@@ -132,10 +132,16 @@ class ShardWriter:
         folder: An existing folder.
         max_shard_bytes: A shard is closed before it would grow past this; a larger
             tensor has one of its own.
+        resume: Go on with the shards that an earlier writer left in the folder, and
+            leave them there on failure (`mlx_dora.io.resumable`).
     """
 
     def __init__(
-        self, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        folder: str | Path,
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        resume: bool = False,
     ) -> None:
         self._folder = Path(folder)
         self._max_shard_bytes = max_shard_bytes
@@ -145,6 +151,24 @@ class ShardWriter:
         self._part_of: dict[str, int] = {}
         self._total_bytes = 0
         self._is_usable = True
+        self._resume = resume
+        if resume:
+            self._take_over()
+
+    @property
+    def written(self) -> frozenset[str]:
+        """The tensors that are in finished shards."""
+        return frozenset(self._part_of)
+
+    def _take_over(self) -> None:
+        while (path := self._part_path()).exists():
+            header = read_header(path)
+            self._part_of.update(dict.fromkeys(header, len(self._parts)))
+            self._total_bytes += sum(info.nbytes for info in header.values())
+            self._parts.append(path)
+
+    def _part_path(self) -> Path:
+        return self._folder / f"model-{len(self._parts) + 1:05d}.part.safetensors"
 
     def add(self, name: str, tensor: mx.array) -> None:
         """Compute a tensor and take it in; a full shard is written."""
@@ -185,7 +209,7 @@ class ShardWriter:
                 raise
 
     def _write_part(self) -> None:
-        path = self._folder / f"model-{len(self._parts) + 1:05d}.part.safetensors"
+        path = self._part_path()
         self._parts.append(path)
         write_tensors(path, self._waiting)
         self._part_of.update(dict.fromkeys(self._waiting, len(self._parts) - 1))
@@ -216,5 +240,5 @@ class ShardWriter:
     def _discard(self) -> None:
         self._is_usable = False
         self._waiting = {}
-        for part in self._parts:
+        for part in () if self._resume else self._parts:
             part.unlink(missing_ok=True)

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_dora.merge.adapters import merge_adapters
+    from mlx_dora.merge.models import merge_models
 
-_HOME = {"merge_adapters": "mlx_dora.merge.adapters"}
+_HOME = {
+    "merge_adapters": "mlx_dora.merge.adapters",
+    "merge_models": "mlx_dora.merge.models",
+}
 
-__all__ = ["merge_adapters"]
+__all__ = ["merge_adapters", "merge_models"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,3 +13,5 @@ NORMALIZED = (*MEANS, "linear")
 """Methods whose weights are made to sum to 1."""
 
 ADAPTER_METHODS = (*MEANS, *SUMS, *ELEMENTWISE)
+
+MODEL_METHODS = ADAPTER_METHODS

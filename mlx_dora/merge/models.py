@@ -1,0 +1,327 @@
+"""Whole models as one, streamed: one tensor at a time, nothing half-written."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dora.adapters.adapter import listed
+from mlx_dora.adapters.hosting import model_folder
+from mlx_dora.adapters.keys import natural_order
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.atomic import check_output
+from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
+from mlx_dora.io.resumable import resumable_directory
+from mlx_dora.kernels.quantized import QuantizedWeight
+from mlx_dora.merge.checkpoint import ModelTensors
+from mlx_dora.merge.names import ELEMENTWISE
+from mlx_dora.merge.plan import MergePlan, plan_models
+from mlx_dora.merge.report import MergedTensor, MergeReport
+from mlx_dora.merge.settings import count_blocks
+from mlx_dora.merge.tensor import merge_tensor
+from mlx_dora.merge.weights import Weights
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, total, newly done)."""
+
+# Elements looked at once for NaN and inf.
+_BLOCK = 1 << 22
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+# Methods that compare with the base whatever the plan says.
+_NEED_BASE = ("task_arithmetic", "magnitude_weighted", *ELEMENTWISE)
+
+
+def merge_models(
+    models: Sequence[str | Path],
+    *,
+    save_path: str | Path,
+    base: str | Path | None = None,
+    method: str = "slerp",
+    weights: Weights | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> MergeReport:
+    """Merge whole models into a folder that mlx-lm loads.
+
+    Row by row: the length and the direction of each output row apart (``slerp``,
+    ``karcher``, ``nmean``, ``magnitude_weighted``; with a base, the first three merge
+    the changes of it). Norm weights and biases get the weighted mean. ``linear``,
+    ``task_arithmetic``, ``ties``, ``dare``, ``dare_ties`` and ``tsv`` as in
+    `mlx_dora.merge.methods`. The base, or else the first model, is the pattern: its
+    config, tokenizer, dtypes and packing are the output's. Rules:
+    ``docs/merging.md``.
+
+    A merge that was killed goes on where it stopped when it is called again alike.
+
+    Args:
+        models: Folders or Hub ids; the models that are merged.
+        save_path: The folder to make.
+        base: What changes are relative to.
+        method: How to merge.
+        weights: One a model (a number, or an array with one a row), or patterns of
+            module paths to such lists; equal if None.
+        parameters: ``density``, ``normalize`` and ``lambda`` (numbers, gradients over
+            the blocks, or filters as in mergekit), ``seed``, ``granularity`` (``row``,
+            or ``tensor`` for mergekit's definitions), ``pad`` (embeddings of unlike
+            vocabularies).
+        dtype: Of the output: ``float32``, ``float16`` or ``bfloat16``; the pattern's if
+            None.
+        overwrite: Replace an existing folder.
+
+    Returns:
+        What was done.
+
+    Raises:
+        DoRAError: If an input is not in order, the models do not fit together, or the
+            output exists.
+    """
+    plan = plan_models(
+        models,
+        base=base,
+        method=method,
+        weights=weights,
+        parameters=parameters,
+        dtype=dtype,
+    )
+    return run_merge(plan, save_path, overwrite=overwrite)
+
+
+def run_merge(
+    plan: MergePlan,
+    save_path: str | Path,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Carry out a plan; see `merge_models`."""
+    started = time.perf_counter()
+    check_output(save_path, overwrite=overwrite)
+    folders = [model_folder(one) for one in plan.models]
+    base_folder = None if plan.base is None else model_folder(plan.base)
+    every = folders if base_folder is None else [*folders, base_folder]
+    for folder in every:
+        if folder.resolve().is_relative_to(Path(save_path).resolve()):
+            raise DoRAError(f"{save_path} holds the input {folder}.")
+    opened = {folder: ModelTensors(folder) for folder in every}
+    inputs = [opened[one] for one in folders]
+    base = None if base_folder is None else opened[base_folder]
+    pattern = base or inputs[0]
+    _check_fit(pattern, inputs, plan.pad)
+    names = sorted(pattern.names, key=natural_order)
+    blocks = count_blocks(names)
+    mx.reset_peak_memory()
+    told: list[MergedTensor] = []
+    job = _job(plan, opened.values())
+    with resumable_directory(save_path, job, overwrite=overwrite) as out:
+        with ShardWriter(out, max_shard_bytes=max_shard_bytes, resume=True) as writer:
+            resumed = writer.written
+            for name in names:
+                if name not in resumed:
+                    tensor, one = _merge(name, plan, pattern, base, inputs, blocks)
+                    _write(writer, name, tensor, pattern, plan.dtype, one, told)
+                    del tensor
+                    mx.clear_cache()
+                if progress is not None:
+                    progress("merge", len(names), 1)
+        _copy_files(pattern, out, plan.dtype, names, inputs)
+    return MergeReport(
+        method=plan.method,
+        models=plan.models,
+        tensors=tuple(told),
+        resumed=len(names) - len(told),
+        peak_bytes=mx.get_peak_memory(),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _merge(
+    name: str,
+    plan: MergePlan,
+    pattern: ModelTensors,
+    base: ModelTensors | None,
+    inputs: Sequence[ModelTensors],
+    blocks: int,
+) -> tuple[mx.array, int]:
+    """The merged tensor in float32 (integers as they are), and its opposed rows."""
+    once: dict[int, mx.array] = {}
+
+    def read(one: ModelTensors) -> mx.array:
+        if id(one) not in once:
+            once[id(one)] = one.read(name)
+            _check_finite(once[id(one)], f"{one.folder}: {name}")
+        return once[id(one)]
+
+    tensors = [read(one) for one in inputs]
+    if pattern.dtype(name) is None:
+        if not all(mx.array_equal(one, read(pattern)) for one in tensors):
+            raise DoRAError(f"{name} holds integers that differ between the models.")
+        return read(pattern), 0
+    start = None
+    if base is not None and (plan.relative or plan.method in _NEED_BASE):
+        start = read(base)
+    if plan.pad:
+        tensors, start = _padded(tensors, start)
+    rows = tensors[0].size // tensors[0].shape[-1] if tensors[0].ndim > 1 else 1
+    settings = plan.settings_of(name, rows, blocks)
+    try:
+        return merge_tensor(plan.method, start, tensors, settings, plan.granularity)
+    except DoRAError as error:
+        raise DoRAError(f"{name}: {error}") from error
+
+
+def _padded(
+    tensors: Sequence[mx.array], start: mx.array | None
+) -> tuple[list[mx.array], mx.array | None]:
+    """Embeddings of unlike vocabularies: a row that a model lacks is the first's."""
+    everything = [*tensors, *([] if start is None else [start])]
+    rows = max(one.shape[0] if one.ndim else 0 for one in everything)
+    if all(one.ndim == 0 or one.shape[0] == rows for one in everything):
+        return list(tensors), start
+    longest = next(one for one in everything if one.shape[0] == rows)
+    filled = [
+        mx.concatenate([one, longest[one.shape[0] :].astype(one.dtype)])
+        for one in everything
+    ]
+    return filled[: len(tensors)], None if start is None else filled[-1]
+
+
+def _write(
+    writer: ShardWriter,
+    name: str,
+    merged: mx.array,
+    pattern: ModelTensors,
+    dtype: str | None,
+    opposed: int,
+    told: list[MergedTensor],
+) -> None:
+    packing, kept = pattern.packing(name), pattern.dtype(name)
+    error = None
+    if packing is not None:
+        assert kept is not None
+        # Packing of a float32 array would make float32 scales.
+        packed, scales, *biases = mx.quantize(
+            merged.astype(kept), packing.group_size, packing.bits, packing.mode
+        )
+        path = name.removesuffix(".weight")
+        back = QuantizedWeight(
+            weight=packed,
+            scales=scales,
+            biases=biases[0] if biases else None,
+            group_size=packing.group_size,
+            bits=packing.bits,
+            mode=packing.mode,
+        )
+        error = _relative_error(back.dequantize(), merged)
+        # The weight last: a resumed merge takes it for a sign that all is there.
+        parts = {f"{path}.scales": scales, name: packed}
+        if biases:
+            parts = {f"{path}.biases": biases[0], **parts}
+        for part, value in parts.items():
+            if part not in writer.written:
+                writer.add(part, value)
+    else:
+        wanted = kept if dtype is None or kept is None else getattr(mx, dtype)
+        writer.add(name, merged if wanted is None else merged.astype(wanted))
+    told.append(MergedTensor(name=name, opposed=opposed, packing_error=error))
+
+
+def _relative_error(found: mx.array, exact: mx.array) -> float:
+    difference = float(mx.square(found.astype(mx.float32) - exact).sum())
+    total = float(mx.square(exact).sum())
+    return (difference / total) ** 0.5 if total else 0.0
+
+
+def _check_finite(tensor: mx.array, what: str) -> None:
+    if not mx.issubdtype(tensor.dtype, mx.floating):
+        return
+    flat = tensor.reshape(-1)
+    for first in range(0, flat.size, _BLOCK):
+        if not mx.isfinite(flat[first : first + _BLOCK]).all():
+            raise DoRAError(f"{what} holds NaN or inf.")
+
+
+def _check_fit(
+    pattern: ModelTensors, inputs: Sequence[ModelTensors], pad: bool
+) -> None:
+    """Refuse models that differ in names or shapes, all of it in one message."""
+    own = set(pattern.names)
+    kind = pattern.config.get("model_type")
+    for one in inputs:
+        if one is pattern:
+            continue
+        other = one.config.get("model_type")
+        if other != kind:
+            raise DoRAError(
+                f"{one.folder} is a {other} model and {pattern.folder} a {kind} model: "
+                "their tensors do not mean the same."
+            )
+        names = set(one.names)
+        problems = listed("missing:", sorted(own - names, key=natural_order))
+        problems += listed("extra:", sorted(names - own, key=natural_order))
+        unlike = [
+            f"{name} {one.shape(name)} for {pattern.shape(name)}"
+            for name in sorted(own & names, key=natural_order)
+            if one.shape(name) != pattern.shape(name)
+            and not (pad and _is_vocabulary(name, one, pattern))
+        ]
+        problems += listed("other shapes:", unlike)
+        if unlike and all(
+            _is_vocabulary(name.split(" ")[0], one, pattern) for name in unlike
+        ):
+            problems.append("the vocabularies differ: say pad (--pad) to merge them")
+        if problems:
+            raise DoRAError(
+                f"{one.folder} does not fit {pattern.folder}: {'; '.join(problems)}."
+            )
+
+
+def _is_vocabulary(name: str, one: ModelTensors, pattern: ModelTensors) -> bool:
+    first, second = one.shape(name), pattern.shape(name)
+    sizes = one.config.get("vocab_size"), pattern.config.get("vocab_size")
+    has_sizes = bool(first) and bool(second) and (first[0], second[0]) == sizes
+    return has_sizes and first[1:] == second[1:]
+
+
+def _job(plan: MergePlan, opened: Iterable[ModelTensors]) -> str:
+    """All that determines the output; inputs by path, size and time of change."""
+    files = []
+    for one in opened:
+        for path in sorted(one.folder.glob("*.safetensors")):
+            state = path.stat()
+            files.append([str(path.resolve()), state.st_size, state.st_mtime_ns])
+    return json.dumps([asdict(plan), files], default=_plain)
+
+
+def _plain(value: mx.array | np.ndarray) -> list[float]:
+    return np.array(value, np.float64).tolist()
+
+
+def _copy_files(
+    pattern: ModelTensors,
+    out: Path,
+    dtype: str | None,
+    names: Sequence[str],
+    inputs: Sequence[ModelTensors],
+) -> None:
+    """Config, tokenizer and whatever else is not weights, from the pattern."""
+    for path in sorted(pattern.folder.iterdir()):
+        if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
+            shutil.copyfile(path, out / path.name)
+    config = dict(pattern.config)
+    if dtype is not None:
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = dtype
+    if "vocab_size" in config:
+        sizes = [one.config.get("vocab_size", 0) for one in (pattern, *inputs)]
+        config["vocab_size"] = max(sizes)
+    (out / "config.json").write_text(json.dumps(config, indent=4), encoding="utf-8")

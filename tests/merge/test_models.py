@@ -1,0 +1,285 @@
+"""Merges of whole model folders."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mlx_dora import DoRAError
+from mlx_dora.adapters.hosting import load
+from mlx_dora.cli.merge import command
+from mlx_dora.io.checkpoint import Checkpoint
+from mlx_dora.merge import merge_models, methods, tensor
+from mlx_dora.merge.models import run_merge
+from mlx_dora.merge.names import MODEL_METHODS
+from mlx_dora.merge.plan import plan_models
+from tests.adapters.training import TOKENS
+from tests.checks import assert_close, to_numpy
+from tests.merge.oracle import dense_karcher, dense_slerp
+
+MakeFolder = Callable[..., Path]
+MATRIX = "model.layers.1.mlp.down_proj.weight"
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+def read(folder: Path, name: str) -> np.ndarray:
+    return to_numpy(Checkpoint(folder).tensor(name))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = str(folder / "model.safetensors")
+    tensors = mx.load(path)
+    assert isinstance(tensors, dict)
+    mx.eval(tensors)
+    for name, value in changes.items():
+        tensors[name.replace("__", ".")] = value
+    mx.save_safetensors(path, tensors, {"format": "mlx"})
+
+
+@pytest.fixture
+def three(make_tiny_folder: MakeFolder) -> list[Path]:
+    """Three models with unlike weights, norms included."""
+    folders = [make_tiny_folder(f"m{seed}", seed=seed) for seed in range(3)]
+    for i, folder in enumerate(folders):
+        edit(folder, model__norm__weight=(1.0 + i) * mx.ones(32))
+    return folders
+
+
+def test_rows_are_merged_apart_and_vectors_by_the_mean(
+    three: list[Path], tmp_path: Path
+) -> None:
+    merge_models(three[:2], save_path=tmp_path / "out", weights=[1, 3])
+    a, b = (read(one, MATRIX) for one in three[:2])
+    assert_close(mx.array(read(tmp_path / "out", MATRIX)), dense_slerp(a, b, 0.75))
+    assert read(tmp_path / "out", "model.norm.weight")[0] == pytest.approx(1.75)
+    model, tokenizer = load(tmp_path / "out")
+    assert mx.isfinite(model(TOKENS)).all()
+    assert tokenizer.encode("the fox")
+
+
+def test_changes_of_a_base_are_merged_when_there_is_one(
+    three: list[Path], tmp_path: Path
+) -> None:
+    base, *tuned = three
+    merge_models(tuned, base=base, method="karcher", save_path=tmp_path / "out")
+    start = read(base, MATRIX)
+    moved = [read(one, MATRIX) - start for one in tuned]
+    expected = start + dense_karcher(moved, [0.5, 0.5])
+    assert_close(mx.array(read(tmp_path / "out", MATRIX)), expected)
+
+
+@pytest.mark.parametrize("method", MODEL_METHODS)
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_copies_come_back(three: list[Path], tmp_path: Path, method, granularity):
+    if (method, granularity) == ("magnitude_weighted", "tensor"):
+        return
+    base, one, _ = three
+    parameters: dict[str, Any] = {"granularity": granularity}
+    weights = [1.0, 1.0]
+    if method in ("dare", "task_arithmetic"):
+        weights = [0.5, 0.5]
+    if method == "tsv":
+        weights = [1.0, 0.0]
+        edit(one, **{MATRIX.replace(".", "__"): mx.array(read(base, MATRIX)) + 1.0})
+    merge_models(
+        [one, one],
+        base=base,
+        save_path=tmp_path / "out",
+        method=method,
+        weights=weights,
+        parameters=parameters,
+    )
+    found = mx.array(read(tmp_path / "out", MATRIX))
+    assert_close(found, read(one, MATRIX), bound=1e-6)
+
+
+def test_packed_models_are_packed_again_with_the_error_said(
+    make_tiny_folder: MakeFolder, tmp_path: Path
+) -> None:
+    a, b = (make_tiny_folder(f"q{s}", seed=s, bits=4) for s in (1, 2))
+    dense = make_tiny_folder("dense", seed=3)
+    report = merge_models([a, dense], save_path=tmp_path / "out")
+    errors = [one.packing_error for one in report.tensors]
+    assert 0.01 < max(one for one in errors if one is not None) < 0.2
+    assert "Packing 15 tensors again" in "\n".join(report.lines())
+    assert load(tmp_path / "out")[0].layers
+    merge_models([a, b], save_path=tmp_path / "same", weights=[1, 0])
+    found, own = Checkpoint(tmp_path / "same"), Checkpoint(a)
+    for name in (f"{MATRIX[:-7]}.scales", MATRIX):
+        assert found.info(name).dtype == own.info(name).dtype
+        assert found.info(name).shape == own.info(name).shape
+    merge_models([dense, a], save_path=tmp_path / "dense_out")
+    assert "model.embed_tokens.scales" not in Checkpoint(tmp_path / "dense_out").names
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_the_dtype_is_kept_or_as_asked(
+    make_tiny_folder: MakeFolder, tmp_path: Path, dtype: str | None
+) -> None:
+    a, b = (make_tiny_folder(f"m{s}", seed=s, dtype=mx.bfloat16) for s in (1, 2))
+    merge_models([a, b], save_path=tmp_path / "out", dtype=dtype)
+    kept = {"BF16"} if dtype is None else {"F16"}
+    found = Checkpoint(tmp_path / "out")
+    assert {found.info(name).dtype for name in found.names} == kept
+
+
+def test_unlike_vocabularies_need_pad(
+    make_tiny_folder: MakeFolder, tmp_path: Path
+) -> None:
+    a = make_tiny_folder("a", seed=1)
+    b = make_tiny_folder("b", seed=2, vocab_size=330)
+    with pytest.raises(DoRAError, match=r"embed_tokens.*\(330, 32\).*--pad"):
+        merge_models([a, b], save_path=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge_models(
+        [a, b], save_path=tmp_path / "out", method="linear", parameters={"pad": True}
+    )
+    name = "model.embed_tokens.weight"
+    found, one, two = (read(f, name) for f in (tmp_path / "out", a, b))
+    assert_close(mx.array(found[:320]), (one + two[:320]) / 2)
+    assert_close(mx.array(found[320:]), two[320:], bound=1e-7)
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 330
+    assert load(tmp_path / "out")[0](TOKENS).shape[-1] == 330
+
+
+def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
+    a, b, c = three
+    out = tmp_path / "out"
+    cases: list[tuple[list[Path], dict[str, Any], str]] = [
+        ([a, b, c], {}, "slerp takes two models, got 3"),
+        ([a, b], {"method": "ties"}, "ties needs a base"),
+        ([a, b], {"method": "best"}, "no merge method 'best'"),
+        ([a, b], {"parameters": {"densty": 1}}, "unknown densty"),
+        ([a, b], {"parameters": {"granularity": "cell"}}, "row or tensor"),
+        ([a, b], {"dtype": "int8"}, "dtype must be"),
+        ([a, b], {"weights": [-1, 2]}, "at least 0"),
+        ([a, tmp_path / "none"], {}, "no model folder"),
+        ([a, b], {"save_path": a.parent}, "already exists"),
+    ]
+    for models, kw, message in cases:
+        with pytest.raises(DoRAError, match=message):
+            merge_models(models, **{"save_path": out, **kw})
+    edit(b, **{MATRIX.replace(".", "__"): mx.full((32, 64), float("nan"))})
+    with pytest.raises(DoRAError, match=f"{MATRIX} holds NaN"):
+        merge_models([a, b], save_path=out)
+    edit(b, extra=mx.ones(3))
+    with pytest.raises(DoRAError, match="extra: extra"):
+        merge_models([a, b], save_path=out)
+    index = {"weight_map": {"model.norm.weight": "../a.safetensors"}}
+    (c / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DoRAError, match="not a plain name"):
+        merge_models([a, c], save_path=out)
+    (c / "model.safetensors.index.json").unlink()
+    whole = (c / "model.safetensors").read_bytes()
+    (c / "model.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(DoRAError, match="cut off"):
+        merge_models([a, c], save_path=out)
+    config = json.loads((c / "config.json").read_text())
+    (c / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
+    (c / "model.safetensors").write_bytes(whole)
+    with pytest.raises(DoRAError, match="is a qwen2 model"):
+        merge_models([a, c], save_path=out)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert sorted(names) == ["m0", "m1", "m2"]  # nothing left, hidden or not
+
+
+KILLED = """
+import os, signal, sys
+from mlx_dora.merge.models import run_merge
+from mlx_dora.merge.plan import plan_models
+
+done = 0
+def progress(what, total, number):
+    global done
+    done += number
+    if done == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+a, b, out = sys.argv[1:]
+run_merge(plan_models([a, b]), out, max_shard_bytes=20_000, progress=progress)
+"""
+
+
+def test_a_killed_merge_shows_nothing_and_is_gone_on_with(
+    three: list[Path], tmp_path: Path
+) -> None:
+    a, b, _ = three
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, a, b, out], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert list(tmp_path.glob("*/model.safetensors")) == [
+        one / "model.safetensors" for one in three
+    ] or not list(tmp_path.glob("out*"))
+    plan = plan_models([str(a), str(b)])
+    report = run_merge(plan, out, max_shard_bytes=20_000)
+    assert 0 < report.resumed < 12
+    run_merge(plan, tmp_path / "whole", max_shard_bytes=20_000)
+    for name in Checkpoint(tmp_path / "whole").names:
+        assert (read(out, name) == read(tmp_path / "whole", name)).all()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_other_settings_do_not_take_over_what_was_left(
+    three: list[Path], tmp_path: Path
+) -> None:
+    a, b, _ = three
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, "-c", KILLED, a, b, out], check=False)
+    report = merge_models([a, b], save_path=out, weights=[1, 2])
+    assert report.resumed == 0
+
+
+def test_memory_is_bounded(
+    make_tiny_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (tensor, methods):  # as small beside the tensor as in a real model
+        monkeypatch.setattr(module, "_BLOCK", 1 << 14)
+    sizes = {"vocab_size": 20_000, "hidden_size": 64, "num_hidden_layers": 1}
+    models = [make_tiny_folder(f"m{s}", seed=s, **sizes) for s in range(4)]
+    largest = 4 * 20_000 * 64
+    mx.clear_cache()
+    for method in ("karcher", "ties", "linear"):
+        before = mx.get_active_memory()
+        plan = plan_models(
+            [str(one) for one in models[1:]],
+            base=str(models[0]),
+            method=method,
+            parameters={"density": 0.5},
+        )
+        report = run_merge(plan, tmp_path / method, max_shard_bytes=1 << 20)
+        held = report.peak_bytes - before
+        assert held <= (4 + 3) * largest + largest  # the output shard is that tensor
+
+
+def test_the_command(three: list[Path], tmp_path: Path) -> None:
+    a, b, c = map(str, three)
+    out = str(tmp_path / "out")
+    args = ["models", a, b, c, "--method", "karcher", "--save-path", out]
+    result = CliRunner().invoke(command, args)
+    assert result.exit_code == 0, result.output
+    assert "Merged 20 tensors of 3 models by karcher" in result.stdout
+    result = CliRunner().invoke(command, args)
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    config = tmp_path / "merge.yaml"
+    config.write_text(
+        f"merge_method: linear\nmodels:\n- model: {a}\n  parameters: {{weight: 1}}\n"
+        f"- model: {b}\n  parameters: {{weight: [1, 3]}}\n"
+    )
+    args = ["models", "--config", str(config), "--save-path", str(tmp_path / "two")]
+    result = CliRunner().invoke(command, args)
+    assert result.exit_code == 0, result.output
+    expected = (read(three[0], MATRIX) + 3 * read(three[1], MATRIX)) / 4
+    assert_close(mx.array(read(tmp_path / "two", MATRIX)), expected)
+    assert CliRunner().invoke(command, [*args, a]).exit_code == 2
+    config.write_text("merge_method: [")
+    assert "is not YAML" in CliRunner().invoke(command, args).stderr
