@@ -67,6 +67,7 @@ CROSSOVERS = {
     # Once in a model's life, and the reference makes float32 copies.
     "fused_weight": Crossover(elements=1 << 18, rank=512),
 }
+_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 _MAX_RANK = 512  # B's rows in threadgroup memory
 
 
@@ -123,6 +124,8 @@ def takes_kernel(
     """
     backend = chosen_backend()
     if backend == "reference" or elements == 0 or rank > _MAX_RANK:
+        return False
+    if dtype not in _DTYPES:
         return False
     is_forced = os.environ.get("MLX_DORA_KERNELS") == backend
     limit = CROSSOVERS[op]

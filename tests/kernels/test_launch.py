@@ -68,6 +68,7 @@ def test_auto_takes_what_pays_and_force_takes_all(gpu: pytest.MonkeyPatch) -> No
     assert takes(rank=64)
     assert not takes(rank=513)
     assert not takes(elements=0)
+    assert not takes(dtype=mx.int32)
     gpu.setenv("MLX_DORA_KERNELS", "reference")
     assert not takes()
 
