@@ -12,6 +12,7 @@ VERBS = (
     "train",
     "fuse",
     "merge",
+    "extract",
     "convert",
     "evaluate",
     "generate",

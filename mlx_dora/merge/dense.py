@@ -13,6 +13,7 @@ from mlx_dora.merge.names import ELEMENTWISE
 
 # Below this share of ‖W0‖ the new direction leans too far from W0 to be scaled to it.
 _LEANS = 0.1
+_SWEEPS = 20
 _TIES_DENSITY = 0.2  # the paper's
 _DARE_DENSITY = 0.5
 
@@ -106,9 +107,11 @@ def factor(
 ) -> MergedMatrix:
     r"""The DoRA adapter nearest to rows of given direction and magnitude.
 
-    Each unit direction u is scaled to :math:`k u` with
-    :math:`k = \langle W_0, u\rangle`, which makes :math:`k u - W_0` smallest; its
-    truncated SVD (Eckart and Young, 1936) is the update. The magnitude is kept.
+    Each unit direction u is scaled to :math:`k u`, at first with
+    :math:`k = \langle W_0, u\rangle`, which makes :math:`k u - W_0` smallest; the
+    truncated SVD of that (Eckart and Young, 1936) is the update BA, and
+    :math:`k = \langle W_0 + BA, u\rangle` for the next try, while the loss falls. The
+    magnitude is kept.
 
     Args:
         base: W0. Shape ``(out, in)``.
@@ -130,15 +133,27 @@ def factor(
     unit /= np.where(norm > 0, norm, 1.0)[:, None]
     m = np.where(norm > 0, np.array(magnitude.astype(mx.float32), np.float64), 0.0)
     base_norm = np.linalg.norm(start, axis=1)
+    has_row = (norm > 0)[:, None]
     along = (start * unit).sum(1)
     target = np.where(along > _LEANS * base_norm, along, base_norm)
     target = np.where(base_norm > 0, target, np.abs(m)) if rescale else norm
-    unit *= target[:, None]
-    unit -= np.where((norm > 0)[:, None], start, 0.0)
     gain = np.where(target > 0, np.abs(m) / np.where(target > 0, target, 1.0), 1.0)
-    gain = np.maximum(gain, 1e-6 * max(float(gain.max()), 1e-30))
-    lora_a, up, discarded = _truncate(unit * gain[:, None], rank, energy)
-    up /= gain[:, None]
+    gain = np.maximum(gain, 1e-6 * max(float(gain.max()), 1e-30))[:, None]
+
+    def truncated(length: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        change = np.where(has_row, length[:, None] * unit - start, 0.0)
+        down, left, lost = _truncate(change * gain, rank, energy)
+        return down, left / gain, lost
+
+    lora_a, up, discarded = truncated(target)
+    for _ in range(_SWEEPS if rescale else 0):
+        # The length at which this update fits each direction best.
+        fitting = along + ((unit @ lora_a) * up).sum(1)
+        target = np.where(fitting > _LEANS * target, fitting, target)
+        before = discarded
+        lora_a, up, discarded = truncated(target)
+        if discarded > 0.99 * before or discarded < 1e-12:
+            break
     return MergedMatrix(
         lora_a=mx.array(lora_a.astype(np.float32)),
         lora_b=mx.array(np.ascontiguousarray((up / scale).T).astype(np.float32)),

@@ -1,0 +1,56 @@
+"""``mlx_dora.extract``: an adapter from a fine-tuned model."""
+
+import click
+
+from mlx_dora.cli._framework import verb
+from mlx_dora.cli._progress import WorkDisplay
+
+
+@verb("extract")
+@click.argument("base")
+@click.argument("tuned")
+@click.option(
+    "--rank", type=click.IntRange(min=1), help="Rank of the updates, or the largest."
+)
+@click.option("--energy", type=float, help="Share of each update's energy to keep.")
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    help="A module to cover (self_attn.q_proj, or a full path); all linear layers of "
+    "the blocks if not given.",
+)
+@click.option("--save-path", required=True, help="The adapter folder to make.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+def command(
+    base: str,
+    tuned: str,
+    rank: int | None,
+    energy: float | None,
+    keys: tuple[str, ...],
+    save_path: str,
+    overwrite: bool,
+) -> None:
+    """Extract a DoRA adapter from BASE and its fine-tuned self, TUNED.
+
+    Magnitudes are exact, directions come from a truncated SVD; the error of each matrix
+    is printed. Give --rank, --energy or both.
+    """
+    from mlx_dora.merge.extract import extract_adapter
+
+    if rank is None and energy is None:
+        raise click.UsageError("give --rank, --energy or both")
+    with WorkDisplay() as display:
+        found = extract_adapter(
+            base,
+            tuned,
+            rank=rank,
+            energy=energy,
+            keys=keys or None,
+            save_path=save_path,
+            overwrite=overwrite,
+            progress=display.progress,
+        )
+    for line in found.lines():
+        click.echo(line)
+    click.echo(f"Saved to {save_path}")

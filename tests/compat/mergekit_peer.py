@@ -1,0 +1,32 @@
+"""What mergekit does, in a process of its own: ``mergekit_peer.py CONFIG OUT``.
+
+Merges by its YAML on the CPU and prints seconds and peak memory as one JSON line.
+"""
+# pyright: reportMissingImports=false
+# mergekit belongs to the extra `peers`, which few machines install.
+
+import json
+import resource
+import sys
+import time
+
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+
+def main() -> None:
+    import yaml
+
+    started = time.perf_counter()
+    with open(sys.argv[1]) as file:  # noqa: PTH123 - plain Python is all that is here
+        config = MergeConfiguration.model_validate(yaml.safe_load(file))
+    options = MergeOptions(lazy_unpickle=False, copy_tokenizer=True, quiet=True)
+    run_merge(config, sys.argv[2], options=options)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak}))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""mergekit itself on the same YAML and the same checkpoints: values agree.
+
+Runs where the extra ``peers`` is installed, here or in the interpreter that
+``MLX_DORA_PEERS_PYTHON`` names.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import yaml
+
+from mlx_dora.io.checkpoint import Checkpoint, ShardWriter
+from mlx_dora.merge import merge_models
+from mlx_dora.merge.mergekit import read_mergekit
+from mlx_dora.merge.models import run_merge
+from tests.checks import relative_rms, to_numpy
+from tests.compat.peer_process import peers_python
+
+SCRIPT = Path(__file__).parents[1] / "compat" / "mergekit_peer.py"
+GRADIENT = [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"value": 0.3}]
+CONFIGS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+    "linear": lambda m: {
+        "merge_method": "linear",
+        "models": [
+            {"model": m[0], "parameters": {"weight": 0.7}},
+            {"model": m[1], "parameters": {"weight": GRADIENT}},
+            {"model": m[2], "parameters": {"weight": 0.4}},
+        ],
+    },
+    "slerp": lambda m: {
+        "merge_method": "slerp",
+        "base_model": m[0],
+        "models": [{"model": m[0]}, {"model": m[1]}],
+        "parameters": {"t": GRADIENT},
+    },
+    "karcher": lambda m: {
+        "merge_method": "karcher",
+        "models": [{"model": one} for one in m],
+    },
+    "task_arithmetic": lambda m: {
+        "merge_method": "task_arithmetic",
+        "base_model": m[0],
+        "models": [
+            {"model": m[1], "parameters": {"weight": 0.6}},
+            {"model": m[2], "parameters": {"weight": [0.2, 0.9]}},
+        ],
+        "parameters": {"lambda": 0.8},
+    },
+    "ties": lambda m: {
+        "merge_method": "ties",
+        "base_model": m[0],
+        "models": [
+            {"model": m[1], "parameters": {"weight": 1.0, "density": 0.3}},
+            {"model": m[2], "parameters": {"weight": 0.5, "density": 0.6}},
+        ],
+    },
+}
+
+
+def run_mergekit(config: dict[str, Any], out: Path) -> dict[str, float]:
+    python = peers_python("torch", "mergekit")
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config))
+    hidden = ("PYTHONPATH", "LD_PRELOAD")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    done = subprocess.run(
+        [python, str(SCRIPT), str(path), str(out)],
+        capture_output=True, text=True, timeout=900,
+        env={**environment, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    found, expected = Checkpoint(ours), Checkpoint(theirs)
+    for name in expected.names:
+        error = relative_rms(found.tensor(name), to_numpy(expected.tensor(name)))
+        assert error <= 1e-5, f"{name}: {error:.2e}"
+    assert found.names == expected.names
+
+
+def perturbed(source: Path, folder: Path, seed: int) -> Path:
+    """A checkpoint as if fine-tuned: every tensor moved by some percent."""
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix == ".json" and "index" not in path.name:
+            (folder / path.name).write_bytes(path.read_bytes())
+    checkpoint, rng = Checkpoint(source), np.random.default_rng(seed)
+    with ShardWriter(folder) as writer:
+        for name in checkpoint.names:
+            value = np.array(checkpoint.tensor(name))
+            size = 0.1 * value.std() + 1e-3
+            noise = rng.standard_normal(value.shape, dtype=np.float32)
+            writer.add(name, mx.array(value + size * noise))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory: pytest.TempPathFactory, smollm: Path) -> list[str]:
+    """SmolLM2 and two checkpoints a little off it."""
+    peers_python("torch", "mergekit")
+    at = tmp_path_factory.mktemp("models")
+    tuned = [perturbed(smollm, at / f"tuned{seed}", seed) for seed in (1, 2)]
+    return [str(smollm), *map(str, tuned)]
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.parametrize("method", CONFIGS)
+def test_agrees_with_mergekit_on_a_real_model(
+    trio: list[str], tmp_path: Path, method: str
+) -> None:
+    config = CONFIGS[method](trio)
+    run_mergekit(config, tmp_path / "theirs")
+    run_merge(read_mergekit(config), tmp_path / "ours")
+    assert_same(tmp_path / "ours", tmp_path / "theirs")
+
+
+@pytest.mark.slow
+def test_rowwise_slerp_is_mergekits_where_rows_have_one_length(
+    make_tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its nuslerp interpolates rows as they are, ours length and direction apart."""
+    models = [make_tiny_folder(f"m{seed}", seed=seed) for seed in (1, 2)]
+    for folder in models:
+        path = str(folder / "model.safetensors")
+        tensors = mx.load(path)
+        assert isinstance(tensors, dict)
+        unit = {
+            name: value / mx.linalg.norm(value, axis=-1, keepdims=True)
+            for name, value in tensors.items()
+        }
+        mx.eval(unit)
+        mx.save_safetensors(path, unit, {"format": "pt"})
+    entries = [
+        {"model": str(one), "parameters": {"weight": w}}
+        for one, w in zip(models, (0.3, 0.7), strict=True)
+    ]
+    config = {
+        "merge_method": "nuslerp",
+        "models": entries,
+        "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": False},
+    }
+    run_mergekit(config, tmp_path / "theirs")
+    merge_models(models, save_path=tmp_path / "ours", weights=[0.3, 0.7])
+    ours, theirs = Checkpoint(tmp_path / "ours"), Checkpoint(tmp_path / "theirs")
+    for name in theirs.names:
+        if len(theirs.info(name).shape) > 1:
+            error = relative_rms(ours.tensor(name), to_numpy(theirs.tensor(name)))
+            assert error <= 1e-5, f"{name}: {error:.2e}"
