@@ -4,9 +4,9 @@
         --task docs adapters/docs data/docs --task spam adapters/spam data/spam ...
 
 Each ``--task`` is a name, an adapter trained for it, and its data. The loss is that of
-the task's test rows, prompts masked (but for a task named by ``--whole``); tasks whose answers are
-labels get an accuracy too. Other adapters of the same base, merged elsewhere, are
-measured beside ours with ``--also NAME ADAPTER``. One JSON line a contender.
+the task's test rows, prompts masked (but for a task named by ``--whole``); tasks whose
+answers are labels get an accuracy too. Other adapters of the same base, merged
+elsewhere, are measured beside ours with ``--also NAME ADAPTER``. One JSON line each.
 """
 
 import _harness as bench  # isort: skip - OpenBLAS before mlx
