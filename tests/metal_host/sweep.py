@@ -1,0 +1,137 @@
+"""The generic sweep: every barrier, bound, cast and 32 of a kernel, one at a time."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from mlx_dora.kernels._source import read_source
+from mlx_dora.kernels._table import KERNELS
+from tests.metal_host.build import Builder
+from tests.metal_host.cases import Case
+from tests.metal_host.execute import HEAP
+from tests.metal_host.host import Host, call, launched
+from tests.metal_host.mutants import cases_of, edited, examine
+from tests.metal_host.records import Record
+
+COMMON = "common.h"
+_RULES = {
+    "barrier removed": (re.compile(r"threadgroup_barrier\([^)]*\);"), lambda m: ""),
+    "bound shifted": (
+        re.compile(r"(?<=[\w)\]]) (<|<=|>|>=) (?=[\w(])"),
+        lambda m: f" {m[1][0]} " if "=" in m[1] else f" {m[1]}= ",
+    ),
+    "cast removed": (re.compile(r"(?:static_cast<float>|\bfloat)(?=\()"), lambda m: ""),
+    "32 halved": (re.compile(r"\b32\b"), lambda m: "16"),
+}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One small change of one file; `label` gives line, rule and the line's text."""
+
+    file: str
+    start: int
+    end: int
+    new: str
+    label: str
+    kernels: tuple[str, ...]  # that use the changed function
+
+    def apply(self, text: str) -> str:
+        """The source with the change."""
+        return text[: self.start] + self.new + text[self.end :]
+
+
+def edits(file: str) -> Iterator[Edit]:
+    """Every change that the rules make in one source."""
+    text = read_source(file)
+    for rule, (pattern, replacement) in _RULES.items():
+        for found in pattern.finditer(text):
+            number = text.count("\n", 0, found.start())
+            line = text.splitlines()[number].strip()
+            users = (file.removesuffix(".metal"),)
+            if file == COMMON:
+                users = tuple(_users(text, found.start()))
+            yield Edit(
+                file,
+                found.start(),
+                found.end(),
+                replacement(found),
+                f"{file}:{number + 1}: {rule}: {line}",
+                users,
+            )
+
+
+def _users(common: str, position: int) -> Iterator[str]:
+    """The kernels that reach the shared function at this position."""
+    functions = {
+        m[1]: m.start() for m in re.finditer(r"METAL_FUNC \w+ (\w+)\(", common)
+    }
+    starts = [*functions.values(), len(common)]
+    bodies = {
+        name: common[starts[i] : starts[i + 1]] for i, name in enumerate(functions)
+    }
+    reached = {[n for n, start in functions.items() if start <= position][-1]}
+    for _ in functions:  # as deep as calls can nest
+        reached |= {n for n, body in bodies.items() if any(r in body for r in reached)}
+    for kernel in KERNELS:
+        if any(name in read_source(f"{kernel}.metal") for name in reached):
+            yield kernel
+
+
+# On how many of the kernels that use the change it is tried, and how, until it shows.
+_PHASES = (
+    (1, "check", 0),
+    (len(KERNELS), "check", 0),
+    (len(KERNELS), "sanitize", HEAP),  # a thread's own arrays have no other guard
+)
+
+
+def judge(host: Host, changes: list[Edit], grid: list[Case]) -> dict[str, str]:
+    """What becomes of each change, by label; empty where no case shows it.
+
+    What survives and compiles to the same machine code is no change.
+    """
+    verdicts = dict.fromkeys((change.label for change in changes), "")
+    for reach, mode, flags in _PHASES:
+        left = [change for change in changes if not verdicts[change.label]]
+        records: list[Record] = []
+        for change in left:
+            records += _records(change, grid, reach)
+        host.builder.build(records, mode)
+        for change in left:
+            with edited(change.file, change.apply):
+                verdicts[change.label] = examine(
+                    host, _cases(change, grid, reach), ((mode, {"flags": flags}),)
+                )
+    for change in changes:
+        if not verdicts[change.label] and _same_code(host.builder, change, grid):
+            verdicts[change.label] = "same machine code"
+    return verdicts
+
+
+def _cases(change: Edit, grid: list[Case], reach: int) -> list[Case]:
+    chosen = [c for k in change.kernels[:reach] for c in cases_of(k, grid)]
+    return list(dict.fromkeys(chosen))
+
+
+def _records(change: Edit, grid: list[Case], reach: int) -> list[Record]:
+    with edited(change.file, change.apply):
+        return _launched(_cases(change, grid, reach))
+
+
+def _launched(cases: list[Case]) -> list[Record]:
+    return launched([partial(case.run, call) for case in cases])
+
+
+def _same_code(builder: Builder, change: Edit, grid: list[Case]) -> bool:
+    before = _launched(_cases(change, grid, len(KERNELS)))
+    after = _records(change, grid, len(KERNELS))
+    texts = {b.key: (b, a) for b, a in zip(before, after, strict=True)}.values()
+    try:
+        return builder.assembly([b for b, _ in texts]) == builder.assembly(
+            [a for _, a in texts]
+        )
+    except subprocess.CalledProcessError:
+        return False

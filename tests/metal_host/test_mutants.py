@@ -1,0 +1,54 @@
+"""Each planted bug is seen, and nothing is seen where nothing is planted."""
+
+from functools import partial
+
+import pytest
+
+from tests.metal_host import lint
+from tests.metal_host.host import Host, call, launched
+from tests.metal_host.mutants import USUAL_CASES, Mutant, cases_of, edited, examine
+from tests.metal_host.planted import LANGUAGE_MUTANTS, MUTANTS
+
+
+@pytest.fixture(scope="module")
+def mutants_built(host: Host, every_case) -> Host:
+    """The device with every mutant compiled, many at a time."""
+    records = []
+    for mutant in MUTANTS:
+        with edited(mutant.file, mutant.apply):
+            cases = cases_of(mutant.kernel, every_case, mutant.cases)
+            records += launched(partial(case.run, call) for case in cases)
+    host.builder.build(records, "check")
+    return host
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_every_planted_bug_is_caught(mutant: Mutant, mutants_built: Host, every_case):
+    cases = cases_of(mutant.kernel, every_case, mutant.cases)
+    assert cases
+    with edited(mutant.file, mutant.apply):
+        verdict = examine(mutants_built, cases)
+    assert verdict, "survives"
+    is_typed = mutant.is_refused_by_the_compiler
+    assert verdict.startswith("does not compile") == is_typed, verdict
+
+
+@pytest.mark.parametrize("kernel", USUAL_CASES)
+def test_nothing_is_found_where_nothing_is_planted(
+    kernel: str, mutants_built: Host, every_case
+):
+    assert examine(mutants_built, cases_of(kernel, every_case)) == ""
+
+
+@pytest.mark.parametrize("mutant", LANGUAGE_MUTANTS, ids=lambda m: m.name)
+def test_breaches_of_metals_rules_are_caught(mutant: Mutant, every_case):
+    pytest.importorskip("clang.cindex", reason="no libclang: pip install libclang")
+    case, *_ = cases_of(mutant.kernel, every_case, mutant.cases)
+    with edited(mutant.file, mutant.apply):
+        record, *_ = launched([partial(case.run, call)])
+    assert lint.text_errors(record.text) or lint.type_errors(record), "survives"
+
+
+def test_there_are_many_and_no_two_share_a_name():
+    names = [mutant.name for mutant in (*MUTANTS, *LANGUAGE_MUTANTS)]
+    assert len(set(names)) == len(names) >= 40
