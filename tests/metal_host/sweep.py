@@ -16,12 +16,13 @@ from tests.metal_host.mutants import cases_of, edited, examine
 from tests.metal_host.records import Record
 
 COMMON = "common.h"
+_COMPARISON = re.compile(r"(?<=[\w)\]]) (<|<=|>|>=) (?=[\w(])")
+_SWAPPED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
+_BACK = {"<": "+", ">": "-"}
 _RULES = {
     "barrier removed": (re.compile(r"threadgroup_barrier\([^)]*\);"), lambda m: ""),
-    "bound shifted": (
-        re.compile(r"(?<=[\w)\]]) (<|<=|>|>=) (?=[\w(])"),
-        lambda m: f" {m[1][0]} " if "=" in m[1] else f" {m[1]}= ",
-    ),
+    "bound shifted": (_COMPARISON, lambda m: f" {_SWAPPED[m[1]]} "),
+    "bound shifted back": (_COMPARISON, lambda m: f" {_BACK[m[1][0]]} 1 {m[1]} "),
     "cast removed": (re.compile(r"(?:static_cast<float>|\bfloat)(?=\()"), lambda m: ""),
     "32 halved": (re.compile(r"\b32\b"), lambda m: "16"),
 }
@@ -49,6 +50,7 @@ def edits(file: str) -> Iterator[Edit]:
     for rule, (pattern, replacement) in _RULES.items():
         for found in pattern.finditer(text):
             number = text.count("\n", 0, found.start())
+            column = found.start() - text.rfind("\n", 0, found.start())
             line = text.splitlines()[number].strip()
             users = (file.removesuffix(".metal"),)
             if file == COMMON:
@@ -58,7 +60,7 @@ def edits(file: str) -> Iterator[Edit]:
                 found.start(),
                 found.end(),
                 replacement(found),
-                f"{file}:{number + 1}: {rule}: {line}",
+                f"{file}:{number + 1}:{column}: {rule}: {line}",
                 users,
             )
 

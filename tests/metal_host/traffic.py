@@ -133,8 +133,8 @@ def _low_rank(out: int, width: int, r: int) -> list[mx.array]:
     return [mx.ones((width, r)), mx.ones((r, out)), mx.array([0.5])]
 
 
-# The shapes of the issue: 4096 x 4096, 2048 tokens x 4096, ranks 8 and 64; and rows past
-# the registers.
+# The shapes that the design is judged at: 4096 x 4096, 2048 tokens x 4096, ranks 8 and
+# 64; and rows past the registers.
 LAUNCHES: tuple[Callable[[Host], Counted], ...] = (
     lambda h: normalize_rows(h, 4096, 4096),
     lambda h: normalize_rows(h, 512, 8192),
