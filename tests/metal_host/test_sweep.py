@@ -1,4 +1,4 @@
-"""The generic sweep: at least 95 % of the changes are seen; the rest change nothing."""
+"""The generic sweep: at least 95 % of the changes are seen; the rest do nothing."""
 
 import re
 
@@ -38,9 +38,12 @@ def reason(label: str) -> str:
     return next((why for text, why in HARMLESS.items() if re.search(text, label)), "")
 
 
-def sweep(host: Host, every_case, files: list[str]) -> list[str]:
-    """The verdicts on every change of these files that is one, survivors explained."""
-    verdicts = {}
+def sweep(host: Host, every_case, files: list[str]) -> tuple[int, int]:
+    """How many changes of these files there are and how many were seen.
+
+    Those that no compiler takes or that leave the machine code as it was are no changes.
+    """
+    verdicts: dict[str, str] = {}
     for file in files:
         verdicts |= judge(host, list(edits(file)), every_case)
     changes = {
@@ -49,18 +52,19 @@ def sweep(host: Host, every_case, files: list[str]) -> list[str]:
         if verdict != "same machine code" and not verdict.startswith("does not compile")
     }
     survivors = [label for label, verdict in changes.items() if not verdict]
-    unexplained = [label for label in survivors if not reason(label)]
-    assert unexplained == []
-    caught = 1 - len(survivors) / len(changes)
-    assert caught >= 0.95, f"{caught:.1%} caught; survivors: {survivors}"
-    return list(changes)
+    assert [label for label in survivors if not reason(label)] == []
+    return len(changes), len(changes) - len(survivors)
 
 
 def test_sweep_of_one_kernel(host: Host, every_case):
-    assert len(sweep(host, every_case, ["normalize_rows.metal"])) >= 10
+    changes, caught = sweep(host, every_case, ["normalize_rows.metal"])
+    assert changes > 10
+    assert caught >= changes - 1
 
 
 @pytest.mark.slow
 def test_sweep_of_every_kernel(host: Host, every_case):
     files = [COMMON, *(f"{kernel}.metal" for kernel in KERNELS)]
-    assert len(sweep(host, every_case, files)) >= 150
+    changes, caught = sweep(host, every_case, files)
+    assert changes > 150
+    assert caught / changes >= 0.95, f"{caught} of {changes} caught"
