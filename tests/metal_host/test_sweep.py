@@ -41,7 +41,7 @@ def reason(label: str) -> str:
 def sweep(host: Host, every_case, files: list[str]) -> tuple[int, int]:
     """How many changes of these files there are and how many were seen.
 
-    Those that no compiler takes or that leave the machine code as it was are no changes.
+    Those that no compiler takes, or that leave the machine code as it was, are none.
     """
     verdicts: dict[str, str] = {}
     for file in files:
