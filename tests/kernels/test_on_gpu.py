@@ -1,0 +1,40 @@
+"""The grid of the host's proof on a real GPU; skipped where there is none."""
+
+import math
+
+import mlx.core as mx
+import pytest
+
+from mlx_dora.kernels import examine as examining
+from mlx_dora.kernels._launch import KERNELS, device_backend, run
+from mlx_dora.kernels._table import Launch
+from tests.metal_host.cases import grid, worst_error
+
+BACKENDS = [
+    pytest.param("metal", marks=pytest.mark.metal),
+    pytest.param("cuda", marks=pytest.mark.cuda),
+]
+
+
+def call(name: str, launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
+    """Outputs start as NaN: what is not written shows."""
+    return list(run(KERNELS[name], inputs, launch, initial=math.nan))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_kernel_is_right_over_the_grid(backend: str) -> None:
+    assert device_backend() == backend
+    wrong = [
+        f"{case.name}: output {index} wrong by {error:.1e}"
+        for case in grid()
+        for index, (output, truth, bound) in enumerate(case.run(call))
+        if not (error := worst_error(output, truth)) <= bound
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_op_and_its_gradients_are_those_of_the_reference(backend: str) -> None:
+    assert device_backend() == backend
+    found = examining.examine()
+    assert [check for check in found.checks if not check.is_right] == []
