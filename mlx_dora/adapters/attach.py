@@ -72,11 +72,7 @@ def fit_problems(
     problems = []
     expected = adapter.base.fingerprint
     if check_base and expected is not None and fingerprint(model) != expected:
-        name = adapter.base.model or "another model"
-        problems.append(
-            f"it was trained on {name}, whose tensors differ from this model's (load "
-            "that one, or switch the base check off if you know better)"
-        )
+        problems.append(other_base(adapter))
     if adapter.fine_tune_type == "full":
         return problems + _full_problems(model, adapter)
     modules = dict(model.named_modules())
@@ -87,6 +83,15 @@ def fit_problems(
         if path in modules:
             problems += _module_problems(adapter, path, modules[path])
     return problems
+
+
+def other_base(adapter: Adapter) -> str:
+    """The problem of an adapter whose base's fingerprint is not the model's."""
+    name = adapter.base.model or "another model"
+    return (
+        f"it was trained on {name}, whose tensors differ from this model's (load "
+        "that one, or switch the base check off if you know better)"
+    )
 
 
 def _key_problems(model: nn.Module, adapter: Adapter) -> list[str]:

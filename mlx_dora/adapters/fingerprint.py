@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import cast
 
 import mlx.core as mx
@@ -28,16 +29,47 @@ def fingerprint(model: nn.Module) -> str:
         ``"sha256:"`` and 64 hexadecimal digits.
     """
     tensors = base_tensors(model)
-    names = sorted(tensors, key=natural_order)
+    return digest_of(
+        {name: tensor_line(name, tensor) for name, tensor in tensors.items()},
+        lambda name: sample_of(tensors[name]),
+    )
+
+
+def fingerprint_of(tensors: dict[str, mx.array]) -> str:
+    """The fingerprint of a base's tensors, each dropped after it was looked at.
+
+    With nothing else holding lazily read tensors, one is in memory at a time.
+    """
+    lines = {name: tensor_line(name, tensor) for name, tensor in tensors.items()}
+    return digest_of(lines, lambda name: sample_of(tensors.pop(name)))
+
+
+def digest_of(lines: dict[str, bytes], sample: Callable[[str], bytes]) -> str:
+    """Hash what `tensor_line` says of each tensor, and samples of some of them.
+
+    Args:
+        lines: Tensor name to its line.
+        sample: From a name to what `sample_of` says of that tensor.
+    """
+    names = sorted(lines, key=natural_order)
     digest = hashlib.sha256()
     for name in names:
-        tensor = tensors[name]
-        line = [name, list(tensor.shape), str(tensor.dtype)]
-        digest.update(json.dumps(line).encode() + b"\n")
-    matrices = [name for name in names if tensors[name].ndim > 1 and tensors[name].size]
+        digest.update(lines[name])
+    matrices = [name for name in names if _is_matrix(lines[name])]
     for name in _spread(matrices, _SAMPLED_TENSORS):
-        digest.update(_sample(tensors[name]))
+        digest.update(sample(name))
     return f"sha256:{digest.hexdigest()}"
+
+
+def tensor_line(name: str, tensor: mx.array) -> bytes:
+    """Name, shape and dtype as one line."""
+    line = [name, list(tensor.shape), str(tensor.dtype)]
+    return json.dumps(line).encode() + b"\n"
+
+
+def _is_matrix(line: bytes) -> bool:
+    shape = json.loads(line)[1]
+    return len(shape) > 1 and 0 not in shape
 
 
 def base_tensors(model: nn.Module) -> dict[str, mx.array]:
@@ -62,7 +94,8 @@ def _spread(names: list[str], count: int) -> list[str]:
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
-def _sample(tensor: mx.array) -> bytes:
+def sample_of(tensor: mx.array) -> bytes:
+    """Up to 256 values, evenly spread, as bytes."""
     flat = tensor.reshape(-1)
     step = max(1, flat.size // _SAMPLED_VALUES)
     values = mx.contiguous(flat[::step][:_SAMPLED_VALUES])

@@ -11,12 +11,29 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_dora.adapters.fuse_report import FuseReport, describe_fused
-from mlx_dora.adapters.hosting import load_with_config, model_folder
-from mlx_dora.adapters.surgery import adapter_layers, dora_layers, put_modules
+from mlx_dora.adapters.adapter import Adapter
+from mlx_dora.adapters.attach import fit_problems, other_base
+from mlx_dora.adapters.files import load_adapter, save_adapter
+from mlx_dora.adapters.fingerprint import base_tensors, fingerprint_of
+from mlx_dora.adapters.fuse_config import FuseConfig
+from mlx_dora.adapters.fuse_layer import Update, dtype_of, survival
+from mlx_dora.adapters.fuse_report import FusedLayer, FuseReport
+from mlx_dora.adapters.fuse_stream import stream_fused
+from mlx_dora.adapters.hosting import load_lazily, load_with_config, model_folder
+from mlx_dora.adapters.surgery import (
+    DoRAModule,
+    adapter_layers,
+    dora_layers,
+    put_modules,
+)
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
+from mlx_dora.kernels import QuantizedWeight
+from mlx_dora.layers import weight_of
+
+REST_NAME = "adapter"
+"""The folder in a losslessly fused model that holds the low-rank rest."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,25 +67,31 @@ def fuse_dora(model: nn.Module, dequantize: bool = False) -> FuseReport:
     for path, layer in layers:
         module = layer.fuse(dequantize=dequantize)
         mx.eval(module.parameters())
-        fused.append(describe_fused(path, layer, module))
+        fused.append(_describe(path, layer, module))
         put_modules(model, [(path, module)])
     if dequantize and any("scales" in module for module in model.modules()):
         from mlx_lm.utils import dequantize_model
 
         dequantize_model(model)
     report = FuseReport(layers=tuple(fused))
-    if report.lossy:
-        worst = min(report.lossy, key=lambda layer: layer.cosine or 0.0)
-        logger.warning(
-            "packing again lost part of the update in %d of %d layers (%s: %.0f %% of "
-            "it kept, cosine %.2f); fuse with dequantize, or use the adapter unfused",
-            len(report.lossy),
-            len(report.layers),
-            worst.path,
-            100 * (worst.kept or 0.0),
-            worst.cosine or 0.0,
-        )
+    _warn_of_loss(report)
     return report
+
+
+def _warn_of_loss(report: FuseReport) -> None:
+    if not report.lossy:
+        return
+    worst = min(report.lossy, key=lambda layer: layer.cosine)
+    logger.warning(
+        "packing again lost part of the update in %d of %d layers (%s: %.0f %% of "
+        "it kept, cosine %.2f); fuse with lossless or dequantize, or use the adapter "
+        "unfused",
+        len(report.lossy),
+        len(report.layers),
+        worst.path,
+        100 * worst.kept,
+        worst.cosine,
+    )
 
 
 def fuse_model(
@@ -76,38 +99,59 @@ def fuse_model(
     adapter_path: str | Path,
     save_path: str | Path,
     *,
-    dequantize: bool = False,
+    config: FuseConfig | None = None,
     overwrite: bool = False,
     check_base: bool = True,
     trust_remote_code: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> FuseReport:
-    """Load a model with its DoRA adapter, fuse, and write the result as a folder.
+    """Fuse a DoRA adapter into its base and write the result as a folder.
+
+    The base is read, fused and written tensor by tensor, in float32 with one rounding;
+    a dense layer keeps its dtype. What becomes of a packed layer, `FuseConfig` says: a
+    lossless fuse leaves the low-rank rest as a LoRA adapter in the folder ``adapter``
+    inside, and where packing needs more bits, the config says so of each such layer.
 
     Args:
         model: A local model folder, or a Hub id.
         adapter_path: The adapter.
         save_path: The folder to make.
-        dequantize: Make the whole model dense; see `fuse_dora`.
+        config: What to do with packed weights.
         overwrite: Replace an existing folder.
         check_base: Refuse an adapter that was trained on another model.
         trust_remote_code: Run Python code that the model's folder brings along.
+        max_shard_bytes: Size of the weight files.
 
     Raises:
         DoRAError: If the model or adapter cannot be loaded or do not fit, or the output
             exists.
     """
+    config = config or FuseConfig()
     check_output(save_path, overwrite=overwrite)
+    adapter = load_adapter(adapter_path)
+    if adapter.fine_tune_type != "dora":
+        raise DoRAError(
+            f"{adapter_path} is no DoRA adapter but {adapter.fine_tune_type}; fuse it "
+            "with mlx_lm.fuse."
+        )
     folder = model_folder(model)
     _keep_inputs(save_path, folder, Path(adapter_path))
-    loaded, tokenizer, config = load_with_config(
-        folder,
-        adapter_path,
-        lazy=True,
-        check_base=check_base,
-        trust_remote_code=trust_remote_code,
+    _check_fit(folder, adapter, adapter_path, check_base, trust_remote_code)
+    base, tokenizer, content = load_with_config(
+        folder, lazy=True, trust_remote_code=trust_remote_code
     )
-    report = fuse_dora(loaded, dequantize=dequantize)
-    save_fused(loaded, tokenizer, folder, save_path, config=config, overwrite=overwrite)
+    content = _plain_config(content, config.mode == "dequantize")
+    has_vision = _has_vision(base)
+    with atomic_directory(save_path, overwrite=overwrite) as out:
+        with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
+            fused = stream_fused(base, adapter, config, writer.add)
+        if fused.packing:
+            content["quantization"] |= fused.packing
+        if fused.rest is not None:
+            save_adapter(fused.rest, out / REST_NAME, base_model=Path(save_path).name)
+        _write_rest(out, content, tokenizer, folder, has_vision)
+    report = FuseReport(layers=fused.layers)
+    _warn_of_loss(report)
     return report
 
 
@@ -121,7 +165,7 @@ def save_fused(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a fused model, its config and tokenizer, complete or not at all.
+    """Write a model fused in memory, its config and tokenizer, complete or not at all.
 
     Args:
         model: A model without adapters.
@@ -137,29 +181,88 @@ def save_fused(
         DoRAError: If `save_path` exists and `overwrite` is false, would replace the
             base itself, or the model has adapters left.
     """
-    from mlx_lm.utils import load_config, save_config
+    from mlx_lm.utils import load_config
 
     if adapted := adapter_layers(model):
         raise DoRAError(f"{adapted[0][0]} is still adapted; fuse the model first.")
     check_output(save_path, overwrite=overwrite)
     folder = model_folder(source)
     _keep_inputs(save_path, folder)
-    content = copy.deepcopy(dict(load_config(folder) if config is None else config))
-    if not any("scales" in module for module in model.modules()):
-        for level in (content, content.get("text_config")):
-            if isinstance(level, dict):
-                level.pop("quantization", None)
-                level.pop("quantization_config", None)
-    has_vision = "vision_tower" in getattr(model, "model", {})
+    is_dense = not any("scales" in module for module in model.modules())
+    content = _plain_config(load_config(folder) if config is None else config, is_dense)
     with atomic_directory(save_path, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             for name, value in tree_flatten(model.parameters()):
                 writer.add(name, cast(mx.array, value))
-        save_config(content, out / "config.json", keep_vision_config=has_vision)
-        tokenizer.save_pretrained(str(out))
-        for pattern in ("generation_config.json", "*.py"):
-            for file in folder.glob(pattern):
-                shutil.copyfile(file, out / file.name)
+        _write_rest(out, content, tokenizer, folder, _has_vision(model))
+
+
+def _check_fit(
+    folder: Path,
+    adapter: Adapter,
+    adapter_path: str | Path,
+    check_base: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Refuse what `attach_adapter` would, holding one tensor at a time."""
+    model = load_lazily(folder, trust_remote_code=trust_remote_code)
+    problems = fit_problems(model, adapter)
+    tensors = base_tensors(model)
+    del model
+    expected = adapter.base.fingerprint
+    if check_base and expected is not None and fingerprint_of(tensors) != expected:
+        problems.append(other_base(adapter))
+    if problems:
+        raise DoRAError(
+            f"{adapter_path} does not fit the model: {'; '.join(problems)}."
+        )
+
+
+def _describe(path: str, layer: DoRAModule, module: nn.Module) -> FusedLayer:
+    """Compare a DoRA layer with the plain module it was fused into."""
+    lora_a, lora_b = layer.factors()
+    update = Update(lora_a=lora_a, lora_b=lora_b, scale=layer.scale, m=layer.m)
+    before, after = weight_of(layer.base), weight_of(module)
+    return FusedLayer(
+        path=path,
+        dtype=str(dtype_of(after)).rpartition(".")[2],
+        bits=after.bits if isinstance(after, QuantizedWeight) else None,
+        bytes_before=_nbytes(layer.base),
+        bytes_after=_nbytes(module),
+        survival=survival(before, after, update),
+    )
+
+
+def _nbytes(module: nn.Module) -> int:
+    values = [cast(mx.array, value) for _, value in tree_flatten(module.parameters())]
+    return sum(value.nbytes for value in values)
+
+
+def _has_vision(model: nn.Module) -> bool:
+    return "vision_tower" in getattr(model, "model", {})
+
+
+def _plain_config(config: Mapping[str, Any], is_dense: bool) -> dict[str, Any]:
+    content = copy.deepcopy(dict(config))
+    if is_dense:
+        for level in (content, content.get("text_config")):
+            if isinstance(level, dict):
+                level.pop("quantization", None)
+                level.pop("quantization_config", None)
+    return content
+
+
+def _write_rest(
+    out: Path, content: dict[str, Any], tokenizer: Any, source: Path, has_vision: bool
+) -> None:
+    """Everything but the weights; the config last, without which nothing loads."""
+    from mlx_lm.utils import save_config
+
+    tokenizer.save_pretrained(str(out))
+    for pattern in ("generation_config.json", "*.py"):
+        for file in source.glob(pattern):
+            shutil.copyfile(file, out / file.name)
+    save_config(content, out / "config.json", keep_vision_config=has_vision)
 
 
 def _keep_inputs(save_path: str | Path, *inputs: Path) -> None:

@@ -1,9 +1,10 @@
 """mlx-lm's models on our layers: `load`, and mlx-lm itself made to use them."""
 
+import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -78,7 +79,7 @@ def load_with_config(
     from mlx_lm.utils import load as host_load
 
     settings = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
-    try:
+    with _host_refusals(model):
         loaded, tokenizer, config = host_load(  # pyright: ignore[reportAssignmentType]
             str(folder),
             tokenizer_config=settings,
@@ -87,14 +88,31 @@ def load_with_config(
             return_config=True,
             trust_remote_code=trust_remote_code,
         )
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        text = f"misses {error}" if isinstance(error, KeyError) else str(error)
-        raise DoRAError(f"cannot load {model}: {' '.join(text.split())}") from error
     if adapter is not None:
         name = str(adapter_path)
         attach_adapter(loaded, adapter, check_base=check_base, name=name)
         loaded.eval()
     return loaded, tokenizer, config
+
+
+def load_lazily(model: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """Return a model alone, without its tokenizer; no tensor is read yet."""
+    folder = model_folder(model)
+    from mlx_lm.utils import load_model
+
+    with _host_refusals(model):
+        loaded, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+    return loaded
+
+
+@contextlib.contextmanager
+def _host_refusals(model: str | Path) -> Iterator[None]:
+    """Turn what mlx-lm raises for a model it cannot load into one line."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        text = f"misses {error}" if isinstance(error, KeyError) else str(error)
+        raise DoRAError(f"cannot load {model}: {' '.join(text.split())}") from error
 
 
 def model_folder(model: str | Path, *, revision: str | None = None) -> Path:

@@ -23,6 +23,7 @@ stdout, progress and warnings to stderr.
 | 0 | done |
 | 1 | bad input or a file that cannot be read or written: one line on stderr |
 | 2 | wrong usage |
+| 3 | `fuse --verify`: the fused model is outside the tolerance |
 | 130 | interrupted |
 
 A config file (`-c`) is YAML in mlx-lm's form: option names as keys, with underscores,

@@ -1,8 +1,15 @@
 """``mlx_dora.fuse``: an adapted model as a plain one."""
 
+from dataclasses import replace
+
 import click
 
+from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.cli._framework import verb
+from mlx_dora.cli._options import dataclass_options
+from mlx_dora.evaluate.tolerance import FuseTolerance
+
+EXIT_NOT_VERIFIED = 3
 
 
 @verb("fuse")
@@ -21,12 +28,21 @@ from mlx_dora.cli._framework import verb
     show_default=True,
     help="The folder to write the fused model to.",
 )
+@dataclass_options(config=FuseConfig)
+@click.option("--dequantize", is_flag=True, help="The same as --mode dequantize.")
 @click.option(
-    "--dequantize",
+    "--verify",
     is_flag=True,
-    help="Make the whole model dense. Packing the weights again into few bits loses "
-    "part of the update.",
+    help="Let the unfused and the fused model say the same prompts and compare logits, "
+    "loss and greedy tokens; exit code 3 if they differ too much.",
 )
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="With --verify: a prompt to use in place of our own; may be repeated.",
+)
+@dataclass_options(tolerance=FuseTolerance)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 @click.option(
     "--check-base/--no-check-base",
@@ -42,24 +58,29 @@ def command(
     model: str,
     adapter_path: str,
     save_path: str,
+    config: FuseConfig,
     dequantize: bool,
+    verify: bool,
+    prompts: tuple[str, ...],
+    tolerance: FuseTolerance,
     overwrite: bool,
     check_base: bool,
     trust_remote_code: bool,
-) -> None:
+) -> int:
     """Fuse a DoRA adapter into its base model.
 
-    Writes a folder that mlx-lm loads, complete or not at all. A dense model keeps its
-    dtype and size. For a quantised one, the report says what share of each layer's
-    update survives packing.
+    Writes a folder that mlx-lm loads, complete or not at all, holding one tensor at a
+    time. A dense layer keeps its dtype and size. The report says what share of each
+    layer's update survived.
     """
     from mlx_dora.adapters.fuse import fuse_model
+    from mlx_dora.evaluate.fused import PROMPTS, verify_fused
 
     report = fuse_model(
         model,
         adapter_path,
         save_path,
-        dequantize=dequantize,
+        config=replace(config, mode="dequantize") if dequantize else config,
         overwrite=overwrite,
         check_base=check_base,
         trust_remote_code=trust_remote_code,
@@ -67,3 +88,19 @@ def command(
     for line in report.lines():
         click.echo(line)
     click.echo(f"Saved to {save_path}")
+    if not verify:
+        return 0
+    checked = verify_fused(
+        model,
+        adapter_path,
+        save_path,
+        prompts=prompts or PROMPTS,
+        tolerance=tolerance,
+        check_base=check_base,
+        trust_remote_code=trust_remote_code,
+    )
+    click.echo(checked.line())
+    if checked.problems:
+        click.echo(f"Error: not verified: {'; '.join(checked.problems)}", err=True)
+        return EXIT_NOT_VERIFIED
+    return 0

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
 from mlx_dora.adapters.fuse import fuse_dora, fuse_model, save_fused
+from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.hosting import load, load_with_config
 from mlx_dora.adapters.surgery import adapter_layers, apply_dora, dora_layers
 from mlx_dora.errors import DoRAError
@@ -44,7 +45,8 @@ def test_dense_fuse_keeps_dtype_and_size(
     assert report.bytes_after == report.bytes_before
     assert {layer.dtype for layer in report.layers} == {str(dtype).split(".")[-1]}
     assert report.layers[0].path == "model.embed_tokens"
-    assert all(layer.kept is None for layer in report.layers)
+    assert report.total.kept == pytest.approx(1, abs=BOUNDS[dtype])
+    assert report.total.cosine > 1 - 10 * BOUNDS[dtype]
     assert_close(model(TOKENS), to_numpy(expected), bound=2 * BOUNDS[dtype])
 
 
@@ -77,7 +79,7 @@ def test_untrained_adapter_changes_no_bit(
     after = parameters(model)
     assert before.keys() == after.keys()
     assert all(mx.array_equal(after[name], before[name]) for name in before)
-    assert {layer.kept for layer in report.layers} == {None if bits is None else 1.0}
+    assert {layer.kept for layer in report.layers} == {1.0}
     assert report.lossy == ()
 
 
@@ -190,13 +192,14 @@ def test_config_says_whether_it_is_packed(
     make_tiny_folder: MakeFolder, tmp_path: Path, dequantize: bool
 ) -> None:
     base = make_tiny_folder("base", bits=8)
+    config = FuseConfig(mode="dequantize" if dequantize else "requantize", keep=0)
     model, _ = load(base)
     expected = train(model)
     save_adapter(model, tmp_path / "a")
-    fuse_model(base, tmp_path / "a", tmp_path / "f", dequantize=dequantize)
-    config = json.loads((tmp_path / "f" / "config.json").read_text())
-    assert ("quantization" in config) != dequantize
-    assert ("quantization_config" in config) != dequantize
+    fuse_model(base, tmp_path / "a", tmp_path / "f", config=config)
+    content = json.loads((tmp_path / "f" / "config.json").read_text())
+    assert ("quantization" in content) != dequantize
+    assert ("quantization_config" in content) != dequantize
     fused, _ = load(tmp_path / "f")
     bound = 1e-5 if dequantize else 0.05  # 8 bits add noise of their own
     assert_close(fused(TOKENS), to_numpy(expected), bound=bound)

@@ -1,0 +1,241 @@
+"""A model's tensors fused one after the other, each dropped once it is written."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_dora.adapters.adapter import Adapter, BaseModel
+from mlx_dora.adapters.fingerprint import digest_of, sample_of, tensor_line
+from mlx_dora.adapters.fuse_config import FuseConfig
+from mlx_dora.adapters.fuse_layer import (
+    Update,
+    dense_fused,
+    dtype_of,
+    folded,
+    requantized,
+    survival,
+)
+from mlx_dora.adapters.fuse_report import FusedLayer
+from mlx_dora.errors import DoRAError
+from mlx_dora.kernels import QuantizedWeight
+from mlx_dora.kernels.rows import Weight
+
+Parts = dict[str, mx.array]
+"""The arrays of one module, by the name they have in it."""
+
+_SCALES = {"float32": mx.float32, "float16": mx.float16}
+_WEIGHT = ("weight", "scales", "biases")
+_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """What came of a model besides its tensors.
+
+    Attributes:
+        layers: The fused layers.
+        packing: What the config must say of single modules' packing; False is dense.
+        rest: The LoRA adapter that a lossless fuse leaves for the fused model.
+    """
+
+    layers: tuple[FusedLayer, ...]
+    packing: dict[str, dict[str, Any] | bool]
+    rest: Adapter | None
+
+
+def stream_fused(
+    model: nn.Module,
+    adapter: Adapter,
+    config: FuseConfig,
+    write: Callable[[str, mx.array], None],
+) -> Fused:
+    """Fuse a lazily loaded model, module by module, and use it up.
+
+    Args:
+        model: The base, nothing of it evaluated; its parameters are taken out.
+        adapter: A DoRA adapter that fits it.
+        config: What to do with packed weights.
+        write: Takes each tensor; it alone holds it afterwards.
+    """
+    modules = dict(model.named_modules())
+    adapted = set(adapter.paths)
+    layers: list[FusedLayer] = []
+    packing: dict[str, dict[str, Any] | bool] = {}
+    rest: Parts = {}
+    seen = _Fingerprint()
+    for path, parts in _taken_out(model):
+        module = modules[path]
+        if path in adapted:
+            result = _fuse_module(path, module, parts, adapter, config)
+            layers.append(result.layer)
+            rest |= result.rest
+            if result.packing is not None:
+                packing[path] = result.packing
+            parts.clear()
+            parts |= result.parts
+            del result
+        elif config.mode == "dequantize" and "scales" in parts:
+            dense = _weight(path, module, parts).dequantize()  # pyright: ignore[reportAttributeAccessIssue] - it has scales
+            parts = {"weight": dense, **_others(parts)}
+            del dense
+        while parts:
+            leaf = next(iter(parts))
+            name = f"{path}.{leaf}" if path else leaf
+            write(name, parts[leaf])
+            if config.mode == "lossless":
+                seen.add(name, parts[leaf])
+            del parts[leaf]
+    beside = None
+    if rest:
+        beside = _rest_adapter(adapter, rest, seen.digest())
+    return Fused(layers=tuple(layers), packing=packing, rest=beside)
+
+
+@dataclass
+class _Fingerprint:
+    """The fingerprint of a model whose tensors pass by."""
+
+    lines: dict[str, bytes] = field(default_factory=dict)
+    samples: dict[str, bytes] = field(default_factory=dict)
+
+    def add(self, name: str, tensor: mx.array) -> None:
+        self.lines[name] = tensor_line(name, tensor)
+        if tensor.ndim > 1 and tensor.size:
+            self.samples[name] = sample_of(tensor)
+
+    def digest(self) -> str:
+        return digest_of(self.lines, self.samples.__getitem__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Result:
+    parts: Parts
+    layer: FusedLayer
+    packing: dict[str, Any] | bool | None
+    rest: Parts
+
+
+def _fuse_module(
+    path: str,
+    module: nn.Module,
+    parts: Parts,
+    adapter: Adapter,
+    config: FuseConfig,
+) -> _Result:
+    lora_a, lora_b = (adapter.tensors[f"{path}.{x}"] for x in ("lora_a", "lora_b"))
+    is_embedding = isinstance(module, _EMBEDDINGS)
+    update = Update(
+        lora_a=lora_b.T if is_embedding else lora_a,
+        lora_b=lora_a.T if is_embedding else lora_b,
+        scale=adapter.config.scale_of(path),
+        m=adapter.tensors[f"{path}.m"],
+    )
+    weight = _weight(path, module, parts)
+    after: Weight
+    plain = packing = None
+    rest: Parts = {}
+    if not isinstance(weight, QuantizedWeight) or config.mode == "dequantize":
+        after = dense_fused(weight, update, dtype_of(weight))
+        kept = survival(weight, after, update)
+    elif config.mode == "lossless":
+        gain = update.gain(weight)
+        after = folded(weight, gain, _SCALES[config.scales])
+        up = gain * update.lora_b.astype(mx.float32)
+        kept = survival(weight, after, update, up)
+        if is_embedding:
+            rest = {f"{path}.lora_a": up.T, f"{path}.lora_b": lora_b}
+        else:
+            rest = {f"{path}.lora_a": lora_a, f"{path}.lora_b": up}
+        mx.eval(rest)
+    else:
+        after, kept, plain = requantized(weight, update, config.keep)
+        packing = _packing(weight, after)
+    fused = _parts_of(after) | _others(parts)
+    layer = FusedLayer(
+        path=path,
+        dtype=str(dtype_of(after)).rpartition(".")[2],
+        bits=after.bits if isinstance(after, QuantizedWeight) else None,
+        bytes_before=sum(value.nbytes for value in parts.values()),
+        bytes_after=sum(value.nbytes for value in (fused | rest).values()),
+        survival=kept,
+        plain=plain,
+    )
+    return _Result(parts=fused, layer=layer, packing=packing, rest=rest)
+
+
+def _taken_out(model: nn.Module) -> Iterator[tuple[str, Parts]]:
+    """Each module's own arrays, taken out of it: the caller alone holds them."""
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    modules = dict(model.named_modules())
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owner = name.rpartition(".")[0]
+        while owner not in modules:  # arrays in a list or dict of a module
+            owner = owner.rpartition(".")[0]
+        owners.setdefault(owner, []).append(name[len(owner) + 1 if owner else 0 :])
+    for path, leaves in owners.items():
+        module = modules[path]
+        flat = dict(tree_flatten(module.parameters()))
+        parts = {leaf: cast(mx.array, flat[leaf]) for leaf in leaves}
+        for leaf in leaves:
+            module.pop(leaf.partition(".")[0], None)
+        del flat
+        yield path, parts
+
+
+def _weight(path: str, module: nn.Module, parts: Parts) -> Weight:
+    if "scales" not in parts:
+        return parts["weight"]
+    if "global_scale" in parts:
+        raise DoRAError(f"{path}: weights with a global scale cannot be fused.")
+    return QuantizedWeight(
+        weight=parts["weight"],
+        scales=parts["scales"],
+        biases=parts.get("biases"),
+        group_size=cast(int, module.group_size),
+        bits=cast(int, module.bits),
+        mode=cast(str, module.mode),
+    )
+
+
+def _parts_of(weight: Weight) -> Parts:
+    if not isinstance(weight, QuantizedWeight):
+        return {"weight": weight}
+    parts = {"weight": weight.weight, "scales": weight.scales}
+    return parts if weight.biases is None else parts | {"biases": weight.biases}
+
+
+def _others(parts: Parts) -> Parts:
+    return {leaf: value for leaf, value in parts.items() if leaf not in _WEIGHT}
+
+
+def _packing(before: QuantizedWeight, after: Weight) -> dict[str, Any] | bool | None:
+    """What the config must say of a weight that is packed in another way; or None."""
+    if not isinstance(after, QuantizedWeight):
+        return False
+    found = {"group_size": after.group_size, "bits": after.bits, "mode": after.mode}
+    if all(getattr(before, name) == value for name, value in found.items()):
+        return None
+    return found
+
+
+def _rest_adapter(adapter: Adapter, rest: Parts, fingerprint: str) -> Adapter:
+    paths = tuple(dict.fromkeys(name.rpartition(".")[0] for name in rest))
+    ranks = {path: adapter.config.rank_of(path) for path in paths}
+    config = replace(
+        adapter.config,
+        rank=max(ranks.values()),
+        keys=paths,
+        rank_pattern=ranks if len(set(ranks.values())) > 1 else None,
+    )
+    return Adapter(
+        config=config,
+        tensors=rest,
+        base=BaseModel(fingerprint=fingerprint),
+        fine_tune_type="lora",
+        training=adapter.training,
+    )
