@@ -1,7 +1,7 @@
 """One adapted weight as a plain one, and how much of its update that kept.
 
 Pure functions from a base weight and its update to the fused weight, row block by row
-block; `mlx_dora.adapters.fused_folder` walks over a model with them.
+block; `mlx_dora.adapters.fuse_stream` walks over a model with them.
 """
 
 from collections.abc import Iterator
@@ -13,10 +13,12 @@ import mlx.core as mx
 from mlx_dora.adapters.fuse_report import Survival
 from mlx_dora.errors import DoRAError
 from mlx_dora.factored import factored_terms
-from mlx_dora.kernels import QuantizedWeight, fused_weight
+from mlx_dora.kernels import QuantizedWeight, fused_weight, normalize_rows
 from mlx_dora.kernels.reference import row_gain
 from mlx_dora.kernels.rows import Weight, row_blocks
 
+# Elements of a block; its dozen float32 copies are small next to a large tensor.
+_BLOCK = 1 << 16
 # What MLX packs to in mode affine, smallest first.
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -48,6 +50,20 @@ class Update:
         return row_gain(self.m, terms.norm)
 
 
+def _float32_rows(weight: Weight, index: slice) -> mx.array:
+    """Some rows, unpacked without a rounding to the dtype of the scales."""
+    if not isinstance(weight, QuantizedWeight):
+        return weight[index].astype(mx.float32)
+    rows = weight.rows(index)
+    if rows.biases is not None:
+        rows = replace(
+            rows,
+            scales=rows.scales.astype(mx.float32),
+            biases=rows.biases.astype(mx.float32),
+        )
+    return rows.dequantize().astype(mx.float32)
+
+
 def dtype_of(weight: Weight) -> mx.Dtype:
     """The dtype of a weight, unpacked."""
     if isinstance(weight, QuantizedWeight):
@@ -58,7 +74,7 @@ def dtype_of(weight: Weight) -> mx.Dtype:
 def dense_fused(weight: Weight, update: Update, dtype: mx.Dtype) -> mx.array:
     """The adapted weight in `dtype`, rounded once. Shape ``(out, in)``."""
     rows = []
-    for index, block in row_blocks(weight):
+    for index, block in row_blocks(weight, _BLOCK):
         rows.append(update.rows(block.astype(mx.float32), index).astype(dtype))
         mx.eval(rows[-1])
     return rows[0] if len(rows) == 1 else mx.concatenate(rows)
@@ -74,7 +90,7 @@ def packed_fused(
     """
     is_same = (group_size, bits, mode) == (weight.group_size, weight.bits, weight.mode)
     parts: list[list[mx.array]] = []
-    for index, block in row_blocks(weight):
+    for index, block in row_blocks(weight, _BLOCK):
         fused = update.rows(block.astype(mx.float32), index).astype(block.dtype)
         packed = list(mx.quantize(fused, group_size=group_size, bits=bits, mode=mode))
         if is_same:
@@ -176,13 +192,15 @@ def survival(
     """
     found = Survival()
     down = update.lora_a.astype(mx.float32).T
-    for index, block in row_blocks(before):
-        base = block.astype(mx.float32)
-        adapted = update.rows(base, index)
-        if isinstance(after, QuantizedWeight):
-            fused = after.rows(index).dequantize().astype(mx.float32)
-        else:
-            fused = after[index].astype(mx.float32)
+    for index, block in row_blocks(before, _BLOCK):
+        # The layer's norms are those of the unpacked rows in their own dtype; what that
+        # dtype rounds off belongs to W0 all the same, and grows with the row.
+        rounded, base = block.astype(mx.float32), _float32_rows(before, index)
+        delta = (update.scale * update.lora_b[:, index].T.astype(mx.float32)) @ down
+        m = update.m[index].astype(mx.float32)
+        adapted, norm = normalize_rows(rounded + delta, m)
+        adapted = adapted + row_gain(m, norm)[:, None] * (base - rounded)
+        fused = _float32_rows(after, index)
         if rest is not None:
             fused = fused + (update.scale * rest[:, index].T) @ down
         exact, left = adapted - base, fused - base

@@ -60,8 +60,9 @@ class FuseVerification:
     def line(self) -> str:
         """The figures as a line of text."""
         found = self.agreement
+        prompts = "1 prompt" if self.prompts == 1 else f"{self.prompts} prompts"
         return (
-            f"Fused against unfused on {self.prompts} prompts ({found.tokens} tokens): "
+            f"Fused against unfused on {prompts} ({found.tokens} tokens): "
             f"logits differ by {found.relative_logit_difference:.2g} (relative), loss "
             f"by {found.loss_difference:+.2g}, greedy tokens the same at "
             f"{found.same_top_token:.1%}"
@@ -95,10 +96,12 @@ def verify_fused(
         trust_remote_code: Run Python code that the models' folders bring along.
 
     Raises:
-        DoRAError: If a model cannot be loaded, or there are no prompts.
+        DoRAError: If a model cannot be loaded, or there is nothing to say.
     """
     if not prompts:
         raise DoRAError("there must be a prompt to verify with, got none.")
+    if max_tokens < 1:
+        raise DoRAError(f"max_tokens must be at least 1, got {max_tokens}.")
     unfused, tokenizer = load(
         model,
         adapter_path,

@@ -8,8 +8,8 @@ from mlx_dora.kernels.quantized import QuantizedWeight
 
 Weight = mx.array | QuantizedWeight
 
-# Elements of one block: its float32 copy takes 16 MB.
-_BLOCK = 1 << 22
+# Elements of one block: its float32 copy takes 4 MB.
+_BLOCK = 1 << 20
 
 
 def row_blocks(
@@ -19,7 +19,7 @@ def row_blocks(
 
     Args:
         weight: Dense or packed.
-        elements: Of one block; None for about four million.
+        elements: Of one block; None for about one million.
     """
     out, width = weight.shape
     step = max(1, (elements or _BLOCK) // max(width, 1))

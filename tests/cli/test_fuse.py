@@ -33,14 +33,31 @@ def make_trained(make_tiny_folder: MakeFolder, tmp_path: Path) -> Callable[..., 
 def test_fuses_and_reports(make_trained: Callable[..., Path]) -> None:
     at = make_trained(bits=4)
     inputs = ("--model", at / "base", "--adapter-path", at / "adapter")
-    result = run(*inputs, "--save-path", at / "out")
+    result = run(*inputs, "--save-path", at / "out", "--keep", "0.999")
     assert result.exit_code == 0, result.output
-    assert "q_proj: 4 bits, " in result.stdout
     assert "Fused 4 layers (float32): " in result.stdout
+    assert "Packed with the base's own bits it would be " in result.stdout
     assert load(at / "out")[0].layers
     result = run(*inputs, "--save-path", at / "dense", "--dequantize")
     assert result.exit_code == 0, result.output
     assert " bits, " not in result.stdout
+
+
+def test_verify_exits_with_3_outside_the_tolerance(
+    make_trained: Callable[..., Path],
+) -> None:
+    at = make_trained(bits=4)
+    inputs = ("--model", at / "base", "--adapter-path", at / "adapter", "--verify")
+    good = run(*inputs, "--save-path", at / "good", "--mode", "lossless")
+    assert good.exit_code == 0, good.output
+    assert "Fused against unfused on 5 prompts" in good.stdout
+    bad = run(
+        *inputs, "--save-path", at / "bad", "--keep", "0",
+        "--prompt", "the fox", "--max-logit-difference", "1e-6",
+    )  # fmt: skip
+    assert bad.exit_code == 3, bad.output
+    assert "Fused against unfused on 1 prompt " in bad.stdout
+    assert bad.stderr.splitlines()[-1].startswith("Error: not verified: logits differ")
 
 
 def test_refusals_are_one_line(

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from mlx_dora import DoRAConfig, DoRAError, save_adapter
 from mlx_dora.adapters.fuse import fuse_model
+from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.hosting import load
 from mlx_dora.cli.extract import command
 from mlx_dora.merge.dense import factor, row_norm
@@ -30,9 +31,8 @@ def make_tuned(make_tiny_folder: MakeFolder, tmp_path: Path):
         model, _ = load(base)
         logits = train(model, DoRAConfig(rank=3, scale=2.0, num_layers=2, keys=QV))
         save_adapter(model, tmp_path / "adapter")
-        fuse_model(
-            base, tmp_path / "adapter", tmp_path / "tuned", dequantize=bool(bits)
-        )
+        config = FuseConfig(mode="dequantize" if bits else "requantize")
+        fuse_model(base, tmp_path / "adapter", tmp_path / "tuned", config=config)
         return base, tmp_path / "tuned", logits
 
     return make
