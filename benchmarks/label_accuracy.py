@@ -12,6 +12,7 @@ comparison goes on where it stopped. A falling loss alone may be the format lear
 import json
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +22,45 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from _machine import describe_machine
+from _trunk import Trunk, next_token_logits
 from mlx_lm import load
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.demo.model import demo_model
 from mlx_dora.evaluate.data import load_datasets
-from mlx_dora.evaluate.labels import label_accuracy
+from mlx_dora.evaluate.labels import find_labels
+from mlx_dora.evaluate.loss import Loss
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.loop import finetune
 
 RATES = {"lora": 1e-3, "dora": 1e-3, "full": 2e-5}
 TARGETS = 4  # a label, the end of the turn, and a line break
+LONGEST = 256
 
 
-def label_loss(
-    model: Any, batch: mx.array, lengths: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Cross-entropy of the last few tokens, the 49k-word head on those alone.
+def label_loss(frozen: int) -> Loss:
+    """Cross-entropy of the last few tokens, on batches of a `Trunk`.
 
     With prompts masked and answers of at most four tokens it equals the usual loss; a
-    third of a step's time is the head on positions that do not count.
+    third of a step's time would be the 49k-word head on positions that do not count.
     """
-    last = lengths[:, 1:] - 1 - mx.arange(TARGETS)[None]
-    mask = last >= lengths[:, :1]
-    rows = mx.arange(batch.shape[0])[:, None]
-    hidden = model.model(batch[:, :-1])[rows, mx.maximum(last - 1, 0)]
-    logits = model.model.embed_tokens.as_linear(hidden)
-    targets = batch[rows, mx.maximum(last, 0)]
-    losses = mx.where(mask, nn.losses.cross_entropy(logits, targets), 0.0)
-    count = mask.sum()
-    return losses.sum() / mx.maximum(count, 1), count
+
+    def loss(model: Any, batch: Any, lengths: mx.array) -> tuple[mx.array, mx.array]:
+        hidden, tokens = batch
+        last = lengths[:, 1:] - 1 - mx.arange(TARGETS)[None]
+        mask = last >= lengths[:, :1]
+        logits = next_token_logits(model, frozen, hidden, mx.maximum(last - 1, 0))
+        targets = mx.take_along_axis(tokens, mx.maximum(last, 0), axis=1)
+        losses = mx.where(mask, nn.losses.cross_entropy(logits, targets), 0.0)
+        count = mask.sum()
+        return losses.sum() / mx.maximum(count, 1), count
+
+    return loss
 
 
-def run(method: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+def run(
+    method: str, seed: int, trunk: Trunk, frozen: int, settings: dict[str, Any]
+) -> dict[str, Any]:
     """Train one model and score it."""
     model, tokenizer, *_ = load(settings["model"])
     config = TrainConfig(
@@ -65,16 +72,15 @@ def run(method: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         learning_rate=settings["rates"][method],
         steps_per_report=20,
         mask_prompt=True,
-        max_seq_length=256,
+        max_seq_length=LONGEST,
         val_batches=0,
     )
-    sets = load_datasets(config, tokenizer, ("train", "test"))
-    train_set, test_set = sets["train"], sets["test"]
+    train_set = load_datasets(config, tokenizer, ("train",))["train"]
     dora = DoRAConfig(rank=8, scale=2.0, num_layers=settings["num_layers"])
     started = time.perf_counter()
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        report = finetune(
+        finetune(
             model,
             tokenizer,
             train_set,
@@ -83,24 +89,55 @@ def run(method: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
             dora=dora,
             adapter_path=Path(folder) / "adapter",
             callback=lambda step: losses.append(getattr(step, "train_loss", None) or 0),
-            loss=label_loss,
+            loss=label_loss(frozen),
+            batches=trunk.batches(),
         )
-    del report
     seconds = time.perf_counter() - started
     return {"train_losses": losses, "train_seconds": round(seconds, 1)} | score(
-        model, test_set, settings["test_rows"]
+        model, tokenizer, trunk, frozen, settings
     )
 
 
-def score(model: nn.Module, test_set: Any, rows: int) -> dict[str, Any]:
-    result = label_accuracy(
-        model, test_set, batch_size=16, max_seq_length=256, num_rows=rows
-    )
+def score(
+    model: Any, tokenizer: Any, trunk: Trunk, frozen: int, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """`mlx_dora.evaluate.labels` on a `Trunk`: the likeliest label, by first token."""
+    config = TrainConfig(data=settings["data"], mask_prompt=True)
+    data = load_datasets(config, tokenizer, ("test",))["test"]
+    assert data is not None
+    labels = find_labels(data)
+    assert labels is not None
+    rows = [
+        (data.answer(i), [data.parts(i, label) for label in labels])
+        for i in range(len(data))
+    ]
+    rows = [
+        (truth, parts)
+        for truth, parts in rows
+        if all(len(one.prompt) + len(one.answer) <= LONGEST for one in parts)
+    ]
+    rows.sort(key=lambda row: len(row[1][0].prompt))
+    model.eval()
+    chosen: list[str] = []
+    for start in range(0, len(rows), 16):
+        batch = [parts for _, parts in rows[start : start + 16]]
+        assert all(
+            len({one.answer[0] for one in parts}) == len(labels) for parts in batch
+        )
+        prompts = [parts[0].prompt for parts in batch]
+        places = mx.array([[len(prompt) - 1] for prompt in prompts])
+        hidden = trunk.activations(prompts)
+        logits = next_token_logits(model, frozen, hidden, places)[:, 0]
+        firsts = mx.array([[one.answer[0] for one in parts] for parts in batch])
+        best = mx.argmax(mx.take_along_axis(logits, firsts, axis=1), axis=1)
+        chosen += [labels[int(i)] for i in np.array(best)]
+    truths = [truth for truth, _ in rows]
+    right = sum(one == truth for one, truth in zip(chosen, truths, strict=True))
     return {
-        "accuracy": result.accuracy,
-        "chosen": result.chosen,
-        "labels": result.labels,
-        "test_rows": result.rows,
+        "accuracy": right / len(rows),
+        "chosen": Counter(chosen),
+        "labels": Counter(truths),
+        "test_rows": len(rows),
     }
 
 
@@ -125,7 +162,6 @@ def summary(lines: list[dict[str, Any]]) -> str:
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1))
 @click.option("--method", "methods", multiple=True, default=tuple(RATES))
 @click.option("--num-layers", default=16, show_default=True)
-@click.option("--test-rows", default=-1, help="Score this many test rows; -1 for all.")
 @click.option(
     "--rate", nargs=2, multiple=True, help="METHOD RATE: another learning rate."
 )
@@ -137,7 +173,6 @@ def main(
     seeds: tuple[int, ...],
     methods: tuple[str, ...],
     num_layers: int,
-    test_rows: int,
     rate: tuple[tuple[str, str], ...],
 ) -> None:
     settings = {
@@ -145,26 +180,25 @@ def main(
         "model": model or str(demo_model()),
         "iters": iters,
         "num_layers": num_layers,
-        "test_rows": test_rows,
         "rates": RATES | {name: float(value) for name, value in rate},
     }
     lines = []
     if output.exists():
         lines = [json.loads(line) for line in output.read_text().splitlines()]
     done = {(one["method"], one["seed"], one["learning_rate"]) for one in lines}
+    plain: Any
+    plain, tokenizer, *_ = load(settings["model"])
+    frozen = len(plain.layers) - num_layers
+    trunk = Trunk(plain, frozen)
     jobs = [("base", 0), *((m, s) for s in seeds for m in methods)]
     for method, seed in jobs:
         learning_rate = settings["rates"].get(method)
         if (method, seed, learning_rate) in done:
             continue
         if method == "base":
-            plain, tokenizer, *_ = load(settings["model"])
-            config = TrainConfig(data=data, mask_prompt=True)
-            result = score(
-                plain, load_datasets(config, tokenizer, ("test",))["test"], test_rows
-            )
+            result = score(plain, tokenizer, trunk, frozen, settings)
         else:
-            result = run(method, seed, settings)
+            result = run(method, seed, trunk, frozen, settings)
         facts = {"iters": iters, "batch_size": 8, "num_layers": num_layers, "rank": 8}
         line = {"method": method, "seed": seed, "learning_rate": learning_rate}
         line |= facts | result | {"blas": bench.BLAS.state} | describe_machine()

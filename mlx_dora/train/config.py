@@ -26,6 +26,9 @@ _LEAST = {
     "max_seq_length": 2,
     "grad_accumulation_steps": 1,
     "clear_cache_threshold": 0,
+    "keep_last": 1,
+    "early_stop": 0,
+    "max_bad_steps": 1,
     "test_batches": -1,
 }
 
@@ -38,6 +41,7 @@ class TrainConfig(DataConfig):
     Field for field what ``mlx_lm.lora`` calls them, with the same defaults, but for
     ``fine_tune_type``, which is ``"dora"`` here. ``iters`` counts batches: with
     ``grad_accumulation_steps`` k the weights change at every k-th (and at the last).
+    ``lora_plus_ratio`` is LoRA+ (arXiv:2402.12354); the magnitude keeps the plain rate.
     """
 
     model: str | None = field(
@@ -98,7 +102,42 @@ class TrainConfig(DataConfig):
         default="adapters", metadata={"help": "Folder of the adapter."}
     )
     save_every: int = field(
-        default=100, metadata={"help": "Steps between writes of the adapter."}
+        default=100,
+        metadata={"help": "Steps between writes of the adapter and a checkpoint."},
+    )
+    resume: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on from the newest checkpoint in the adapter's folder, exactly."
+        },
+    )
+    force: bool = field(
+        default=False,
+        metadata={"help": "Resume even with settings that differ from then."},
+    )
+    keep_last: int = field(
+        default=2, metadata={"help": "Checkpoints to keep, the newest ones."}
+    )
+    early_stop: int = field(
+        default=0,
+        metadata={
+            "help": "Stop after so many validations without a better loss; 0 for never."
+        },
+    )
+    max_grad_norm: float | None = field(
+        default=None,
+        metadata={"help": "Shorten the gradient of all parameters to this norm."},
+    )
+    max_bad_steps: int = field(
+        default=10,
+        metadata={
+            "help": "Steps in a row that may be passed over, their loss or gradient "
+            "not being finite, before the training stops."
+        },
+    )
+    lora_plus_ratio: float = field(
+        default=1.0,
+        metadata={"help": "LoRA+: how many times the learning rate lora_b takes."},
     )
     test: bool = field(
         default=False,
@@ -176,6 +215,10 @@ class TrainConfig(DataConfig):
             raise DoRAError(f"learning_rate must be a number, got {rate!r}.")
         if not math.isfinite(rate) or rate <= 0:
             raise DoRAError(f"learning_rate must be above 0, got {rate!r}.")
+        for name in ("max_grad_norm", "lora_plus_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise DoRAError(f"{name} must be above 0, got {value!r}.")
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))
         _check_choice("fine_tune_type", self.fine_tune_type, get_args(FineTuneType))
         for name in ("optimizer_config", "lr_schedule"):

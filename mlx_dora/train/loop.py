@@ -1,11 +1,12 @@
 """The training loop, on one page.
 
-Left out here, on purpose: exact resume, several machines, early stopping, gradient
-clipping.
+What one update does is in `update`, what a stopped run needs in `checkpoint` and
+`resume`.
 """
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -14,7 +15,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
 from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.config import DoRAConfig
@@ -25,15 +25,29 @@ from mlx_dora.evaluate.data import as_dataset
 from mlx_dora.evaluate.documents import check_packable
 from mlx_dora.evaluate.loss import Loss, evaluate_loss, loss_fn
 from mlx_dora.evaluate.schedule import Schedule
-from mlx_dora.layers import held_norms
+from mlx_dora.train.checkpoint import (
+    TrainState,
+    discard_checkpoints,
+    discard_fragments,
+    newest_checkpoint,
+    write_checkpoint,
+)
 from mlx_dora.train.checkpointing import checkpointed_blocks
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.geometry import measure_geometry
+from mlx_dora.train.guard import Best, Guard
 from mlx_dora.train.interrupt import delayed_interrupt
+from mlx_dora.train.lock import training_lock
 from mlx_dora.train.memory import trim_cache, wired_memory
 from mlx_dora.train.meter import Meter
 from mlx_dora.train.optimizers import build_optimizer, describe_training
 from mlx_dora.train.reports import Journal, StepReport, TrainReport
+from mlx_dora.train.resume import (
+    check_settings,
+    optimizer_tensors,
+    restore,
+    run_settings,
+)
 from mlx_dora.train.services import check_services, service_listener
 from mlx_dora.train.start import (
     check_folder,
@@ -42,8 +56,11 @@ from mlx_dora.train.start import (
     train_mode,
     trainable_tensors,
 )
+from mlx_dora.train.update import Stepper, seed_step
 
 logger = logging.getLogger(__name__)
+
+BEST_NAME = "best"
 
 Progress = Callable[[str, int, int], None]
 """("train" or "validate", total, newly done): steps, or rows of a validation."""
@@ -66,9 +83,14 @@ def finetune(
     """Fine-tune a model in place and write its adapter.
 
     The adapter's files are in mlx-lm's format and replaced whole, at every
-    ``save_every`` steps and at the end; ``log.jsonl`` beside them has one line a
-    report. The same seed gives the same adapter, bit for bit, on the CPU. Afterwards
-    the model is in eval mode, with the adapter in it.
+    ``save_every`` steps and at the end, ``best/`` holds the adapter of the least
+    validation loss, and ``log.jsonl`` has one line a report. With the adapter a
+    checkpoint is written, from which ``resume`` goes on. The same seed gives the same
+    adapter, bit for bit, on the CPU, whether the training was stopped in between or
+    not. Afterwards the model is in eval mode, with the adapter in it.
+
+    Processes of one `mx.distributed` group share the rows of each batch; the first
+    writes all files.
 
     Args:
         model: A model of mlx-lm's. DoRA layers that it has already are trained on.
@@ -85,15 +107,19 @@ def finetune(
         loss: Loss and number of targets of a batch.
         batches: Makes batches without end from the data, batch size, maximum length,
             ``seed`` and ``counts``, in place of `Schedule`; `train` must name iters
-            then, not epochs.
+            then, not epochs. To be resumed exactly they must depend on these alone.
 
     Raises:
         DoRAError: If a setting, the data or the model is unfit (nothing is written
-            then), or the loss stops being finite.
+            then), another training goes on in the folder, ``resume`` finds other
+            settings, or too many losses in a row are not finite.
+        OSError: If the folder cannot be written to, or its disk is full.
         KeyboardInterrupt: After Ctrl-C, when the step is done and the adapter saved.
     """
     # 1. Everything that can be wrong is found here, before a file is written.
     folder = Path(adapter_path).expanduser()
+    group = mx.distributed.init()
+    is_writer = group.rank() == 0
     check_folder(folder, train)
     check_services(train)
     data = as_dataset(train_set, tokenizer, train, "the training data")
@@ -102,131 +128,166 @@ def finetune(
         valid_data = as_dataset(valid_set, tokenizer, train, "the validation data")
     optimizer = build_optimizer(train)
     base = BaseModel(model=train.model, fingerprint=fingerprint(model))
+    settings = run_settings(train, dora, str(base.fingerprint), data)
     mx.random.seed(train.seed)
     modules = make_trainable(model, dora, train.fine_tune_type)
-    if train.resume_adapter_file is not None:
-        load_weights(model, train.resume_adapter_file)
     if train.packing:
         check_packable(model)
-    counts = RowCounts()
-    limits = train.batch_size, train.max_seq_length
-    if batches is None:
-        schedule = Schedule(
-            data, *limits, seed=train.seed, packing=train.packing, counts=counts
-        )
-        if train.epochs is not None:
-            train = replace(train, iters=schedule.length(train.epochs))
-        source = schedule.batches()
-    else:
-        source = batches(data, *limits, seed=train.seed, counts=counts)
-    source = chain([next(source)], source)
-
-    # 2. One update: gradients of a few batches, averaged over their tokens.
     optimizer.init(model.trainable_parameters())
-    value_and_grad = nn.value_and_grad(model, loss)
-    forward_state = [model.state, mx.random.state]
-    update_state = [model.state, optimizer.state]
 
-    @partial(mx.compile, inputs=forward_state, outputs=forward_state)
-    def differentiate(batch: mx.array, lengths: mx.array) -> tuple[Any, ...]:
-        (value, tokens), gradient = value_and_grad(model, batch, lengths)
-        return value * tokens, tokens, gradient
-
-    def accumulate(total: Any, gradient: Any, tokens: mx.array) -> Any:
-        new = tree_map(lambda g: g.astype(mx.float32) * tokens, gradient), tokens
-        return new if total is None else tree_map(mx.add, total, new)
-
-    @partial(mx.compile, inputs=update_state, outputs=update_state)
-    def update(gradient: Any, tokens: mx.array) -> None:
-        mean = tree_map(
-            lambda g, weight: (g / mx.maximum(tokens, 1)).astype(weight.dtype),
-            gradient,
-            model.trainable_parameters(),
-        )
-        optimizer.update(model, mean)
-
-    # 3. What happens between updates.
-    settings = describe_training(train)
-    listeners = [callback] if callback else []
-    if train.services:
-        listeners.append(service_listener(train, folder, settings))
-    journal = Journal(folder, listeners)
-    meter = Meter()
-
-    def report(step: int, saves: bool) -> None:
-        geometry = measure_geometry(model)
-        journal.add(meter.report(step, optimizer.learning_rate, geometry, saves))
-
-    def validate(step: int) -> None:
-        if valid_data is None:
-            return
-        rows = len(valid_data)
-        if train.val_batches != -1:
-            rows = min(rows, train.val_batches * train.batch_size)
-        result = evaluate_loss(
+    with ExitStack() as stack:
+        # 2. A run begins, or goes on where its newest checkpoint stands.
+        if is_writer:
+            stack.enter_context(training_lock(folder))
+            discard_fragments(folder)
+        k = train.grad_accumulation_steps
+        found = newest_checkpoint(folder, multiple_of=k) if train.resume else None
+        step = 0
+        if found is not None:
+            check_settings(found, settings, force=train.force)
+            restore(found, model, optimizer)
+            step = found.state.step
+            logger.info("going on after step %d, from %s", step, found.path)
+        elif train.resume_adapter_file is not None:
+            load_weights(model, train.resume_adapter_file)
+        if train.resume and found is None:
+            logger.warning("%s has no checkpoint: the training begins anew", folder)
+        counts = RowCounts()
+        limits = train.batch_size, train.max_seq_length
+        if batches is None:
+            schedule = Schedule(
+                data, *limits, seed=train.seed, packing=train.packing, counts=counts
+            )
+            if train.epochs is not None:
+                train = replace(train, iters=schedule.length(train.epochs))
+            source = schedule.batches(step, group.rank(), group.size())
+        else:
+            made = batches(data, *limits, seed=train.seed, counts=counts)
+            source = islice(made, step, None)
+        source = chain([next(source)], source)
+        stepper = Stepper(
             model,
-            valid_data,
-            batch_size=train.batch_size,
-            max_seq_length=train.max_seq_length,
-            num_batches=train.val_batches,
-            loss=loss,
-            progress=None if progress is None else partial(progress, "validate", rows),
-        )
-        journal.add(meter.validation(step, result.loss))
-
-    def save(step: int) -> None:
-        meter.check(step)
-        losses = {name: journal.last(name) for name in ("train_loss", "val_loss")}
-        write_adapter_files(
-            model,
-            folder,
-            fine_tune_type=train.fine_tune_type,
-            base=base,
-            training={**settings, "steps": step, **losses},
-            warn=step >= train.iters,
+            optimizer,
+            loss,
+            group=group,
+            max_grad_norm=train.max_grad_norm,
+            lora_plus_ratio=train.lora_plus_ratio,
         )
 
-    # 4. The loop.
-    folder.mkdir(parents=True, exist_ok=True)
-    step, stop, k = 0, False, train.grad_accumulation_steps
-    with (
-        wired_memory(),
-        train_mode(model),
-        checkpointed_blocks(model, train.grad_checkpoint),
-        delayed_interrupt() as stopped,
-    ):
-        validate(step)
-        while step < train.iters and not stop:
+        # 3. What happens between updates.
+        summary = describe_training(train)
+        listeners = [callback] if callback else []
+        if train.services and is_writer:
+            listeners.append(service_listener(train, folder, summary))
+        journal = Journal(folder if is_writer else None, listeners)
+        meter, guard = Meter(), Guard(train.max_bad_steps)
+        best = Best(patience=train.early_stop)
+        if found is not None:
+            journal.restore(folder, found.state.log_bytes)
+            meter.restore(found.state.meter)
+            guard.restore(found.state.guard)
+            best.restore(found.state.best)
+        elif is_writer:
+            discard_checkpoints(folder)
+
+        def report(step: int, *, saves: bool) -> None:
+            found = meter.report(
+                step,
+                optimizer.learning_rate,
+                measure_geometry(model),
+                with_layers=saves,
+                skipped=guard.empty + guard.not_finite,
+            )
+            journal.add(found)
+
+        def validate(step: int) -> None:
+            if valid_data is None or journal.has("val_loss", step):
+                return
+            rows = len(valid_data)
+            if train.val_batches != -1:
+                rows = min(rows, train.val_batches * train.batch_size)
+            result = evaluate_loss(
+                model,
+                valid_data,
+                batch_size=train.batch_size,
+                max_seq_length=train.max_seq_length,
+                num_batches=train.val_batches,
+                loss=loss,
+                progress=None
+                if progress is None
+                else partial(progress, "validate", rows),
+            )
+            journal.add(meter.validation(step, result.loss))
+            if best.take(step, result.loss) and step:
+                write(folder / BEST_NAME, step)
+
+        def write(place: Path, step: int, *, warn: bool = False) -> None:
+            if not is_writer:
+                return
+            losses = {name: journal.last(name) for name in ("train_loss", "val_loss")}
+            write_adapter_files(
+                model,
+                place,
+                fine_tune_type=train.fine_tune_type,
+                base=base,
+                training={**summary, "steps": step, **losses},
+                warn=warn,
+            )
+
+        def checkpoint(step: int) -> None:
+            if not is_writer or step % k:  # a longer run has no update that ends here
+                return
+            state = TrainState(
+                step=step,
+                log_bytes=journal.position(),
+                meter=meter.state(),
+                guard=guard.state(),
+                best=best.state(),
+                settings=settings,
+            )
+            weights, moments = trainable_tensors(model), optimizer_tensors(optimizer)
+            write_checkpoint(folder, state, weights, moments, keep=train.keep_last)
+
+        # 4. The loop.
+        stack.enter_context(wired_memory())
+        stack.enter_context(train_mode(model))
+        stack.enter_context(checkpointed_blocks(model, train.grad_checkpoint))
+        stopped = stack.enter_context(delayed_interrupt())
+        if progress is not None and step:
+            progress("train", train.iters, min(step, train.iters))
+        if step == 0:
+            validate(step)
+        interrupted = False
+        while step < train.iters and not (interrupted or best.is_enough):
             window = list(islice(source, min(k, train.iters - step)))
             meter.start_step()
-            with held_norms(model):  # they stay the same until the weights change
-                total = None
-                for batch, lengths in window:
-                    value, tokens, gradient = differentiate(batch, lengths)
-                    meter.add(value, tokens)
-                    if len(window) == 1:  # a mean over its tokens already
-                        total = gradient, mx.array(1)
-                    else:
-                        total = accumulate(total, gradient, tokens)
-                        mx.eval(total, meter.sums)
-            assert total is not None
-            update(*total)
-            mx.eval(model.state, optimizer.state, mx.random.state, meter.sums)
+            seed_step(train.seed, step, group.rank())
+            before, step = step, step + len(window)
+            gradient = stepper.gradient(window)
+            if guard.passes(step, gradient.loss, gradient.norm, gradient.tokens):
+                stepper.apply(gradient)
+                meter.add(gradient.loss, gradient.tokens)
             meter.end_step(len(window))
             trim_cache(train.clear_cache_threshold)
-
-            before, step, stop = step, step + len(window), stopped()
-            is_last = stop or step >= train.iters
             if progress is not None:
                 progress("train", train.iters, len(window))
-            saves = is_last or is_due(train.save_every, before, step)
+            # Only what a longer run would report here too stands in a checkpoint.
+            saves = is_due(train.save_every, before, step)
             if saves or is_due(train.steps_per_report, before, step):
-                report(step, saves)
-            if not stop and (is_last or is_due(train.steps_per_eval, before, step)):
+                report(step, saves=saves)
+            if is_due(train.steps_per_eval, before, step):
                 validate(step)
+            interrupted = agree(stopped(), group)
+            if saves or interrupted or best.is_enough or step >= train.iters:
+                checkpoint(step)
             if saves:
-                save(step)
-    if stop:
+                write(folder, step)
+        if not journal.has("learning_rate", step):
+            report(step, saves=True)
+        if not interrupted:
+            validate(step)
+        write(folder, step, warn=True)
+    if interrupted:
         logger.warning("stopped after step %d; the adapter is in %s", step, folder)
         raise KeyboardInterrupt
     return TrainReport(
@@ -237,6 +298,8 @@ def finetune(
         train_loss=journal.last("train_loss"),
         first_val_loss=journal.first("val_loss"),
         val_loss=journal.last("val_loss"),
+        best_step=best.step,
+        steps_skipped=guard.empty + guard.not_finite,
         trained_tokens=meter.trained_tokens,
         seconds=meter.seconds,
         peak_memory_bytes=mx.get_peak_memory(),
@@ -244,6 +307,13 @@ def finetune(
         rows_skipped=counts.skipped,
         history=tuple(journal.history),
     )
+
+
+def agree(wish: bool, group: mx.distributed.Group) -> bool:
+    """Whether any process of the group wishes it, so that all do the same."""
+    if group.size() == 1:
+        return wish
+    return bool(mx.distributed.all_max(mx.array(int(wish)), group=group).item())
 
 
 def is_due(every: int, before: int, step: int) -> bool:

@@ -88,6 +88,8 @@ def describe_training(config: TrainConfig) -> dict[str, Any]:
         "lr_schedule",
         "batch_size",
         "grad_accumulation_steps",
+        "max_grad_norm",
+        "lora_plus_ratio",
         "iters",
         "max_seq_length",
         "packing",

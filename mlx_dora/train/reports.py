@@ -1,10 +1,13 @@
 """What a training tells: after some steps, and at its end."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from mlx_dora.errors import DoRAError
 
 LOG_NAME = "log.jsonl"
 
@@ -22,6 +25,8 @@ class StepReport:
         tokens_per_second: Target tokens, padding and prompts apart, over the time
             spent on steps.
         steps_per_second: Batches over the same time.
+        skipped_steps: Steps so far whose loss or gradient was not finite, or that had
+            no target; None if there were none. They changed nothing.
         trained_tokens: Target tokens so far.
         seconds: Since the training began.
         peak_memory_bytes: Most memory MLX held so far.
@@ -40,6 +45,7 @@ class StepReport:
     learning_rate: float | None = None
     tokens_per_second: float | None = None
     steps_per_second: float | None = None
+    skipped_steps: int | None = None
     trained_tokens: int
     seconds: float
     peak_memory_bytes: int
@@ -69,6 +75,8 @@ class TrainReport:
         train_loss: Of the last report.
         first_val_loss: Before the first step; None without validation.
         val_loss: After the last step.
+        best_step: Where the validation loss was least; None without validation.
+        steps_skipped: Steps that changed nothing, see `StepReport`.
         trained_tokens: Target tokens.
         seconds: Whole duration, validations included.
         peak_memory_bytes: Most memory MLX held.
@@ -84,6 +92,8 @@ class TrainReport:
     train_loss: float | None
     first_val_loss: float | None = None
     val_loss: float | None = None
+    best_step: int | None = None
+    steps_skipped: int = 0
     trained_tokens: int
     seconds: float
     peak_memory_bytes: int
@@ -97,26 +107,66 @@ class Journal:
 
     Args:
         folder: Where ``log.jsonl`` goes; folder and file are made at the first report,
-            and a log of an earlier training is replaced then.
+            and a log of an earlier training is replaced then. None writes nothing.
         listeners: Called with each report, in this order.
     """
 
     def __init__(
-        self, folder: Path, listeners: Sequence[Callable[[StepReport], None]]
+        self, folder: Path | None, listeners: Sequence[Callable[[StepReport], None]]
     ) -> None:
         self.history: list[StepReport] = []
-        self._folder = folder
+        self._path = None if folder is None else folder / LOG_NAME
         self._listeners = listeners
 
     def add(self, report: StepReport) -> None:
         """Take one report."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        mode = "a" if self.history else "w"
-        with (self._folder / LOG_NAME).open(mode, encoding="utf-8") as file:
-            file.write(json.dumps(report.to_dict()) + "\n")
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            mode = "a" if self.history else "w"
+            with self._path.open(mode, encoding="utf-8") as file:
+                file.write(json.dumps(report.to_dict()) + "\n")
         self.history.append(report)
         for listener in self._listeners:
             listener(report)
+
+    def position(self) -> int:
+        """Length of the log in bytes; all of it is on the disk afterwards."""
+        if self._path is None or not self.history:
+            return 0
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+
+    def restore(self, folder: Path, position: int) -> None:
+        """Go on after the log's first `position` bytes; the rest is cut off.
+
+        Args:
+            folder: Of the log, read by every process.
+            position: From `position` of the run that is continued.
+
+        Raises:
+            DoRAError: If the log is shorter, or holds something else.
+        """
+        path = folder / LOG_NAME
+        content = path.read_bytes()[:position] if path.exists() else b""
+        if len(content) < position:
+            raise DoRAError(
+                f"{path} has {len(content)} bytes, the checkpoint was written after "
+                f"{position}: put the log back, or train anew with --overwrite."
+            )
+        self.history = [
+            StepReport(**json.loads(line)) for line in content.decode().splitlines()
+        ]
+        if self._path is not None and position:
+            os.truncate(path, position)
+
+    def has(self, name: str, step: int) -> bool:
+        """Whether a field was reported at this very step."""
+        return any(
+            getattr(report, name) is not None
+            for report in self.history
+            if report.step == step
+        )
 
     def first(self, name: str) -> float | None:
         """The first value of a field of the reports; None if there is none."""

@@ -13,11 +13,11 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.surgery import apply_layers, dora_layers
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import read_header
+from mlx_dora.train.checkpoint import WEIGHTS_NAME, has_checkpoints
 from mlx_dora.train.config import FineTuneType, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME = "adapters.safetensors"
 _LISTED = 5
 
 
@@ -107,20 +107,31 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def check_folder(path: Path, config: TrainConfig) -> None:
     """Refuse a folder that cannot take the adapter, or would lose one unasked.
 
-    Going on from the folder's own weights counts as asking.
+    Going on from the folder's own weights or checkpoints counts as asking.
 
     Raises:
-        DoRAError: If `path` is a file, or holds an adapter and is not to be replaced.
+        DoRAError: If `path` is a file, or holds an adapter or checkpoints and they are
+            not to be replaced, or an adapter without checkpoints is to be resumed.
     """
     if path.exists() and not path.is_dir():
         raise DoRAError(f"adapter_path {path} is a file, not a folder.")
     weights = path / WEIGHTS_NAME
-    if not weights.exists() or config.overwrite:
+    resumable = has_checkpoints(path)
+    if config.overwrite or (config.resume and resumable):
         return
-    resumed = Path(config.resume_adapter_file or "").expanduser().resolve()
-    if resumed not in (weights.resolve(), path.resolve()):
+    if config.resume and weights.exists():
         raise DoRAError(
-            f"{path} holds an adapter already; choose another adapter_path, or set "
+            f"{path} holds an adapter but no checkpoint to resume from; to start from "
+            "its weights alone, name it as resume_adapter_file."
+        )
+    resumed = Path(config.resume_adapter_file or "").expanduser().resolve()
+    if resumed in (weights.resolve(), path.resolve()):
+        return
+    if resumable or weights.exists():
+        what = "an adapter" if weights.exists() else "checkpoints of a training"
+        ways = "resume it (--resume), choose" if resumable else "choose"
+        raise DoRAError(
+            f"{path} holds {what} already; {ways} another adapter_path, or set "
             "overwrite (--overwrite) to replace it."
         )
 

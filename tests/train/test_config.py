@@ -6,7 +6,20 @@ import pytest
 from mlx_dora.errors import DoRAError
 from mlx_dora.train import TrainConfig
 
-OURS = {"overwrite", "hf_dataset", "epochs", "packing", "all_turns"}
+OURS = {
+    "overwrite",
+    "hf_dataset",
+    "epochs",
+    "packing",
+    "all_turns",
+    "resume",
+    "force",
+    "keep_last",
+    "early_stop",
+    "max_grad_norm",
+    "max_bad_steps",
+    "lora_plus_ratio",
+}
 FEATURES = {"prompt_feature", "completion_feature", "chat_feature", "text_feature"}
 # The adapter's own settings are DoRAConfig's.
 ELSEWHERE = {"num_layers", "lora_parameters", "config"}

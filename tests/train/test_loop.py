@@ -123,11 +123,11 @@ def test_held_norms_train_as_recomputed_ones(
 ) -> None:
     import contextlib
 
-    from mlx_dora.train import loop
+    from mlx_dora.train import update
 
     settings = {"iters": 6, "grad_accumulation_steps": 2, "grad_checkpoint": checkpoint}
     _, held = run("held", **settings)
-    monkeypatch.setattr(loop, "held_norms", lambda model: contextlib.nullcontext())
+    monkeypatch.setattr(update, "held_norms", lambda model: contextlib.nullcontext())
     _, computed = run("computed", **settings)
     expected = tensors(computed.adapter_path)
     for name, value in tensors(held.adapter_path).items():
@@ -232,6 +232,7 @@ def test_adapter_is_saved_on_the_way(run: Run, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapters.safetensors",
+        "checkpoints",
         "log.jsonl",
     ]
 
@@ -310,27 +311,6 @@ def test_ctrl_c_finishes_the_step_and_saves(run: Run, tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) == before
     assert config(tmp_path / "adapter")["mlx_dora"]["training"]["steps"] in (3, 4)
     assert log(tmp_path / "adapter")[-1]["step"] in (3, 4)
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_adapter(
-    run: Run, tmp_path: Path
-) -> None:
-    calls = []
-
-    def loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> Any:
-        calls.append(batch.shape)
-        value, tokens = loss_fn(model, batch, lengths)
-        return value * (mx.nan if batch.shape[0] == 1 else 1.0), tokens
-
-    def batches(*_: Any, **__: Any) -> Iterator[Any]:
-        for size in (2, 2, 2, 1, 2, 2):
-            yield pad_batch(EXAMPLES[:size], 2048)
-
-    with pytest.raises(DoRAError, match="the loss became nan by step 4"):
-        run(iters=6, save_every=2, options={"loss": loss, "batches": batches})
-    saved = tensors(tmp_path / "adapter")
-    assert all(mx.all(mx.isfinite(value)).item() for value in saved.values())
-    assert config(tmp_path / "adapter")["mlx_dora"]["training"]["steps"] == 2
 
 
 BAD_STARTS: dict[str, tuple[dict[str, Any], str]] = {

@@ -1,0 +1,170 @@
+"""Checkpoints of a training: folders that are complete or absent.
+
+``<adapter>/checkpoints/<step>/`` holds the trained weights, the optimizer's state and
+``state.json``, which names the SHA-256 of both files: a damaged one is noticed.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
+
+logger = logging.getLogger(__name__)
+
+FOLDER_NAME = "checkpoints"
+STATE_NAME = "state.json"
+WEIGHTS_NAME = "adapters.safetensors"
+OPTIMIZER_NAME = "optimizer.safetensors"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a training stands, its arrays apart.
+
+    Args:
+        step: Batches done. With the seed it gives the place in the data and all that
+            is drawn at random in later steps.
+        log_bytes: Length of ``log.jsonl``.
+        meter: Sums since the last report and totals, see `Meter.state`.
+        guard: Steps that were passed over, see `Guard.state`.
+        best: The best validation so far, see `Best.state`.
+        settings: All that must stay the same for the run to go on as it was.
+    """
+
+    step: int
+    log_bytes: int
+    meter: dict[str, Any]
+    guard: dict[str, Any]
+    best: dict[str, Any]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that has been read and found whole.
+
+    Args:
+        path: Its folder.
+        state: Where the training stood.
+        weights: The trained tensors by name.
+        optimizer: The optimizer's state, flattened, by name.
+    """
+
+    path: Path
+    state: TrainState
+    weights: dict[str, mx.array]
+    optimizer: dict[str, mx.array]
+
+
+def write_checkpoint(
+    folder: Path,
+    state: TrainState,
+    weights: Mapping[str, mx.array],
+    optimizer: Mapping[str, mx.array],
+    *,
+    keep: int,
+) -> None:
+    """Write ``<folder>/checkpoints/<step>/``, then delete all but the last `keep`.
+
+    Raises:
+        OSError: If the disk is full or not to be written to; the checkpoints that were
+            there stay.
+    """
+    target = folder / FOLDER_NAME / str(state.step)
+    with atomic_directory(target, overwrite=True) as work:
+        digests = {}
+        for name, tensors in ((WEIGHTS_NAME, weights), (OPTIMIZER_NAME, optimizer)):
+            write_tensors(work / name, tensors)
+            digests[name] = _digest(work / name)
+        content = {"version": _VERSION, **asdict(state), "sha256": digests}
+        write_text(work / STATE_NAME, json.dumps(content, indent=1) + "\n")
+    for path in _folders(folder)[keep:]:
+        if path != target:
+            shutil.rmtree(path)
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a folder holds any checkpoint, whole or not."""
+    return bool(_folders(folder))
+
+
+def newest_checkpoint(folder: Path, *, multiple_of: int) -> Checkpoint | None:
+    """Read the newest whole checkpoint; a damaged one is named and passed over.
+
+    Args:
+        folder: The adapter's folder.
+        multiple_of: Pass over those whose step is none of this: there an update was
+            made of fewer batches because the run ended, which a longer one does not do.
+    """
+    for path in _folders(folder):
+        try:
+            found = _read(path)
+        except (OSError, ValueError) as error:
+            logger.warning("checkpoint %s is damaged (%s); passed over", path, error)
+            continue
+        if found.state.step % multiple_of == 0:
+            return found
+        logger.info("checkpoint %s ends inside an update; passed over", path)
+    return None
+
+
+def discard_checkpoints(folder: Path) -> None:
+    """Delete all checkpoints: another training begins in the folder."""
+    for path in _folders(folder):
+        shutil.rmtree(path)
+
+
+def discard_fragments(folder: Path) -> None:
+    """Delete what a process that was killed while writing has left behind."""
+    place = folder / FOLDER_NAME
+    for path in place.glob(".*") if place.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+    for path in folder.glob(".*.partial*"):
+        path.unlink()
+
+
+def _folders(folder: Path) -> list[Path]:
+    place = folder / FOLDER_NAME
+    found = [p for p in place.iterdir() if p.name.isdigit()] if place.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def _read(path: Path) -> Checkpoint:
+    content = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
+    if content.get("version") != _VERSION:
+        raise DoRAError(
+            f"{path / STATE_NAME} is of version {content.get('version')}; this "
+            f"mlx_dora reads version {_VERSION}."
+        )
+    digests = content.get("sha256", {})
+    tensors = {}
+    for name in (WEIGHTS_NAME, OPTIMIZER_NAME):
+        if _digest(path / name) != digests.get(name):
+            raise DoRAError(f"{name} is not the file that was written")
+        tensors[name] = mx.load(str(path / name))
+    names = [field.name for field in fields(TrainState)]
+    lacking = [name for name in names if name not in content]
+    if lacking:
+        raise DoRAError(f"{STATE_NAME} lacks {', '.join(lacking)}")
+    return Checkpoint(
+        path=path,
+        state=TrainState(**{name: content[name] for name in names}),
+        weights=tensors[WEIGHTS_NAME],
+        optimizer=tensors[OPTIMIZER_NAME],
+    )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,153 @@
+"""One update of the weights: gradients of a few batches, from every process."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+
+from mlx_dora.evaluate.batches import Batch
+from mlx_dora.evaluate.loss import Loss
+from mlx_dora.layers import held_norms
+
+B_NAME = "lora_b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """Gradients of one update, summed over the batches and processes; evaluated.
+
+    Args:
+        total: Of the sum of the losses, a float32 tree; of their mean if `scale` is 1.
+        scale: What `total` is to be divided by.
+        loss: Sum of the losses.
+        tokens: Number of targets.
+        norm: Of the mean gradient, over all parameters.
+    """
+
+    total: Any
+    scale: mx.array
+    loss: float
+    tokens: int
+    norm: float
+
+
+class Stepper:
+    """Computes gradients and applies them.
+
+    Args:
+        model: In train mode whenever this is used; its trainable parameters learn.
+        optimizer: Initialised for the model, or restored.
+        loss: Mean loss of a batch and its number of targets.
+        group: The processes that share each batch.
+        max_grad_norm: Longer mean gradients are cut to this length; None for never.
+        lora_plus_ratio: How many times the learning rate B takes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        loss: Loss,
+        *,
+        group: mx.distributed.Group,
+        max_grad_norm: float | None = None,
+        lora_plus_ratio: float = 1.0,
+    ) -> None:
+        self._model = model
+        self._group = group
+        self._optimizer = optimizer
+        value_and_grad = nn.value_and_grad(model, loss)
+        forward = [model.state, mx.random.state]
+        changed = [model.state, optimizer.state]
+
+        @partial(mx.compile, inputs=forward, outputs=forward)
+        def differentiate(batch: mx.array, lengths: mx.array) -> tuple[Any, ...]:
+            (value, tokens), gradient = value_and_grad(model, batch, lengths)
+            return _weighed(value, tokens), tokens, gradient
+
+        @mx.compile
+        def measure(total: Any, scale: mx.array) -> mx.array:
+            squares = mx.array(0.0)
+            for one in dict(tree_flatten(total)).values():
+                squares = squares + mx.square(one.astype(mx.float32)).sum()
+            return mx.sqrt(squares) / scale
+
+        @partial(mx.compile, inputs=changed, outputs=changed)
+        def apply(total: Any, scale: mx.array) -> None:
+            before = model.trainable_parameters()
+            mean = tree_map(lambda g, w: (g / scale).astype(w.dtype), total, before)
+            optimizer.update(model, mean)
+            if lora_plus_ratio != 1:
+                after = model.trainable_parameters()
+                model.update(tree_map_with_path(_stretch, before, after))
+
+        def _stretch(name: str, old: mx.array, new: mx.array) -> mx.array:
+            # Every optimizer's change is proportional to its learning rate.
+            is_b = name.rpartition(".")[2] == B_NAME
+            return old + lora_plus_ratio * (new - old) if is_b else new
+
+        self._differentiate = differentiate
+        self._measure = measure
+        self._apply = apply
+        self._limit = max_grad_norm
+
+    def gradient(
+        self, window: Sequence[Batch], tell: Callable[[], None] | None = None
+    ) -> Gradient:
+        """Gradient of the mean loss over the targets of `window`, on all processes."""
+        loss, count, total = mx.array(0.0), mx.array(0), None
+        weigh = len(window) > 1 or self._group.size() > 1
+        with held_norms(self._model):  # they stay the same until the weights change
+            for batch, lengths in window:
+                value, tokens, gradient = self._differentiate(batch, lengths)
+                loss, count = loss + value, count + tokens
+                if weigh:
+                    new = tree_map(lambda g, n=tokens: _weighed(g, n), gradient)
+                    total = new if total is None else tree_map(mx.add, total, new)
+                    mx.eval(total, loss, count)
+                else:
+                    total = gradient
+                mx.eval(mx.random.state)
+        if self._group.size() > 1:
+            total = nn.average_gradients(total, self._group)
+            total = tree_map(lambda g: g * self._group.size(), total)
+            loss = mx.distributed.all_sum(loss, group=self._group)
+            count = mx.distributed.all_sum(count, group=self._group)
+        scale = mx.maximum(count, 1).astype(mx.float32) if weigh else mx.array(1.0)
+        norm = self._measure(total, scale)
+        mx.eval(total, scale, loss, count, norm)
+        return Gradient(
+            total=total,
+            scale=scale,
+            loss=float(loss),
+            tokens=int(count),
+            norm=float(norm),
+        )
+
+    def apply(self, gradient: Gradient) -> None:
+        """Let the optimizer change the weights, once."""
+        scale = gradient.scale
+        if self._limit is not None and gradient.norm > self._limit:
+            scale = scale * (gradient.norm / self._limit)
+        self._apply(gradient.total, scale)
+        mx.eval(self._model.state, self._optimizer.state)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make what a step draws a function of these three alone.
+
+    So a run that was stopped draws the same when it goes on, and each process its own.
+    """
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    mx.random.seed(int(state[0]))
+
+
+def _weighed(mean: mx.array, tokens: mx.array) -> mx.array:
+    # A batch without a target has a mean of 0 / 0 with mlx-lm's loss.
+    return mx.where(tokens > 0, mean.astype(mx.float32) * tokens, 0.0)
