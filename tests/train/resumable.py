@@ -54,8 +54,8 @@ def kill_at(moment: str, count: int) -> None:
     owner, name, after = {
         "weights written": (checkpoint, "write_tensors", True),
         "before state": (checkpoint, "write_text", False),
-        "before rename": (atomic, "_put_in_place", False),
-        "after rename": (atomic, "_put_in_place", True),
+        "before rename": (atomic, "put_in_place", False),
+        "after rename": (atomic, "put_in_place", True),
         "before prune": (checkpoint, "_folders", False),
     }[moment]
     setattr(owner, name, dying(getattr(owner, name), after=after))
