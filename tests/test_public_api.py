@@ -28,7 +28,13 @@ NAMES = {
         "use_in_mlx_lm",
     ],
     "mlx_dora.merge": ["merge_adapters", "merge_models"],
-    "mlx_dora.train": ["StepReport", "TrainConfig", "TrainReport", "finetune"],
+    "mlx_dora.train": [
+        "StepReport",
+        "TrainConfig",
+        "TrainReport",
+        "finetune",
+        "plan_memory",
+    ],
     "mlx_dora.kernels": [
         "QuantizedWeight",
         "adapted_norm",
@@ -124,6 +130,7 @@ SIGNATURES = {
         "loss=",
         "batches=",
     ],
+    "mlx_dora.train.plan_memory": ["train", "dora", "*", "limit="],
 }
 
 PACKAGES = ("kernels", "train", "adapters", "peft", "merge")

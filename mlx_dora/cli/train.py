@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,13 +14,21 @@ from mlx_dora.cli._progress import TrainDisplay, duration, size
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.reports import TrainReport
 
+if TYPE_CHECKING:
+    from mlx_dora.train.plan import MemoryPlan
+
 HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
 
 
 @verb("train")
 @config_file_option
 @dataclass_options(train=TrainConfig, dora=DoRAConfig)
-def command(train: TrainConfig, dora: DoRAConfig) -> None:
+@click.option(
+    "--plan",
+    is_flag=True,
+    help="Say how much memory the training would take, and do nothing.",
+)
+def command(train: TrainConfig, dora: DoRAConfig, plan: bool) -> None:
     """Fine-tune a model with DoRA (or LoRA, or in full).
 
     Takes the flags and the YAML files of mlx_lm.lora; training is the default.
@@ -29,11 +38,17 @@ def command(train: TrainConfig, dora: DoRAConfig) -> None:
     adapter_config.json, which mlx-lm loads, log.jsonl, and loss.png if matplotlib is
     installed. Ctrl-C finishes the step, saves, and exits with 130.
     """
-    from mlx_dora.train.job import run_job
-
     if train.model is None:
         click.echo(f"No model given: taking mlx-lm's, {HOST_DEFAULT_MODEL}.", err=True)
         train = replace(train, model=HOST_DEFAULT_MODEL)
+    if plan:
+        from mlx_dora.train.plan import plan_memory
+
+        for line in describe_plan(plan_memory(train, dora)):
+            click.echo(line)
+        return
+    from mlx_dora.train.job import run_job
+
     display = TrainDisplay(train.iters if train.epochs is None else None)
     with display:
         result = run_job(
@@ -73,6 +88,37 @@ def describe_training(report: TrainReport) -> list[str]:
             f"target: {report.rows_skipped}."
         )
     lines.append(f"Adapter: {report.adapter_path}")
+    return lines
+
+
+def describe_plan(plan: "MemoryPlan") -> list[str]:
+    """Lines that tell a plan."""
+    recomputed = ", blocks recomputed" if plan.grad_checkpoint else ""
+    parts = {
+        "weights": plan.weights,
+        "adapter": plan.adapter,
+        "optimizer": plan.optimizer,
+        "gradients": plan.gradients,
+        "activations": plan.activations,
+        "attention scores": plan.scores,
+        "logits": plan.logits,
+    }
+    lines = [
+        f"Calculated for batches of {plan.batch_size} rows of {plan.length} tokens"
+        f"{recomputed}:"
+    ]
+    lines += [f"  {name:<17}{size(count):>10}" for name, count in parts.items()]
+    verdict = "fits into" if plan.fits else "does not fit into"
+    lines.append(
+        f"Peak {size(plan.peak)} (not all of it at once): {verdict} this machine's "
+        f"{size(plan.limit)}."
+    )
+    lines.append(
+        f"Would fit: {plan.batch_size} rows of up to {plan.longest} tokens, or up to "
+        f"{plan.largest_batch} rows of {plan.length}."
+    )
+    if plan.advice:
+        lines.append(f"To make it fit: {' '.join(plan.advice)}")
     return lines
 
 

@@ -63,6 +63,11 @@ def _trunk(model: nn.Module) -> tuple[str, nn.Module] | None:
     return None
 
 
+def chunk_size(vocabulary: int) -> int:
+    """The most tokens whose logits are computed together."""
+    return max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
+
+
 def summed_loss(
     model: nn.Module,
     inputs: mx.array,
@@ -106,7 +111,7 @@ def summed_loss(
         with _in_place_of(model, path, _StandIn(inner, hidden[None])):
             return model(targets[None], **arguments).flatten(0, 1)
 
-    size = max(CHUNK_TOKENS, CHUNK_LOGITS // logits.shape[-1])
+    size = chunk_size(logits.shape[-1])
     chunks = -(-targets.size // size)
     size = -(-targets.size // chunks)  # all alike
     hidden, targets, mask = hidden.flatten(0, 1), targets.flatten(), mask.flatten()

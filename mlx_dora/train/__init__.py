@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlx_dora.train.config import TrainConfig
     from mlx_dora.train.loop import finetune
+    from mlx_dora.train.plan import plan_memory
     from mlx_dora.train.reports import StepReport, TrainReport
 
 _HOME = {
@@ -16,9 +17,10 @@ _HOME = {
     "TrainConfig": "mlx_dora.train.config",
     "TrainReport": "mlx_dora.train.reports",
     "finetune": "mlx_dora.train.loop",
+    "plan_memory": "mlx_dora.train.plan",
 }
 
-__all__ = ["StepReport", "TrainConfig", "TrainReport", "finetune"]
+__all__ = ["StepReport", "TrainConfig", "TrainReport", "finetune", "plan_memory"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,12 @@
 """Gradient checkpointing of a model's blocks, for a while."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_dora.errors import DoRAError
 
@@ -89,6 +90,45 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
             return plain(block, *args, **kwargs)
 
         parameters = block.trainable_parameters()
-        return mx.checkpoint(inner)(parameters, keys, *args, **kwargs)
+        return recomputed(inner, parameters, keys, *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function that is computed anew in the backward pass, when its turn comes.
+
+    `mx.checkpoint` lets the second computation begin as soon as the first has ended:
+    MLX then works on many blocks at a time, and keeps what they make. Here it waits for
+    the gradient that it serves.
+
+    Args:
+        function: Returns an array. No gradient goes to what it does not get as a
+            floating-point array among its arguments.
+        args: Trees of arrays and anything else.
+        kwargs: The same.
+    """
+    flat = cast(list[tuple[str, Any]], tree_flatten([list(args), kwargs]))
+    places = [
+        place
+        for place, (_, value) in enumerate(flat)
+        if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+    ]
+
+    def of_arrays(*arrays: mx.array) -> mx.array:
+        values = list(flat)
+        for place, array in zip(places, arrays, strict=True):
+            values[place] = (flat[place][0], array)
+        new_args, new_kwargs = tree_unflatten(values)
+        return function(*new_args, **new_kwargs)
+
+    forward = mx.custom_function(of_arrays)
+
+    @forward.vjp
+    def _(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
+        primals = mx.depends(list(primals), [cotangent])
+        _, gradients = mx.vjp(of_arrays, primals, [cotangent])
+        # None goes on before all are there: they hold on to what was recomputed.
+        return tuple(mx.depends(gradients, gradients))
+
+    return forward(*(flat[place][1] for place in places))

@@ -116,6 +116,29 @@ def test_it_costs_less_memory(make_tiny_model: Callable[..., nn.Module]) -> None
         assert peak() < 0.6 * plain
 
 
+def test_a_block_more_costs_its_input_alone(
+    make_tiny_model: Callable[..., nn.Module], run: Callable[..., Any]
+) -> None:
+    rows, length = 8, 65
+
+    def peak(blocks: int) -> int:
+        model = make_tiny_model(num_hidden_layers=blocks, hidden_size=64)
+        _, report = run(
+            f"{blocks}",
+            model=model,
+            data=[([1 + i % 60 for i in range(length)], 0)] * rows,
+            batch_size=rows,
+            iters=2,
+            grad_checkpoint=True,
+        )
+        held = sum(value.nbytes for _, value in tree_flatten(model.parameters()))  # pyright: ignore[reportAttributeAccessIssue] - arrays
+        # With the two moments and the gradient of what is trained.
+        return report.peak_memory_bytes - held - 12 * report.trainable_parameters
+
+    stream = rows * (length - 1) * 64 * 4
+    assert peak(20) - peak(4) < 3 * 16 * stream  # with `mx.checkpoint` over 6
+
+
 def test_a_model_without_blocks_is_refused() -> None:
     with (
         pytest.raises(DoRAError, match="Linear has none"),

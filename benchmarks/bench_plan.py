@@ -1,0 +1,101 @@
+"""Predicted against measured peak memory of training, on the demo model.
+
+Each setting is planned from the model's headers and then trained for two steps on rows
+of the full length. One JSON line a setting goes to stdout, a table to stderr; exit 1 if
+a prediction is more than 15 % off (not with --smoke, whose model is too small to plan).
+"""
+
+import gc
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import _harness as bench  # before mlx
+import click
+import mlx.core as mx
+from _machine import describe_machine
+
+from mlx_dora import DoRAConfig, load
+from mlx_dora.demo.model import demo_model
+from mlx_dora.train import TrainConfig, finetune, plan_memory
+
+BOUND = 0.15
+# Tokens a row, rows, rank, blocks, gradient checkpointing, 4-bit base, kind.
+SETTINGS: list[tuple[int, int, int, int, bool, bool, str]] = [
+    (128, 4, 8, -1, False, False, "dora"),
+    (128, 4, 8, -1, True, False, "dora"),
+    (128, 4, 64, -1, False, False, "dora"),
+    (256, 4, 8, 16, False, False, "dora"),
+    (512, 1, 8, -1, False, False, "dora"),
+    (512, 2, 8, -1, True, False, "dora"),
+    (1024, 1, 8, 8, False, False, "dora"),
+    (1024, 1, 8, 16, True, False, "dora"),
+    (64, 2, 8, 4, False, False, "dora"),
+    (128, 4, 8, -1, False, True, "dora"),
+    (256, 2, 64, 16, True, True, "dora"),
+    (128, 4, 8, -1, False, False, "lora"),
+]
+SMOKE = [(32, 2, 4, 1, False, False, "dora"), (32, 2, 4, 1, True, False, "lora")]
+
+
+def compare(model: Path, setting: tuple[Any, ...]) -> dict[str, Any]:
+    """Plan and train one setting."""
+    length, rows, rank, num_layers, checkpoint, _, kind = setting
+    train = TrainConfig(
+        model=str(model),
+        iters=2,
+        batch_size=rows,
+        max_seq_length=length + 1,
+        grad_checkpoint=checkpoint,
+        fine_tune_type=kind,
+    )
+    dora = DoRAConfig(rank=rank, num_layers=num_layers)
+    plan = plan_memory(train, dora)
+    base, _ = load(str(model))
+    data = [([1 + i % 200 for i in range(length + 1)], 0)] * rows
+    with tempfile.TemporaryDirectory() as folder:
+        report = finetune(
+            base, None, data, None, train=train, dora=dora, adapter_path=f"{folder}/a"
+        )
+    measured = report.peak_memory_bytes
+    return {
+        "weights": plan.weights,
+        "predicted": plan.peak,
+        "measured": measured,
+        "off": round(plan.peak / measured - 1, 4),
+    }
+
+
+@click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)
+@bench.options
+@click.option("--model", "folder", type=click.Path(path_type=Path, exists=True))
+@click.option("--only", type=int, multiple=True, help="Settings to run, from 0.")
+def main(settings: bench.Settings, folder: Path | None, only: tuple[int, ...]) -> None:
+    names = ("tokens", "rows", "rank", "num_layers", "grad_checkpoint", "4-bit", "type")
+    worst = 0.0
+    chosen = SMOKE if settings.smoke else SETTINGS
+    for setting in [chosen[number] for number in only] or chosen:
+        gc.collect()
+        mx.clear_cache()
+        model = folder or demo_model(dtype="q4" if setting[5] else "float32")
+        found = compare(model, setting)
+        facts = dict(zip(names, setting, strict=True))
+        worst = max(worst, abs(found["off"]))
+        line = json.dumps({"case": "plan", **facts, **found, **describe_machine()})
+        click.echo(line)
+        if settings.json_file:
+            with settings.json_file.open("a") as file:
+                file.write(line + "\n")
+        shown = " ".join(f"{value!s:>6}" for value in setting)
+        click.echo(
+            f"{shown}  predicted {found['predicted'] / 1e6:6.0f} MB  measured "
+            f"{found['measured'] / 1e6:6.0f} MB  {found['off']:+.1%}",
+            err=True,
+        )
+    if worst > BOUND and not settings.smoke:
+        raise click.ClickException(f"a prediction is {worst:.1%} off")
+
+
+if __name__ == "__main__":
+    main()
