@@ -92,4 +92,6 @@ def _memory_rows(memory: Memory) -> list[tuple[str, str]]:
         rows.append(("largest array", gib(memory.largest_buffer_bytes)))
     if memory.wired_limit_mb is not None:
         rows.append(("wired limit", f"{memory.wired_limit_mb} MB (0: the default)"))
+    if memory.sleep_minutes is not None:
+        rows.append(("sleep", f"after {memory.sleep_minutes} minutes (0: never)"))
     return rows

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -35,6 +36,7 @@ class Memory:
     largest_buffer_bytes: int | None
     mlx_limit_bytes: int
     wired_limit_mb: int | None
+    sleep_minutes: int | None = None
 
 
 def describe_machine() -> Machine:
@@ -78,6 +80,7 @@ def describe_memory() -> Memory:
         largest_buffer_bytes=size("max_buffer_length"),
         mlx_limit_bytes=mx.get_memory_limit(),
         wired_limit_mb=_wired_limit_mb(),
+        sleep_minutes=_sleep_minutes(),
     )
 
 
@@ -90,15 +93,21 @@ def _system_memory() -> int | None:
 
 def _wired_limit_mb() -> int | None:
     """What macOS lets the GPU wire down; 0 is the system's default."""
-    if sys.platform != "darwin":
-        return None
-    told = subprocess.run(
-        ["/usr/sbin/sysctl", "-n", "iogpu.wired_limit_mb"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    told = _ask_mac("/usr/sbin/sysctl", "-n", "iogpu.wired_limit_mb")
     return int(told) if told.isdigit() else None
+
+
+def _sleep_minutes() -> int | None:
+    """After how many idle minutes macOS sleeps, on the present power; 0 is never."""
+    found = re.search(r"^\s*sleep\s+(\d+)", _ask_mac("/usr/bin/pmset", "-g"), re.M)
+    return int(found[1]) if found else None
+
+
+def _ask_mac(*command: str) -> str:
+    if sys.platform != "darwin":
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def installed_version(distribution: str) -> str | None:

@@ -54,6 +54,20 @@ def find_traps(
                 "Models near the recommended working set run slowly unless the wired "
                 "limit is raised: sudo sysctl iogpu.wired_limit_mb=N (N in MB)."
             )
+        if memory.sleep_minutes != 0:
+            after = f" after {memory.sleep_minutes} idle minutes"
+            traps.append(
+                f"This Mac sleeps{after if memory.sleep_minutes else ' when idle'}, "
+                "and a training with it: start it as caffeinate -i mlx_dora.train ... "
+                "(a closed lid sleeps all the same without a display)."
+            )
+    if machine.is_gpu:
+        traps.append(
+            "MLX keeps freed buffers to use them again, up to its memory limit, and "
+            "other programs lack them. Training gives them back after every step "
+            "(--clear-cache-threshold 2GB keeps that much, for speed); elsewhere "
+            "mx.set_cache_limit bounds them."
+        )
     traps.append(
         "Stock mlx-lm cannot load DoRA on 3-, 5- and 6-bit bases or on quantised "
         "embeddings, and fusing into 4 bits with it loses most of the update; "

@@ -1,5 +1,8 @@
 import dataclasses
 
+import pytest
+
+from mlx_dora.doctor import machine as machine_module
 from mlx_dora.doctor.checks import LayerCheck
 from mlx_dora.doctor.machine import Machine, Memory
 from mlx_dora.doctor.traps import find_traps
@@ -46,4 +49,25 @@ def test_mac_traps_are_for_macs() -> None:
     told = " ".join(find_traps(mac, memory, MISSING, gflops=2.0, layers=[]))
     assert "AGX_RELAX_CDM_CTXSTORE_TIMEOUT" in told
     assert "iogpu.wired_limit_mb" in told
+    assert "--clear-cache-threshold" in told
+    assert "This Mac sleeps when idle" in told
     assert "LD_PRELOAD" not in told
+
+
+def test_a_mac_that_never_sleeps_needs_no_caffeine() -> None:
+    mac = dataclasses.replace(LINUX, is_mac=True, is_gpu=True)
+
+    def told(minutes: int) -> str:
+        memory = dataclasses.replace(MEMORY, sleep_minutes=minutes)
+        return " ".join(find_traps(mac, memory, MISSING, gflops=2.0, layers=[]))
+
+    assert "caffeinate" not in told(0)
+    assert "sleeps after 10 idle minutes" in told(10)
+
+
+def test_the_sleep_setting_is_read_from_pmset(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " standby              1\n sleep                10 (sleep prevented by x)\n"
+    monkeypatch.setattr(machine_module, "_ask_mac", lambda *command: text)
+    assert machine_module._sleep_minutes() == 10
+    monkeypatch.setattr(machine_module, "_ask_mac", lambda *command: "")
+    assert machine_module._sleep_minutes() is None

@@ -1,0 +1,176 @@
+"""Padding waste of the batches, ours beside mlx-lm's, and what packing gains.
+
+``padding`` counts how much of one epoch of a folder of data is padding; mlx-lm's
+batches are those of its own trainer. ``packing`` times real tokens a second of training
+on short examples, packed and not, after checking that the loss is the same.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import _harness as bench  # before mlx
+import click
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from _machine import describe_machine
+
+from mlx_dora import DoRAConfig, apply_dora, load
+from mlx_dora.demo.data import write_demo_data
+from mlx_dora.demo.model import demo_model
+from mlx_dora.evaluate.batches import Batch
+from mlx_dora.evaluate.config import DataConfig
+from mlx_dora.evaluate.data import load_datasets
+from mlx_dora.evaluate.loss import loss_fn
+from mlx_dora.evaluate.schedule import Schedule
+
+SHORT = (6, 40)  # tokens of an example in the packing case
+
+
+def waste(batches: Iterator[Any], real: int) -> float:
+    """Share of the batches' input tokens that is padding."""
+    return 1 - real / sum(tokens[:, 1:].size for tokens, _ in batches)
+
+
+def padding(data: str, model: Path, batch_size: int, longest: int) -> dict[str, Any]:
+    """Waste of one epoch; rows that mlx-lm leaves out are left out of its count."""
+    from mlx_lm.tuner.datasets import CacheDataset
+    from mlx_lm.tuner.trainer import iterate_batches
+
+    _, tokenizer = load(str(model))
+    rows = load_datasets(DataConfig(data=data), tokenizer, ("train",))["train"]
+    assert rows is not None
+    lengths = [min(len(rows[i][0]), longest) for i in range(len(rows))]
+    schedule = Schedule(rows, batch_size, longest)
+    epoch = schedule.length(1)
+    ours = schedule.batches()
+    packed = Schedule(rows, batch_size, longest, packing=True)
+    real = sum(lengths) - len(lengths)
+
+    class Plain:  # what mlx-lm's cache asks of a data set
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, index: int) -> Any:
+            return rows[index]
+
+        def process(self, row: Any) -> Any:
+            return row
+
+    theirs = list(iterate_batches(CacheDataset(Plain()), batch_size, longest))
+    theirs_real = sum(int((np.array(found)[:, 1] - 1).sum()) for _, found in theirs)
+    rest = packed.batches()
+    return {
+        "rows": len(rows),
+        "median_tokens": int(np.median(lengths)),
+        "longest_tokens": max(lengths),
+        "waste": round(waste((next(ours) for _ in range(epoch)), real), 4),
+        "waste_packed": round(
+            waste((next(rest) for _ in range(packed.length(1))), real), 4
+        ),
+        "waste_mlx_lm": round(waste(iter(theirs), theirs_real), 4),
+        "widths": len({next(schedule.batches(i))[0].shape[1] for i in range(epoch)}),
+    }
+
+
+def training(model: nn.Module, batches: list[Batch]) -> Callable[[], Any]:
+    """Gradients of all batches, one after the other, as the loop computes them."""
+    state = [model.state]
+    compute = nn.value_and_grad(model, loss_fn)
+    step = mx.compile(lambda *b: compute(model, *b), inputs=state, outputs=state)
+
+    def run() -> Any:
+        total, count = mx.array(0.0), mx.array(0)
+        for batch in batches:
+            (value, tokens), gradient = step(*batch)
+            total, count = total + value * tokens, count + tokens
+            mx.eval(total, count, gradient)
+        return total / count
+
+    return run
+
+
+def packing_case(smoke: bool, folder: Path | None, blocks: int, length: int) -> Any:
+    """The same examples unpacked in batches of 4 and packed, DoRA of rank 8."""
+    model, _ = load(str(folder or demo_model()))
+    apply_dora(model, DoRAConfig(rank=8, num_layers=blocks))
+    model.train()
+    random = np.random.default_rng(0)
+    sizes = random.integers(*SHORT, size=16 if smoke else 64)
+    rows = [(random.integers(1, 200, size=n).tolist(), 0) for n in sizes.tolist()]
+    runs, tokens = {}, {}
+    for name, packing in (("unpacked", False), ("packed", True)):
+        schedule = Schedule(rows, 4, length, packing=packing)
+        count = schedule.length(1)
+        batches = list(islice(schedule.batches(), count))
+        mx.eval(batches)
+        runs[name] = training(model, batches)
+        tokens[name] = count
+    real = int(sizes.sum() - len(sizes))
+    return real, bench.Case(
+        name="packing",
+        dtype="float32",
+        contenders=[
+            bench.Contender(name="unpacked", run=runs["unpacked"]),
+            bench.Contender(
+                name="packed", run=runs["packed"], expected=runs["unpacked"], bound=1e-5
+            ),
+        ],
+        baseline="unpacked",
+        facts={
+            "examples": len(sizes),
+            "target_tokens": real,
+            "max_seq_length": length,
+            "batches_unpacked": tokens["unpacked"],
+            "batches_packed": tokens["packed"],
+        },
+    )
+
+
+@click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)
+@bench.options
+@click.option("--only", type=click.Choice(["padding", "packing"]))
+@click.option("--data", help="Folder with train.jsonl, for padding (the demo's).")
+@click.option("--model", "folder", type=click.Path(path_type=Path, exists=True))
+@click.option("--batch-size", default=4)
+@click.option("--max-seq-length", "longest", default=2048)
+@click.option("--pack-to", default=256, help="Tokens of a packed row.")
+@click.option("--num-layers", "blocks", default=-1)
+def main(
+    settings: bench.Settings,
+    only: str | None,
+    data: str | None,
+    folder: Path | None,
+    batch_size: int,
+    longest: int,
+    pack_to: int,
+    blocks: int,
+) -> None:
+    if only != "packing":
+        with tempfile.TemporaryDirectory() as made:
+            if data is None:
+                write_demo_data(made)
+            model = folder or demo_model()
+            found = padding(data or made, model, batch_size, longest)
+        name = Path(data).name if data else "demo"
+        facts = {"case": "padding", "data": name, "batch_size": batch_size}
+        line = json.dumps({**facts, **found, **describe_machine()})
+        click.echo(line)
+        if settings.json_file:
+            with settings.json_file.open("a") as file:
+                file.write(line + "\n")
+    if only != "padding":
+        real, case = packing_case(settings.smoke, folder, blocks, pack_to)
+        measured = bench.measure(case, settings)
+        bench.report(measured)
+        for name, timing in measured.timings.items():
+            speed = real / timing.median_ms * 1e3
+            click.echo(f"  {name:24}{speed:11.0f} target tokens/s", err=True)
+
+
+if __name__ == "__main__":
+    main()
