@@ -49,8 +49,11 @@ def fold(
     m: mx.array,
     bias: mx.array | None,
     dtype: mx.Dtype,
+    norm: mx.array | None = None,
 ) -> Folded | None:
     """Compute the cache now, or return None while a function is being traced.
+
+    Where the norm is known, the weight is not read.
 
     Under `mx.compile` and `mx.vmap` the parameters are placeholders without values;
     MLX then refuses to evaluate them, which is how tracing is recognised.
@@ -60,7 +63,9 @@ def fold(
     except ValueError:
         return None
     # Gradients in eval mode go through here too, and the norm is a constant for them.
-    norm = mx.stop_gradient(factored_terms(weight, lora_a, lora_b, scale).norm)
+    if norm is None:
+        norm = factored_terms(weight, lora_a, lora_b, scale).norm
+    norm = mx.stop_gradient(norm)
     gain = row_gain(m, norm)
     up = scale * lora_b.astype(mx.float32)
     down = lora_a.astype(dtype)

@@ -99,6 +99,28 @@ class DoRALayer(nn.Module):
         if type(base) not in self.base_types:
             raise unsupported(base, self.base_types)
 
+    def take(
+        self,
+        lora_a: mx.array,
+        lora_b: mx.array,
+        m: mx.array,
+        scale: float,
+        norm: mx.array,
+    ) -> None:
+        """Put another adapter in, of any rank, whose norms are known.
+
+        In eval mode the base weight is then not read for them.
+
+        Args:
+            lora_a: In the layer's own shape, as are the next two.
+            lora_b: See there.
+            m: See there.
+            scale: Multiplier s.
+            norm: Norms of the adapted rows. Shape ``(out,)``, float32.
+        """
+        self.lora_a, self.lora_b, self.m, self.scale = lora_a, lora_b, m, scale
+        self._known_norm = norm
+
     def norm(self) -> mx.array:
         """Norm of every adapted row, without a gradient. Shape ``(out,)``, float32."""
         if "_norm" in self:
@@ -122,6 +144,7 @@ class DoRALayer(nn.Module):
     def invalidate(self) -> None:
         """Forget what eval mode has cached, after writing into a parameter's array."""
         self._folded = None
+        self.pop("_known_norm", None)
 
     def folded(self, dtype: mx.Dtype) -> Folded | None:
         """The eval-mode cache for activations of `dtype`; None if it cannot serve."""
@@ -139,19 +162,21 @@ class DoRALayer(nn.Module):
                 self["m"],
                 bias,
                 dtype,
+                norm=self.get("_known_norm"),
             )
         return self._folded
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)
-        if not key.startswith("_"):
-            self._folded = None
+        # What is cached is not about being enabled.
+        if not key.startswith("_") and key != "enabled":
+            self.invalidate()
 
     def _set_training_mode(self, mode: bool) -> None:
         # MLX's hook of train() and eval(): the moment to see a base weight replaced
         # behind our back, as `model.load_weights` does.
         super()._set_training_mode(mode)
-        self._folded = None
+        self.invalidate()
         if self._measured is not self.base["weight"]:
             self._measure_base()
 

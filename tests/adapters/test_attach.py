@@ -7,22 +7,13 @@ import pytest
 from mlx_dora.adapters.files import (
     attach_adapter,
     load_adapter,
-    save_adapter,
 )
 from mlx_dora.adapters.surgery import dora_layers, remove_dora
 from mlx_dora.errors import DoRAError
 from tests.adapters.folders import edit_config, read_config
-from tests.adapters.training import train
 
 Make = Callable[..., nn.Module]
 Q0 = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture
-def saved(tiny_model: nn.Module, tmp_path: Path) -> Path:
-    train(tiny_model)
-    save_adapter(tiny_model, tmp_path / "adapter", base_model="some/model")
-    return tmp_path / "adapter"
 
 
 def test_everything_that_does_not_fit_is_one_message(

@@ -26,13 +26,6 @@ Make = Callable[..., nn.Module]
 Q0 = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture
-def saved(tiny_model: nn.Module, tmp_path: Path) -> Path:
-    train(tiny_model)
-    save_adapter(tiny_model, tmp_path / "adapter", base_model="some/model")
-    return tmp_path / "adapter"
-
-
 def test_round_trip_is_exact(make_tiny_model: Make, saved: Path) -> None:
     expected = train(make_tiny_model())
     model = make_tiny_model()

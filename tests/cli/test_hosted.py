@@ -129,7 +129,7 @@ def test_chat_answers(tiny_model_folder: Path, adapter: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_server_answers_with_an_adapter(tiny_model_folder: Path, adapter: Path) -> None:
+def test_server_chats_with_an_adapter(tiny_model_folder: Path, adapter: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -141,8 +141,10 @@ def test_server_answers_with_an_adapter(tiny_model_folder: Path, adapter: Path) 
         stderr=subprocess.PIPE,
     )
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions",
-        data=json.dumps({"prompt": "the fox", "max_tokens": 2}).encode(),
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        data=json.dumps(
+            {"messages": [{"role": "user", "content": "fox?"}], "max_tokens": 2}
+        ).encode(),
         headers={"Content-Type": "application/json"},
     )
     try:
@@ -157,6 +159,7 @@ def test_server_answers_with_an_adapter(tiny_model_folder: Path, adapter: Path) 
                 time.sleep(0.2)
         assert answer is not None
         assert answer["usage"]["completion_tokens"] == 2
+        assert answer["choices"][0]["message"]["role"] == "assistant"
     finally:
         server.terminate()
         server.communicate(timeout=30)

@@ -1,0 +1,220 @@
+"""Several adapters beside one base, by name: swapped and blended without reloading."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dora.adapters.adapter import Adapter, adapter_problems
+from mlx_dora.adapters.attach import fit_problems
+from mlx_dora.adapters.blend import Blend, Part, blend
+from mlx_dora.adapters.files import read_adapter
+from mlx_dora.adapters.surgery import DoRAModule, adapter_layers, put_modules
+from mlx_dora.errors import DoRAError
+from mlx_dora.factored import factored_terms
+from mlx_dora.layers import dora_class, weight_of
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A module of the base and the layer that stands there when it is adapted."""
+
+    base: nn.Module
+    layer: DoRAModule
+
+
+class NamedAdapters:
+    """DoRA and LoRA adapters of one model, kept by name; none is active at first.
+
+    What is active is in the model as ordinary DoRA layers, so that `disabled`,
+    `fuse_dora` and `save_adapter` work on it, a blend included. A LoRA adapter is a
+    DoRA adapter whose magnitudes are its own norms. The first use of an adapter reads
+    the base's weights once for its norms; after that, swapping and blending do not::
+
+        model, tokenizer = load("base")
+        adapters = NamedAdapters(model)
+        adapters.add("poet", "adapters/poet")
+        adapters.add("coder", "adapters/coder")
+        adapters.set_adapter("poet")
+        adapters.set_adapter({"poet": 0.7, "coder": 0.3})
+        adapters.set_adapter(None)  # the base, bit for bit
+
+    Args:
+        model: A model without adapters. While adapters are held, nobody else may put
+            any onto it.
+
+    Attributes:
+        active: The weights of the active adapters by name; empty for the base.
+
+    Raises:
+        DoRAError: If the model has adapters already.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if adapted := adapter_layers(model):
+            raise DoRAError(
+                f"the model has {len(adapted)} adapted layers already; take them out "
+                "with remove_dora and add the adapter by name."
+            )
+        self.active: dict[str, float] = {}
+        self._model = model
+        self._places: dict[str, _Place] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._parts: dict[str, dict[str, Part]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters, in the order in which they were added."""
+        return list(self._adapters)
+
+    def add(
+        self, name: str, adapter: Adapter | str | Path, *, check_base: bool = True
+    ) -> None:
+        """Take in an adapter without making it active.
+
+        Args:
+            name: What to call it.
+            adapter: An adapter, its folder, or a Hub id.
+            check_base: Refuse an adapter that was trained on another model.
+
+        Raises:
+            DoRAError: If there is one of that name, or it does not fit; one message
+                with all problems.
+        """
+        if name in self._adapters:
+            raise DoRAError(f"there is an adapter called {name!r} already.")
+        label = name
+        if not isinstance(adapter, Adapter):
+            label, adapter = str(adapter), read_adapter(adapter)
+        active = self.active
+        self._show({})
+        try:
+            problems = self._problems(adapter, check_base)
+        finally:
+            self.set_adapter(active)
+        if problems:
+            raise DoRAError(f"{label} does not fit the model: {'; '.join(problems)}.")
+        self._adapters[name] = adapter
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            DoRAError: If there is none of that name, or it is active.
+        """
+        self._known(name)
+        if name in self.active:
+            raise DoRAError(f"{name!r} is active; set another adapter first.")
+        del self._adapters[name]
+        self._parts.pop(name, None)
+
+    def set_adapter(self, which: str | Mapping[str, float] | None) -> None:
+        """Make one adapter active, or a blend of several, or none.
+
+        A blend is W0 + Σ wᵢ (Wᵢ − W0) of the adapted weights, exactly, whatever the
+        ranks and scales; a weight of 1 alone is that adapter to the last bit.
+
+        Args:
+            which: A name, names with weights, or None for the base.
+
+        Raises:
+            DoRAError: If there is no such adapter, or the weights cancel a row of the
+                base. What was active stays so.
+        """
+        weights = {which: 1.0} if isinstance(which, str) else dict(which or {})
+        for name in weights:
+            self._known(name)
+        weights = {name: float(w) for name, w in weights.items() if w}
+        taken: dict[str, tuple[mx.array, mx.array, mx.array, float, mx.array]] = {}
+        for path in self._paths(weights):
+            here = [
+                (weight, self._part(name, path))
+                for name, weight in weights.items()
+                if f"{path}.lora_a" in self._adapters[name].tensors
+            ]
+            try:
+                taken[path] = self._terms(path, here)
+            except DoRAError as error:
+                raise DoRAError(f"{path}: {error}") from error
+        for path, values in taken.items():
+            self._places[path].layer.take(*values)
+        self._show(taken)
+        self.active = weights
+
+    def _known(self, name: str) -> None:
+        if name not in self._adapters:
+            known = ", ".join(self._adapters) or "none"
+            raise DoRAError(f"there is no adapter called {name!r}; there are: {known}.")
+
+    def _problems(self, adapter: Adapter, check_base: bool) -> list[str]:
+        if adapter.fine_tune_type == "full":
+            return ["a full fine-tuning is a model of its own"]
+        problems = adapter_problems(adapter)
+        problems += fit_problems(self._model, adapter, check_base)
+        if problems:
+            return problems
+        modules = dict(self._model.named_modules())
+        for path in adapter.paths:
+            try:
+                dora_class(modules[path])
+            except DoRAError as error:  # a LoRA adapter may be on anything
+                problems.append(f"{path}: {str(error).rstrip('.')}")
+        return problems
+
+    def _paths(self, names: Mapping[str, float]) -> list[str]:
+        paths = [path for name in names for path in self._adapters[name].paths]
+        return list(dict.fromkeys(paths))
+
+    def _part(self, name: str, path: str) -> Part:
+        """An adapter of one module, its norms computed at the first use."""
+        parts = self._parts.setdefault(name, {})
+        if path not in parts:
+            place, adapter = self._place(path), self._adapters[name]
+            a, b = (
+                adapter.tensors[f"{path}.{leaf}"].astype(mx.float32)
+                for leaf in ("lora_a", "lora_b")
+            )
+            down, up = (b.T, a.T) if place.layer.lora_a_spans_rows else (a, b)
+            scale = adapter.config.scale_of(path)
+            terms = factored_terms(weight_of(place.base), down, up, scale)
+            m = adapter.tensors.get(f"{path}.m", terms.norm).astype(mx.float32)
+            mx.eval(down, up, m)
+            parts[path] = Part(down=down, up=up, m=m, terms=terms)
+        return parts[path]
+
+    def _place(self, path: str) -> _Place:
+        if path not in self._places:
+            base = dict(self._model.named_modules())[path]
+            layer = dora_class(base).from_base(base)
+            layer.freeze()
+            layer.train(self._model.training)
+            self._places[path] = _Place(base, layer)
+        return self._places[path]
+
+    def _terms(
+        self, path: str, here: list[tuple[float, Part]]
+    ) -> tuple[mx.array, mx.array, mx.array, float, mx.array]:
+        """What a module's layer takes: A, B, m, scale and norm in its own shapes."""
+        place = self._places[path]
+        found: Part | Blend
+        if len(here) == 1 and here[0][0] == 1:
+            found = here[0][1]
+            scale, norm = found.terms.scale, found.terms.norm
+        else:
+            found = blend(weight_of(place.base), here)
+            scale, norm = 1.0, found.norm
+        if place.layer.lora_a_spans_rows:
+            return found.up.T, found.down.T, found.m, scale, norm
+        return found.down, found.up, found.m, scale, norm
+
+    def _show(self, paths: Mapping[str, object]) -> None:
+        """Put layers at these paths and the bases everywhere else."""
+        put_modules(
+            self._model,
+            [
+                (path, place.layer if path in paths else place.base)
+                for path, place in self._places.items()
+            ],
+        )
