@@ -1,5 +1,6 @@
 """``mlx_dora.train``: fine-tune a model, with ``mlx_lm.lora``'s options."""
 
+import logging
 import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ import click
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.cli._config_file import config_file_option
-from mlx_dora.cli._framework import verb
+from mlx_dora.cli._framework import EXIT_BAD_INPUT, EXIT_INTERRUPTED, verb
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._progress import TrainDisplay, duration, size
 from mlx_dora.train.config import TrainConfig
@@ -28,7 +29,7 @@ HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
     is_flag=True,
     help="Say how much memory the training would take, and do nothing.",
 )
-def command(train: TrainConfig, dora: DoRAConfig, plan: bool) -> None:
+def command(train: TrainConfig, dora: DoRAConfig, plan: bool) -> int | None:
     """Fine-tune a model with DoRA (or LoRA, or in full).
 
     Takes the flags and the YAML files of mlx_lm.lora; training is the default.
@@ -46,9 +47,13 @@ def command(train: TrainConfig, dora: DoRAConfig, plan: bool) -> None:
 
         for line in describe_plan(plan_memory(train, dora)):
             click.echo(line)
-        return
+        return None
+    import mlx.core as mx
+
     from mlx_dora.train.job import run_job
 
+    if mx.distributed.init().rank() > 0:
+        return _work_in_silence(train, dora)
     display = TrainDisplay(train.iters if train.epochs is None else None)
     with display:
         result = run_job(
@@ -69,6 +74,22 @@ def command(train: TrainConfig, dora: DoRAConfig, plan: bool) -> None:
         click.echo("Next:")
         for line in next_commands(train):
             click.echo(f"  {line}")
+    return None
+
+
+def _work_in_silence(train: TrainConfig, dora: DoRAConfig) -> int:
+    """Do a further process's share; the first one does the talking."""
+    from mlx_dora.train.group import SharedError
+    from mlx_dora.train.job import run_job
+
+    logging.getLogger("mlx_dora").setLevel(logging.ERROR)
+    try:
+        run_job(train, dora)
+    except SharedError:
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
 
 
 def describe_training(report: TrainReport) -> list[str]:

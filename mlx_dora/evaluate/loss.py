@@ -107,6 +107,7 @@ def evaluate_loss(
     num_batches: int = -1,
     loss: Loss = loss_fn,
     progress: Callable[[int], None] | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> LossResult:
     """Loss of a model in eval mode, each target token weighing the same.
 
@@ -119,24 +120,29 @@ def evaluate_loss(
             data; -1 for all.
         loss: Loss and token count of one batch.
         progress: Called after each batch with its number of rows.
+        group: Processes that share the batches; each gets the result of all.
 
     Raises:
         DoRAError: If no row has a target token.
     """
     if num_batches < -1 or num_batches == 0:
         raise DoRAError(f"num_batches must be -1 or at least 1, got {num_batches}.")
+    rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
     counts = RowCounts()
     total, tokens = 0.0, 0
     with eval_mode(model):
-        for batch, lengths in batches_once(
-            dataset, batch_size, max_seq_length, num_batches, counts
-        ):
-            value, count = loss(model, batch, lengths)
-            mx.eval(value, count)
-            total += float(value) * int(count)
-            tokens += int(count)
+        batches = batches_once(dataset, batch_size, max_seq_length, num_batches, counts)
+        for number, (batch, lengths) in enumerate(batches):
+            if number % ranks == rank:
+                value, count = loss(model, batch, lengths)
+                mx.eval(value, count)
+                total += float(value) * int(count)
+                tokens += int(count)
             if progress is not None:
                 progress(batch.shape[0])
+    if ranks > 1:
+        total = float(mx.distributed.all_sum(mx.array(total), group=group))
+        tokens = int(mx.distributed.all_sum(mx.array(tokens), group=group))
     return LossResult(
         loss=total / tokens,
         tokens=tokens,

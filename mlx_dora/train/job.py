@@ -16,6 +16,7 @@ from mlx_dora.evaluate.data import make_datasets
 from mlx_dora.evaluate.loss import LossResult, evaluate_loss
 from mlx_dora.evaluate.rows import read_splits
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.group import together
 from mlx_dora.train.loop import Progress, finetune
 from mlx_dora.train.optimizers import build_optimizer
 from mlx_dora.train.plot import PLOT_NAME, can_plot, plot_losses
@@ -24,6 +25,9 @@ from mlx_dora.train.services import check_services
 from mlx_dora.train.start import check_folder
 
 logger = logging.getLogger(__name__)
+
+_PEER_LOST = "connection to a peer was lost"
+"""What MLX's ring says when another process is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,8 @@ def run_job(
     Without training (``test`` alone), the adapter at ``adapter_path`` is tested, or the
     plain model if that is empty.
 
+    Every process of an `mx.distributed` group (``mlx.launch``) calls this alike.
+
     Args:
         train: Names the model, the data and the adapter's folder.
         dora: Which modules are adapted and how.
@@ -63,21 +69,55 @@ def run_job(
         DoRAError: If a setting, the model or the data is unfit; nothing is written.
         KeyboardInterrupt: After Ctrl-C, when the step is done and the adapter saved.
     """
+    group = mx.distributed.init()
+    folder = Path(train.adapter_path).expanduser()
+    try:
+        with together(group):
+            model, tokenizer, data = _load(train, folder, is_first=group.rank() == 0)
+        report, plot = None, None
+        if train.trains:
+            report = finetune(
+                model,
+                tokenizer,
+                data["train"],
+                data["valid"],
+                train=train,
+                dora=dora,
+                adapter_path=folder,
+                callback=callback,
+                progress=progress,
+            )
+            with together(group):
+                if can_plot() and group.rank() == 0:
+                    plot = folder / PLOT_NAME
+                    plot_losses(report.history, plot)
+        test = (
+            _test(model, data["test"], train, progress, group) if train.test else None
+        )
+    except RuntimeError as error:
+        if group.size() == 1 or _PEER_LOST not in str(error):
+            raise
+        raise DoRAError(
+            f"another process of this training has ended ({error}): see what it said; "
+            "--resume goes on from the last checkpoint."
+        ) from error
+    return JobResult(train=report, test=test, plot=plot)
+
+
+def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and data; the quick checks come before the slow loading."""
     if train.model is None:
         raise DoRAError("model is not given: name a folder or a Hugging Face id.")
     if not train.trains and not train.test:
         raise DoRAError("nothing to do: neither train nor test is set.")
-    if mx.distributed.init().size() > 1:
-        raise DoRAError("training on more than one process is not supported yet.")
-    # What is quickly seen to be wrong comes before what takes long to load.
-    folder = Path(train.adapter_path).expanduser()
     names = ["train", "valid"] * train.trains + ["test"] * train.test
     tested = train.adapter_path if train.adapter_path and not train.trains else None
     if train.trains:
         if not train.adapter_path:
             raise DoRAError("adapter_path is empty: name a folder for the adapter.")
-        check_folder(folder, train)
-        check_services(train)
+        if is_first:
+            check_folder(folder, train)
+            check_services(train)
         build_optimizer(train)
     elif tested is not None:
         _check_tested(tested)
@@ -92,29 +132,7 @@ def run_job(
     model, tokenizer = load(
         train.model, tested, trust_remote_code=train.trust_remote_code
     )
-    data = make_datasets(splits, tokenizer)
-
-    report, plot = None, None
-    if train.trains:
-        report = finetune(
-            model,
-            tokenizer,
-            data["train"],
-            data["valid"],
-            train=train,
-            dora=dora,
-            adapter_path=folder,
-            callback=callback,
-            progress=progress,
-        )
-        if can_plot():
-            plot = folder / PLOT_NAME
-            plot_losses(report.history, plot)
-    return JobResult(
-        train=report,
-        test=_test(model, data["test"], train, progress) if train.test else None,
-        plot=plot,
-    )
+    return model, tokenizer, make_datasets(splits, tokenizer)
 
 
 def _check_tested(path: str) -> None:
@@ -128,7 +146,11 @@ def _check_tested(path: str) -> None:
 
 
 def _test(
-    model: Any, data: Any, train: TrainConfig, progress: Progress | None
+    model: Any,
+    data: Any,
+    train: TrainConfig,
+    progress: Progress | None,
+    group: mx.distributed.Group,
 ) -> LossResult:
     rows = len(data)
     if train.test_batches != -1:
@@ -145,4 +167,5 @@ def _test(
         max_seq_length=train.max_seq_length,
         num_batches=train.test_batches,
         progress=tell,
+        group=group,
     )

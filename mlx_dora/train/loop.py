@@ -7,7 +7,7 @@ What one update does is in `update`, what a stopped run needs in `checkpoint` an
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -35,6 +35,7 @@ from mlx_dora.train.checkpoint import (
 from mlx_dora.train.checkpointing import checkpointed_blocks
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.geometry import measure_geometry
+from mlx_dora.train.group import agree, check_alike, share, together
 from mlx_dora.train.guard import Best, Guard
 from mlx_dora.train.interrupt import delayed_interrupt
 from mlx_dora.train.lock import training_lock
@@ -47,6 +48,7 @@ from mlx_dora.train.resume import (
     optimizer_tensors,
     restore,
     run_settings,
+    share_start,
 )
 from mlx_dora.train.services import check_services, service_listener
 from mlx_dora.train.start import (
@@ -89,8 +91,8 @@ def finetune(
     adapter, bit for bit, on the CPU, whether the training was stopped in between or
     not. Afterwards the model is in eval mode, with the adapter in it.
 
-    Processes of one `mx.distributed` group share the rows of each batch; the first
-    writes all files.
+    Processes of one `mx.distributed` group share the rows of each batch. The first
+    alone reads and writes the adapter's folder; an error in one ends all.
 
     Args:
         model: A model of mlx-lm's. DoRA layers that it has already are trained on.
@@ -102,7 +104,7 @@ def finetune(
         dora: Which modules are adapted and how; for LoRA too, and its ``num_layers``
             for full fine-tuning.
         adapter_path: Folder for the adapter and the log; made when first written to.
-        callback: Called with each report.
+        callback: Called with each report, in every process that has one.
         progress: Called after every step and during validations.
         loss: Loss and number of targets of a batch.
         batches: Makes batches without end from the data, batch size, maximum length,
@@ -112,7 +114,8 @@ def finetune(
     Raises:
         DoRAError: If a setting, the data or the model is unfit (nothing is written
             then), another training goes on in the folder, ``resume`` finds other
-            settings, or too many losses in a row are not finite.
+            settings, or too many losses in a row are not finite. Of several processes
+            each raises a `SharedError`.
         OSError: If the folder cannot be written to, or its disk is full.
         KeyboardInterrupt: After Ctrl-C, when the step is done and the adapter saved.
     """
@@ -120,51 +123,70 @@ def finetune(
     folder = Path(adapter_path).expanduser()
     group = mx.distributed.init()
     is_writer = group.rank() == 0
-    check_folder(folder, train)
-    check_services(train)
-    data = as_dataset(train_set, tokenizer, train, "the training data")
-    valid_data = None
-    if valid_set is not None and len(valid_set) and train.val_batches:
-        valid_data = as_dataset(valid_set, tokenizer, train, "the validation data")
-    optimizer = build_optimizer(train)
-    base = BaseModel(model=train.model, fingerprint=fingerprint(model))
-    settings = run_settings(train, dora, str(base.fingerprint), data)
-    mx.random.seed(train.seed)
-    modules = make_trainable(model, dora, train.fine_tune_type)
-    if train.packing:
-        check_packable(model)
-    optimizer.init(model.trainable_parameters())
-
-    with ExitStack() as stack:
-        # 2. A run begins, or goes on where its newest checkpoint stands.
+    with together(group):
         if is_writer:
-            stack.enter_context(training_lock(folder))
-            discard_fragments(folder)
-        k = train.grad_accumulation_steps
-        found = newest_checkpoint(folder, multiple_of=k) if train.resume else None
-        step = 0
-        if found is not None:
-            check_settings(found, settings, force=train.force)
-            restore(found, model, optimizer)
-            step = found.state.step
-            logger.info("going on after step %d, from %s", step, found.path)
-        elif train.resume_adapter_file is not None:
-            load_weights(model, train.resume_adapter_file)
-        if train.resume and found is None:
-            logger.warning("%s has no checkpoint: the training begins anew", folder)
+            check_folder(folder, train)
+            check_services(train)
+        data = as_dataset(train_set, tokenizer, train, "the training data")
+        valid_data = None
+        if valid_set is not None and len(valid_set) and train.val_batches:
+            valid_data = as_dataset(valid_set, tokenizer, train, "the validation data")
         counts = RowCounts()
         limits = train.batch_size, train.max_seq_length
+        schedule = None
         if batches is None:
             schedule = Schedule(
                 data, *limits, seed=train.seed, packing=train.packing, counts=counts
             )
             if train.epochs is not None:
                 train = replace(train, iters=schedule.length(train.epochs))
-            source = schedule.batches(step, group.rank(), group.size())
-        else:
-            made = batches(data, *limits, seed=train.seed, counts=counts)
-            source = islice(made, step, None)
-        source = chain([next(source)], source)
+        optimizer = build_optimizer(train)
+        base = BaseModel(model=train.model, fingerprint=fingerprint(model))
+        settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
+        mx.random.seed(train.seed)
+        modules = make_trainable(model, dora, train.fine_tune_type)
+        if train.packing:
+            check_packable(model)
+        optimizer.init(model.trainable_parameters())
+    check_alike({**settings, "iters": train.iters, "epochs": train.epochs}, group)
+
+    with ExitStack() as stack:
+        # 2. A run begins, or goes on where its newest checkpoint stands.
+        k = train.grad_accumulation_steps
+        summary = describe_training(train)
+        listeners = [callback] if callback else []
+        if train.services and is_writer:
+            listeners.append(service_listener(train, folder, summary))
+        journal = Journal(folder if is_writer else None, listeners)
+        found = None
+        with together(group):
+            if is_writer:
+                stack.enter_context(training_lock(folder))
+                discard_fragments(folder)
+                if train.resume:
+                    found = newest_checkpoint(folder, multiple_of=k)
+            if found is not None:
+                check_settings(found, settings, force=train.force)
+                restore(found, model, optimizer)
+                journal.restore(folder, found.state.log_bytes)
+                logger.info("going on from %s", found.path)
+            elif is_writer and train.resume_adapter_file is not None:
+                load_weights(model, train.resume_adapter_file)
+            if is_writer and train.resume and found is None:
+                logger.warning("%s has no checkpoint: the training begins anew", folder)
+        share_start(model, optimizer, group)
+        state = share(None if found is None else asdict(found.state), group)
+        past = share([asdict(report) for report in journal.history], group)
+        journal.history = [StepReport(**report) for report in past]
+        step = state["step"] if state else 0
+        with together(group):
+            if schedule is not None:
+                source = schedule.batches(step, group.rank(), group.size())
+            else:
+                assert batches is not None
+                made = batches(data, *limits, seed=train.seed, counts=counts)
+                source = islice(made, step, None)
+            source = chain([next(source)], source)
         stepper = Stepper(
             model,
             optimizer,
@@ -175,18 +197,12 @@ def finetune(
         )
 
         # 3. What happens between updates.
-        summary = describe_training(train)
-        listeners = [callback] if callback else []
-        if train.services and is_writer:
-            listeners.append(service_listener(train, folder, summary))
-        journal = Journal(folder if is_writer else None, listeners)
         meter, guard = Meter(), Guard(train.max_bad_steps)
         best = Best(patience=train.early_stop)
-        if found is not None:
-            journal.restore(folder, found.state.log_bytes)
-            meter.restore(found.state.meter)
-            guard.restore(found.state.guard)
-            best.restore(found.state.best)
+        if state:
+            meter.restore(state["meter"])
+            guard.restore(state["guard"])
+            best.restore(state["best"])
         elif is_writer:
             discard_checkpoints(folder)
 
@@ -198,7 +214,8 @@ def finetune(
                 with_layers=saves,
                 skipped=guard.empty + guard.not_finite,
             )
-            journal.add(found)
+            with together(group):
+                journal.add(found)
 
         def validate(step: int) -> None:
             if valid_data is None or journal.has("val_loss", step):
@@ -216,26 +233,28 @@ def finetune(
                 progress=None
                 if progress is None
                 else partial(progress, "validate", rows),
+                group=group,
             )
-            journal.add(meter.validation(step, result.loss))
+            with together(group):
+                journal.add(meter.validation(step, result.loss))
             if best.take(step, result.loss) and step:
                 write(folder / BEST_NAME, step)
 
         def write(place: Path, step: int, *, warn: bool = False) -> None:
-            if not is_writer:
-                return
             losses = {name: journal.last(name) for name in ("train_loss", "val_loss")}
-            write_adapter_files(
-                model,
-                place,
-                fine_tune_type=train.fine_tune_type,
-                base=base,
-                training={**summary, "steps": step, **losses},
-                warn=warn,
-            )
+            with together(group):
+                if is_writer:
+                    write_adapter_files(
+                        model,
+                        place,
+                        fine_tune_type=train.fine_tune_type,
+                        base=base,
+                        training={**summary, "steps": step, **losses},
+                        warn=warn,
+                    )
 
         def checkpoint(step: int) -> None:
-            if not is_writer or step % k:  # a longer run has no update that ends here
+            if step % k:  # a longer run has no update that ends here
                 return
             state = TrainState(
                 step=step,
@@ -246,7 +265,10 @@ def finetune(
                 settings=settings,
             )
             weights, moments = trainable_tensors(model), optimizer_tensors(optimizer)
-            write_checkpoint(folder, state, weights, moments, keep=train.keep_last)
+            with together(group):
+                if is_writer:
+                    keep = train.keep_last
+                    write_checkpoint(folder, state, weights, moments, keep=keep)
 
         # 4. The loop.
         stack.enter_context(wired_memory())
@@ -264,7 +286,11 @@ def finetune(
             seed_step(train.seed, step, group.rank())
             before, step = step, step + len(window)
             gradient = stepper.gradient(window)
-            if guard.passes(step, gradient.loss, gradient.norm, gradient.tokens):
+            with together(group):
+                passes = guard.passes(
+                    step, gradient.loss, gradient.norm, gradient.tokens
+                )
+            if passes:
                 stepper.apply(gradient)
                 meter.add(gradient.loss, gradient.tokens)
             meter.end_step(len(window))
@@ -307,13 +333,6 @@ def finetune(
         rows_skipped=counts.skipped,
         history=tuple(journal.history),
     )
-
-
-def agree(wish: bool, group: mx.distributed.Group) -> bool:
-    """Whether any process of the group wishes it, so that all do the same."""
-    if group.size() == 1:
-        return wish
-    return bool(mx.distributed.all_max(mx.array(int(wish)), group=group).item())
 
 
 def is_due(every: int, before: int, step: int) -> bool:

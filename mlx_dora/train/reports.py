@@ -141,7 +141,7 @@ class Journal:
         """Go on after the log's first `position` bytes; the rest is cut off.
 
         Args:
-            folder: Of the log, read by every process.
+            folder: Of the log.
             position: From `position` of the run that is continued.
 
         Raises:

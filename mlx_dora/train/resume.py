@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from typing import Any, cast
@@ -18,6 +19,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.batches import Examples
 from mlx_dora.train.checkpoint import Checkpoint
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.group import share_tensors
 from mlx_dora.train.start import trainable_tensors
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ FREE = {
 
 
 def run_settings(
-    train: TrainConfig, dora: DoRAConfig, base: str, data: Examples
+    train: TrainConfig, dora: DoRAConfig, base: str, data: Examples, processes: int
 ) -> dict[str, Any]:
     """All that must be the same for a run to go on as it was, as JSON gives it back.
 
@@ -57,6 +59,7 @@ def run_settings(
         dora: Settings of the adapter.
         base: Fingerprint of the base model.
         data: The training examples.
+        processes: How many share a batch: it changes sums by rounding, and dropout.
     """
     kept = {
         field.name: getattr(train, field.name)
@@ -68,6 +71,7 @@ def run_settings(
         **{f"adapter.{name}": value for name, value in asdict(dora).items()},
         "base model": base,
         "training data": digest(data),
+        "processes": processes,
         "mlx": version("mlx"),
     }
     return json.loads(json.dumps(found))
@@ -138,12 +142,40 @@ def restore(
                 f"{checkpoint.path} does not fit the model: {what} have other names "
                 "or shapes."
             )
-    model.load_weights(list(checkpoint.weights.items()), strict=False)
+    _put(model, optimizer, checkpoint.weights, checkpoint.optimizer)
+
+
+def share_start(
+    model: nn.Module, optimizer: optim.Optimizer, group: mx.distributed.Group
+) -> None:
+    """Give all processes the first one's weights and optimizer state.
+
+    Args:
+        model: Made trainable alike in all.
+        optimizer: Initialised alike for the model, in the first perhaps restored.
+        group: The processes.
+    """
+    if group.size() > 1:
+        weights = share_tensors(trainable_tensors(model), group)
+        _put(
+            model,
+            optimizer,
+            weights,
+            share_tensors(optimizer_tensors(optimizer), group),
+        )
+
+
+def _put(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    weights: Mapping[str, mx.array],
+    moments: Mapping[str, mx.array],
+) -> None:
+    model.load_weights(list(weights.items()), strict=False)
     optimizer.state = cast(
         dict,
         tree_map_with_path(
-            lambda name, old: checkpoint.optimizer[name].astype(old.dtype),
-            optimizer.state,
+            lambda name, old: moments[name].astype(old.dtype), optimizer.state
         ),
     )
     mx.eval(model.trainable_parameters(), optimizer.state)

@@ -1,0 +1,67 @@
+"""Two processes of MLX's ring backend on this machine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports in a row that nothing listens on."""
+    while True:
+        with socket.socket() as first:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            taken = []
+            for other in range(port + 1, port + count):
+                with socket.socket() as one:
+                    if one.connect_ex(("127.0.0.1", other)) == 0:
+                        taken.append(other)
+        if not taken and port + count < 65_000:
+            return list(range(port, port + count))
+
+
+def launch(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run ``mlx.launch -n 2 --backend ring -- python ARGUMENTS`` to its end."""
+    command = [
+        Path(sys.executable).parent / "mlx.launch",
+        *("-n", "2", "--backend", "ring", "--starting-port", str(free_ports(2)[0])),
+        *("--", sys.executable, *arguments),
+    ]
+    reading, writing = os.pipe()  # mlx.launch reads its input as long as it runs
+    try:
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            stdin=reading,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def start(folder: Path, *commands: Sequence[str]) -> list[subprocess.Popen[str]]:
+    """Start one process a command, as ``mlx.launch`` does, with a file in `folder`."""
+    hosts = folder / f"hosts-{len(list(folder.iterdir()))}.json"
+    ports = free_ports(len(commands))
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, command in enumerate(commands)
+    ]

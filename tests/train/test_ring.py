@@ -1,0 +1,133 @@
+"""Two processes train as one."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from tests.cli.training_data import write_data
+from tests.train import ring
+from tests.train.saved import log, tensors
+from tests.train.test_resume import assert_same_run
+
+Run = Callable[..., Any]
+
+
+def resumable(folder: Path, **settings: Any) -> list[str]:
+    return ["-m", "tests.train.resumable", str(folder), json.dumps(settings)]
+
+
+def both(work: Path, one: list[str], two: list[str]) -> list[tuple[int, str]]:
+    """Exit code and errors of two processes of one training."""
+    processes = ring.start(work, one, two)
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    return [
+        (process.returncode, text)
+        for process, text in zip(processes, errors, strict=True)
+    ]
+
+
+@pytest.fixture
+def arguments(tiny_model_folder: Path, tmp_path: Path) -> list[str]:
+    data = write_data(tmp_path / "data", train=9, valid=5, test=5)
+    return [
+        *("-m", "mlx_dora", "train", "--model", str(tiny_model_folder)),
+        *("--data", str(data), "--num-layers", "1", "--learning-rate", "1e-2"),
+        *("--iters", "5", "--steps-per-report", "1", "--batch-size", "4", "--test"),
+        *("--train", "--max-seq-length", "64", "--save-every", "2"),
+    ]
+
+
+def test_mlx_launch_trains_as_one_process_does(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    ring_folder, alone = tmp_path / "ring", tmp_path / "alone"
+    found = ring.launch([*arguments, "--adapter-path", str(ring_folder)])
+    single = subprocess.run(
+        [sys.executable, *arguments, "--adapter-path", str(alone)],
+        cwd=ring.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Next:" in found.stdout, found.stdout + found.stderr
+
+    def told(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line.startswith("Test loss")]
+
+    assert told(found.stdout) == told(single.stdout)
+    assert len(told(found.stdout)) == 1  # the second process is silent
+    assert found.stderr.count("step 1/5") == 1
+    one, two = log(alone), log(ring_folder)
+    assert len(one) == len(two) == 7
+    for expected, line in zip(one, two, strict=True):
+        assert line.keys() == expected.keys()
+        for name in {"train_loss", "val_loss", "delta_m", "delta_d"} & line.keys():
+            assert line[name] == pytest.approx(expected[name], rel=1e-4), name
+        assert line["trained_tokens"] == expected["trained_tokens"]
+    wanted = tensors(alone)
+    for name, value in tensors(ring_folder).items():
+        assert mx.allclose(value, wanted[name], rtol=1e-3, atol=1e-5), name
+    assert {path.name for path in alone.iterdir()} == {
+        path.name for path in ring_folder.iterdir()
+    }
+
+
+def test_killed_processes_resume_bit_for_bit(tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "folder"
+    for code, errors in both(tmp_path, *[resumable(whole)] * 2):
+        assert code == 0, errors
+    processes = ring.start(tmp_path, *[resumable(folder)] * 2)
+    assert processes[0].stdout is not None
+    for _ in range(5):  # of two batches each; saved at 4 and 8
+        assert processes[0].stdout.readline()
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    # The second machine may have another disk, without the checkpoints.
+    elsewhere = tmp_path / "elsewhere"
+    resumed = resumable(folder, resume=True), resumable(elsewhere, resume=True)
+    for code, errors in both(tmp_path, *resumed):
+        assert code == 0, errors
+    assert_same_run(whole, folder)
+    assert not elsewhere.exists()
+    single = resumable(folder, resume=True, iters=30)
+    process = subprocess.run(
+        [sys.executable, *single],
+        cwd=ring.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 1
+    assert "processes was 2, is 1" in process.stderr
+
+
+def test_what_fails_in_one_ends_all_with_one_line(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    there = [*arguments, "--adapter-path", str(tmp_path / "out")]
+    other = [*there, "--data", str(tmp_path / "nowhere")]
+    (one, errors), (two, silence) = both(tmp_path, there, other)
+    assert (one, two, silence) == (1, 1, "")
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith("Error: process 1: ")
+    assert "nowhere does not exist" in errors
+
+    (one, errors), (two, silence) = both(tmp_path, there, [*there, "--iters", "7"])
+    assert (one, two, silence) == (1, 1, "")
+    assert "iters is 5 in process 0 and 7 here" in errors
+
+    # The folder counts where it is written to: at the first process.
+    (tmp_path / "file").touch()
+    taken = [*arguments, "--adapter-path", str(tmp_path / "file")]
+    (one, errors), (two, silence) = both(tmp_path, taken, there)
+    assert (one, two, silence) == (1, 1, "")
+    assert errors.startswith("Error: adapter_path ")
+    assert not (tmp_path / "out").exists()
