@@ -12,6 +12,9 @@ import mlx.core as mx
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import read_header
 
+_WRITE_FAILED = "[write]"
+"""How MLX begins to tell that the system did not take all bytes."""
+
 
 def check_output(path: str | Path, *, overwrite: bool = False) -> None:
     """Refuse an output folder that cannot or must not be written, before any work.
@@ -86,13 +89,24 @@ def write_tensors(
         path: The file to make or replace.
         tensors: Name to array.
         metadata: Text kept in the file's header.
+
+    Raises:
+        OSError: If the disk is full.
     """
     # MLX appends .safetensors to any other name.
     with _replacing(Path(path), suffix=".partial.safetensors") as aside:
-        mx.save_safetensors(
-            str(aside), dict(tensors), {"format": "mlx", **(metadata or {})}
-        )
-        # A disk that filled up shows here, before the old file is gone.
+        try:
+            mx.save_safetensors(
+                str(aside), dict(tensors), {"format": "mlx", **(metadata or {})}
+            )
+        except RuntimeError as error:
+            if not str(error).startswith(_WRITE_FAILED):
+                raise
+            raise OSError(
+                f"{path} could not be written whole; the disk is full, or a limit on "
+                "the size of files is reached."
+            ) from error
+        # A file that is cut short shows here, before the old one is gone.
         read_header(aside)
 
 

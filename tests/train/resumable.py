@@ -2,11 +2,13 @@
 
 ``python -m tests.train.resumable FOLDER JSON``: the JSON object holds fields of
 `TrainConfig`, and ``die``: the name of a moment inside a checkpoint's write and how
-often it must come before the process kills itself.
+often it must come before the process kills itself. ``largest_file`` is the size in
+bytes at which the system stops a write.
 """
 
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -65,6 +67,9 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     die = settings.pop("die", None)
     if die:
         kill_at(*die)
+    largest = settings.pop("largest_file", None)
+    if largest:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     mx.random.seed(11)
     model = llama.Model(
         llama.ModelArgs(
