@@ -101,6 +101,16 @@ class Schedule:
             return epochs * -(-len(self._usable) // self._batch_size)
         return sum(len(self.epoch(number)) for number in range(epochs))
 
+    def ends(self, epochs: int, batches: int) -> list[int]:
+        """How many batches are done after every `epochs` epochs, up to `batches`."""
+        found, done, number = [], 0, 0
+        while done < batches:
+            done += self.length(1) if not self._packing else len(self.epoch(number))
+            number += 1
+            if number % epochs == 0:
+                found.append(done)
+        return found
+
     def batches(self, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Batches without end.
 

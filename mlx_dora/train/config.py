@@ -92,6 +92,12 @@ class TrainConfig(DataConfig):
     steps_per_eval: int = field(
         default=200, metadata={"help": "Steps between validations."}
     )
+    epochs_per_eval: int | None = field(
+        default=None,
+        metadata={
+            "help": "Validate after so many passes over the data, not steps_per_eval."
+        },
+    )
     resume_adapter_file: str | None = field(
         default=None,
         metadata={
@@ -202,12 +208,12 @@ class TrainConfig(DataConfig):
                 raise DoRAError(
                     f"{name} must be a whole number of at least {least}, got {value!r}."
                 )
-        if self.epochs is not None and (
-            type(self.epochs) is not int or self.epochs < 1
-        ):
-            raise DoRAError(
-                f"epochs must be a whole number of at least 1, got {self.epochs!r}."
-            )
+        for name in ("epochs", "epochs_per_eval"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise DoRAError(
+                    f"{name} must be a whole number of at least 1, got {value!r}."
+                )
         if self.test_batches == 0:
             raise DoRAError("test_batches must be -1 or at least 1, got 0.")
         rate = self.learning_rate

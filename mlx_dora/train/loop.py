@@ -20,6 +20,7 @@ from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import write_adapter_files
 from mlx_dora.adapters.fingerprint import fingerprint
+from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.batches import Batch, RowCounts
 from mlx_dora.evaluate.data import as_dataset
 from mlx_dora.evaluate.documents import check_packable
@@ -133,13 +134,17 @@ def finetune(
             valid_data = as_dataset(valid_set, tokenizer, train, "the validation data")
         counts = RowCounts()
         limits = train.batch_size, train.max_seq_length
-        schedule = None
+        schedule, epochs_end = None, None
         if batches is None:
             schedule = Schedule(
                 data, *limits, seed=train.seed, packing=train.packing, counts=counts
             )
             if train.epochs is not None:
                 train = replace(train, iters=schedule.length(train.epochs))
+            if train.epochs_per_eval is not None:
+                epochs_end = schedule.ends(train.epochs_per_eval, train.iters)
+        elif train.epochs or train.epochs_per_eval:
+            raise DoRAError("epochs are those of the training's own batches.")
         optimizer = build_optimizer(train)
         base = BaseModel(model=train.model, fingerprint=fingerprint(model))
         settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
@@ -301,7 +306,11 @@ def finetune(
             saves = is_due(train.save_every, before, step)
             if saves or is_due(train.steps_per_report, before, step):
                 report(step, saves=saves)
-            if is_due(train.steps_per_eval, before, step):
+            if epochs_end is None:
+                evaluates = is_due(train.steps_per_eval, before, step)
+            else:
+                evaluates = any(before < end <= step for end in epochs_end)
+            if evaluates:
                 validate(step)
             interrupted = agree(stopped(), group)
             if saves or interrupted or best.is_enough or step >= train.iters:

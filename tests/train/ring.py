@@ -5,7 +5,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -49,12 +50,15 @@ def launch(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
         os.close(writing)
 
 
-def start(folder: Path, *commands: Sequence[str]) -> list[subprocess.Popen[str]]:
+@contextmanager
+def started(
+    folder: Path, *commands: Sequence[str]
+) -> Iterator[list[subprocess.Popen[str]]]:
     """Start one process a command, as ``mlx.launch`` does, with a file in `folder`."""
     hosts = folder / f"hosts-{len(list(folder.iterdir()))}.json"
     ports = free_ports(len(commands))
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
-    return [
+    processes = [
         subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
@@ -65,3 +69,9 @@ def start(folder: Path, *commands: Sequence[str]) -> list[subprocess.Popen[str]]
         )
         for rank, command in enumerate(commands)
     ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

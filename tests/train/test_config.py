@@ -10,6 +10,7 @@ OURS = {
     "overwrite",
     "hf_dataset",
     "epochs",
+    "epochs_per_eval",
     "packing",
     "all_turns",
     "resume",

@@ -62,3 +62,22 @@ def test_packing_is_refused_where_documents_would_mix(tmp_path: Any) -> None:
             dora=DoRAConfig(num_layers=-1, keys=("attn.c_attn",)),
             adapter_path=tmp_path / "adapter",
         )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_validation_after_epochs(run: Callable[..., Any], packing: bool) -> None:
+    settings = {"packing": packing, "batch_size": 5, "max_seq_length": 40}
+    ends = [
+        run(f"{n}", epochs=n, **settings)[1].steps  # the steps of n epochs
+        for n in (2, 4, 5)
+    ]
+    _, report = run(
+        "all", epochs=5, epochs_per_eval=2, steps_per_eval=1, valid=EXAMPLES, **settings
+    )
+    found = [one.step for one in report.history if one.val_loss is not None]
+    assert found == [0, *ends]
+
+
+def test_epochs_of_batches_that_are_given_are_refused(run: Callable[..., Any]) -> None:
+    with pytest.raises(DoRAError, match="the training's own batches"):
+        run(epochs=2, options={"batches": lambda *_, **__: iter(())})

@@ -1,5 +1,7 @@
+from contextlib import nullcontext
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_dora import DoRAConfig
@@ -7,7 +9,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.config import DataConfig
 from mlx_dora.evaluate.data import load_datasets
 from mlx_dora.evaluate.loss import evaluate_loss
-from mlx_dora.train import TrainConfig
+from mlx_dora.train import TrainConfig, job
 from mlx_dora.train.job import run_job
 from tests.cli.training_data import write_data
 
@@ -76,3 +78,23 @@ def test_bad_settings_are_told_before_the_model_is_looked_for(
         run_job(TrainConfig(**bad), DORA)  # pyright: ignore[reportArgumentType]
     with pytest.raises(DoRAError, match="model is not given"):
         run_job(TrainConfig(**{**bad, "model": None}), DORA)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_lost_process_is_told(
+    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Two:
+        def rank(self) -> int:
+            return 0
+
+        def size(self) -> int:
+            return 2
+
+    def lose(*_: object, **__: object) -> None:
+        raise RuntimeError("[ring] connection to a peer was lost")
+
+    monkeypatch.setattr(mx.distributed, "init", Two)
+    monkeypatch.setattr(job, "together", lambda _group: nullcontext())
+    monkeypatch.setattr(job, "finetune", lose)
+    with pytest.raises(DoRAError, match="another process of this training has ended"):
+        run_job(TrainConfig(**settings), DORA)  # pyright: ignore[reportArgumentType]

@@ -25,8 +25,8 @@ def resumable(folder: Path, **settings: Any) -> list[str]:
 
 def both(work: Path, one: list[str], two: list[str]) -> list[tuple[int, str]]:
     """Exit code and errors of two processes of one training."""
-    processes = ring.start(work, one, two)
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    with ring.started(work, one, two) as processes:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
     return [
         (process.returncode, text)
         for process, text in zip(processes, errors, strict=True)
@@ -83,13 +83,12 @@ def test_killed_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "folder"
     for code, errors in both(tmp_path, *[resumable(whole)] * 2):
         assert code == 0, errors
-    processes = ring.start(tmp_path, *[resumable(folder)] * 2)
-    assert processes[0].stdout is not None
-    for _ in range(5):  # of two batches each; saved at 4 and 8
-        assert processes[0].stdout.readline()
-    for process in processes:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    with ring.started(tmp_path, *[resumable(folder)] * 2) as processes:
+        assert processes[0].stdout is not None
+        for _ in range(5):  # of two batches each; saved at 4 and 8
+            assert processes[0].stdout.readline()
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
     # The second machine may have another disk, without the checkpoints.
     elsewhere = tmp_path / "elsewhere"
     resumed = resumable(folder, resume=True), resumable(elsewhere, resume=True)
@@ -131,3 +130,19 @@ def test_what_fails_in_one_ends_all_with_one_line(
     assert (one, two, silence) == (1, 1, "")
     assert errors.startswith("Error: adapter_path ")
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_in_one_ends_all_and_saves(arguments: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    endless = [*arguments, "--adapter-path", str(folder), "--iters", "100000"]
+    with ring.started(tmp_path, endless, endless) as (one, two):
+        assert one.stderr is not None
+        while not one.stderr.readline().startswith("step "):
+            assert one.poll() is None
+        two.send_signal(signal.SIGINT)
+        _, errors = one.communicate(timeout=60)
+        _, silence = two.communicate(timeout=60)
+    assert (one.returncode, two.returncode) == (130, 130)
+    assert "stopped after step" in errors
+    assert not [line for line in silence.splitlines() if not line.startswith("[ring]")]
+    assert (folder / "adapters.safetensors").exists()
