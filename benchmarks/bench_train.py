@@ -6,7 +6,8 @@ SmolLM2-135M (the demo's), every linear of every block adapted, 4 rows of 32 or 
 tokens a step, Adam. A step lasts from one batch that a loop asks for to the next: loss,
 gradients, update, and all else the loop does; the first one of each turn, which
 compiles, is left out. The contenders share the base's weights and start from the same
-factors. `bench_model.py --only step` has the bare gradients, and checkpointing.
+factors; peak memory is the model's own and what its loop adds.
+`bench_model.py --only step` has the bare gradients, and checkpointing.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 from bench_model import LINEARS, SCALE, contenders
+from mlx.utils import tree_flatten
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 
@@ -111,14 +113,14 @@ def measure(
     vocabulary = models["base"]["model"].embed_tokens.weight.shape[0]
     config = TrainConfig(iters=STEPS + 2, batch_size=ROWS, overwrite=True)
     times: dict[str, list[float]] = {name: [] for name in NAMES}
-    peaks, bases, losses = {}, {}, {}
+    extra, losses = {}, {}
     for turn in range(-(-settings.runs // STEPS)):
         first = turn % len(NAMES)
         for name in (*NAMES[first:], *NAMES[:first]):
             feed = Feed(length, vocabulary)
             gc.collect()
             mx.clear_cache()
-            bases[name] = mx.get_active_memory()
+            alive = mx.get_active_memory()
             mx.reset_peak_memory()
             with tempfile.TemporaryDirectory() as scratch:
                 place = Path(scratch)
@@ -126,7 +128,7 @@ def measure(
                     loss = run_ours(models[name], feed, config, place, rank)
                 else:
                     loss = run_theirs(models[name], feed, config, place)
-            peaks[name] = mx.get_peak_memory()
+            extra[name] = mx.get_peak_memory() - alive
             losses.setdefault(name, loss)
             times[name] += feed.step_ms()
     error = abs(losses["ours"] / losses["mlx-lm DoRA"] - 1)
@@ -139,8 +141,8 @@ def measure(
             median_ms=round(float(median), 3),
             p20_ms=round(float(p20), 3),
             p80_ms=round(float(p80), 3),
-            peak_bytes=peaks[name],
-            transient_bytes=peaks[name] - bases[name],
+            peak_bytes=_size(models[name]) + extra[name],
+            transient_bytes=extra[name],
             error=error if name == "ours" else None,
         )
     recorded = describe_training(config)
@@ -161,6 +163,12 @@ def measure(
     )
     settings = replace(settings, warmups=1)  # the step that compiles, each turn
     return bench.Measurement(case=case, settings=settings, timings=timings)
+
+
+def _size(model: Any) -> int:
+    # What is alive holds all models, and what mlx-lm's compiled steps keep of the last.
+    flat = dict(tree_flatten(model.parameters()))
+    return sum(value.nbytes for value in flat.values())
 
 
 @click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)
