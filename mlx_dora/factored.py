@@ -1,4 +1,4 @@
-"""Norms and angles of adapted rows from the factored terms, without a dense weight.
+"""Norms and inner products of adapted rows from factored terms, without a dense W'.
 
 What inference, fuse, analysis and merging share (`docs/method.md`, "Factored terms").
 All of it is float32, read row block by row block, and evaluates as it goes; training
@@ -206,64 +206,3 @@ def row_grams(weight: Weight, updates: Sequence[Update]) -> RowGrams:
         )
         inner[rows] = dense @ dense.transpose(0, 2, 1)
     return RowGrams(inner=inner, base_norm=np.sqrt(q0), recomputed=int(rows.size))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowGeometry:
-    """How far each output row moved, in length and in direction. ``(out,)`` float32.
-
-    Attributes:
-        base_norm: ‖W0‖.
-        delta_m: Change of length, |m| − ‖W0‖, in units of the weight.
-        angle: Between the base's row and the adapted one, in radians, 0 to π.
-    """
-
-    base_norm: mx.array
-    delta_m: mx.array
-    angle: mx.array
-
-    @property
-    def mean_delta_m(self) -> float:
-        """ΔM of DoRA's section 3.2: mean of |Δm| over rows."""
-        return float(np.abs(np.array(self.delta_m, dtype=np.float64)).mean())
-
-    @property
-    def mean_delta_d(self) -> float:
-        """ΔD of DoRA's section 3.2: mean of 1 − cos(angle) over rows."""
-        angle = np.array(self.angle, dtype=np.float64)
-        return float((2 * np.sin(angle / 2) ** 2).mean())
-
-
-def row_geometry(
-    weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float, m: mx.array
-) -> RowGeometry:
-    r"""Length and angle of every adapted row against its base row.
-
-    .. math:: \tan\theta = s\sqrt{q_0 p - c^2} \, / \, (q_0 + s c)
-
-    The arctangent keeps small angles that :math:`1 - \cos\theta` would lose; a negative
-    magnitude turns the row round, so its angle is :math:`\pi - \theta`.
-
-    Args:
-        weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
-        lora_a: Shape ``(in, r)``.
-        lora_b: Shape ``(r, out)``.
-        scale: Multiplier of the update.
-        m: Magnitudes. Shape ``(out,)``.
-
-    Returns:
-        The geometry; a row that is zero before or after has angle 0.
-    """
-    terms = factored_terms(weight, lora_a, lora_b, scale)
-    q0, c, p = terms.squared_base, terms.cross, terms.squared_update
-    sine = abs(scale) * mx.sqrt(mx.maximum(q0 * p - mx.square(c), 0.0))
-    angle = mx.arctan2(sine, q0 + scale * c)
-    angle = mx.where(m < 0, np.pi - angle, angle)
-    base_norm = mx.sqrt(q0)
-    length = mx.where(terms.norm > 0, mx.abs(m.astype(mx.float32)), 0.0)
-    moved = (base_norm > 0) & (length > 0)
-    return RowGeometry(
-        base_norm=base_norm,
-        delta_m=length - base_norm,
-        angle=mx.where(moved, angle, 0.0),
-    )

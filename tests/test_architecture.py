@@ -1,7 +1,7 @@
 """The layering of the design, read from every import; see docs in CONTRIBUTING.md.
 
 cli > demo | doctor > train | analyze | merge > evaluate > adapters > layers >
-decomposition > factored > kernels | io > errors | openblas
+decomposition > geometry > factored > kernels | io > errors | openblas
 
 Imports point right; packages joined by | never import each other.
 """
@@ -23,6 +23,7 @@ LAYERS = (
     ("adapters",),
     ("layers",),
     ("decomposition",),
+    ("geometry",),
     ("factored",),
     ("kernels", "io"),
     ("errors", "openblas"),

@@ -2,7 +2,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dora.factored import factored_terms, row_geometry
+from mlx_dora.factored import factored_terms
+from mlx_dora.geometry import row_geometry
 from mlx_dora.kernels import QuantizedWeight
 from tests.checks import assert_close, to_numpy
 

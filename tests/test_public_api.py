@@ -28,6 +28,12 @@ NAMES = {
         "use_in_mlx_lm",
     ],
     "mlx_dora.merge": ["merge_adapters", "merge_models"],
+    "mlx_dora.analyze": [
+        "DoRADecomposition",
+        "analyze_adapter",
+        "analyze_finetune",
+        "compare_adapters",
+    ],
     "mlx_dora.train": [
         "StepReport",
         "TrainConfig",
@@ -116,6 +122,28 @@ SIGNATURES = {
         "dtype=",
         "overwrite=",
     ],
+    "mlx_dora.analyze.analyze_adapter": [
+        "adapter",
+        "model=",
+        "*",
+        "check_base=",
+        "progress=",
+    ],
+    "mlx_dora.analyze.analyze_finetune": [
+        "base",
+        "tuned",
+        "*",
+        "spectrum=",
+        "progress=",
+    ],
+    "mlx_dora.analyze.compare_adapters": [
+        "adapters",
+        "model=",
+        "*",
+        "activations=",
+        "check_base=",
+        "progress=",
+    ],
     "mlx_dora.train.finetune": [
         "model",
         "tokenizer",
@@ -133,7 +161,7 @@ SIGNATURES = {
     "mlx_dora.train.plan_memory": ["train", "dora", "*", "limit="],
 }
 
-PACKAGES = ("kernels", "train", "adapters", "peft", "merge")
+PACKAGES = ("kernels", "train", "adapters", "peft", "merge", "analyze")
 
 
 def describe(function: object) -> list[str]:
@@ -209,6 +237,7 @@ def test_public_things_are_documented() -> None:
         "mlx_dora.openblas",
         "mlx_dora.train",
         "mlx_dora.merge",
+        "mlx_dora.analyze",
         "mlx_dora.adapters.config",
     ],
 )

@@ -13,6 +13,7 @@ VERBS = (
     "fuse",
     "merge",
     "extract",
+    "analyze",
     "convert",
     "evaluate",
     "generate",

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dora.adapters.surgery import dora_layers
-from mlx_dora.factored import row_geometry
+from mlx_dora.geometry import row_geometry
 from mlx_dora.layers import weight_of
 
 

@@ -1,0 +1,38 @@
+"""What fine-tuning did to magnitude and direction, exactly, without a dense weight.
+
+The public names are loaded on first use, so that the command line can be built without
+MLX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_dora.analyze.adapter import analyze_adapter
+    from mlx_dora.analyze.compare import compare_adapters
+    from mlx_dora.analyze.decomposition import DoRADecomposition
+    from mlx_dora.analyze.finetune import analyze_finetune
+
+_HOME = {
+    "DoRADecomposition": "mlx_dora.analyze.decomposition",
+    "analyze_adapter": "mlx_dora.analyze.adapter",
+    "analyze_finetune": "mlx_dora.analyze.finetune",
+    "compare_adapters": "mlx_dora.analyze.compare",
+}
+
+__all__ = [
+    "DoRADecomposition",
+    "analyze_adapter",
+    "analyze_finetune",
+    "compare_adapters",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mlx_dora.analyze' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,141 @@
+"""An adapter against its base, from the factored terms alone."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_dora.adapters.adapter import Adapter, adapter_problems
+from mlx_dora.adapters.attach import fit_problems
+from mlx_dora.adapters.files import load_adapter
+from mlx_dora.adapters.hosting import load
+from mlx_dora.adapters.keys import natural_order
+from mlx_dora.analyze.metrics import MatrixAnalysis, measure
+from mlx_dora.analyze.result import AdapterAnalysis
+from mlx_dora.analyze.spectrum import gram_singular_values
+from mlx_dora.errors import DoRAError
+from mlx_dora.factored import Update
+from mlx_dora.geometry import row_geometry
+from mlx_dora.layers import weight_of
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, total, newly done)."""
+
+
+def analyze_adapter(
+    adapter: Adapter | str | Path,
+    model: nn.Module | str | Path | None = None,
+    *,
+    check_base: bool = True,
+    progress: Progress | None = None,
+) -> AdapterAnalysis:
+    """Say what a DoRA or LoRA adapter does to the rows of its base.
+
+    Every base weight is read once, row block by row block; none is dequantised whole
+    and no adapted weight is built.
+
+    Args:
+        adapter: An adapter, or its folder.
+        model: The base: the module itself, or its folder or Hub id; if None, what the
+            adapter says of its base. One loaded here is read a matrix at a time.
+        check_base: Refuse an adapter that was trained on another base.
+        progress: Called after each matrix.
+
+    Raises:
+        DoRAError: If the adapter or the base is missing, unfit, or holds NaN.
+    """
+    loaded, name = named_adapter(adapter, "the adapter")
+    base, is_ours = load_base(model, [loaded])
+    check_fit(base, [loaded], [name], check_base)
+    modules = dict(base.named_modules())
+    paths = sorted(loaded.paths, key=natural_order)
+    layers: list[MatrixAnalysis] = []
+    for path in paths:
+        layers.append(_analyze_path(loaded, path, modules[path]))
+        if is_ours:  # so that one matrix is in memory, not the model
+            modules[path].clear()
+        if progress is not None:
+            progress("analyze", len(paths), 1)
+    known = loaded.base.model if model is None or is_ours else None
+    return AdapterAnalysis(
+        layers=layers,
+        source=name,
+        base=str(model) if isinstance(model, str | Path) else known or "a model",
+    )
+
+
+def named_adapter(adapter: Adapter | str | Path, name: str) -> tuple[Adapter, str]:
+    """An adapter, read if need be, with what errors call it."""
+    if isinstance(adapter, Adapter):
+        return adapter, name
+    return load_adapter(adapter), str(adapter)
+
+
+def load_base(
+    model: nn.Module | str | Path | None, adapters: Sequence[Adapter]
+) -> tuple[nn.Module, bool]:
+    """The base, and whether it was loaded here (lazily) and may be taken apart.
+
+    Raises:
+        DoRAError: If no base is given and no adapter names one.
+    """
+    if isinstance(model, nn.Module):
+        return model, False
+    found = model or next((one.base.model for one in adapters if one.base.model), None)
+    if found is None:
+        raise DoRAError("the adapter does not say what its base is; give the model.")
+    return load(found, lazy=True)[0], True
+
+
+def check_fit(
+    model: nn.Module,
+    adapters: Sequence[Adapter],
+    names: Sequence[str],
+    check_base: bool,
+) -> None:
+    """Refuse adapters that cannot be analysed on this base, with all problems."""
+    for adapter, name in zip(adapters, names, strict=True):
+        if adapter.fine_tune_type == "full":
+            raise DoRAError(
+                f"{name} holds fully fine-tuned weights: analyse the two models."
+            )
+        problems = adapter_problems(adapter)
+        problems += fit_problems(model, adapter, check_base)
+        problems += [
+            f"{key} belongs to experts, which cannot be analysed yet"
+            for key, value in adapter.tensors.items()
+            if value.ndim > 2
+        ]
+        if problems:
+            raise DoRAError(f"{name} does not fit the model: {'; '.join(problems)}.")
+
+
+def update_of(adapter: Adapter, path: str, module: nn.Module) -> Update:
+    """The update of a module in the orientation of its ``(out, in)`` weight."""
+    a, b = (adapter.tensors[f"{path}.{leaf}"] for leaf in ("lora_a", "lora_b"))
+    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+        a, b = b.T, a.T
+    return Update(lora_a=a, lora_b=b, scale=adapter.config.scale_of(path))
+
+
+def float64_factors(update: Update) -> tuple[np.ndarray, np.ndarray]:
+    """A ``(in, r)`` and s·Bᵀ ``(out, r)`` in float64."""
+    a = np.array(update.lora_a.astype(mx.float32), np.float64)
+    return a, update.scale * np.array(update.lora_b.astype(mx.float32), np.float64).T
+
+
+def _analyze_path(adapter: Adapter, path: str, module: nn.Module) -> MatrixAnalysis:
+    update = update_of(adapter, path, module)
+    geometry = row_geometry(
+        weight_of(module),
+        update.lora_a,
+        update.lora_b,
+        update.scale,
+        adapter.tensors.get(f"{path}.m"),
+    )
+    if not geometry.is_finite:
+        raise DoRAError(f"{path} of the base holds NaN or inf.")
+    values = gram_singular_values(*float64_factors(update))
+    return measure(path, geometry, values, rank=values.size)

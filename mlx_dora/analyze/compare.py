@@ -1,0 +1,257 @@
+"""Adapters of one base against each other, matrix by matrix, all factored."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_dora.adapters.adapter import Adapter
+from mlx_dora.adapters.keys import natural_order
+from mlx_dora.analyze.adapter import (
+    Progress,
+    check_fit,
+    float64_factors,
+    load_base,
+    named_adapter,
+    update_of,
+)
+from mlx_dora.analyze.agreement import PairAgreement, comparison_advice, mean_agreement
+from mlx_dora.analyze.guidance import Advice
+from mlx_dora.analyze.metrics import number
+from mlx_dora.analyze.result import SCHEMA, VERSION
+from mlx_dora.analyze.spectrum import Subspaces, factored_spectrum
+from mlx_dora.analyze.statistics import pearson
+from mlx_dora.errors import DoRAError
+from mlx_dora.factored import Update, row_grams
+from mlx_dora.layers import weight_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterComparison:
+    """How adapters of one base agree, for every pair on every matrix they share.
+
+    Attributes:
+        adapters: Their names, in the order given.
+        pairs: One a matrix and pair.
+        ranks: Rank at which the updates put together keep 99 % of their energy, by
+            matrix.
+    """
+
+    adapters: list[str]
+    pairs: list[PairAgreement]
+    ranks: dict[str, int] = field(repr=False)
+
+    @property
+    def layers(self) -> list[PairAgreement]:
+        """The same as `pairs`: one entry a matrix for two adapters."""
+        return self.pairs
+
+    @property
+    def correlation(self) -> float:
+        """Mean correlation of the adapters' Δm over rows, where it is defined."""
+        found = [one.delta_m_correlation for one in self.pairs]
+        known = [one for one in found if np.isfinite(one)]
+        return float(np.mean(known)) if known else float("nan")
+
+    def matrix(self, measure: str = "update_cosine") -> np.ndarray:
+        """A measure for every two adapters, energy-weighted over matrices. ``(N, N)``.
+
+        Entries without a shared matrix are NaN; the diagonal is an adapter with itself.
+        """
+        count = len(self.adapters)
+        itself = 0.0 if measure == "sign_conflict" else 1.0
+        found = np.full((count, count), np.nan)
+        np.fill_diagonal(found, itself)
+        for i in range(count):
+            for k in range(i + 1, count):
+                own = [one for one in self.pairs if (one.first, one.second) == (i, k)]
+                if own:
+                    found[i, k] = found[k, i] = mean_agreement(own, measure)
+        return found
+
+    @property
+    def conflicts(self) -> list[PairAgreement]:
+        """Pairs whose updates point against each other, the worst first."""
+        opposed = [one for one in self.pairs if one.update_cosine < 0]
+        return sorted(opposed, key=lambda one: one.update_cosine)
+
+    @property
+    def guidance(self) -> list[Advice]:
+        """Which method, weights and rank the numbers suggest, and why."""
+        rank = max(self.ranks.values(), default=0)
+        return comparison_advice(self.pairs, len(self.adapters), rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The versioned JSON form; see ``docs/analysis.md``."""
+        names = ("update_cosine", "direction_cosine", "input_overlap", "output_overlap")
+        return {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "kind": "comparison",
+            "adapters": self.adapters,
+            "matrices": {
+                name: [[number(v) for v in row] for row in self.matrix(name)]
+                for name in (*names, "sign_conflict")
+            },
+            "pairs": [one.to_dict() for one in self.pairs],
+            "ranks": self.ranks,
+            "guidance": [one.to_dict() for one in self.guidance],
+        }
+
+
+def compare_adapters(
+    adapters: Sequence[Adapter | str | Path],
+    model: nn.Module | str | Path | None = None,
+    *,
+    activations: Mapping[str, mx.array] | None = None,
+    check_base: bool = True,
+    progress: Progress | None = None,
+) -> AdapterComparison:
+    """Say where adapters of one base agree, and where they are in each other's way.
+
+    Args:
+        adapters: At least two, DoRA or LoRA, or their folders.
+        model: The base: the module, or its folder or Hub id; if None, what the first
+            adapter that names one says.
+        activations: Real inputs of modules by path, ``(tokens, in)``, on which
+            interference is measured; without them, inputs spread evenly over the
+            directions that the disturbed adapter reads.
+        check_base: Refuse an adapter that was trained on another base.
+        progress: Called after each matrix.
+
+    Raises:
+        DoRAError: If an adapter or the base is missing or unfit, fewer than two are
+            given, or no two share a matrix.
+    """
+    if len(adapters) < 2:
+        raise DoRAError(f"give at least two adapters to compare, got {len(adapters)}.")
+    found = [named_adapter(a, f"adapter {i + 1}") for i, a in enumerate(adapters)]
+    loaded, names = [one for one, _ in found], [name for _, name in found]
+    base, is_ours = load_base(model, loaded)
+    check_fit(base, loaded, names, check_base)
+    modules = dict(base.named_modules())
+    paths = sorted({p for one in loaded for p in one.paths}, key=natural_order)
+    pairs: list[PairAgreement] = []
+    ranks: dict[str, int] = {}
+    for path in paths:
+        here = [i for i, one in enumerate(loaded) if f"{path}.lora_a" in one.tensors]
+        inputs = None if activations is None else activations.get(path)
+        if len(here) > 1:
+            pairs += _compare_path(loaded, here, path, modules[path], inputs)
+        factors = [
+            float64_factors(update_of(loaded[i], path, modules[path])) for i in here
+        ]
+        together = factored_spectrum(
+            np.concatenate([a for a, _ in factors], axis=1),
+            np.concatenate([b for _, b in factors], axis=1),
+        )
+        energy = np.cumsum(np.square(together.values))
+        ranks[path] = (
+            int(np.searchsorted(energy, 0.99 * energy[-1])) + 1 if energy.size else 0
+        )
+        if is_ours:
+            modules[path].clear()
+        if progress is not None:
+            progress("compare", len(paths), 1)
+    if not pairs:
+        raise DoRAError("no two of the adapters adapt the same matrix.")
+    return AdapterComparison(adapters=names, pairs=pairs, ranks=ranks)
+
+
+def _compare_path(
+    adapters: Sequence[Adapter],
+    here: Sequence[int],
+    path: str,
+    module: nn.Module,
+    inputs: mx.array | None,
+) -> list[PairAgreement]:
+    updates: list[Update] = [update_of(adapters[i], path, module) for i in here]
+    grams = row_grams(weight_of(module), updates)
+    factors = [float64_factors(one) for one in updates]
+    spaces = [factored_spectrum(*one) for one in factors]
+    lengths = np.sqrt(np.einsum("jii->ji", np.maximum(grams.inner, 0.0)))
+    signs = np.ones_like(lengths)
+    changes = lengths - grams.base_norm[:, None]
+    for column, i in enumerate(here):
+        m = adapters[i].tensors.get(f"{path}.m")
+        if m is not None:
+            magnitude = np.array(m.astype(mx.float32), np.float64)
+            signs[:, column] = np.where(magnitude < 0, -1.0, 1.0)
+            changes[:, column] = np.abs(magnitude) - grams.base_norm
+    found = []
+    for x in range(len(here)):
+        for y in range(x + 1, len(here)):
+            product = lengths[:, x] * lengths[:, y]
+            inner = grams.inner[:, x, y] * signs[:, x] * signs[:, y]
+            cosine = inner[product > 0] / product[product > 0]
+            rows = _row_inner(factors[x], factors[y])
+            own = [_row_inner(factors[i], factors[i]) for i in (x, y)]
+            sizes = np.sqrt(np.maximum(own[0] * own[1], 0.0))
+            row_cosine = np.divide(
+                rows, sizes, out=np.zeros_like(rows), where=sizes > 0
+            )
+            both = changes[:, x] * changes[:, y]
+            weight = np.abs(both)
+            energies = own[0].sum(), own[1].sum()
+            whole = float(np.sqrt(energies[0] * energies[1]))
+            found.append(
+                PairAgreement(
+                    name=path,
+                    first=here[x],
+                    second=here[y],
+                    update_cosine=float(rows.sum() / whole) if whole > 0 else 0.0,
+                    row_update_cosine=row_cosine,
+                    direction_cosine=float(cosine.mean()) if cosine.size else 0.0,
+                    delta_m_correlation=pearson(changes[:, x], changes[:, y]),
+                    sign_conflict=float(weight[both < 0].sum() / weight.sum())
+                    if weight.sum() > 0
+                    else 0.0,
+                    size_ratio=float(np.sqrt(energies[1] / energies[0]))
+                    if energies[0] > 0
+                    else float("nan"),
+                    input_overlap=_overlap(spaces[x].inputs, spaces[y].inputs),
+                    output_overlap=_overlap(spaces[x].outputs, spaces[y].outputs),
+                    disturbs_first=_disturbance(factors, spaces, x, y, inputs),
+                    disturbs_second=_disturbance(factors, spaces, y, x, inputs),
+                    energy=whole,
+                )
+            )
+    return found
+
+
+def _row_inner(
+    one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Inner product of each row of two updates: b1ᵀ(A1ᵀA2)b2. Shape ``(out,)``."""
+    (a1, b1), (a2, b2) = one, other
+    return ((b1 @ (a1.T @ a2)) * b2).sum(1)
+
+
+def _overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Mean squared cosine of the principal angles of two orthonormal bases."""
+    if not min(one.shape[1], other.shape[1]):
+        return 0.0
+    cosines = np.linalg.svd(one.T @ other, compute_uv=False)
+    return float(np.square(cosines).mean())
+
+
+def _disturbance(
+    factors: Sequence[tuple[np.ndarray, np.ndarray]],
+    spaces: Sequence[Subspaces],
+    own: int,
+    other: int,
+    inputs: mx.array | None,
+) -> float:
+    """Size of the other update's output over one's own, on one's own inputs."""
+    outputs = []
+    for a, b in (factors[own], factors[other]):
+        if inputs is None:
+            h = spaces[own].inputs.T @ a
+        else:
+            h = np.array(inputs.astype(mx.float32), np.float64) @ a
+        outputs.append(np.linalg.norm(h @ b.T))
+    return float(outputs[1] / outputs[0]) if outputs[0] > 0 else float("nan")

@@ -1,0 +1,76 @@
+"""`DoRADecomposition`: weights as magnitude and direction, and how they changed."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_dora.analyze.finetune import Weights, analyze_finetune
+from mlx_dora.analyze.result import AdaptationAnalysis
+from mlx_dora.decomposition import dora_decompose
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRAComponents:
+    """A set of weights, taken apart row by row (Eq. 2 of DoRA, arXiv:2402.09353).
+
+    Attributes:
+        magnitudes: Name to m. Shapes ``(out,)``, float32.
+        directions: Name to V̂, rows of length 1 or 0. Shapes ``(out, in)``, in the
+            weights' dtypes.
+    """
+
+    magnitudes: dict[str, mx.array] = field(repr=False)
+    directions: dict[str, mx.array] = field(repr=False)
+
+
+class DoRADecomposition:
+    """Weights as magnitude and direction.
+
+    Args:
+        eps: Added to the divisor of a direction; 0 keeps unit length.
+    """
+
+    def __init__(self, eps: float = 0.0) -> None:
+        if not eps >= 0:
+            raise DoRAError(f"eps must be at least 0, got {eps}.")
+        self.eps = eps
+
+    def decompose(self, weights: Weights) -> DoRAComponents:
+        """Take every float matrix apart; vectors are passed over.
+
+        Args:
+            weights: Named arrays, or a model folder.
+
+        Raises:
+            DoRAError: If there is no float matrix.
+        """
+        arrays = weights
+        if isinstance(weights, str | Path):
+            files = Checkpoint(weights)
+            arrays = {name: files.tensor(name) for name in files.names}
+        assert not isinstance(arrays, str | Path)
+        magnitudes, directions = {}, {}
+        for name, value in arrays.items():
+            if value.ndim == 2 and mx.issubdtype(value.dtype, mx.floating):
+                magnitudes[name], directions[name] = dora_decompose(value, self.eps)
+                mx.eval(magnitudes[name], directions[name])
+        if not magnitudes:
+            raise DoRAError("the weights hold no float matrix to decompose.")
+        return DoRAComponents(magnitudes=magnitudes, directions=directions)
+
+    def analyze_adaptation(
+        self, base_weights: Weights, adapted_weights: Weights
+    ) -> AdaptationAnalysis:
+        """How the weights changed: per-layer statistics, correlation, guidance.
+
+        Args:
+            base_weights: Named arrays, or a model folder.
+            adapted_weights: The same names and shapes after fine-tuning.
+
+        Raises:
+            DoRAError: As `analyze_finetune`.
+        """
+        return analyze_finetune(base_weights, adapted_weights)

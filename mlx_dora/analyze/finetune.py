@@ -1,0 +1,137 @@
+"""Two versions of a model's weights, matrix by matrix, a few rows at a time."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dora.adapters.keys import natural_order
+from mlx_dora.analyze.adapter import Progress
+from mlx_dora.analyze.metrics import MatrixAnalysis, measure
+from mlx_dora.analyze.result import AdaptationAnalysis
+from mlx_dora.errors import DoRAError
+from mlx_dora.geometry import blocks_geometry
+from mlx_dora.io.blocks import READABLE, read_blocks
+from mlx_dora.io.checkpoint import Checkpoint
+
+Weights = Mapping[str, mx.array] | str | Path
+"""Named arrays, or a model folder."""
+
+_BLOCK = 1 << 16
+_LISTED = 5
+
+
+def analyze_finetune(
+    base: Weights,
+    tuned: Weights,
+    *,
+    spectrum: bool = False,
+    progress: Progress | None = None,
+) -> AdaptationAnalysis:
+    """Say what fine-tuning did to every matrix of a model.
+
+    Matrices are the two-dimensional float tensors; vectors are passed over.
+
+    Args:
+        base: Weights before.
+        tuned: Weights after, with the same names and shapes.
+        spectrum: Take singular values of the update too: a Gram matrix a tensor, in
+            memory and time the square and the cube of its shorter side.
+        progress: Called after each matrix.
+
+    Raises:
+        DoRAError: If names or shapes differ, there is nothing to compare, or a weight
+            holds NaN or inf.
+    """
+    before, after = _Source(base, "the base"), _Source(tuned, "the tuned model")
+    names = _shared(before, after)
+    layers: list[MatrixAnalysis] = []
+    for name in names:
+        geometry = blocks_geometry(
+            zip(before.blocks(name), after.blocks(name), strict=True)
+        )
+        if not geometry.is_finite:
+            raise DoRAError(f"{name} holds NaN or inf in {before} or {after}.")
+        values = _singular_values(before, after, name) if spectrum else np.zeros(0)
+        layers.append(measure(name.removesuffix(".weight"), geometry, values))
+        if progress is not None:
+            progress("analyze", len(names), 1)
+    return AdaptationAnalysis(layers=layers, source=str(after), base=str(before))
+
+
+class _Source:
+    """Named matrices that are read by row blocks, from a dict or from a folder."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self._name = str(weights) if isinstance(weights, str | Path) else name
+        self._arrays: Mapping[str, mx.array] | None = None
+        self._files: Checkpoint | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        if isinstance(weights, Mapping):
+            self._arrays = weights
+            for key, value in weights.items():
+                if value.ndim == 2 and mx.issubdtype(value.dtype, mx.floating):
+                    self.shapes[key] = value.shape
+            packed = [key for key in weights if key.endswith(".scales")]
+        else:
+            self._files = files = Checkpoint(weights)
+            for key in files.names:
+                info = files.info(key)
+                if len(info.shape) == 2 and info.dtype in READABLE:
+                    self.shapes[key] = info.shape
+            packed = [key for key in files.names if key.endswith(".scales")]
+        if packed:
+            raise DoRAError(
+                f"{self} is quantised ({packed[0]}); two models are compared dense: "
+                "dequantise it first, or analyse the adapter."
+            )
+
+    def __str__(self) -> str:
+        return self._name
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        if self._files is not None:
+            yield from read_blocks(self._files, name)
+            return
+        assert self._arrays is not None
+        array = self._arrays[name]
+        step = max(1, _BLOCK // max(array.shape[1], 1))
+        for start in range(0, array.shape[0], step):
+            yield np.array(array[start : start + step].astype(mx.float32))
+
+
+def _shared(before: _Source, after: _Source) -> list[str]:
+    problems = []
+    for one, other in ((before, after), (after, before)):
+        missing = [name for name in one.shapes if name not in other.shapes]
+        if missing:
+            more = f" and {len(missing) - _LISTED} more" * (len(missing) > _LISTED)
+            problems.append(f"{other} lacks {', '.join(missing[:_LISTED])}{more}")
+    problems += [
+        f"{name} has shape {shape} in {before}, {after.shapes[name]} in {after}"
+        for name, shape in before.shapes.items()
+        if after.shapes.get(name, shape) != shape
+    ][:_LISTED]
+    if problems:
+        raise DoRAError(f"the models do not fit together: {'; '.join(problems)}.")
+    if not before.shapes:
+        raise DoRAError(f"{before} holds no float matrices.")
+    return sorted(before.shapes, key=natural_order)
+
+
+def _singular_values(before: _Source, after: _Source, name: str) -> np.ndarray:
+    """Of the difference, from the Gram matrix of its shorter side."""
+    rows, width = before.shapes[name]
+    gram = np.zeros((width, width))
+    kept = []
+    for a, b in zip(before.blocks(name), after.blocks(name), strict=True):
+        delta = b.astype(np.float64) - a
+        if width <= rows:
+            gram += delta.T @ delta
+        else:
+            kept.append(delta)
+    if kept:
+        whole = np.concatenate(kept)
+        gram = whole @ whole.T
+    return np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0))

@@ -1,0 +1,181 @@
+"""``mlx_dora.analyze``: what fine-tuning did to magnitude and direction."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_dora.cli._framework import verb_group
+from mlx_dora.cli._progress import WorkDisplay
+
+if TYPE_CHECKING:
+    from mlx_dora.analyze.compare import AdapterComparison
+    from mlx_dora.analyze.result import AdaptationAnalysis
+
+_MODEL = click.option(
+    "--model", help="The base; what the adapter says of its base if not given."
+)
+_BY = click.option(
+    "--by",
+    type=click.Choice(["matrix", "layer", "module"]),
+    default="matrix",
+    show_default=True,
+    help="What a line of the table stands for.",
+)
+_CHECK = click.option(
+    "--check-base/--no-check-base",
+    default=True,
+    help="Refuse an adapter that was trained on another model (the default).",
+)
+
+
+def _output_options(function: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option(
+            "--overwrite", is_flag=True, help="Replace an existing JSON file or report."
+        ),
+        click.option(
+            "--report",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Write a report to open in a browser: one file, no network.",
+        ),
+        click.option(
+            "--json",
+            "json_file",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Write everything as JSON (schema: docs/analysis.md).",
+        ),
+        click.option(
+            "--top", type=click.IntRange(min=1), help="Show only this many lines."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@verb_group("analyze")
+def command() -> None:
+    """See what fine-tuning did to magnitude and direction."""
+
+
+@command.command("adapter")
+@click.argument("adapter")
+@_MODEL
+@_BY
+@_CHECK
+@_output_options
+def adapter_command(
+    adapter: str,
+    model: str | None,
+    by: str,
+    check_base: bool,
+    top: int | None,
+    json_file: Path | None,
+    report: Path | None,
+    overwrite: bool,
+) -> None:
+    """Analyse a DoRA or LoRA adapter against its base, without a dense weight."""
+    from mlx_dora.analyze.adapter import analyze_adapter
+    from mlx_dora.analyze.table import analysis_lines
+
+    _refuse_existing(json_file, report, overwrite)
+    with WorkDisplay() as display:
+        found = analyze_adapter(
+            adapter, model, check_base=check_base, progress=display.progress
+        )
+    _tell(analysis_lines(found, by=by, top=top))
+    _write(found, json_file, report, Path(adapter) / "log.jsonl")
+
+
+@command.command("compare")
+@click.argument("adapters", nargs=-1, required=True, metavar="A B ...")
+@_MODEL
+@_CHECK
+@_output_options
+def compare_command(
+    adapters: tuple[str, ...],
+    model: str | None,
+    check_base: bool,
+    top: int | None,
+    json_file: Path | None,
+    report: Path | None,
+    overwrite: bool,
+) -> None:
+    """Compare adapters of one base: where they agree and where they conflict."""
+    from mlx_dora.analyze.compare import compare_adapters
+    from mlx_dora.analyze.table import comparison_lines
+
+    _refuse_existing(json_file, report, overwrite)
+    with WorkDisplay() as display:
+        found = compare_adapters(
+            adapters, model, check_base=check_base, progress=display.progress
+        )
+    _tell(comparison_lines(found, top=top))
+    _write(found, json_file, report, None)
+
+
+@command.command("models")
+@click.argument("base")
+@click.argument("tuned")
+@click.option(
+    "--spectrum",
+    is_flag=True,
+    help="Take the singular values of each update too: slow for large matrices.",
+)
+@_BY
+@_output_options
+def models_command(
+    base: str,
+    tuned: str,
+    spectrum: bool,
+    by: str,
+    top: int | None,
+    json_file: Path | None,
+    report: Path | None,
+    overwrite: bool,
+) -> None:
+    """Compare two model folders, a few rows at a time."""
+    from mlx_dora.analyze.finetune import analyze_finetune
+    from mlx_dora.analyze.table import analysis_lines
+
+    _refuse_existing(json_file, report, overwrite)
+    with WorkDisplay() as display:
+        found = analyze_finetune(
+            base, tuned, spectrum=spectrum, progress=display.progress
+        )
+    _tell(analysis_lines(found, by=by, top=top))
+    _write(found, json_file, report, None)
+
+
+def _refuse_existing(
+    json_file: Path | None, report: Path | None, overwrite: bool
+) -> None:
+    for path in (json_file, report):
+        if path is not None and path.exists() and not overwrite:
+            raise click.ClickException(f"{path} exists; add --overwrite to replace it.")
+
+
+def _tell(lines: list[str]) -> None:
+    for line in lines:
+        click.echo(click.style(line, bold=True) if "ΔM rel." in line else line)
+
+
+def _write(
+    found: "AdaptationAnalysis | AdapterComparison",
+    json_file: Path | None,
+    report: Path | None,
+    log: Path | None,
+) -> None:
+    from mlx_dora.analyze.report import render_report
+    from mlx_dora.io.atomic import write_text
+
+    content: dict[str, Any] = found.to_dict()
+    if json_file is not None:
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        write_text(json_file, text + "\n")
+        click.echo(f"Saved {json_file}")
+    if report is not None:
+        write_text(report, render_report(content, log))
+        click.echo(f"Saved {report}")
