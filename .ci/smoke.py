@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def main(checkout: Path) -> None:
         for entry in metadata.entry_points(group="console_scripts")
         if entry.dist is not None and entry.dist.name.replace("-", "_") == "mlx_dora"
     ]
-    assert len(scripts) == 9, scripts
+    declared = tomllib.loads((checkout / "pyproject.toml").read_text())
+    assert sorted(scripts) == sorted(declared["project"]["scripts"]), scripts
     for script in scripts:
         done = subprocess.run([script, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, f"{script} --help: {done.stderr}"
