@@ -33,6 +33,8 @@
   float sums[ROWS * 3] = {0.0f};
   for (uint c0 = 0; c0 < n; c0 += uint(32 * N)) {
     const uint c = c0 + lane * uint(N);
+    const uint word = c0 / 32 * uint(BITS) + lane;
+    const uint live = metal::min(words - c0 / 32 * uint(BITS), uint(WORDS));
     uint first[ROWS];
     uint second[ROWS];
     float factor[ROWS];
@@ -40,14 +42,13 @@
     float delta[ROWS * N] = {0.0f};
     for (int r = 0; r < ROWS; ++r) {
       const uint row = row0 + own + uint(r);
-      const uint word = c0 / 32 * uint(BITS) + lane;
       const size_t line = size_t(row) * words;
       const size_t group = size_t(row) * groups + c / uint(GROUP);
-      const bool is_first = row < out && lane < uint(WORDS) && word < words;
-      const bool is_second = row < out && lane + 32 < uint(WORDS) && word + 32 < words;
+      const bool is_first = row < out && lane < live;
+      const bool is_second = row < out && lane + 32 < live;
       first[r] = is_first ? weight[line + word] : 0u;
       second[r] = is_second ? weight[line + word + 32] : 0u;
-      const bool is_inside = row < out && c < n;
+      const bool is_inside = row < out && lane < (n - c0) / uint(N);
       factor[r] = is_inside ? static_cast<float>(scales[group]) : 0.0f;
       offset[r] = is_inside ? static_cast<float>(biases[group]) : 0.0f;
     }

@@ -31,7 +31,7 @@ METAL_FUNC void dora_store(thread const float* from, uint live, P to) {
       to[i] = static_cast<T>(from[i]);
     }
   } else {
-    for (int i = 0; i < N; ++i) {
+    for (int i = 0; i < N - 1; ++i) {
       if (uint(i) < live) {
         to[i] = static_cast<T>(from[i]);
       }
@@ -41,7 +41,7 @@ METAL_FUNC void dora_store(thread const float* from, uint live, P to) {
 
 // How many of the columns from c on exist.
 METAL_FUNC uint dora_live(uint c, uint n) {
-  return c < n ? n - c : 0u;
+  return n - metal::min(c, n);
 }
 
 // g = m / norm; a row without a direction has g = 0.
@@ -192,7 +192,7 @@ METAL_FUNC void dora_unpack(
   } else if (BITS == 3) {
     low = simd_shuffle(first, ushort(at));
     high = simd_shuffle(first, ushort(at + 1));
-  } else if (BITS > 4) {
+  } else if (BITS >= 5) {
     const uint next = at + 1;
     const uint low1 = simd_shuffle(first, ushort(at % 32));
     const uint low2 = simd_shuffle(second, ushort(at % 32));

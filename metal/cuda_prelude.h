@@ -29,6 +29,10 @@ METAL_FUNC uint simd_shuffle(uint v, ushort lane) {
 }
 
 namespace metal {
+METAL_FUNC uint min(uint a, uint b) {
+  return a < b ? a : b;
+}
+
 METAL_FUNC float fma(float a, float b, float c) {
   return __fmaf_rn(a, b, c);
 }

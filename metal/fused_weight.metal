@@ -20,12 +20,12 @@
   const float s = scale[0];
   dora_stage_b<R, R, ROWS>(lora_b, b_tile, row0, out, 0u, lid, lsize);
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  const uint steps = STEPS > 0 ? uint(STEPS) : (n + span - 1) / span;
-  float kept[(STEPS > 0 ? STEPS : 1) * ROWS * N];
+  const uint steps = STEPS ? uint(STEPS) : (n + span - 1) / span;
+  float kept[(STEPS ? STEPS : 1) * ROWS * N];
   float sums[ROWS] = {0.0f};
 #pragma unroll
   for (uint t = 0; t < steps; ++t) {
-    thread float* v = kept + (STEPS > 0 ? t * uint(ROWS * N) : 0u);
+    thread float* v = kept + (STEPS ? t * uint(ROWS * N) : 0u);
     const uint c = t * span + lid * uint(N);
     dora_adapted<R, ROWS, N>(weight, lora_a, b_tile, s, row0, out, c, n, v);
     for (int r = 0; r < ROWS; ++r) {
@@ -39,7 +39,7 @@
       simdgroups_per_threadgroup);
 #pragma unroll
   for (uint t = 0; t < steps; ++t) {
-    thread float* v = kept + (STEPS > 0 ? t * uint(ROWS * N) : 0u);
+    thread float* v = kept + (STEPS ? t * uint(ROWS * N) : 0u);
     const uint c = t * span + lid * uint(N);
     if (STEPS == 0) {
       dora_adapted<R, ROWS, N>(weight, lora_a, b_tile, s, row0, out, c, n, v);

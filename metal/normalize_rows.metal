@@ -12,11 +12,11 @@
   const uint lid = thread_position_in_threadgroup.x;
   const uint span = threads_per_threadgroup.x * uint(N);
   const size_t start = size_t(row) * n;
-  const uint steps = STEPS > 0 ? uint(STEPS) : (n + span - 1) / span;
-  float kept[STEPS > 0 ? STEPS * N : N];
+  const uint steps = STEPS ? uint(STEPS) : (n + span - 1) / span;
+  float kept[STEPS ? STEPS * N : N];
   float sum[1] = {0.0f};
   for (uint t = 0; t < steps; ++t) {
-    thread float* v = kept + (STEPS > 0 ? t * uint(N) : 0u);
+    thread float* v = kept + (STEPS ? t * uint(N) : 0u);
     const uint c = t * span + lid * uint(N);
     dora_load<N>(weight + start + c, dora_live(c, n), v);
     for (int i = 0; i < N; ++i) {
@@ -32,7 +32,7 @@
     norm[row] = length;
   }
   for (uint t = 0; t < steps; ++t) {
-    thread float* v = kept + (STEPS > 0 ? t * uint(N) : 0u);
+    thread float* v = kept + (STEPS ? t * uint(N) : 0u);
     const uint c = t * span + lid * uint(N);
     if (STEPS == 0) {
       dora_load<N>(weight + start + c, dora_live(c, n), v);

@@ -238,6 +238,7 @@ def _float_cases(dtype: mx.Dtype) -> Iterator[Case]:
     for r in (1, 8, 64):
         yield adapted_norm(3, 1000, r, dtype)
         yield fused_weight(33, 1000, r, dtype)
+    yield adapted_norm(3, 257, 8, dtype)  # one column past whole steps
     yield adapted_norm(2, 4096, 8, dtype)
     yield adapted_norm(1030, 33, 8, dtype)  # two rows of a simdgroup
     yield adapted_norm(2051, 40, 3, dtype)  # four

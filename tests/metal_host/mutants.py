@@ -57,10 +57,10 @@ def edited(file: str, edit: Callable[[str], str]) -> Iterator[None]:
 USUAL_CASES = {
     "normalize_rows": r"float16-(5x3|9x31|3x33|2x2300|2x9000)$",
     "adapted_norm": (
-        r"float16-(9x31-r8|3x33-r1|10x70-r17|9x40-r512|3x1000-r8|2051x40-r3)$"
+        r"float16-(9x31-r8|3x33-r1|10x70-r17|9x40-r512|3x257-r8|3x1000-r8|2051x40-r3)$"
     ),
     "adapted_norm_packed": (
-        r"float32-9x320-.*|float16-9x64-|bfloat16-9x128-r(17|512)-|float16-2051x64"
+        r"float32-9x(320|384)-.*|float16-9x64-|bfloat16-9x128-r(17|512)-|float16-2051x64"
     ),
     "fused_weight": r"float16-(9x31-r8|33x1000-r1|9x4100-r8|9x70-r17|3x2300-r8)$",
     "dora_scale": r"float16-(3x31-r8|17x33-r8(-bias)?|19x33-r(64|512)|2x1200-r8)$",

@@ -13,23 +13,18 @@ HARMLESS = {
     r"common.h.*bound shifted: if \(live >= uint\(N\)\)": (
         "a full step takes the path of the tail, with the same result"
     ),
-    r"common.h.*bound shifted: for \(int i = 0; i < N; \+\+i\)": (
+    r"common.h.*bound shifted: for \(int i = 0; i < N - 1; \+\+i\)": (
         "the turn past the end is stopped by the bound inside"
     ),
-    r"common.h.*bound shifted: return c < n \? n - c : 0u": "n - c is 0 there",
     r"common.h.*bound shifted: for \(int k0 = 0; k0 < R;": (
         "the turn past the end loads nothing and adds nothing"
-    ),
-    r"common.h.*bound shifted( back)?: } else if \(BITS > 4\)": (
-        "4 bits by the path of 5 bits and more, with the same result"
     ),
     r"adapted_norm.*bound shifted: for \(uint c0 = 0; c0 < n;": (
         "the turn past the last column adds zeros"
     ),
-    r"bound shifted back: const uint steps = STEPS > 0": (
-        "one step, given or computed, is the same"
+    r"packed.*bound shifted back: for \(uint c0 = 0; c0 < n;": (
+        "columns come in groups, so a last step has more than one"
     ),
-    r"packed.*const bool is_second": "loads words of the next run, which nobody uses",
 }
 
 
@@ -58,7 +53,7 @@ def sweep(host: Host, every_case, files: list[str]) -> tuple[int, int]:
 
 def test_sweep_of_one_kernel(host: Host, every_case):
     changes, caught = sweep(host, every_case, ["normalize_rows.metal"])
-    assert changes > 10
+    assert changes >= 8
     assert caught >= changes - 1
 
 
