@@ -168,7 +168,7 @@ def adapter_problems(adapter: Adapter) -> list[str]:
         return ["it holds no tensors"]
     problems = listed(
         "NaN or inf in",
-        (name for name, value in tensors.items() if not _is_finite(value)),
+        (name for name, is_finite in _finite(tensors).items() if not is_finite),
     )
     if adapter.fine_tune_type == "full":
         return problems
@@ -204,10 +204,15 @@ def _rank_problems(adapter: Adapter, path: str) -> list[str]:
     return problems
 
 
-def _is_finite(tensor: mx.array) -> bool:
-    if not mx.issubdtype(tensor.dtype, mx.floating):
-        return True
-    return bool(mx.isfinite(tensor).all())
+def _finite(tensors: Mapping[str, mx.array]) -> dict[str, bool]:
+    """Whether each tensor of floats is free of NaN and inf, in one evaluation."""
+    flags = {
+        name: mx.isfinite(tensor).all()
+        for name, tensor in tensors.items()
+        if mx.issubdtype(tensor.dtype, mx.floating)
+    }
+    mx.eval(flags)
+    return {name: bool(flag) for name, flag in flags.items()}
 
 
 def listed(what: str, names: Iterable[str]) -> list[str]:

@@ -9,8 +9,8 @@ import numpy as np
 
 from mlx_dora.adapters.adapter import Adapter, adapter_problems
 from mlx_dora.adapters.attach import fit_problems
-from mlx_dora.adapters.files import load_adapter
-from mlx_dora.adapters.hosting import load
+from mlx_dora.adapters.files import read_adapter
+from mlx_dora.adapters.hosting import load_lazily
 from mlx_dora.adapters.keys import natural_order
 from mlx_dora.analyze.metrics import MatrixAnalysis, measure
 from mlx_dora.analyze.result import AdapterAnalysis
@@ -67,10 +67,10 @@ def analyze_adapter(
 
 
 def named_adapter(adapter: Adapter | str | Path, name: str) -> tuple[Adapter, str]:
-    """An adapter, read if need be, with what errors call it."""
+    """An adapter, read but not checked if need be, with what errors call it."""
     if isinstance(adapter, Adapter):
         return adapter, name
-    return load_adapter(adapter), str(adapter)
+    return read_adapter(adapter), str(adapter)
 
 
 def load_base(
@@ -86,7 +86,7 @@ def load_base(
     found = model or next((one.base.model for one in adapters if one.base.model), None)
     if found is None:
         raise DoRAError("the adapter does not say what its base is; give the model.")
-    return load(found, lazy=True)[0], True
+    return load_lazily(found), True
 
 
 def check_fit(
