@@ -12,6 +12,7 @@ from mlx_dora.cli._yaml import load_yaml
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.names import ADAPTER_METHODS, MODEL_METHODS
 
+AUTO = "auto"
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
 
@@ -43,10 +44,11 @@ def command() -> None:
 @click.option("--save-path", required=True, help="The adapter folder to make.")
 @click.option(
     "--method",
-    type=click.Choice(ADAPTER_METHODS),
+    type=click.Choice([*ADAPTER_METHODS, AUTO]),
     default="slerp",
     show_default=True,
-    help="How to merge. The first six are exact and need no dense weight.",
+    help="How to merge. The first six are exact and need no dense weight; auto "
+    "compares the adapters, takes what that suggests and says why.",
 )
 @click.option(
     "--weights",
@@ -91,10 +93,14 @@ def adapters_command(
     from mlx_dora.merge.adapters import base_name, merge_adapters_report
     from mlx_dora.merge.dense import Options
 
+    base = model or base_name(adapters[0])
+    if method == AUTO:
+        method, suggested = _suggested_merge(adapters, base, check_base)
+        weights = weights or suggested
     with WorkDisplay() as display:
         report = merge_adapters_report(
             adapters,
-            model=model or base_name(adapters[0]),
+            model=base,
             method=method,
             weights=weights,
             rank=rank,
@@ -107,6 +113,28 @@ def adapters_command(
     for line in report.lines():
         click.echo(line)
     click.echo(f"Saved to {save_path}")
+
+
+def _suggested_merge(
+    adapters: Sequence[str], base: str, check_base: bool
+) -> tuple[str, Sequence[float] | None]:
+    """The method and weights that a comparison of the adapters suggests; says why."""
+    from mlx_dora.analyze import compare_adapters
+
+    with WorkDisplay() as display:
+        comparison = compare_adapters(
+            adapters, base, check_base=check_base, progress=display.progress
+        )
+    for advice in comparison.guidance:
+        click.echo(advice.sentence)
+    found = next((one for one in comparison.guidance if one.method), None)
+    if found is None or found.method is None:
+        raise DoRAError(
+            "the comparison suggests no way to merge these adapters; to merge them "
+            "anyway, name a --method and --weights."
+        )
+    click.echo(f"Method: {found.method}")
+    return found.method, found.weights
 
 
 @command.command("models")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,42 @@ def test_the_command_writes_what_mlx_lm_loads(
     assert CliRunner().invoke(command, ["adapters", *inputs]).exit_code == 2
     bad = [*args[:-1], "1,x: ["]
     assert CliRunner().invoke(command, bad).exit_code == 2
+
+
+@pytest.mark.parametrize("is_opposed", [False, True])
+def test_auto_takes_what_the_comparison_suggests(
+    make_tiny_folder: MakeFolder, tmp_path: Path, is_opposed: bool
+) -> None:
+    base = make_tiny_folder("base")
+    model, _ = load(base)
+    first = train(model, seed=1)
+    second = train(model, seed=1 if is_opposed else 2)
+    if is_opposed:
+        flipped = {
+            name: -value if name.endswith("lora_b") else value
+            for name, value in second.tensors.items()
+        }
+        second = replace(second, tensors=flipped)
+    for name, adapter in (("one", first), ("two", second)):
+        save_adapter(adapter, tmp_path / name)
+    found = CliRunner().invoke(
+        command,
+        ["adapters", str(tmp_path / "one"), str(tmp_path / "two"), "--method", "auto",
+         "--model", str(base), "--save-path", str(tmp_path / "out")],
+    )  # fmt: skip
+    if is_opposed:
+        assert found.exit_code == 1
+        assert "name a --method" in found.output
+        assert not (tmp_path / "out").exists()
+    else:
+        assert found.exit_code == 0, found.output
+        chosen = found.output.partition("Method: ")[2].splitlines()[0]
+        assert chosen == "task_arithmetic"
+        summed = merge_adapters(
+            [first, second], model=model, method=chosen, weights=[1.0, 1.0]
+        )
+        saved = load_adapter(tmp_path / "out")
+        assert all(
+            mx.array_equal(saved.tensors[name], value)
+            for name, value in summed.tensors.items()
+        )
