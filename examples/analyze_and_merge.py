@@ -17,6 +17,7 @@ openblas.preload()  # on Linux, before mlx
 
 import mlx.core as mx  # noqa: E402 - OpenBLAS first
 import mlx.nn as nn  # noqa: E402 - OpenBLAS first
+import numpy as np  # noqa: E402 - OpenBLAS first
 from mlx_lm.models import llama  # noqa: E402 - OpenBLAS first
 
 from mlx_dora import DoRAConfig, load_adapter  # noqa: E402 - OpenBLAS first
@@ -66,7 +67,8 @@ def loss(adapter: Path | None, rows: list[list[int]]) -> float:
     model.eval()
     tokens = mx.array(rows)
     logits = model(tokens[:, :-1])
-    return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean").item()
+    found = nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean")
+    return float(np.array(found))
 
 
 def main() -> None:
