@@ -215,6 +215,8 @@ def test_dora_config_fields() -> None:
         "variant": "dora",
         "rank_pattern": None,
         "use_rslora": False,
+        "init": "lora",
+        "magnitude_keys": None,
     }
     assert defaults == expected
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.fingerprint import fingerprint
 from mlx_dora.adapters.keys import blocks, natural_order
-from mlx_dora.adapters.surgery import FineTuneType, adapter_layers
+from mlx_dora.adapters.surgery import FineTuneType, exported_layers
 from mlx_dora.errors import DoRAError
 
 LEAVES = {"dora": ("lora_a", "lora_b", "m"), "lora": ("lora_a", "lora_b")}
@@ -70,7 +70,7 @@ def take_adapter(
     """Return the adapter that is in a model, sharing its arrays.
 
     Scales that differ by module are folded into ``lora_b``, since stock mlx-lm reads
-    one scale.
+    one scale. A variant gives the plain DoRA adapter that computes the same.
 
     Args:
         model: A model with DoRA or LoRA layers; for full fine-tuning, one with
@@ -81,11 +81,12 @@ def take_adapter(
         training: Summary to record.
 
     Raises:
-        DoRAError: If there is nothing to take, or DoRA and LoRA are mixed.
+        DoRAError: If there is nothing to take, DoRA and LoRA are mixed, or a variant
+            is where no DoRA adapter can follow.
     """
     if fine_tune_type == "full":
         return _take_full(model, base or BaseModel(), training)
-    layers = adapter_layers(model)
+    layers = exported_layers(model)
     if not layers:
         raise DoRAError("the model has no adapted layers (see apply_dora).")
     kinds = {"m" in layer for _, layer in layers}

@@ -6,11 +6,14 @@ Imports no MLX, so that the command line can make its options from the fields.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mlx_dora.errors import DoRAError
 
 _LORA_PARAMETERS = ("rank", "scale", "dropout", "keys")
+
+Variant = Literal["dora", "doran", "map", "prediag", "magnitude"]
+Init = Literal["lora", "pissa"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +27,14 @@ class DoRAConfig:
         keys: Names of the modules to adapt; None takes every linear layer and
             embedding of the chosen blocks.
         num_layers: How many blocks, counted from the last.
-        variant: The parametrisation; plain DoRA so far.
+        variant: How the adapter is parametrised in training (docs/variants.md); what
+            is saved is plain DoRA.
         rank_pattern: Ranks of single modules, by full path or by its end.
         use_rslora: Divide the scale by the square root of each module's rank.
+        init: Where A and B start: at random and 0, or at the base's largest
+            directions (PiSSA).
+        magnitude_keys: Names of modules whose magnitude alone is trained, besides
+            `keys`; where no keys are given, of those they are taken out.
     """
 
     rank: int = field(default=8, metadata={"help": "Rank of the low-rank update."})
@@ -47,8 +55,12 @@ class DoRAConfig:
         default=16,
         metadata={"help": "Blocks to adapt, from the last; -1 for all, 0 for none."},
     )
-    variant: Literal["dora"] = field(
-        default="dora", metadata={"help": "Parametrisation of the adapter."}
+    variant: Variant = field(
+        default="dora",
+        metadata={
+            "help": "Parametrisation of the adapter in training; what is saved is "
+            "plain DoRA."
+        },
     )
     rank_pattern: dict[str, int] | None = field(
         default=None,
@@ -59,6 +71,17 @@ class DoRAConfig:
     use_rslora: bool = field(
         default=False,
         metadata={"help": "Divide the scale by the square root of the rank (rsLoRA)."},
+    )
+    init: Init = field(
+        default="lora",
+        metadata={
+            "help": "Start of A and B: random and 0, or the base's largest directions; "
+            "pissa is saved at twice the rank."
+        },
+    )
+    magnitude_keys: tuple[str, ...] | None = field(
+        default=None,
+        metadata={"help": "Modules whose magnitude alone is trained, besides keys."},
     )
 
     def __post_init__(self) -> None:
@@ -74,27 +97,66 @@ class DoRAConfig:
                 "num_layers must be -1 (all), 0 (none) or a number of blocks, got "
                 f"{self.num_layers!r}."
             )
-        if self.variant != "dora":
-            raise DoRAError(f"variant must be 'dora', got {self.variant!r}.")
         if type(self.use_rslora) is not bool:
             raise DoRAError(
                 f"use_rslora must be true or false, got {self.use_rslora!r}."
             )
-        self._check_keys()
+        self._check_keys("keys")
+        self._check_keys("magnitude_keys")
         self._check_rank_pattern()
+        self._check_variant()
 
-    def _check_keys(self) -> None:
-        if self.keys is None:
+    def _check_keys(self, name: str) -> None:
+        keys = getattr(self, name)
+        if keys is None:
             return
-        if isinstance(self.keys, str) or not all(
-            isinstance(key, str) and key for key in self.keys
+        if isinstance(keys, str) or not all(
+            isinstance(key, str) and key for key in keys
         ):
-            raise DoRAError(f"keys must be a list of module names, got {self.keys!r}.")
-        if not self.keys:
+            raise DoRAError(f"{name} must be a list of module names, got {keys!r}.")
+        if not keys:
             raise DoRAError(
-                "keys must name a module or be left out, got an empty list."
+                f"{name} must name a module or be left out, got an empty list."
             )
-        object.__setattr__(self, "keys", tuple(dict.fromkeys(self.keys)))
+        object.__setattr__(self, name, tuple(dict.fromkeys(keys)))
+
+    def _check_variant(self) -> None:
+        for name, kinds in (("variant", Variant), ("init", Init)):
+            value, known = getattr(self, name), get_args(kinds)
+            if value not in known:
+                raise DoRAError(f"{name} must be {', '.join(known)}; got {value!r}.")
+        if self.init == "pissa" and self.variant != "dora":
+            raise DoRAError(
+                f"init pissa is a start of variant dora, got variant {self.variant}."
+            )
+        if self.init == "pissa" and self.scale <= 0:
+            raise DoRAError(
+                "init pissa divides by the root of the scale, which must be above 0; "
+                f"got {self.scale}."
+            )
+        if self.variant == "map" and self.scale == 0:
+            raise DoRAError("variant map multiplies beta by the scale, which is 0.")
+        if self.variant == "magnitude":
+            useless = [
+                name
+                for name in ("rank_pattern", "magnitude_keys", "dropout", "use_rslora")
+                if getattr(self, name)
+            ]
+            if useless:
+                raise DoRAError(
+                    "variant magnitude trains no low-rank part: leave out "
+                    f"{', '.join(useless)}."
+                )
+        both = set(self.keys or ()).intersection(self.magnitude_keys or ())
+        if both:
+            raise DoRAError(
+                f"keys and magnitude_keys both name {', '.join(sorted(both))}."
+            )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer is a plain DoRA (or LoRA) layer in training too."""
+        return (self.variant, self.init, self.magnitude_keys) == ("dora", "lora", None)
 
     def _check_rank_pattern(self) -> None:
         if self.rank_pattern is None:

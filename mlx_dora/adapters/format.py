@@ -10,6 +10,8 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.errors import DoRAError
 
 FORMAT_VERSION = 1
+PLAIN = "dora"
+"""The only parametrisation that a file has; what was trained is in its summary."""
 
 
 def config_json(adapter: Adapter) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def config_json(adapter: Adapter) -> dict[str, Any]:
                 "model": adapter.base.model,
                 "fingerprint": adapter.base.fingerprint,
             },
-            "variant": config.variant,
+            "variant": PLAIN,
             "rank_pattern": config.rank_pattern,
             "training": None if adapter.training is None else dict(adapter.training),
         },
@@ -65,10 +67,13 @@ def parse_config(content: dict[str, Any]) -> Adapter:
     for name, value in (("base", base), ("training", training or {})):
         if not isinstance(value, dict):
             raise DoRAError(f"mlx_dora.{name} must be an object, got {value!r:.60}.")
+    if ours.get("variant", PLAIN) != PLAIN:
+        raise DoRAError(
+            f"mlx_dora.variant must be {PLAIN!r}, got {ours['variant']!r:.60}."
+        )
     return Adapter(
         config=replace(
             config,
-            variant=ours.get("variant", "dora"),
             rank_pattern=ours.get("rank_pattern"),
         ),
         tensors={},

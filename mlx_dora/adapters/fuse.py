@@ -24,6 +24,7 @@ from mlx_dora.adapters.surgery import (
     DoRAModule,
     adapter_layers,
     dora_layers,
+    export_variants,
     put_modules,
 )
 from mlx_dora.errors import DoRAError
@@ -63,8 +64,9 @@ def fuse_dora(model: nn.Module, dequantize: bool = False) -> FuseReport:
         )
     if not layers:
         raise DoRAError("the model has no DoRA layers to fuse.")
+    export_variants(model)
     fused = []
-    for path, layer in layers:
+    for path, layer in dora_layers(model):
         module = layer.fuse(dequantize=dequantize)
         mx.eval(module.parameters())
         fused.append(_describe(path, layer, module))

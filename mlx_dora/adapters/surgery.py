@@ -10,7 +10,8 @@ from mlx.utils import tree_unflatten
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.keys import last_blocks, natural_order, near_names, resolve_keys
 from mlx_dora.errors import DoRAError
-from mlx_dora.layers import DoRAEmbedding, DoRALinear, dora_class
+from mlx_dora.layers import DoRAEmbedding, DoRALinear
+from mlx_dora.layers.variants import layer_class
 
 DoRAModule = DoRALinear | DoRAEmbedding
 FineTuneType = Literal["dora", "lora", "full"]
@@ -20,7 +21,7 @@ _HOST_ADAPTERS = ("mlx_lm.tuner.lora", "mlx_lm.tuner.dora")
 
 
 def dora_layers(model: nn.Module) -> list[tuple[str, DoRAModule]]:
-    """Every DoRA layer of the model with its path, in natural order."""
+    """Every DoRA layer of the model with its path, in natural order; variants too."""
     return [
         (path, layer)
         for path, layer in adapter_layers(model)
@@ -31,8 +32,8 @@ def dora_layers(model: nn.Module) -> list[tuple[str, DoRAModule]]:
 def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Every adapted layer, mlx-lm's LoRA and DoRA included, in natural order.
 
-    All of them have ``lora_a``, ``lora_b``, ``scale`` and ``dropout``; mlx-lm's are
-    untyped.
+    All of them have ``lora_a``, ``lora_b``, ``scale`` and ``dropout``, variants when
+    exported; mlx-lm's are untyped.
     """
     found = [
         (path, module)
@@ -52,7 +53,7 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
     """Adapt a model in place: freeze it and put DoRA layers over its modules.
 
     Afterwards only the adapter's parameters are trainable, and the model's output is
-    what it was.
+    what it was (with PiSSA's start, but for rounding).
 
     Args:
         model: A model without adapters.
@@ -63,15 +64,17 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
 
     Raises:
         DoRAError: If a key or an entry of `rank_pattern` matches nothing, a module
-            cannot take DoRA (all of them by name), there are fewer blocks than
-            `num_layers`, or the model has adapters already. The model is unchanged.
+            cannot take DoRA or the variant (all of them by name), there are fewer
+            blocks than `num_layers`, or the model has adapters already. The model is
+            unchanged.
     """
     paths = adaptable_paths(model, config)
     modules = dict(model.named_modules())
     problems = []
+    chosen = variants_of(model, config, paths)
     for path in paths:
         try:
-            dora_class(modules[path])
+            layer_class(modules[path], chosen[path])
         except DoRAError as error:
             problems.append(f"{path}: {error}")
     if problems:
@@ -80,7 +83,7 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
     model.freeze()
     layers: list[tuple[str, nn.Module]] = []
     for path in paths:
-        layer = dora_class(modules[path]).from_base(
+        layer = layer_class(modules[path], chosen[path]).from_base(
             modules[path],
             r=config.rank_of(path),
             dropout=config.dropout,
@@ -90,6 +93,42 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
         layers.append((path, layer))
     put_modules(model, layers)
     return paths
+
+
+def variants_of(
+    model: nn.Module, config: DoRAConfig, paths: list[str]
+) -> dict[str, str]:
+    """The name that `layer_class` takes for each of the modules at `paths`."""
+    general = "pissa" if config.init == "pissa" else config.variant
+    alone: set[str] = set()
+    if config.magnitude_keys is not None:
+        alone.update(resolve_keys(model, config.magnitude_keys, config.num_layers))
+    return {path: "magnitude" if path in alone else general for path in paths}
+
+
+def export_variants(model: nn.Module) -> None:
+    """Put the plain DoRA layer in the place of every variant, in place.
+
+    Raises:
+        DoRAError: If one cannot be expressed so, by name.
+    """
+    put_modules(model, exported_layers(model))
+
+
+def exported_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """`adapter_layers`, with a plain DoRA layer for every variant.
+
+    Raises:
+        DoRAError: If one cannot be expressed so, by name.
+    """
+    found = []
+    for path, layer in adapter_layers(model):
+        try:
+            plain = layer.export() if isinstance(layer, DoRAModule) else layer
+        except DoRAError as error:
+            raise DoRAError(f"{path}: {error}") from error
+        found.append((path, plain))
+    return found
 
 
 def apply_layers(
@@ -167,6 +206,14 @@ def adaptable_paths(model: nn.Module, config: DoRAConfig) -> list[str]:
             "...); take them out with remove_dora first."
         )
     paths = resolve_keys(model, config.keys, config.num_layers)
+    if config.magnitude_keys is not None:
+        alone = resolve_keys(model, config.magnitude_keys, config.num_layers)
+        both = set(alone) & set(paths) if config.keys is not None else ()
+        if both:
+            raise DoRAError(
+                f"keys and magnitude_keys both name {', '.join(sorted(both))}."
+            )
+        paths = sorted({*paths, *alone}, key=natural_order)
     used = {config.pattern_for(path) for path in paths}
     unused = [name for name in config.rank_pattern or {} if name not in used]
     if unused and paths:

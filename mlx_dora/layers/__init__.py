@@ -1,9 +1,17 @@
 """Drop-in layers for MLX models: a frozen base, a low-rank direction, a magnitude."""
 
 from mlx_dora.layers._base import weight_of
+from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers.embedding import DoRAEmbedding
 from mlx_dora.layers.linear import DoRALinear
 from mlx_dora.layers.norms import held_norms
 from mlx_dora.layers.wrap import dora_class
 
-__all__ = ["DoRAEmbedding", "DoRALinear", "dora_class", "held_norms", "weight_of"]
+__all__ = [
+    "DoRAEmbedding",
+    "DoRALayer",
+    "DoRALinear",
+    "dora_class",
+    "held_norms",
+    "weight_of",
+]

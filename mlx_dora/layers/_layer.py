@@ -32,6 +32,7 @@ class DoRALayer(nn.Module):
     base_name: ClassVar[str]
     base_types: ClassVar[tuple[type[nn.Module], ...]]
     lora_a_spans_rows: ClassVar[bool] = False  # an embedding's has a row a token
+    fixed: ClassVar[tuple[str, ...]] = ()  # parameters that are kept but not trained
     dropout: nn.Dropout
     scale: float
     enabled: bool
@@ -92,7 +93,19 @@ class DoRALayer(nn.Module):
         """
         self.check_base(base)
         self[self.base_name] = base
-        self.m = mx.sqrt(self._measure_base())
+        self._measure_base()
+        self.start()
+
+    def start(self) -> None:
+        """Set the parameters that follow from the base: m = ‖W0‖."""
+        self.m = mx.sqrt(self["_squared_base"])
+
+    def export(self) -> "DoRALayer":
+        """A plain DoRA layer over the same base that computes the same: this one.
+
+        A variant makes one; see `mlx_dora.layers.variants`.
+        """
+        return self
 
     def check_base(self, base: nn.Module) -> None:
         """Refuse a base that is not exactly of a class this layer adapts."""
@@ -180,10 +193,9 @@ class DoRALayer(nn.Module):
         if self._measured is not self.base["weight"]:
             self._measure_base()
 
-    def _measure_base(self) -> mx.array:
+    def _measure_base(self) -> None:
         squared = row_squares(weight_of(self.base))
         mx.eval(squared)  # an unevaluated array cannot be used from another thread
         self._squared_base = squared
         # An attribute of the object, not a parameter: held for its identity alone.
         object.__setattr__(self, "_measured", self.base["weight"])
-        return squared

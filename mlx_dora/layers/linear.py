@@ -73,15 +73,23 @@ class DoRALinear(DoRALayer):
         linear = self.linear
         if not self.enabled:
             return linear(x)
-        y = project(linear, x)
+        return self.adapted(x, project(linear, x))
+
+    def adapted(self, x: mx.array, y: mx.array) -> mx.array:
+        """The output for input `x`, given the base's, W0x + b."""
         if (folded := self.folded(x.dtype)) is not None:
             return folded.apply(y, x)
         norm = self.norm()
-        offset = None
-        if "bias" in linear:  # y holds b already, and g∘y has g∘b in it
-            offset = (1 - row_gain(self.m, norm)) * linear.bias.astype(mx.float32)
-        h = self.dropout(x) @ self.lora_a.astype(x.dtype)
-        return dora_scale(y, h, self.lora_b, self.scale, self.m, norm, offset)
+        down, up = self.factors()
+        h = self.dropout(x) @ down.astype(x.dtype)
+        offset = self.offset(row_gain(self.m, norm))
+        return dora_scale(y, h, up, self.scale, self.m, norm, offset)
+
+    def offset(self, gain: mx.array) -> mx.array | None:
+        """(1 − g)·b: `y` holds b already, and g∘y has g∘b in it; None without bias."""
+        if "bias" not in self.linear:
+            return None
+        return (1 - gain) * self.linear.bias.astype(mx.float32)
 
     def fuse(self, dequantize: bool = False) -> nn.Linear | nn.QuantizedLinear:
         """The adapted layer as a plain one.

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_dora.adapters.surgery import dora_layers
 from mlx_dora.factored import one_minus_cosine
 from mlx_dora.kernels.reference import row_gain
-from mlx_dora.layers import DoRAEmbedding, DoRALinear
+from mlx_dora.layers import DoRALayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,9 @@ def measure_geometry(model: nn.Module) -> dict[str, LayerGeometry]:
     layers = dora_layers(model)
     if not layers:
         return {}
-    values = np.array(mx.stack([_measure(layer) for _, layer in layers]), np.float64)
+    values = np.array(
+        mx.stack([_measure(layer.export()) for _, layer in layers]), np.float64
+    )
     return {
         path: LayerGeometry(
             delta_m=row[0], delta_d=row[1], gain_min=row[2], gain_max=row[3]
@@ -49,7 +51,7 @@ def measure_geometry(model: nn.Module) -> dict[str, LayerGeometry]:
     }
 
 
-def _measure(layer: DoRALinear | DoRAEmbedding) -> mx.array:
+def _measure(layer: DoRALayer) -> mx.array:
     base, norm, m = mx.sqrt(layer["_squared_base"]), layer.norm(), layer["m"]
     a, b = (factor.astype(mx.float32) for factor in layer.factors())
     update = ((b.T @ (a.T @ a)) * b.T).sum(axis=1)  # ‖BA‖² of each row

@@ -20,6 +20,7 @@ from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import write_adapter_files
 from mlx_dora.adapters.fingerprint import fingerprint
+from mlx_dora.adapters.surgery import export_variants
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.batches import Batch, RowCounts
 from mlx_dora.evaluate.data import as_dataset
@@ -42,7 +43,11 @@ from mlx_dora.train.interrupt import delayed_interrupt
 from mlx_dora.train.lock import training_lock
 from mlx_dora.train.memory import trim_cache, wired_memory
 from mlx_dora.train.meter import Meter
-from mlx_dora.train.optimizers import build_optimizer, describe_training
+from mlx_dora.train.optimizers import (
+    build_optimizer,
+    describe_training,
+    describe_variant,
+)
 from mlx_dora.train.reports import Journal, StepReport, TrainReport
 from mlx_dora.train.resume import (
     check_settings,
@@ -54,6 +59,7 @@ from mlx_dora.train.resume import (
 from mlx_dora.train.services import check_services, service_listener
 from mlx_dora.train.start import (
     check_folder,
+    kept_tensors,
     load_weights,
     make_trainable,
     train_mode,
@@ -90,7 +96,8 @@ def finetune(
     validation loss, and ``log.jsonl`` has one line a report. With the adapter a
     checkpoint is written, from which ``resume`` goes on. The same seed gives the same
     adapter, bit for bit, on the CPU, whether the training was stopped in between or
-    not. Afterwards the model is in eval mode, with the adapter in it.
+    not. Afterwards the model is in eval mode, with the adapter in it, of a variant the
+    plain DoRA adapter that was written.
 
     Processes of one `mx.distributed` group share the rows of each batch. The first
     alone reads and writes the adapter's folder; an error in one ends all.
@@ -158,7 +165,7 @@ def finetune(
     with ExitStack() as stack:
         # 2. A run begins, or goes on where its newest checkpoint stands.
         k = train.grad_accumulation_steps
-        summary = describe_training(train)
+        summary = {**describe_training(train), **describe_variant(dora)}
         listeners = [callback] if callback else []
         if train.services and is_writer:
             listeners.append(service_listener(train, folder, summary))
@@ -269,7 +276,7 @@ def finetune(
                 best=best.state(),
                 settings=settings,
             )
-            weights, moments = trainable_tensors(model), optimizer_tensors(optimizer)
+            weights, moments = kept_tensors(model), optimizer_tensors(optimizer)
             with together(group):
                 if is_writer:
                     keep = train.keep_last
@@ -325,11 +332,13 @@ def finetune(
     if interrupted:
         logger.warning("stopped after step %d; the adapter is in %s", step, folder)
         raise KeyboardInterrupt
+    trained = sum(value.size for value in trainable_tensors(model).values())
+    export_variants(model)
     return TrainReport(
         adapter_path=folder,
         steps=step,
         modules=tuple(modules),
-        trainable_parameters=sum(v.size for v in trainable_tensors(model).values()),
+        trainable_parameters=trained,
         train_loss=journal.last("train_loss"),
         first_val_loss=journal.first("val_loss"),
         val_loss=journal.last("val_loss"),

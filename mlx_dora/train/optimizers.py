@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
+from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.errors import DoRAError
 from mlx_dora.train.config import TrainConfig
 
@@ -101,6 +102,14 @@ def describe_training(config: TrainConfig) -> dict[str, Any]:
         **{name: getattr(config, name) for name in kept},
         "optimizer_config": {**settings, **optimizer_settings(config)},
     }
+
+
+def describe_variant(config: DoRAConfig) -> dict[str, Any]:
+    """The same of the adapter, whose files do not tell; empty for plain DoRA."""
+    if config.is_plain:
+        return {}
+    kept = ("variant", "init", "rank", "magnitude_keys")
+    return {name: getattr(config, name) for name in kept}
 
 
 def build_schedule(settings: dict[str, Any]) -> Schedule:

@@ -87,6 +87,11 @@ def plan_memory(
     """
     if train.model is None:
         raise DoRAError("model is not given: name a folder or a Hugging Face id.")
+    if not dora.is_plain:
+        raise DoRAError(
+            "no memory plan for variants, init pissa or magnitude_keys: planned are "
+            "DoRA, LoRA and full fine-tuning."
+        )
     shapes = read_shapes(Path(train.model), dora, train.fine_tune_type)
     limit = memory_limit() if limit is None else limit
     plan = predict(shapes, train, limit)

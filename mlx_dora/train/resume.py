@@ -20,7 +20,7 @@ from mlx_dora.evaluate.batches import Examples
 from mlx_dora.train.checkpoint import Checkpoint
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import share_tensors
-from mlx_dora.train.start import trainable_tensors
+from mlx_dora.train.start import kept_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def restore(
     Raises:
         DoRAError: If names or shapes are not those of the model or the optimizer.
     """
-    weights = trainable_tensors(model)
+    weights = kept_tensors(model)
     moments = optimizer_tensors(optimizer)
     for what, found, wanted in (
         ("weights", checkpoint.weights, weights),
@@ -156,7 +156,7 @@ def share_start(
         group: The processes.
     """
     if group.size() > 1:
-        weights = share_tensors(trainable_tensors(model), group)
+        weights = share_tensors(kept_tensors(model), group)
         _put(
             model,
             optimizer,

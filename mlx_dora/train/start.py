@@ -10,9 +10,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.adapters.surgery import apply_layers, dora_layers
+from mlx_dora.adapters.surgery import apply_layers, dora_layers, variants_of
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import read_header
+from mlx_dora.layers.variants import layer_class
 from mlx_dora.train.checkpoint import WEIGHTS_NAME, has_checkpoints
 from mlx_dora.train.config import FineTuneType, TrainConfig
 
@@ -31,11 +32,26 @@ def make_trainable(
 
     Raises:
         DoRAError: If nothing would be trained, or the model's DoRA layers are of
-            another rank or scale than `config` says.
+            another kind, rank or scale than `config` says, or it asks for a variant of
+            something else than DoRA.
     """
+    if fine_tune_type != "dora" and not config.is_plain:
+        raise DoRAError(
+            "variant, init and magnitude_keys are DoRA's; with fine_tune_type "
+            f"{fine_tune_type} leave them out."
+        )
     present = dora_layers(model) if fine_tune_type == "dora" else []
     if present:
+        wanted = variants_of(model, config, [path for path, _ in present])
         for path, layer in present:
+            kind = layer_class(layer.base, wanted[path])
+            if type(layer) is not kind:
+                raise DoRAError(
+                    f"the model's layer {path} is a {type(layer).__name__}, the config "
+                    f"means a {kind.__name__}."
+                )
+            if "lora_b" not in layer:  # the magnitude alone
+                continue
             found = layer.lora_b.shape[0], float(layer.scale)
             expected = config.rank_of(path), config.scale_of(path)
             if found != expected:
@@ -60,6 +76,16 @@ def trainable_tensors(model: nn.Module) -> dict[str, mx.array]:
     return {name: value for name, value in flat if isinstance(value, mx.array)}
 
 
+def kept_tensors(model: nn.Module) -> dict[str, mx.array]:
+    """What a checkpoint holds: the trainable parameters, and what a variant fixed."""
+    fixed = {
+        f"{path}.{name}": layer[name]
+        for path, layer in dora_layers(model)
+        for name in layer.fixed
+    }
+    return {**trainable_tensors(model), **fixed}
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Put the trained weights of an earlier run into a model, all of them or none.
 
@@ -77,7 +103,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if not path.is_file():
         raise DoRAError(f"resume_adapter_file {path} does not exist.")
     found = {name: info.shape for name, info in read_header(path).items()}
-    wanted = {name: value.shape for name, value in trainable_tensors(model).items()}
+    weights = kept_tensors(model)
+    wanted = {name: value.shape for name, value in weights.items()}
     problems = [f"it lacks {name}" for name in wanted if name not in found]
     problems += [f"{name} is not trained here" for name in found if name not in wanted]
     problems += [
@@ -96,7 +123,6 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         more = len(problems) - _LISTED
         listed = "; ".join(problems[:_LISTED])
         raise DoRAError(f"{path}: {listed}{f'; and {more} more' if more > 0 else ''}.")
-    weights = trainable_tensors(model)
     model.load_weights(
         [(name, value.astype(weights[name].dtype)) for name, value in tensors.items()],
         strict=False,

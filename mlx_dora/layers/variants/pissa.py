@@ -1,0 +1,99 @@
+"""PiSSA: DoRA that starts from the principal directions of the base."""
+
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dora.kernels.rows import Weight, row_blocks
+from mlx_dora.layers._base import weight_of
+from mlx_dora.layers.linear import DoRALinear
+from mlx_dora.layers.variants._plain import plain_layer
+
+# The subspace is iterated this often, with so many directions more than the rank.
+_PASSES = 8
+_SPARE = 8
+
+
+class PissaLinear(DoRALinear):
+    r"""DoRA whose low-rank part starts as W0's own largest directions.
+
+    .. math:: y = m \circ \frac{W_0 x + s\,(B(Ax) - B_0(A_0x))}
+        {\lVert W_0 + s\,(BA - B_0A_0) \rVert} + b
+
+    PiSSA (arXiv:2404.02948): with :math:`s B_0A_0` the best rank-r approximation of
+    W0, A and B start at A0 = √(S/s)·Vᵀ and B0 = U·√(S/s), and the frozen rest is
+    W0 − s·B0A0. The rest is not built: A0 and B0 stay beside the base, which keeps its
+    weight, packed or not. At the start the layer equals its base but for rounding.
+
+    Parameters as `DoRALinear`'s, and frozen ``start_a`` ``(in, r)`` and ``start_b``
+    ``(r, out)``. Exports at rank 2r: A' = [A, A0], B' = [B; −B0].
+    """
+
+    fixed = ("start_a", "start_b")
+
+    def start(self) -> None:
+        """Take A0 and B0 from the base, A and B from them, m from the base's rows."""
+        super().start()
+        rank = self.lora_a.shape[1]
+        down, up = principal_factors(weight_of(self.linear), rank)
+        size = 1 / self.scale**0.5
+        self.start_a, self.start_b = down * size, up * size
+        self.lora_a, self.lora_b = self.start_a, self.start_b
+        self.freeze(keys=list(self.fixed), recurse=False)
+
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """[A, A0] and [B; −B0]: the update of the original base, of rank 2r."""
+        return (
+            mx.concatenate([self["lora_a"], self["start_a"]], axis=1),
+            mx.concatenate([self["lora_b"], -self["start_b"]]),
+        )
+
+    def export(self) -> DoRALinear:
+        """The same as plain DoRA of rank 2r."""
+        return plain_layer(self, *self.factors(), self["m"])
+
+
+def principal_factors(weight: Weight, rank: int) -> tuple[mx.array, mx.array]:
+    """√S·Vᵀ and U·√S of the largest singular values, to the accuracy of a start.
+
+    Subspace iteration from directions that MLX's random state gives, row block by row
+    block: no dense copy of a packed weight.
+
+    Args:
+        weight: Shape ``(out, in)``, dense or packed.
+        rank: How many.
+
+    Returns:
+        Down ``(in, rank)`` and up ``(rank, out)``, float32, evaluated. Where the
+        matrix has fewer directions than `rank`, zeros.
+    """
+    out, width = weight.shape
+    count = min(rank + _SPARE, out, width)
+    basis = np.array(mx.random.normal((width, count)))
+    for _ in range(_PASSES):
+        turned = mx.array(_orthogonal(basis))
+        total = mx.zeros((width, count))
+        for _, block in row_blocks(weight):
+            full = block.astype(mx.float32)
+            total = total + full.T @ (full @ turned)
+            mx.eval(total)
+        basis = np.array(total)
+    right = _orthogonal(basis)
+    turned = mx.array(right)
+    parts = [block.astype(mx.float32) @ turned for _, block in row_blocks(weight)]
+    left, sizes, mixed = np.linalg.svd(
+        np.array(mx.concatenate(parts), np.float64), full_matrices=False
+    )
+    root = np.sqrt(sizes[:rank])
+    down = (right @ mixed.T)[:, :rank] * root
+    up = (left[:, :rank] * root).T
+    lacking = rank - root.size
+    down, up = np.pad(down, ((0, 0), (0, lacking))), np.pad(up, ((0, lacking), (0, 0)))
+    found = mx.array(down.astype(np.float32)), mx.array(up.astype(np.float32))
+    mx.eval(*found)
+    return found
+
+
+def _orthogonal(basis: np.ndarray) -> np.ndarray:
+    return cast(np.ndarray, np.linalg.qr(basis)[0]).astype(np.float32)
