@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def run(
         options: dict[str, Any] | None = None,
         **settings: Any,
     ) -> tuple[nn.Module, TrainReport]:
-        ours = {"rank", "scale", "dropout", "keys", "num_layers", "rank_pattern"}
+        ours = {field.name for field in fields(DoRAConfig)}
         dora = {key: settings.pop(key) for key in ours & set(settings)}
         defaults = {"iters": 5, "learning_rate": 1e-2, "batch_size": 4}
         model = make_tiny_model() if model is None else model
