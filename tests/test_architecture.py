@@ -1,6 +1,6 @@
 """The layering of the design, read from every import; see docs in CONTRIBUTING.md.
 
-cli > demo | doctor > train | analyze | merge > evaluate > adapters > layers >
+cli > demo | doctor | publish > train | analyze | merge > evaluate > adapters > layers >
 decomposition > geometry > factored > kernels | io > errors | openblas
 
 Imports point right; packages joined by | never import each other.
@@ -17,7 +17,7 @@ import mlx_dora
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("cli",),
-    ("demo", "doctor"),
+    ("demo", "doctor", "publish"),
     ("train", "analyze", "merge"),
     ("evaluate",),
     ("adapters",),

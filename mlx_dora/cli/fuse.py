@@ -7,6 +7,7 @@ import click
 from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._options import dataclass_options
+from mlx_dora.cli._publish import command_line, publish, upload_option
 from mlx_dora.evaluate.tolerance import FuseTolerance
 
 EXIT_NOT_VERIFIED = 3
@@ -43,6 +44,7 @@ EXIT_NOT_VERIFIED = 3
     help="With --verify: a prompt to use in place of our own; may be repeated.",
 )
 @dataclass_options(tolerance=FuseTolerance)
+@upload_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 @click.option(
     "--check-base/--no-check-base",
@@ -63,6 +65,7 @@ def command(
     verify: bool,
     prompts: tuple[str, ...],
     tolerance: FuseTolerance,
+    upload_repo: str | None,
     overwrite: bool,
     check_base: bool,
     trust_remote_code: bool,
@@ -76,6 +79,10 @@ def command(
     from mlx_dora.adapters.fuse import fuse_model
     from mlx_dora.evaluate.fused import PROMPTS, verify_fused
 
+    if upload_repo is not None:
+        from mlx_dora.publish.upload import check_upload
+
+        check_upload(upload_repo)
     report = fuse_model(
         model,
         adapter_path,
@@ -88,19 +95,24 @@ def command(
     for line in report.lines():
         click.echo(line)
     click.echo(f"Saved to {save_path}")
-    if not verify:
-        return 0
-    checked = verify_fused(
-        model,
-        adapter_path,
-        save_path,
-        prompts=prompts or PROMPTS,
-        tolerance=tolerance,
-        check_base=check_base,
-        trust_remote_code=trust_remote_code,
-    )
-    click.echo(checked.line())
-    if checked.problems:
-        click.echo(f"Error: not verified: {'; '.join(checked.problems)}", err=True)
-        return EXIT_NOT_VERIFIED
+    if verify:
+        checked = verify_fused(
+            model,
+            adapter_path,
+            save_path,
+            prompts=prompts or PROMPTS,
+            tolerance=tolerance,
+            check_base=check_base,
+            trust_remote_code=trust_remote_code,
+        )
+        click.echo(checked.line())
+        if checked.problems:
+            problems = "; ".join(checked.problems)
+            click.echo(f"Error: not verified: {problems}", err=True)
+            return EXIT_NOT_VERIFIED
+    if upload_repo is not None:
+        from mlx_dora.publish.card import fused_card
+
+        card = fused_card(save_path, adapter_path, model, report, command_line())
+        publish(save_path, card, upload_repo)
     return 0

@@ -12,6 +12,7 @@ from mlx_dora.cli._config_file import config_file_option
 from mlx_dora.cli._framework import EXIT_BAD_INPUT, EXIT_INTERRUPTED, verb
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._progress import TrainDisplay, duration, size
+from mlx_dora.cli._publish import command_line, publish, upload_option
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.reports import TrainReport
 
@@ -29,7 +30,10 @@ HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
     is_flag=True,
     help="Say how much memory the training would take, and do nothing.",
 )
-def command(train: TrainConfig, dora: DoRAConfig, plan: bool) -> int | None:
+@upload_option
+def command(
+    train: TrainConfig, dora: DoRAConfig, plan: bool, upload_repo: str | None
+) -> int | None:
     """Fine-tune a model with DoRA (or LoRA, or in full).
 
     Takes the flags and the YAML files of mlx_lm.lora; training is the default.
@@ -54,6 +58,10 @@ def command(train: TrainConfig, dora: DoRAConfig, plan: bool) -> int | None:
 
     if mx.distributed.init().rank() > 0:
         return _work_in_silence(train, dora)
+    if upload_repo is not None:
+        from mlx_dora.publish.upload import check_upload
+
+        check_upload(upload_repo)
     display = TrainDisplay(train.iters if train.epochs is None else None)
     with display:
         result = run_job(
@@ -71,10 +79,20 @@ def command(train: TrainConfig, dora: DoRAConfig, plan: bool) -> int | None:
         tokens = f"{result.test.tokens:,} tokens"
         click.echo(f"Test loss {loss:.4f}, perplexity {perplexity:.3f} ({tokens}).")
     if result.train is not None:
+        if upload_repo is not None:
+            _publish_adapter(train, upload_repo)
         click.echo("Next:")
         for line in next_commands(train):
             click.echo(f"  {line}")
     return None
+
+
+def _publish_adapter(train: TrainConfig, repo: str) -> None:
+    from mlx_dora.publish.card import adapter_card
+
+    data = train.data if train.hf_dataset is None else str(train.hf_dataset)
+    card = adapter_card(train.adapter_path, str(train.model), command_line(), data)
+    publish(train.adapter_path, card, repo)
 
 
 def _work_in_silence(train: TrainConfig, dora: DoRAConfig) -> int:

@@ -1,0 +1,1 @@
+"""Sharing results: model cards, and uploads to the Hugging Face Hub."""

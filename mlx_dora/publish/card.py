@@ -1,0 +1,146 @@
+"""Model cards: what was trained on what, how, and what it did to the weights."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_dora.adapters.adapter import Adapter
+from mlx_dora.adapters.files import load_adapter
+from mlx_dora.adapters.fuse_report import FuseReport
+from mlx_dora.analyze.adapter import analyze_adapter
+from mlx_dora.analyze.result import AdapterAnalysis
+from mlx_dora.analyze.table import describe
+
+_CHANGED = 5
+"""How many of the most changed matrices a card lists."""
+
+
+def adapter_card(folder: str | Path, base: str, command: str, data: str | None) -> str:
+    """The card of a trained adapter, as Markdown.
+
+    Args:
+        folder: The adapter's folder.
+        base: The model it was trained on, as it was named.
+        command: The command that made it.
+        data: What it was trained on, as it was named.
+
+    Raises:
+        DoRAError: If the adapter or its base cannot be read.
+    """
+    adapter = load_adapter(folder)
+    name = {"dora": "DoRA", "lora": "LoRA", "full": "fully fine-tuned weights"}
+    kind = name[adapter.fine_tune_type]
+    parts = [
+        _front_matter(base, [adapter.fine_tune_type, "mlx_dora"]),
+        f"# {Path(folder).resolve().name}: {kind} for {_shown(base)}",
+        *_training(adapter, command, data),
+    ]
+    if adapter.fine_tune_type != "full":
+        parts += _changes(analyze_adapter(adapter, base))
+    use = f"mlx_lm.generate --model {_shown(base)} --adapter-path FOLDER --prompt ..."
+    return "\n\n".join([*parts, "## Use", f"```\n{use}\n```"]) + "\n"
+
+
+def fused_card(
+    folder: str | Path,
+    adapter_path: str | Path,
+    base: str,
+    report: FuseReport,
+    command: str,
+) -> str:
+    """The card of a model that an adapter was fused into, as Markdown.
+
+    Args:
+        folder: The fused model's folder.
+        adapter_path: The adapter's folder.
+        base: The adapter's base, as it was named.
+        report: What the fuse did.
+        command: The command that fused.
+
+    Raises:
+        DoRAError: If the adapter or its base cannot be read.
+    """
+    adapter = load_adapter(adapter_path)
+    total = report.total
+    fused = (
+        f"An adapter is fused into {len(report.layers)} layers: "
+        f"{100 * total.kept:.1f} % of its update kept, cosine {total.cosine:.3f}, "
+        f"{report.bytes_before:,} bytes before, {report.bytes_after:,} after."
+    )
+    parts = [
+        _front_matter(base, [adapter.fine_tune_type, "mlx_dora"]),
+        f"# {Path(folder).resolve().name}: {_shown(base)} with a "
+        f"{adapter.fine_tune_type} adapter fused in",
+        fused,
+        *_training(adapter, command, None),
+        *_changes(analyze_adapter(adapter, base)),
+    ]
+    use = "mlx_lm.generate --model FOLDER --prompt ..."
+    return "\n\n".join([*parts, "## Use", f"```\n{use}\n```"]) + "\n"
+
+
+def _front_matter(base: str, tags: Sequence[str]) -> str:
+    """What the Hub reads: only a Hub id may stand as the base there."""
+    lines = ["---", "library_name: mlx", "pipeline_tag: text-generation"]
+    if not _is_local(base):
+        lines.append(f"base_model: {json.dumps(base)}")
+    lines += ["tags:", "- mlx", *(f"- {tag}" for tag in tags), "---"]
+    return "\n".join(lines)
+
+
+def _is_local(base: str) -> bool:
+    return Path(base).expanduser().exists() or base.count("/") > 1
+
+
+def _shown(base: str) -> str:
+    return Path(base).name if _is_local(base) else base
+
+
+def _training(adapter: Adapter, command: str, data: str | None) -> list[str]:
+    settings: dict[str, Any] = dict(adapter.training or {})
+    if adapter.fine_tune_type != "full":
+        config = adapter.config
+        settings = {
+            "rank": config.rank,
+            "scale": config.scale,
+            "dropout": config.dropout,
+            "modules": len(adapter.paths),
+            **settings,
+        }
+    if data is not None:
+        settings = {"data": data, **settings}
+    parts = ["## How it was made", f"```\n{command}\n```"]
+    if settings:
+        rows = [f"| {key} | {_cell(value)} |" for key, value in settings.items()]
+        parts.append("\n".join(["| setting | value |", "| --- | --- |", *rows]))
+    return parts
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_cell(one)}" for key, one in value.items())
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _changes(analysis: AdapterAnalysis) -> list[str]:
+    """ΔM and ΔD (DoRA, arXiv:2402.09353, section 3.2) of the whole and of the most."""
+    layers = analysis.layers
+    count = len(layers)
+    means = [
+        sum(getattr(one, field) for one in layers) / count
+        for field in ("delta_m", "delta_m_relative", "delta_d")
+    ]
+    text = (
+        f"Mean over {count} matrices: ΔM {means[0]:.3g} ({means[1]:.2%} of the rows' "
+        f"length), ΔD {means[2]:.3g}. {describe(analysis.association)}."
+    )
+    most = sorted(layers, key=lambda one: one.delta_d, reverse=True)[:_CHANGED]
+    rows = [
+        f"| {one.name} | {one.delta_m:.3g} | {one.delta_d:.3g} | {one.classification} |"
+        for one in most
+    ]
+    head = ["| most turned | ΔM | ΔD | rows are mostly |", "| --- | --- | --- | --- |"]
+    return ["## What it changed", text, "\n".join([*head, *rows])]

@@ -1,0 +1,114 @@
+"""Cards and uploads, through the real commands and a hub on loopback."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import yaml
+
+from mlx_dora.adapters.files import load_adapter
+from mlx_dora.analyze import analyze_adapter
+from tests.cli.training_data import write_data
+from tests.publish.hub import Hub, serving
+
+MakeFolder = Callable[..., Path]
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving() as found:
+        yield found
+
+
+def run(
+    hub: Hub, verb: str, *args: object, token: str = "hf_x"
+) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.address,
+        "HF_TOKEN": token,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", f"mlx_dora.{verb}", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def test_a_trained_and_a_fused_folder_arrive_with_their_cards(
+    hub: Hub, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    data = write_data(tmp_path / "data", train=8, valid=4, test=0)
+    adapter, fused = tmp_path / "adapter", tmp_path / "fused"
+    trained = run(
+        hub, "train", "--model", tiny_model_folder, "--data", data,
+        "--adapter-path", adapter, "--iters", 2, "--num-layers", 1,
+        "--batch-size", 2, "--rank", 2, "--upload-repo", "adapter",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert f"Uploaded to {hub.address}/someone/adapter" in trained.stdout
+    assert set(hub.files) >= {"README.md", "adapters.safetensors", "log.jsonl"}
+    assert not any(name.startswith(("checkpoints", "best", ".")) for name in hub.files)
+    for name, content in hub.files.items():
+        assert (adapter / name).read_bytes() == content, name
+
+    card = hub.files["README.md"].decode()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "mlx"
+    assert head["tags"] == ["mlx", "dora", "mlx_dora"]
+    assert "base_model" not in head  # a local folder is no Hub id
+    assert "mlx_dora.train --model" in card
+    assert "| rank | 2 |" in card
+    assert "| iters | 2 |" in card
+    assert f"| data | {data} |" in card
+    layers = analyze_adapter(load_adapter(adapter), tiny_model_folder).layers
+    mean = sum(one.delta_m for one in layers) / len(layers)
+    assert f"Mean over {len(layers)} matrices: ΔM {mean:.3g} (" in card
+
+    hub.files.clear()
+    done = run(
+        hub, "fuse", "--model", tiny_model_folder, "--adapter-path", adapter,
+        "--save-path", fused, "--upload-repo", "someone/fused",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert set(hub.files) >= {"README.md", "config.json", "model.safetensors"}
+    assert "is fused into" in hub.files["README.md"].decode()
+    (tmp_path / "m.safetensors").write_bytes(hub.files["model.safetensors"])
+    assert mx.load(str(tmp_path / "m.safetensors"))
+
+
+def test_what_cannot_succeed_is_refused_before_the_work(
+    hub: Hub, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    args = ("--model", tiny_model_folder, "--adapter-path", tmp_path / "none")
+    bad = run(hub, "train", *args, "--upload-repo", "a/b/c")
+    assert bad.returncode == 1
+    assert "is no Hub id" in bad.stderr
+    anonymous = run(hub, "fuse", *args, "--upload-repo", "a/b", token="")
+    assert anonymous.returncode == 1
+    assert "hf auth login" in anonymous.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_refused_upload_leaves_the_folder_and_says_how_to_go_on(
+    hub: Hub, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    hub.is_closed = True
+    data = write_data(tmp_path / "data", train=8, valid=4, test=0)
+    found = run(
+        hub, "train", "--model", tiny_model_folder, "--data", data,
+        "--adapter-path", tmp_path / "adapter", "--iters", 1, "--num-layers", 1,
+        "--batch-size", 2, "--upload-repo", "someone/adapter",
+    )  # fmt: skip
+    assert found.returncode == 1
+    last = found.stderr.splitlines()[-1]
+    assert "is complete, but uploading it to someone/adapter failed" in last
+    assert load_adapter(tmp_path / "adapter").tensors
