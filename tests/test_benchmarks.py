@@ -79,3 +79,39 @@ def test_label_accuracy_goes_on_where_it_stopped(
     assert [line["method"] for line in lines] == ["base", "dora", "full"]
     assert all(0 <= line["accuracy"] <= 1 for line in lines)
     assert "dora" in second.stdout
+
+
+def test_the_comparison_of_variants_goes_on_where_it_stopped(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    for task, answers in (
+        ("labels", [" quick", " lazy"]),
+        ("text", [f" the fox {i}" for i in range(30)]),
+    ):
+        (tmp_path / task).mkdir()
+        rows = [
+            {"prompt": f"dog {i}", "completion": answers[i % len(answers)]}
+            for i in range(30)
+        ]
+        for name in ("train", "valid", "test"):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / task / f"{name}.jsonl").write_text(text)
+    output = tmp_path / "runs.jsonl"
+    command = [ROOT / "benchmarks" / "compare_variants.py", "--smoke"]
+    command += ["--output", output, "--model", tiny_model_folder, "--rank", "3"]
+    for task in ("labels", "text"):
+        command += ["--task", task, tmp_path / task]
+    first = run(*command, "--method", "lora")
+    assert first.returncode == 0, first.stderr
+    before = output.read_text()
+    second = run(*command, "--method", "lora", "--method", "dora", "--method", "full")
+    assert second.returncode == 0, second.stderr
+    assert output.read_text().startswith(before)
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(lines) == 2 * 3 * 4  # tasks, methods, three rates and the chosen one
+    assert all(0 <= line["accuracy"] <= 1 for line in lines if line["seed"] == 0)
+    assert not any("accuracy" in line for line in lines if line["seed"] == 1000)
+    trained = {line["method"]: line["trainable"] for line in lines}
+    # Of one block of width 32 and 64: less than one rank of its largest matrix.
+    assert trained["dora"] - 96 < trained["lora"] <= trained["dora"]
+    assert "| full (n = 1) |" in second.stdout
