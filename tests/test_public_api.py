@@ -16,6 +16,7 @@ NAMES = {
         "DoRAEmbedding",
         "DoRAError",
         "DoRALinear",
+        "DoRASwitchLinear",
         "apply_dora",
         "disabled",
         "dora_decompose",

@@ -139,7 +139,11 @@ def _leaf_shapes(module: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
     if "scales" in module:
         width = width * 32 // module.bits
     if experts:
-        return {"lora_a": (*experts, rank, width), "lora_b": (*experts, rows, rank)}
+        return {
+            "lora_a": (*experts, rank, width),
+            "lora_b": (*experts, rows, rank),
+            "m": (*experts, rows),
+        }
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
         return {"lora_a": (rows, rank), "lora_b": (rank, width), "m": (rows,)}
     return {"lora_a": (width, rank), "lora_b": (rank, rows), "m": (rows,)}

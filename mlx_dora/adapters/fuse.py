@@ -17,11 +17,10 @@ from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint_of
 from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.fuse_layer import Update, dtype_of, survival
-from mlx_dora.adapters.fuse_report import FusedLayer, FuseReport
+from mlx_dora.adapters.fuse_report import FusedLayer, FuseReport, Survival
 from mlx_dora.adapters.fuse_stream import stream_fused
 from mlx_dora.adapters.hosting import load_lazily, load_with_config, model_folder
 from mlx_dora.adapters.surgery import (
-    DoRAModule,
     adapter_layers,
     dora_layers,
     export_variants,
@@ -31,7 +30,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.kernels import QuantizedWeight
-from mlx_dora.layers import weight_of
+from mlx_dora.layers import DoRALayer, weight_of
 
 REST_NAME = "adapter"
 """The folder in a losslessly fused model that holds the low-rank rest."""
@@ -220,18 +219,28 @@ def _check_fit(
         )
 
 
-def _describe(path: str, layer: DoRAModule, module: nn.Module) -> FusedLayer:
+def _describe(path: str, layer: DoRALayer, module: nn.Module) -> FusedLayer:
     """Compare a DoRA layer with the plain module it was fused into."""
-    lora_a, lora_b = layer.factors()
-    update = Update(lora_a=lora_a, lora_b=lora_b, scale=layer.scale, m=layer.m)
-    before, after = weight_of(layer.base), weight_of(module)
+    pairs = [(layer, module)]
+    if layer.m.ndim > 1:  # experts
+        from mlx_dora.layers.switch import DoRASwitchLinear, one_expert
+
+        assert isinstance(layer, DoRASwitchLinear)
+        count = layer.m.shape[0]
+        pairs = [(layer.expert(i), one_expert(module, i)) for i in range(count)]
+    found = Survival()
+    for one, plain in pairs:
+        lora_a, lora_b = one.factors()
+        update = Update(lora_a=lora_a, lora_b=lora_b, scale=one.scale, m=one.m)
+        found += survival(weight_of(one.base), weight_of(plain), update)
+    after = weight_of(pairs[0][1])
     return FusedLayer(
         path=path,
         dtype=str(dtype_of(after)).rpartition(".")[2],
         bits=after.bits if isinstance(after, QuantizedWeight) else None,
         bytes_before=_nbytes(layer.base),
         bytes_after=_nbytes(module),
-        survival=survival(before, after, update),
+        survival=found,
     )
 
 

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_dora.adapters.adapter import Adapter, BaseModel
 from mlx_dora.adapters.fingerprint import digest_of, sample_of, tensor_line
 from mlx_dora.adapters.fuse_config import FuseConfig
+from mlx_dora.adapters.fuse_experts import fuse_experts
 from mlx_dora.adapters.fuse_layer import (
     Update,
     dense_fused,
@@ -138,7 +139,12 @@ def _fuse_module(
     after: Weight
     plain = packing = None
     rest: Parts = {}
-    if not isinstance(weight, QuantizedWeight) or config.mode == "dequantize":
+    if update.m.ndim > 1:
+        stack = fuse_experts(weight, update, config)
+        after, kept, plain = stack.weight, stack.survival, stack.plain
+        if isinstance(weight, QuantizedWeight) and config.mode != "dequantize":
+            packing = _packing(weight, after)
+    elif not isinstance(weight, QuantizedWeight) or config.mode == "dequantize":
         after = dense_fused(weight, update, dtype_of(weight))
         kept = survival(weight, after, update)
     elif config.mode == "lossless":

@@ -7,14 +7,14 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.adapters.adapter import Adapter, adapter_problems
+from mlx_dora.adapters.adapter import Adapter, adapter_problems, listed
 from mlx_dora.adapters.attach import fit_problems
 from mlx_dora.adapters.blend import Blend, Part, blend
 from mlx_dora.adapters.files import read_adapter
-from mlx_dora.adapters.surgery import DoRAModule, adapter_layers, put_modules
+from mlx_dora.adapters.surgery import adapter_layers, put_modules
 from mlx_dora.errors import DoRAError
 from mlx_dora.factored import factored_terms
-from mlx_dora.layers import dora_class, weight_of
+from mlx_dora.layers import DoRALayer, dora_class, weight_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class _Place:
     """A module of the base and the layer that stands there when it is adapted."""
 
     base: nn.Module
-    layer: DoRAModule
+    layer: DoRALayer
 
 
 class NamedAdapters:
@@ -153,6 +153,10 @@ class NamedAdapters:
             return ["a full fine-tuning is a model of its own"]
         problems = adapter_problems(adapter)
         problems += fit_problems(self._model, adapter, check_base)
+        problems += listed(
+            "experts cannot be switched by name yet:",
+            (name for name, value in adapter.tensors.items() if value.ndim > 2),
+        )
         if problems:
             return problems
         modules = dict(self._model.named_modules())

@@ -10,22 +10,21 @@ from mlx.utils import tree_unflatten
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.keys import last_blocks, natural_order, near_names, resolve_keys
 from mlx_dora.errors import DoRAError
-from mlx_dora.layers import DoRAEmbedding, DoRALinear
+from mlx_dora.layers import DoRALayer
 from mlx_dora.layers.variants import layer_class
 
-DoRAModule = DoRALinear | DoRAEmbedding
 FineTuneType = Literal["dora", "lora", "full"]
 
 # mlx-lm's own layers, told by where they are defined: importing it takes a second.
 _HOST_ADAPTERS = ("mlx_lm.tuner.lora", "mlx_lm.tuner.dora")
 
 
-def dora_layers(model: nn.Module) -> list[tuple[str, DoRAModule]]:
+def dora_layers(model: nn.Module) -> list[tuple[str, DoRALayer]]:
     """Every DoRA layer of the model with its path, in natural order; variants too."""
     return [
         (path, layer)
         for path, layer in adapter_layers(model)
-        if isinstance(layer, DoRALinear | DoRAEmbedding)
+        if isinstance(layer, DoRALayer)
     ]
 
 
@@ -38,8 +37,7 @@ def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
     found = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, DoRALinear | DoRAEmbedding)
-        or type(module).__module__ in _HOST_ADAPTERS
+        if isinstance(module, DoRALayer) or type(module).__module__ in _HOST_ADAPTERS
     ]
     return sorted(found, key=lambda item: natural_order(item[0]))
 
@@ -124,7 +122,7 @@ def exported_layers(model: nn.Module) -> list[tuple[str, Any]]:
     found = []
     for path, layer in adapter_layers(model):
         try:
-            plain = layer.export() if isinstance(layer, DoRAModule) else layer
+            plain = layer.export() if isinstance(layer, DoRALayer) else layer
         except DoRAError as error:
             raise DoRAError(f"{path}: {error}") from error
         found.append((path, plain))

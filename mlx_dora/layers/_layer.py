@@ -79,6 +79,10 @@ class DoRALayer(nn.Module):
         """The update as A ``(in, r)`` and B ``(r, out)`` for a base ``(out, in)``."""
         raise NotImplementedError
 
+    def fuse(self, dequantize: bool = False) -> Any:
+        """The adapted layer as a plain module of the base's class."""
+        raise NotImplementedError
+
     @property
     def base(self) -> nn.Module:
         """The frozen module this layer wraps."""

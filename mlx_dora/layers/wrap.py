@@ -2,7 +2,7 @@
 
 import mlx.nn as nn
 
-from mlx_dora.layers._layer import unsupported
+from mlx_dora.layers._layer import DoRALayer, unsupported
 from mlx_dora.layers.embedding import DoRAEmbedding
 from mlx_dora.layers.linear import DoRALinear
 
@@ -11,13 +11,22 @@ _LAYERS = {
 }
 
 
-def dora_class(module: nn.Module) -> type[DoRALinear] | type[DoRAEmbedding]:
+# Where mlx-lm's experts are; a model that has them has imported it.
+_SWITCH = "mlx_lm.models.switch_layers"
+
+
+def dora_class(module: nn.Module) -> type[DoRALayer]:
     """The layer that adapts `module`.
 
     Raises:
         DoRAError: If `module` is of any other class, subclasses included.
     """
-    layer = _LAYERS.get(type(module))
+    known: dict[type[nn.Module], type[DoRALayer]] = dict(_LAYERS)
+    if type(module).__module__ == _SWITCH:
+        from mlx_dora.layers.switch import DoRASwitchLinear
+
+        known |= dict.fromkeys(DoRASwitchLinear.base_types, DoRASwitchLinear)
+    layer = known.get(type(module))
     if layer is None:
-        raise unsupported(module, tuple(_LAYERS))
+        raise unsupported(module, tuple(known))
     return layer

@@ -54,7 +54,8 @@ def measure_geometry(model: nn.Module) -> dict[str, LayerGeometry]:
 def _measure(layer: DoRALayer) -> mx.array:
     base, norm, m = mx.sqrt(layer["_squared_base"]), layer.norm(), layer["m"]
     a, b = (factor.astype(mx.float32) for factor in layer.factors())
-    update = ((b.T @ (a.T @ a)) * b.T).sum(axis=1)  # ‖BA‖² of each row
+    gram, up = a.swapaxes(-1, -2) @ a, b.swapaxes(-1, -2)
+    update = ((up @ gram) * up).sum(axis=-1)  # ‖BA‖² of each row
     moved = one_minus_cosine(base, norm, abs(layer.scale) * mx.sqrt(update))
     moved = mx.where(m < 0, 2 - moved, moved)
     lives = norm > 0  # a zero row stays zero, whatever its m

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_dora.adapters.adapter import rank_of
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.surgery import apply_layers, dora_layers, variants_of
 from mlx_dora.errors import DoRAError
@@ -52,7 +53,7 @@ def make_trainable(
                 )
             if "lora_b" not in layer:  # the magnitude alone
                 continue
-            found = layer.lora_b.shape[0], float(layer.scale)
+            found = rank_of("lora_a", layer.lora_a), float(layer.scale)
             expected = config.rank_of(path), config.scale_of(path)
             if found != expected:
                 raise DoRAError(
