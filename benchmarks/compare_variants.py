@@ -74,6 +74,7 @@ METHODS = {
         settings={"variant": "map"}, per_row=0, per_matrix=2, rates=(3e-3, 1e-2, 3e-2)
     ),
     "prediag": Method(settings={"variant": "prediag"}),
+    "adaptive": Method(settings={"variant": "adaptive"}),  # by its active ranks
     "magnitude": Method(
         settings={"variant": "magnitude"}, has_rank=False, rates=(1e-3, 3e-3, 1e-2)
     ),
@@ -134,6 +135,7 @@ def run(task: str, name: str, rate: float, seed: int, job: Job, *, tunes: bool) 
         mask_prompt=True,
         max_seq_length=job.max_seq_length,
         val_batches=0,
+        rank_every=max(1, job.iters // 10),
     )
     data = load_datasets(config, tokenizer, ("train", "valid", "test"))
     mx.reset_peak_memory()

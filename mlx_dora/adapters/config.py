@@ -12,7 +12,7 @@ from mlx_dora.errors import DoRAError
 
 _LORA_PARAMETERS = ("rank", "scale", "dropout", "keys")
 
-Variant = Literal["dora", "doran", "map", "prediag", "magnitude"]
+Variant = Literal["dora", "doran", "map", "prediag", "magnitude", "adaptive"]
 Init = Literal["lora", "pissa"]
 
 

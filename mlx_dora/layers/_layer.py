@@ -32,6 +32,7 @@ class DoRALayer(nn.Module):
     base_name: ClassVar[str]
     base_types: ClassVar[tuple[type[nn.Module], ...]]
     lora_a_spans_rows: ClassVar[bool] = False  # an embedding's has a row a token
+    room: ClassVar[int] = 1  # ranks held for each one asked for
     fixed: ClassVar[tuple[str, ...]] = ()  # parameters that are kept but not trained
     dropout: nn.Dropout
     scale: float

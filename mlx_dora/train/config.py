@@ -29,6 +29,8 @@ _LEAST = {
     "keep_last": 1,
     "early_stop": 0,
     "max_bad_steps": 1,
+    "rank_every": 1,
+    "rank_rounds": 0,
     "test_batches": -1,
 }
 
@@ -144,6 +146,13 @@ class TrainConfig(DataConfig):
     lora_plus_ratio: float = field(
         default=1.0,
         metadata={"help": "LoRA+: how many times the learning rate lora_b takes."},
+    )
+    rank_every: int = field(
+        default=50,
+        metadata={"help": "Variant adaptive: steps between re-allocations of ranks."},
+    )
+    rank_rounds: int = field(
+        default=8, metadata={"help": "Variant adaptive: how many re-allocations."}
     )
     test: bool = field(
         default=False,

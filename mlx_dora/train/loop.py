@@ -48,6 +48,7 @@ from mlx_dora.train.optimizers import (
     describe_training,
     describe_variant,
 )
+from mlx_dora.train.ranks import reallocate
 from mlx_dora.train.reports import Journal, StepReport, TrainReport
 from mlx_dora.train.resume import (
     check_settings,
@@ -304,6 +305,10 @@ def finetune(
                 )
             if passes:
                 stepper.apply(gradient)
+                if step < (train.rank_rounds + 1) * train.rank_every and is_due(
+                    train.rank_every, before, step
+                ):
+                    reallocate(model, gradient.total)
                 meter.add(gradient.loss, gradient.tokens)
             meter.end_step(len(window))
             trim_cache(train.clear_cache_threshold)

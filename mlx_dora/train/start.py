@@ -53,7 +53,8 @@ def make_trainable(
                 )
             if "lora_b" not in layer:  # the magnitude alone
                 continue
-            found = rank_of("lora_a", layer.lora_a), float(layer.scale)
+            rank = rank_of("lora_a", layer.lora_a) // layer.room
+            found = rank, float(layer.scale)
             expected = config.rank_of(path), config.scale_of(path)
             if found != expected:
                 raise DoRAError(

@@ -28,7 +28,10 @@ from mlx_dora.errors import DoRAError
         ({"rank_pattern": {"q": 0}}, "the rank of 'q' must be at least 1, got 0."),
         ({"rank_pattern": {"": 1}}, "'' is not a module name"),
         ({"rank_pattern": ["q"]}, "must map modules to ranks"),
-        ({"variant": "lora"}, "variant must be dora, doran, map, prediag, magnitude;"),
+        (
+            {"variant": "lora"},
+            "variant must be dora, doran, map, prediag, magnitude, adap",
+        ),
         ({"init": "svd"}, "init must be lora, pissa; got 'svd'."),
         ({"init": "pissa", "variant": "map"}, "is a start of variant dora, got"),
         ({"init": "pissa", "scale": -1.0}, "must be above 0; got -1.0."),

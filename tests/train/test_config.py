@@ -20,6 +20,8 @@ OURS = {
     "max_grad_norm",
     "max_bad_steps",
     "lora_plus_ratio",
+    "rank_every",
+    "rank_rounds",
 }
 FEATURES = {"prompt_feature", "completion_feature", "chat_feature", "text_feature"}
 # The adapter's own settings are DoRAConfig's.
@@ -59,6 +61,7 @@ def test_training_is_the_default_unless_only_a_test_is_asked_for(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"rank_every": 0}, "rank_every must be a whole number of at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"iters": 1.5}, r"iters must be a whole number of at least 1, got 1\.5"),
         ({"iters": True}, "iters must be a whole number of at least 1, got True"),

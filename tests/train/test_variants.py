@@ -23,6 +23,7 @@ from tests.train.saved import config, log, same_bits, tensors
 
 Run = Callable[..., tuple[Any, Any]]
 WAYS: dict[str, dict[str, Any]] = {
+    "adaptive": {"variant": "adaptive", "rank_every": 2, "rank_rounds": 3},
     "doran": {"variant": "doran"},
     "magnitude": {"variant": "magnitude"},
     "map": {"variant": "map"},
@@ -67,6 +68,10 @@ def test_the_saved_adapter_is_the_trained_model(
     assert saved["mlx_dora"]["variant"] == "dora"
     assert saved["mlx_dora"]["training"]["rank"] == 4
     rank = {"pissa": 8, "magnitude": 1}.get(way, 4)
+    if way == "adaptive":
+        ranks = saved["mlx_dora"]["rank_pattern"]
+        rank = max(ranks.values())
+        assert min(ranks.values()) < 4 < rank <= 8
     assert saved["lora_parameters"]["rank"] == rank
     line = next(line for line in log(folder) if "delta_m" in line)
     assert np.isfinite([line["delta_m"], line["delta_d"], line["gain_min"]]).all()

@@ -5,6 +5,7 @@ import mlx.nn as nn
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers.linear import DoRALinear
+from mlx_dora.layers.variants.adaptive import AdaptiveLinear
 from mlx_dora.layers.variants.doran import DoRANLinear
 from mlx_dora.layers.variants.magnitude import MagnitudeLinear
 from mlx_dora.layers.variants.map import MAPLinear
@@ -14,6 +15,7 @@ from mlx_dora.layers.wrap import dora_class
 
 # Keys are the values of `DoRAConfig.variant`, and of `DoRAConfig.init` for PiSSA.
 VARIANTS: dict[str, type[DoRALinear]] = {
+    "adaptive": AdaptiveLinear,
     "doran": DoRANLinear,
     "magnitude": MagnitudeLinear,
     "map": MAPLinear,

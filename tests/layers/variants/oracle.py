@@ -22,6 +22,8 @@ def direction(name: str, p: Params, w: np.ndarray, s: float, fixed: Params):
     """What the constant norm is the norm of."""
     if name == "magnitude":
         return w
+    if name == "adaptive":
+        return w + s * (p["lora_a"] * fixed["active"] @ p["lora_b"]).T
     if name == "pissa":
         return w + s * (update(p) - (fixed["start_a"] @ fixed["start_b"]).T)
     return w + s * update(p)
@@ -33,6 +35,10 @@ def dora(p, w, norm, s, fixed):
 
 def pissa(p, w, norm, s, fixed):
     return (p["m"] / norm)[:, None] * direction("pissa", p, w, s, fixed)
+
+
+def adaptive(p, w, norm, s, fixed):
+    return (p["m"] / norm)[:, None] * direction("adaptive", p, w, s, fixed)
 
 
 def doran(p, w, norm, s, fixed):
@@ -55,6 +61,7 @@ def magnitude(p, w, norm, s, fixed):
 
 
 EQUATIONS: dict[str, Equation] = {
+    "adaptive": adaptive,
     "doran": doran,
     "magnitude": magnitude,
     "map": map_,
