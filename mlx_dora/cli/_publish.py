@@ -6,8 +6,6 @@ from pathlib import Path
 
 import click
 
-from mlx_dora.io.atomic import write_text
-
 upload_option = click.option(
     "--upload-repo",
     metavar="ID",
@@ -24,6 +22,7 @@ def command_line() -> str:
 
 def publish(folder: str | Path, card: str, repo: str) -> None:
     """Write the card, upload the folder, and say where it is."""
+    from mlx_dora.io.atomic import write_text
     from mlx_dora.publish.upload import upload_folder
 
     write_text(Path(folder) / "README.md", card)
