@@ -120,11 +120,14 @@ def test_modules_that_cannot_take_dora_are_named(tiny_model: nn.Module) -> None:
     assert dora_layers(tiny_model) == []
 
 
-def test_experts_are_refused_not_skipped(tiny_model: nn.Module) -> None:
+def test_unknown_experts_are_refused_not_skipped(tiny_model: nn.Module) -> None:
     from mlx_lm.models.switch_layers import SwitchLinear
 
-    tiny_model["model"]["layers"][1].mlp.experts = SwitchLinear(32, 64, 4)
-    with pytest.raises(DoRAError, match=r"mlp.experts: .*SwitchLinear"):
+    class NewExperts(SwitchLinear):
+        __module__ = SwitchLinear.__module__
+
+    tiny_model["model"]["layers"][1].mlp.experts = NewExperts(32, 64, 4)
+    with pytest.raises(DoRAError, match=r"mlp.experts: .*NewExperts cannot take DoRA"):
         apply_dora(tiny_model, DoRAConfig(num_layers=1))
 
 
