@@ -19,6 +19,9 @@ from mlx_dora.merge.names import ELEMENTWISE, MEANS
 
 # Elements of one block in float32.
 _BLOCK = 1 << 20
+# Products summed in float32; more of them are summed in float64. A million in float32
+# put a slerp of whole tensors off by 7e-5.
+_SPAN = 1024
 # mergekit's: where the cosine is above it, slerp interpolates linearly.
 _COLLINEAR = 0.9995
 
@@ -226,11 +229,19 @@ def _inner(blocks: Sequence[mx.array]) -> np.ndarray:
     """Inner products of the rows of each pair. Shape ``(rows, N, N)``, float64."""
     count = len(blocks)
     pairs = list(combinations_with_replacement(range(count), 2))
-    sums = [(blocks[i] * blocks[k]).sum(axis=1) for i, k in pairs]
-    mx.eval(sums)
-    inner = np.empty((blocks[0].shape[0], count, count))
+    rows, width = blocks[0].shape
+    pad = -width % _SPAN if width > _SPAN else 0
+    sums = []
+    for i, k in pairs:
+        product = blocks[i] * blocks[k]
+        if pad:
+            product = mx.pad(product, [(0, 0), (0, pad)])
+        short = product.reshape(rows, -1, min(_SPAN, max(product.shape[1], 1)))
+        sums.append(short.sum(axis=2))
+        mx.eval(sums[-1])
+    inner = np.empty((rows, count, count))
     for (i, k), value in zip(pairs, sums, strict=True):
-        inner[:, i, k] = inner[:, k, i] = np.array(value, np.float64)
+        inner[:, i, k] = inner[:, k, i] = np.array(value, np.float64).sum(axis=1)
     return inner
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge import methods
+from mlx_dora.merge.tensor import TensorSettings, merge_tensor
 from tests.checks import assert_close, to_numpy
 from tests.merge.oracle import total
 
@@ -158,3 +159,18 @@ def test_fisher():
         truth = total(a * t for a, t in zip(f, tuned, strict=True)) / total(f)
     truth[0, :5] = total(a * t for a, t in zip(w, tuned, strict=True))[0, :5] / 6
     assert_close(methods.fisher(arrays(*tuned), arrays(*known), w), truth)
+
+
+def test_whole_tensors_of_millions_keep_five_digits() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((1500, 1201), dtype=np.float32)
+    second = first + 0.1 * rng.standard_normal(first.shape, dtype=np.float32)
+    settings = TensorSettings(weights=np.array([0.7, 0.3]))
+    found, _ = merge_tensor(
+        "slerp", None, [mx.array(first), mx.array(second)], settings, "tensor"
+    )
+    a, b = first.astype(np.float64), second.astype(np.float64)
+    theta = np.arccos((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+    truth = (np.sin(0.7 * theta) * a + np.sin(0.3 * theta) * b) / np.sin(theta)
+    error = np.linalg.norm(np.array(found) - truth) / np.linalg.norm(truth)
+    assert error < 1e-6
