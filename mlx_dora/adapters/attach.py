@@ -85,6 +85,21 @@ def fit_problems(
     return problems
 
 
+def matrix_problems(
+    model: nn.Module, adapter: Adapter, check_base: bool, done: str
+) -> list[str]:
+    """All that keeps an adapter of matrices from being `done`, experts included."""
+    return [
+        *adapter_problems(adapter),
+        *fit_problems(model, adapter, check_base),
+        *(
+            f"{key} belongs to experts, which cannot be {done} yet"
+            for key, value in adapter.tensors.items()
+            if value.ndim > 2
+        ),
+    ]
+
+
 def other_base(adapter: Adapter) -> str:
     """The problem of an adapter whose base's fingerprint is not the model's."""
     name = adapter.base.model or "another model"

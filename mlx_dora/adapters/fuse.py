@@ -17,7 +17,7 @@ from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint_of
 from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.fuse_layer import Update, dtype_of, survival
-from mlx_dora.adapters.fuse_report import FusedLayer, FuseReport, Survival
+from mlx_dora.adapters.fuse_report import FusedLayer, FuseReport, sum_survivals
 from mlx_dora.adapters.fuse_stream import stream_fused
 from mlx_dora.adapters.hosting import load_lazily, load_with_config, model_folder
 from mlx_dora.adapters.surgery import (
@@ -228,11 +228,11 @@ def _describe(path: str, layer: DoRALayer, module: nn.Module) -> FusedLayer:
         assert isinstance(layer, DoRASwitchLinear)
         count = layer.m.shape[0]
         pairs = [(layer.expert(i), one_expert(module, i)) for i in range(count)]
-    found = Survival()
+    found = []
     for one, plain in pairs:
         lora_a, lora_b = one.factors()
         update = Update(lora_a=lora_a, lora_b=lora_b, scale=one.scale, m=one.m)
-        found += survival(weight_of(one.base), weight_of(plain), update)
+        found.append(survival(weight_of(one.base), weight_of(plain), update))
     after = weight_of(pairs[0][1])
     return FusedLayer(
         path=path,
@@ -240,7 +240,7 @@ def _describe(path: str, layer: DoRALayer, module: nn.Module) -> FusedLayer:
         bits=after.bits if isinstance(after, QuantizedWeight) else None,
         bytes_before=_nbytes(layer.base),
         bytes_after=_nbytes(module),
-        survival=found,
+        survival=sum_survivals(found),
     )
 
 

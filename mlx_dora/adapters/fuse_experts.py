@@ -13,7 +13,7 @@ from mlx_dora.adapters.fuse_layer import (
     requantized,
     survival,
 )
-from mlx_dora.adapters.fuse_report import Survival
+from mlx_dora.adapters.fuse_report import Survival, sum_survivals
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.kernels.rows import Weight
@@ -72,8 +72,10 @@ def fuse_experts(weight: Weight, update: Update, config: FuseConfig) -> FusedExp
     ]
     plain = None
     if any(plains):
-        plain = _sum([p or k for p, k in zip(plains, kept, strict=True)])
-    return FusedExperts(weight=_stack(afters), survival=_sum(kept), plain=plain)
+        plain = sum_survivals([p or k for p, k in zip(plains, kept, strict=True)])
+    return FusedExperts(
+        weight=_stack(afters), survival=sum_survivals(kept), plain=plain
+    )
 
 
 def _update_of(update: Update, index: int) -> Update:
@@ -133,10 +135,3 @@ def _stack(weights: list[Weight]) -> Weight:
         bits=first.bits,
         mode=first.mode,
     )
-
-
-def _sum(found: list[Survival]) -> Survival:
-    total = Survival()
-    for one in found:
-        total += one
-    return total

@@ -129,14 +129,14 @@ class FuseReport:
     @property
     def total(self) -> Survival:
         """All layers' updates as one."""
-        return _sum(layer.survival for layer in self.layers)
+        return sum_survivals(layer.survival for layer in self.layers)
 
     @property
     def plain(self) -> Survival | None:
         """All layers, had they been packed with the base's own bits; if tried."""
         if all(layer.plain is None for layer in self.layers):
             return None
-        return _sum(layer.plain or layer.survival for layer in self.layers)
+        return sum_survivals(layer.plain or layer.survival for layer in self.layers)
 
     @property
     def lossy(self) -> tuple[FusedLayer, ...]:
@@ -188,5 +188,6 @@ class FuseReport:
         }
 
 
-def _sum(parts: Iterable[Survival]) -> Survival:
+def sum_survivals(parts: Iterable[Survival]) -> Survival:
+    """Several layers' updates as one."""
     return sum(parts, start=Survival())

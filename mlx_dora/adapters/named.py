@@ -7,8 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.adapters.adapter import Adapter, adapter_problems, listed
-from mlx_dora.adapters.attach import fit_problems
+from mlx_dora.adapters.adapter import Adapter
+from mlx_dora.adapters.attach import matrix_problems
 from mlx_dora.adapters.blend import Blend, Part, blend
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.surgery import adapter_layers, put_modules
@@ -151,12 +151,7 @@ class NamedAdapters:
     def _problems(self, adapter: Adapter, check_base: bool) -> list[str]:
         if adapter.fine_tune_type == "full":
             return ["a full fine-tuning is a model of its own"]
-        problems = adapter_problems(adapter)
-        problems += fit_problems(self._model, adapter, check_base)
-        problems += listed(
-            "experts cannot be switched by name yet:",
-            (name for name, value in adapter.tensors.items() if value.ndim > 2),
-        )
+        problems = matrix_problems(self._model, adapter, check_base, "switched by name")
         if problems:
             return problems
         modules = dict(self._model.named_modules())

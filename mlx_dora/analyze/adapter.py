@@ -7,8 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_dora.adapters.adapter import Adapter, adapter_problems
-from mlx_dora.adapters.attach import fit_problems
+from mlx_dora.adapters.adapter import Adapter
+from mlx_dora.adapters.attach import matrix_problems
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load_lazily
 from mlx_dora.adapters.keys import natural_order
@@ -101,13 +101,7 @@ def check_fit(
             raise DoRAError(
                 f"{name} holds fully fine-tuned weights: analyse the two models."
             )
-        problems = adapter_problems(adapter)
-        problems += fit_problems(model, adapter, check_base)
-        problems += [
-            f"{key} belongs to experts, which cannot be analysed yet"
-            for key, value in adapter.tensors.items()
-            if value.ndim > 2
-        ]
+        problems = matrix_problems(model, adapter, check_base, "analysed")
         if problems:
             raise DoRAError(f"{name} does not fit the model: {'; '.join(problems)}.")
 

@@ -198,8 +198,12 @@ class DoRALayer(nn.Module):
         if self._measured is not self.base["weight"]:
             self._measure_base()
 
+    def _base_squares(self) -> mx.array:
+        """‖W0‖² of every row, float32."""
+        return row_squares(weight_of(self.base))
+
     def _measure_base(self) -> None:
-        squared = row_squares(weight_of(self.base))
+        squared = self._base_squares()
         mx.eval(squared)  # an unevaluated array cannot be used from another thread
         self._squared_base = squared
         # An attribute of the object, not a parameter: held for its identity alone.

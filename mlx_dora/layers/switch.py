@@ -210,15 +210,13 @@ class DoRASwitchLinear(DoRALayer):
                 setattr(module, name, mx.stack([one[name] for one in fused]))
         return module
 
-    def _measure_base(self) -> None:
+    def _base_squares(self) -> mx.array:
         base = self.linear
         squares = []
         for index in range(base.num_experts):
             squares.append(row_squares(weight_of(one_expert(base, index))))
             mx.eval(squares[-1])
-        self._squared_base = mx.stack(squares)
-        mx.eval(self._squared_base)
-        object.__setattr__(self, "_measured", base["weight"])
+        return mx.stack(squares)
 
 
 def one_expert(base: nn.Module, index: int) -> nn.Linear | nn.QuantizedLinear:

@@ -8,11 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_dora.adapters.adapter import Adapter, BaseModel, adapter_problems
-from mlx_dora.adapters.attach import fit_problems
+from mlx_dora.adapters.adapter import Adapter, BaseModel
+from mlx_dora.adapters.attach import matrix_problems
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
-from mlx_dora.adapters.hosting import load
+from mlx_dora.adapters.hosting import load_lazily
 from mlx_dora.adapters.keys import natural_order
 from mlx_dora.errors import DoRAError
 from mlx_dora.factored import Update
@@ -111,7 +111,7 @@ def merge_adapters_report(
     loaded = [
         one if isinstance(one, Adapter) else load_adapter(one) for one in adapters
     ]
-    base = model if isinstance(model, nn.Module) else load(model, lazy=True)[0]
+    base = model if isinstance(model, nn.Module) else load_lazily(model)
     _check_fit(base, loaded, names, check_base)
     paths = sorted({p for one in loaded for p in one.paths}, key=natural_order)
     modules = dict(base.named_modules())
@@ -188,13 +188,7 @@ def _check_fit(
                 f"{name or f'adapter {i + 1}'} holds fully fine-tuned weights: merge "
                 "them as models, or extract an adapter first."
             )
-        problems = adapter_problems(adapter)
-        problems += fit_problems(model, adapter, check_base)
-        problems += [
-            f"{key} belongs to experts, which cannot be merged yet"
-            for key, value in adapter.tensors.items()
-            if value.ndim > 2
-        ]
+        problems = matrix_problems(model, adapter, check_base, "merged")
         if problems:
             raise DoRAError(
                 f"{name or f'adapter {i + 1}'} does not fit the model: "
