@@ -2,10 +2,12 @@
 
 Where only the last blocks learn, the others give the same for the same row in every
 step, method and learning rate. Rows are padded on the right and attention is causal, so
-that a row's activations do not depend on its neighbours.
+that a row's activations do not depend on its neighbours. The head is computed where a
+target stands and nowhere else.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +15,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dora.evaluate.batches import pad_batch
+from mlx_dora.evaluate.loss import Loss, eval_mode
 from mlx_dora.evaluate.schedule import Schedule
+
+Row = tuple[list[int], int]
+"""Tokens of a row, and the number of its first target."""
 
 
 class Trunk:
@@ -26,7 +32,7 @@ class Trunk:
 
     def __init__(self, model: Any, frozen: int) -> None:
         self._inner = model.model
-        self._frozen = frozen
+        self.frozen = frozen
         self._known: dict[tuple[int, ...], np.ndarray] = {}
 
     def activations(self, texts: Sequence[Sequence[int]]) -> mx.array:
@@ -37,7 +43,7 @@ class Trunk:
             tokens, _ = pad_batch([([*key], 0) for key in new], 1 << 30)
             hidden = np.array(
                 run_blocks(
-                    self._inner.layers[: self._frozen], self._inner.embed_tokens(tokens)
+                    self._inner.layers[: self.frozen], self._inner.embed_tokens(tokens)
                 )
             )
             for row, key in enumerate(new):
@@ -48,8 +54,25 @@ class Trunk:
             padded[row, : len(one)] = one
         return mx.array(padded)
 
+    def batch(self, rows: Sequence[Row]) -> tuple[tuple[mx.array, ...], mx.array]:
+        """Activations, targets and places of some rows, and the lengths of `pad_batch`.
+
+        A target's place is that of the token before it.
+        """
+        _, lengths = pad_batch([*rows], 1 << 30)
+        hidden = self.activations([tokens[:-1] for tokens, _ in rows])
+        most = max(len(tokens) - first for tokens, first in rows)
+        most = -(-most // 4) * 4  # few shapes: each is compiled
+        targets = np.zeros((len(rows), most), np.int32)
+        places = np.zeros((len(rows), most), np.int32)
+        for i, (tokens, first) in enumerate(rows):
+            count = len(tokens) - first
+            targets[i, :count] = tokens[first:]
+            places[i, :count] = np.arange(first - 1, len(tokens) - 1)
+        return (hidden, mx.array(targets), mx.array(places)), lengths
+
     def batches(self) -> Callable[..., Iterator[Any]]:
-        """Batches for `finetune`: activations, tokens and lengths of the rows."""
+        """Batches for `finetune`, to go with `target_loss`."""
 
         def make(
             data: Any, size: int, limit: int, *, seed: int, counts: Any
@@ -58,13 +81,7 @@ class Trunk:
             number = 0
             while True:
                 for rows in schedule.epoch(number):
-                    examples = [data[row[0]] for row in rows]
-                    texts = [tokens[:limit] for tokens, _ in examples]
-                    _, lengths = pad_batch(examples, limit)
-                    hidden = self.activations([text[:-1] for text in texts])
-                    width = hidden.shape[1] + 1
-                    padded = [[*text, *[0] * (width - len(text))] for text in texts]
-                    yield (hidden, mx.array(padded)), lengths
+                    yield self.batch([data[row[0]] for row in rows])
                 number += 1
 
         return make
@@ -85,3 +102,59 @@ def next_token_logits(
     last = run_blocks(inner.layers[frozen:], hidden)
     rows = mx.arange(hidden.shape[0])[:, None]
     return inner.embed_tokens.as_linear(inner.norm(last[rows, places]))
+
+
+def target_loss(frozen: int) -> Loss:
+    """The usual loss, on batches of a `Trunk`."""
+
+    def loss(model: Any, batch: Any, lengths: mx.array) -> tuple[mx.array, mx.array]:
+        hidden, targets, places = batch
+        logits = next_token_logits(model, frozen, hidden, places)
+        mask = mx.arange(targets.shape[1]) < lengths[:, 1:] - lengths[:, :1]
+        losses = mx.where(mask, nn.losses.cross_entropy(logits, targets), 0.0)
+        count = mask.sum()
+        return losses.sum() / mx.maximum(count, 1), count
+
+    return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Of some rows: mean loss of a target, and the share found likeliest."""
+
+    loss: float
+    accuracy: float
+
+
+def measure(
+    model: Any, trunk: Trunk, rows: Sequence[Row], labels: Sequence[int] | None = None
+) -> Measured:
+    """Loss and accuracy on rows, 16 at a time.
+
+    Args:
+        model: With the trunk's frozen blocks.
+        trunk: Its activations.
+        rows: The rows.
+        labels: First tokens of the labels, if answers are labels: accuracy is the
+            share of rows whose own label is the likeliest of these. Otherwise it is the
+            share of targets that are the likeliest token.
+    """
+    order = sorted(rows, key=lambda row: len(row[0]))
+    total, right, count, places_of = 0.0, 0, 0, 0
+    with eval_mode(model):
+        for start in range(0, len(order), 16):
+            (hidden, targets, places), lengths = trunk.batch(order[start : start + 16])
+            logits = next_token_logits(model, trunk.frozen, hidden, places)
+            mask = mx.arange(targets.shape[1]) < lengths[:, 1:] - lengths[:, :1]
+            losses = nn.losses.cross_entropy(logits, targets)
+            total += float(mx.where(mask, losses, 0.0).sum())
+            count += int(mask.sum())
+            if labels is None:
+                hits = mask & (mx.argmax(logits, axis=-1) == targets)
+                places_of += int(mask.sum())
+            else:
+                names = mx.array([*labels])
+                hits = names[mx.argmax(logits[:, 0, names], axis=-1)] == targets[:, 0]
+                places_of += hits.size
+            right += int(hits.sum())
+    return Measured(loss=total / count, accuracy=right / places_of)

@@ -2,84 +2,49 @@
 
     python benchmarks/compare_variants.py --output runs.jsonl \
         --task spam data/spam --task dialogue data/chitchat
+    python benchmarks/compare_variants.py --output pace.jsonl --pace \
+        --task spam data/spam
 
-Each task is a name and a folder with train, valid and test.jsonl. A method's learning
-rate is the one of its three with the least validation loss, found with a seed of its
-own; then it is trained with every ``--seed``. Ranks are raised module by module until
-the trainable parameters are those of DoRA at ``--rank``, as near as whole ranks allow;
-the magnitudes alone and full fine-tuning have as many as they have. The measure is the
-share of right labels on the test set, where the answers are labels, else that of
-answer tokens that the model finds likeliest. A run is one JSON line of the output;
-those that stand there are not repeated, so a broken-off comparison goes on.
+Each task is a name and a folder with train, valid and test.jsonl; the last answer of a
+row is learnt. A method's learning rate is the one of its three with the least
+validation loss, found with a seed of its own; then it is trained with every ``--seed``.
+Ranks are raised module by module until the trainable parameters are those of DoRA at
+``--rank``, as near as whole ranks allow; the magnitudes alone and full fine-tuning have
+as many as they have. The measure is the share of right labels on the test set, where
+the answers are labels, else that of answer tokens that the model finds likeliest. The
+blocks that nobody trains are computed once a row and task. A run is one JSON line of
+the output; those that stand there are not repeated, so a broken-off comparison goes on.
+
+``--pace`` measures instead what a step of each method costs in time and memory, on the
+whole model, in turns.
 """
 
 import _harness as bench  # isort: skip - OpenBLAS before mlx
 
 import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from _machine import describe_machine
+from _methods import METHODS, equal_ranks
+from _trunk import Row, Trunk, measure, target_loss
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.hosting import load
-from mlx_dora.adapters.surgery import adaptable_paths
 from mlx_dora.demo.model import demo_model
-from mlx_dora.evaluate.batches import batches_once
-from mlx_dora.evaluate.data import Dataset, load_datasets
-from mlx_dora.evaluate.labels import find_labels, label_accuracy
-from mlx_dora.evaluate.loss import eval_mode, evaluate_loss, target_mask
-from mlx_dora.layers import weight_of
+from mlx_dora.evaluate.data import load_datasets
+from mlx_dora.evaluate.labels import find_labels
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.loop import finetune
+from mlx_dora.train.reports import StepReport, TrainReport
 
 TUNING_SEED = 1000
-ADAPTER_RATES = (3e-4, 1e-3, 3e-3)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A way of training.
-
-    Attributes:
-        kind: ``fine_tune_type``.
-        settings: Of `DoRAConfig`.
-        per_row: Trained numbers a row besides the factors.
-        per_matrix: The same a matrix.
-        has_rank: Whether it has a low-rank part, whose rank can be chosen.
-        rates: Learning rates to choose from, as many for each.
-    """
-
-    kind: str = "dora"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    per_row: int = 1
-    per_matrix: int = 0
-    has_rank: bool = True
-    rates: tuple[float, ...] = ADAPTER_RATES
-
-
-METHODS = {
-    "lora": Method(kind="lora", per_row=0),
-    "dora": Method(),
-    "pissa": Method(settings={"init": "pissa"}),
-    "doran": Method(settings={"variant": "doran"}, per_matrix=1),
-    "map": Method(
-        settings={"variant": "map"}, per_row=0, per_matrix=2, rates=(3e-3, 1e-2, 3e-2)
-    ),
-    "prediag": Method(settings={"variant": "prediag"}),
-    "adaptive": Method(settings={"variant": "adaptive"}),  # by its active ranks
-    "magnitude": Method(
-        settings={"variant": "magnitude"}, has_rank=False, rates=(1e-3, 3e-3, 1e-2)
-    ),
-    "full": Method(kind="full", has_rank=False, rates=(1e-5, 3e-5, 1e-4)),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,36 +58,47 @@ class Job:
     rank: int
     scale: float
     max_seq_length: int
+    train_rows: int
     rows: int
 
 
-def ranks_for(model: nn.Module, method: Method, job: Job) -> DoRAConfig:
-    """A config whose trainable parameters are DoRA's at `job.rank`, or just fewer."""
-    config = DoRAConfig(
-        rank=job.rank, scale=job.scale, num_layers=job.num_layers, **method.settings
-    )
-    if not method.has_rank:
-        return config
-    modules = dict(model.named_modules())
-    paths = adaptable_paths(model, config)
-    shapes = {path: weight_of(modules[path]).shape for path in paths}
-    budget = sum(job.rank * (o + i) + o for o, i in shapes.values())
-    budget -= sum(method.per_row * o + method.per_matrix for o, _ in shapes.values())
-    one_rank = sum(o + i for o, i in shapes.values())
-    rank = max(1, budget // one_rank)
-    left, pattern = budget - rank * one_rank, dict.fromkeys(paths, rank)
-    for path in paths:
-        if sum(shapes[path]) <= left:
-            pattern[path], left = rank + 1, left - sum(shapes[path])
-    return replace(config, rank=max(pattern.values()), rank_pattern=pattern)
+class Task:
+    """The rows of a task that are short enough, and the frozen blocks' view of them."""
+
+    def __init__(self, folder: str, job: Job) -> None:
+        model: Any
+        model, tokenizer = load(job.model)
+        config = TrainConfig(data=folder, mask_prompt=True)
+        loaded = load_datasets(config, tokenizer, ("train", "valid", "test"))
+        self.rows: dict[str, list[Row]] = {}
+        for name, data in loaded.items():
+            if data is None:
+                raise click.ClickException(f"{folder} has no {name}.jsonl.")
+            every = [data[i] for i in range(len(data))]
+            short = [
+                (tokens, first)
+                for tokens, first in every
+                if isinstance(first, int) and len(tokens) <= job.max_seq_length
+            ]
+            self.rows[name] = short[: job.train_rows if name == "train" else job.rows]
+        test = loaded["test"]
+        assert test is not None
+        labels = find_labels(test)
+        self.labels = None
+        if labels is not None:
+            self.labels = [test.parts(0, label).answer[0] for label in labels]
+            assert len({*self.labels}) == len(labels)
+        frozen = len(model.layers) - job.num_layers
+        self.trunk = Trunk(model, frozen)
 
 
-def run(task: str, name: str, rate: float, seed: int, job: Job, *, tunes: bool) -> dict:
-    """Train one model; the test set is looked at only when nothing is being tuned."""
+def train(
+    name: str, rate: float, seed: int, job: Job, rows: Sequence[Row], **how: Any
+) -> tuple[Any, TrainReport]:
+    """Train one model by one method; also what the training told."""
     method = METHODS[name]
     model, tokenizer = load(job.model)
     config = TrainConfig(
-        data=task,
         fine_tune_type=method.kind,  # pyright: ignore[reportArgumentType] - of the table
         seed=seed,
         batch_size=job.batch_size,
@@ -130,101 +106,166 @@ def run(task: str, name: str, rate: float, seed: int, job: Job, *, tunes: bool) 
         learning_rate=rate,
         lr_schedule={"name": "linear_schedule", "arguments": [rate, 0.0, job.iters]},
         optimizer_config={"adam": {"bias_correction": True}},
-        steps_per_report=max(1, job.iters // 6),
+        steps_per_report=how.pop("steps_per_report", max(1, job.iters // 6)),
         save_every=job.iters,
         mask_prompt=True,
         max_seq_length=job.max_seq_length,
         val_batches=0,
         rank_every=max(1, job.iters // 10),
     )
-    data = load_datasets(config, tokenizer, ("train", "valid", "test"))
-    mx.reset_peak_memory()
+    dora = DoRAConfig(rank=job.rank, scale=job.scale, num_layers=job.num_layers)
     with tempfile.TemporaryDirectory() as folder:
         report = finetune(
             model,
             tokenizer,
-            data["train"],
+            rows,
             None,
             train=config,
-            dora=ranks_for(model, method, job),
+            dora=equal_ranks(model, method, dora),
             adapter_path=Path(folder) / "adapter",
+            **how,
         )
-    found: dict[str, Any] = {
+    return model, report
+
+
+def run(task: Task, name: str, rate: float, seed: int, job: Job) -> dict[str, Any]:
+    """Train and measure; the test set is looked at only when nothing is being tuned."""
+    model, report = train(
+        name,
+        rate,
+        seed,
+        job,
+        task.rows["train"],
+        loss=target_loss(task.trunk.frozen),
+        batches=task.trunk.batches(),
+    )
+    valid = measure(model, task.trunk, task.rows["valid"], task.labels)
+    found = {
         "trainable": report.trainable_parameters,
         "train_loss": report.train_loss,
-        "step_ms": round(1e3 * report.seconds / report.steps, 1),
-        "peak_mb": round(report.peak_memory_bytes / 1e6),
-        "valid_loss": measure_loss(model, data["valid"], job),
+        "valid_loss": valid.loss,
     }
-    if not tunes:
-        found |= measure_test(model, data["test"], job)
-    return found
+    if seed == TUNING_SEED:
+        return found
+    test = measure(model, task.trunk, task.rows["test"], task.labels)
+    of = "answer tokens" if task.labels is None else "labels"
+    return found | {"test_loss": test.loss, "accuracy": test.accuracy, "of": of}
 
 
-def measure_loss(model: nn.Module, data: Any, job: Job) -> float:
-    return evaluate_loss(
-        model,
-        data,
-        batch_size=4,
-        max_seq_length=job.max_seq_length,
-        num_batches=-(-job.rows // 4),
-    ).loss
+def pace(name: str, job: Job, rows: Sequence[Row]) -> dict[str, Any]:
+    """Time of each step but the first two, and peak memory; no trunk is kept."""
+    at: list[float] = []
+
+    def note(report: StepReport) -> None:
+        at.append(report.seconds)
+
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    rate = METHODS[name].rates[0]
+    _, report = train(name, rate, 0, job, rows, steps_per_report=1, callback=note)
+    return {
+        "trainable": report.trainable_parameters,
+        "step_ms": [round(1e3 * one, 1) for one in np.diff(at)[1:]],
+        "peak_mb": round(report.peak_memory_bytes / 1e6),
+    }
 
 
-def measure_test(model: nn.Module, data: Any, job: Job) -> dict[str, Any]:
-    found = {"test_loss": measure_loss(model, data, job)}
-    if find_labels(data) is not None:
-        labels = label_accuracy(
-            model, data, max_seq_length=job.max_seq_length, num_rows=job.rows
-        )
-        return found | {"accuracy": labels.accuracy, "of": "labels"}
-    return found | {"accuracy": token_accuracy(model, data, job), "of": "tokens"}
+def told(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
-def token_accuracy(model: Any, data: Dataset, job: Job) -> float:
-    """Share of target tokens that the model finds likeliest."""
-    right = total = 0
-    with eval_mode(model):
-        for tokens, lengths in batches_once(
-            data, 4, job.max_seq_length, num_batches=-(-job.rows // 4)
-        ):
-            best = mx.argmax(model(tokens[:, :-1]), axis=-1)
-            mask = target_mask(lengths, best.shape[1])
-            right += int((mask & (best == tokens[:, 1:])).sum())
-            total += int(mask.sum())
-    return right / max(total, 1)
-
-
-def summary(task: str, lines: list[dict[str, Any]], methods: tuple[str, ...]) -> str:
+def summary(task: str, lines: Sequence[dict[str, Any]]) -> str:
     """A Markdown table: means, and standard deviations over the seeds."""
     rows = [
-        f"| {task} | trained | rate | valid loss | test loss | accuracy | ms a step "
-        "| peak MB |",
-        "| --- " * 8 + "|",
+        f"| {task} | trained | rate | valid loss | test loss | accuracy |",
+        "| --- " * 6 + "|",
     ]
-    for name in methods:
+    for name in dict.fromkeys(line["method"] for line in lines):
         found = [line for line in lines if line["method"] == name]
-        if not found:
-            continue
-
-        def told(key: str, digits: int, found: Any = found) -> str:
-            values = [line[key] for line in found]
-            spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-            return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
-
-        first = found[0]
+        parts = [
+            told([line[key] for line in found], 3)
+            for key in ("valid_loss", "test_loss", "accuracy")
+        ]
+        rate, trainable = found[0]["rate"], found[0]["trainable"]
         rows.append(
-            f"| {name} (n = {len(found)}) | {first['trainable']:,} | {first['rate']:g} "
-            f"| {told('valid_loss', 3)} | {told('test_loss', 3)} "
-            f"| {told('accuracy', 3)} | {told('step_ms', 0)} | {told('peak_mb', 0)} |"
+            f"| {name} (n = {len(found)}) | {trainable:,} | {rate:g} | "
+            f"{' | '.join(parts)} |"
         )
     return "\n".join(rows)
 
 
+def pace_summary(lines: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table: medians, and their ratios to LoRA's."""
+    median = {
+        name: float(
+            np.median([s for x in lines if x["method"] == name for s in x["step_ms"]])
+        )
+        for name in dict.fromkeys(line["method"] for line in lines)
+    }
+    peak = {line["method"]: line["peak_mb"] for line in lines}
+    first = next(iter(median))
+    rows = [f"| method | ms a step | ÷ {first} | peak MB |", "| --- " * 4 + "|"]
+    rows += [
+        f"| {name} | {ms:.0f} | {ms / median[first]:.2f} | {peak[name]} |"
+        for name, ms in median.items()
+    ]
+    return "\n".join(rows)
+
+
+class Output:
+    """The lines of earlier runs, and those that come."""
+
+    def __init__(self, path: Path, job: Job) -> None:
+        self._path, self.job = path, job
+        self._lines: list[dict[str, Any]] = []
+        if path.exists():
+            self._lines = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def find(self, **asked: Any) -> dict[str, Any] | None:
+        """The line of a run that was made before."""
+        wanted = (asked | asdict(self.job)).items()
+        return next((line for line in self._lines if wanted <= line.items()), None)
+
+    def add(self, asked: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+        """Keep what a run found, also if the next one is broken off."""
+        line = asked | asdict(self.job) | found
+        line |= {"blas": bench.BLAS.state} | describe_machine()
+        self._lines.append(line)
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        click.echo(" ".join(f"{k} {v}" for k, v in (asked | found).items()), err=True)
+        return line
+
+
+def compare(
+    name: str, folder: str, methods: Sequence[str], seeds: Sequence[int], output: Output
+) -> list[dict[str, Any]]:
+    """Tune every method on a task, and train it with each seed."""
+    opened: list[Task] = []
+
+    def result(method: str, rate: float, seed: int) -> dict[str, Any]:
+        asked = {"task": name, "method": method, "rate": rate, "seed": seed}
+        if (line := output.find(**asked)) is not None:
+            return line
+        if not opened:
+            opened.append(Task(folder, output.job))
+        return output.add(asked, run(opened[0], method, rate, seed, output.job))
+
+    lines = []
+    for method in methods:
+        rates = METHODS[method].rates
+        tuned = [result(method, rate, TUNING_SEED) for rate in rates]
+        rate = min(tuned, key=lambda line: line["valid_loss"])["rate"]
+        lines += [result(method, rate, seed) for seed in seeds]
+    return lines
+
+
 @click.command(help=__doc__)
 @click.option("--task", "tasks", nargs=2, multiple=True, required=True)
-@click.option("--output", type=click.Path(path_type=Path), required=True)
-@click.option("--model", help="The demo's if not given.")
+@click.option("--output", "path", type=click.Path(path_type=Path), required=True)
+@click.option("--model", help="A Llama-like model; the demo's if not given.")
 @click.option(
     "--method",
     "methods",
@@ -233,56 +274,41 @@ def summary(task: str, lines: list[dict[str, Any]], methods: tuple[str, ...]) ->
     default=tuple(METHODS),
 )
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2))
-@click.option("--iters", default=120, show_default=True)
-@click.option("--batch-size", default=8, show_default=True)
-@click.option("--num-layers", default=8, show_default=True)
+@click.option("--iters", default=100, show_default=True)
+@click.option("--batch-size", default=4, show_default=True)
+@click.option("--num-layers", default=4, show_default=True)
 @click.option("--rank", default=8, show_default=True, help="Of DoRA.")
 @click.option("--scale", default=2.0, show_default=True)
 @click.option("--max-seq-length", default=256, show_default=True)
+@click.option("--train-rows", default=800, show_default=True)
 @click.option("--rows", default=200, show_default=True, help="Of valid and test.")
+@click.option("--pace", "is_pace", is_flag=True, help="Time and memory of a step.")
 @click.option("--smoke", is_flag=True, help="Two steps and one seed of everything.")
 def main(
     tasks: tuple[tuple[str, str], ...],
-    output: Path,
+    path: Path,
     model: str | None,
     methods: tuple[str, ...],
     seeds: tuple[int, ...],
+    is_pace: bool,
     smoke: bool,
     **settings: Any,
 ) -> None:
     job = Job(model=model or str(demo_model()), **settings)
     if smoke:
         job, seeds = replace(job, iters=2, num_layers=1, rows=8), (0,)
-    lines = []
-    if output.exists():
-        lines = [json.loads(line) for line in output.read_text().splitlines()]
-
-    def result(task: str, folder: str, method: str, rate: float, seed: int) -> dict:
-        asked = {"task": task, "data": folder, "method": method, "rate": rate}
-        asked |= {"seed": seed} | asdict(job)
-        for line in lines:
-            if asked.items() <= line.items():
-                return line
-        found = run(folder, method, rate, seed, job, tunes=seed == TUNING_SEED)
-        line = asked | found | {"blas": bench.BLAS.state} | describe_machine()
-        lines.append(line)
-        with output.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        click.echo(f"{task} {method} {rate:g} seed {seed}: {found}", err=True)
-        return line
-
-    for task, folder in tasks:
-        chosen = []
-        for method in methods:
-            tuned = [
-                result(task, folder, method, rate, TUNING_SEED)
-                for rate in METHODS[method].rates
+    output = Output(path, job)
+    for name, folder in tasks:
+        if is_pace:
+            rows = Task(folder, job).rows["train"]
+            lines = [
+                output.add({"task": name, "method": method}, pace(method, job, rows))
+                for _ in seeds
+                for method in methods
             ]
-            best = min(tuned, key=lambda line: line["valid_loss"])
-            chosen += [
-                result(task, folder, method, best["rate"], seed) for seed in seeds
-            ]
-        click.echo(summary(task, chosen, methods))
+            click.echo(pace_summary(lines))
+        else:
+            click.echo(summary(name, compare(name, folder, methods, seeds, output)))
 
 
 if __name__ == "__main__":

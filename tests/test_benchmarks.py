@@ -52,35 +52,6 @@ def test_a_case_is_one_line_with_machine_and_losses(tmp_path: Path) -> None:
             assert figures["p20_ms"] <= figures["median_ms"] <= figures["p80_ms"]
 
 
-def test_label_accuracy_goes_on_where_it_stopped(
-    tiny_model_folder: Path, tmp_path: Path
-) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    rows = [
-        {"prompt": f"{word} {i}", "completion": label}
-        for i in range(8)
-        for word, label in (("fox", " quick"), ("dog", " lazy"))
-    ]
-    for name in ("train", "valid", "test"):
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (data / f"{name}.jsonl").write_text(text)
-    output = tmp_path / "runs.jsonl"
-    command = [ROOT / "benchmarks" / "label_accuracy.py", "--data", data]
-    command += ["--output", output, "--model", tiny_model_folder, "--iters", "2"]
-    command += ["--num-layers", "1", "--seed", "3"]
-    first = run(*command, "--method", "dora")
-    assert first.returncode == 0, first.stderr
-    before = output.read_text()
-    second = run(*command, "--method", "dora", "--method", "full")
-    assert second.returncode == 0, second.stderr
-    assert output.read_text().startswith(before)
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [line["method"] for line in lines] == ["base", "dora", "full"]
-    assert all(0 <= line["accuracy"] <= 1 for line in lines)
-    assert "dora" in second.stdout
-
-
 def test_the_comparison_of_variants_goes_on_where_it_stopped(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
@@ -115,3 +86,44 @@ def test_the_comparison_of_variants_goes_on_where_it_stopped(
     # Of one block of width 32 and 64: less than one rank of its largest matrix.
     assert trained["dora"] - 96 < trained["lora"] <= trained["dora"]
     assert "| full (n = 1) |" in second.stdout
+
+
+def test_the_trunk_changes_no_loss(tiny_model_folder: Path) -> None:
+    script = """
+import _harness as bench
+import mlx.core as mx
+from _trunk import Trunk, measure, target_loss
+from mlx_dora.adapters.hosting import load
+from mlx_dora.evaluate.batches import pad_batch
+from mlx_dora.evaluate.loss import loss_fn
+model, _ = load(FOLDER)
+rows = [([5, 7, 9, 11, 13, 2], 3), ([4, 6, 8], 2), ([3, 1, 4, 1, 5, 9, 2, 6], 1)]
+trunk = Trunk(model, 1)
+batch, lengths = trunk.batch(rows)
+ours, count = target_loss(1)(model, batch, lengths)
+usual, all_count = loss_fn(model, *pad_batch(rows, 99))
+assert count.item() == all_count.item() == 11, (count, all_count)
+assert abs(ours.item() - usual.item()) < 1e-5, (ours, usual)
+whole = measure(model, trunk, rows)
+assert abs(whole.loss - usual.item()) < 1e-5, (whole, usual)
+"""
+    script = script.replace("FOLDER", repr(str(tiny_model_folder)))
+    done = run("-c", script, cwd=ROOT / "benchmarks")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_pace_of_a_method_is_told(tiny_model_folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"dog {i}", "completion": f" fox {i}"} for i in range(30)]
+    for name in ("train", "valid", "test"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    command = [ROOT / "benchmarks" / "compare_variants.py", "--pace", "--iters", "4"]
+    command += ["--output", tmp_path / "pace.jsonl", "--model", tiny_model_folder]
+    command += ["--task", "text", tmp_path, "--num-layers", "1", "--seed", "0"]
+    done = run(*command, "--method", "lora", "--method", "dora")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(x) for x in (tmp_path / "pace.jsonl").read_text().splitlines()]
+    assert [line["method"] for line in lines] == ["lora", "dora"]
+    assert all(len(line["step_ms"]) == 2 for line in lines)
+    assert all(ms > 0 for line in lines for ms in line["step_ms"])
+    assert "| dora |" in done.stdout

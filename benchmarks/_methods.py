@@ -1,0 +1,77 @@
+"""The ways of training that are compared, and ranks that make them equally large."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.surgery import adaptable_paths
+from mlx_dora.layers import weight_of
+
+ADAPTER_RATES = (5e-4, 2e-3, 8e-3)
+FEW_NUMBERS_RATES = (2e-3, 8e-3, 3.2e-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way of training.
+
+    Attributes:
+        kind: ``fine_tune_type``.
+        settings: Of `DoRAConfig`.
+        per_row: Trained numbers a row besides the factors.
+        per_matrix: The same a matrix.
+        has_rank: Whether it has a low-rank part, whose rank can be chosen.
+        rates: Learning rates to choose from, as many for each.
+    """
+
+    kind: str = "dora"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    per_row: int = 1
+    per_matrix: int = 0
+    has_rank: bool = True
+    rates: tuple[float, ...] = ADAPTER_RATES
+
+
+METHODS = {
+    "lora": Method(kind="lora", per_row=0),
+    "dora": Method(),
+    "pissa": Method(settings={"init": "pissa"}),
+    "doran": Method(settings={"variant": "doran"}, per_matrix=1),
+    "map": Method(
+        settings={"variant": "map"},
+        per_row=0,
+        per_matrix=2,
+        rates=FEW_NUMBERS_RATES,
+    ),
+    "prediag": Method(settings={"variant": "prediag"}),
+    "adaptive": Method(settings={"variant": "adaptive"}),  # by its active ranks
+    "magnitude": Method(
+        settings={"variant": "magnitude"}, has_rank=False, rates=FEW_NUMBERS_RATES
+    ),
+    "full": Method(kind="full", has_rank=False, rates=(2e-5, 8e-5, 3.2e-4)),
+}
+
+
+def equal_ranks(model: nn.Module, method: Method, dora: DoRAConfig) -> DoRAConfig:
+    """A config whose trainable parameters are those of `dora`, or just fewer.
+
+    Ranks are raised module by module, as far as whole ranks allow.
+    """
+    config = replace(dora, **method.settings)
+    if not method.has_rank:
+        return config
+    modules = dict(model.named_modules())
+    paths = adaptable_paths(model, config)
+    shapes = {path: weight_of(modules[path]).shape for path in paths}
+    budget = sum(dora.rank * (o + i) + o for o, i in shapes.values())
+    budget -= sum(method.per_row * o + method.per_matrix for o, _ in shapes.values())
+    one_rank = sum(o + i for o, i in shapes.values())
+    rank = max(1, budget // one_rank)
+    left, pattern = budget - rank * one_rank, dict.fromkeys(paths, rank)
+    for path in paths:
+        if sum(shapes[path]) <= left:
+            pattern[path], left = rank + 1, left - sum(shapes[path])
+    return replace(config, rank=max(pattern.values()), rank_pattern=pattern)
