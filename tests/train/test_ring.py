@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 
 from tests.cli.training_data import write_data
+from tests.checks import assert_close, to_numpy
 from tests.train import ring
 from tests.train.saved import log, tensors
 from tests.train.test_resume import assert_same_run
@@ -73,7 +73,8 @@ def test_mlx_launch_trains_as_one_process_does(
         assert line["trained_tokens"] == expected["trained_tokens"]
     wanted = tensors(alone)
     for name, value in tensors(ring_folder).items():
-        assert mx.allclose(value, wanted[name], rtol=1e-3, atol=1e-5), name
+        # Adam's first steps make rounding of gradients near 0 visible.
+        assert_close(value, to_numpy(wanted[name]), bound=2e-4)
     assert {path.name for path in alone.iterdir()} == {
         path.name for path in ring_folder.iterdir()
     }
