@@ -12,7 +12,16 @@ from mlx_dora.errors import DoRAError
 
 _LORA_PARAMETERS = ("rank", "scale", "dropout", "keys")
 
-Variant = Literal["dora", "doran", "map", "prediag", "magnitude", "adaptive"]
+Variant = Literal[
+    "dora",
+    "doran",
+    "doran-aux",
+    "map",
+    "prediag",
+    "magnitude",
+    "adaptive",
+    "edora",
+]
 Init = Literal["lora", "pissa"]
 
 
@@ -35,6 +44,7 @@ class DoRAConfig:
             directions (PiSSA).
         magnitude_keys: Names of modules whose magnitude alone is trained, besides
             `keys`; where no keys are given, of those they are taken out.
+        aux_width: Hidden units of ``doran-aux``'s networks, in multiples of the rank.
     """
 
     rank: int = field(default=8, metadata={"help": "Rank of the low-rank update."})
@@ -83,9 +93,15 @@ class DoRAConfig:
         default=None,
         metadata={"help": "Modules whose magnitude alone is trained, besides keys."},
     )
+    aux_width: int = field(
+        default=1,
+        metadata={
+            "help": "Variant doran-aux: hidden units of the networks for each rank."
+        },
+    )
 
     def __post_init__(self) -> None:
-        _check_rank("rank", self.rank)
+        _check_whole("rank", self.rank)
         if not _is_number(self.scale) or not math.isfinite(self.scale):
             raise DoRAError(f"scale must be a finite number, got {self.scale!r}.")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
@@ -134,8 +150,11 @@ class DoRAConfig:
                 "init pissa divides by the root of the scale, which must be above 0; "
                 f"got {self.scale}."
             )
-        if self.variant == "map" and self.scale == 0:
-            raise DoRAError("variant map multiplies beta by the scale, which is 0.")
+        if self.variant not in ("dora", "magnitude") and self.scale == 0:
+            raise DoRAError(
+                f"variant {self.variant} multiplies its low-rank part by the scale, "
+                "which is 0."
+            )
         if self.variant == "magnitude":
             useless = [
                 name
@@ -147,6 +166,11 @@ class DoRAConfig:
                     "variant magnitude trains no low-rank part: leave out "
                     f"{', '.join(useless)}."
                 )
+        _check_whole("aux_width", self.aux_width)
+        if self.aux_width > 1 and self.variant != "doran-aux":
+            raise DoRAError(
+                f"aux_width belongs to variant doran-aux, got variant {self.variant}."
+            )
         both = set(self.keys or ()).intersection(self.magnitude_keys or ())
         if both:
             raise DoRAError(
@@ -168,7 +192,7 @@ class DoRAConfig:
         for name, rank in self.rank_pattern.items():
             if not isinstance(name, str) or not name:
                 raise DoRAError(f"rank_pattern: {name!r} is not a module name.")
-            _check_rank(f"rank_pattern: the rank of {name!r}", rank)
+            _check_whole(f"rank_pattern: the rank of {name!r}", rank)
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern) or None)
 
     def pattern_for(self, path: str) -> str | None:
@@ -232,8 +256,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_rank(what: str, rank: object) -> None:
-    if type(rank) is not int:
-        raise DoRAError(f"{what} must be a whole number, got {rank!r}.")
-    if rank < 1:
-        raise DoRAError(f"{what} must be at least 1, got {rank}.")
+def _check_whole(what: str, value: object) -> None:
+    if type(value) is not int:
+        raise DoRAError(f"{what} must be a whole number, got {value!r}.")
+    if value < 1:
+        raise DoRAError(f"{what} must be at least 1, got {value}.")

@@ -8,10 +8,17 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.adapters.keys import last_blocks, natural_order, near_names, resolve_keys
+from mlx_dora.adapters.keys import (
+    blocks,
+    last_blocks,
+    natural_order,
+    near_names,
+    resolve_keys,
+)
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import DoRALayer
 from mlx_dora.layers.variants import layer_class
+from mlx_dora.layers.variants.doran_aux import DoRANAuxLinear, share_first_layers
 
 FineTuneType = Literal["dora", "lora", "full"]
 
@@ -89,6 +96,7 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
         )
         layer.train(model.training)
         layers.append((path, layer))
+    _share_in_blocks(model, layers, config.aux_width)
     put_modules(model, layers)
     return paths
 
@@ -224,6 +232,20 @@ def put_modules(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
     """Put modules at their paths."""
     if modules:
         model.update_modules(tree_unflatten(modules))
+
+
+def _share_in_blocks(
+    model: nn.Module, layers: list[tuple[str, nn.Module]], width: int
+) -> None:
+    """Join what variant doran-aux shares; outside the blocks each is for itself."""
+    places = [f"{path}." for path, _ in blocks(model)]
+    groups: dict[str, list[DoRANAuxLinear]] = {}
+    for path, layer in layers:
+        if isinstance(layer, DoRANAuxLinear):
+            place = next((p for p in places if path.startswith(p)), path)
+            groups.setdefault(place, []).append(layer)
+    for group in groups.values():
+        share_first_layers(group, width)
 
 
 def _apply_lora(model: nn.Module, config: DoRAConfig) -> list[str]:

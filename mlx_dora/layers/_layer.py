@@ -32,8 +32,9 @@ class DoRALayer(nn.Module):
     base_name: ClassVar[str]
     base_types: ClassVar[tuple[type[nn.Module], ...]]
     lora_a_spans_rows: ClassVar[bool] = False  # an embedding's has a row a token
-    room: ClassVar[int] = 1  # ranks held for each one asked for
+    room: int = 1  # width of the factors held, in ranks asked for
     fixed: ClassVar[tuple[str, ...]] = ()  # parameters that are kept but not trained
+    cached: ClassVar[tuple[str, ...]] = ("m", "lora_a", "lora_b")  # by eval mode
     dropout: nn.Dropout
     scale: float
     enabled: bool
@@ -170,7 +171,7 @@ class DoRALayer(nn.Module):
             return None
         base = self.base
         bias = base.get("bias")
-        sources = (self["m"], self["lora_a"], self["lora_b"], base["weight"], bias)
+        sources = (*(self[name] for name in self.cached), base["weight"], bias)
         if self._folded is None or not self._folded.fits(sources, dtype):
             self._folded = fold(
                 sources,

@@ -60,6 +60,7 @@ from mlx_dora.train.resume import (
 from mlx_dora.train.services import check_services, service_listener
 from mlx_dora.train.start import (
     check_folder,
+    check_lora_plus,
     kept_tensors,
     load_weights,
     make_trainable,
@@ -158,6 +159,7 @@ def finetune(
         settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
         mx.random.seed(train.seed)
         modules = make_trainable(model, dora, train.fine_tune_type)
+        check_lora_plus(model, train.lora_plus_ratio)
         if train.packing:
             check_packable(model)
         optimizer.init(model.trainable_parameters())

@@ -108,7 +108,9 @@ def describe_variant(config: DoRAConfig) -> dict[str, Any]:
     """The same of the adapter, whose files do not tell; empty for plain DoRA."""
     if config.is_plain:
         return {}
-    kept = ("variant", "init", "rank", "magnitude_keys")
+    kept = ["variant", "init", "rank", "magnitude_keys"]
+    if config.variant == "doran-aux":
+        kept.append("aux_width")
     return {name: getattr(config, name) for name in kept}
 
 

@@ -15,8 +15,10 @@ from mlx_dora.adapters.surgery import apply_layers, dora_layers, variants_of
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import read_header
 from mlx_dora.layers.variants import layer_class
+from mlx_dora.layers.variants.doran_aux import DoRANAuxLinear
 from mlx_dora.train.checkpoint import WEIGHTS_NAME, has_checkpoints
 from mlx_dora.train.config import FineTuneType, TrainConfig
+from mlx_dora.train.update import B_NAME, is_up_factor
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,11 @@ def make_trainable(
                     f"the model's DoRA layer {path} has rank and scale {found}, the "
                     f"config says {expected}."
                 )
+            if isinstance(layer, DoRANAuxLinear) and layer.room != config.aux_width:
+                raise DoRAError(
+                    f"the model's layer {path} has aux_width {layer.room}, the config "
+                    f"says {config.aux_width}."
+                )
         logger.info("training the %d DoRA layers the model has", len(present))
         return [path for path, _ in present]
     paths = apply_layers(model, config, fine_tune_type)
@@ -70,6 +77,18 @@ def make_trainable(
             "module outside the blocks."
         )
     return paths
+
+
+def check_lora_plus(model: nn.Module, ratio: float) -> None:
+    """Refuse a learning rate for B's where no B is trained.
+
+    Raises:
+        DoRAError: If `ratio` is not 1 and no trainable parameter is called so.
+    """
+    if ratio != 1 and not any(map(is_up_factor, trainable_tensors(model))):
+        raise DoRAError(
+            f"lora_plus_ratio is {ratio}, but nothing called {B_NAME} is trained."
+        )
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, mx.array]:

@@ -37,6 +37,11 @@ class Gradient:
     norm: float
 
 
+def is_up_factor(name: str) -> bool:
+    """Whether a parameter is a layer's B."""
+    return name.rpartition(".")[2] == B_NAME
+
+
 class Stepper:
     """Computes gradients and applies them.
 
@@ -89,8 +94,8 @@ class Stepper:
 
         def _stretch(name: str, old: mx.array, new: mx.array) -> mx.array:
             # Every optimizer's change is proportional to its learning rate.
-            is_b = name.rpartition(".")[2] == B_NAME
-            return old + lora_plus_ratio * (new - old) if is_b else new
+            stretches = is_up_factor(name)
+            return old + lora_plus_ratio * (new - old) if stretches else new
 
         self._differentiate = differentiate
         self._measure = measure

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.training_data import write_data
 from tests.checks import assert_close, to_numpy
+from tests.cli.training_data import write_data
 from tests.train import ring
 from tests.train.saved import log, tensors
 from tests.train.test_resume import assert_same_run
@@ -44,9 +44,13 @@ def arguments(tiny_model_folder: Path, tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize(
+    "variant", ["dora", pytest.param("doran-aux", marks=pytest.mark.slow)]
+)
 def test_mlx_launch_trains_as_one_process_does(
-    arguments: list[str], tmp_path: Path
+    arguments: list[str], tmp_path: Path, variant: str
 ) -> None:
+    arguments = [*arguments, "--variant", variant]
     ring_folder, alone = tmp_path / "ring", tmp_path / "alone"
     found = ring.launch([*arguments, "--adapter-path", str(ring_folder)])
     single = subprocess.run(

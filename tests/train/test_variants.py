@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_dora import DoRAConfig, apply_dora, disabled, fuse_dora, load_adapter
 from mlx_dora.adapters.attach import attach_adapter
@@ -25,6 +26,12 @@ Run = Callable[..., tuple[Any, Any]]
 WAYS: dict[str, dict[str, Any]] = {
     "adaptive": {"variant": "adaptive", "rank_every": 2, "rank_rounds": 3},
     "doran": {"variant": "doran"},
+    "doran-aux": {
+        "variant": "doran-aux",
+        "aux_width": 2,
+        "rank_pattern": {"self_attn.v_proj": 3},
+    },
+    "edora": {"variant": "edora"},
     "magnitude": {"variant": "magnitude"},
     "map": {"variant": "map"},
     "mixed": {"keys": ["self_attn.q_proj"], "magnitude_keys": ["mlp.up_proj"]},
@@ -119,12 +126,48 @@ def test_a_resumed_run_is_the_whole_run(run: Run, way: str) -> None:
 
 
 def test_gradient_checkpointing_changes_no_variant(run: Run) -> None:
-    for way in ("doran", "pissa"):
+    for way in ("doran", "doran-aux", "edora", "pissa"):
         _, plain = run(f"{way}-plain", **WAYS[way])
         _, saving = run(f"{way}-saving", **WAYS[way], grad_checkpoint=True)
         for name, value in tensors(plain.adapter_path).items():
             other = tensors(saving.adapter_path)[name]
             assert_close(other, to_numpy(value), bound=1e-5)
+
+
+def test_what_a_block_shares_is_held_once(run: Run) -> None:
+    model, report = run(**WAYS["doran-aux"], iters=2, save_every=2)
+    found = newest_checkpoint(report.adapter_path, multiple_of=1)
+    assert found is not None
+    shared = {n: v.shape for n, v in found.weights.items() if ".first." in n}
+    at = "model.layers.{}.mlp.down_proj.first.{}"  # the first in natural order
+    assert shared == {
+        **{at.format(block, "a"): (8, 4) for block in (0, 1)},
+        **{at.format(block, "b"): (4, 8) for block in (0, 1)},
+    }
+    moments = [name for name in found.optimizer if ".first." in name]
+    assert len(moments) == 2 * len(shared)
+    weights = {n: v for n, v in found.weights.items() if n.startswith("model")}
+    assert report.trainable_parameters == sum(v.size for v in weights.values())
+    assert not [n for n, _ in tree_flatten(model.parameters()) if ".first." in n]
+
+
+def test_only_projections_of_one_block_share(
+    make_tiny_model: Callable[..., nn.Module],
+) -> None:
+    model: Any = make_tiny_model(tie_word_embeddings=False)
+    keys = ("self_attn.q_proj", "self_attn.v_proj", "lm_head")
+    config = DoRAConfig(variant="doran-aux", keys=keys, rank=2, num_layers=-1)
+    apply_dora(model, config)
+    names = [n for n, _ in tree_flatten(model.trainable_parameters()) if "first" in n]
+    assert sorted(names) == [
+        *(f"lm_head.first.{leaf}" for leaf in "ab"),
+        *(f"model.layers.{i}.self_attn.q_proj.first.{x}" for i in (0, 1) for x in "ab"),
+    ]
+    first, last = (block.self_attn for block in model.model.layers)
+    assert first.v_proj._first is first.q_proj.first
+    assert last.v_proj._first is last.q_proj.first is not first.q_proj.first
+    remove_dora(model)
+    assert not [n for n, _ in tree_flatten(model.parameters()) if "first" in n]
 
 
 def test_weights_of_a_checkpoint_start_another_run(run: Run, tmp_path: Path) -> None:
@@ -158,8 +201,6 @@ def test_a_variant_in_memory_is_fused_disabled_and_removed(
 def test_magnitude_keys_train_nothing_else(
     make_tiny_model: Callable[..., nn.Module],
 ) -> None:
-    from mlx.utils import tree_flatten
-
     model = make_tiny_model()
     paths = apply_dora(model, DoRAConfig(magnitude_keys=("mlp.up_proj",), num_layers=1))
     names = [name for name, _ in tree_flatten(model.trainable_parameters())]
@@ -184,6 +225,13 @@ def test_settings_that_make_no_sense_are_refused(
     apply_dora(model, DoRAConfig(rank=4, scale=2.0, num_layers=-1))
     with pytest.raises(DoRAError, match="is a DoRALinear, the config means a MAPLin"):
         run(model=model, variant="map")
+    for settings in ({"variant": "magnitude"}, {"variant": "edora"}):
+        with pytest.raises(DoRAError, match="nothing called lora_b is trained"):
+            run(**settings, lora_plus_ratio=4.0)
+    model = make_tiny_model()
+    apply_dora(model, DoRAConfig(variant="doran-aux", rank=4, scale=2.0, num_layers=-1))
+    with pytest.raises(DoRAError, match="has aux_width 1, the config says 2"):
+        run(model=model, **(WAYS["doran-aux"] | {"rank_pattern": None}))
     with pytest.raises(DoRAError, match="no memory plan for variants"):
         plan_memory(TrainConfig(model="m"), DoRAConfig(variant="map"))
     assert not list(tmp_path.iterdir())

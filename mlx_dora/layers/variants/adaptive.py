@@ -24,6 +24,7 @@ class AdaptiveLinear(DoRALinear):
 
     room = 2
     fixed = ("active",)
+    cached = (*DoRALinear.cached, *fixed)
     active: mx.array
 
     def adapt(self, base: nn.Module, r: int, dropout: float, scale: float) -> None:

@@ -41,12 +41,13 @@ class DoRANLinear(DoRALinear):
     def adapted(self, x: mx.array, y: mx.array) -> mx.array:
         """The output for input `x`, given the base's."""
         gain = self.m / (self.norm() + self.tau())
-        h = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        down, up = self.factors()
+        h = self.dropout(x) @ down.astype(x.dtype)
         one = mx.ones_like(gain)
-        return dora_scale(y, h, self.lora_b, self.scale, gain, one, self.offset(gain))
+        return dora_scale(y, h, up, self.scale, gain, one, self.offset(gain))
 
     def export(self) -> DoRALinear:
         """The same as plain DoRA of the same rank."""
-        lora_a, lora_b = self["lora_a"], self["lora_b"]
-        norm = exact_norm(self, lora_a, lora_b)
-        return plain_layer(self, lora_a, lora_b, self["m"] * norm / (norm + self.tau()))
+        down, up = self.factors()
+        norm = exact_norm(self, down, up)
+        return plain_layer(self, down, up, self["m"] * norm / (norm + self.tau()))

@@ -31,6 +31,7 @@ class PissaLinear(DoRALinear):
     """
 
     fixed = ("start_a", "start_b")
+    cached = (*DoRALinear.cached, *fixed)
 
     def start(self) -> None:
         """Take A0 and B0 from the base, A and B from them, m from the base's rows."""

@@ -7,6 +7,8 @@ from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers.linear import DoRALinear
 from mlx_dora.layers.variants.adaptive import AdaptiveLinear
 from mlx_dora.layers.variants.doran import DoRANLinear
+from mlx_dora.layers.variants.doran_aux import DoRANAuxLinear
+from mlx_dora.layers.variants.edora import EDoRALinear
 from mlx_dora.layers.variants.magnitude import MagnitudeLinear
 from mlx_dora.layers.variants.map import MAPLinear
 from mlx_dora.layers.variants.pissa import PissaLinear
@@ -17,6 +19,8 @@ from mlx_dora.layers.wrap import dora_class
 VARIANTS: dict[str, type[DoRALinear]] = {
     "adaptive": AdaptiveLinear,
     "doran": DoRANLinear,
+    "doran-aux": DoRANAuxLinear,
+    "edora": EDoRALinear,
     "magnitude": MagnitudeLinear,
     "map": MAPLinear,
     "pissa": PissaLinear,

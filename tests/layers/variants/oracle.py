@@ -18,10 +18,20 @@ def update(p: Params) -> np.ndarray:
     return (p["lora_a"] @ p["lora_b"]).T
 
 
+def made(p: Params) -> np.ndarray:
+    """The update whose factors doran-aux's networks make."""
+    a = p["lora_a"] @ np.tanh(p["first.a"])
+    return (a @ np.tanh(p["first.b"]) @ p["lora_b"]).T
+
+
 def direction(name: str, p: Params, w: np.ndarray, s: float, fixed: Params):
     """What the constant norm is the norm of."""
     if name == "magnitude":
         return w
+    if name == "doran-aux":
+        return w + s * made(p)
+    if name == "edora":
+        return w + s * (fixed["lora_a"] @ p["core"] @ fixed["lora_b"]).T
     if name == "adaptive":
         return w + s * (p["lora_a"] * fixed["active"] @ p["lora_b"]).T
     if name == "pissa":
@@ -46,6 +56,15 @@ def doran(p, w, norm, s, fixed):
     return (p["m"] / (norm + tau))[:, None] * direction("doran", p, w, s, fixed)
 
 
+def doran_aux(p, w, norm, s, fixed):
+    tau = np.log1p(np.exp(p["t"]))
+    return (p["m"] / (norm + tau))[:, None] * direction("doran-aux", p, w, s, fixed)
+
+
+def edora(p, w, norm, s, fixed):
+    return (p["m"] / norm)[:, None] * direction("edora", p, w, s, fixed)
+
+
 def map_(p, w, norm, s, fixed):
     ba = update(p)
     first = p["alpha"] * w / (np.linalg.norm(w) + 1e-6)
@@ -63,6 +82,8 @@ def magnitude(p, w, norm, s, fixed):
 EQUATIONS: dict[str, Equation] = {
     "adaptive": adaptive,
     "doran": doran,
+    "doran-aux": doran_aux,
+    "edora": edora,
     "magnitude": magnitude,
     "map": map_,
     "pissa": pissa,

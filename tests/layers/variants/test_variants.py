@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import DoRALinear
@@ -41,42 +42,47 @@ def linear(width: int = 12, out: int = 9, bias: bool = True) -> nn.Linear:
 def moved(layer: Any, size: float = 0.3) -> Any:
     """Every trained parameter a little away from its start."""
     rng = np.random.default_rng(2)
-    for name, value in layer.trainable_parameters().items():
-        if isinstance(value, mx.array):
-            noise = rng.standard_normal(value.shape).astype(np.float32)
-            factor = 1 + 0.1 * mx.array(noise)
-            layer[name] = value * factor + size / SCALE * mx.array(noise)
+    changed = {}
+    for name, value in trained(layer).items():
+        noise = mx.array(rng.standard_normal(value.shape).astype(np.float32))
+        changed[name] = value * (1 + 0.1 * noise) + size / SCALE * noise
+    layer.update(tree_unflatten(list(changed.items())))
     return layer
 
 
+def trained(layer: Any) -> dict[str, mx.array]:
+    return arrays(layer.trainable_parameters())
+
+
+def arrays(tree: Any) -> dict[str, mx.array]:
+    flat = tree_flatten(tree)
+    return {name: value for name, value in flat if isinstance(value, mx.array)}
+
+
 def parts(layer: Any) -> tuple[Params, Params]:
-    trained = {
-        name: to_numpy(value)
-        for name, value in layer.trainable_parameters().items()
-        if isinstance(value, mx.array)
-    }
-    return trained, {name: to_numpy(layer[name]) for name in layer.fixed}
+    found = {name: to_numpy(value) for name, value in trained(layer).items()}
+    return found, {name: to_numpy(layer[name]) for name in layer.fixed}
 
 
 def true_weight(name: str, layer: Any) -> np.ndarray:
-    trained, fixed = parts(layer)
+    params, fixed = parts(layer)
     weight = dense_weight(layer.linear)
-    norm = row_norms(direction(name, trained, weight, SCALE, fixed))
-    return EQUATIONS[name](trained, weight, norm, SCALE, fixed)
+    norm = row_norms(direction(name, params, weight, SCALE, fixed))
+    return EQUATIONS[name](params, weight, norm, SCALE, fixed)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_values_and_gradients_match_float64_differences(name: str, bias: bool) -> None:
     layer = moved(wrap(name, linear(bias=bias)))
-    trained, fixed = parts(layer)
+    params, fixed = parts(layer)
     weight, b = dense_weight(layer.linear), 0.0
     if bias:
         b = to_numpy(layer.linear.bias)
     rng = np.random.default_rng(3)
     x = rng.standard_normal((2, 4, 12))
     pull = rng.standard_normal((2, 4, 9))
-    norm = row_norms(direction(name, trained, weight, SCALE, fixed))
+    norm = row_norms(direction(name, params, weight, SCALE, fixed))
 
     def truth(p: Params) -> float:
         adapted = EQUATIONS[name](p, weight, norm, SCALE, fixed)
@@ -92,11 +98,11 @@ def test_values_and_gradients_match_float64_differences(name: str, bias: bool) -
 
     parameters = layer.trainable_parameters()
     gradients, dx = mx.grad(loss, argnums=(0, 1))(parameters, inputs)
-    expected = numeric_gradients(truth, trained)
-    assert set(expected) == {n for n, v in gradients.items() if isinstance(v, mx.array)}
+    expected, found = numeric_gradients(truth, params), arrays(gradients)
+    assert set(expected) == set(found)
     for one, value in expected.items():
         assert np.abs(value).max() > 1e-3
-        assert_close(gradients[one], value, bound=3e-5)
+        assert_close(found[one], value, bound=3e-5)
     assert_close(dx, pull @ true_weight(name, layer))
 
 
@@ -120,9 +126,9 @@ def test_an_untrained_layer_learns(name: str) -> None:
     layer = wrap(name, linear())
     x = mx.random.normal((5, 12))
     gradients = nn.value_and_grad(layer, lambda x: (layer(x) ** 2).sum())(x)[1]
-    arrays = {n: v for n, v in gradients.items() if isinstance(v, mx.array)}
-    still = {name for name, value in arrays.items() if not mx.any(value != 0)}
-    assert still <= {"lora_a"} | ({"lora_b"} if name == "map" else set())
+    still = {name for name, value in arrays(gradients).items() if not mx.any(value)}
+    late = {"map": {"lora_a", "lora_b"}, "doran-aux": {"lora_a", "first.a", "first.b"}}
+    assert still <= late.get(name, {"lora_a"})
 
 
 @pytest.mark.parametrize("base", ["dense", "bias", "4-bit", "3-bit", "mxfp4"])
@@ -171,18 +177,37 @@ def test_a_zero_row_gives_no_nan(name: str) -> None:
     layer = wrap(name, base)
     x = mx.random.normal((5, 12))
     gradients = nn.value_and_grad(layer, lambda x: (layer(x) ** 2).sum())(x)[1]
-    for value in gradients.values():
-        assert not isinstance(value, mx.array) or mx.isfinite(value).all()
+    for value in arrays(gradients).values():
+        assert mx.isfinite(value).all()
     moved(layer)
     if name == "pissa":  # a row that the update alone makes
         return
     assert_close(layer.export()(x), to_numpy(layer(x)), bound=3e-6)
 
 
-def test_an_embedding_is_refused_by_name() -> None:
-    for name in NAMES:
-        with pytest.raises(DoRAError, match=f"Embedding cannot take {name}, which"):
-            layer_class(nn.Embedding(4, 3), name)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_change_is_seen_in_eval_mode(name: str) -> None:
+    layer = moved(wrap(name, linear())).eval()
+    x = mx.random.normal((5, 12))
+    flat = {**trained(layer), **{one: layer[one] for one in layer.fixed}}
+    for one, value in flat.items():
+        before = to_numpy(layer(x))
+        factor = mx.random.uniform(1.3, 2.0, value.shape)
+        layer.update(tree_unflatten([(one, value * factor)]))
+        assert not np.allclose(to_numpy(layer(x)), before)
+        expected = to_numpy(x) @ true_weight(name, layer).T
+        assert_close(layer(x), expected + to_numpy(layer.linear.bias))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_a_linear_layer_is_refused_by_name(name: str) -> None:
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    others = (nn.Embedding(4, 32), nn.QuantizedEmbedding(4, 64), SwitchLinear(8, 6, 2))
+    for module in others:
+        kind = type(module).__name__
+        with pytest.raises(DoRAError, match=f"{kind} cannot take {name}, which adapts"):
+            layer_class(module, name)
 
 
 def test_what_no_adapter_can_say_is_refused() -> None:
