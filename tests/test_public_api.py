@@ -218,6 +218,7 @@ def test_dora_config_fields() -> None:
         "use_rslora": False,
         "init": "lora",
         "magnitude_keys": None,
+        "aux_width": 1,
     }
     assert defaults == expected
 

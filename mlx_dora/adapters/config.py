@@ -21,6 +21,7 @@ Variant = Literal[
     "magnitude",
     "adaptive",
     "edora",
+    "bidora",
 ]
 Init = Literal["lora", "pissa"]
 
@@ -150,7 +151,7 @@ class DoRAConfig:
                 "init pissa divides by the root of the scale, which must be above 0; "
                 f"got {self.scale}."
             )
-        if self.variant not in ("dora", "magnitude") and self.scale == 0:
+        if self.variant not in ("dora", "magnitude") and not self.scale:
             raise DoRAError(
                 f"variant {self.variant} multiplies its low-rank part by the scale, "
                 "which is 0."

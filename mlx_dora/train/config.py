@@ -154,6 +154,13 @@ class TrainConfig(DataConfig):
     rank_rounds: int = field(
         default=8, metadata={"help": "Variant adaptive: how many re-allocations."}
     )
+    magnitude_share: float = field(
+        default=0.2,
+        metadata={
+            "help": "Variant bidora: share of the training rows that train the "
+            "magnitudes, and nothing else."
+        },
+    )
     test: bool = field(
         default=False,
         metadata={"help": "Measure the loss on the test set, after training."},
@@ -234,6 +241,11 @@ class TrainConfig(DataConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise DoRAError(f"{name} must be above 0, got {value!r}.")
+        share = self.magnitude_share
+        if not isinstance(share, float) or not 0 < share < 1:
+            raise DoRAError(
+                f"magnitude_share must be above 0 and below 1, got {share!r}."
+            )
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))
         _check_choice("fine_tune_type", self.fine_tune_type, get_args(FineTuneType))
         for name in ("optimizer_config", "lr_schedule"):

@@ -27,6 +27,7 @@ from mlx_dora.evaluate.data import as_dataset
 from mlx_dora.evaluate.documents import check_packable
 from mlx_dora.evaluate.loss import Loss, evaluate_loss, loss_fn
 from mlx_dora.evaluate.schedule import Schedule
+from mlx_dora.train.bilevel import BilevelStepper, bilevel_optimizer, split_rows
 from mlx_dora.train.checkpoint import (
     TrainState,
     discard_checkpoints,
@@ -143,18 +144,22 @@ def finetune(
             valid_data = as_dataset(valid_set, tokenizer, train, "the validation data")
         counts = RowCounts()
         limits = train.batch_size, train.max_seq_length
-        schedule, epochs_end = None, None
+        levels = split_rows(data, train) if dora.variant == "bidora" else [data]
+        schedules, epochs_end = [], None
         if batches is None:
-            schedule = Schedule(
-                data, *limits, seed=train.seed, packing=train.packing, counts=counts
-            )
+            schedules = [
+                Schedule(
+                    rows, *limits, seed=train.seed, packing=train.packing, counts=counts
+                )
+                for rows in levels
+            ]
             if train.epochs is not None:
-                train = replace(train, iters=schedule.length(train.epochs))
+                train = replace(train, iters=schedules[0].length(train.epochs))
             if train.epochs_per_eval is not None:
-                epochs_end = schedule.ends(train.epochs_per_eval, train.iters)
+                epochs_end = schedules[0].ends(train.epochs_per_eval, train.iters)
         elif train.epochs or train.epochs_per_eval:
             raise DoRAError("epochs are those of the training's own batches.")
-        optimizer = build_optimizer(train)
+        optimizer = (build_optimizer if len(levels) == 1 else bilevel_optimizer)(train)
         base = BaseModel(model=train.model, fingerprint=fingerprint(model))
         settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
         mx.random.seed(train.seed)
@@ -168,7 +173,7 @@ def finetune(
     with ExitStack() as stack:
         # 2. A run begins, or goes on where its newest checkpoint stands.
         k = train.grad_accumulation_steps
-        summary = {**describe_training(train), **describe_variant(dora)}
+        summary = {**describe_training(train), **describe_variant(dora, train)}
         listeners = [callback] if callback else []
         if train.services and is_writer:
             listeners.append(service_listener(train, folder, summary))
@@ -195,21 +200,25 @@ def finetune(
         journal.history = [StepReport(**report) for report in past]
         step = state["step"] if state else 0
         with together(group):
-            if schedule is not None:
-                source = schedule.batches(step, group.rank(), group.size())
+            if batches is None:
+                place = step, group.rank(), group.size()
+                sources = [one.batches(*place) for one in schedules]
             else:
-                assert batches is not None
-                made = batches(data, *limits, seed=train.seed, counts=counts)
-                source = islice(made, step, None)
-            source = chain([next(source)], source)
-        stepper = Stepper(
+                make = partial(batches, seed=train.seed, counts=counts)
+                sources = [islice(make(one, *limits), step, None) for one in levels]
+            source, *held_out = [chain([next(one)], one) for one in sources]
+        make_stepper = partial(
+            Stepper,
             model,
-            optimizer,
-            loss,
+            loss=loss,
             group=group,
             max_grad_norm=train.max_grad_norm,
             lora_plus_ratio=train.lora_plus_ratio,
         )
+        if held_out:
+            stepper = BilevelStepper(model, make_stepper, optimizer, held_out[0])
+        else:
+            stepper = make_stepper(optimizer)
 
         # 3. What happens between updates.
         meter, guard = Meter(), Guard(train.max_bad_steps)

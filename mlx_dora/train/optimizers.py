@@ -104,14 +104,23 @@ def describe_training(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def describe_variant(config: DoRAConfig) -> dict[str, Any]:
+def describe_variant(dora: DoRAConfig, train: TrainConfig) -> dict[str, Any]:
     """The same of the adapter, whose files do not tell; empty for plain DoRA."""
-    if config.is_plain:
+    if dora.is_plain:
         return {}
-    kept = ["variant", "init", "rank", "magnitude_keys"]
-    if config.variant == "doran-aux":
-        kept.append("aux_width")
-    return {name: getattr(config, name) for name in kept}
+    kept = ("variant", "init", "rank", "magnitude_keys")
+    own: dict[str, dict[str, Any]] = {
+        "adaptive": {
+            "rank_every": train.rank_every,
+            "rank_rounds": train.rank_rounds,
+        },
+        "bidora": {"magnitude_share": train.magnitude_share},
+        "doran-aux": {"aux_width": dora.aux_width},
+    }
+    return {
+        **{name: getattr(dora, name) for name in kept},
+        **own.get(dora.variant, {}),
+    }
 
 
 def build_schedule(settings: dict[str, Any]) -> Schedule:

@@ -1,15 +1,15 @@
 """One update of the weights: gradients of a few batches, from every process."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_dora.evaluate.batches import Batch
 from mlx_dora.evaluate.loss import Loss
@@ -40,6 +40,22 @@ class Gradient:
 def is_up_factor(name: str) -> bool:
     """Whether a parameter is a layer's B."""
     return name.rpartition(".")[2] == B_NAME
+
+
+def is_magnitude(name: str) -> bool:
+    """Whether a parameter is a layer's magnitude."""
+    return name.rpartition(".")[2] == "m"
+
+
+def is_direction(name: str) -> bool:
+    """Whether a parameter is anything else."""
+    return not is_magnitude(name)
+
+
+def select(tree: Any, keep: Callable[[str], bool]) -> Any:
+    """The part of a tree whose names `keep` says yes to."""
+    flat = cast(list[tuple[str, Any]], tree_flatten(tree))
+    return tree_unflatten([(name, value) for name, value in flat if keep(name)])
 
 
 class Stepper:
@@ -134,6 +150,12 @@ class Stepper:
             tokens=int(count),
             norm=float(norm),
         )
+
+    def part(self, gradient: Gradient, keep: Callable[[str], bool]) -> Gradient:
+        """Of some parameters alone, chosen by name."""
+        total = select(gradient.total, keep)
+        norm = self._measure(total, gradient.scale)
+        return replace(gradient, total=total, norm=float(norm))
 
     def apply(self, gradient: Gradient) -> None:
         """Let the optimizer change the weights, once."""

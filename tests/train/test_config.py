@@ -22,6 +22,7 @@ OURS = {
     "lora_plus_ratio",
     "rank_every",
     "rank_rounds",
+    "magnitude_share",
 }
 FEATURES = {"prompt_feature", "completion_feature", "chat_feature", "text_feature"}
 # The adapter's own settings are DoRAConfig's.

@@ -45,7 +45,11 @@ def arguments(tiny_model_folder: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "variant", ["dora", pytest.param("doran-aux", marks=pytest.mark.slow)]
+    "variant",
+    [
+        "dora",
+        *(pytest.param(v, marks=pytest.mark.slow) for v in ("bidora", "doran-aux")),
+    ],
 )
 def test_mlx_launch_trains_as_one_process_does(
     arguments: list[str], tmp_path: Path, variant: str

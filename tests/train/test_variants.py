@@ -25,6 +25,7 @@ from tests.train.saved import config, log, same_bits, tensors
 Run = Callable[..., tuple[Any, Any]]
 WAYS: dict[str, dict[str, Any]] = {
     "adaptive": {"variant": "adaptive", "rank_every": 2, "rank_rounds": 3},
+    "bidora": {"variant": "bidora", "magnitude_share": 0.4},
     "doran": {"variant": "doran"},
     "doran-aux": {
         "variant": "doran-aux",
@@ -126,7 +127,7 @@ def test_a_resumed_run_is_the_whole_run(run: Run, way: str) -> None:
 
 
 def test_gradient_checkpointing_changes_no_variant(run: Run) -> None:
-    for way in ("doran", "doran-aux", "edora", "pissa"):
+    for way in ("bidora", "doran", "doran-aux", "edora", "pissa"):
         _, plain = run(f"{way}-plain", **WAYS[way])
         _, saving = run(f"{way}-saving", **WAYS[way], grad_checkpoint=True)
         for name, value in tensors(plain.adapter_path).items():

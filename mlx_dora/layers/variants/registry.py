@@ -15,7 +15,10 @@ from mlx_dora.layers.variants.pissa import PissaLinear
 from mlx_dora.layers.variants.prediag import PreDiagLinear
 from mlx_dora.layers.wrap import dora_class
 
-# Keys are the values of `DoRAConfig.variant`, and of `DoRAConfig.init` for PiSSA.
+# Ways of training DoRA's own layers.
+_PLAIN = ("dora", "bidora")
+
+# Keys are other values of `DoRAConfig.variant`, and of `DoRAConfig.init` for PiSSA.
 VARIANTS: dict[str, type[DoRALinear]] = {
     "adaptive": AdaptiveLinear,
     "doran": DoRANLinear,
@@ -33,12 +36,12 @@ def layer_class(module: nn.Module, variant: str = "dora") -> type[DoRALayer]:
 
     Args:
         module: What is to be adapted.
-        variant: ``"dora"`` or a key of `VARIANTS`.
+        variant: ``"dora"``, ``"bidora"`` (the same layers) or a key of `VARIANTS`.
 
     Raises:
         DoRAError: If `module` is of a class that it does not adapt.
     """
-    if variant == "dora":
+    if variant in _PLAIN:
         return dora_class(module)
     layer = VARIANTS[variant]
     if type(module) not in layer.base_types:
