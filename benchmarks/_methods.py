@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import isqrt
 from typing import Any
 
 import mlx.nn as nn
 
 from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.keys import last_blocks
 from mlx_dora.adapters.surgery import adaptable_paths
 from mlx_dora.layers import weight_of
 
@@ -23,6 +25,8 @@ class Method:
         settings: Of `DoRAConfig`.
         per_row: Trained numbers a row besides the factors.
         per_matrix: The same a matrix.
+        shared: Matrices of rank times rank that the modules of a block share.
+        is_square: Whether one such matrix for each module is all its low-rank part.
         has_rank: Whether it has a low-rank part, whose rank can be chosen.
         rates: Learning rates to choose from, as many for each.
     """
@@ -31,6 +35,8 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     per_row: int = 1
     per_matrix: int = 0
+    shared: int = 0
+    is_square: bool = False
     has_rank: bool = True
     rates: tuple[float, ...] = ADAPTER_RATES
 
@@ -52,6 +58,9 @@ METHODS = {
         settings={"variant": "magnitude"}, has_rank=False, rates=FEW_NUMBERS_RATES
     ),
     "full": Method(kind="full", has_rank=False, rates=(2e-5, 8e-5, 3.2e-4)),
+    "doran-aux": Method(settings={"variant": "doran-aux"}, per_matrix=1, shared=2),
+    "edora": Method(settings={"variant": "edora"}, is_square=True),
+    "bidora": Method(settings={"variant": "bidora"}),
 }
 
 
@@ -68,6 +77,13 @@ def equal_ranks(model: nn.Module, method: Method, dora: DoRAConfig) -> DoRAConfi
     shapes = {path: weight_of(modules[path]).shape for path in paths}
     budget = sum(dora.rank * (o + i) + o for o, i in shapes.values())
     budget -= sum(method.per_row * o + method.per_matrix for o, _ in shapes.values())
+    budget -= method.shared * dora.rank**2 * len(last_blocks(model, dora.num_layers))
+    if method.is_square:
+        pattern = {
+            path: min(isqrt(dora.rank * (o + i)), o, i)
+            for path, (o, i) in shapes.items()
+        }
+        return replace(config, rank=max(pattern.values()), rank_pattern=pattern)
     one_rank = sum(o + i for o, i in shapes.values())
     rank = max(1, budget // one_rank)
     left, pattern = budget - rank * one_rank, dict.fromkeys(paths, rank)

@@ -75,16 +75,21 @@ def test_the_comparison_of_variants_goes_on_where_it_stopped(
     first = run(*command, "--method", "lora")
     assert first.returncode == 0, first.stderr
     before = output.read_text()
-    second = run(*command, "--method", "lora", "--method", "dora", "--method", "full")
+    methods = ("lora", "dora", "full", "doran-aux", "edora", "bidora")
+    second = run(*command, *(part for one in methods for part in ("--method", one)))
     assert second.returncode == 0, second.stderr
     assert output.read_text().startswith(before)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(lines) == 2 * 3 * 4  # tasks, methods, three rates and the chosen one
+    # Tasks, methods, three rates and the chosen one.
+    assert len(lines) == 2 * len(methods) * 4
     assert all(0 <= line["accuracy"] <= 1 for line in lines if line["seed"] == 0)
     assert not any("accuracy" in line for line in lines if line["seed"] == 1000)
     trained = {line["method"]: line["trainable"] for line in lines}
     # Of one block of width 32 and 64: less than one rank of its largest matrix.
-    assert trained["dora"] - 96 < trained["lora"] <= trained["dora"]
+    for method in ("lora", "doran-aux", "bidora"):
+        assert trained["dora"] - 96 < trained[method] <= trained["dora"]
+    # No square fits as well: of 7 matrices, each below the next square.
+    assert trained["dora"] - 7 * 40 < trained["edora"] <= trained["dora"]
     assert "| full (n = 1) |" in second.stdout
 
 
