@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,21 @@ def test_weights_of_a_checkpoint_start_another_run(run: Run, tmp_path: Path) -> 
     assert more.steps == 1
     with pytest.raises(DoRAError, match=r"it lacks model\..*\.start_a"):
         run("no", **WAYS["pissa"], resume_adapter_file=str(report.adapter_path))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_starts_as_its_base(
+    make_tiny_model: Callable[..., nn.Module], way: str
+) -> None:
+    model: Any = make_tiny_model()
+    base = model(TOKENS)
+    ours = {field.name for field in fields(DoRAConfig)}
+    kept = {name: value for name, value in WAYS[way].items() if name in ours}
+    apply_dora(model, DoRAConfig(**{"rank": 4, "num_layers": -1, **kept}))
+    if way == "pissa":  # A and B cancel A0 and B0 but for rounding
+        assert_close(model(TOKENS), to_numpy(base), bound=1e-4)
+    else:
+        assert mx.array_equal(model(TOKENS), base)
 
 
 def test_a_variant_in_memory_is_fused_disabled_and_removed(

@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.decomposition import dora_decompose
+from mlx_dora.errors import DoRAError
 
 
 class WeightNormLinear(nn.Module):
@@ -28,7 +29,16 @@ class WeightNormLinear(nn.Module):
 
     @classmethod
     def from_base(cls, linear: nn.Linear) -> "WeightNormLinear":
-        """Start from a linear layer's weight: g = ‖W‖, V = W."""
+        """Start from a linear layer's weight: g = ‖W‖, V = W.
+
+        Raises:
+            DoRAError: If `linear` is of any other class, packed ones included.
+        """
+        if type(linear) is not nn.Linear:
+            raise DoRAError(
+                "weight normalisation trains the weight of an nn.Linear, got a "
+                f"{type(linear).__name__}."
+            )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._take(linear)

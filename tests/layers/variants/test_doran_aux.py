@@ -100,6 +100,16 @@ def test_the_shared_gradient_is_the_sum_over_the_projections(block: Block) -> No
         assert np.abs(to_numpy(single[f"v.first.{leaf}"])).max() > 1e-3
 
 
+def test_the_exported_layers_need_no_networks(block: Block) -> None:
+    x = mx.random.normal((4, 8))
+    before = to_numpy(block(x))
+    for name, r in zip(("q", "v", "o"), RANKS, strict=True):
+        block[name] = block[name].export()
+        assert block[name].lora_a.shape[1] == r
+    assert_close(block(x), before, bound=3e-6)
+    assert not [name for name in flat(block.parameters()) if ".first." in name]
+
+
 def test_what_is_loaded_reaches_every_projection(block: Block) -> None:
     other = Block()
     other.load_weights(list(flat(block.trainable_parameters()).items()), strict=False)

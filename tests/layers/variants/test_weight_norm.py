@@ -3,7 +3,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 
+from mlx_dora.errors import DoRAError
 from mlx_dora.layers.variants import WeightNormLinear
 from tests.checks import assert_close, to_numpy
 from tests.layers.variants.oracle import Params, numeric_gradients
@@ -35,6 +37,13 @@ def test_values_and_gradients_match_float64_differences() -> None:
     # Salimans & Kingma, Eq. 3: the gradient of v is orthogonal to v.
     product = (to_numpy(gradients["v"]) * flat["v"]).sum(1)
     assert np.abs(product).max() < 1e-5
+
+
+def test_what_has_no_dense_weight_is_refused() -> None:
+    others: tuple[Any, ...] = (nn.Linear(64, 32).to_quantized(), nn.Embedding(4, 3))
+    for module in others:
+        with pytest.raises(DoRAError, match=f"got a {type(module).__name__}"):
+            WeightNormLinear.from_base(module)
 
 
 def test_it_starts_from_a_linear_layer_and_becomes_one() -> None:
