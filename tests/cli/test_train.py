@@ -107,6 +107,29 @@ def test_a_yaml_of_mlx_lm_works_unchanged(
     load(str(tiny_model_folder), adapter_path=str(adapter))
 
 
+@pytest.mark.parametrize(
+    ("options", "recorded"),
+    [
+        (["doran-aux", "--aux-width", "2"], {"aux_width": 2}),
+        (["edora"], {}),
+        (["bidora", "--magnitude-share", "0.3"], {"magnitude_share": 0.3}),
+        (["adaptive", "--rank-every", "1"], {"rank_every": 1, "rank_rounds": 8}),
+    ],
+)
+def test_a_variant_is_trained_resumed_and_recorded(
+    small: list[str], tmp_path: Path, options: list[str], recorded: dict[str, Any]
+) -> None:
+    first = invoke(*small, "--variant", *options)
+    assert first.exit_code == 0, first.output
+    again = invoke(*small, "--variant", *options, "--iters", "5", "--resume")
+    assert again.exit_code == 0, again.output
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    training = config["mlx_dora"]["training"]
+    assert training["steps"] == 5
+    assert training["variant"] == options[0]
+    assert recorded.items() <= training.items()
+
+
 def test_flags_beat_the_file(small: list[str], tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("iters: 50\nlora_parameters: {scale: 3.0, rank: 7}\n")
