@@ -180,9 +180,8 @@ def stack_norms(weight: Weight, update: Update, squared_base: mx.array) -> mx.ar
     if isinstance(weight, QuantizedWeight):
         product = weight.packed_matmul(a.swapaxes(-1, -2)).swapaxes(-1, -2)
     else:  # one after the other: no float32 copy of the stack
-        product = mx.stack(
-            [one.astype(mx.float32) @ a[i] for i, one in enumerate(weight)]
-        )
+        full = [one.astype(mx.float32) for one in mx.split(weight, weight.shape[0])]
+        product = mx.concatenate([one @ a[i] for i, one in enumerate(full)])
     c, p = mx.vmap(update_terms)(product, a, update.lora_b)
     squared = squared_base + (2 * s) * c + (s * s) * p
     norm = mx.sqrt(mx.maximum(squared, 0.0))

@@ -42,8 +42,8 @@ class QuantizedWeight:
         *rows, words = self.weight.shape
         return *rows, words * 32 // self.bits
 
-    def rows(self, index: slice | mx.array | int) -> "QuantizedWeight":
-        """The same weight restricted to some output rows; of a stack, to matrices."""
+    def rows(self, index: slice | mx.array) -> "QuantizedWeight":
+        """The same weight restricted to some output rows."""
         return QuantizedWeight(
             weight=self.weight[index],
             scales=self.scales[index],

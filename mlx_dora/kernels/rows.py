@@ -45,8 +45,17 @@ def matrices(weight: Weight) -> list[Weight]:
     """The matrices of a stack ``(n, out, in)``, sharing its memory; or the one."""
     if len(weight.shape) == 2:
         return [weight]
-    pick = weight.rows if isinstance(weight, QuantizedWeight) else weight.__getitem__
-    return [pick(i) for i in range(weight.shape[0])]
+    if not isinstance(weight, QuantizedWeight):
+        return list(_slices(weight))
+    none = [None] * weight.shape[0]
+    biases = none if weight.biases is None else _slices(weight.biases)
+    parts = zip(_slices(weight.weight), _slices(weight.scales), biases, strict=True)
+    return [replace(weight, weight=w, scales=s, biases=b) for w, s, b in parts]
+
+
+def _slices(stack: mx.array) -> list[mx.array]:
+    # Not stack[i], which copies: a list of those would be the stack once more.
+    return [stack[i : i + 1].squeeze(0) for i in range(stack.shape[0])]
 
 
 def stacked(weights: Sequence[Weight]) -> Weight:

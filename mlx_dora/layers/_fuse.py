@@ -30,8 +30,10 @@ def fused_module(layer: DoRALayer, dequantize: bool) -> Any:
         assert m is not None
         dense = fused_weight(one, update.lora_a, update.lora_b, update.scale, m)
         mx.eval(dense)  # one at a time
-        is_packed = isinstance(one, QuantizedWeight) and not dequantize
-        fused.append(_packed_again(one, dense) if is_packed else dense)
+        if isinstance(one, QuantizedWeight) and not dequantize:
+            fused.append(_packed_again(one, dense))
+        else:
+            fused.append(dense)
     after = fused[0] if len(weight.shape) == 2 else stacked(fused)
     kind = type(base)
     settings: dict[str, object] = {}

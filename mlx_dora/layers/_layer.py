@@ -82,7 +82,7 @@ class DoRALayer(nn.Module):
         raise NotImplementedError
 
     def matrices(self) -> list[AdaptedMatrix]:
-        """The adapter of each matrix of the base: of one, or of every expert or head."""
+        """The adapter of each matrix of the base, which is one unless it is a stack."""
         down, up = self.factors()
         update = Update(lora_a=down, lora_b=up, scale=self.scale)
         return AdaptedMatrix(update=update, m=self["m"]).matrices()

@@ -25,7 +25,6 @@ class StackLayer(DoRALayer):
     """
 
     base_name: ClassVar[str] = "linear"
-    linear: nn.Module
 
     def adapt(self, base: nn.Module, r: int, dropout: float, scale: float) -> None:
         """Take a base and start from it: a random A, B = 0 and m = ‖W0‖."""

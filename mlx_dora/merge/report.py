@@ -10,7 +10,7 @@ class MergedLayer:
     """What became of one matrix.
 
     Attributes:
-        path: Its full path.
+        path: Its full path; of an expert with the index, ``path[3]``.
         inputs: How many of the adapters have it; the others count as the base.
         rank: Rank of its merged update.
         opposed: Rows that keep the heaviest input's direction, the directions of the
