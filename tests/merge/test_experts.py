@@ -1,7 +1,10 @@
 """Merging, comparing and extracting adapters of experts, matrix by matrix."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -180,22 +183,57 @@ def test_experts_come_out_of_a_fused_model(bits: int | None, tmp_path: Path) -> 
     folder = write_folder(tmp_path / "base", "mixtral", bits)
     model, _ = load(folder)
     adapter = make_adapter(model, 1, EXPERTS["mixtral"])
-    # One expert that has not changed among those that have.
-    path = "model.layers.0.block_sparse_moe.switch_mlp.up_proj"
-    tensors = dict(adapter.tensors)
-    own = dense_stack(model, Adapter(config=DoRAConfig(), tensors={}), path)
-    tensors[f"{path}.lora_b"][2] = 0
-    tensors[f"{path}.m"][2] = mx.array(np.linalg.norm(own[2], axis=1).astype("f"))
-    save_adapter(Adapter(config=adapter.config, tensors=tensors), tmp_path / "adapter")
-    attach_adapter(model, load_adapter(tmp_path / "adapter"))
+    path = adapter.paths[0]
+    save_adapter(adapter, tmp_path / "adapter")
+    attach_adapter(model, adapter)
     expected = to_numpy(model(TOKENS))
     config = FuseConfig(mode="dequantize" if bits else "requantize")
     fuse_model(folder, tmp_path / "adapter", tmp_path / "tuned", config=config)
     found = extract_adapter(
         folder, tmp_path / "tuned", rank=3, save_path=tmp_path / "out"
     )
-    names = [one.path for one in found.layers if one.error < 1e-2]
-    assert f"{path}[1]" in names
+    assert len(found.layers) == 8
+    assert f"{path}[1]" in {one.path for one in found.layers if one.error < 1e-2}
     assert found.adapter.tensors[f"{path}.lora_a"].shape == (4, 3, 64)
     again, _ = load(folder, tmp_path / "out")
     assert_close(again(TOKENS), expected, bound=1e-3)
+
+
+def test_experts_that_did_not_change_get_an_update_of_zeros(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "base", "mixtral")
+    tuned = tmp_path / "tuned"
+    shutil.copytree(folder, tuned)
+    path = "model.layers.0.block_sparse_moe.switch_mlp.up_proj"
+    file = str(tuned / "model.safetensors")
+    tensors: Any = mx.load(file)
+    mx.eval(tensors)
+    weight = tensors[f"{path}.weight"]
+    low = mx.random.normal((64, 3)) @ mx.random.normal((3, 64))
+    weight[1] = weight[1] + 0.02 * low
+    mx.save_safetensors(file, tensors, metadata={"format": "mlx"})
+    found = extract_adapter(folder, tuned, energy=1 - 1e-9)
+    assert [one.path for one in found.layers] == [f"{path}[1]"]
+    rank = found.layers[0].rank
+    assert rank > 1
+    lora_a = found.adapter.tensors[f"{path}.lora_a"]
+    assert lora_a.shape == (4, rank, 64)
+    model = make_model("mixtral")
+    truth = to_numpy(weight)
+    assert_close(dense_stack(model, found.adapter, path), truth, bound=1e-4)
+    attach_adapter(model, found.adapter, check_base=False)
+
+
+def test_experts_of_unlike_ranks_are_filled_with_zeros() -> None:
+    """One expert's A is the same in both, and is taken once."""
+    model = make_model("qwen3_moe")
+    one, other = (make_adapter(model, seed, EXPERTS["qwen3_moe"]) for seed in (1, 2))
+    name = f"{GATE}.lora_a"
+    shared = mx.array(other.tensors[name])
+    shared[2] = one.tensors[name][2]
+    other = replace(other, tensors=other.tensors | {name: shared})
+    report = merge_adapters_report([one, other], model=model, method="nmean")
+    ranks = [layer.rank for layer in report.layers if layer.path.startswith(GATE)]
+    assert ranks == [6, 6, 3, 6]
+    rows = [dense_stack(model, adapter, GATE)[2] for adapter in (one, other)]
+    found = dense_stack(model, report.adapter, GATE)[2]
+    assert_close(found, dense_nmean(rows, [0.5, 0.5]))
