@@ -177,12 +177,13 @@ def stack_norms(weight: Weight, update: Update, squared_base: mx.array) -> mx.ar
         The norms, evaluated. Shape ``(n, out)``, float32.
     """
     a, s = update.lora_a.astype(mx.float32), update.scale
-    if isinstance(weight, QuantizedWeight):
-        product = weight.packed_matmul(a.swapaxes(-1, -2)).swapaxes(-1, -2)
-    else:  # one after the other: no float32 copy of the stack
-        full = [one.astype(mx.float32) for one in mx.split(weight, weight.shape[0])]
-        product = mx.concatenate([one @ a[i] for i, one in enumerate(full)])
-    c, p = mx.vmap(update_terms)(product, a, update.lora_b)
+    products = []
+    for one, down in zip(matrices(weight), a.swapaxes(-1, -2), strict=True):
+        if isinstance(one, QuantizedWeight):
+            products.append(one.matmul(down))
+        else:  # one after the other: no float32 copy of the stack
+            products.append(down @ one.astype(mx.float32).T)
+    c, p = mx.vmap(update_terms)(mx.stack(products).swapaxes(-1, -2), a, update.lora_b)
     squared = squared_base + (2 * s) * c + (s * s) * p
     norm = mx.sqrt(mx.maximum(squared, 0.0))
     noisy = squared < _RECOMPUTE_BELOW * (squared_base + (s * s) * p)
