@@ -135,7 +135,8 @@ def merge_adapters_report(
             parts.append({n: getattr(merged, n) for n in ("lora_a", "lora_b", "m")})
             layers.append(
                 MergedLayer(
-                    path=name,
+                    path=path,
+                    name=name,
                     inputs=sum(f"{path}.lora_a" in one.tensors for one in loaded),
                     rank=merged.rank,
                     opposed=merged.opposed,

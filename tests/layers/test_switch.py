@@ -182,5 +182,7 @@ def test_chosen_by_exact_class() -> None:
 def test_a_global_scale_is_refused() -> None:
     base = make_base(4, False)
     base.global_scale = mx.ones(EXPERTS)
-    with pytest.raises(DoRAError, match="QuantizedSwitchLinear has weights with a glob"):
+    with pytest.raises(
+        DoRAError, match="QuantizedSwitchLinear has weights with a glob"
+    ):
         DoRASwitchLinear.from_base(base)
