@@ -3,6 +3,8 @@
 Each setting is planned from the model's headers and then trained for two steps on rows
 of the full length. One JSON line a setting goes to stdout, a table to stderr; exit 1 if
 a prediction is more than 15 % off (not with --smoke, whose model is too small to plan).
+With --experts N the model is a Mixtral of N experts made of the demo model's first
+eight blocks, in float32.
 """
 
 import gc
@@ -15,12 +17,14 @@ import _harness as bench  # before mlx
 import click
 import mlx.core as mx
 from _machine import describe_machine
+from _upcycle import upcycle
 
 from mlx_dora import DoRAConfig, load
 from mlx_dora.demo.model import demo_model
 from mlx_dora.train import TrainConfig, finetune, plan_memory
 
 BOUND = 0.15
+_BLOCKS = 8  # of a model with experts
 # Tokens a row, rows, rank, blocks, gradient checkpointing, 4-bit base, kind.
 SETTINGS: list[tuple[int, int, int, int, bool, bool, str]] = [
     (128, 4, 8, -1, False, False, "dora"),
@@ -71,10 +75,21 @@ def compare(model: Path, setting: tuple[Any, ...]) -> dict[str, Any]:
 @bench.options
 @click.option("--model", "folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--only", type=int, multiple=True, help="Settings to run, from 0.")
-def main(settings: bench.Settings, folder: Path | None, only: tuple[int, ...]) -> None:
+@click.option("--experts", type=click.IntRange(min=2), help="Plan for experts.")
+def main(
+    settings: bench.Settings,
+    folder: Path | None,
+    only: tuple[int, ...],
+    experts: int | None,
+) -> None:
     names = ("tokens", "rows", "rank", "num_layers", "grad_checkpoint", "4-bit", "type")
     worst = 0.0
     chosen = SMOKE if settings.smoke else SETTINGS
+    if experts is not None:
+        place = tempfile.TemporaryDirectory()  # until the end
+        home = Path(place.name) / "mixtral"
+        folder = upcycle(demo_model(), home, experts=experts, blocks=_BLOCKS)
+        chosen = [one for one in chosen if one[3] <= _BLOCKS and not one[5]]
     for setting in [chosen[number] for number in only] or chosen:
         gc.collect()
         mx.clear_cache()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlx_dora.decomposition import dora_decompose, dora_merge
     from mlx_dora.errors import DoRAError
     from mlx_dora.layers import DoRAEmbedding, DoRALinear
+    from mlx_dora.layers.multi import DoRAMultiLinear
     from mlx_dora.layers.switch import DoRASwitchLinear
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _HOME = {
     "DoRAEmbedding": "mlx_dora.layers",
     "DoRAError": "mlx_dora.errors",
     "DoRALinear": "mlx_dora.layers",
+    "DoRAMultiLinear": "mlx_dora.layers.multi",
     "DoRASwitchLinear": "mlx_dora.layers.switch",
     "apply_dora": "mlx_dora.adapters.surgery",
     "disabled": "mlx_dora.adapters.surgery",
@@ -45,6 +47,7 @@ __all__ = [
     "DoRAEmbedding",
     "DoRAError",
     "DoRALinear",
+    "DoRAMultiLinear",
     "DoRASwitchLinear",
     "apply_dora",
     "disabled",

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.kernels.reference import check_factors, update_terms
-from mlx_dora.kernels.rows import Weight, row_blocks
+from mlx_dora.kernels.rows import Weight, matrices, row_blocks
 
 # Under this share of ‖W0‖² + s²‖BA‖² the factored sum may be off by more than 1e-5.
 _RECOMPUTE_BELOW = 2.0**-6
@@ -134,6 +134,66 @@ class Update:
     lora_a: mx.array
     lora_b: mx.array
     scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedMatrix:
+    """One adapter's share in one matrix, or in a stack: all with a leading axis.
+
+    Attributes:
+        update: Its low-rank update.
+        m: Magnitudes, ``(out,)``; None for LoRA, whose rows keep their own length.
+    """
+
+    update: Update
+    m: mx.array | None
+
+    def matrices(self) -> list["AdaptedMatrix"]:
+        """Of a stack, each matrix's share; else this one."""
+        if self.update.lora_a.ndim == 2:
+            return [self]
+        return [
+            AdaptedMatrix(
+                update=Update(
+                    lora_a=self.update.lora_a[i],
+                    lora_b=self.update.lora_b[i],
+                    scale=self.update.scale,
+                ),
+                m=None if self.m is None else self.m[i],
+            )
+            for i in range(self.update.lora_a.shape[0])
+        ]
+
+
+def stack_norms(weight: Weight, update: Update, squared_base: mx.array) -> mx.array:
+    """`factored_terms(...).norm` of every matrix of a stack.
+
+    Args:
+        weight: The stack. Shape ``(n, out, in)``, any float dtype or packed.
+        update: Its updates, A ``(n, in, r)`` and B ``(n, r, out)``.
+        squared_base: ‖W0‖² of each row. Shape ``(n, out)``, float32.
+
+    Returns:
+        The norms, evaluated. Shape ``(n, out)``, float32.
+    """
+    a, s = update.lora_a.astype(mx.float32), update.scale
+    products = []
+    for one, down in zip(matrices(weight), a.swapaxes(-1, -2), strict=True):
+        if isinstance(one, QuantizedWeight):
+            products.append(one.matmul(down))
+        else:  # one after the other: no float32 copy of the stack
+            products.append(down @ one.astype(mx.float32).T)
+    c, p = mx.vmap(update_terms)(mx.stack(products).swapaxes(-1, -2), a, update.lora_b)
+    squared = squared_base + (2 * s) * c + (s * s) * p
+    norm = mx.sqrt(mx.maximum(squared, 0.0))
+    noisy = squared < _RECOMPUTE_BELOW * (squared_base + (s * s) * p)
+    found = np.flatnonzero(np.array(noisy.any(axis=1))).tolist()
+    for i in found:
+        one = matrices(weight)[i]
+        terms = factored_terms(one, update.lora_a[i], update.lora_b[i], s)
+        norm[i] = terms.norm
+    mx.eval(norm)
+    return norm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MAX_LINES = 400
 VAGUE_NAMES = {"utils", "helpers", "misc"}
 LAZY_ONLY = {"mlx_lm", "transformers"}  # slow to import
-MAY_IMPORT_EAGERLY = {"mlx_dora/layers/switch.py"}
+MAY_IMPORT_EAGERLY = {"mlx_dora/layers/multi.py", "mlx_dora/layers/switch.py"}
 
 
 def is_entry_point(path: PurePosixPath) -> bool:

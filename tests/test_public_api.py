@@ -16,6 +16,7 @@ NAMES = {
         "DoRAEmbedding",
         "DoRAError",
         "DoRALinear",
+        "DoRAMultiLinear",
         "DoRASwitchLinear",
         "apply_dora",
         "disabled",

@@ -43,8 +43,7 @@ def attach_adapter(
         DoRAError: If anything does not fit; one message with all problems. The model is
             unchanged.
     """
-    problems = adapter_problems(adapter) + fit_problems(model, adapter, check_base)
-    if problems:
+    if problems := all_problems(model, adapter, check_base):
         raise DoRAError(f"{name} does not fit the model: {'; '.join(problems)}.")
     if adapter.fine_tune_type == "full":
         model.load_weights(list(adapter.tensors.items()), strict=False)
@@ -85,19 +84,9 @@ def fit_problems(
     return problems
 
 
-def matrix_problems(
-    model: nn.Module, adapter: Adapter, check_base: bool, done: str
-) -> list[str]:
-    """All that keeps an adapter of matrices from being `done`, experts included."""
-    return [
-        *adapter_problems(adapter),
-        *fit_problems(model, adapter, check_base),
-        *(
-            f"{key} belongs to experts, which cannot be {done} yet"
-            for key, value in adapter.tensors.items()
-            if value.ndim > 2
-        ),
-    ]
+def all_problems(model: nn.Module, adapter: Adapter, check_base: bool) -> list[str]:
+    """What is wrong with an adapter, as such and for this model; empty if nothing."""
+    return adapter_problems(adapter) + fit_problems(model, adapter, check_base)
 
 
 def other_base(adapter: Adapter) -> str:

@@ -201,7 +201,8 @@ def _warn_of_stock(model_or_adapter: nn.Module | Adapter, adapter: Adapter) -> N
         if name.endswith(".m") and mx.any(value == 0):
             reasons.setdefault("zero rows (it computes NaN)", []).append(name[:-2])
         if name.endswith(".m") and value.ndim > 1:
-            reasons.setdefault("experts", []).append(name[:-2])
+            stacks = reasons.setdefault("experts or heads of latent attention", [])
+            stacks.append(name[:-2])
     if isinstance(model_or_adapter, nn.Module):
         for path, layer in dora_layers(model_or_adapter):
             base = base_of(layer)

@@ -30,6 +30,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.kernels import QuantizedWeight
+from mlx_dora.kernels.rows import matrices
 from mlx_dora.layers import DoRALayer, weight_of
 
 REST_NAME = "adapter"
@@ -221,19 +222,13 @@ def _check_fit(
 
 def _describe(path: str, layer: DoRALayer, module: nn.Module) -> FusedLayer:
     """Compare a DoRA layer with the plain module it was fused into."""
-    pairs = [(layer, module)]
-    if layer.m.ndim > 1:  # experts
-        from mlx_dora.layers.switch import DoRASwitchLinear, one_expert
-
-        assert isinstance(layer, DoRASwitchLinear)
-        count = layer.m.shape[0]
-        pairs = [(layer.expert(i), one_expert(module, i)) for i in range(count)]
-    found = []
-    for one, plain in pairs:
-        lora_a, lora_b = one.factors()
-        update = Update(lora_a=lora_a, lora_b=lora_b, scale=one.scale, m=one.m)
-        found.append(survival(weight_of(one.base), weight_of(plain), update))
-    after = weight_of(pairs[0][1])
+    before, after = weight_of(layer.base), weight_of(module)
+    found = [
+        survival(old, new, Update.of(adapted))
+        for old, new, adapted in zip(
+            matrices(before), matrices(after), layer.matrices(), strict=True
+        )
+    ]
     return FusedLayer(
         path=path,
         dtype=str(dtype_of(after)).rpartition(".")[2],

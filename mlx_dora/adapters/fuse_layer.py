@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_dora.adapters.fuse_report import Survival
 from mlx_dora.errors import DoRAError
-from mlx_dora.factored import factored_terms
+from mlx_dora.factored import AdaptedMatrix, factored_terms
 from mlx_dora.kernels import QuantizedWeight, fused_weight, normalize_rows
 from mlx_dora.kernels.reference import row_gain
 from mlx_dora.kernels.rows import Weight, row_blocks
@@ -38,6 +38,12 @@ class Update:
     lora_b: mx.array
     scale: float
     m: mx.array
+
+    @classmethod
+    def of(cls, matrix: AdaptedMatrix) -> "Update":
+        """What a DoRA adapter does to one matrix."""
+        assert matrix.m is not None
+        return cls(**vars(matrix.update), m=matrix.m)
 
     def rows(self, block: mx.array, index: slice) -> mx.array:
         """The adapted rows `index`, whose base rows are `block`; in its dtype."""

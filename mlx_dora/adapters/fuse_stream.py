@@ -11,16 +11,11 @@ from mlx.utils import tree_flatten
 from mlx_dora.adapters.adapter import Adapter, BaseModel
 from mlx_dora.adapters.fingerprint import digest_of, sample_of, tensor_line
 from mlx_dora.adapters.fuse_config import FuseConfig
-from mlx_dora.adapters.fuse_experts import fuse_experts
-from mlx_dora.adapters.fuse_layer import (
-    Update,
-    dense_fused,
-    dtype_of,
-    folded,
-    requantized,
-    survival,
-)
+from mlx_dora.adapters.fuse_layer import Update, dtype_of
+from mlx_dora.adapters.fuse_matrices import fuse_matrices
 from mlx_dora.adapters.fuse_report import FusedLayer
+from mlx_dora.adapters.keys import takes_lora
+from mlx_dora.adapters.matrices import adapted_matrices, adapter_tensors
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.kernels.rows import Weight
@@ -28,9 +23,7 @@ from mlx_dora.kernels.rows import Weight
 Parts = dict[str, mx.array]
 """The arrays of one module, by the name they have in it."""
 
-_SCALES = {"float32": mx.float32, "float16": mx.float16}
 _WEIGHT = ("weight", "scales", "biases")
-_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +54,21 @@ def stream_fused(
         adapter: A DoRA adapter that fits it.
         config: What to do with packed weights.
         write: Takes each tensor; it alone holds it afterwards.
+
+    Raises:
+        DoRAError: If a packed weight is to be fused losslessly that has no scale for a
+            magnitude, or whose low-rank rest mlx-lm has no LoRA layer for.
     """
     modules = dict(model.named_modules())
     adapted = set(adapter.paths)
+    if config.mode == "lossless":
+        packed = [path for path in adapter.paths if "scales" in modules[path]]
+        if beyond := [path for path in packed if not takes_lora(modules[path])]:
+            raise DoRAError(
+                f"mlx-lm has no LoRA layer for {', '.join(beyond)}, which could hold "
+                "the low-rank rest of a lossless fuse; fuse with requantize or "
+                "dequantize."
+            )
     layers: list[FusedLayer] = []
     packing: dict[str, dict[str, Any] | bool] = {}
     rest: Parts = {}
@@ -127,39 +132,15 @@ def _fuse_module(
     adapter: Adapter,
     config: FuseConfig,
 ) -> _Result:
-    lora_a, lora_b = (adapter.tensors[f"{path}.{x}"] for x in ("lora_a", "lora_b"))
-    is_embedding = isinstance(module, _EMBEDDINGS)
-    update = Update(
-        lora_a=lora_b.T if is_embedding else lora_a,
-        lora_b=lora_a.T if is_embedding else lora_b,
-        scale=adapter.config.scale_of(path),
-        m=adapter.tensors[f"{path}.m"],
-    )
     weight = _weight(path, module, parts)
-    after: Weight
-    plain = packing = None
-    rest: Parts = {}
-    if update.m.ndim > 1:
-        stack = fuse_experts(weight, update, config)
-        after, kept, plain = stack.weight, stack.survival, stack.plain
-        if isinstance(weight, QuantizedWeight) and config.mode != "dequantize":
-            packing = _packing(weight, after)
-    elif not isinstance(weight, QuantizedWeight) or config.mode == "dequantize":
-        after = dense_fused(weight, update, dtype_of(weight))
-        kept = survival(weight, after, update)
-    elif config.mode == "lossless":
-        gain = update.gain(weight)
-        after = folded(weight, gain, _SCALES[config.scales])
-        up = gain * update.lora_b.astype(mx.float32)
-        kept = survival(weight, after, update, up)
-        if is_embedding:
-            rest = {f"{path}.lora_a": up.T, f"{path}.lora_b": lora_b}
-        else:
-            rest = {f"{path}.lora_a": lora_a, f"{path}.lora_b": up}
-        mx.eval(rest)
-    else:
-        after, kept, plain = requantized(weight, update, config.keep)
+    updates = [Update.of(one) for one in adapted_matrices(adapter, path, module)]
+    found = fuse_matrices(weight, updates, config)
+    after, packing = found.weight, None
+    if isinstance(weight, QuantizedWeight) and config.mode == "requantize":
         packing = _packing(weight, after)
+    rest: Parts = {}
+    if found.rest:
+        rest = adapter_tensors(path, module, weight, found.rest)
     fused = _parts_of(after) | _others(parts)
     layer = FusedLayer(
         path=path,
@@ -167,8 +148,8 @@ def _fuse_module(
         bits=after.bits if isinstance(after, QuantizedWeight) else None,
         bytes_before=sum(value.nbytes for value in parts.values()),
         bytes_after=sum(value.nbytes for value in (fused | rest).values()),
-        survival=kept,
-        plain=plain,
+        survival=found.survival,
+        plain=found.plain,
     )
     return _Result(parts=fused, layer=layer, packing=packing, rest=rest)
 

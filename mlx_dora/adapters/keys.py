@@ -72,7 +72,7 @@ def resolve_keys(
             _join(path, name)
             for path, block in last_blocks(model, num_layers)
             for name, module in _modules(block)
-            if isinstance(module, _LINEARS) or _is_experts(module)
+            if takes_lora(module)
         ]
     modules = dict(model.named_modules())
     relative = [key for key in keys if key not in modules]
@@ -110,8 +110,10 @@ def _modules(block: nn.Module) -> list[tuple[str, nn.Module]]:
     return sorted(block.named_modules(), key=lambda item: natural_order(item[0]))
 
 
-def _is_experts(module: nn.Module) -> bool:
-    return type(module).__module__ == _EXPERTS and "weight" in module
+def takes_lora(module: nn.Module) -> bool:
+    """Whether mlx-lm has a LoRA layer for a module: linear, embedding or experts."""
+    is_experts = type(module).__module__ == _EXPERTS and "weight" in module
+    return isinstance(module, _LINEARS) or is_experts
 
 
 def _join(path: str, name: str) -> str:

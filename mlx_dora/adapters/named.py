@@ -8,12 +8,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.adapters.adapter import Adapter
-from mlx_dora.adapters.attach import matrix_problems
+from mlx_dora.adapters.attach import all_problems
 from mlx_dora.adapters.blend import Blend, Part, blend
 from mlx_dora.adapters.files import read_adapter
+from mlx_dora.adapters.matrices import adapted_matrices, adapter_tensors
 from mlx_dora.adapters.surgery import adapter_layers, put_modules
 from mlx_dora.errors import DoRAError
 from mlx_dora.factored import factored_terms
+from mlx_dora.kernels.rows import matrices
 from mlx_dora.layers import DoRALayer, dora_class, weight_of
 
 
@@ -62,7 +64,7 @@ class NamedAdapters:
         self._model = model
         self._places: dict[str, _Place] = {}
         self._adapters: dict[str, Adapter] = {}
-        self._parts: dict[str, dict[str, Part]] = {}
+        self._parts: dict[str, dict[str, list[Part]]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -130,7 +132,7 @@ class NamedAdapters:
         taken: dict[str, tuple[mx.array, mx.array, mx.array, float, mx.array]] = {}
         for path in self._paths(weights):
             here = [
-                (weight, self._part(name, path))
+                (weight, self._matrices(name, path))
                 for name, weight in weights.items()
                 if f"{path}.lora_a" in self._adapters[name].tensors
             ]
@@ -151,8 +153,7 @@ class NamedAdapters:
     def _problems(self, adapter: Adapter, check_base: bool) -> list[str]:
         if adapter.fine_tune_type == "full":
             return ["a full fine-tuning is a model of its own"]
-        problems = matrix_problems(self._model, adapter, check_base, "switched by name")
-        if problems:
+        if problems := all_problems(self._model, adapter, check_base):
             return problems
         modules = dict(self._model.named_modules())
         for path in adapter.paths:
@@ -166,21 +167,21 @@ class NamedAdapters:
         paths = [path for name in names for path in self._adapters[name].paths]
         return list(dict.fromkeys(paths))
 
-    def _part(self, name: str, path: str) -> Part:
-        """An adapter of one module, its norms computed at the first use."""
+    def _matrices(self, name: str, path: str) -> list[Part]:
+        """An adapter of a module's matrices, their norms computed at the first use."""
         parts = self._parts.setdefault(name, {})
         if path not in parts:
-            place, adapter = self._place(path), self._adapters[name]
-            a, b = (
-                adapter.tensors[f"{path}.{leaf}"].astype(mx.float32)
-                for leaf in ("lora_a", "lora_b")
-            )
-            down, up = (b.T, a.T) if place.layer.lora_a_spans_rows else (a, b)
-            scale = adapter.config.scale_of(path)
-            terms = factored_terms(weight_of(place.base), down, up, scale)
-            m = adapter.tensors.get(f"{path}.m", terms.norm).astype(mx.float32)
-            mx.eval(down, up, m)
-            parts[path] = Part(down=down, up=up, m=m, terms=terms)
+            base = self._place(path).base
+            adapted = adapted_matrices(self._adapters[name], path, base)
+            found = []
+            for weight, one in zip(matrices(weight_of(base)), adapted, strict=True):
+                down = one.update.lora_a.astype(mx.float32)
+                up = one.update.lora_b.astype(mx.float32)
+                terms = factored_terms(weight, down, up, one.update.scale)
+                m = terms.norm if one.m is None else one.m.astype(mx.float32)
+                mx.eval(down, up, m)
+                found.append(Part(down=down, up=up, m=m, terms=terms))
+            parts[path] = found
         return parts[path]
 
     def _place(self, path: str) -> _Place:
@@ -193,20 +194,24 @@ class NamedAdapters:
         return self._places[path]
 
     def _terms(
-        self, path: str, here: list[tuple[float, Part]]
+        self, path: str, here: list[tuple[float, list[Part]]]
     ) -> tuple[mx.array, mx.array, mx.array, float, mx.array]:
         """What a module's layer takes: A, B, m, scale and norm in its own shapes."""
-        place = self._places[path]
-        found: Part | Blend
+        base = self._places[path].base
+        weight = weight_of(base)
+        found: list[Part] | list[Blend]
         if len(here) == 1 and here[0][0] == 1:
             found = here[0][1]
-            scale, norm = found.terms.scale, found.terms.norm
+            scale, norms = found[0].terms.scale, [one.terms.norm for one in found]
         else:
-            found = blend(weight_of(place.base), here)
-            scale, norm = 1.0, found.norm
-        if place.layer.lora_a_spans_rows:
-            return found.up.T, found.down.T, found.m, scale, norm
-        return found.down, found.up, found.m, scale, norm
+            columns = [[(w, part) for part in parts] for w, parts in here]
+            rows = zip(matrices(weight), *columns, strict=True)
+            found = [blend(one, parts) for one, *parts in rows]
+            scale, norms = 1.0, [one.norm for one in found]
+        parts = [{"lora_a": p.down, "lora_b": p.up, "m": p.m} for p in found]
+        tensors = adapter_tensors(path, base, weight, parts)
+        lora_a, lora_b, m = (tensors[f"{path}.{n}"] for n in ("lora_a", "lora_b", "m"))
+        return lora_a, lora_b, m, scale, norms[0] if m.ndim == 1 else mx.stack(norms)
 
     def _show(self, paths: Mapping[str, object]) -> None:
         """Put layers at these paths and the bases everywhere else."""

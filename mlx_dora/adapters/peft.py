@@ -328,7 +328,10 @@ def _not_in_peft(adapter: Adapter) -> Iterable[str]:
             experts.append(path)
         elif _is_embedding(adapter, path):
             embeddings.append(path)
-    yield from listed("PEFT has no adapter like ours for experts:", experts)
+    yield from listed(
+        "PEFT has no adapter like ours for experts or heads of latent attention:",
+        experts,
+    )
     yield from listed(
         f"adapters of embeddings do not convert ({_EMBEDDINGS}):", embeddings
     )

@@ -8,10 +8,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dora.adapters.adapter import Adapter
-from mlx_dora.adapters.attach import matrix_problems
+from mlx_dora.adapters.attach import all_problems
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load_lazily
 from mlx_dora.adapters.keys import natural_order
+from mlx_dora.adapters.matrices import adapted_matrices, named_matrices
 from mlx_dora.analyze.metrics import MatrixAnalysis, measure
 from mlx_dora.analyze.result import AdapterAnalysis
 from mlx_dora.analyze.spectrum import gram_singular_values
@@ -34,7 +35,7 @@ def analyze_adapter(
     """Say what a DoRA or LoRA adapter does to the rows of its base.
 
     Every base weight is read once, row block by row block; none is dequantised whole
-    and no adapted weight is built.
+    and no adapted weight is built. Every expert is a matrix of its own: ``path[3]``.
 
     Args:
         adapter: An adapter, or its folder.
@@ -53,7 +54,7 @@ def analyze_adapter(
     paths = sorted(loaded.paths, key=natural_order)
     layers: list[MatrixAnalysis] = []
     for path in paths:
-        layers.append(_analyze_path(loaded, path, modules[path]))
+        layers += _analyze_path(loaded, path, modules[path])
         if is_ours:  # so that one matrix is in memory, not the model
             modules[path].clear()
         if progress is not None:
@@ -101,17 +102,8 @@ def check_fit(
             raise DoRAError(
                 f"{name} holds fully fine-tuned weights: analyse the two models."
             )
-        problems = matrix_problems(model, adapter, check_base, "analysed")
-        if problems:
+        if problems := all_problems(model, adapter, check_base):
             raise DoRAError(f"{name} does not fit the model: {'; '.join(problems)}.")
-
-
-def update_of(adapter: Adapter, path: str, module: nn.Module) -> Update:
-    """The update of a module in the orientation of its ``(out, in)`` weight."""
-    a, b = (adapter.tensors[f"{path}.{leaf}"] for leaf in ("lora_a", "lora_b"))
-    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-        a, b = b.T, a.T
-    return Update(lora_a=a, lora_b=b, scale=adapter.config.scale_of(path))
 
 
 def float64_factors(update: Update) -> tuple[np.ndarray, np.ndarray]:
@@ -120,16 +112,19 @@ def float64_factors(update: Update) -> tuple[np.ndarray, np.ndarray]:
     return a, update.scale * np.array(update.lora_b.astype(mx.float32), np.float64).T
 
 
-def _analyze_path(adapter: Adapter, path: str, module: nn.Module) -> MatrixAnalysis:
-    update = update_of(adapter, path, module)
-    geometry = row_geometry(
-        weight_of(module),
-        update.lora_a,
-        update.lora_b,
-        update.scale,
-        adapter.tensors.get(f"{path}.m"),
-    )
-    if not geometry.is_finite:
-        raise DoRAError(f"{path} of the base holds NaN or inf.")
-    values = gram_singular_values(*float64_factors(update))
-    return measure(path, geometry, values, rank=values.size)
+def _analyze_path(
+    adapter: Adapter, path: str, module: nn.Module
+) -> list[MatrixAnalysis]:
+    adapted = adapted_matrices(adapter, path, module)
+    found = []
+    named = named_matrices(path, weight_of(module))
+    for (name, weight), one in zip(named, adapted, strict=True):
+        update = one.update
+        geometry = row_geometry(
+            weight, update.lora_a, update.lora_b, update.scale, one.m
+        )
+        if not geometry.is_finite:
+            raise DoRAError(f"{name} of the base holds NaN or inf.")
+        values = gram_singular_values(*float64_factors(update))
+        found.append(measure(name, geometry, values, rank=values.size))
+    return found

@@ -11,13 +11,13 @@ import numpy as np
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.keys import natural_order
+from mlx_dora.adapters.matrices import adapted_matrices, named_matrices
 from mlx_dora.analyze.adapter import (
     Progress,
     check_fit,
     float64_factors,
     load_base,
     named_adapter,
-    update_of,
 )
 from mlx_dora.analyze.agreement import PairAgreement, comparison_advice, mean_agreement
 from mlx_dora.analyze.guidance import Advice
@@ -26,7 +26,8 @@ from mlx_dora.analyze.result import SCHEMA, VERSION
 from mlx_dora.analyze.spectrum import Subspaces, factored_spectrum
 from mlx_dora.analyze.statistics import pearson
 from mlx_dora.errors import DoRAError
-from mlx_dora.factored import Update, row_grams
+from mlx_dora.factored import AdaptedMatrix, row_grams
+from mlx_dora.kernels.rows import Weight
 from mlx_dora.layers import weight_of
 
 
@@ -113,11 +114,13 @@ def compare_adapters(
 ) -> AdapterComparison:
     """Say where adapters of one base agree, and where they are in each other's way.
 
+    Every expert is a matrix of its own, called ``path[3]``.
+
     Args:
         adapters: At least two, DoRA or LoRA, or their folders.
         model: The base: the module, or its folder or Hub id; if None, what the first
             adapter that names one says.
-        activations: Real inputs of modules by path, ``(tokens, in)``, on which
+        activations: Real inputs of matrices by name, ``(tokens, in)``, on which
             interference is measured; without them, inputs spread evenly over the
             directions that the disturbed adapter reads.
         check_base: Refuse an adapter that was trained on another base.
@@ -139,20 +142,23 @@ def compare_adapters(
     ranks: dict[str, int] = {}
     for path in paths:
         here = [i for i, one in enumerate(loaded) if f"{path}.lora_a" in one.tensors]
-        inputs = None if activations is None else activations.get(path)
-        if len(here) > 1:
-            pairs += _compare_path(loaded, here, path, modules[path], inputs)
-        factors = [
-            float64_factors(update_of(loaded[i], path, modules[path])) for i in here
-        ]
-        together = factored_spectrum(
-            np.concatenate([a for a, _ in factors], axis=1),
-            np.concatenate([b for _, b in factors], axis=1),
-        )
-        energy = np.cumsum(np.square(together.values))
-        ranks[path] = (
-            int(np.searchsorted(energy, 0.99 * energy[-1])) + 1 if energy.size else 0
-        )
+        columns = [adapted_matrices(loaded[i], path, modules[path]) for i in here]
+        named = named_matrices(path, weight_of(modules[path]))
+        for (name, weight), *adapted in zip(named, *columns, strict=True):
+            inputs = None if activations is None else activations.get(name)
+            if len(here) > 1:
+                pairs += _compare_matrix(name, weight, here, adapted, inputs)
+            factors = [float64_factors(one.update) for one in adapted]
+            together = factored_spectrum(
+                np.concatenate([a for a, _ in factors], axis=1),
+                np.concatenate([b for _, b in factors], axis=1),
+            )
+            energy = np.cumsum(np.square(together.values))
+            ranks[name] = (
+                int(np.searchsorted(energy, 0.99 * energy[-1])) + 1
+                if energy.size
+                else 0
+            )
         if is_ours:
             modules[path].clear()
         if progress is not None:
@@ -162,24 +168,23 @@ def compare_adapters(
     return AdapterComparison(adapters=names, pairs=pairs, ranks=ranks)
 
 
-def _compare_path(
-    adapters: Sequence[Adapter],
+def _compare_matrix(
+    name: str,
+    weight: Weight,
     here: Sequence[int],
-    path: str,
-    module: nn.Module,
+    adapted: Sequence[AdaptedMatrix],
     inputs: mx.array | None,
 ) -> list[PairAgreement]:
-    updates: list[Update] = [update_of(adapters[i], path, module) for i in here]
-    grams = row_grams(weight_of(module), updates)
+    updates = [one.update for one in adapted]
+    grams = row_grams(weight, updates)
     factors = [float64_factors(one) for one in updates]
     spaces = [factored_spectrum(*one) for one in factors]
     lengths = np.sqrt(np.einsum("jii->ji", np.maximum(grams.inner, 0.0)))
     signs = np.ones_like(lengths)
     changes = lengths - grams.base_norm[:, None]
-    for column, i in enumerate(here):
-        m = adapters[i].tensors.get(f"{path}.m")
-        if m is not None:
-            magnitude = np.array(m.astype(mx.float32), np.float64)
+    for column, one in enumerate(adapted):
+        if one.m is not None:
+            magnitude = np.array(one.m.astype(mx.float32), np.float64)
             signs[:, column] = np.where(magnitude < 0, -1.0, 1.0)
             changes[:, column] = np.abs(magnitude) - grams.base_norm
     found = []
@@ -195,20 +200,20 @@ def _compare_path(
                 rows, sizes, out=np.zeros_like(rows), where=sizes > 0
             )
             both = changes[:, x] * changes[:, y]
-            weight = np.abs(both)
+            moved = np.abs(both)
             energies = own[0].sum(), own[1].sum()
             whole = float(np.sqrt(energies[0] * energies[1]))
             found.append(
                 PairAgreement(
-                    name=path,
+                    name=name,
                     first=here[x],
                     second=here[y],
                     update_cosine=float(rows.sum() / whole) if whole > 0 else 0.0,
                     row_update_cosine=row_cosine,
                     direction_cosine=float(cosine.mean()) if cosine.size else 0.0,
                     delta_m_correlation=pearson(changes[:, x], changes[:, y]),
-                    sign_conflict=float(weight[both < 0].sum() / weight.sum())
-                    if weight.sum() > 0
+                    sign_conflict=float(moved[both < 0].sum() / moved.sum())
+                    if moved.sum() > 0
                     else 0.0,
                     size_ratio=float(np.sqrt(energies[1] / energies[0]))
                     if energies[0] > 0

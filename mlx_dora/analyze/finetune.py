@@ -1,5 +1,6 @@
 """Two versions of a model's weights, matrix by matrix, a few rows at a time."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from mlx_dora.io.checkpoint import Checkpoint
 Weights = Mapping[str, mx.array] | str | Path
 """Named arrays, or a model folder."""
 
+logger = logging.getLogger(__name__)
+
 _BLOCK = 1 << 16
 _LISTED = 5
 
@@ -31,7 +34,8 @@ def analyze_finetune(
 ) -> AdaptationAnalysis:
     """Say what fine-tuning did to every matrix of a model.
 
-    Matrices are the two-dimensional float tensors; vectors are passed over.
+    Matrices are the two-dimensional float tensors; vectors are passed over, and what
+    has more axes (convolutions, experts in one tensor) with a warning.
 
     Args:
         base: Weights before.
@@ -46,6 +50,8 @@ def analyze_finetune(
     """
     before, after = _Source(base, "the base"), _Source(tuned, "the tuned model")
     names = _shared(before, after)
+    if before.deeper:
+        logger.warning("passed over, being no matrices: %s", ", ".join(before.deeper))
     layers: list[MatrixAnalysis] = []
     for name in names:
         geometry = blocks_geometry(
@@ -68,24 +74,31 @@ class _Source:
         self._arrays: Mapping[str, mx.array] | None = None
         self._files: Checkpoint | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.deeper: list[str] = []  # of more than two axes
         if isinstance(weights, Mapping):
             self._arrays = weights
             for key, value in weights.items():
-                if value.ndim == 2 and mx.issubdtype(value.dtype, mx.floating):
-                    self.shapes[key] = value.shape
+                if mx.issubdtype(value.dtype, mx.floating):
+                    self._take(key, value.shape)
             packed = [key for key in weights if key.endswith(".scales")]
         else:
             self._files = files = Checkpoint(weights)
             for key in files.names:
                 info = files.info(key)
-                if len(info.shape) == 2 and info.dtype in READABLE:
-                    self.shapes[key] = info.shape
+                if info.dtype in READABLE:
+                    self._take(key, info.shape)
             packed = [key for key in files.names if key.endswith(".scales")]
         if packed:
             raise DoRAError(
                 f"{self} is quantised ({packed[0]}); two models are compared dense: "
                 "dequantise it first, or analyse the adapter."
             )
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> None:
+        if len(shape) == 2:
+            self.shapes[name] = shape
+        elif len(shape) > 2:
+            self.deeper.append(name)
 
     def __str__(self) -> str:
         return self._name

@@ -110,29 +110,34 @@ def rank_pattern(layers: Sequence[MatrixAnalysis], budget: float) -> dict[str, i
     """Ranks that keep the most energy at a given mean rank a matrix.
 
     Each update's singular directions compete by their share of their own matrix's
-    energy, the best first; every matrix keeps at least one.
+    energy, the best first; every matrix keeps at least one. The experts of a module
+    have one rank: their mean shares compete, and each rank counts once an expert.
 
     Args:
         layers: The analysed matrices.
         budget: Mean rank, at least 1.
 
     Returns:
-        Name to rank, for `DoRAConfig.rank_pattern`.
+        Path to rank, for `DoRAConfig.rank_pattern`.
 
     Raises:
         DoRAError: If the budget is under 1.
     """
     if not budget >= 1:
         raise DoRAError(f"a rank budget must be at least 1 a matrix, got {budget}.")
-    ranks = {one.name: 1 for one in layers}
-    left = int(budget * len(layers)) - len(layers)
-    offers = []
+    shares: dict[str, list[np.ndarray]] = {}
     for one in layers:
         energy = np.square(one.singular_values)
         total = energy.sum()
-        if total > 0:
-            # What is rounding gets no rank.
-            offers += [(e / total, one.name) for e in energy[1:] if e > 1e-12 * total]
-    for _, name in sorted(offers, reverse=True)[: max(left, 0)]:
-        ranks[name] += 1
+        shares.setdefault(one.path, []).append(energy / total if total > 0 else energy)
+    ranks = dict.fromkeys(shares, 1)
+    left = int(budget * len(layers)) - len(layers)
+    offers = []
+    for path, stack in shares.items():
+        # What is rounding gets no rank.
+        offers += [(e, path) for e in np.mean(stack, axis=0)[1:] if e > 1e-12]
+    for _, path in sorted(offers, reverse=True):
+        if len(shares[path]) <= left:
+            ranks[path] += 1
+            left -= len(shares[path])
     return ranks

@@ -25,7 +25,8 @@ class MatrixAnalysis:
     """What happened to one matrix.
 
     Attributes:
-        name: Full path of the module, or name of the tensor without ``.weight``.
+        name: Full path of the module, or name of the tensor without ``.weight``; of an
+            expert, or a head of latent attention, with its index: ``path[3]``.
         rows: Number of output rows.
         delta_m: ΔM of section 3.2, the mean of the size of Δm over rows.
         delta_m_relative: The mean over rows of the size of Δm/‖W0‖, zero rows left out.
@@ -62,9 +63,14 @@ class MatrixAnalysis:
         return numbers[0] if numbers else None
 
     @property
+    def path(self) -> str:
+        """The name without the index of an expert."""
+        return self.name.partition("[")[0]
+
+    @property
     def module(self) -> str:
-        """Module type: the last part of the name."""
-        return self.name.rpartition(".")[2]
+        """Module type: the last part of the path."""
+        return self.path.rpartition(".")[2]
 
     @property
     def row_delta_m_relative(self) -> np.ndarray:

@@ -10,8 +10,8 @@ from mlx_dora.analyze.metrics import MatrixAnalysis
 from mlx_dora.analyze.result import AdaptationAnalysis
 from mlx_dora.analyze.statistics import Correlation
 
-BY = ("matrix", "layer", "module")
-"""What a line of the table stands for."""
+BY = ("matrix", "layer", "module", "expert")
+"""What a line of the table stands for; ``matrix`` takes the experts of one together."""
 
 
 def analysis_lines(
@@ -21,12 +21,13 @@ def analysis_lines(
 
     Args:
         analysis: What to show.
-        by: One of `BY`; layers and modules show means over their matrices.
+        by: One of `BY`; all but experts show means over their matrices.
         top: Show only this many lines.
     """
     groups: dict[str, list[MatrixAnalysis]] = {}
     for one in analysis.layers:
-        key = {"layer": f"layer {one.layer}", "module": one.module}.get(by, one.name)
+        keys = {"layer": f"layer {one.layer}", "module": one.module, "matrix": one.path}
+        key = keys.get(by, one.name)
         groups.setdefault("no layer" if key == "layer None" else key, []).append(one)
     rows = sorted(groups.items(), key=lambda item: -_mean(item[1], "delta_d"))
     shown = rows[:top]

@@ -19,10 +19,11 @@ _MODEL = click.option(
 )
 _BY = click.option(
     "--by",
-    type=click.Choice(["matrix", "layer", "module"]),
+    type=click.Choice(["matrix", "layer", "module", "expert"]),
     default="matrix",
     show_default=True,
-    help="What a line of the table stands for.",
+    help="What a line of the table stands for; all experts of one layer's matrix are "
+    "one line, but for expert.",
 )
 _CHECK = click.option(
     "--check-base/--no-check-base",

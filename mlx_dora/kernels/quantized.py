@@ -17,7 +17,7 @@ _CPU_SMALL_WORK = 1 << 21
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedWeight:
-    """A weight packed by `mx.quantize`.
+    """A weight packed by `mx.quantize`; of a stack, all have a leading axis.
 
     Attributes:
         weight: Packed values. Shape ``(out, in * bits / 32)``, uint32.
@@ -37,9 +37,10 @@ class QuantizedWeight:
     mode: str = "affine"
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Shape ``(out, in)`` of the weight this stands for."""
-        return self.weight.shape[0], self.weight.shape[1] * 32 // self.bits
+        *rows, words = self.weight.shape
+        return *rows, words * 32 // self.bits
 
     def rows(self, index: slice | mx.array) -> "QuantizedWeight":
         """The same weight restricted to some output rows."""
@@ -75,6 +76,10 @@ class QuantizedWeight:
         if unpacks(x, self.shape):
             run = _dequantized_matmul(self.group_size, self.bits, self.mode)
             return run(x, self.weight, self.scales, self.biases)
+        return self.packed_matmul(x)
+
+    def packed_matmul(self, x: mx.array) -> mx.array:
+        """The same product by MLX's own op, never unpacked as a whole; stacks too."""
         return mx.quantized_matmul(
             x,
             self.weight,
@@ -87,7 +92,7 @@ class QuantizedWeight:
         )
 
 
-def unpacks(x: mx.array, shape: tuple[int, int]) -> bool:
+def unpacks(x: mx.array, shape: tuple[int, ...]) -> bool:
     """Whether a product with a packed ``(out, in)`` weight unpacks it first."""
     rows = x.size // max(x.shape[-1], 1)
     if rows <= _CPU_PACKED_ROWS or rows * shape[0] * shape[1] <= _CPU_SMALL_WORK:

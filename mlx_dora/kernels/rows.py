@@ -1,6 +1,7 @@
 """Walking over the output rows of a weight, dense or packed, in bounded memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -38,3 +39,35 @@ def row_squares(weight: Weight) -> mx.array:
         for _, block in row_blocks(weight)
     ]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def matrices(weight: Weight) -> list[Weight]:
+    """The matrices of a stack ``(n, out, in)``, sharing its memory; or the one."""
+    if len(weight.shape) == 2:
+        return [weight]
+    if not isinstance(weight, QuantizedWeight):
+        return list(_slices(weight))
+    none = [None] * weight.shape[0]
+    biases = none if weight.biases is None else _slices(weight.biases)
+    parts = zip(_slices(weight.weight), _slices(weight.scales), biases, strict=True)
+    return [replace(weight, weight=w, scales=s, biases=b) for w, s, b in parts]
+
+
+def _slices(stack: mx.array) -> list[mx.array]:
+    # Not stack[i], which copies: a list of those would be the stack once more.
+    return [stack[i : i + 1].squeeze(0) for i in range(stack.shape[0])]
+
+
+def stacked(weights: Sequence[Weight]) -> Weight:
+    """The opposite of `matrices`: one stack of matrices of one form."""
+    first = weights[0]
+    if not isinstance(first, QuantizedWeight):
+        return mx.stack([one for one in weights if isinstance(one, mx.array)])
+    packed = [one for one in weights if isinstance(one, QuantizedWeight)]
+    biases = [one.biases for one in packed if one.biases is not None]
+    return replace(
+        first,
+        weight=mx.stack([one.weight for one in packed]),
+        scales=mx.stack([one.scales for one in packed]),
+        biases=mx.stack(biases) if biases else None,
+    )

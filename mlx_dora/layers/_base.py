@@ -1,8 +1,11 @@
 """What a DoRA layer knows of the module it wraps: its weight and its linear map."""
 
+from typing import cast
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.kernels.quantized import unpacks
 from mlx_dora.kernels.rows import Weight
@@ -10,27 +13,30 @@ from mlx_dora.kernels.rows import Weight
 Packed = nn.QuantizedLinear | nn.QuantizedEmbedding
 
 
-def packed_weight(base: Packed) -> QuantizedWeight:
+def packed_weight(base: nn.Module) -> QuantizedWeight:
     """The weight of a quantised module as one value."""
+    if base.get("global_scale") is not None:
+        raise DoRAError(
+            f"{type(base).__name__} has weights with a global scale, which cannot take "
+            "DoRA."
+        )
     return QuantizedWeight(
         weight=base["weight"],
         scales=base["scales"],
         biases=base.get("biases"),
-        group_size=base.group_size,
-        bits=base.bits,
-        mode=base.mode,
+        group_size=cast(int, base.group_size),
+        bits=cast(int, base.bits),
+        mode=cast(str, base.mode),
     )
 
 
-def packed_shape(base: Packed) -> tuple[int, int]:
-    """Shape ``(out, in)`` of the weight that a quantised module stands for."""
-    out, words = base["weight"].shape
-    return out, words * 32 // base.bits
-
-
 def weight_of(base: nn.Module) -> Weight:
-    """The weight of a base module, dense or packed."""
-    return packed_weight(base) if isinstance(base, Packed) else base["weight"]
+    """The weight of a base module, dense or packed; of experts or heads, a stack.
+
+    Raises:
+        DoRAError: If it is packed with a global scale.
+    """
+    return packed_weight(base) if "scales" in base else base["weight"]
 
 
 def project(base: nn.Module, x: mx.array) -> mx.array:
@@ -39,7 +45,7 @@ def project(base: nn.Module, x: mx.array) -> mx.array:
     The base's own op, so that an untrained adapter changes no bit, except where a
     packed weight is slow on the CPU (`QuantizedWeight.matmul`).
     """
-    if isinstance(base, Packed) and unpacks(x, packed_shape(base)):
+    if isinstance(base, Packed) and unpacks(x, packed_weight(base).shape):
         y = packed_weight(base).matmul(x)
         y = y + base["bias"] if "bias" in base else y
     elif isinstance(base, nn.Embedding | nn.QuantizedEmbedding):

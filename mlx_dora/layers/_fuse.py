@@ -6,13 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.kernels import QuantizedWeight, fused_weight
+from mlx_dora.kernels.rows import Weight, matrices, stacked
 from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._layer import DoRALayer
-
-_DENSE: dict[type, type[nn.Module]] = {
-    nn.QuantizedLinear: nn.Linear,
-    nn.QuantizedEmbedding: nn.Embedding,
-}
 
 
 def fused_module(layer: DoRALayer, dequantize: bool) -> Any:
@@ -28,17 +24,28 @@ def fused_module(layer: DoRALayer, dequantize: bool) -> Any:
     """
     base = layer.base
     weight = weight_of(base)
-    fused = fused_weight(weight, *layer.factors(), layer.scale, layer.m)
-    kind = type(base)
-    parts: dict[str, mx.array | None] = {"weight": fused}
-    settings: dict[str, object] = {}
-    if isinstance(weight, QuantizedWeight):
-        if dequantize:
-            kind = _DENSE[kind]
+    fused: list[Weight] = []
+    for one, adapted in zip(matrices(weight), layer.matrices(), strict=True):
+        update, m = adapted.update, adapted.m
+        assert m is not None
+        dense = fused_weight(one, update.lora_a, update.lora_b, update.scale, m)
+        mx.eval(dense)  # one at a time
+        if isinstance(one, QuantizedWeight) and not dequantize:
+            fused.append(_packed_again(one, dense))
         else:
-            parts = _packed_again(weight, fused)
-            # group_size, bits, mode and an embedding's sizes: plain attributes.
-            settings = {k: v for k, v in vars(base).items() if not k.startswith("_")}
+            fused.append(dense)
+    after = fused[0] if len(weight.shape) == 2 else stacked(fused)
+    kind = type(base)
+    settings: dict[str, object] = {}
+    parts: dict[str, mx.array | None]
+    if isinstance(after, QuantizedWeight):
+        parts = {n: getattr(after, n) for n in ("weight", "scales", "biases")}
+        # group_size, bits, mode and an embedding's sizes: plain attributes.
+        settings = {k: v for k, v in vars(base).items() if not k.startswith("_")}
+    else:
+        parts = {"weight": after}
+        if isinstance(weight, QuantizedWeight):
+            kind = layer.base_types[0]  # the dense one
     if "bias" in base:
         parts["bias"] = base["bias"]
     module = kind.__new__(kind)
@@ -48,18 +55,21 @@ def fused_module(layer: DoRALayer, dequantize: bool) -> Any:
     return module
 
 
-def _packed_again(
-    weight: QuantizedWeight, fused: mx.array
-) -> dict[str, mx.array | None]:
+def _packed_again(weight: QuantizedWeight, fused: mx.array) -> QuantizedWeight:
     packed, scales, *biases = mx.quantize(
         fused, group_size=weight.group_size, bits=weight.bits, mode=weight.mode
     )
     changed = (fused != weight.dequantize()).any(axis=1, keepdims=True)
-    parts: dict[str, mx.array | None] = {
-        "weight": mx.where(changed, packed, weight.weight),
-        "scales": mx.where(changed, scales, weight.scales),
-        "biases": None,
-    }
-    if weight.biases is not None:
-        parts["biases"] = mx.where(changed, biases[0], weight.biases)
-    return parts
+    packed = mx.where(changed, packed, weight.weight)
+    scales = mx.where(changed, scales, weight.scales)
+    before = weight.biases
+    bias = None if before is None else mx.where(changed, biases[0], before)
+    mx.eval(packed, scales, bias)
+    return QuantizedWeight(
+        weight=packed,
+        scales=scales,
+        biases=bias,
+        group_size=weight.group_size,
+        bits=weight.bits,
+        mode=weight.mode,
+    )

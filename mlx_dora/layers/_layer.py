@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.factored import AdaptedMatrix, Update
 from mlx_dora.kernels import adapted_norm
 from mlx_dora.kernels.rows import row_squares
 from mlx_dora.layers._base import weight_of
@@ -80,6 +81,12 @@ class DoRALayer(nn.Module):
     def factors(self) -> tuple[mx.array, mx.array]:
         """The update as A ``(in, r)`` and B ``(r, out)`` for a base ``(out, in)``."""
         raise NotImplementedError
+
+    def matrices(self) -> list[AdaptedMatrix]:
+        """The adapter of each matrix of the base, which is one unless it is a stack."""
+        down, up = self.factors()
+        update = Update(lora_a=down, lora_b=up, scale=self.scale)
+        return AdaptedMatrix(update=update, m=self["m"]).matrices()
 
     def fuse(self, dequantize: bool = False) -> Any:
         """The adapted layer as a plain module of the base's class."""

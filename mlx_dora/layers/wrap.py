@@ -1,5 +1,7 @@
 """Which DoRA layer a module takes, by its exact class."""
 
+from importlib import import_module
+
 import mlx.nn as nn
 
 from mlx_dora.layers._layer import DoRALayer, unsupported
@@ -11,8 +13,12 @@ _LAYERS = {
 }
 
 
-# Where mlx-lm's experts are; a model that has them has imported it.
-_SWITCH = "mlx_lm.models.switch_layers"
+# Where mlx-lm's experts and heads are, and who adapts them: importing it is slow, and a
+# model that has them has done so.
+_STACKS = {
+    "mlx_lm.models.switch_layers": ("mlx_dora.layers.switch", "DoRASwitchLinear"),
+    "mlx_lm.models.mla": ("mlx_dora.layers.multi", "DoRAMultiLinear"),
+}
 
 
 def dora_class(module: nn.Module) -> type[DoRALayer]:
@@ -22,10 +28,10 @@ def dora_class(module: nn.Module) -> type[DoRALayer]:
         DoRAError: If `module` is of any other class, subclasses included.
     """
     known: dict[type[nn.Module], type[DoRALayer]] = dict(_LAYERS)
-    if type(module).__module__ == _SWITCH:
-        from mlx_dora.layers.switch import DoRASwitchLinear
-
-        known |= dict.fromkeys(DoRASwitchLinear.base_types, DoRASwitchLinear)
+    if (home := type(module).__module__) in _STACKS:
+        name, stack = _STACKS[home]
+        found: type[DoRALayer] = getattr(import_module(name), stack)
+        known |= dict.fromkeys(found.base_types, found)
     layer = known.get(type(module))
     if layer is None:
         raise unsupported(module, tuple(known))

@@ -8,20 +8,25 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_dora.adapters.adapter import Adapter, BaseModel
-from mlx_dora.adapters.attach import matrix_problems
+from mlx_dora.adapters.adapter import Adapter, BaseModel, rank_of
+from mlx_dora.adapters.attach import all_problems
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.hosting import load_lazily
 from mlx_dora.adapters.keys import natural_order
+from mlx_dora.adapters.matrices import (
+    adapted_matrices,
+    adapter_tensors,
+    named_matrices,
+)
 from mlx_dora.errors import DoRAError
-from mlx_dora.factored import Update
+from mlx_dora.factored import AdaptedMatrix
 from mlx_dora.io.atomic import check_output
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.kernels.rows import Weight
 from mlx_dora.layers import weight_of
 from mlx_dora.merge.dense import Options, factor, merge_apart, row_norm
-from mlx_dora.merge.factored import AdaptedMatrix, MergedMatrix, merge_matrix
+from mlx_dora.merge.factored import MergedMatrix, merge_matrix
 from mlx_dora.merge.names import ADAPTER_METHODS, ELEMENTWISE, NORMALIZED
 from mlx_dora.merge.report import AdapterMerge, MergedLayer
 from mlx_dora.merge.weights import Weights, check_weights, row_weights
@@ -120,31 +125,31 @@ def merge_adapters_report(
     layers = []
     for path in paths:
         weight = weight_of(modules[path])
-        is_embedding = isinstance(modules[path], nn.Embedding | nn.QuantizedEmbedding)
-        merged = _merge_path(
-            path, weight, is_embedding, loaded, method, weights, rank, target, options
-        )
-        factors = merged.lora_a, merged.lora_b
-        if is_embedding:
-            factors = merged.lora_b.T, merged.lora_a.T
-        tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = factors
-        tensors[f"{path}.m"] = merged.m
-        mx.eval([tensors[f"{path}.{leaf}"] for leaf in ("lora_a", "lora_b", "m")])
-        layers.append(
-            MergedLayer(
-                path=path,
-                inputs=sum(f"{path}.lora_a" in one.tensors for one in loaded),
-                rank=merged.rank,
-                opposed=merged.opposed,
-                recomputed=merged.recomputed,
-                zero=merged.zero,
-                discarded=merged.discarded,
+        columns = [adapted_matrices(one, path, modules[path]) for one in loaded]
+        parts = []
+        named = named_matrices(path, weight)
+        for (name, matrix), *inputs in zip(named, *columns, strict=True):
+            merged = _merge_matrix(
+                path, matrix, inputs, method, weights, rank, target, options
             )
-        )
+            parts.append({n: getattr(merged, n) for n in ("lora_a", "lora_b", "m")})
+            layers.append(
+                MergedLayer(
+                    path=path,
+                    name=name,
+                    inputs=sum(f"{path}.lora_a" in one.tensors for one in loaded),
+                    rank=merged.rank,
+                    opposed=merged.opposed,
+                    recomputed=merged.recomputed,
+                    zero=merged.zero,
+                    discarded=merged.discarded,
+                )
+            )
+        tensors |= adapter_tensors(path, modules[path], weight, parts)
         if progress is not None:
             progress("merge", len(paths), 1)
     found = AdapterMerge(
-        adapter=_adapter(loaded, tensors, layers, method, target, names),
+        adapter=_adapter(loaded, tensors, paths, method, target, names),
         method=method,
         layers=tuple(layers),
         count=len(loaded),
@@ -188,19 +193,17 @@ def _check_fit(
                 f"{name or f'adapter {i + 1}'} holds fully fine-tuned weights: merge "
                 "them as models, or extract an adapter first."
             )
-        problems = matrix_problems(model, adapter, check_base, "merged")
-        if problems:
+        if problems := all_problems(model, adapter, check_base):
             raise DoRAError(
                 f"{name or f'adapter {i + 1}'} does not fit the model: "
                 f"{'; '.join(problems)}."
             )
 
 
-def _merge_path(
+def _merge_matrix(
     path: str,
     weight: Weight,
-    is_embedding: bool,
-    adapters: Sequence[Adapter],
+    inputs: Sequence[AdaptedMatrix],
     method: str,
     weights: Weights | None,
     rank: int | None,
@@ -208,11 +211,10 @@ def _merge_path(
     options: Options,
 ) -> MergedMatrix:
     rows = weight.shape[0]
-    inputs = [_matrix(one, path, weight, is_embedding) for one in adapters]
     normalize = method in NORMALIZED
     shares = row_weights(weights, path, len(inputs), rows, normalize=normalize)
     if normalize:
-        counts = np.flatnonzero(shares.any(0))
+        counts = np.flatnonzero(shares.any(0)).tolist()
         inputs, shares = [inputs[i] for i in counts], shares[:, counts]
         only = inputs[0]
         if len(inputs) == 1 and rank is None and only.m is not None:
@@ -248,28 +250,6 @@ def _merge_path(
     )
 
 
-def _matrix(
-    adapter: Adapter, path: str, weight: Weight, is_embedding: bool
-) -> AdaptedMatrix:
-    rows, width = weight.shape
-    lora_a = adapter.tensors.get(f"{path}.lora_a")
-    if lora_a is None:  # it leaves this module alone: the base's rows as they are
-        nothing = mx.zeros((width, 0)), mx.zeros((0, rows))
-        update = Update(lora_a=nothing[0], lora_b=nothing[1], scale=0.0)
-        return AdaptedMatrix(update=update, m=None)
-    lora_b = adapter.tensors[f"{path}.lora_b"]
-    if is_embedding:
-        lora_a, lora_b = lora_b.T, lora_a.T
-    return AdaptedMatrix(
-        update=Update(
-            lora_a=lora_a.astype(mx.float32),
-            lora_b=lora_b.astype(mx.float32),
-            scale=adapter.config.scale_of(path),
-        ),
-        m=adapter.tensors.get(f"{path}.m"),
-    )
-
-
 def _only_one(
     adapters: Sequence[Adapter], weights: Weights | None, paths: Sequence[str]
 ) -> Adapter | None:
@@ -288,12 +268,12 @@ def _only_one(
 def _adapter(
     adapters: Sequence[Adapter],
     tensors: dict[str, mx.array],
-    layers: Sequence[MergedLayer],
+    paths: Sequence[str],
     method: str,
     scale: float,
     names: Sequence[str | Path],
 ) -> Adapter:
-    ranks = {one.path: one.rank for one in layers}
+    ranks = {path: rank_of("lora_a", tensors[f"{path}.lora_a"]) for path in paths}
     depths = [one.config.num_layers for one in adapters]
     bases = {one.base for one in adapters}
     config = DoRAConfig(

@@ -8,16 +8,18 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.adapters.adapter import Adapter, BaseModel
+from mlx_dora.adapters.adapter import Adapter, BaseModel, rank_of
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.keys import natural_order, resolve_keys
+from mlx_dora.adapters.matrices import adapter_tensors, named_matrices
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.kernels import fused_weight
 from mlx_dora.kernels.quantized import QuantizedWeight
+from mlx_dora.kernels.rows import Weight, matrices
 from mlx_dora.layers import dora_class, weight_of
 from mlx_dora.merge.dense import factor, row_norm
 
@@ -30,7 +32,7 @@ class ExtractedLayer:
     """What became of one changed matrix.
 
     Attributes:
-        path: Its full path.
+        path: Its full path; of an expert with the index, ``path[3]``.
         rank: Rank of its update.
         discarded: Share of the direction's change that the rank left out.
         error: ‖adapted − tuned‖ over ‖tuned − base‖, Frobenius norms.
@@ -117,14 +119,17 @@ def extract_adapter(
     layers = []
     for path in paths:
         dora_class(before[path])
-        layer = _extract(path, before[path], after[path], rank, energy, tensors)
-        if layer is not None:
-            layers.append(layer)
+        layers += _extract(path, before[path], after[path], rank, energy, tensors)
         if progress is not None:
             progress("extract", len(paths), 1)
     if not layers:
         raise DoRAError(f"{tuned} does not differ from {base} in any adapted matrix.")
-    ranks = {one.path: one.rank for one in layers}
+    leaf = ".lora_a"
+    ranks = {
+        name.removesuffix(leaf): rank_of("lora_a", value)
+        for name, value in tensors.items()
+        if name.endswith(leaf)
+    }
     adapter = Adapter(
         config=DoRAConfig(
             rank=max(ranks.values()),
@@ -153,31 +158,43 @@ def _extract(
     rank: int | None,
     energy: float | None,
     tensors: dict[str, mx.array],
-) -> ExtractedLayer | None:
-    """Put one module's adapter into `tensors`; None if it has not changed."""
-    weight, goal = _dense(before), _dense(after)
-    if weight.shape != goal.shape:
-        raise DoRAError(f"{path} has shape {goal.shape} for {weight.shape}.")
-    if not mx.isfinite(goal).all() or not mx.isfinite(weight).all():
-        raise DoRAError(f"{path} holds NaN or inf.")
-    change = mx.sqrt(mx.square(goal - weight).sum())
-    if not change:
-        return None
-    magnitude = row_norm(goal)
-    made = factor(weight, goal, magnitude, scale=1.0, rank=rank, energy=energy)
-    adapted = fused_weight(weight, made.lora_a, made.lora_b, 1.0, made.m)
-    error = mx.sqrt(mx.square(adapted - goal).sum()) / change
-    lora_a, lora_b = made.lora_a, made.lora_b
-    if isinstance(before, nn.Embedding | nn.QuantizedEmbedding):
-        lora_a, lora_b = lora_b.T, lora_a.T
-    tensors |= {f"{path}.lora_a": lora_a, f"{path}.lora_b": lora_b, f"{path}.m": made.m}
-    return ExtractedLayer(
-        path=path, rank=made.rank, discarded=made.discarded, error=float(error)
-    )
+) -> list[ExtractedLayer]:
+    """Put one module's adapter into `tensors`, unless nothing of it has changed.
+
+    Returns:
+        What became of its changed matrices.
+    """
+    base, tuned = weight_of(before), weight_of(after)
+    if base.shape != tuned.shape:
+        raise DoRAError(f"{path} has shape {tuned.shape} for {base.shape}.")
+    layers, parts = [], []
+    pairs = zip(named_matrices(path, base), matrices(tuned), strict=True)
+    for (name, old), new in pairs:
+        weight, goal = _dense(old), _dense(new)
+        if not mx.isfinite(goal).all() or not mx.isfinite(weight).all():
+            raise DoRAError(f"{name} holds NaN or inf.")
+        change = mx.sqrt(mx.square(goal - weight).sum())
+        magnitude = row_norm(goal)
+        if not change:  # among experts that have changed
+            zeros = mx.zeros((weight.shape[1], 1)), mx.zeros((1, weight.shape[0]))
+            part = {"lora_a": zeros[0], "lora_b": zeros[1], "m": magnitude}
+            parts.append(part)
+            continue
+        made = factor(weight, goal, magnitude, scale=1.0, rank=rank, energy=energy)
+        adapted = fused_weight(weight, made.lora_a, made.lora_b, 1.0, made.m)
+        error = mx.sqrt(mx.square(adapted - goal).sum()) / change
+        parts.append({n: getattr(made, n) for n in ("lora_a", "lora_b", "m")})
+        layers.append(
+            ExtractedLayer(
+                path=name, rank=made.rank, discarded=made.discarded, error=float(error)
+            )
+        )
+    if layers:
+        tensors |= adapter_tensors(path, before, base, parts)
+    return layers
 
 
-def _dense(module: nn.Module) -> mx.array:
-    weight = weight_of(module)
+def _dense(weight: Weight) -> mx.array:
     if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize()
     return weight.astype(mx.float32)

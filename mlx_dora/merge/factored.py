@@ -14,25 +14,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.factored import Update, float32_rows, row_grams
+from mlx_dora.factored import AdaptedMatrix, Update, float32_rows, row_grams
 from mlx_dora.kernels.rows import Weight
 from mlx_dora.merge.directions import Combination, combine, heaviest
 
 # Where the β cancel more than this, W0's share is gone and W0 + BA cannot express it.
 _BASE_SHARE = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptedMatrix:
-    """One adapter's share in one matrix.
-
-    Attributes:
-        update: Its low-rank update.
-        m: Magnitudes, ``(out,)``; None for LoRA, whose rows keep their own length.
-    """
-
-    update: Update
-    m: mx.array | None
 
 
 @dataclass(frozen=True, kw_only=True)

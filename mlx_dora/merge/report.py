@@ -10,7 +10,8 @@ class MergedLayer:
     """What became of one matrix.
 
     Attributes:
-        path: Its full path.
+        path: Full path of its module.
+        name: The same, with the index of an expert: ``path[3]``.
         inputs: How many of the adapters have it; the others count as the base.
         rank: Rank of its merged update.
         opposed: Rows that keep the heaviest input's direction, the directions of the
@@ -21,6 +22,7 @@ class MergedLayer:
     """
 
     path: str
+    name: str
     inputs: int
     rank: int
     opposed: int
@@ -55,7 +57,7 @@ class AdapterMerge:
                 if number:
                     notes.append(f"{number} rows {what}")
             if notes:
-                told.append(f"{one.path}: rank {one.rank}, {', '.join(notes)}")
+                told.append(f"{one.name}: rank {one.rank}, {', '.join(notes)}")
         ranks = sorted({one.rank for one in self.layers})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         told.append(

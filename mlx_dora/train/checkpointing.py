@@ -108,7 +108,8 @@ def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         args: Trees of arrays and anything else.
         kwargs: The same.
     """
-    flat = cast(list[tuple[str, Any]], tree_flatten([list(args), kwargs]))
+    # kwargs first: flattening forgets what is empty, but only at the end of a list.
+    flat = cast(list[tuple[str, Any]], tree_flatten([kwargs, list(args)]))
     places = [
         place
         for place, (_, value) in enumerate(flat)
@@ -119,7 +120,7 @@ def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         values = list(flat)
         for place, array in zip(places, arrays, strict=True):
             values[place] = (flat[place][0], array)
-        new_args, new_kwargs = tree_unflatten(values)
+        new_kwargs, new_args = tree_unflatten(values)
         return function(*new_args, **new_kwargs)
 
     forward = mx.custom_function(of_arrays)

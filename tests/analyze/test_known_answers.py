@@ -51,6 +51,13 @@ def test_twice_the_weight_is_magnitude_alone():
     assert np.isnan(found.correlation) or found.row_angle.max() < 1e-7
 
 
+def test_stacks_are_passed_over_by_name(caplog):
+    base = weights() | {"experts.weight": mx.ones((3, 4, 5))}
+    found = analyze_finetune(base, change(base, lambda w: 2 * w))
+    assert [one.name for one in found.layers] == ["layers.0.q_proj"]
+    assert "passed over, being no matrices: experts.weight" in caplog.text
+
+
 def test_half_the_weight_is_attenuated():
     base = weights()
     found = analyze_finetune(base, change(base, lambda w: 0.5 * w))

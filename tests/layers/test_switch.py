@@ -177,3 +177,12 @@ def test_chosen_by_exact_class() -> None:
 
     with pytest.raises(DoRAError, match="Other cannot take DoRA"):
         DoRASwitchLinear.from_base(Other(4, 4, 2))
+
+
+def test_a_global_scale_is_refused() -> None:
+    base = make_base(4, False)
+    base.global_scale = mx.ones(EXPERTS)
+    with pytest.raises(
+        DoRAError, match="QuantizedSwitchLinear has weights with a glob"
+    ):
+        DoRASwitchLinear.from_base(base)

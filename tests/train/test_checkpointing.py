@@ -12,6 +12,7 @@ from mlx_dora.evaluate.batches import pad_batch
 from mlx_dora.evaluate.loss import loss_fn
 from mlx_dora.train.checkpointing import checkpointed_blocks
 from mlx_dora.train.start import trainable_tensors
+from tests.adapters.stacks import make_model
 from tests.checks import assert_close, to_numpy
 from tests.train.conftest import EXAMPLES
 
@@ -46,6 +47,18 @@ def test_gradients_are_those_without_checkpointing(
         again, found = gradients(model)
     assert_close(again, to_numpy(loss))
     assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert_close(value, to_numpy(expected[name]), bound=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_blocks_called_with_positions_alone_and_with_experts(kind: str) -> None:
+    """mlx-lm calls a block with keywords in some models, without in others."""
+    model = adapted(make_model, kind=kind)
+    loss, expected = gradients(model)
+    with checkpointed_blocks(model):
+        again, found = gradients(model)
+    assert_close(again, to_numpy(loss))
     for name, value in found.items():
         assert_close(value, to_numpy(expected[name]), bound=1e-5)
 

@@ -16,6 +16,7 @@ from mlx_dora.train import TrainConfig, plan_memory
 from mlx_dora.train.plan import predict
 from mlx_dora.train.shapes import ModelShapes, read_shapes
 from mlx_dora.train.start import trainable_tensors
+from tests.adapters.stacks import write_folder
 
 MiB = 1 << 20
 BIG = ModelShapes(
@@ -123,11 +124,43 @@ def test_advice_makes_it_fit(tiny_model_folder: Path) -> None:
     assert "smaller or quantised" in plan_memory(train, dora, limit=1000).advice[0]
 
 
-def test_experts_are_not_planned(tiny_model_folder: Path) -> None:
-    path = tiny_model_folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "num_experts": 4}))
-    with pytest.raises(DoRAError, match="no memory plan for llama: its config has num"):
-        plan_memory(config(tiny_model_folder), DoRAConfig())
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_experts_are_planned(kind: str, bits: int | None, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "moe", kind, bits)
+    dora = DoRAConfig(rank=4, num_layers=1)
+    shapes = read_shapes(folder, dora, "dora")
+    model, _ = load(str(folder))
+    stored = sum(value.nbytes for _, value in tree_flatten(model.parameters()))  # pyright: ignore[reportAttributeAccessIssue] - arrays
+    assert shapes.weight_bytes == stored
+    paths = apply_dora(model, dora)
+    trained = sum(value.size for value in trainable_tensors(model).values())
+    assert shapes.trainable == trained
+    # Two experts a token: the hidden layers of both, and what both give.
+    inner = 2 * (32 if kind == "qwen3_moe" else 64)
+    assert shapes.block_width == max(inner, 2 * 64)
+    attention = 2 * 64 + 2 * 4 * 16 + 3 * 2 * 16
+    own = 64 + 64 + (4 * 16 + 2 * 16 + 64)  # inputs of qkv and o; outputs of q, k and o
+    router = 64 + 4
+    stacks = 2 * 64 + inner + 2 * (2 * inner + 2 * 64)
+    assert len(paths) == 8
+    assert shapes.block_elements == (
+        attention + 4 * inner + 2 * 64 + own + router + stacks,
+    )
+
+
+def test_what_is_not_planned_is_refused_by_name(tmp_path: Path) -> None:
+    latent = write_folder(tmp_path / "latent", "deepseek_v3")
+    with pytest.raises(DoRAError, match="its attention is latent"):
+        plan_memory(config(latent), DoRAConfig())
+    moe = write_folder(tmp_path / "moe", "mixtral")
+    with pytest.raises(DoRAError, match="experts are planned with adapters alone"):
+        plan_memory(config(moe, fine_tune_type="full"), DoRAConfig())
+    path = moe / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"num_experts_per_tok": 0}))
+    with pytest.raises(DoRAError, match="none of num_experts_per_tok, "):
+        plan_memory(config(moe), DoRAConfig())
 
 
 def test_the_command_tells_and_trains_nothing(
