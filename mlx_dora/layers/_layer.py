@@ -22,6 +22,10 @@ def unsupported(module: nn.Module, known: tuple[type[nn.Module], ...]) -> DoRAEr
     )
 
 
+class _ReadDirectly(DoRAError, AttributeError):
+    """For ``hasattr`` too, the layer has no such attribute."""
+
+
 class DoRALayer(nn.Module):
     """Common part of `DoRALinear` and `DoRAEmbedding`; not used by itself.
 
@@ -34,6 +38,7 @@ class DoRALayer(nn.Module):
     lora_a_spans_rows: ClassVar[bool] = False  # an embedding's has a row a token
     room: ClassVar[int] = 1  # ranks held for each one asked for
     fixed: ClassVar[tuple[str, ...]] = ()  # parameters that are kept but not trained
+    path: str = ""  # where it is in a model, for messages
     dropout: nn.Dropout
     scale: float
     enabled: bool
@@ -88,6 +93,15 @@ class DoRALayer(nn.Module):
     def base(self) -> nn.Module:
         """The frozen module this layer wraps."""
         return self[self.base_name]
+
+    @property
+    def weight(self) -> mx.array:
+        """There is none: code that reads the base's would pass the adapter by."""
+        raise _ReadDirectly(
+            f"{self.path or type(self).__name__}: the model's own code reads its "
+            "weight instead of calling it, so it cannot be adapted; leave it out by "
+            "giving keys."
+        )
 
     def set_base(self, base: nn.Module) -> None:
         """Take another base and set m to the norms of its rows.
