@@ -16,8 +16,9 @@ CAUSES = {
     ),
     "deepseek_v41": (
         "mlx-lm",
-        "The router lets a gradient through to the indices of its top experts. With "
-        "`mx.stop_gradient` there, all steps work.",
+        "A gradient runs into the indices of the top experts, and into keys and values "
+        "rounded to fp8 and fp4, which has none. With `mx.stop_gradient` on both, all "
+        "steps work.",
     ),
     "gemma3n": (
         "mlx-lm",

@@ -241,7 +241,7 @@ def _train(model: Any) -> list[float]:
 
     model.train()
     step = nn.value_and_grad(model, loss)
-    optimizer = optim.Adam(learning_rate=1e-2)
+    optimizer = optim.Adam(learning_rate=3e-3)
     losses = []
     for _ in range(4):
         value, grads = step(model, TOKENS)

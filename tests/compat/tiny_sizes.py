@@ -147,6 +147,15 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
     },
     "deepseek_v2": {"rope_scaling": _YARN},
+    "deepseek_v41": {
+        "head_dim": 32,
+        "compress_ratios": (0, 2, 2, 2),
+        "kv_source_layer_ids": (1,),
+        "index_source_layer_ids": (1, 3),
+        "candidate_source_layer_id": 1,
+        "candidate_topk_blocks": 2,
+        "candidate_block_size": 2,
+    },
     "exaone4": {"sliding_window_pattern": "LLLG", "rope_scaling": {"type": "default"}},
     "exaone_moe": {
         "layer_types": _MIXED,
