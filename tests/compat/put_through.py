@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ ALL = DoRAConfig(rank=2, scale=2.0, num_layers=-1)
 # activations of mlx-lm round by the layout of what they get.
 EXACT = 1e-5
 BOUND = 2e-4
+# Rounds keys and values to fp8 and fp4, where a last bit becomes a step: weights off by
+# 1e-5 at random, without any adapter, move these logits by up to .1.
+COARSE = {"deepseek_v41": 5e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ class Outcome:
             LoRA with it; ``fails``: ours does.
         adapted: How many modules were.
         bases: The classes of these modules, by name.
-        idle: Those that training leaves alone, named within their block.
+        idle: Those that training leaves alone in every block, named within it.
         reason: What keeps it from ``works``.
         lora: What mlx-lm's own LoRA does then, by default.
     """
@@ -132,6 +136,7 @@ def _adapted(name: str, bits: int | None, config: DoRAConfig, model: Any) -> Out
         _update_at_random(model)
     problem = _keeping_problem(name, bits, model, runs=base is not None)
     layers = dict(dora_layers(model))
+    moved = [path for path, layer in layers.items() if mx.any(layer.lora_b)]
     bases = frozenset(type(layer.base).__name__ for layer in layers.values())
     if bits is not None and not any(base.startswith("Quantized") for base in bases):
         problem = problem or "nothing that is adapted is packed"
@@ -140,13 +145,7 @@ def _adapted(name: str, bits: int | None, config: DoRAConfig, model: Any) -> Out
         state="fails" if problem else "stops" if stop else "works",
         adapted=len(paths),
         bases=bases,
-        idle=tuple(
-            dict.fromkeys(
-                _within_block(path)
-                for path, layer in layers.items()
-                if not mx.any(layer.lora_b)
-            )
-        ),
+        idle=tuple(sorted(_short(layers) - _short(moved))),
         reason="; ".join(
             filter(None, (stop, problem or (stop and "it is saved, loaded and fused")))
         ),
@@ -185,7 +184,13 @@ def _keeping_problem(name: str, bits: int | None, model: Any, *, runs: bool) -> 
     # Packed again it would lose part of the update: told by fuse_dora, not wrong.
     fuse_dora(again, dequantize=bits is not None)
     off = _off(_logits(again), adapted)
-    return "" if off < BOUND else f"fused, logits are off by {off:.1e}"
+    return (
+        "" if off < COARSE.get(name, BOUND) else f"fused, logits are off by {off:.1e}"
+    )
+
+
+def _short(paths: Iterable[str]) -> set[str]:
+    return {_within_block(path) for path in paths}
 
 
 def _within_block(path: str) -> str:
