@@ -20,8 +20,8 @@ from mlx_dora import (
     save_adapter,
 )
 from mlx_dora.adapters.attach import attach_adapter
-from mlx_dora.adapters.keys import passed_over
-from mlx_dora.adapters.surgery import adaptable_paths, dora_layers
+from mlx_dora.adapters.keys import blocks, passed_over
+from mlx_dora.adapters.surgery import adaptable_paths, dora_layers, remove_dora
 from mlx_dora.layers import dora_class
 from tests.compat.tiny_models import build
 from tests.compat.tiny_sizes import LAYERS, READ_DIRECTLY, VOCABULARY
@@ -68,13 +68,14 @@ def put_through(name: str, bits: int | None = None) -> Outcome:
     # What mlx-lm's code raises, here and below.
     except Exception as error:
         return Outcome(name=name, state="broken", reason=f"not built: {_told(error)}")
-    try:
-        found = _adapted(name, bits, ALL, model)
-    except DoRAError:
-        keys, reason = _what_can_be(name, build(name, bits))
-        found = Outcome(name=name, state="refused", reason=reason)
-        if keys:
-            found = _in_part(name, bits, keys, reason)
+    refusal = _refusal(model)
+    keys, reason = _what_can_be(name, model)
+    if keys and (reason or not refusal):
+        found = _adapted(name, bits, keys, model)
+    else:
+        found = Outcome(name=name, state="refused", reason=reason or refusal)
+    if found.state == "works" and reason:
+        found = replace(found, state="in part", reason=reason)
     if found.state == "works":
         return found
     lora = _with_lora(name, bits)
@@ -83,53 +84,55 @@ def put_through(name: str, bits: int | None = None) -> Outcome:
     return replace(found, lora=lora)
 
 
-def _in_part(name: str, bits: int | None, keys: list[str], reason: str) -> Outcome:
+def _refusal(model: nn.Module) -> str:
+    """What is said to adapting it by default."""
     try:
-        config = replace(ALL, keys=tuple(keys))
-        found = _adapted(name, bits, config, build(name, bits))
+        apply_dora(model, ALL)
     except DoRAError as error:
-        return Outcome(name=name, state="refused", reason=str(error))
-    if found.state != "works":
-        return found
-    return replace(found, state="in part", reason=reason)
+        return str(error)
+    remove_dora(model)
+    return ""
 
 
 def _what_can_be(name: str, model: nn.Module) -> tuple[list[str], str]:
-    """The modules that can be adapted, and what the others are and why not."""
-    modules = dict(model.named_modules())
-    keys, others = [], {}
-    for path in adaptable_paths(model, ALL) + passed_over(model, -1):
+    """All in the blocks that can be adapted; what else is meant by default, and why."""
+    default = {*adaptable_paths(model, ALL), *passed_over(model, -1)}
+    places = tuple(f"{path}." for path, _ in blocks(model))
+    keys: list[str] = []
+    others: dict[str, str] = {}
+    for path, module in model.named_modules():
         short = _within_block(path)
-        try:
-            dora_class(modules[path])
-        except DoRAError:
-            others[short] = f"{type(modules[path]).__name__} cannot take DoRA"
+        if not path.startswith(places):
             continue
         if short in READ_DIRECTLY.get(name, ()):
             others[short] = "the model's own code reads the weight"
-        else:
+        elif _takes_dora(module):
             keys.append(path)
-    told = [
-        f"{', '.join(short for short in others if others[short] == why)}: {why}"
-        for why in dict.fromkeys(others.values())
-    ]
-    if not keys:
-        told = [f"every linear layer: {why}" for why in dict.fromkeys(others.values())]
+        elif path in default:
+            others[short] = f"{type(module).__name__} cannot take DoRA"
+    told = []
+    for why in dict.fromkeys(others.values()):
+        which = ", ".join(sorted(short for short in others if others[short] == why))
+        told.append(f"{which if keys else 'every linear layer'}: {why}")
     return keys, "; ".join(told)
 
 
-def _adapted(name: str, bits: int | None, config: DoRAConfig, model: Any) -> Outcome:
-    """The outcome where every module that `config` means is adapted.
+def _takes_dora(module: nn.Module) -> bool:
+    try:
+        dora_class(module)
+    except DoRAError:
+        return False
+    return True
 
-    Raises:
-        DoRAError: If one is refused, now or when the model is run.
-    """
+
+def _adapted(name: str, bits: int | None, keys: list[str], model: Any) -> Outcome:
+    """The outcome where these modules are adapted."""
     base, stop = None, ""
     try:
         base = _logits(model)
     except Exception as error:
         stop = f"the plain model does not run: {_told(error)}"
-    paths = apply_dora(model, config)
+    paths = apply_dora(model, replace(ALL, keys=tuple(keys)))
     if base is not None:
         stop = _training_problem(model, base)
     if stop:
@@ -155,12 +158,10 @@ def _adapted(name: str, bits: int | None, config: DoRAConfig, model: Any) -> Out
 def _training_problem(model: Any, base: mx.array) -> str:
     if not mx.any(base):
         return "a random model of this class gives zeros"
-    if (off := _off(_logits(model), base)) > EXACT:
-        return f"an untrained adapter changes the logits by {off:.1e}"
     try:
+        if (off := _off(_logits(model), base)) > EXACT:
+            return f"an untrained adapter changes the logits by {off:.1e}"
         losses = _train(model)
-    except DoRAError:
-        raise
     except Exception as error:
         return f"training: {_told(error)}"
     finally:
