@@ -38,10 +38,10 @@ _STATES = {
 _UNKNOWN = ("?", "Not known.")
 _INTRODUCTION = """\
 mlx-lm {version} has {files} files in `mlx_lm/models`: {classes} model classes and
-{parts} parts that they share. Each class is built tiny at random, adapted on every
-linear layer, embedding and expert of its blocks, trained for four steps, saved,
-loaded and fused. Each time its logits are compared, of a prompt and of a token
-decoded after it from the cache. Then all of it once more, packed into {bits} bits.
+{parts} parts that they share. Each class is built tiny at random, adapted on all in its
+blocks that can take DoRA, trained for four steps, saved, loaded and fused. Each time
+its logits are compared, of a prompt and of a token decoded after it from the cache.
+Then all of it once more, packed into {bits} bits.
 """
 _INDEXERS = """\
 Adapted by default, but of no use: the indexers of sparse attention, which no gradient
@@ -107,7 +107,7 @@ def _lists(works: Sequence[Outcome]) -> list[str]:
     lists = {
         "Without experts": [one for one in works if one not in experts],
         "With experts, which are adapted too": experts,
-        "Whose latent attention's matrices by head are adapted too": heads,
+        "Where latent attention's matrices by head are adapted too, by keys": heads,
     }
     lines = []
     for title, chosen in lists.items():
