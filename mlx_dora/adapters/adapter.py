@@ -10,14 +10,13 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.fingerprint import fingerprint
-from mlx_dora.adapters.keys import blocks, natural_order
+from mlx_dora.adapters.keys import blocks, natural_order, shortened
 from mlx_dora.adapters.surgery import FineTuneType, exported_layers
 from mlx_dora.errors import DoRAError
 
 LEAVES = {"dora": ("lora_a", "lora_b", "m"), "lora": ("lora_a", "lora_b")}
 
 # Names of one kind of problem that a message spells out.
-_LISTED = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +218,4 @@ def _finite(tensors: Mapping[str, mx.array]) -> dict[str, bool]:
 def listed(what: str, names: Iterable[str]) -> list[str]:
     """One problem that names up to ten tensors, or none."""
     names = list(names)
-    if not names:
-        return []
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return [f"{what} {', '.join(names[:_LISTED])}{more}"]
+    return [f"{what} {shortened(names)}"] if names else []

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
@@ -11,6 +12,7 @@ from mlx_dora.errors import DoRAError
 # is slow to import, so they are told by where they come from.
 _LINEARS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 _EXPERTS = "mlx_lm.models.switch_layers"
+_LISTED = 10
 
 
 def natural_order(path: str) -> list[tuple[int, int, str]]:
@@ -90,6 +92,29 @@ def resolve_keys(
     return sorted(found, key=natural_order)
 
 
+def passed_over(model: nn.Module, num_layers: int) -> list[str]:
+    """Full paths in the blocks of what calls itself linear and is of no known class.
+
+    `resolve_keys` leaves them out without keys, as mlx-lm does: packed layers of
+    mlx-lm's own, such as ``BitLinear``, that hold a matrix only they can read.
+    """
+    return [
+        _join(path, name)
+        for path, block in last_blocks(model, num_layers)
+        for name, module in _modules(block)
+        if type(module).__name__.endswith(("Linear", "Embedding"))
+        and _holds_matrix(module)
+        and not isinstance(module, _LINEARS)
+    ]
+
+
+def shortened(names: Iterable[str]) -> str:
+    """The names with commas; of more than ten, the rest is a number."""
+    names = list(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
 def near_names(name: str, names: Iterable[str]) -> str:
     """Return a hint in brackets with names like `name`, or nothing."""
     near = difflib.get_close_matches(name, sorted(set(names)), n=3, cutoff=0.5)
@@ -114,6 +139,11 @@ def takes_lora(module: nn.Module) -> bool:
     """Whether mlx-lm has a LoRA layer for a module: linear, embedding or experts."""
     is_experts = type(module).__module__ == _EXPERTS and "weight" in module
     return isinstance(module, _LINEARS) or is_experts
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    weight = module.get("weight")
+    return isinstance(weight, mx.array) and weight.ndim == 2
 
 
 def _join(path: str, name: str) -> str:

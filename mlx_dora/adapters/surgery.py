@@ -13,8 +13,10 @@ from mlx_dora.adapters.keys import (
     last_blocks,
     natural_order,
     near_names,
+    passed_over,
     resolve_keys,
 )
+from mlx_dora.adapters.refusals import check_classes, check_started
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import DoRALayer
 from mlx_dora.layers.variants import layer_class
@@ -75,16 +77,14 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
     """
     paths = adaptable_paths(model, config)
     modules = dict(model.named_modules())
-    problems = []
     chosen = variants_of(model, config, paths)
-    for path in paths:
-        try:
-            layer_class(modules[path], chosen[path])
-        except DoRAError as error:
-            problems.append(f"{path}: {error}")
-    if problems:
-        hint = " Leave them out by giving keys." if config.keys is None else ""
-        raise DoRAError(" ".join(problems) + hint)
+    if config.keys is None:
+        others = passed_over(model, config.num_layers)
+        hint = " Leave them out by giving keys."
+        check_classes(modules, chosen | variants_of(model, config, others), hint)
+    else:
+        check_classes(modules, chosen, "")
+    check_started(model)
     model.freeze()
     layers: list[tuple[str, nn.Module]] = []
     for path in paths:
@@ -95,6 +95,7 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
             scale=config.scale_of(path),
         )
         layer.train(model.training)
+        layer.path = path
         layers.append((path, layer))
     _share_in_blocks(model, layers, config.aux_width)
     put_modules(model, layers)
@@ -252,6 +253,7 @@ def _apply_lora(model: nn.Module, config: DoRAConfig) -> list[str]:
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     paths = adaptable_paths(model, config)
+    check_started(model)
     model.freeze()
     settings: dict[tuple[int, float], list[str]] = {}
     for path in paths:
@@ -276,6 +278,7 @@ def _apply_lora(model: nn.Module, config: DoRAConfig) -> list[str]:
 
 def _unfreeze_blocks(model: nn.Module, config: DoRAConfig) -> list[str]:
     chosen = last_blocks(model, config.num_layers)
+    check_started(model)
     model.freeze()
     for _, block in chosen:
         block.unfreeze()

@@ -23,6 +23,10 @@ def unsupported(module: nn.Module, known: tuple[type[nn.Module], ...]) -> DoRAEr
     )
 
 
+class _ReadDirectly(DoRAError, AttributeError):
+    """For ``hasattr`` too, the layer has no such attribute."""
+
+
 class DoRALayer(nn.Module):
     """Common part of `DoRALinear` and `DoRAEmbedding`; not used by itself.
 
@@ -36,6 +40,7 @@ class DoRALayer(nn.Module):
     room: int = 1  # width of the factors held, in ranks asked for
     fixed: ClassVar[tuple[str, ...]] = ()  # parameters that are kept but not trained
     cached: ClassVar[tuple[str, ...]] = ("m", "lora_a", "lora_b")  # by eval mode
+    path: str = ""  # where it is in a model, for messages
     dropout: nn.Dropout
     scale: float
     enabled: bool
@@ -96,6 +101,15 @@ class DoRALayer(nn.Module):
     def base(self) -> nn.Module:
         """The frozen module this layer wraps."""
         return self[self.base_name]
+
+    @property
+    def weight(self) -> mx.array:
+        """There is none: code that reads the base's would pass the adapter by."""
+        raise _ReadDirectly(
+            f"{self.path or type(self).__name__}: the model's own code reads its "
+            "weight instead of calling it, so it cannot be adapted; leave it out by "
+            "giving keys."
+        )
 
     def set_base(self, base: nn.Module) -> None:
         """Take another base and set m to the norms of its rows.

@@ -131,6 +131,59 @@ def test_unknown_experts_are_refused_not_skipped(tiny_model: nn.Module) -> None:
         apply_dora(tiny_model, DoRAConfig(num_layers=1))
 
 
+def test_a_refused_class_is_told_once_with_its_modules(tiny_model: nn.Module) -> None:
+    from mlx_lm.models.afm7 import FusedLinear
+
+    for block in tiny_model["model"]["layers"]:
+        block.self_attn.q_proj = FusedLinear(32, [16, 16])
+    with pytest.raises(DoRAError) as caught:
+        apply_dora(tiny_model, DoRAConfig(num_layers=-1))
+    assert str(caught.value).startswith(
+        "model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj: "
+        "mlx_lm.models.afm7.FusedLinear cannot take DoRA; supported are exactly "
+    )
+    assert str(caught.value).count("cannot take DoRA") == 1
+    assert str(caught.value).endswith("Leave them out by giving keys.")
+
+
+def test_packed_linears_that_only_their_class_reads_are_refused_not_skipped(
+    tiny_model: nn.Module,
+) -> None:
+    from mlx_lm.models.bitlinear_layers import BitLinear
+
+    tiny_model["model"]["layers"][1].mlp.up_proj = BitLinear(32, 64, bias=False)
+    with pytest.raises(DoRAError, match=r"layers.1.mlp.up_proj: .*BitLinear cannot"):
+        apply_dora(tiny_model, DoRAConfig(num_layers=1))
+    # Not in a block that is asked for, or not asked for at all.
+    keys = ("self_attn.q_proj",)
+    assert len(apply_dora(tiny_model, DoRAConfig(num_layers=1, keys=keys))) == 1
+    remove_dora(tiny_model)
+    tiny_model["model"]["layers"][0].mlp.up_proj = BitLinear(32, 64, bias=False)
+    tiny_model["model"]["layers"][1].mlp.up_proj = nn.Linear(32, 64, bias=False)
+    assert len(apply_dora(tiny_model, DoRAConfig(num_layers=1))) == ALL_IN_BLOCK
+
+
+@pytest.mark.parametrize("way", ["dora", "lora", "full"])
+def test_a_class_that_forgets_to_start_its_module_is_refused(way: str) -> None:
+    class Forgetful(nn.Module):
+        def __init__(self) -> None:
+            self.layers = [nn.Linear(4, 4)]
+
+    with pytest.raises(DoRAError, match=r"Forgetful .*nn\.Module\.__init__"):
+        apply_layers(Forgetful(), DoRAConfig(num_layers=1), way)  # pyright: ignore[reportArgumentType]
+
+
+def test_reading_the_weight_under_an_adapter_is_refused_by_name(
+    tiny_model: nn.Module,
+) -> None:
+    apply_dora(tiny_model, DoRAConfig(num_layers=1))
+    layer = tiny_model["model"]["layers"][1].mlp.up_proj
+    with pytest.raises(DoRAError, match=r"layers\.1\.mlp\.up_proj: .*reads its weight"):
+        _ = layer.weight
+    assert not hasattr(layer, "weight")
+    assert not hasattr(layer, "bias")
+
+
 def test_second_adapter_is_refused(tiny_model: nn.Module) -> None:
     apply_dora(tiny_model, DoRAConfig(num_layers=1))
     with pytest.raises(DoRAError, match="has 7 adapted layers already"):
