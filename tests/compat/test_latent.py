@@ -12,7 +12,8 @@ import pytest
 from mlx_dora import DoRAConfig, apply_dora, fuse_dora, load_adapter, save_adapter
 from mlx_dora.adapters.attach import attach_adapter
 from tests.checks import assert_close, to_numpy
-from tests.compat.tiny_models import VOCABULARY, build
+from tests.compat.tiny_models import build
+from tests.compat.tiny_sizes import VOCABULARY
 
 TOKENS = mx.array([[(5 * i + 3 * j) % VOCABULARY for j in range(12)] for i in range(2)])
 OTHERS = (
