@@ -22,7 +22,9 @@ from mlx_dora.kernels.rows import Weight
 from mlx_dora.layers import weight_of
 from mlx_dora.merge.dense import Options, factor, merge_apart, row_norm
 from mlx_dora.merge.factored import AdaptedMatrix, MergedMatrix, merge_matrix
-from mlx_dora.merge.names import ADAPTER_METHODS, ELEMENTWISE, NORMALIZED
+from mlx_dora.merge.fisher import Fisher, check_fishers, check_paths
+from mlx_dora.merge.informed import merge_informed
+from mlx_dora.merge.names import ADAPTER_METHODS, ELEMENTWISE, FISHER, NORMALIZED
 from mlx_dora.merge.report import AdapterMerge, MergedLayer
 from mlx_dora.merge.weights import Weights, check_weights, row_weights
 
@@ -43,13 +45,14 @@ def merge_adapters(
     density: float | None = None,
     seed: int = 0,
     scale: float = 1.0,
+    fisher: Sequence[Fisher | str | Path] | None = None,
 ) -> Adapter:
     """Merge DoRA and LoRA adapters of one base into one DoRA adapter.
 
     ``slerp``, ``karcher``, ``nmean``, ``magnitude_weighted``, ``linear`` and
-    ``task_arithmetic`` are exact and build no dense weight; ``ties``, ``dare``,
-    ``dare_ties`` and ``tsv`` take one dense matrix at a time and a truncated SVD.
-    Definitions: ``docs/merging.md``.
+    ``task_arithmetic`` are exact and build no dense weight, and so is ``fisher`` by
+    row; ``ties``, ``dare``, ``dare_ties``, ``tsv`` and ``fisher`` by element take one
+    dense matrix at a time and a truncated SVD. Definitions: ``docs/merging.md``.
 
     Args:
         adapters: Folders or adapters; ranks, scales and modules may differ. A module
@@ -68,6 +71,8 @@ def merge_adapters(
         density: Share of the entries that ties, dare and dare_ties keep.
         seed: Of dare's random numbers.
         scale: λ on the merged task vectors of the methods that have them.
+        fisher: For that method, the Fisher information of each adapter: what
+            `mlx_dora.merge.estimate_fisher` gives, or folders of it.
 
     Returns:
         The merged adapter.
@@ -86,6 +91,7 @@ def merge_adapters(
         overwrite=overwrite,
         check_base=check_base,
         options=Options(density=density, seed=seed, scale=scale),
+        fisher=fisher,
     ).adapter
 
 
@@ -100,11 +106,13 @@ def merge_adapters_report(
     overwrite: bool = False,
     check_base: bool = True,
     options: Options | None = None,
+    fisher: Sequence[Fisher | str | Path] | None = None,
     progress: Progress | None = None,
 ) -> AdapterMerge:
     """`merge_adapters`, with what was done to each matrix."""
     options = options or Options()
     _check_arguments(adapters, method, weights, rank)
+    fishers = check_fishers(method, fisher, len(adapters))
     if save_path is not None:
         check_output(save_path, overwrite=overwrite)
     names = [one if isinstance(one, str | Path) else "" for one in adapters]
@@ -115,14 +123,20 @@ def merge_adapters_report(
     _check_fit(base, loaded, names, check_base)
     paths = sorted({p for one in loaded for p in one.paths}, key=natural_order)
     modules = dict(base.named_modules())
+    check_paths(fishers, modules)
     target = next((one.config.scale for one in loaded if one.config.scale), 1.0)
     tensors: dict[str, mx.array] = {}
     layers = []
     for path in paths:
         weight = weight_of(modules[path])
         is_embedding = isinstance(modules[path], nn.Embedding | nn.QuantizedEmbedding)
+        inputs = [_matrix(one, path, weight, is_embedding) for one in loaded]
+        shares = row_weights(
+            weights, path, len(inputs), weight.shape[0], normalize=method in NORMALIZED
+        )
+        known = [one.read(path, weight.shape) for one in fishers]
         merged = _merge_path(
-            path, weight, is_embedding, loaded, method, weights, rank, target, options
+            weight, inputs, shares, method, rank, target, options, known
         )
         factors = merged.lora_a, merged.lora_b
         if is_embedding:
@@ -139,6 +153,7 @@ def merge_adapters_report(
                 recomputed=merged.recomputed,
                 zero=merged.zero,
                 discarded=merged.discarded,
+                unknown=merged.unknown,
             )
         )
         if progress is not None:
@@ -197,23 +212,19 @@ def _check_fit(
 
 
 def _merge_path(
-    path: str,
     weight: Weight,
-    is_embedding: bool,
-    adapters: Sequence[Adapter],
+    inputs: Sequence[AdaptedMatrix],
+    shares: np.ndarray,
     method: str,
-    weights: Weights | None,
     rank: int | None,
     target: float,
     options: Options,
+    known: Sequence[mx.array | None],
 ) -> MergedMatrix:
-    rows = weight.shape[0]
-    inputs = [_matrix(one, path, weight, is_embedding) for one in adapters]
-    normalize = method in NORMALIZED
-    shares = row_weights(weights, path, len(inputs), rows, normalize=normalize)
-    if normalize:
-        counts = np.flatnonzero(shares.any(0))
+    if method in NORMALIZED:
+        counts = np.flatnonzero(shares.any(0)).tolist()
         inputs, shares = [inputs[i] for i in counts], shares[:, counts]
+        known = [known[i] for i in counts] if known else known
         only = inputs[0]
         if len(inputs) == 1 and rank is None and only.m is not None:
             # Unchanged but for the one scale that a folder has.
@@ -224,6 +235,8 @@ def _merge_path(
                 m=only.m,
                 scale=target,
             )
+    if method == FISHER:
+        return merge_informed(weight, inputs, shares, known, scale=target, rank=rank)
     if method not in ELEMENTWISE:
         if method == "task_arithmetic":
             shares = options.scale * shares

@@ -20,6 +20,8 @@ from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.io.resumable import resumable_directory
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.merge.checkpoint import ModelTensors
+from mlx_dora.merge.fisher import Fisher, check_fishers, check_paths
+from mlx_dora.merge.informed import merge_informed_tensor
 from mlx_dora.merge.names import ELEMENTWISE
 from mlx_dora.merge.plan import MergePlan, plan_models
 from mlx_dora.merge.report import MergedTensor, MergeReport
@@ -47,13 +49,15 @@ def merge_models(
     weights: Weights | None = None,
     parameters: Mapping[str, Any] | None = None,
     dtype: str | None = None,
+    fisher: Sequence[str | Path] | None = None,
     overwrite: bool = False,
 ) -> MergeReport:
     """Merge whole models into a folder that mlx-lm loads.
 
     Row by row: the length and the direction of each output row apart (``slerp``,
     ``karcher``, ``nmean``, ``magnitude_weighted``; with a base, the first three merge
-    the changes of it). Norm weights and biases get the weighted mean. ``linear``,
+    the changes of it). Norm weights and biases get the weighted mean, and so does what
+    ``fisher`` has no information of. ``linear``,
     ``task_arithmetic``, ``ties``, ``dare``, ``dare_ties`` and ``tsv`` as in
     `mlx_dora.merge.methods`. The base, or else the first model, is the pattern: its
     config, tokenizer, dtypes and packing are the output's. Rules:
@@ -74,6 +78,7 @@ def merge_models(
             vocabularies).
         dtype: Of the output: ``float32``, ``float16`` or ``bfloat16``; the pattern's if
             None.
+        fisher: Folders of Fisher information, one a model, for that method.
         overwrite: Replace an existing folder.
 
     Returns:
@@ -90,6 +95,7 @@ def merge_models(
         weights=weights,
         parameters=parameters,
         dtype=dtype,
+        fisher=fisher,
     )
     return run_merge(plan, save_path, overwrite=overwrite)
 
@@ -105,6 +111,7 @@ def run_merge(
     """Carry out a plan; see `merge_models`."""
     started = time.perf_counter()
     check_output(save_path, overwrite=overwrite)
+    fishers = check_fishers(plan.method, plan.fisher, len(plan.models))
     folders = [model_folder(one) for one in plan.models]
     base_folder = None if plan.base is None else model_folder(plan.base)
     every = folders if base_folder is None else [*folders, base_folder]
@@ -117,17 +124,23 @@ def run_merge(
     pattern = base or inputs[0]
     _check_fit(pattern, inputs, plan.pad)
     names = sorted(pattern.names, key=natural_order)
+    check_paths(fishers, [name.removesuffix(".weight") for name in names])
     blocks = count_blocks(names)
     mx.reset_peak_memory()
     told: list[MergedTensor] = []
-    job = _job(plan, opened.values())
+    job = _job(plan, opened.values(), fishers)
     with resumable_directory(save_path, job, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes, resume=True) as writer:
             resumed = writer.written
             for name in names:
                 if name not in resumed:
-                    tensor, one = _merge(name, plan, pattern, base, inputs, blocks)
-                    _write(writer, name, tensor, pattern, plan.dtype, one, told)
+                    known = _known(name, pattern, fishers)
+                    tensor, one, unknown = _merge(
+                        name, plan, pattern, base, inputs, blocks, known
+                    )
+                    _write(
+                        writer, name, tensor, pattern, plan.dtype, one, unknown, told
+                    )
                     del tensor
                     mx.clear_cache()
                 if progress is not None:
@@ -150,8 +163,9 @@ def _merge(
     base: ModelTensors | None,
     inputs: Sequence[ModelTensors],
     blocks: int,
-) -> tuple[mx.array, int]:
-    """The merged tensor in float32 (integers as they are), and its opposed rows."""
+    known: Sequence[mx.array | None],
+) -> tuple[mx.array, int, int]:
+    """The merged tensor in float32 (integers as they are); opposed rows; unknowns."""
     once: dict[int, mx.array] = {}
 
     def read(one: ModelTensors) -> mx.array:
@@ -164,7 +178,7 @@ def _merge(
     if pattern.dtype(name) is None:
         if not all(mx.array_equal(one, read(pattern)) for one in tensors):
             raise DoRAError(f"{name} holds integers that differ between the models.")
-        return read(pattern), 0
+        return read(pattern), 0, 0
     start = None
     if base is not None and (plan.relative or plan.method in _NEED_BASE):
         start = read(base)
@@ -173,9 +187,22 @@ def _merge(
     rows = tensors[0].size // tensors[0].shape[-1] if tensors[0].ndim > 1 else 1
     settings = plan.settings_of(name, rows, blocks)
     try:
-        return merge_tensor(plan.method, start, tensors, settings, plan.granularity)
+        if known:
+            tensor, unknown = merge_informed_tensor(tensors, settings, known)
+            return tensor, 0, unknown
+        tensor, opposed = merge_tensor(
+            plan.method, start, tensors, settings, plan.granularity
+        )
+        return tensor, opposed, 0
     except DoRAError as error:
         raise DoRAError(f"{name}: {error}") from error
+
+
+def _known(
+    name: str, pattern: ModelTensors, fishers: Sequence[Fisher]
+) -> list[mx.array | None]:
+    path, shape = name.removesuffix(".weight"), pattern.shape(name)
+    return [one.read(path, shape) for one in fishers]
 
 
 def _padded(
@@ -201,6 +228,7 @@ def _write(
     pattern: ModelTensors,
     dtype: str | None,
     opposed: int,
+    unknown: int,
     told: list[MergedTensor],
 ) -> None:
     packing, kept = pattern.packing(name), pattern.dtype(name)
@@ -231,7 +259,9 @@ def _write(
     else:
         wanted = kept if dtype is None or kept is None else getattr(mx, dtype)
         writer.add(name, merged if wanted is None else merged.astype(wanted))
-    told.append(MergedTensor(name=name, opposed=opposed, packing_error=error))
+    told.append(
+        MergedTensor(name=name, opposed=opposed, packing_error=error, unknown=unknown)
+    )
 
 
 def _relative_error(found: mx.array, exact: mx.array) -> float:
@@ -294,14 +324,17 @@ def _is_vocabulary(name: str, one: ModelTensors, pattern: ModelTensors) -> bool:
     return has_sizes and first[1:] == second[1:]
 
 
-def _job(plan: MergePlan, opened: Iterable[ModelTensors]) -> str:
+def _job(
+    plan: MergePlan, opened: Iterable[ModelTensors], fishers: Sequence[Fisher]
+) -> str:
     """All that determines the output; inputs by path, size and time of change."""
     files = []
     for one in opened:
         for path in sorted(one.folder.glob("*.safetensors")):
             state = path.stat()
             files.append([str(path.resolve()), state.st_size, state.st_mtime_ns])
-    return json.dumps([asdict(plan), files], default=_plain)
+    facts = [asdict(one.facts) for one in fishers]
+    return json.dumps([asdict(plan), files, facts], default=_plain)
 
 
 def _plain(value: mx.array | np.ndarray) -> list[float]:

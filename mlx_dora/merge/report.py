@@ -18,6 +18,7 @@ class MergedLayer:
         recomputed: Rows taken densely because the factored sums cancel.
         zero: Rows that are zero.
         discarded: Share of the update's energy that was cut with the rank.
+        unknown: Elements without Fisher information, in a merge by that.
     """
 
     path: str
@@ -27,6 +28,7 @@ class MergedLayer:
     recomputed: int
     zero: int
     discarded: float
+    unknown: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class AdapterMerge:
             ):
                 if number:
                     notes.append(f"{number} rows {what}")
+            if one.unknown:
+                notes.append(f"{one.unknown} weights without Fisher information")
             if notes:
                 told.append(f"{one.path}: rank {one.rank}, {', '.join(notes)}")
         ranks = sorted({one.rank for one in self.layers})
@@ -73,11 +77,13 @@ class MergedTensor:
         name: Its name.
         opposed: Rows whose directions cancel: they keep the heaviest model's.
         packing_error: Relative error that packing it again added; None if dense.
+        unknown: Elements without Fisher information, in a merge by that.
     """
 
     name: str
     opposed: int
     packing_error: float | None
+    unknown: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +114,13 @@ class MergeReport:
             for one in self.tensors
             if one.opposed
         ]
+        if unknown := [one for one in self.tensors if one.unknown]:
+            told.append(
+                f"{sum(one.unknown for one in unknown)} weights in {len(unknown)} "
+                "tensors have no Fisher information and took the weighted mean "
+                f"({', '.join(one.name for one in unknown[:5])}"
+                f"{', ...' if len(unknown) > 5 else ''})."
+            )
         packed = [one for one in self.tensors if one.packing_error is not None]
         if packed:
             worst = max(packed, key=lambda one: one.packing_error or 0.0)

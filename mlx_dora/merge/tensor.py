@@ -136,7 +136,12 @@ def _one_each(method: str, settings: TensorSettings) -> list[float]:
     return [float(one) for one in weights]
 
 
-def _shares(weights: np.ndarray, rows: int) -> np.ndarray:
+def mean_shares(weights: np.ndarray, rows: int) -> np.ndarray:
+    """The weights of each row, made to sum to 1.
+
+    Raises:
+        DoRAError: If one is negative or all are 0.
+    """
     shares = np.broadcast_to(weights, (rows, weights.shape[-1]))
     total = shares.sum(1, keepdims=True)
     if (shares < 0).any() or not (total > 0).all():
@@ -152,7 +157,7 @@ def _merge_rows(
 ) -> tuple[mx.array, int]:
     """Row block by row block; ``magnitude_weighted`` uses the base's lengths alone."""
     count, width = rows[0].shape
-    shares = _shares(weights, count)
+    shares = mean_shares(weights, count)
     origin = None if method in ("magnitude_weighted", "linear") else base
     step = max(1, _BLOCK // max(width, 1))
     parts, opposed = [], 0
@@ -195,7 +200,7 @@ def _merge_whole(
         (_inner(blocks(index)) for index in slices),
         start=np.zeros((1, len(rows), len(rows))),
     )
-    shares = _shares(np.atleast_2d(weights)[:1], 1)
+    shares = mean_shares(np.atleast_2d(weights)[:1], 1)
     opposed = 0
     if method == "slerp":
         coefficients = _plain_slerp(inner, shares)

@@ -18,12 +18,13 @@ from mlx_dora.adapters.hosting import load
 from mlx_dora.cli.merge import command
 from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.merge import merge_models, methods, tensor
+from mlx_dora.merge.fisher import FisherFacts, save_fisher
 from mlx_dora.merge.models import run_merge
 from mlx_dora.merge.names import MODEL_METHODS
 from mlx_dora.merge.plan import plan_models
 from tests.adapters.training import TOKENS
 from tests.checks import assert_close, to_numpy
-from tests.merge.oracle import dense_karcher, dense_slerp
+from tests.merge.oracle import dense_karcher, dense_slerp, total
 
 MakeFolder = Callable[..., Path]
 MATRIX = "model.layers.1.mlp.down_proj.weight"
@@ -76,10 +77,65 @@ def test_changes_of_a_base_are_merged_when_there_is_one(
     assert_close(mx.array(read(tmp_path / "out", MATRIX)), expected)
 
 
+def known_of(folder: Path, count: int, granularity: str = "row") -> list[Path]:
+    """Folders of random Fisher information of one matrix."""
+    shape = (32, 64) if granularity == "element" else (32,)
+    facts = FisherFacts(
+        granularity=granularity, labels="data", rows=1, tokens=1, norm=0.0
+    )
+    made = []
+    for i in range(count):
+        value = np.random.default_rng(i).uniform(1, 9, shape).astype(np.float32)
+        path = folder / f"fisher_{granularity}_{i}"
+        save_fisher(
+            path, facts, {MATRIX.removesuffix(".weight"): mx.array(value)}.items()
+        )
+        made.append(path)
+    return made
+
+
+@pytest.mark.parametrize("granularity", ["row", "element"])
+def test_fisher_weighs_what_it_knows(
+    three: list[Path], tmp_path: Path, granularity: str
+) -> None:
+    folders = known_of(tmp_path, 3, granularity)
+    report = merge_models(
+        three, save_path=tmp_path / "out", method="fisher", weights=[1, 2, 3],
+        fisher=folders,
+    )  # fmt: skip
+    known = []
+    for one in folders:
+        value = read(one, MATRIX.removesuffix(".weight"))
+        value = value / np.linalg.norm(value)
+        known.append(value if granularity == "element" else value[:, None])
+    parts = [read(one, MATRIX) for one in three]
+    top = total(w * f * p for w, f, p in zip([1, 2, 3], known, parts, strict=True))
+    under = total(w * f for w, f in zip([1, 2, 3], known, strict=True))
+    assert_close(mx.array(read(tmp_path / "out", MATRIX)), top / under)
+    name = "model.layers.0.mlp.up_proj.weight"  # nothing is known of it
+    mean = total(w * read(one, name) for w, one in zip([1, 2, 3], three, strict=True))
+    assert_close(mx.array(read(tmp_path / "out", name)), mean / 6)
+    text = "\n".join(report.lines())
+    assert "in 19 tensors have no Fisher information" in text
+    for given, message in (
+        (None, "needs 3 estimates"),
+        (folders[:2], "needs 3 estimates"),
+    ):
+        with pytest.raises(DoRAError, match=message):
+            merge_models(
+                three, save_path=tmp_path / "two", method="fisher", fisher=given
+            )
+    with pytest.raises(DoRAError, match="granularity is row"):
+        merge_models(
+            three, save_path=tmp_path / "two", method="fisher", fisher=folders,
+            parameters={"granularity": "tensor"},
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("method", MODEL_METHODS)
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_copies_come_back(three: list[Path], tmp_path: Path, method, granularity):
-    if (method, granularity) == ("magnitude_weighted", "tensor"):
+    if method in ("magnitude_weighted", "fisher") and granularity == "tensor":
         return
     base, one, _ = three
     parameters: dict[str, Any] = {"granularity": granularity}
@@ -96,6 +152,7 @@ def test_copies_come_back(three: list[Path], tmp_path: Path, method, granularity
         method=method,
         weights=weights,
         parameters=parameters,
+        fisher=known_of(tmp_path, 2) if method == "fisher" else None,
     )
     found = mx.array(read(tmp_path / "out", MATRIX))
     assert_close(found, read(one, MATRIX), bound=1e-6)
@@ -193,6 +250,7 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
+from mlx_dora.merge.fisher import FisherFacts, save_fisher
 from mlx_dora.merge.models import run_merge
 from mlx_dora.merge.plan import plan_models
 
