@@ -70,6 +70,12 @@ def command() -> None:
 )
 @click.option("--rank", type=click.IntRange(min=1), help="Cut the update to this rank.")
 @click.option(
+    "--logit-error",
+    metavar="DATA",
+    help="With --rank: on a few rows of this data, say of each layer how far its cut "
+    "moves the logits.",
+)
+@click.option(
     "--density", type=float, help="Share of the entries that ties and dare keep."
 )
 @click.option("--seed", default=0, show_default=True, help="Of dare's random numbers.")
@@ -99,6 +105,7 @@ def adapters_command(
     method: str,
     weights: Weights | None,
     rank: int | None,
+    logit_error: str | None,
     density: float | None,
     seed: int,
     scale: float,
@@ -111,17 +118,23 @@ def adapters_command(
 
     Ranks, scales and modules may differ. The result is an ordinary adapter folder.
     """
+    from mlx_dora.io.atomic import check_output
     from mlx_dora.merge.adapters import base_name, merge_adapters_report
+    from mlx_dora.merge.cut_error import open_probe
     from mlx_dora.merge.dense import Options
     from mlx_dora.merge.estimate import estimate_on_data
 
+    if data and (fisher or method != FISHER):
+        raise click.UsageError("--data is for --method fisher without --fisher")
+    if logit_error and rank is None:
+        raise click.UsageError("--logit-error is for --rank")
+    check_output(save_path, overwrite=overwrite)  # before what takes long
     base = model or base_name(adapters[0])
     if method == AUTO:
         method, suggested = _suggested_merge(adapters, base, check_base)
         weights = weights or suggested
-    if data and (fisher or method != FISHER):
-        raise click.UsageError("--data is for --method fisher without --fisher")
-    with WorkDisplay() as display:
+    loaded, probe = open_probe(base, logit_error) if logit_error else (base, None)
+    with WorkDisplay(with_memory=True) as display:
         known = (
             estimate_on_data(base, adapters, data, check_base, display.progress)
             if data
@@ -129,7 +142,7 @@ def adapters_command(
         )
         report = merge_adapters_report(
             adapters,
-            model=base,
+            model=loaded,
             method=method,
             weights=weights,
             rank=rank,
@@ -138,6 +151,7 @@ def adapters_command(
             check_base=check_base,
             options=Options(density=density, seed=seed, scale=scale),
             fisher=known,
+            probe=probe,
             progress=display.progress,
         )
     for line in report.lines():
@@ -151,7 +165,7 @@ def _suggested_merge(
     """The method and weights that a comparison of the adapters suggests; says why."""
     from mlx_dora.analyze import compare_adapters
 
-    with WorkDisplay() as display:
+    with WorkDisplay(with_memory=True) as display:
         comparison = compare_adapters(
             adapters, base, check_base=check_base, progress=display.progress
         )
@@ -195,7 +209,7 @@ def fisher_command(
     """
     from mlx_dora.merge.estimate import write_fisher
 
-    with WorkDisplay() as display:
+    with WorkDisplay(with_memory=True) as display:
         facts = write_fisher(
             model,
             save_path,
@@ -303,7 +317,7 @@ def models_command(
             dtype=dtype,
             fisher=fisher or None,
         )
-    with WorkDisplay() as display:
+    with WorkDisplay(with_memory=True) as display:
         report = run_merge(
             plan, save_path, overwrite=overwrite, progress=display.progress
         )

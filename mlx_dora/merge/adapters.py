@@ -8,18 +8,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_dora.adapters.adapter import Adapter, BaseModel
+from mlx_dora.adapters.adapter import LEAVES, Adapter, BaseModel
 from mlx_dora.adapters.attach import matrix_problems
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.hosting import load_lazily
 from mlx_dora.adapters.keys import natural_order
 from mlx_dora.errors import DoRAError
+from mlx_dora.evaluate.batches import Examples
 from mlx_dora.factored import Update
 from mlx_dora.io.atomic import check_output
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.kernels.rows import Weight
 from mlx_dora.layers import weight_of
+from mlx_dora.merge.cut_error import add_logit_errors
 from mlx_dora.merge.dense import Options, factor, merge_apart, row_norm
 from mlx_dora.merge.factored import AdaptedMatrix, MergedMatrix, merge_matrix
 from mlx_dora.merge.fisher import Fisher, check_fishers, check_paths
@@ -107,9 +109,14 @@ def merge_adapters_report(
     check_base: bool = True,
     options: Options | None = None,
     fisher: Sequence[Fisher | str | Path] | None = None,
+    probe: Examples | None = None,
     progress: Progress | None = None,
 ) -> AdapterMerge:
-    """`merge_adapters`, with what was done to each matrix."""
+    """`merge_adapters`, with what was done to each matrix.
+
+    With `rank` and a `probe`, of rows of data, also with how far cutting the rank moves
+    the logits on some of these.
+    """
     options = options or Options()
     _check_arguments(adapters, method, weights, rank)
     fishers = check_fishers(method, fisher, len(adapters))
@@ -125,51 +132,62 @@ def merge_adapters_report(
     modules = dict(base.named_modules())
     check_paths(fishers, modules)
     target = next((one.config.scale for one in loaded if one.config.scale), 1.0)
-    tensors: dict[str, mx.array] = {}
-    layers = []
-    for path in paths:
-        weight = weight_of(modules[path])
-        is_embedding = isinstance(modules[path], nn.Embedding | nn.QuantizedEmbedding)
-        inputs = [_matrix(one, path, weight, is_embedding) for one in loaded]
-        shares = row_weights(
-            weights, path, len(inputs), weight.shape[0], normalize=method in NORMALIZED
-        )
-        known = [one.read(path, weight.shape) for one in fishers]
-        merged = _merge_path(
-            weight, inputs, shares, method, rank, target, options, known
-        )
-        factors = merged.lora_a, merged.lora_b
-        if is_embedding:
-            factors = merged.lora_b.T, merged.lora_a.T
-        tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = factors
-        tensors[f"{path}.m"] = merged.m
-        mx.eval([tensors[f"{path}.{leaf}"] for leaf in ("lora_a", "lora_b", "m")])
-        layers.append(
-            MergedLayer(
-                path=path,
-                inputs=sum(f"{path}.lora_a" in one.tensors for one in loaded),
-                rank=merged.rank,
-                opposed=merged.opposed,
-                recomputed=merged.recomputed,
-                zero=merged.zero,
-                discarded=merged.discarded,
-                unknown=merged.unknown,
+
+    def merged_at(rank: int | None) -> AdapterMerge:
+        tensors: dict[str, mx.array] = {}
+        layers = []
+        for path in paths:
+            module = modules[path]
+            weight = weight_of(module)
+            is_embedding = isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+            inputs = [_matrix(one, path, weight, is_embedding) for one in loaded]
+            rows, normalize = weight.shape[0], method in NORMALIZED
+            shares = row_weights(weights, path, len(inputs), rows, normalize=normalize)
+            known = [one.read(path, weight.shape) for one in fishers]
+            merged = _merge_path(
+                weight, inputs, shares, method, rank, target, options, known
             )
+            factors = merged.lora_a, merged.lora_b
+            if is_embedding:
+                factors = merged.lora_b.T, merged.lora_a.T
+            own = dict(zip(LEAVES["dora"], (*factors, merged.m), strict=True))
+            mx.eval(own)
+            tensors |= {f"{path}.{leaf}": value for leaf, value in own.items()}
+            layers.append(_report(path, merged, loaded))
+            if progress is not None:
+                progress("merge", len(paths), 1)
+        return AdapterMerge(
+            adapter=_adapter(loaded, tensors, layers, method, target, names),
+            method=method,
+            layers=tuple(layers),
+            count=len(loaded),
         )
-        if progress is not None:
-            progress("merge", len(paths), 1)
-    found = AdapterMerge(
-        adapter=_adapter(loaded, tensors, layers, method, target, names),
-        method=method,
-        layers=tuple(layers),
-        count=len(loaded),
-    )
+
+    found = merged_at(rank)
+    if rank is not None and probe is not None:
+        full = merged_at(None).adapter
+        found = add_logit_errors(found, full, base, probe, progress=progress)
     only = _only_one(loaded, weights, paths)
     if only is not None and rank is None and method in NORMALIZED:
         found = replace(found, adapter=only)
     if save_path is not None:
         save_adapter(found.adapter, save_path, overwrite=overwrite)
     return found
+
+
+def _report(
+    path: str, merged: MergedMatrix, adapters: Sequence[Adapter]
+) -> MergedLayer:
+    return MergedLayer(
+        path=path,
+        inputs=sum(f"{path}.lora_a" in one.tensors for one in adapters),
+        rank=merged.rank,
+        opposed=merged.opposed,
+        recomputed=merged.recomputed,
+        zero=merged.zero,
+        discarded=merged.discarded,
+        unknown=merged.unknown,
+    )
 
 
 def _check_arguments(

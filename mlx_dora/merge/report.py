@@ -19,6 +19,8 @@ class MergedLayer:
         zero: Rows that are zero.
         discarded: Share of the update's energy that was cut with the rank.
         unknown: Elements without Fisher information, in a merge by that.
+        logit_error: How far cutting this layer alone moves the logits, relative; None
+            if it was not measured.
     """
 
     path: str
@@ -29,16 +31,27 @@ class MergedLayer:
     zero: int
     discarded: float
     unknown: int = 0
+    logit_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterMerge:
-    """A merged adapter with a report, layer by layer in natural order."""
+    """A merged adapter with a report, layer by layer in natural order.
+
+    Attributes:
+        adapter: It.
+        method: How.
+        layers: What became of each matrix.
+        count: Number of inputs.
+        logit_error: How far cutting all layers moves the logits, relative; None if it
+            was not measured.
+    """
 
     adapter: Adapter
     method: str
     layers: tuple[MergedLayer, ...]
     count: int
+    logit_error: float | None = None
 
     def lines(self) -> list[str]:
         """The report as text: a line a layer in which something is to be said."""
@@ -49,6 +62,8 @@ class AdapterMerge:
                 notes.append(f"in {one.inputs} of {self.count} adapters")
             if one.discarded > 0:
                 notes.append(f"{one.discarded:.2e} of the energy cut")
+            if one.logit_error is not None:
+                notes.append(f"logits off by {one.logit_error:.2e}")
             for what, number in (
                 ("opposed", one.opposed),
                 ("recomputed densely", one.recomputed),
@@ -60,6 +75,8 @@ class AdapterMerge:
                 notes.append(f"{one.unknown} weights without Fisher information")
             if notes:
                 told.append(f"{one.path}: rank {one.rank}, {', '.join(notes)}")
+        if self.logit_error is not None:
+            told.append(f"All layers cut: logits off by {self.logit_error:.2e}")
         ranks = sorted({one.rank for one in self.layers})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         told.append(
