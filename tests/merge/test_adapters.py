@@ -22,7 +22,7 @@ from mlx_dora.layers import weight_of
 from mlx_dora.merge import merge_adapters
 from mlx_dora.merge.adapters import merge_adapters_report
 from mlx_dora.merge.fisher import Fisher, FisherFacts
-from mlx_dora.merge.names import ADAPTER_METHODS, NORMALIZED
+from mlx_dora.merge.names import NORMALIZED
 from tests.adapters.training import QV, TOKENS
 from tests.checks import assert_close, to_numpy
 from tests.merge.oracle import dense_karcher, dense_slerp
@@ -134,24 +134,6 @@ def test_one_adapter_comes_back_bit_for_bit(
         assert found.tensors.keys() == one.tensors.keys()
         for name, value in one.tensors.items():
             assert mx.array_equal(found.tensors[name], value)
-
-
-@pytest.mark.parametrize("method", ADAPTER_METHODS)
-def test_copies_give_the_same_model(tiny_model: nn.Module, method: str) -> None:
-    one = train(tiny_model, 1)
-    kw: dict = {"weights": [0.5, 0.5]}
-    if method in ("dare", "dare_ties", "ties"):
-        kw["density"] = 1.0
-    if method == "tsv":  # it keeps half of each task: all of two copies of half of it
-        kw = {"weights": [1.0, 0.0]}
-    if method in ("ties", "dare_ties"):
-        kw["weights"] = [1.0, 1.0]
-    if method == "fisher":
-        kw["fisher"] = known_of(tiny_model, [one, one])
-    merged = merge_adapters([one, one], model=tiny_model, method=method, rank=3, **kw)
-    path = "model.layers.1.self_attn.v_proj"
-    expected = dense_rows(tiny_model, one, path)
-    assert_close(dense_rows(tiny_model, merged, path), expected, bound=1e-6)
 
 
 def test_weights_by_pattern(tiny_model: nn.Module) -> None:
