@@ -267,6 +267,12 @@ def test_the_command_writes_what_mlx_lm_loads(
     assert again.stderr.count("\n") == 1
     assert "already exists" in again.stderr
     assert CliRunner().invoke(command, ["adapters", *inputs]).exit_code == 2
+    patterns = [*args[:-1], "{'*.q_proj': [1, 0], '*': [1, 3]}", "--overwrite"]
+    assert CliRunner().invoke(command, patterns).exit_code == 0
+    saved, first = load_adapter(out), load_adapter(inputs[0])
+    path = "model.layers.1.self_attn.q_proj.lora_a"
+    assert mx.array_equal(saved.tensors[path], first.tensors[path])
+    assert saved.tensors[path.replace("q_proj", "v_proj")].shape[1] == 6
     bad = [*args[:-1], "1,x: ["]
     assert CliRunner().invoke(command, bad).exit_code == 2
 

@@ -66,6 +66,20 @@ def test_rows_are_merged_apart_and_vectors_by_the_mean(
     assert tokenizer.encode("the fox")
 
 
+def test_weights_by_pattern_and_by_row(three: list[Path], tmp_path: Path) -> None:
+    t = np.linspace(0, 1, 32)
+    weights = {"*.layers.1.mlp.down_proj": [1 - t, t], "*.layers.0.*": [1, 0],
+               "*": [1, 3]}  # fmt: skip
+    merge_models(three[:2], save_path=tmp_path / "out", weights=weights)
+    a, b = (read(one, MATRIX) for one in three[:2])
+    rows = [dense_slerp(a[[j]], b[[j]], t[j])[0] for j in range(32)]
+    assert_close(mx.array(read(tmp_path / "out", MATRIX)), np.array(rows))
+    for name, share in (("layers.0.mlp.up_proj", 0.0), ("layers.1.mlp.up_proj", 0.75)):
+        a, b = (read(one, f"model.{name}.weight") for one in three[:2])
+        expected = dense_slerp(a, b, share) if share else a
+        assert_close(mx.array(read(tmp_path / "out", f"model.{name}.weight")), expected)
+
+
 def test_changes_of_a_base_are_merged_when_there_is_one(
     three: list[Path], tmp_path: Path
 ) -> None:
