@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dora.adapters.keys import blocks
 from mlx_dora.adapters.surgery import put_modules
-from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.batches import Batch, Examples, RowCounts, batches_once
 from mlx_dora.evaluate.cross_entropy import sample_targets, summed_loss
 from mlx_dora.evaluate.loss import eval_mode, marked_targets
@@ -42,8 +42,12 @@ class _Watched(nn.Module):
         y = self.inner(x)
         if self._zeros is None:
             return y
-        self._seen.append(x)
-        return y + self._zeros.astype(y.dtype) if x.ndim == 3 else y
+        rows, tokens, _ = self._zeros.shape
+        if x.shape[:-1] not in ((rows, tokens), (rows * tokens,)):
+            self._seen.append(x)  # to be refused
+            return y
+        self._seen.append(x.reshape(rows, tokens, -1))
+        return y + self._zeros.reshape(y.shape).astype(y.dtype)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -105,7 +109,7 @@ class SquaredGradients:
         total = len(groups) * len(self._batches)
         for group in groups:
             sums = {path: mx.zeros(self._sum_shape(path)) for path in group}
-            with eval_mode(self.model), _watching(self.model, group) as watched:
+            with _differentiable(self.model), _watching(self.model, group) as watched:
                 for number, batch in enumerate(self._batches):
                     self._add(sums, watched, batch, number)
                     if self.progress is not None:
@@ -155,20 +159,24 @@ class SquaredGradients:
             total = summed_loss(self.model, inputs, targets, mask)
             return total, [one._seen for one in watched.values()]
 
-        zeros = [mx.zeros((*inputs.shape, self._shapes[path][0])) for path in sums]
+        zeros = [mx.zeros((*inputs.shape, self._shapes[path][0])) for path in watched]
         try:
             (_, seen), slopes = mx.value_and_grad(loss)(zeros)
         finally:
             for one in watched.values():
                 one._zeros, one._seen = None, []
-        for path, inputs_seen, slope in zip(sums, seen, slopes, strict=True):
-            if not inputs_seen:  # the model passed it by: no information
+        for path, inputs_seen, slope in zip(watched, seen, slopes, strict=True):
+            # A module that the model passed by has no information.
+            if path not in sums or not inputs_seen:
                 continue
             if len(inputs_seen) > 1 or inputs_seen[0].shape[:-1] != inputs.shape:
-                raise DoRAError(
-                    f"{path} is not applied once to each token: its Fisher information "
-                    "cannot be estimated."
+                del sums[path]
+                logger.warning(
+                    "%s is not applied once to each token: left out, without Fisher "
+                    "information",
+                    path,
                 )
+                continue
             squares = _squared_gradients(
                 inputs_seen[0].astype(mx.float32),
                 slope.astype(mx.float32),
@@ -201,13 +209,29 @@ def _squared_gradients(x: mx.array, slope: mx.array, granularity: str) -> mx.arr
 
 
 @contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Eval mode, but for what eval mode would run through kernels without gradients.
+
+    Some blocks (gated delta nets) have such; so blocks are in train mode, and no
+    dropout is.
+    """
+    with eval_mode(model):
+        for _, block in blocks(model):
+            block.train()
+            for _, module in block.named_modules():
+                if isinstance(module, nn.Dropout | nn.Dropout2d | nn.Dropout3d):
+                    module.eval()
+        yield
+
+
+@contextmanager
 def _watching(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, _Watched]]:
     """Put a `_Watched` around each module for a while."""
     modules = dict(model.named_modules())
     before = [(path, modules[path]) for path in paths]
     watched = {path: _Watched(module) for path, module in before}
-    for one in watched.values():
-        one.train(model.training)
+    for path, module in before:
+        watched[path]._training = module.training
     put_modules(model, list(watched.items()))
     try:
         yield watched

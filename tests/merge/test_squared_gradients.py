@@ -122,12 +122,43 @@ def test_the_model_is_left_as_it_was() -> None:
         estimate(model, [([1, 2], 2)])
 
 
-def test_a_matrix_that_is_used_twice_is_refused() -> None:
+class Twice(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.inner(self.inner(x))
+
+
+def test_a_matrix_that_is_used_twice_is_left_out_and_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = make_toy()
-    trunk = model.model
-    trunk.layers = [trunk.layers[0], trunk.layers[0]]
-    with pytest.raises(DoRAError, match="not applied once to each token"):
-        estimate(model)
+    model.model.layers[0]["proj"] = Twice(model.model.layers[0].proj)
+    paths = ["model.layers.0.proj.inner", PATHS[1]]
+    config = FisherConfig(batch_size=2)
+    found = dict(SquaredGradients(model, ROWS, paths, config, None).matrices())
+    assert list(found) == [PATHS[1]]
+    assert caplog.messages == [
+        "model.layers.0.proj.inner is not applied once to each token: left out, "
+        "without Fisher information"
+    ]
+
+
+class Flat(Twice):
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.inner(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+
+def test_rows_laid_end_to_end_are_told_apart() -> None:
+    model = make_toy()
+    expected = estimate(model)[PATHS[0]]
+    model.model.layers[0]["proj"] = Flat(model.model.layers[0].proj)
+    paths = ["model.layers.0.proj.inner"]
+    config = FisherConfig(batch_size=2, labels="data")
+    found = dict(SquaredGradients(model, ROWS, paths, config, None).matrices())
+    assert_close(found[paths[0]], to_numpy(expected), bound=1e-6)
 
 
 def test_by_row_no_array_of_the_weights_size_is_made(tiny_model: nn.Module) -> None:
