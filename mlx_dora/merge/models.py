@@ -18,26 +18,20 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.io.resumable import resumable_directory
-from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.merge.checkpoint import ModelTensors
 from mlx_dora.merge.fisher import Fisher, check_fishers, check_paths
-from mlx_dora.merge.informed import merge_informed_tensor
-from mlx_dora.merge.names import ELEMENTWISE
+from mlx_dora.merge.model_tensor import merge_one
 from mlx_dora.merge.plan import MergePlan, plan_models
 from mlx_dora.merge.report import MergedTensor, MergeReport
 from mlx_dora.merge.settings import count_blocks
-from mlx_dora.merge.tensor import merge_tensor
 from mlx_dora.merge.weights import Weights
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, total, newly done)."""
 
-# Elements looked at once for NaN and inf.
-_BLOCK = 1 << 22
+# Bytes that MLX may keep for blocks to come; what whole tensors leave is more.
+_KEPT = 1 << 28
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-
-# Methods that compare with the base whatever the plan says.
-_NEED_BASE = ("task_arithmetic", "magnitude_weighted", *ELEMENTWISE)
 
 
 def merge_models(
@@ -135,14 +129,12 @@ def run_merge(
             for name in names:
                 if name not in resumed:
                     known = _known(name, pattern, fishers)
-                    tensor, one, unknown = _merge(
-                        name, plan, pattern, base, inputs, blocks, known
+                    one = merge_one(
+                        writer, name, plan, pattern, base, inputs, blocks, known
                     )
-                    _write(
-                        writer, name, tensor, pattern, plan.dtype, one, unknown, told
-                    )
-                    del tensor
-                    mx.clear_cache()
+                    told.append(one)
+                    if mx.get_cache_memory() > _KEPT:
+                        mx.clear_cache()
                 if progress is not None:
                     progress("merge", len(names), 1)
         _copy_files(pattern, out, plan.dtype, names, inputs)
@@ -156,130 +148,11 @@ def run_merge(
     )
 
 
-def _merge(
-    name: str,
-    plan: MergePlan,
-    pattern: ModelTensors,
-    base: ModelTensors | None,
-    inputs: Sequence[ModelTensors],
-    blocks: int,
-    known: Sequence[mx.array | None],
-) -> tuple[mx.array, int, int]:
-    """The merged tensor in float32 (integers as they are); opposed rows; unknowns."""
-    once: dict[int, mx.array] = {}
-
-    def read(one: ModelTensors) -> mx.array:
-        if id(one) not in once:
-            once[id(one)] = one.read(name)
-            _check_finite(once[id(one)], f"{one.folder}: {name}")
-        return once[id(one)]
-
-    tensors = [read(one) for one in inputs]
-    if pattern.dtype(name) is None:
-        if not all(mx.array_equal(one, read(pattern)) for one in tensors):
-            raise DoRAError(f"{name} holds integers that differ between the models.")
-        return read(pattern), 0, 0
-    start = None
-    if base is not None and (plan.relative or plan.method in _NEED_BASE):
-        start = read(base)
-    if plan.pad:
-        tensors, start = _padded(tensors, start)
-    rows = tensors[0].size // tensors[0].shape[-1] if tensors[0].ndim > 1 else 1
-    settings = plan.settings_of(name, rows, blocks)
-    try:
-        if known:
-            tensor, unknown = merge_informed_tensor(tensors, settings, known)
-            return tensor, 0, unknown
-        tensor, opposed = merge_tensor(
-            plan.method, start, tensors, settings, plan.granularity
-        )
-        return tensor, opposed, 0
-    except DoRAError as error:
-        raise DoRAError(f"{name}: {error}") from error
-
-
 def _known(
     name: str, pattern: ModelTensors, fishers: Sequence[Fisher]
 ) -> list[mx.array | None]:
     path, shape = name.removesuffix(".weight"), pattern.shape(name)
     return [one.read(path, shape) for one in fishers]
-
-
-def _padded(
-    tensors: Sequence[mx.array], start: mx.array | None
-) -> tuple[list[mx.array], mx.array | None]:
-    """Embeddings of unlike vocabularies: a row that a model lacks is the first's."""
-    everything = [*tensors, *([] if start is None else [start])]
-    rows = max(one.shape[0] if one.ndim else 0 for one in everything)
-    if all(one.ndim == 0 or one.shape[0] == rows for one in everything):
-        return list(tensors), start
-    longest = next(one for one in everything if one.shape[0] == rows)
-    filled = [
-        mx.concatenate([one, longest[one.shape[0] :].astype(one.dtype)])
-        for one in everything
-    ]
-    return filled[: len(tensors)], None if start is None else filled[-1]
-
-
-def _write(
-    writer: ShardWriter,
-    name: str,
-    merged: mx.array,
-    pattern: ModelTensors,
-    dtype: str | None,
-    opposed: int,
-    unknown: int,
-    told: list[MergedTensor],
-) -> None:
-    packing, kept = pattern.packing(name), pattern.dtype(name)
-    error = None
-    if packing is not None:
-        assert kept is not None
-        # Packing of a float32 array would make float32 scales.
-        packed, scales, *biases = mx.quantize(
-            merged.astype(kept), packing.group_size, packing.bits, packing.mode
-        )
-        path = name.removesuffix(".weight")
-        back = QuantizedWeight(
-            weight=packed,
-            scales=scales,
-            biases=biases[0] if biases else None,
-            group_size=packing.group_size,
-            bits=packing.bits,
-            mode=packing.mode,
-        )
-        error = _relative_error(back.dequantize(), merged)
-        # The weight last: a resumed merge takes it for a sign that all is there.
-        parts = {f"{path}.scales": scales, name: packed}
-        if biases:
-            parts = {f"{path}.biases": biases[0], **parts}
-        for part, value in parts.items():
-            if part not in writer.written:
-                writer.add(part, value)
-    else:
-        wanted = kept if dtype is None or kept is None else getattr(mx, dtype)
-        writer.add(name, merged if wanted is None else merged.astype(wanted))
-    told.append(
-        MergedTensor(name=name, opposed=opposed, packing_error=error, unknown=unknown)
-    )
-
-
-def _relative_error(found: mx.array, exact: mx.array) -> float:
-    difference = float(mx.square(found.astype(mx.float32) - exact).sum())
-    total = float(mx.square(exact).sum())
-    return (difference / total) ** 0.5 if total else 0.0
-
-
-def _check_finite(tensor: mx.array, what: str) -> None:
-    if not mx.issubdtype(tensor.dtype, mx.floating):
-        return
-    flat = tensor.reshape(-1)
-    for first in range(0, flat.size, _BLOCK):
-        block = flat[first : first + _BLOCK]
-        # NaN and inf go through a sum, which is read faster than every flag; a sum
-        # that overflows says nothing.
-        if not mx.isfinite(block.sum()) and not mx.isfinite(block).all():
-            raise DoRAError(f"{what} holds NaN or inf.")
 
 
 def _check_fit(

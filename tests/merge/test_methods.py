@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.merge import methods
+from mlx_dora.merge import blockwise, methods
 from mlx_dora.merge.tensor import TensorSettings, merge_tensor
 from tests.checks import assert_close, to_numpy
 from tests.merge.oracle import total
@@ -31,7 +31,7 @@ def taus(base, tuned):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(methods, "_BLOCK", 400)  # 1500 elements: a last block of 300
+    monkeypatch.setattr(blockwise, "BLOCK", 400)  # 1500 elements: a last block of 300
 
 
 def test_linear():

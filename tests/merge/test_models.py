@@ -17,7 +17,7 @@ from mlx_dora import DoRAError
 from mlx_dora.adapters.hosting import load
 from mlx_dora.cli.merge import command
 from mlx_dora.io.checkpoint import Checkpoint
-from mlx_dora.merge import merge_models, methods, tensor
+from mlx_dora.merge import blockwise, merge_models
 from mlx_dora.merge.fisher import FisherFacts, save_fisher
 from mlx_dora.merge.models import run_merge
 from mlx_dora.merge.names import MODEL_METHODS
@@ -313,8 +313,8 @@ def test_other_settings_do_not_take_over_what_was_left(
 def test_memory_is_bounded(
     make_tiny_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (tensor, methods):  # as small beside the tensor as in a real model
-        monkeypatch.setattr(module, "_BLOCK", 1 << 14)
+    # As small beside the tensor as in a real model.
+    monkeypatch.setattr(blockwise, "BLOCK", 1 << 14)
     sizes = {"vocab_size": 20_000, "hidden_size": 64, "num_hidden_layers": 1}
     models = [make_tiny_folder(f"m{s}", seed=s, **sizes) for s in range(4)]
     largest = 4 * 20_000 * 64
