@@ -32,9 +32,12 @@ import numpy as np
 
 from mlx_dora.io.checkpoint import Checkpoint, ShardWriter
 
-PEER = Path(__file__).parents[1] / "tests" / "compat" / "mergekit_peer.py"
+COMPAT = Path(__file__).parents[1] / "tests" / "compat"
+PEER = COMPAT / "mergekit_peer.py"
 OURS = """
-import json, resource, sys, time
+import json, sys, time
+sys.path.insert(0, sys.argv[3])
+from peak import peak_bytes
 from pathlib import Path
 import yaml
 from mlx_dora import openblas
@@ -46,7 +49,7 @@ run_merge(read_mergekit(yaml.safe_load(Path(sys.argv[1]).read_text())), sys.argv
 told = {
     "seconds": time.perf_counter() - started,
     "cpu_seconds": time.process_time() - cpu,
-    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak_bytes": peak_bytes(),
 }
 print(json.dumps(told))
 """
@@ -149,7 +152,8 @@ def smoke() -> None:
         config.write_text(
             json.dumps({"models": models, "merge_method": "linear", "dtype": "float32"})
         )
-        told = run([sys.executable, "-c", OURS, str(config), str(at / "out")], False)
+        line = [sys.executable, "-c", OURS, str(config), str(at / "out"), str(COMPAT)]
+        told = run(line, False)
         found = Checkpoint(at / "out").tensor("model.layers.0.a.weight")
         error = bench.relative_rms(found, mx.array((rows[0] + rows[1]) / 2))
         if not error < 1e-6:
@@ -170,7 +174,7 @@ def time_method(config: Path, peers: str, runs: int) -> dict[str, Any]:
                 "mergekit": [peers, str(PEER)],
             }
             for name, command in commands.items():
-                line = [*command, str(config), str(at / name)]
+                line = [*command, str(config), str(at / name), str(COMPAT)]
                 told[name].append(run(line, peer=name == "mergekit"))
             if error is None:
                 error = compare(at / "ours", at / "mergekit")

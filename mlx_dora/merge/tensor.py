@@ -208,6 +208,9 @@ def _merge_rows(
                 else:
                     base_norm = np.sqrt(_inner([start])[:, 0, 0])
             inner = _inner(values)
+            if not np.isfinite(inner).all():
+                yield mx.full(values[0].shape, mx.nan)
+                continue
             length = np.sqrt(np.einsum("jii->ji", inner))
             found = combine(method, inner, length, shares[index], base_norm)
             merged.opposed += int(found.opposed.sum())
@@ -238,7 +241,9 @@ def _merge_whole(
     )
     shares = mean_shares(np.atleast_2d(weights)[:1], 1)
     opposed = 0
-    if method == "slerp":
+    if not np.isfinite(inner).all():
+        coefficients = np.full_like(shares, np.nan)
+    elif method == "slerp":
         coefficients = _plain_slerp(inner, shares)
     else:
         length = np.sqrt(np.einsum("jii->ji", inner))
@@ -273,8 +278,9 @@ def _inner(blocks: Sequence[mx.array]) -> np.ndarray:
     mx.eval(blocks)
     views = [np.array(one, copy=False) for one in blocks]
     inner = np.empty((len(views[0]), count, count))
-    for i, k in combinations_with_replacement(range(count), 2):
-        inner[:, i, k] = inner[:, k, i] = _products(views[i], views[k])
+    with np.errstate(over="ignore", invalid="ignore"):  # whoever uses them looks
+        for i, k in combinations_with_replacement(range(count), 2):
+            inner[:, i, k] = inner[:, k, i] = _products(views[i], views[k])
     return inner
 
 

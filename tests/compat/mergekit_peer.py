@@ -6,13 +6,13 @@ Merges by its YAML on the CPU and prints seconds and peak memory as one JSON lin
 # mergekit belongs to the extra `peers`, which few machines install.
 
 import json
-import resource
 import sys
 import time
 
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from peak import peak_bytes  # the script's own folder is in the path
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     told = {
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
     }
     print(json.dumps(told))  # noqa: T201
 
