@@ -1,11 +1,15 @@
-"""Merging whole models: time and peak memory against mergekit's, on one YAML.
+"""Merging whole models: time and peak memory against mergekit's.
 
-    python benchmarks/bench_merge_models.py --peers PYTHON CONFIG.yaml [--runs 3]
+    python benchmarks/bench_merge_models.py --peers PYTHON --model FOLDER [--runs 5]
     python benchmarks/bench_merge_models.py --smoke
 
-CONFIG is mergekit's YAML; PYTHON an interpreter with mergekit. Each merges in a process
-of its own, in turns; the seconds are those of the merge, imports and process start
-apart, and the peak is the process's resident set. Outputs are compared first. The smoke
+PYTHON is an interpreter with mergekit. The model is merged with two copies whose
+tensors are moved at random: linear and slerp merge it and the first, karcher all three,
+task_arithmetic and ties the copies relative to it, each by one YAML that both read.
+Each merges in a process of its own, in turns; the seconds are those of the merge,
+imports and process start apart (``cpu_seconds``: of all its threads), and the peak is
+the process's resident set. Ours flushes its output to the disk in that time, mergekit
+does not. Outputs are compared first; ``error`` is the largest of a tensor. The smoke
 run merges two tiny models without mergekit and compares with NumPy.
 """
 
@@ -13,33 +17,98 @@ import _harness as bench  # isort: skip - before mlx
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.io.checkpoint import Checkpoint
+from mlx_dora.io.checkpoint import Checkpoint, ShardWriter
 
-PEER = Path(__file__).parents[1] / "tests" / "compat" / "mergekit_peer.py"
+COMPAT = Path(__file__).parents[1] / "tests" / "compat"
+PEER = COMPAT / "mergekit_peer.py"
 OURS = """
-import json, resource, sys, time
+import json, sys, time
+sys.path.insert(0, sys.argv[3])
+from peak import peak_bytes
 from pathlib import Path
 import yaml
 from mlx_dora import openblas
 openblas.preload()
 from mlx_dora.merge.mergekit import read_mergekit
 from mlx_dora.merge.models import run_merge
-started = time.perf_counter()
+started, cpu = time.perf_counter(), time.process_time()
 run_merge(read_mergekit(yaml.safe_load(Path(sys.argv[1]).read_text())), sys.argv[2])
-seconds = time.perf_counter() - started
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
+told = {
+    "seconds": time.perf_counter() - started,
+    "cpu_seconds": time.process_time() - cpu,
+    "peak_bytes": peak_bytes(),
+}
+print(json.dumps(told))
 """
+KEYS = ("seconds", "cpu_seconds", "peak_bytes")
+
+
+def configs(models: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The YAML of each method."""
+    first, second, third = models
+
+    def entries(names: Sequence[str], **own: float) -> list[dict[str, Any]]:
+        return [{"model": one, **({"parameters": own} if own else {})} for one in names]
+
+    changes = {"base_model": first, "dtype": "float32"}
+    return {
+        "linear": {
+            "merge_method": "linear",
+            "models": entries([first, second], weight=0.5),
+            "dtype": "float32",
+        },
+        "slerp": {
+            "merge_method": "slerp",
+            "models": entries([first, second]),
+            "parameters": {"t": 0.4},
+            **changes,
+        },
+        "karcher": {
+            "merge_method": "karcher",
+            "models": entries([first, second, third]),
+            "dtype": "float32",
+        },
+        "task_arithmetic": {
+            "merge_method": "task_arithmetic",
+            "models": entries([second, third], weight=0.5),
+            **changes,
+        },
+        "ties": {
+            "merge_method": "ties",
+            "models": entries([second, third], weight=0.5, density=0.2),
+            **changes,
+        },
+    }
+
+
+def perturb(source: Path, folder: Path, seed: int) -> str:
+    """Write a model as if fine-tuned: every tensor moved by a tenth of its spread."""
+    folder.mkdir()
+    for path in source.glob("*.json"):
+        if "index" not in path.name:
+            shutil.copyfile(path, folder / path.name)
+    mx.random.seed(seed)
+    checkpoint = Checkpoint(source)
+    with ShardWriter(folder) as writer:
+        for name in checkpoint.names:
+            value = checkpoint.tensor(name)
+            size = 0.1 * mx.sqrt(value.astype(mx.float32).var())
+            noise = size * mx.random.normal(value.shape)
+            writer.add(name, (value + noise).astype(value.dtype))
+    return str(folder)
 
 
 def run(command: list[str], peer: bool) -> dict[str, float]:
@@ -83,7 +152,8 @@ def smoke() -> None:
         config.write_text(
             json.dumps({"models": models, "merge_method": "linear", "dtype": "float32"})
         )
-        told = run([sys.executable, "-c", OURS, str(config), str(at / "out")], False)
+        line = [sys.executable, "-c", OURS, str(config), str(at / "out"), str(COMPAT)]
+        told = run(line, False)
         found = Checkpoint(at / "out").tensor("model.layers.0.a.weight")
         error = bench.relative_rms(found, mx.array((rows[0] + rows[1]) / 2))
         if not error < 1e-6:
@@ -92,17 +162,8 @@ def smoke() -> None:
         click.echo(json.dumps({**line, **bench.describe_machine()}))
 
 
-@click.command(help=__doc__)
-@click.argument("config", type=click.Path(exists=True, path_type=Path), required=False)
-@click.option("--peers", help="An interpreter with mergekit.")
-@click.option("--runs", default=3, show_default=True)
-@click.option("--smoke", "is_smoke", is_flag=True, help="Tiny, without mergekit.")
-def main(config: Path | None, peers: str | None, runs: int, is_smoke: bool) -> None:
-    if is_smoke:
-        smoke()
-        return
-    if config is None or peers is None:
-        raise click.UsageError("give CONFIG and --peers, or --smoke.")
+def time_method(config: Path, peers: str, runs: int) -> dict[str, Any]:
+    """Merge by one YAML in turns, the outputs compared once."""
     told: dict[str, list[dict[str, float]]] = {"ours": [], "mergekit": []}
     error = None
     for _ in range(runs):
@@ -113,21 +174,47 @@ def main(config: Path | None, peers: str | None, runs: int, is_smoke: bool) -> N
                 "mergekit": [peers, str(PEER)],
             }
             for name, command in commands.items():
-                line = [*command, str(config), str(at / name)]
+                line = [*command, str(config), str(at / name), str(COMPAT)]
                 told[name].append(run(line, peer=name == "mergekit"))
             if error is None:
                 error = compare(at / "ours", at / "mergekit")
     figures = {
         f"{name}_{key}": median(one[key] for one in runs_of)
         for name, runs_of in told.items()
-        for key in ("seconds", "peak_bytes")
+        for key in KEYS
     }
     ratios = {
         f"{key}_ratio": round(figures[f"ours_{key}"] / figures[f"mergekit_{key}"], 3)
-        for key in ("seconds", "peak_bytes")
+        for key in KEYS
     }
-    line = {"case": config.stem, "error": error, **figures, **ratios, "runs": runs}
-    click.echo(json.dumps({**line, **bench.describe_machine()}))
+    return {"case": config.stem, "error": error, **figures, **ratios, "runs": runs}
+
+
+@click.command(help=__doc__)
+@click.option("--peers", help="An interpreter with mergekit.")
+@click.option(
+    "--model", help="A folder; merged with two copies of it that are moved a little."
+)
+@click.option("--methods", default="linear,slerp,karcher,task_arithmetic,ties")
+@click.option("--runs", default=5, show_default=True)
+@click.option("--smoke", "is_smoke", is_flag=True, help="Tiny, without mergekit.")
+def main(
+    peers: str | None, model: str | None, methods: str, runs: int, is_smoke: bool
+) -> None:
+    if is_smoke:
+        smoke()
+        return
+    if model is None or peers is None:
+        raise click.UsageError("give --model and --peers, or --smoke.")
+    with tempfile.TemporaryDirectory() as folder:
+        at = Path(folder)
+        tuned = [perturb(Path(model), at / f"tuned{seed}", seed) for seed in (1, 2)]
+        for method, config in configs([model, *tuned]).items():
+            if method in methods.split(","):
+                path = at / f"{method}.yaml"
+                path.write_text(json.dumps(config))
+                line = time_method(path, peers, runs)
+                click.echo(json.dumps({**line, **bench.describe_machine()}))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ NAMES = {
         "save_adapter",
         "use_in_mlx_lm",
     ],
-    "mlx_dora.merge": ["merge_adapters", "merge_models"],
+    "mlx_dora.merge": ["estimate_fisher", "merge_adapters", "merge_models"],
     "mlx_dora.analyze": [
         "DoRADecomposition",
         "analyze_adapter",
@@ -112,6 +112,7 @@ SIGNATURES = {
         "density=",
         "seed=",
         "scale=",
+        "fisher=",
     ],
     "mlx_dora.merge.merge_models": [
         "models",
@@ -122,7 +123,16 @@ SIGNATURES = {
         "weights=",
         "parameters=",
         "dtype=",
+        "fisher=",
         "overwrite=",
+    ],
+    "mlx_dora.merge.estimate_fisher": [
+        "model",
+        "data",
+        "*",
+        "paths=",
+        "config=",
+        "progress=",
     ],
     "mlx_dora.analyze.analyze_adapter": [
         "adapter",

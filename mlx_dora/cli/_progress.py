@@ -51,9 +51,14 @@ def describe(report: StepReport, iters: int | None) -> str:
 
 
 class WorkDisplay:
-    """Bars on a terminal, nothing elsewhere; a context manager."""
+    """Bars on a terminal, nothing elsewhere; a context manager.
 
-    def __init__(self) -> None:
+    Args:
+        with_memory: Put the most memory that MLX has held beside the bars.
+    """
+
+    def __init__(self, *, with_memory: bool = False) -> None:
+        self._with_memory = with_memory
         self._tasks: dict[str, TaskID] = {}
         self._bars: Progress | None = None
         if sys.stderr.isatty():
@@ -87,6 +92,10 @@ class WorkDisplay:
             return
         task = self._task(phase, total)
         self._bars.advance(task, done)
+        if self._with_memory:
+            import mlx.core as mx
+
+            self.note(phase, total, f"peak {size(mx.get_peak_memory())}")
         if all(one.finished for one in self._bars.tasks if one.id == task):
             self._bars.remove_task(self._tasks.pop(phase))
 

@@ -40,7 +40,7 @@ def command(
 
     if rank is None and energy is None:
         raise click.UsageError("give --rank, --energy or both")
-    with WorkDisplay() as display:
+    with WorkDisplay(with_memory=True) as display:
         found = extract_adapter(
             base,
             tuned,

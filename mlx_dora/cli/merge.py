@@ -1,16 +1,19 @@
 """``mlx_dora.merge``: several adapters, or several models, as one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import yaml
 
 from mlx_dora.cli._framework import verb_group
+from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._progress import WorkDisplay
 from mlx_dora.cli._yaml import load_yaml
 from mlx_dora.errors import DoRAError
-from mlx_dora.merge.names import ADAPTER_METHODS, MODEL_METHODS
+from mlx_dora.merge.fisher_config import FisherConfig
+from mlx_dora.merge.names import ADAPTER_METHODS, FISHER, MODEL_METHODS
 
 AUTO = "auto"
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
@@ -29,6 +32,15 @@ def _read_weights(
     if not isinstance(found, list | dict):
         raise click.BadParameter(f"{value!r} is not a list of weights.")
     return found
+
+
+def _fisher_option(whose: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--fisher",
+        multiple=True,
+        help=f"For --method fisher: a folder that `fisher` made, once {whose} and in "
+        "their order.",
+    )
 
 
 @verb_group("merge")
@@ -58,6 +70,12 @@ def command() -> None:
 )
 @click.option("--rank", type=click.IntRange(min=1), help="Cut the update to this rank.")
 @click.option(
+    "--logit-error",
+    metavar="DATA",
+    help="With --rank: on a few rows of this data, say of each layer how far its cut "
+    "moves the logits.",
+)
+@click.option(
     "--density", type=float, help="Share of the entries that ties and dare keep."
 )
 @click.option("--seed", default=0, show_default=True, help="Of dare's random numbers.")
@@ -73,6 +91,13 @@ def command() -> None:
     default=True,
     help="Refuse an adapter of another base or quantisation (the default).",
 )
+@_fisher_option("an adapter")
+@click.option(
+    "--data",
+    multiple=True,
+    help="Data of an adapter, in the adapters' order: --method fisher estimates its "
+    "information there, as `fisher` does if told nothing else. Say it once an adapter.",
+)
 def adapters_command(
     adapters: tuple[str, ...],
     model: str | None,
@@ -80,27 +105,44 @@ def adapters_command(
     method: str,
     weights: Weights | None,
     rank: int | None,
+    logit_error: str | None,
     density: float | None,
     seed: int,
     scale: float,
     overwrite: bool,
     check_base: bool,
+    fisher: tuple[str, ...],
+    data: tuple[str, ...],
 ) -> None:
     """Merge DoRA and LoRA adapters of one base into one DoRA adapter.
 
     Ranks, scales and modules may differ. The result is an ordinary adapter folder.
     """
+    from mlx_dora.io.atomic import check_output
     from mlx_dora.merge.adapters import base_name, merge_adapters_report
+    from mlx_dora.merge.cut_error import open_probe
     from mlx_dora.merge.dense import Options
+    from mlx_dora.merge.estimate import estimate_on_data
 
+    if data and (fisher or method != FISHER):
+        raise click.UsageError("--data is for --method fisher without --fisher")
+    if logit_error and rank is None:
+        raise click.UsageError("--logit-error is for --rank")
+    check_output(save_path, overwrite=overwrite)  # before what takes long
     base = model or base_name(adapters[0])
     if method == AUTO:
         method, suggested = _suggested_merge(adapters, base, check_base)
         weights = weights or suggested
-    with WorkDisplay() as display:
+    loaded, probe = open_probe(base, logit_error) if logit_error else (base, None)
+    with WorkDisplay(with_memory=True) as display:
+        known = (
+            estimate_on_data(base, adapters, data, check_base, display.progress)
+            if data
+            else fisher or None
+        )
         report = merge_adapters_report(
             adapters,
-            model=base,
+            model=loaded,
             method=method,
             weights=weights,
             rank=rank,
@@ -108,6 +150,8 @@ def adapters_command(
             overwrite=overwrite,
             check_base=check_base,
             options=Options(density=density, seed=seed, scale=scale),
+            fisher=known,
+            probe=probe,
             progress=display.progress,
         )
     for line in report.lines():
@@ -121,7 +165,7 @@ def _suggested_merge(
     """The method and weights that a comparison of the adapters suggests; says why."""
     from mlx_dora.analyze import compare_adapters
 
-    with WorkDisplay() as display:
+    with WorkDisplay(with_memory=True) as display:
         comparison = compare_adapters(
             adapters, base, check_base=check_base, progress=display.progress
         )
@@ -135,6 +179,51 @@ def _suggested_merge(
         )
     click.echo(f"Method: {found.method}")
     return found.method, found.weights
+
+
+@command.command("fisher")
+@dataclass_options(config=FisherConfig, exclude=("mask_prompt", "all_turns"))
+@click.option("--model", required=True, help="The model, or the adapter's base.")
+@click.option("--adapter-path", help="The adapter whose information is wanted.")
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    help="A module to look at (self_attn.q_proj, or a full path); the adapter's, or "
+    "all linear layers of the blocks, if not given.",
+)
+@click.option("--save-path", required=True, help="The folder to make.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+def fisher_command(
+    config: FisherConfig,
+    model: str,
+    adapter_path: str | None,
+    keys: tuple[str, ...],
+    save_path: str,
+    overwrite: bool,
+) -> None:
+    """Estimate Fisher information on data, for merges by it.
+
+    The mean over the rows of the squared gradient of each output row, or each element,
+    of the linear layers. What is saved serves `--fisher` of adapters and models.
+    """
+    from mlx_dora.merge.estimate import write_fisher
+
+    with WorkDisplay(with_memory=True) as display:
+        facts = write_fisher(
+            model,
+            save_path,
+            adapter=adapter_path,
+            keys=keys or None,
+            config=config,
+            overwrite=overwrite,
+            progress=display.progress,
+        )
+    click.echo(
+        f"Information by {facts.granularity} from {facts.tokens:,} targets "
+        f"({facts.labels}) in {facts.rows} rows."
+    )
+    click.echo(f"Saved to {save_path}")
 
 
 @command.command("models")
@@ -173,6 +262,7 @@ def _suggested_merge(
     help="Of the output; the base's, or the first model's, if not given.",
 )
 @click.option("--pad", is_flag=True, help="Merge embeddings of unlike vocabularies.")
+@_fisher_option("a model")
 @click.option(
     "-c",
     "--config",
@@ -193,6 +283,7 @@ def models_command(
     granularity: str,
     dtype: str | None,
     pad: bool,
+    fisher: tuple[str, ...],
     config: Path | None,
     overwrite: bool,
 ) -> None:
@@ -224,8 +315,9 @@ def models_command(
                 "pad": pad,
             },
             dtype=dtype,
+            fisher=fisher or None,
         )
-    with WorkDisplay() as display:
+    with WorkDisplay(with_memory=True) as display:
         report = run_merge(
             plan, save_path, overwrite=overwrite, progress=display.progress
         )

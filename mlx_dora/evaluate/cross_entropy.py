@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -95,35 +96,85 @@ def summed_loss(
         The sum, float32. A model without a known trunk has its logits computed whole,
         and a warning says so once.
     """
+    logits, split = _split(model, inputs, cache)
+    if split is None:
+        return _whole(model, logits, targets, mask)
+    size = split.chunk(logits.shape[-1])
+    hidden, targets, mask = split.hidden, targets.flatten(), mask.flatten()
+
+    def of_chunk(start: int, hidden: mx.array) -> mx.array:
+        here = slice(start, start + size)
+        return _losses(split.head(hidden), targets[here], mask[here]).sum()
+
+    starts = range(0, targets.size, size)
+    if not model.training:
+        return _in_turn(hidden, starts, size, of_chunk)
+    return _with_gradient(
+        model, f"{split.path}.layers.", hidden, starts, size, of_chunk
+    )
+
+
+def sample_targets(model: nn.Module, inputs: mx.array, key: mx.array) -> mx.array:
+    """Draw each next token from what the model itself expects there.
+
+    Args:
+        model: Maps tokens to logits.
+        inputs: Tokens. Shape ``(rows, length)``.
+        key: Of the random numbers.
+
+    Returns:
+        Tokens, evaluated. Shape ``(rows, length)``. Logits exist in chunks alone.
+    """
+    logits, split = _split(model, inputs, None)
+    if split is None:
+        drawn = mx.random.categorical(logits.astype(mx.float32), key=key)
+        mx.eval(drawn)
+        return drawn
+    size, parts = split.chunk(logits.shape[-1]), []
+    for start in range(0, inputs.size, size):
+        key, own = mx.random.split(key)
+        part = split.head(split.hidden[start : start + size]).astype(mx.float32)
+        parts.append(mx.random.categorical(part, key=own))
+        mx.eval(parts[-1])
+    return mx.concatenate(parts).reshape(inputs.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Split:
+    """A model cut before its head: hidden states ``(tokens, width)``, and the head."""
+
+    path: str
+    hidden: mx.array
+    head: Callable[[mx.array], mx.array]
+
+    def chunk(self, vocabulary: int) -> int:
+        """How many tokens go through the head at once, about the same each time."""
+        tokens = self.hidden.shape[0]
+        return -(-tokens // -(-tokens // chunk_size(vocabulary)))
+
+
+def _split(
+    model: nn.Module, inputs: mx.array, cache: Any
+) -> tuple[mx.array, _Split | None]:
+    """The logits, not evaluated, and the model cut in two if its trunk is known."""
     arguments = {} if cache is None else {"cache": cache}
     trunk = _trunk(model)
     if trunk is None:
-        return _whole(model, model(inputs, **arguments), targets, mask)
+        return model(inputs, **arguments), None
     path, inner = trunk
     noted = _StandIn(inner)
     with _in_place_of(model, path, noted):
         logits = model(inputs, **arguments)  # never evaluated if there are chunks
     hidden = noted.returned[0] if len(noted.returned) == 1 else None
     if not isinstance(hidden, mx.array) or hidden.shape[:-1] != inputs.shape:
-        return _whole(model, logits, targets, mask)
+        return logits, None
+    tokens = inputs.flatten()[None]
 
     def head(hidden: mx.array) -> mx.array:
         with _in_place_of(model, path, _StandIn(inner, hidden[None])):
-            return model(targets[None], **arguments).flatten(0, 1)
+            return model(tokens, **arguments).flatten(0, 1)
 
-    size = chunk_size(logits.shape[-1])
-    chunks = -(-targets.size // size)
-    size = -(-targets.size // chunks)  # all alike
-    hidden, targets, mask = hidden.flatten(0, 1), targets.flatten(), mask.flatten()
-
-    def of_chunk(start: int, hidden: mx.array) -> mx.array:
-        here = slice(start, start + size)
-        return _losses(head(hidden), targets[here], mask[here]).sum()
-
-    starts = range(0, targets.size, size)
-    if not model.training:
-        return _in_turn(hidden, starts, size, of_chunk)
-    return _with_gradient(model, f"{path}.layers.", hidden, starts, size, of_chunk)
+    return logits, _Split(path=path, hidden=hidden.flatten(0, 1), head=head)
 
 
 def _losses(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:

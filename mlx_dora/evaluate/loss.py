@@ -58,6 +58,13 @@ def target_mask(lengths: mx.array, positions: int) -> mx.array:
     return (steps >= lengths[:, 0:1]) & (steps < lengths[:, 1:])
 
 
+def marked_targets(marks: mx.array, positions: int) -> mx.array:
+    """`target_mask` for every form of the marks of a `Batch`."""
+    if marks.ndim == 2:
+        return target_mask(marks, positions)
+    return marks[:, 1:, 0] > 0
+
+
 def loss_fn(
     model: nn.Module, batch: mx.array, marks: mx.array
 ) -> tuple[mx.array, mx.array]:
@@ -74,13 +81,9 @@ def loss_fn(
         The mean in float32, 0 where there is no target; and the number of targets.
     """
     inputs, targets = batch[:, :-1], batch[:, 1:]
-    cache = None
-    if marks.ndim == 2:
-        mask = target_mask(marks, targets.shape[1])
-    else:
-        mask = marks[:, 1:, 0] > 0
-        if marks.shape[-1] == 2:
-            cache = document_caches(model, marks[:, :-1, 1])
+    mask, cache = marked_targets(marks, targets.shape[1]), None
+    if marks.ndim == 3 and marks.shape[-1] == 2:
+        cache = document_caches(model, marks[:, :-1, 1])
     tokens = mask.sum()
     return summed_loss(model, inputs, targets, mask, cache) / mx.maximum(
         tokens, 1

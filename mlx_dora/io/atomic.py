@@ -59,7 +59,7 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     check_output(path, overwrite=overwrite)
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = _aside(target, ".partial")
+    work = aside_of(target, ".partial")
     work.mkdir()
     try:
         yield work
@@ -113,25 +113,25 @@ def write_tensors(
 @contextlib.contextmanager
 def _replacing(path: Path, *, suffix: str) -> Iterator[Path]:
     path = path.resolve()
-    aside = _aside(path, suffix)
+    aside = aside_of(path, suffix)
     try:
         yield aside
-        _flush(aside)
+        flush(aside)
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def put_in_place(work: Path, target: Path) -> None:
     """Rename a complete folder to `target`; an old one goes aside first, then away."""
     if not target.exists():
         work.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
         return
     # An empty folder of its own holds the old one, so that no other name is hit.
-    holder = _aside(target, ".old")
+    holder = aside_of(target, ".old")
     holder.mkdir()
     old = holder / target.name
     target.rename(old)
@@ -141,11 +141,12 @@ def put_in_place(work: Path, target: Path) -> None:
         old.rename(target)
         holder.rmdir()
         raise
-    _flush(target.parent)
+    flush(target.parent)
     shutil.rmtree(holder)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Flush a file, or what a folder says of its files, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -157,10 +158,10 @@ def flush_tree(folder: Path) -> None:
     """Flush a folder and all that is in it to disk."""
     for path in folder.rglob("*"):
         if not path.is_symlink():
-            _flush(path)
-    _flush(folder)
+            flush(path)
+    flush(folder)
 
 
-def _aside(path: Path, suffix: str) -> Path:
+def aside_of(path: Path, suffix: str) -> Path:
     """Return a free hidden name beside `path`, on the same file system."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}{suffix}")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.atomic import write_tensors, write_text
+from mlx_dora.io.atomic import aside_of, flush, write_text
 from mlx_dora.io.header import TensorInfo, read_header
+from mlx_dora.io.stored import StoredTensor
+from mlx_dora.io.stream import TensorStream, nbytes_of
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
@@ -73,6 +76,10 @@ class Checkpoint:
             self._unread[path] = unread = loaded
         return unread.pop(name)
 
+    def stored(self, name: str) -> StoredTensor:
+        """Return a tensor that is read slice by slice."""
+        return StoredTensor(self.shard(name), self.info(name))
+
     def _read_index(self, index: Path) -> None:
         weight_map = _weight_map(index)
         for shard in dict.fromkeys(weight_map.values()):
@@ -122,7 +129,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 class ShardWriter:
-    """Writes tensors into a folder as mlx-lm's shards, holding one shard at a time.
+    """Writes tensors into a folder as mlx-lm's shards, holding a few blocks at a time.
 
     Use as a context manager, inside `atomic_directory`: only a block that ends well
     gets its final file names and the index. One shard is ``model.safetensors``,
@@ -130,8 +137,8 @@ class ShardWriter:
 
     Args:
         folder: An existing folder.
-        max_shard_bytes: A shard is closed before it would grow past this; a larger
-            tensor has one of its own.
+        max_shard_bytes: A shard is closed before it would grow past this, or its header
+            past the room there is for it; a larger tensor has one of its own.
         resume: Go on with the shards that an earlier writer left in the folder, and
             leave them there on failure (`mlx_dora.io.resumable`).
     """
@@ -145,8 +152,7 @@ class ShardWriter:
     ) -> None:
         self._folder = Path(folder)
         self._max_shard_bytes = max_shard_bytes
-        self._waiting: dict[str, mx.array] = {}
-        self._waiting_bytes = 0
+        self._stream: TensorStream | None = None
         self._parts: list[Path] = []
         self._part_of: dict[str, int] = {}
         self._total_bytes = 0
@@ -171,22 +177,54 @@ class ShardWriter:
         return self._folder / f"model-{len(self._parts) + 1:05d}.part.safetensors"
 
     def add(self, name: str, tensor: mx.array) -> None:
-        """Compute a tensor and take it in; a full shard is written."""
+        """Compute a tensor and take it in; a full shard is closed first."""
+        self.add_blocks(name, tensor.dtype, tensor.shape, [tensor])
+
+    def add_blocks(
+        self,
+        name: str,
+        dtype: mx.Dtype,
+        shape: tuple[int, ...],
+        blocks: Iterable[mx.array],
+    ) -> None:
+        """Take in a tensor as consecutive blocks of its elements, one after the other.
+
+        Args:
+            name: The tensor's name.
+            dtype: Of each block.
+            shape: Of the whole.
+            blocks: Arrays that hold its elements in order.
+
+        Raises:
+            DoRAError: If there is a tensor of this name.
+            OSError: If the disk is full.
+        """
         if not self._is_usable:
             raise RuntimeError("this ShardWriter failed or was closed")
-        if name in self._part_of or name in self._waiting:
+        begun = self._stream.names if self._stream is not None else set()
+        if name in self._part_of or name in begun:
             raise DoRAError(f"two tensors are called {name!r}.")
         try:
-            mx.eval(tensor)
-            full = self._waiting_bytes + tensor.nbytes > self._max_shard_bytes
-            if self._waiting and full:
-                self._write_part()
+            stream = self._stream_for(name, dtype, shape)
+            stream.begin(name, dtype, shape)
+            for block in blocks:
+                stream.write(block)
         except BaseException:
             self._discard()
             raise
-        self._waiting[name] = tensor
-        self._waiting_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
+
+    def _stream_for(
+        self, name: str, dtype: mx.Dtype, shape: tuple[int, ...]
+    ) -> TensorStream:
+        """The open shard, or a new one if it has no place for the tensor."""
+        stream = self._stream
+        if stream is not None:
+            full = stream.nbytes + nbytes_of(dtype, shape) > self._max_shard_bytes
+            if not full and stream.has_room(name, dtype, shape):
+                return stream
+            self._close_part(stream)
+        self._stream = TensorStream(aside_of(self._part_path(), ".partial"))
+        return self._stream
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -208,16 +246,19 @@ class ShardWriter:
                 self._discard()
                 raise
 
-    def _write_part(self) -> None:
-        path = self._part_path()
+    def _close_part(self, stream: TensorStream) -> None:
+        stream.close()
+        header, path = read_header(stream.path), self._part_path()
+        stream.path.replace(path)
+        self._stream = None
+        flush(self._folder)
+        self._part_of.update(dict.fromkeys(header, len(self._parts)))
+        self._total_bytes += stream.nbytes
         self._parts.append(path)
-        write_tensors(path, self._waiting)
-        self._part_of.update(dict.fromkeys(self._waiting, len(self._parts) - 1))
-        self._waiting, self._waiting_bytes = {}, 0
 
     def _finalise(self) -> None:
-        if self._waiting:
-            self._write_part()
+        if self._stream is not None:
+            self._close_part(self._stream)
         if not self._parts:
             raise DoRAError(f"no tensors were given for {self._folder}.")
         count = len(self._parts)
@@ -239,6 +280,8 @@ class ShardWriter:
 
     def _discard(self) -> None:
         self._is_usable = False
-        self._waiting = {}
+        if self._stream is not None:
+            self._stream.abandon()
+            self._stream = None
         for part in () if self._resume else self._parts:
             part.unlink(missing_ok=True)

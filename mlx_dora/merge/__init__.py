@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_dora.merge.adapters import merge_adapters
+    from mlx_dora.merge.estimate import estimate_fisher
     from mlx_dora.merge.models import merge_models
 
 _HOME = {
+    "estimate_fisher": "mlx_dora.merge.estimate",
     "merge_adapters": "mlx_dora.merge.adapters",
     "merge_models": "mlx_dora.merge.models",
 }
 
-__all__ = ["merge_adapters", "merge_models"]
+__all__ = ["estimate_fisher", "merge_adapters", "merge_models"]
 
 
 def __getattr__(name: str) -> Any:

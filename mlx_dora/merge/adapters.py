@@ -20,14 +20,18 @@ from mlx_dora.adapters.matrices import (
     named_matrices,
 )
 from mlx_dora.errors import DoRAError
+from mlx_dora.evaluate.batches import Examples
 from mlx_dora.factored import AdaptedMatrix
 from mlx_dora.io.atomic import check_output
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.kernels.rows import Weight
 from mlx_dora.layers import weight_of
+from mlx_dora.merge.cut_error import add_logit_errors
 from mlx_dora.merge.dense import Options, factor, merge_apart, row_norm
 from mlx_dora.merge.factored import MergedMatrix, merge_matrix
-from mlx_dora.merge.names import ADAPTER_METHODS, ELEMENTWISE, NORMALIZED
+from mlx_dora.merge.fisher import Fisher, check_fishers, check_paths
+from mlx_dora.merge.informed import merge_informed
+from mlx_dora.merge.names import ADAPTER_METHODS, ELEMENTWISE, FISHER, NORMALIZED
 from mlx_dora.merge.report import AdapterMerge, MergedLayer
 from mlx_dora.merge.weights import Weights, check_weights, row_weights
 
@@ -48,13 +52,14 @@ def merge_adapters(
     density: float | None = None,
     seed: int = 0,
     scale: float = 1.0,
+    fisher: Sequence[Fisher | str | Path] | None = None,
 ) -> Adapter:
     """Merge DoRA and LoRA adapters of one base into one DoRA adapter.
 
     ``slerp``, ``karcher``, ``nmean``, ``magnitude_weighted``, ``linear`` and
-    ``task_arithmetic`` are exact and build no dense weight; ``ties``, ``dare``,
-    ``dare_ties`` and ``tsv`` take one dense matrix at a time and a truncated SVD.
-    Definitions: ``docs/merging.md``.
+    ``task_arithmetic`` are exact and build no dense weight, and so is ``fisher`` by
+    row; ``ties``, ``dare``, ``dare_ties``, ``tsv`` and ``fisher`` by element take one
+    dense matrix at a time and a truncated SVD. Definitions: ``docs/merging.md``.
 
     Args:
         adapters: Folders or adapters; ranks, scales and modules may differ. A module
@@ -73,6 +78,8 @@ def merge_adapters(
         density: Share of the entries that ties, dare and dare_ties keep.
         seed: Of dare's random numbers.
         scale: λ on the merged task vectors of the methods that have them.
+        fisher: For that method, the Fisher information of each adapter: what
+            `mlx_dora.merge.estimate_fisher` gives, or folders of it.
 
     Returns:
         The merged adapter.
@@ -91,6 +98,7 @@ def merge_adapters(
         overwrite=overwrite,
         check_base=check_base,
         options=Options(density=density, seed=seed, scale=scale),
+        fisher=fisher,
     ).adapter
 
 
@@ -105,11 +113,18 @@ def merge_adapters_report(
     overwrite: bool = False,
     check_base: bool = True,
     options: Options | None = None,
+    fisher: Sequence[Fisher | str | Path] | None = None,
+    probe: Examples | None = None,
     progress: Progress | None = None,
 ) -> AdapterMerge:
-    """`merge_adapters`, with what was done to each matrix."""
+    """`merge_adapters`, with what was done to each matrix.
+
+    With `rank` and a `probe`, of rows of data, also with how far cutting the rank moves
+    the logits on some of these.
+    """
     options = options or Options()
     _check_arguments(adapters, method, weights, rank)
+    fishers = check_fishers(method, fisher, len(adapters))
     if save_path is not None:
         check_output(save_path, overwrite=overwrite)
     names = [one if isinstance(one, str | Path) else "" for one in adapters]
@@ -120,46 +135,60 @@ def merge_adapters_report(
     _check_fit(base, loaded, names, check_base)
     paths = sorted({p for one in loaded for p in one.paths}, key=natural_order)
     modules = dict(base.named_modules())
+    check_paths(fishers, modules)
     target = next((one.config.scale for one in loaded if one.config.scale), 1.0)
-    tensors: dict[str, mx.array] = {}
-    layers = []
-    for path in paths:
-        weight = weight_of(modules[path])
-        columns = [adapted_matrices(one, path, modules[path]) for one in loaded]
-        parts = []
-        named = named_matrices(path, weight)
-        for (name, matrix), *inputs in zip(named, *columns, strict=True):
-            merged = _merge_matrix(
-                path, matrix, inputs, method, weights, rank, target, options
-            )
-            parts.append({n: getattr(merged, n) for n in ("lora_a", "lora_b", "m")})
-            layers.append(
-                MergedLayer(
-                    path=path,
-                    name=name,
-                    inputs=sum(f"{path}.lora_a" in one.tensors for one in loaded),
-                    rank=merged.rank,
-                    opposed=merged.opposed,
-                    recomputed=merged.recomputed,
-                    zero=merged.zero,
-                    discarded=merged.discarded,
+
+    def merged_at(rank: int | None) -> AdapterMerge:
+        tensors: dict[str, mx.array] = {}
+        layers = []
+        for path in paths:
+            weight = weight_of(modules[path])
+            columns = [adapted_matrices(one, path, modules[path]) for one in loaded]
+            parts = []
+            named = named_matrices(path, weight)
+            for (name, matrix), *inputs in zip(named, *columns, strict=True):
+                known = [one.read(name, matrix.shape) for one in fishers]
+                merged = _merge_matrix(
+                    path, matrix, inputs, method, weights, rank, target, options, known
                 )
-            )
-        tensors |= adapter_tensors(path, modules[path], weight, parts)
-        if progress is not None:
-            progress("merge", len(paths), 1)
-    found = AdapterMerge(
-        adapter=_adapter(loaded, tensors, paths, method, target, names),
-        method=method,
-        layers=tuple(layers),
-        count=len(loaded),
-    )
+                parts.append({n: getattr(merged, n) for n in ("lora_a", "lora_b", "m")})
+                layers.append(_report(path, name, merged, loaded))
+            tensors |= adapter_tensors(path, modules[path], weight, parts)
+            if progress is not None:
+                progress("merge", len(paths), 1)
+        return AdapterMerge(
+            adapter=_adapter(loaded, tensors, paths, method, target, names),
+            method=method,
+            layers=tuple(layers),
+            count=len(loaded),
+        )
+
+    found = merged_at(rank)
+    if rank is not None and probe is not None:
+        full = merged_at(None).adapter
+        found = add_logit_errors(found, full, base, probe, progress=progress)
     only = _only_one(loaded, weights, paths)
     if only is not None and rank is None and method in NORMALIZED:
         found = replace(found, adapter=only)
     if save_path is not None:
         save_adapter(found.adapter, save_path, overwrite=overwrite)
     return found
+
+
+def _report(
+    path: str, name: str, merged: MergedMatrix, adapters: Sequence[Adapter]
+) -> MergedLayer:
+    return MergedLayer(
+        path=path,
+        name=name,
+        inputs=sum(f"{path}.lora_a" in one.tensors for one in adapters),
+        rank=merged.rank,
+        opposed=merged.opposed,
+        recomputed=merged.recomputed,
+        zero=merged.zero,
+        discarded=merged.discarded,
+        unknown=merged.unknown,
+    )
 
 
 def _check_arguments(
@@ -209,6 +238,7 @@ def _merge_matrix(
     rank: int | None,
     target: float,
     options: Options,
+    known: Sequence[mx.array | None],
 ) -> MergedMatrix:
     rows = weight.shape[0]
     normalize = method in NORMALIZED
@@ -216,6 +246,7 @@ def _merge_matrix(
     if normalize:
         counts = np.flatnonzero(shares.any(0)).tolist()
         inputs, shares = [inputs[i] for i in counts], shares[:, counts]
+        known = [known[i] for i in counts] if known else known
         only = inputs[0]
         if len(inputs) == 1 and rank is None and only.m is not None:
             # Unchanged but for the one scale that a folder has.
@@ -226,6 +257,8 @@ def _merge_matrix(
                 m=only.m,
                 scale=target,
             )
+    if method == FISHER:
+        return merge_informed(weight, inputs, shares, known, scale=target, rank=rank)
     if method not in ELEMENTWISE:
         if method == "task_arithmetic":
             shares = options.scale * shares

@@ -9,7 +9,9 @@ import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import Checkpoint
+from mlx_dora.io.stored import STREAMED
 from mlx_dora.kernels.quantized import QuantizedWeight
+from mlx_dora.merge.blockwise import Tensor
 
 _DTYPES = {
     "F32": mx.float32,
@@ -103,6 +105,11 @@ class ModelTensors:
             ).dequantize()
         mx.eval(tensor)
         return tensor
+
+    def source(self, name: str) -> Tensor:
+        """A float tensor to be read in blocks; one that is packed is unpacked whole."""
+        is_stored = self._checkpoint.info(name).dtype in STREAMED
+        return self._checkpoint.stored(name) if is_stored else self.read(name)
 
     def _packing(self, path: str) -> Packing:
         settings = self.config.get("quantization")

@@ -35,6 +35,7 @@ class MergedMatrix:
         recomputed: Rows taken densely, the factored sum being noise there.
         zero: Rows that are zero after the merge.
         discarded: Share of the update's energy that cutting the rank lost.
+        unknown: Elements without Fisher information, in a merge by that.
     """
 
     lora_a: mx.array
@@ -45,6 +46,7 @@ class MergedMatrix:
     recomputed: int = 0
     zero: int = 0
     discarded: float = 0.0
+    unknown: int = 0
 
     @property
     def rank(self) -> int:

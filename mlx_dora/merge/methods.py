@@ -6,15 +6,25 @@ a base, the task vectors are :math:`\tau_i = W_i - W_0`. Where mergekit has the 
 too, the definition is the same (checked against it in ``tests/merge``).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.errors import DoRAError
+from mlx_dora.merge.blockwise import (
+    Tensor,
+    agreed_block,
+    cut_of,
+    divisor_of,
+    dropped,
+    linear_block,
+    shares_of,
+    sum_block,
+    trimmed,
+    weighted_sum,
+    whole,
+)
 
-# Elements worked on at once.
-_BLOCK = 1 << 21
 # Singular values below this share of the largest are rounding: making their vectors
 # orthogonal to those of the other tasks would only blur these.
 _TSV_NOISE = 1e-5
@@ -33,13 +43,7 @@ def linear(
     Raises:
         DoRAError: If the weights sum to 0 and `normalize` is set.
     """
-    total = _divisor(weights) if normalize else 1.0
-
-    def block(index: slice, flat: Sequence[mx.array]) -> mx.array:
-        # The sum first and one division after it, as mergekit rounds.
-        return _weighted_sum([one[index] for one in flat], weights) / total
-
-    return _by_blocks(block, tensors)
+    return whole(linear_block(weights, normalize), tensors)
 
 
 def task_arithmetic(
@@ -59,15 +63,7 @@ def task_arithmetic(
         normalize: Divide the sum by that of the weights.
         scale: λ.
     """
-    total = sum(weights)
-    divisor = total if normalize and abs(total) >= 1e-8 else 1.0
-
-    def block(index: slice, flat: Sequence[mx.array]) -> mx.array:
-        start, *others = (one[index].astype(mx.float32) for one in flat)
-        moved = _weighted_sum([one - start for one in others], weights)
-        return start + moved * (scale / divisor)
-
-    return _by_blocks(block, [base, *tensors])
+    return whole(sum_block(weights, normalize, scale), [base, *tensors])
 
 
 def ties(
@@ -81,7 +77,8 @@ def ties(
 ) -> mx.array:
     r"""TIES: trim, elect the sign, average those that agree (arXiv:2306.01708).
 
-    Each task vector keeps its `density` largest entries; the sign of
+    Each task vector keeps its `density` largest entries (of equal ones those that come
+    first); the sign of
     :math:`\sum_i w_i\tau_i` is elected element by element, and the weighted mean of the
     entries that have it is added to W0, times λ.
 
@@ -93,20 +90,10 @@ def ties(
         normalize: Divide by the weights of those that agree, not by 1.
         scale: λ.
     """
-    keeps = [
-        _threshold(base, one, share)
-        for one, share in zip(tensors, _each(density, len(tensors)), strict=True)
-    ]
-
-    def trimmed(index: slice, flat: Sequence[mx.array]) -> list[mx.array]:
-        start, *others = (one[index].astype(mx.float32) for one in flat)
-        deltas = [one - start for one in others]
-        return [
-            mx.where(mx.abs(delta) >= least, delta, 0.0)
-            for delta, least in zip(deltas, keeps, strict=True)
-        ]
-
-    return _agreed(base, tensors, weights, trimmed, normalize, scale)
+    shares = shares_of(density, len(tensors))
+    cuts = [cut_of(base, *one) for one in zip(tensors, shares, strict=True)]
+    block = agreed_block(weights, normalize, scale, trimmed(cuts))
+    return whole(block, [base, *tensors])
 
 
 def dare(
@@ -133,16 +120,8 @@ def dare(
         normalize: Divide the sum by that of the weights.
         scale: λ.
     """
-    total = sum(weights)
-    divisor = total if normalize and abs(total) >= 1e-8 else 1.0
-    dropped = _dropped(_each(density, len(tensors)), seed)
-
-    def block(index: slice, flat: Sequence[mx.array]) -> mx.array:
-        start = flat[0][index].astype(mx.float32)
-        moved = _weighted_sum(dropped(index, flat), weights)
-        return start + moved * (scale / divisor)
-
-    return _by_blocks(block, [base, *tensors])
+    thin = dropped(shares_of(density, len(tensors)), seed)
+    return whole(sum_block(weights, normalize, scale, thin), [base, *tensors])
 
 
 def dare_ties(
@@ -159,8 +138,9 @@ def dare_ties(
 
     Arguments as those of `dare` and `ties`.
     """
-    dropped = _dropped(_each(density, len(tensors)), seed)
-    return _agreed(base, tensors, weights, dropped, normalize, scale)
+    thin = dropped(shares_of(density, len(tensors)), seed)
+    block = agreed_block(weights, normalize, scale, thin)
+    return whole(block, [base, *tensors])
 
 
 def tsv(
@@ -218,131 +198,17 @@ def fisher(
         fishers: As many of the same shape, at least 0.
         weights: N weights.
     """
-    count, total = len(tensors), _divisor(weights)
+    count, total = len(tensors), divisor_of(weights)
 
-    def block(index: slice, flat: Sequence[mx.array]) -> mx.array:
+    def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
         values = [one[index].astype(mx.float32) for one in flat]
-        known = _weighted_sum(values[count:], weights)
+        known = weighted_sum(values[count:], weights)
         products = [a * b for a, b in zip(values[:count], values[count:], strict=True)]
-        mean = _weighted_sum(values[:count], weights) / total
+        mean = weighted_sum(values[:count], weights) / total
         safe = mx.where(known > 0, known, 1.0)
-        return mx.where(known > 0, _weighted_sum(products, weights) / safe, mean)
+        return mx.where(known > 0, weighted_sum(products, weights) / safe, mean)
 
-    return _by_blocks(block, [*tensors, *fishers])
-
-
-Deltas = Callable[[slice, Sequence[mx.array]], list[mx.array]]
-
-
-def _agreed(
-    base: mx.array,
-    tensors: Sequence[mx.array],
-    weights: Sequence[float],
-    deltas: Deltas,
-    normalize: bool,
-    scale: float,
-) -> mx.array:
-    """W0 plus the mean of those weighted deltas that have the elected sign."""
-
-    def block(index: slice, flat: Sequence[mx.array]) -> mx.array:
-        moved = [w * d for w, d in zip(weights, deltas(index, flat), strict=True)]
-        elected = mx.where(_sum(moved) >= 0, 1.0, -1.0)
-        agrees = [mx.sign(one) == elected for one in moved]
-        total = _sum([mx.where(a, d, 0.0) for a, d in zip(agrees, moved, strict=True)])
-        if normalize:
-            share = _sum(
-                [mx.where(a, w, 0.0) for a, w in zip(agrees, weights, strict=True)]
-            )
-            total = total / mx.where(share == 0, 1.0, share)
-        return flat[0][index].astype(mx.float32) + scale * total
-
-    return _by_blocks(block, [base, *tensors])
-
-
-def _dropped(shares: Sequence[float], seed: int) -> Deltas:
-    def deltas(index: slice, flat: Sequence[mx.array]) -> list[mx.array]:
-        start, *others = (one[index].astype(mx.float32) for one in flat)
-        found = []
-        for i, (one, share) in enumerate(zip(others, shares, strict=True)):
-            if share >= 1:
-                found.append(one - start)
-                continue
-            key = mx.random.key(seed + 1_000_003 * i + 7 * index.start)
-            kept = mx.random.bernoulli(share, start.shape, key=key)
-            found.append(mx.where(kept, (one - start) / max(share, 1e-30), 0.0))
-        return found
-
-    return deltas
-
-
-def _threshold(base: mx.array, tensor: mx.array, density: float) -> float:
-    """The smallest size that belongs to the `density` largest entries of τ."""
-    if density >= 1 or not base.size:
-        return 0.0
-    if density <= 0:
-        return float("inf")
-    kept = max(1, int(density * base.size))
-    sizes = np.concatenate(
-        [
-            np.array(mx.abs(b.astype(mx.float32) - a.astype(mx.float32)))
-            for a, b in _blocks_of(base, tensor)
-        ]
-    )
-    place = sizes.size - kept
-    sizes.partition(place)
-    return float(sizes[place])
-
-
-def _blocks_of(*tensors: mx.array) -> Iterator[tuple[mx.array, ...]]:
-    flat = [one.reshape(-1) for one in tensors]
-    for start in range(0, flat[0].size, _BLOCK):
-        yield tuple(one[start : start + _BLOCK] for one in flat)
-
-
-def _by_blocks(
-    block: Callable[[slice, Sequence[mx.array]], mx.array], tensors: Sequence[mx.array]
-) -> mx.array:
-    flat = [one.reshape(-1) for one in tensors]
-    mx.eval(flat)
-    parts = []
-    for start in range(0, max(flat[0].size, 1), _BLOCK):
-        parts.append(block(slice(start, start + _BLOCK), flat))
-        mx.eval(parts[-1])
-    merged = parts[0] if len(parts) == 1 else mx.concatenate(parts)
-    merged = merged.reshape(tensors[0].shape)
-    mx.eval(merged)
-    return merged
-
-
-def _weighted_sum(values: Sequence[mx.array], weights: Sequence[float]) -> mx.array:
-    return _sum([w * v for w, v in zip(weights, values, strict=True)])
-
-
-def _sum(values: Sequence[mx.array]) -> mx.array:
-    total = values[0]
-    for one in values[1:]:
-        total = total + one
-    return total
-
-
-def _each(share: Sequence[float] | float, count: int) -> list[float]:
-    one_for_all = isinstance(share, int | float)
-    shares = [float(share)] * count if one_for_all else [float(one) for one in share]
-    if len(shares) != count or not all(0 <= one <= 1 for one in shares):
-        raise DoRAError(
-            f"density must be a share from 0 to 1 for each of {count} inputs, got "
-            f"{share}."
-        )
-    return shares
-
-
-def _divisor(weights: Sequence[float]) -> float:
-    total = sum(weights)
-    if abs(total) < 1e-8:
-        raise DoRAError(
-            f"the weights {list(weights)} sum to 0 and cannot be normalised."
-        )
-    return total
+    return whole(block, [*tensors, *fishers])
 
 
 def _orthonormal(columns: np.ndarray) -> np.ndarray:

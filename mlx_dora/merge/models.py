@@ -18,24 +18,20 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.io.resumable import resumable_directory
-from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.merge.checkpoint import ModelTensors
-from mlx_dora.merge.names import ELEMENTWISE
+from mlx_dora.merge.fisher import Fisher, check_fishers, check_paths
+from mlx_dora.merge.model_tensor import merge_one
 from mlx_dora.merge.plan import MergePlan, plan_models
 from mlx_dora.merge.report import MergedTensor, MergeReport
 from mlx_dora.merge.settings import count_blocks
-from mlx_dora.merge.tensor import merge_tensor
 from mlx_dora.merge.weights import Weights
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, total, newly done)."""
 
-# Elements looked at once for NaN and inf.
-_BLOCK = 1 << 22
+# Bytes that MLX may keep for blocks to come; what whole tensors leave is more.
+_KEPT = 1 << 28
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-
-# Methods that compare with the base whatever the plan says.
-_NEED_BASE = ("task_arithmetic", "magnitude_weighted", *ELEMENTWISE)
 
 
 def merge_models(
@@ -47,13 +43,15 @@ def merge_models(
     weights: Weights | None = None,
     parameters: Mapping[str, Any] | None = None,
     dtype: str | None = None,
+    fisher: Sequence[str | Path] | None = None,
     overwrite: bool = False,
 ) -> MergeReport:
     """Merge whole models into a folder that mlx-lm loads.
 
     Row by row: the length and the direction of each output row apart (``slerp``,
     ``karcher``, ``nmean``, ``magnitude_weighted``; with a base, the first three merge
-    the changes of it). Norm weights and biases get the weighted mean. ``linear``,
+    the changes of it). Norm weights and biases get the weighted mean, and so does what
+    ``fisher`` has no information of. ``linear``,
     ``task_arithmetic``, ``ties``, ``dare``, ``dare_ties`` and ``tsv`` as in
     `mlx_dora.merge.methods`. The base, or else the first model, is the pattern: its
     config, tokenizer, dtypes and packing are the output's. Rules:
@@ -74,6 +72,7 @@ def merge_models(
             vocabularies).
         dtype: Of the output: ``float32``, ``float16`` or ``bfloat16``; the pattern's if
             None.
+        fisher: Folders of Fisher information, one a model, for that method.
         overwrite: Replace an existing folder.
 
     Returns:
@@ -90,6 +89,7 @@ def merge_models(
         weights=weights,
         parameters=parameters,
         dtype=dtype,
+        fisher=fisher,
     )
     return run_merge(plan, save_path, overwrite=overwrite)
 
@@ -105,6 +105,7 @@ def run_merge(
     """Carry out a plan; see `merge_models`."""
     started = time.perf_counter()
     check_output(save_path, overwrite=overwrite)
+    fishers = check_fishers(plan.method, plan.fisher, len(plan.models))
     folders = [model_folder(one) for one in plan.models]
     base_folder = None if plan.base is None else model_folder(plan.base)
     every = folders if base_folder is None else [*folders, base_folder]
@@ -117,19 +118,23 @@ def run_merge(
     pattern = base or inputs[0]
     _check_fit(pattern, inputs, plan.pad)
     names = sorted(pattern.names, key=natural_order)
+    check_paths(fishers, [name.removesuffix(".weight") for name in names])
     blocks = count_blocks(names)
     mx.reset_peak_memory()
     told: list[MergedTensor] = []
-    job = _job(plan, opened.values())
+    job = _job(plan, opened.values(), fishers)
     with resumable_directory(save_path, job, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes, resume=True) as writer:
             resumed = writer.written
             for name in names:
                 if name not in resumed:
-                    tensor, one = _merge(name, plan, pattern, base, inputs, blocks)
-                    _write(writer, name, tensor, pattern, plan.dtype, one, told)
-                    del tensor
-                    mx.clear_cache()
+                    known = _known(name, pattern, fishers)
+                    one = merge_one(
+                        writer, name, plan, pattern, base, inputs, blocks, known
+                    )
+                    told.append(one)
+                    if mx.get_cache_memory() > _KEPT:
+                        mx.clear_cache()
                 if progress is not None:
                     progress("merge", len(names), 1)
         _copy_files(pattern, out, plan.dtype, names, inputs)
@@ -143,113 +148,11 @@ def run_merge(
     )
 
 
-def _merge(
-    name: str,
-    plan: MergePlan,
-    pattern: ModelTensors,
-    base: ModelTensors | None,
-    inputs: Sequence[ModelTensors],
-    blocks: int,
-) -> tuple[mx.array, int]:
-    """The merged tensor in float32 (integers as they are), and its opposed rows."""
-    once: dict[int, mx.array] = {}
-
-    def read(one: ModelTensors) -> mx.array:
-        if id(one) not in once:
-            once[id(one)] = one.read(name)
-            _check_finite(once[id(one)], f"{one.folder}: {name}")
-        return once[id(one)]
-
-    tensors = [read(one) for one in inputs]
-    if pattern.dtype(name) is None:
-        if not all(mx.array_equal(one, read(pattern)) for one in tensors):
-            raise DoRAError(f"{name} holds integers that differ between the models.")
-        return read(pattern), 0
-    start = None
-    if base is not None and (plan.relative or plan.method in _NEED_BASE):
-        start = read(base)
-    if plan.pad:
-        tensors, start = _padded(tensors, start)
-    rows = tensors[0].size // tensors[0].shape[-1] if tensors[0].ndim > 1 else 1
-    settings = plan.settings_of(name, rows, blocks)
-    try:
-        return merge_tensor(plan.method, start, tensors, settings, plan.granularity)
-    except DoRAError as error:
-        raise DoRAError(f"{name}: {error}") from error
-
-
-def _padded(
-    tensors: Sequence[mx.array], start: mx.array | None
-) -> tuple[list[mx.array], mx.array | None]:
-    """Embeddings of unlike vocabularies: a row that a model lacks is the first's."""
-    everything = [*tensors, *([] if start is None else [start])]
-    rows = max(one.shape[0] if one.ndim else 0 for one in everything)
-    if all(one.ndim == 0 or one.shape[0] == rows for one in everything):
-        return list(tensors), start
-    longest = next(one for one in everything if one.shape[0] == rows)
-    filled = [
-        mx.concatenate([one, longest[one.shape[0] :].astype(one.dtype)])
-        for one in everything
-    ]
-    return filled[: len(tensors)], None if start is None else filled[-1]
-
-
-def _write(
-    writer: ShardWriter,
-    name: str,
-    merged: mx.array,
-    pattern: ModelTensors,
-    dtype: str | None,
-    opposed: int,
-    told: list[MergedTensor],
-) -> None:
-    packing, kept = pattern.packing(name), pattern.dtype(name)
-    error = None
-    if packing is not None:
-        assert kept is not None
-        # Packing of a float32 array would make float32 scales.
-        packed, scales, *biases = mx.quantize(
-            merged.astype(kept), packing.group_size, packing.bits, packing.mode
-        )
-        path = name.removesuffix(".weight")
-        back = QuantizedWeight(
-            weight=packed,
-            scales=scales,
-            biases=biases[0] if biases else None,
-            group_size=packing.group_size,
-            bits=packing.bits,
-            mode=packing.mode,
-        )
-        error = _relative_error(back.dequantize(), merged)
-        # The weight last: a resumed merge takes it for a sign that all is there.
-        parts = {f"{path}.scales": scales, name: packed}
-        if biases:
-            parts = {f"{path}.biases": biases[0], **parts}
-        for part, value in parts.items():
-            if part not in writer.written:
-                writer.add(part, value)
-    else:
-        wanted = kept if dtype is None or kept is None else getattr(mx, dtype)
-        writer.add(name, merged if wanted is None else merged.astype(wanted))
-    told.append(MergedTensor(name=name, opposed=opposed, packing_error=error))
-
-
-def _relative_error(found: mx.array, exact: mx.array) -> float:
-    difference = float(mx.square(found.astype(mx.float32) - exact).sum())
-    total = float(mx.square(exact).sum())
-    return (difference / total) ** 0.5 if total else 0.0
-
-
-def _check_finite(tensor: mx.array, what: str) -> None:
-    if not mx.issubdtype(tensor.dtype, mx.floating):
-        return
-    flat = tensor.reshape(-1)
-    for first in range(0, flat.size, _BLOCK):
-        block = flat[first : first + _BLOCK]
-        # NaN and inf go through a sum, which is read faster than every flag; a sum
-        # that overflows says nothing.
-        if not mx.isfinite(block.sum()) and not mx.isfinite(block).all():
-            raise DoRAError(f"{what} holds NaN or inf.")
+def _known(
+    name: str, pattern: ModelTensors, fishers: Sequence[Fisher]
+) -> list[mx.array | None]:
+    path, shape = name.removesuffix(".weight"), pattern.shape(name)
+    return [one.read(path, shape) for one in fishers]
 
 
 def _check_fit(
@@ -294,14 +197,17 @@ def _is_vocabulary(name: str, one: ModelTensors, pattern: ModelTensors) -> bool:
     return has_sizes and first[1:] == second[1:]
 
 
-def _job(plan: MergePlan, opened: Iterable[ModelTensors]) -> str:
+def _job(
+    plan: MergePlan, opened: Iterable[ModelTensors], fishers: Sequence[Fisher]
+) -> str:
     """All that determines the output; inputs by path, size and time of change."""
     files = []
     for one in opened:
         for path in sorted(one.folder.glob("*.safetensors")):
             state = path.stat()
             files.append([str(path.resolve()), state.st_size, state.st_mtime_ns])
-    return json.dumps([asdict(plan), files], default=_plain)
+    facts = [asdict(one.facts) for one in fishers]
+    return json.dumps([asdict(plan), files, facts], default=_plain)
 
 
 def _plain(value: mx.array | np.ndarray) -> list[float]:

@@ -9,9 +9,12 @@ SUMS = ("linear", "task_arithmetic")
 ELEMENTWISE = ("ties", "dare", "dare_ties", "tsv")
 """Element by element (or matrix by matrix): they need the dense weight."""
 
-NORMALIZED = (*MEANS, "linear")
+FISHER = "fisher"
+"""Rows or elements weighted by Fisher information, which it needs of each input."""
+
+NORMALIZED = (*MEANS, "linear", FISHER)
 """Methods whose weights are made to sum to 1."""
 
-ADAPTER_METHODS = (*MEANS, *SUMS, *ELEMENTWISE)
+ADAPTER_METHODS = (*MEANS, *SUMS, FISHER, *ELEMENTWISE)
 
 MODEL_METHODS = ADAPTER_METHODS

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.merge.names import MEANS, MODEL_METHODS
+from mlx_dora.merge.names import FISHER, MEANS, MODEL_METHODS
 from mlx_dora.merge.settings import check_setting, depth_of, resolve
 from mlx_dora.merge.tensor import TensorSettings
 from mlx_dora.merge.weights import Weights, check_weights, row_weights
@@ -35,6 +35,7 @@ class MergePlan:
         seed: Of dare's random numbers.
         pad: Merge embeddings of unlike vocabularies.
         relative: Whether a mean merges changes of the base, where there is one.
+        fisher: Folders of Fisher information, one a model, for that method.
     """
 
     models: tuple[str, ...]
@@ -48,6 +49,7 @@ class MergePlan:
     seed: int = 0
     pad: bool = False
     relative: bool = True
+    fisher: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.models)
@@ -60,7 +62,7 @@ class MergePlan:
             raise DoRAError("give at least one model to merge.")
         if self.method == "slerp" and count != 2:
             raise DoRAError(f"slerp takes two models, got {count}.")
-        if self.base is None and self.method not in ("linear", *MEANS[:3]):
+        if self.base is None and self.method not in ("linear", FISHER, *MEANS[:3]):
             raise DoRAError(f"{self.method} needs a base: give one.")
         if self.granularity not in ("row", "tensor"):
             raise DoRAError(
@@ -68,6 +70,8 @@ class MergePlan:
             )
         if self.granularity == "tensor" and self.method == "magnitude_weighted":
             raise DoRAError("magnitude_weighted weighs rows: its granularity is row.")
+        if self.granularity == "tensor" and self.method == FISHER:
+            raise DoRAError("fisher weighs rows or elements: its granularity is row.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise DoRAError(f"dtype must be {', '.join(DTYPES)}, got {self.dtype!r}.")
         check_weights(self.weights, count)
@@ -135,6 +139,7 @@ def plan_models(
     weights: Weights | None = None,
     parameters: Mapping[str, Any] | None = None,
     dtype: str | None = None,
+    fisher: Sequence[str | Path] | None = None,
 ) -> MergePlan:
     """Make a plan from the arguments of `mlx_dora.merge.merge_models`.
 
@@ -162,4 +167,5 @@ def plan_models(
         dtype=dtype,
         seed=seed,
         pad=pad,
+        fisher=None if fisher is None else tuple(str(one) for one in fisher),
     )

@@ -19,6 +19,9 @@ class MergedLayer:
         recomputed: Rows taken densely because the factored sums cancel.
         zero: Rows that are zero.
         discarded: Share of the update's energy that was cut with the rank.
+        unknown: Elements without Fisher information, in a merge by that.
+        logit_error: How far cutting this layer alone moves the logits, relative; None
+            if it was not measured.
     """
 
     path: str
@@ -29,16 +32,28 @@ class MergedLayer:
     recomputed: int
     zero: int
     discarded: float
+    unknown: int = 0
+    logit_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterMerge:
-    """A merged adapter with a report, layer by layer in natural order."""
+    """A merged adapter with a report, layer by layer in natural order.
+
+    Attributes:
+        adapter: It.
+        method: How.
+        layers: What became of each matrix.
+        count: Number of inputs.
+        logit_error: How far cutting all layers moves the logits, relative; None if it
+            was not measured.
+    """
 
     adapter: Adapter
     method: str
     layers: tuple[MergedLayer, ...]
     count: int
+    logit_error: float | None = None
 
     def lines(self) -> list[str]:
         """The report as text: a line a layer in which something is to be said."""
@@ -49,6 +64,8 @@ class AdapterMerge:
                 notes.append(f"in {one.inputs} of {self.count} adapters")
             if one.discarded > 0:
                 notes.append(f"{one.discarded:.2e} of the energy cut")
+            if one.logit_error is not None:
+                notes.append(f"logits off by {one.logit_error:.2e}")
             for what, number in (
                 ("opposed", one.opposed),
                 ("recomputed densely", one.recomputed),
@@ -56,8 +73,12 @@ class AdapterMerge:
             ):
                 if number:
                     notes.append(f"{number} rows {what}")
+            if one.unknown:
+                notes.append(f"{one.unknown} weights without Fisher information")
             if notes:
                 told.append(f"{one.name}: rank {one.rank}, {', '.join(notes)}")
+        if self.logit_error is not None:
+            told.append(f"All layers cut: logits off by {self.logit_error:.2e}")
         ranks = sorted({one.rank for one in self.layers})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         told.append(
@@ -75,11 +96,13 @@ class MergedTensor:
         name: Its name.
         opposed: Rows whose directions cancel: they keep the heaviest model's.
         packing_error: Relative error that packing it again added; None if dense.
+        unknown: Elements without Fisher information, in a merge by that.
     """
 
     name: str
     opposed: int
     packing_error: float | None
+    unknown: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +133,13 @@ class MergeReport:
             for one in self.tensors
             if one.opposed
         ]
+        if unknown := [one for one in self.tensors if one.unknown]:
+            told.append(
+                f"{sum(one.unknown for one in unknown)} weights in {len(unknown)} "
+                "tensors have no Fisher information and took the weighted mean "
+                f"({', '.join(one.name for one in unknown[:5])}"
+                f"{', ...' if len(unknown) > 5 else ''})."
+            )
         packed = [one for one in self.tensors if one.packing_error is not None]
         if packed:
             worst = max(packed, key=lambda one: one.packing_error or 0.0)

@@ -1,12 +1,20 @@
 import os
 import pty
+import re
 import subprocess
 import sys
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
-from mlx_dora.cli._progress import TrainDisplay, describe, duration, size
+from mlx_dora.cli._progress import (
+    TrainDisplay,
+    WorkDisplay,
+    describe,
+    duration,
+    size,
+)
 from mlx_dora.train import StepReport
 
 
@@ -62,6 +70,22 @@ def test_bars_on_a_terminal(
     assert "step 5/10  loss 1.5000" in errors
     assert "5/10" in errors
     assert "loss 1.500" in errors
+
+
+def test_time_left_and_peak_memory_beside_the_bar_of_a_merge(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 12_300_000)
+    clock = iter(range(1000))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    with WorkDisplay(with_memory=True) as display:
+        for _ in range(5):
+            display.progress("merge", 8, 1)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert re.search(r"merge .*5/8 0:00:\d\d 0:00:\d\d peak 12 MB", shown), shown
 
 
 WARNS_WHILE_TRAINING = """

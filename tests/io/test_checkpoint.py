@@ -67,7 +67,7 @@ def test_swallowed_failure_is_not_finalised_either(
         ShardWriter(tmp_path, max_shard_bytes=40) as writer,
     ):
         writer.add("a", mx.ones(10))
-        monkeypatch.setattr(checkpoint, "write_tensors", full)
+        monkeypatch.setattr(checkpoint, "TensorStream", full)
         with pytest.raises(OSError):
             writer.add("b", mx.ones(10))
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,8 @@ from mlx_dora.cli.merge import command
 from mlx_dora.layers import weight_of
 from mlx_dora.merge import merge_adapters
 from mlx_dora.merge.adapters import merge_adapters_report
-from mlx_dora.merge.names import ADAPTER_METHODS, NORMALIZED
+from mlx_dora.merge.fisher import Fisher, FisherFacts
+from mlx_dora.merge.names import NORMALIZED
 from tests.adapters.training import QV, TOKENS
 from tests.checks import assert_close, to_numpy
 from tests.merge.oracle import dense_karcher, dense_slerp
@@ -51,6 +52,26 @@ def train(
     mx.eval(adapter.tensors)
     remove_dora(model)
     return adapter
+
+
+def known_of(
+    model: nn.Module, adapters: list[Adapter], granularity: str = "row"
+) -> list[Fisher]:
+    """Random Fisher information of each adapter's modules."""
+    found = []
+    for seed, one in enumerate(adapters):
+        rng = np.random.default_rng(seed)
+        modules = dict(model.named_modules())
+        tensors = {}
+        for path in one.paths:
+            shape = modules[path].weight.shape
+            shape = shape if granularity == "element" else shape[:1]
+            tensors[path] = mx.array(rng.uniform(1, 9, shape).astype(np.float32))
+        facts = FisherFacts(
+            granularity=granularity, labels="data", rows=1, tokens=1, norm=1.0 + seed
+        )
+        found.append(Fisher(facts, tensors))
+    return found
 
 
 def dense_rows(model: nn.Module, adapter: Adapter, path: str) -> np.ndarray:
@@ -103,6 +124,7 @@ def test_one_adapter_comes_back_bit_for_bit(
             model=tiny_model,
             method=method,
             weights=weights,
+            fisher=known_of(tiny_model, inputs) if method == "fisher" else None,
             save_path=tmp_path / "out",
             overwrite=True,
         )
@@ -112,22 +134,6 @@ def test_one_adapter_comes_back_bit_for_bit(
         assert found.tensors.keys() == one.tensors.keys()
         for name, value in one.tensors.items():
             assert mx.array_equal(found.tensors[name], value)
-
-
-@pytest.mark.parametrize("method", ADAPTER_METHODS)
-def test_copies_give_the_same_model(tiny_model: nn.Module, method: str) -> None:
-    one = train(tiny_model, 1)
-    kw: dict = {"weights": [0.5, 0.5]}
-    if method in ("dare", "dare_ties", "ties"):
-        kw["density"] = 1.0
-    if method == "tsv":  # it keeps half of each task: all of two copies of half of it
-        kw = {"weights": [1.0, 0.0]}
-    if method in ("ties", "dare_ties"):
-        kw["weights"] = [1.0, 1.0]
-    merged = merge_adapters([one, one], model=tiny_model, method=method, rank=3, **kw)
-    path = "model.layers.1.self_attn.v_proj"
-    expected = dense_rows(tiny_model, one, path)
-    assert_close(dense_rows(tiny_model, merged, path), expected, bound=1e-6)
 
 
 def test_weights_by_pattern(tiny_model: nn.Module) -> None:
@@ -144,6 +150,43 @@ def test_weights_by_pattern(tiny_model: nn.Module) -> None:
         )
     path = "model.layers.0.self_attn.v_proj.lora_a"  # one adapter alone: as it was
     assert mx.array_equal(merged.tensors[path], adapters[0].tensors[path])
+
+
+@pytest.mark.parametrize("granularity", ["row", "element"])
+def test_fisher_weighs_by_what_is_known_of_each(
+    tiny_model: nn.Module, granularity: str
+) -> None:
+    adapters = [train(tiny_model, 1), train(tiny_model, 2, rank=5)]
+    known = known_of(tiny_model, adapters, granularity)
+    report = merge_adapters_report(
+        adapters,
+        model=tiny_model,
+        method="fisher",
+        weights=[1, 3],
+        fisher=known,
+        rank=32 if granularity == "element" else None,
+    )
+    path = "model.layers.1.self_attn.q_proj"
+    parts = [dense_rows(tiny_model, one, path) for one in adapters]
+    shape = parts[0].shape
+    f, g = (to_numpy(one.read(path, shape)) for one in known)  # pyright: ignore[reportArgumentType]
+    if granularity == "row":
+        f, g = f[:, None], g[:, None]
+    truth = (f * parts[0] + 3 * g * parts[1]) / (f + 3 * g)
+    assert_close(dense_rows(tiny_model, report.adapter, path), truth)
+    assert "without Fisher" not in "\n".join(report.lines())
+    alone = [*known[:1], known_of(tiny_model, [train(tiny_model, 1, keys=QV[:1])],
+                                  granularity)[0]]  # fmt: skip
+    report = merge_adapters_report(
+        adapters, model=tiny_model, method="fisher", fisher=alone
+    )
+    # Of v_proj the second knows nothing: the plain mean, and it is said.
+    line = next(one for one in report.lines() if "layers.0.self_attn.v_proj" in one)
+    assert "512 weights without Fisher information" in line
+    path = "model.layers.1.self_attn.v_proj"
+    parts = [dense_rows(tiny_model, one, path) for one in adapters]
+    merged = dense_rows(tiny_model, report.adapter, path)
+    assert_close(merged, (parts[0] + parts[1]) / 2)
 
 
 def test_embeddings_merge_too(tiny_model: nn.Module) -> None:
@@ -224,6 +267,12 @@ def test_the_command_writes_what_mlx_lm_loads(
     assert again.stderr.count("\n") == 1
     assert "already exists" in again.stderr
     assert CliRunner().invoke(command, ["adapters", *inputs]).exit_code == 2
+    patterns = [*args[:-1], "{'*.q_proj': [1, 0], '*': [1, 3]}", "--overwrite"]
+    assert CliRunner().invoke(command, patterns).exit_code == 0
+    saved, first = load_adapter(out), load_adapter(inputs[0])
+    path = "model.layers.1.self_attn.q_proj.lora_a"
+    assert mx.array_equal(saved.tensors[path], first.tensors[path])
+    assert saved.tensors[path.replace("q_proj", "v_proj")].shape[1] == 6
     bad = [*args[:-1], "1,x: ["]
     assert CliRunner().invoke(command, bad).exit_code == 2
 

@@ -83,10 +83,18 @@ def test_the_error_is_the_least_of_the_rank() -> None:
     assert made.discarded <= best * (1 + 1e-4)
 
 
-def test_energy_chooses_ranks(make_tuned) -> None:
-    base, tuned, _ = make_tuned()
+@pytest.mark.parametrize("bits", [None, 4])
+def test_energy_chooses_ranks_and_a_rank_is_kept(make_tuned, bits: int | None) -> None:
+    base, tuned, _ = make_tuned(bits=bits)
     found = extract_adapter(base, tuned, energy=0.6)
     assert all(one.rank < 4 and one.discarded <= 0.4 for one in found.layers)
+    for one in found.layers:
+        assert f"{one.path}: rank {one.rank}, " in "\n".join(found.lines())
+        assert 0 < one.error < 1
+    fixed = extract_adapter(base, tuned, rank=3)
+    assert {one.rank for one in fixed.layers} == {3}
+    # Packing again is not low-rank: on a packed base the error tells.
+    assert max(one.error for one in fixed.layers) < 1e-3
     capped = extract_adapter(base, tuned, energy=1.0, rank=2)
     assert {one.rank for one in capped.layers} == {2}
 

@@ -1,10 +1,14 @@
 """Factored merges against the dense computation in float64."""
 
+import tracemalloc
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_dora.factored import Update
+from mlx_dora.kernels.quantized import QuantizedWeight
+from mlx_dora.kernels.rows import Weight
 from mlx_dora.merge.factored import AdaptedMatrix, cut_rank, merge_matrix
 from mlx_dora.merge.names import MEANS, SUMS
 from tests.checks import assert_close, to_numpy
@@ -212,16 +216,32 @@ def test_a_sum_of_opposite_rows_has_the_length_that_is_left():
     assert_close(adapted(dense, merged), 0.05 * adapted(dense, one), bound=1e-5)
 
 
-def test_no_dense_float32_array_is_made():
-    rows = width = 1024
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("method", [*MEANS, *SUMS])
+def test_no_array_of_the_weights_size_is_made(method, bits):
+    """Neither by MLX nor by NumPy, which tracemalloc watches."""
+    rows = width = 2048  # beside which the blocks that are worked on are small
     weight = mx.random.normal((rows, width)).astype(mx.bfloat16)
     dense = to_numpy(weight)
-    inputs = [make_input(dense, 8, 1.0, i) for i in range(3)]
-    mx.eval(weight)
-    shares = shares_of([1 / 3] * 3, rows)
+    count = 2 if method == "slerp" else 3
+    inputs = [make_input(dense, 8, 1.0, i) for i in range(count)]
+    given: Weight = weight
+    if bits is not None:
+        packed, scales, biases = mx.quantize(weight, 32, bits)
+        given = QuantizedWeight(
+            weight=packed, scales=scales, biases=biases, group_size=32, bits=bits
+        )
+        mx.eval(packed, scales, biases)
+    mx.eval([one.m for one in inputs])
+    shares = shares_of([1 / count] * count, rows)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    for method in ("karcher", "linear"):
-        merge_matrix(weight, inputs, shares, method=method, scale=1.0, rank=8)
+    tracemalloc.start()
+    try:
+        merge_matrix(given, inputs, shares, method=method, scale=1.0, rank=8)
+        _, by_numpy = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert mx.get_peak_memory() - before < 4 * rows * width
+    assert by_numpy < 4 * rows * width

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.merge import methods
+from mlx_dora.merge import blockwise, methods
 from mlx_dora.merge.tensor import TensorSettings, merge_tensor
 from tests.checks import assert_close, to_numpy
 from tests.merge.oracle import total
@@ -31,7 +31,7 @@ def taus(base, tuned):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(methods, "_BLOCK", 400)  # 1500 elements: a last block of 300
+    monkeypatch.setattr(blockwise, "BLOCK", 400)  # 1500 elements: a last block of 300
 
 
 def test_linear():
@@ -77,6 +77,26 @@ def test_ties(normalize):
     )
     deltas = [(one - base).astype(float) for one in tuned]  # as the threshold sees them
     assert_close(found, base + ties_truth(deltas, w, density, normalize))
+
+
+def test_of_equal_entries_ties_keeps_the_first_ones_and_no_more() -> None:
+    base = np.zeros((30, 50), np.float32)
+    rng = np.random.default_rng(3)
+    one = rng.choice([-2.0, -1.0, 0.5, 1.0], base.shape).astype(np.float32)
+    for density in (0.1, 0.4, 0.6, 0.9):
+        kept = int(density * one.size)
+        first = np.argsort(-np.abs(one).ravel(), kind="stable")[:kept]
+        truth = np.zeros(one.size)
+        truth[first] = one.ravel()[first]
+        found = methods.ties(mx.array(base), arrays(one), [1.0], density=density)
+        assert (to_numpy(found).ravel() == truth).all()
+
+
+def test_half_precision_is_rounded_once() -> None:
+    _, tuned = make()
+    halves = [mx.array(one).astype(mx.bfloat16) for one in tuned]
+    truth = sum(to_numpy(one) for one in halves) / 3
+    assert_close(methods.linear(halves, [1, 1, 1]), truth, bound=1e-6)
 
 
 def test_ties_with_nothing_kept_is_the_base():

@@ -1,9 +1,6 @@
 """Merges of whole model folders."""
 
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +14,14 @@ from mlx_dora import DoRAError
 from mlx_dora.adapters.hosting import load
 from mlx_dora.cli.merge import command
 from mlx_dora.io.checkpoint import Checkpoint
-from mlx_dora.merge import merge_models, methods, tensor
+from mlx_dora.merge import blockwise, merge_models
+from mlx_dora.merge.fisher import FisherFacts, save_fisher
 from mlx_dora.merge.models import run_merge
 from mlx_dora.merge.names import MODEL_METHODS
 from mlx_dora.merge.plan import plan_models
 from tests.adapters.training import TOKENS
 from tests.checks import assert_close, to_numpy
-from tests.merge.oracle import dense_karcher, dense_slerp
+from tests.merge.oracle import dense_karcher, dense_slerp, total
 
 MakeFolder = Callable[..., Path]
 MATRIX = "model.layers.1.mlp.down_proj.weight"
@@ -65,6 +63,20 @@ def test_rows_are_merged_apart_and_vectors_by_the_mean(
     assert tokenizer.encode("the fox")
 
 
+def test_weights_by_pattern_and_by_row(three: list[Path], tmp_path: Path) -> None:
+    t = np.linspace(0, 1, 32)
+    weights = {"*.layers.1.mlp.down_proj": [1 - t, t], "*.layers.0.*": [1, 0],
+               "*": [1, 3]}  # fmt: skip
+    merge_models(three[:2], save_path=tmp_path / "out", weights=weights)
+    a, b = (read(one, MATRIX) for one in three[:2])
+    rows = [dense_slerp(a[[j]], b[[j]], t[j])[0] for j in range(32)]
+    assert_close(mx.array(read(tmp_path / "out", MATRIX)), np.array(rows))
+    for name, share in (("layers.0.mlp.up_proj", 0.0), ("layers.1.mlp.up_proj", 0.75)):
+        a, b = (read(one, f"model.{name}.weight") for one in three[:2])
+        expected = dense_slerp(a, b, share) if share else a
+        assert_close(mx.array(read(tmp_path / "out", f"model.{name}.weight")), expected)
+
+
 def test_changes_of_a_base_are_merged_when_there_is_one(
     three: list[Path], tmp_path: Path
 ) -> None:
@@ -76,10 +88,65 @@ def test_changes_of_a_base_are_merged_when_there_is_one(
     assert_close(mx.array(read(tmp_path / "out", MATRIX)), expected)
 
 
+def known_of(folder: Path, count: int, granularity: str = "row") -> list[Path]:
+    """Folders of random Fisher information of one matrix."""
+    shape = (32, 64) if granularity == "element" else (32,)
+    facts = FisherFacts(
+        granularity=granularity, labels="data", rows=1, tokens=1, norm=0.0
+    )
+    made = []
+    for i in range(count):
+        value = np.random.default_rng(i).uniform(1, 9, shape).astype(np.float32)
+        path = folder / f"fisher_{granularity}_{i}"
+        save_fisher(
+            path, facts, {MATRIX.removesuffix(".weight"): mx.array(value)}.items()
+        )
+        made.append(path)
+    return made
+
+
+@pytest.mark.parametrize("granularity", ["row", "element"])
+def test_fisher_weighs_what_it_knows(
+    three: list[Path], tmp_path: Path, granularity: str
+) -> None:
+    folders = known_of(tmp_path, 3, granularity)
+    report = merge_models(
+        three, save_path=tmp_path / "out", method="fisher", weights=[1, 2, 3],
+        fisher=folders,
+    )  # fmt: skip
+    known = []
+    for one in folders:
+        value = read(one, MATRIX.removesuffix(".weight"))
+        value = value / np.linalg.norm(value)
+        known.append(value if granularity == "element" else value[:, None])
+    parts = [read(one, MATRIX) for one in three]
+    top = total(w * f * p for w, f, p in zip([1, 2, 3], known, parts, strict=True))
+    under = total(w * f for w, f in zip([1, 2, 3], known, strict=True))
+    assert_close(mx.array(read(tmp_path / "out", MATRIX)), top / under)
+    name = "model.layers.0.mlp.up_proj.weight"  # nothing is known of it
+    mean = total(w * read(one, name) for w, one in zip([1, 2, 3], three, strict=True))
+    assert_close(mx.array(read(tmp_path / "out", name)), mean / 6)
+    text = "\n".join(report.lines())
+    assert "in 19 tensors have no Fisher information" in text
+    for given, message in (
+        (None, "needs 3 estimates"),
+        (folders[:2], "needs 3 estimates"),
+    ):
+        with pytest.raises(DoRAError, match=message):
+            merge_models(
+                three, save_path=tmp_path / "two", method="fisher", fisher=given
+            )
+    with pytest.raises(DoRAError, match="granularity is row"):
+        merge_models(
+            three, save_path=tmp_path / "two", method="fisher", fisher=folders,
+            parameters={"granularity": "tensor"},
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("method", MODEL_METHODS)
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_copies_come_back(three: list[Path], tmp_path: Path, method, granularity):
-    if (method, granularity) == ("magnitude_weighted", "tensor"):
+    if method in ("magnitude_weighted", "fisher") and granularity == "tensor":
         return
     base, one, _ = three
     parameters: dict[str, Any] = {"granularity": granularity}
@@ -96,6 +163,7 @@ def test_copies_come_back(three: list[Path], tmp_path: Path, method, granularity
         method=method,
         weights=weights,
         parameters=parameters,
+        fisher=known_of(tmp_path, 2) if method == "fisher" else None,
     )
     found = mx.array(read(tmp_path / "out", MATRIX))
     assert_close(found, read(one, MATRIX), bound=1e-6)
@@ -182,6 +250,13 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
     (c / "model.safetensors").write_bytes(whole[:-10])
     with pytest.raises(DoRAError, match="cut off"):
         merge_models([a, c], save_path=out)
+    (c / "model.safetensors").write_bytes(overlapping(whole))
+    with pytest.raises(DoRAError, match="overlaps the tensor before it"):
+        merge_models([a, c], save_path=out)
+    (c / "model.safetensors").write_bytes(whole)
+    edit(c, **{MATRIX.replace(".", "__"): mx.ones((64, 32))})
+    with pytest.raises(DoRAError, match=r"other shapes: .*\(64, 32\) for \(32, 64\)"):
+        merge_models([a, c], save_path=out)
     config = json.loads((c / "config.json").read_text())
     (c / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
     (c / "model.safetensors").write_bytes(whole)
@@ -191,58 +266,22 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
     assert sorted(names) == ["m0", "m1", "m2"]  # nothing left, hidden or not
 
 
-KILLED = """
-import os, signal, sys
-from mlx_dora.merge.models import run_merge
-from mlx_dora.merge.plan import plan_models
-
-done = 0
-def progress(what, total, number):
-    global done
-    done += number
-    if done == 12:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-a, b, out = sys.argv[1:]
-run_merge(plan_models([a, b]), out, max_shard_bytes=20_000, progress=progress)
-"""
-
-
-def test_a_killed_merge_shows_nothing_and_is_gone_on_with(
-    three: list[Path], tmp_path: Path
-) -> None:
-    a, b, _ = three
-    out = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", KILLED, a, b, out], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not out.exists()
-    assert list(tmp_path.glob("*/model.safetensors")) == [
-        one / "model.safetensors" for one in three
-    ] or not list(tmp_path.glob("out*"))
-    plan = plan_models([str(a), str(b)])
-    report = run_merge(plan, out, max_shard_bytes=20_000)
-    assert 0 < report.resumed < 12
-    run_merge(plan, tmp_path / "whole", max_shard_bytes=20_000)
-    for name in Checkpoint(tmp_path / "whole").names:
-        assert (read(out, name) == read(tmp_path / "whole", name)).all()
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_other_settings_do_not_take_over_what_was_left(
-    three: list[Path], tmp_path: Path
-) -> None:
-    a, b, _ = three
-    out = tmp_path / "out"
-    subprocess.run([sys.executable, "-c", KILLED, a, b, out], check=False)
-    report = merge_models([a, b], save_path=out, weights=[1, 2])
-    assert report.resumed == 0
+def overlapping(whole: bytes) -> bytes:
+    """The file with its last tensor moved over the one before it."""
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    header.pop("__metadata__", None)
+    last = max(header.values(), key=lambda one: one["data_offsets"])
+    last["data_offsets"] = [place - 4 for place in last["data_offsets"]]
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + whole[8 + size : -4]
 
 
 def test_memory_is_bounded(
     make_tiny_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (tensor, methods):  # as small beside the tensor as in a real model
-        monkeypatch.setattr(module, "_BLOCK", 1 << 14)
+    # As small beside the tensor as in a real model.
+    monkeypatch.setattr(blockwise, "BLOCK", 1 << 14)
     sizes = {"vocab_size": 20_000, "hidden_size": 64, "num_hidden_layers": 1}
     models = [make_tiny_folder(f"m{s}", seed=s, **sizes) for s in range(4)]
     largest = 4 * 20_000 * 64

@@ -1,0 +1,172 @@
+"""A safetensors file written front to back, while its tensors are being computed.
+
+The header stands first in the file and is known last. Room is kept for it, and what it
+leaves is filled with spaces, as the format allows.
+"""
+
+import json
+import math
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_dora.io.header import DTYPE_BITS
+
+# With the eight bytes of its length the header fills whole pages.
+HEADER_ROOM = (1 << 18) - 8
+# Bytes that may wait for the disk's turn. They are in memory.
+_WAITING = 1 << 25
+# Flushed every so many bytes, beside the writing, so that little is left at the end.
+_FLUSH = 1 << 26
+
+_DTYPES = {
+    mx.bool_: "BOOL",
+    mx.uint8: "U8",
+    mx.uint16: "U16",
+    mx.uint32: "U32",
+    mx.uint64: "U64",
+    mx.int8: "I8",
+    mx.int16: "I16",
+    mx.int32: "I32",
+    mx.int64: "I64",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.float32: "F32",
+    mx.float64: "F64",
+    mx.complex64: "C64",
+}
+
+
+class TensorStream:
+    """Writes one safetensors file; two threads write and flush what it is given.
+
+    Args:
+        path: The file to make.
+        room: Bytes kept for the header.
+    """
+
+    def __init__(self, path: Path, room: int = HEADER_ROOM) -> None:
+        self.path = path
+        self._file = path.open("xb", buffering=0)
+        self._room = room
+        self._entries: dict[str, dict[str, object]] = {
+            "__metadata__": {"format": "mlx"}
+        }
+        self._header_bytes = len(self._header())
+        self._expected = self._reached = self._unflushed = 0
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="TensorStream")
+        self._waiting: deque[tuple[int, Future[None]]] = deque()
+        self._waiting_bytes = 0
+
+    @property
+    def names(self) -> set[str]:
+        """The tensors begun so far."""
+        return self._entries.keys() - {"__metadata__"}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors begun so far."""
+        return self._expected
+
+    def has_room(self, name: str, dtype: mx.Dtype, shape: tuple[int, ...]) -> bool:
+        """Whether the header can take one more tensor."""
+        entry = self._entry(name, dtype, shape)
+        return self._header_bytes + _length({name: entry}) <= self._room
+
+    def begin(self, name: str, dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
+        """Announce the tensor that is written next; the one before must be whole."""
+        self._check_whole()
+        entry = self._entry(name, dtype, shape)
+        self._header_bytes += _length({name: entry})
+        self._entries[name] = entry
+        self._expected += nbytes_of(dtype, shape)
+
+    def write(self, block: mx.array) -> None:
+        """Take the next elements of the tensor, in its dtype; any shape.
+
+        Raises:
+            OSError: If this or an earlier block could not be written.
+        """
+        if not block.size:
+            return
+        data = memoryview(block.reshape(-1).view(mx.uint8))  # pyright: ignore[reportArgumentType] - it has the buffer protocol
+        place = 8 + self._room + self._reached
+        self._reached += data.nbytes
+        if self._reached > self._expected:
+            raise RuntimeError(f"{self.path}: more was written than was announced")
+        while self._waiting and self._waiting_bytes + data.nbytes > _WAITING:
+            self._wait_for_one()
+        self._submit(data.nbytes, self._threads.submit(self._write, data, place))
+        self._unflushed += data.nbytes
+        if self._unflushed >= _FLUSH:
+            self._submit(0, self._threads.submit(os.fsync, self._file.fileno()))
+            self._unflushed = 0
+
+    def close(self) -> None:
+        """Write the header and flush the file.
+
+        Raises:
+            OSError: If something could not be written.
+        """
+        self._check_whole()
+        while self._waiting:
+            self._wait_for_one()
+        self._threads.shutdown()
+        text = self._header().ljust(self._room)
+        self._write(memoryview(self._room.to_bytes(8, "little") + text), 0)
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Stop writing and delete the file."""
+        self._threads.shutdown(cancel_futures=True)
+        self._waiting.clear()
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    def _entry(
+        self, name: str, dtype: mx.Dtype, shape: tuple[int, ...]
+    ) -> dict[str, object]:
+        end = self._expected + nbytes_of(dtype, shape)
+        return {
+            "dtype": _DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [self._expected, end],
+        }
+
+    def _check_whole(self) -> None:
+        if self._reached != self._expected:
+            raise RuntimeError(f"{self.path}: a tensor was announced and not written")
+
+    def _header(self) -> bytes:
+        return json.dumps(self._entries, separators=(",", ":")).encode()
+
+    def _submit(self, size: int, future: Future[None]) -> None:
+        self._waiting.append((size, future))
+        self._waiting_bytes += size
+
+    def _wait_for_one(self) -> None:
+        size, future = self._waiting.popleft()
+        future.result()
+        self._waiting_bytes -= size
+
+    def _write(self, data: memoryview, place: int) -> None:
+        done = 0
+        try:
+            while done < data.nbytes:
+                done += os.pwrite(self._file.fileno(), data[done:], place + done)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+def nbytes_of(dtype: mx.Dtype, shape: tuple[int, ...]) -> int:
+    """Size of a tensor in a file."""
+    return math.prod(shape) * DTYPE_BITS[_DTYPES[dtype]] // 8
+
+
+def _length(entry: dict[str, dict[str, object]]) -> int:
+    # The braces of an object of its own are worth a comma.
+    return len(json.dumps(entry, separators=(",", ":")).encode()) - 1
