@@ -81,12 +81,28 @@ def layer(job: dict[str, Any], given: Tensors) -> Tensors:
     return {"y": y.detach(), "x": x.grad, **found}
 
 
+def combine(job: dict[str, Any], given: Tensors) -> Tensors:
+    """Merge saved adapters by `add_weighted_adapter` and save the result."""
+    torch.manual_seed(0)
+    names = [str(i) for i, _ in enumerate(job["adapters"])]
+    model = PeftModel.from_pretrained(
+        load_base(job["model"]), job["adapters"][0], adapter_name=names[0]
+    )
+    for name, path in zip(names[1:], job["adapters"][1:], strict=True):
+        model.load_adapter(path, adapter_name=name)
+    model.add_weighted_adapter(adapters=names, adapter_name="merged", **job["settings"])
+    out = Path(job["out"])
+    model.save_pretrained(out, selected_adapters=["merged"])
+    for file in (out / "merged").iterdir():
+        file.rename(out / file.name)
+    return given
+
+
 def main() -> None:
     folder = Path(sys.argv[2])
     job = json.loads((folder / "job.json").read_text())
-    found = {"logits": logits, "train": train, "layer": layer}[sys.argv[1]](
-        job, load_file(folder / "in.safetensors")
-    )
+    jobs = {"logits": logits, "train": train, "layer": layer, "combine": combine}
+    found = jobs[sys.argv[1]](job, load_file(folder / "in.safetensors"))
     save_file({k: v.contiguous() for k, v in found.items()}, folder / "out.safetensors")
 
 
