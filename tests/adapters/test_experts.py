@@ -11,6 +11,7 @@ import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_dora import (
     DoRAConfig,
@@ -25,6 +26,7 @@ from mlx_dora import (
     remove_dora,
     save_adapter,
 )
+from mlx_dora.adapters.adapter import take_adapter
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.fuse import fuse_model
 from mlx_dora.adapters.fuse_config import FuseConfig
@@ -310,3 +312,34 @@ def test_peft_refuses_stacks_by_name(tmp_path: Path) -> None:
     adapter = make_adapter(make_model("deepseek_v3"), 1, EXPERTS["deepseek_v3"])
     with pytest.raises(DoRAError, match=r"experts.*embed_q.*switch_mlp.gate_proj"):
         to_peft(adapter, tmp_path / "peft")
+
+
+@pytest.mark.parametrize(
+    ("bits", "mode"),
+    [(None, "requantize"), (4, "requantize"), (4, "lossless"), (4, "in memory")],
+)
+def test_fuse_makes_no_float32_array_as_large_as_the_experts(
+    bits: int | None, mode: Any
+) -> None:
+    mx.random.seed(0)
+    base = SwitchLinear(256, 256, 64, bias=False)
+    base.set_dtype(mx.bfloat16)
+    model = nn.Module()
+    model.experts = base if bits is None else base.to_quantized(64, bits)
+    mx.eval(model.parameters())
+    config = DoRAConfig(rank=4, scale=2.0, keys=("experts",), num_layers=0)
+    apply_dora(model, config)
+    adapter = take_adapter(model)
+    mx.eval(model.parameters(), adapter.tensors)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    if mode == "in memory":
+        fuse_dora(model)
+    else:
+        remove_dora(model)
+        fuse_config = FuseConfig(mode=mode, keep=0.0)
+        stream_fused(model, adapter, fuse_config, lambda _, value: mx.eval(value))
+    # The fused experts, once more while they are put together, and blocks of one.
+    own = 64 * 256 * 256 * (2 if bits is None else 5 / 8)
+    assert mx.get_peak_memory() - before < 2.7 * own
