@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_dora.adapters.adapter import Adapter, BaseModel, rank_of
+from mlx_dora.adapters.adapter import LEAVES, Adapter, BaseModel, rank_of
 from mlx_dora.adapters.attach import all_problems
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
@@ -142,16 +142,18 @@ def merge_adapters_report(
         tensors: dict[str, mx.array] = {}
         layers = []
         for path in paths:
-            weight = weight_of(modules[path])
+            weight, normalize = weight_of(modules[path]), method in NORMALIZED
             columns = [adapted_matrices(one, path, modules[path]) for one in loaded]
+            rows = weight.shape[-2]
+            shares = row_weights(weights, path, len(loaded), rows, normalize=normalize)
             parts = []
             named = named_matrices(path, weight)
             for (name, matrix), *inputs in zip(named, *columns, strict=True):
-                known = [one.read(name, matrix.shape) for one in fishers]
+                known = [one.read(path, matrix.shape) for one in fishers]
                 merged = _merge_matrix(
-                    path, matrix, inputs, method, weights, rank, target, options, known
+                    matrix, inputs, shares, method, rank, target, options, known
                 )
-                parts.append({n: getattr(merged, n) for n in ("lora_a", "lora_b", "m")})
+                parts.append({n: getattr(merged, n) for n in LEAVES["dora"]})
                 layers.append(_report(path, name, merged, loaded))
             tensors |= adapter_tensors(path, modules[path], weight, parts)
             if progress is not None:
@@ -230,20 +232,16 @@ def _check_fit(
 
 
 def _merge_matrix(
-    path: str,
     weight: Weight,
     inputs: Sequence[AdaptedMatrix],
+    shares: np.ndarray,
     method: str,
-    weights: Weights | None,
     rank: int | None,
     target: float,
     options: Options,
     known: Sequence[mx.array | None],
 ) -> MergedMatrix:
-    rows = weight.shape[0]
-    normalize = method in NORMALIZED
-    shares = row_weights(weights, path, len(inputs), rows, normalize=normalize)
-    if normalize:
+    if method in NORMALIZED:
         counts = np.flatnonzero(shares.any(0)).tolist()
         inputs, shares = [inputs[i] for i in counts], shares[:, counts]
         known = [known[i] for i in counts] if known else known

@@ -62,17 +62,17 @@ def add_logit_errors(
                 layers[path][leaf] = value.astype(mx.float32)
             layers[path].invalidate()
 
-        errors = dict.fromkeys((one.path for one in cut.layers), 0.0)
-        for path in errors:
+        errors: dict[str, float] = {}
+        for path in layers:  # the experts of a module together
             put(path, cut.adapter)
             errors[path] = error()
             put(path, full)
             if progress is not None:
-                progress("logits", len(errors), 1)
-        for path in errors:
+                progress("logits", len(layers), 1)
+        for path in layers:
             put(path, cut.adapter)
-        told = [replace(one, logit_error=errors[one.path]) for one in cut.layers]
-        return replace(cut, layers=tuple(told), logit_error=error())
+        told = tuple(replace(one, logit_error=errors[one.path]) for one in cut.layers)
+        return replace(cut, layers=told, logit_error=error())
     finally:
         remove_dora(model)
 
