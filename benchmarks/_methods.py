@@ -59,10 +59,7 @@ METHODS = {
     ),
     "full": Method(kind="full", has_rank=False, rates=(2e-5, 8e-5, 3.2e-4)),
     "doran-aux": Method(settings={"variant": "doran-aux"}, per_matrix=1, shared=2),
-    # Multiplied by singular values: a lower rate moves the weight as far.
-    "edora": Method(
-        settings={"variant": "edora"}, is_square=True, rates=(2e-4, 8e-4, 3.2e-3)
-    ),
+    "edora": Method(settings={"variant": "edora"}, is_square=True),
     "bidora": Method(settings={"variant": "bidora"}),
 }
 
