@@ -141,7 +141,8 @@ class Study:
             own = path
             for i in range(self.first):
                 own = own.replace(f"model.layers.{i}.", f"model.layers.0.blocks.{i}.")
-            if not mx.allclose(tensor, parameters[own], rtol=1e-5, atol=1e-7):
+            # mergekit's karcher of equal matrices is off by up to 1.4e-5.
+            if not bench.relative_rms(tensor, parameters[own]) < 1e-4:
                 raise click.ClickException(f"{folder}: {path} is not the base's")
         changed = [(path, Checkpoint(folder).tensor(path)) for path in before]
         self.model.load_weights(changed, strict=False)

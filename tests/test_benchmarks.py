@@ -80,8 +80,8 @@ def test_the_comparison_of_variants_goes_on_where_it_stopped(
     assert second.returncode == 0, second.stderr
     assert output.read_text().startswith(before)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    # Tasks, methods, three rates and the chosen one.
-    assert len(lines) == 2 * len(methods) * 4
+    # Tasks; the base; methods, three rates and the chosen one.
+    assert len(lines) == 2 * (1 + len(methods) * 4)
     assert all(0 <= line["accuracy"] <= 1 for line in lines if line["seed"] == 0)
     assert not any("accuracy" in line for line in lines if line["seed"] == 1000)
     trained = {line["method"]: line["trainable"] for line in lines}
