@@ -1,6 +1,6 @@
 """mergekit itself on the same YAML and the same checkpoints: values agree.
 
-Runs where the extra ``peers`` is installed, here or in the interpreter that
+Runs where torch and mergekit are installed, here or in the interpreter that
 ``MLX_DORA_PEERS_PYTHON`` names.
 """
 
