@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -17,36 +17,13 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.batches import Examples
+from mlx_dora.options import names_with
 from mlx_dora.train.checkpoint import Checkpoint
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import share_tensors
 from mlx_dora.train.start import kept_tensors
 
 logger = logging.getLogger(__name__)
-
-# What may differ between a run and its continuation: it changes neither the weights of
-# a step nor a line of the log. Model and data are compared by what is in them.
-FREE = {
-    "model",
-    "data",
-    "hf_dataset",
-    "train",
-    "test",
-    "test_batches",
-    "iters",
-    "epochs",
-    "resume",
-    "force",
-    "overwrite",
-    "resume_adapter_file",
-    "adapter_path",
-    "keep_last",
-    "clear_cache_threshold",
-    "report_to",
-    "project_name",
-    "trust_remote_code",
-    "plan",
-}
 
 
 def run_settings(
@@ -62,9 +39,7 @@ def run_settings(
         processes: How many share a batch: it changes sums by rounding, and dropout.
     """
     kept = {
-        field.name: getattr(train, field.name)
-        for field in fields(train)
-        if field.name not in FREE
+        name: getattr(train, name) for name in names_with(train, "may_change", False)
     }
     found = {
         **kept,
