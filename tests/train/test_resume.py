@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.train.checkpoint import newest_checkpoint
+from mlx_dora.train.run.checkpoint import newest_checkpoint
 from tests.train.conftest import EXAMPLES
 from tests.train.saved import log, same_bits, tensors
 
