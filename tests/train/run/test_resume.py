@@ -232,7 +232,7 @@ def test_resume_without_a_checkpoint_says_so(
 ) -> None:
     _, report = run(iters=2, resume=True)
     assert report.steps == 2
-    assert "has no checkpoint: the training begins anew" in caplog.text
+    assert "has no checkpoint: the training starts at step 0" in caplog.text
     for path in (report.adapter_path / "checkpoints").iterdir():
         if path.is_dir():
             path.rename(tmp_path / path.name)
