@@ -41,8 +41,8 @@ from mlx_dora.demo.model import demo_model
 from mlx_dora.evaluate.data import load_datasets
 from mlx_dora.evaluate.labels import find_labels
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.loop import finetune
-from mlx_dora.train.reports import StepReport, TrainReport
+from mlx_dora.train.run.finetune import finetune
+from mlx_dora.train.run.journal import StepReport, TrainReport
 
 TUNING_SEED = 1000
 BASE = "base"  # measured as it is

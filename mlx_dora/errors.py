@@ -5,11 +5,11 @@ MAX_LENGTH = 600
 
 
 def printable(text: str, limit: int | None = None) -> str:
-    """Return text that is safe to show on a terminal, in one line.
+    r"""Return text that is safe to show on a terminal, in one line.
 
     Names and messages that come from a file may hold escape sequences that retitle or
     clear a terminal. Characters that do not print (controls, line ends, direction
-    marks, half surrogates) become ``\\x1b``-like escapes; the rest stays.
+    marks, half surrogates) become ``\x1b``-like escapes; the rest stays.
 
     Args:
         text: Any text.

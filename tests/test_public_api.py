@@ -156,7 +156,7 @@ SIGNATURES = {
         "check_base=",
         "progress=",
     ],
-    "mlx_dora.train.finetune": [
+    "mlx_dora.train.run.finetune": [
         "model",
         "tokenizer",
         "train_set",

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_dora.cli._progress import TrainDisplay, duration, size
-from mlx_dora.train.reports import StepReport, TrainReport
+from mlx_dora.train.run.journal import StepReport, TrainReport
 
 if TYPE_CHECKING:  # they import MLX
     from mlx_dora.demo.changes import MatrixChange

@@ -14,7 +14,7 @@ A command file is ``mlx_dora/cli/<verb>.py`` and holds one click command called
     @dataclass_options(train=TrainConfig, dora=DoRAConfig)
     def command(train: TrainConfig, dora: DoRAConfig) -> None:
         "Fine-tune a model with DoRA."  # the help text
-        from mlx_dora.train.finetune import finetune  # mlx only from here on
+        from mlx_dora.train.run.finetune import finetune  # mlx only from here on
 
 Nothing at module level may import mlx or mlx_lm, not even through a package: ``--help``
 stays quick, and OpenBLAS must be loaded before MLX. Results go to stdout with

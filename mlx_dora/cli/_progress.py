@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mlx_dora.train.reports import StepReport
+from mlx_dora.train.run.journal import StepReport
 
 
 def duration(seconds: float) -> str:

@@ -14,10 +14,10 @@ from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._progress import TrainDisplay, duration, size
 from mlx_dora.cli._publish import command_line, publish, upload_option
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.reports import TrainReport
+from mlx_dora.train.run.journal import TrainReport
 
 if TYPE_CHECKING:
-    from mlx_dora.train.plan import MemoryPlan
+    from mlx_dora.train.plan.predict import MemoryPlan
 
 HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
 
@@ -47,7 +47,7 @@ def command(
         click.echo(f"No model given: taking mlx-lm's, {HOST_DEFAULT_MODEL}.", err=True)
         train = replace(train, model=HOST_DEFAULT_MODEL)
     if plan:
-        from mlx_dora.train.plan import plan_memory
+        from mlx_dora.train.plan.predict import plan_memory
 
         for line in describe_plan(plan_memory(train, dora)):
             click.echo(line)

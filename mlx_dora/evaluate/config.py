@@ -1,9 +1,10 @@
 """Where the data is and how its rows read; mlx-lm's names and defaults."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.options import check_options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,44 +16,35 @@ class DataConfig:
     (`text_feature`). The first row of a file decides for the whole file.
     """
 
-    data: str = field(
-        default="mlx-community/WikiSQL",
-        metadata={
-            "help": "Folder with {train,valid,test}.jsonl, or the name of a data set "
-            "on the Hugging Face Hub."
-        },
+    data: str = option(
+        "mlx-community/WikiSQL",
+        help="Folder with {train,valid,test}.jsonl, or the name of a data set "
+        "on the Hugging Face Hub.",
+        may_change=True,
     )
-    hf_dataset: dict[str, Any] | list[Any] | None = field(
-        default=None,
-        metadata={
-            "help": "Hub data set(s) with splits and features, as in mlx-lm's YAML; "
-            "takes the place of data."
-        },
+    hf_dataset: dict[str, Any] | list[Any] | None = option(
+        None,
+        help="Hub data set(s) with splits and features, as in mlx-lm's YAML; "
+        "takes the place of data.",
+        may_change=True,
     )
-    mask_prompt: bool = field(
-        default=False,
-        metadata={"help": "Count only the completion's tokens in the loss."},
+    mask_prompt: bool = option(
+        False, help="Count only the completion's tokens in the loss.", recorded=True
     )
-    all_turns: bool = field(
-        default=False,
-        metadata={
-            "help": "In chats, count every turn of the assistant's in the loss and "
-            "nothing else (mask_prompt alone counts the last turn)."
-        },
+    all_turns: bool = option(
+        False,
+        help="In chats, count every turn of the assistant's in the loss and "
+        "nothing else (mask_prompt alone counts the last turn).",
+        recorded=True,
     )
-    prompt_feature: str = field(
-        default="prompt", metadata={"help": "Key of the prompt in completions data."}
+    prompt_feature: str = option(
+        "prompt", help="Key of the prompt in completions data."
     )
-    completion_feature: str = field(
-        default="completion",
-        metadata={"help": "Key of the completion in completions data."},
+    completion_feature: str = option(
+        "completion", help="Key of the completion in completions data."
     )
-    chat_feature: str = field(
-        default="messages", metadata={"help": "Key of the messages in chat data."}
-    )
-    text_feature: str = field(
-        default="text", metadata={"help": "Key of the text in plain text data."}
-    )
+    chat_feature: str = option("messages", help="Key of the messages in chat data.")
+    text_feature: str = option("text", help="Key of the text in plain text data.")
 
     def __post_init__(self) -> None:
         """Refuse names that cannot be keys.
@@ -60,6 +52,7 @@ class DataConfig:
         Raises:
             DoRAError: If a feature's name is empty or ``hf_dataset`` lacks its path.
         """
+        check_options(self)
         for name in ("prompt", "completion", "chat", "text"):
             if not getattr(self, f"{name}_feature"):
                 raise DoRAError(f"{name}_feature must be the name of a key, got ''.")
@@ -81,57 +74,27 @@ def hub_entries(hf_dataset: dict[str, Any] | list[Any] | None) -> list[Any]:
 class EvaluateConfig(DataConfig):
     """Which models are compared on which data."""
 
-    model: str = field(metadata={"help": "Folder or Hugging Face id of the base."})
-    adapter_path: str | None = field(
-        default=None, metadata={"help": "Adapter to compare with the base."}
+    model: str = option(help="Folder or Hugging Face id of the base.")
+    adapter_path: str | None = option(None, help="Adapter to compare with the base.")
+    fused_path: str | None = option(
+        None, help="Fused model to compare; with the adapter's logits too."
     )
-    fused_path: str | None = field(
-        default=None,
-        metadata={"help": "Fused model to compare; with the adapter's logits too."},
+    split: Literal["train", "valid", "test"] | None = option(
+        None, help="Part of the data; test if there is one, else valid."
     )
-    split: Literal["train", "valid", "test"] | None = field(
-        default=None,
-        metadata={"help": "Part of the data; test if there is one, else valid."},
+    batch_size: int = option(4, help="Rows in a batch.", least=1)
+    num_batches: int = option(
+        -1,
+        help="Batches to look at, spread over the data; -1 for all.",
+        least=1,
+        special=(-1,),
     )
-    batch_size: int = field(default=4, metadata={"help": "Rows in a batch."})
-    num_batches: int = field(
-        default=-1,
-        metadata={"help": "Batches to look at, spread over the data; -1 for all."},
+    max_seq_length: int = option(
+        2048, help="Longer rows are cut to this many tokens.", least=2
     )
-    max_seq_length: int = field(
-        default=2048, metadata={"help": "Longer rows are cut to this many tokens."}
+    labels: bool = option(True, help="Measure accuracy where the answers are labels.")
+    samples: int = option(3, help="Prompts to continue side by side.", least=0)
+    max_tokens: int = option(64, help="Longest continuation, in tokens.", least=1)
+    trust_remote_code: bool = option(
+        False, help="Let the model's repository run its own code."
     )
-    labels: bool = field(
-        default=True,
-        metadata={"help": "Measure accuracy where the answers are labels."},
-    )
-    samples: int = field(
-        default=3, metadata={"help": "Prompts to continue side by side."}
-    )
-    max_tokens: int = field(
-        default=64, metadata={"help": "Longest continuation, in tokens."}
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Let the model's repository run its own code."},
-    )
-
-    def __post_init__(self) -> None:
-        """Check every number.
-
-        Raises:
-            DoRAError: Naming the field, what is allowed and what came.
-        """
-        super().__post_init__()
-        least = {"batch_size": 1, "max_seq_length": 2, "samples": 0, "max_tokens": 1}
-        for name, minimum in {**least, "num_batches": -1}.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < minimum:
-                raise DoRAError(
-                    f"{name} must be a whole number of at least {minimum}, got "
-                    f"{value!r}."
-                )
-        if self.num_batches == 0:
-            raise DoRAError("num_batches must be -1 or at least 1, got 0.")
-        if self.split not in (None, "train", "valid", "test"):
-            raise DoRAError(f"split must be train, valid or test, got {self.split!r}.")

@@ -17,12 +17,13 @@ from mlx_dora.evaluate.loss import LossResult, evaluate_loss
 from mlx_dora.evaluate.rows import read_splits
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import together
-from mlx_dora.train.loop import Progress, finetune
 from mlx_dora.train.optimizers import build_optimizer
 from mlx_dora.train.plot import PLOT_NAME, can_plot, plot_losses
-from mlx_dora.train.reports import StepReport, TrainReport
+from mlx_dora.train.run.finetune import finetune
+from mlx_dora.train.run.journal import StepReport, TrainReport
+from mlx_dora.train.run.run import Progress
+from mlx_dora.train.run.start import check_folder
 from mlx_dora.train.services import check_services
-from mlx_dora.train.start import check_folder
 
 logger = logging.getLogger(__name__)
 

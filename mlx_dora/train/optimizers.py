@@ -9,6 +9,7 @@ import mlx.optimizers as optim
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.errors import DoRAError
+from mlx_dora.options import names_with
 from mlx_dora.train.config import TrainConfig
 
 Schedule = Callable[[mx.array], mx.array]
@@ -82,44 +83,24 @@ def describe_training(config: TrainConfig) -> dict[str, Any]:
         for name, parameter in signature.items()
         if name != "learning_rate"
     }
-    kept = (
-        "fine_tune_type",
-        "optimizer",
-        "learning_rate",
-        "lr_schedule",
-        "batch_size",
-        "grad_accumulation_steps",
-        "max_grad_norm",
-        "lora_plus_ratio",
-        "iters",
-        "max_seq_length",
-        "packing",
-        "mask_prompt",
-        "all_turns",
-        "seed",
-    )
     return {
-        **{name: getattr(config, name) for name in kept},
+        **{name: getattr(config, name) for name in names_with(config, "recorded")},
         "optimizer_config": {**settings, **optimizer_settings(config)},
     }
 
 
 def describe_variant(dora: DoRAConfig, train: TrainConfig) -> dict[str, Any]:
-    """The same of the adapter, whose files do not tell; empty for plain DoRA."""
+    """Variant settings to record with the adapter; empty for plain DoRA."""
     if dora.is_plain:
         return {}
-    kept = ("variant", "init", "rank", "magnitude_keys")
-    own: dict[str, dict[str, Any]] = {
-        "adaptive": {
-            "rank_every": train.rank_every,
-            "rank_rounds": train.rank_rounds,
-        },
-        "bidora": {"magnitude_share": train.magnitude_share},
-        "doran-aux": {"aux_width": dora.aux_width},
-    }
+    names = ("variant", "init", "rank", "magnitude_keys")
     return {
-        **{name: getattr(dora, name) for name in kept},
-        **own.get(dora.variant, {}),
+        **{name: getattr(dora, name) for name in names},
+        **{
+            name: getattr(config, name)
+            for config in (train, dora)
+            for name in names_with(config, "variant", dora.variant)
+        },
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.reports import StepReport
+from mlx_dora.train.run.journal import StepReport
 
 
 def check_services(config: TrainConfig) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.train.checkpoint import FOLDER_NAME
+from mlx_dora.train.run.checkpoint import FOLDER_NAME
 
 LOCK_NAME = ".lock"
 

@@ -10,8 +10,8 @@ from mlx_dora import DoRAConfig, apply_dora
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.batches import pad_batch
 from mlx_dora.evaluate.loss import loss_fn
-from mlx_dora.train.checkpointing import checkpointed_blocks
-from mlx_dora.train.start import trainable_tensors
+from mlx_dora.train.recompute import recomputed_blocks
+from mlx_dora.train.run.start import trainable_tensors
 from tests.adapters.stacks import make_model
 from tests.checks import assert_close, to_numpy
 from tests.train.conftest import EXAMPLES
@@ -43,7 +43,7 @@ def test_gradients_are_those_without_checkpointing(
 ) -> None:
     model = adapted(make_tiny_model, bits=bits)
     loss, expected = gradients(model)
-    with checkpointed_blocks(model):
+    with recomputed_blocks(model):
         again, found = gradients(model)
     assert_close(again, to_numpy(loss))
     assert found.keys() == expected.keys()
@@ -56,7 +56,7 @@ def test_blocks_called_with_positions_alone_and_with_experts(kind: str) -> None:
     """mlx-lm calls a block with keywords in some models, without in others."""
     model = adapted(make_model, kind=kind)
     loss, expected = gradients(model)
-    with checkpointed_blocks(model):
+    with recomputed_blocks(model):
         again, found = gradients(model)
     assert_close(again, to_numpy(loss))
     for name, value in found.items():
@@ -72,7 +72,7 @@ def test_gradients_fit_the_dropout_of_the_forward_pass(
     direction = mx.random.normal(start.shape, key=mx.random.key(5))
     block.hold_norm()  # a constant in the backward pass
     losses = []
-    with checkpointed_blocks(model):
+    with recomputed_blocks(model):
         _, gradient = gradients(model)
         for step in (-1e-2, 1e-2):
             block.lora_b = start + step * direction
@@ -86,7 +86,7 @@ def test_dropout_changes_from_step_to_step_and_repeats_with_the_seed(
     make_tiny_model: Callable[..., nn.Module],
 ) -> None:
     model = adapted(make_tiny_model, dropout=0.5)
-    with checkpointed_blocks(model):
+    with recomputed_blocks(model):
         mx.random.seed(3)
         first, second = (float(loss_fn(model, *BATCH)[0]) for _ in range(2))
         mx.random.seed(3)
@@ -102,7 +102,7 @@ def test_classes_are_untouched_and_everything_is_put_back(
     kind, call = type(block), type(block).__call__
     kinds = [type(module) for module in model.modules()]
     names = [name for name, _ in tree_flatten(model.parameters())]
-    with pytest.raises(RuntimeError, match="inside"), checkpointed_blocks(model):
+    with pytest.raises(RuntimeError, match="inside"), recomputed_blocks(model):
         assert type(block) is not kind
         assert isinstance(block, kind)
         assert type(other.layers[0]) is kind  # pyright: ignore[reportOptionalSubscript, reportAttributeAccessIssue]
@@ -125,7 +125,7 @@ def test_it_costs_less_memory(make_tiny_model: Callable[..., nn.Module]) -> None
         return mx.get_peak_memory()
 
     plain = peak()
-    with checkpointed_blocks(model):
+    with recomputed_blocks(model):
         assert peak() < 0.6 * plain
 
 
@@ -155,6 +155,6 @@ def test_a_block_more_costs_its_input_alone(
 def test_a_model_without_blocks_is_refused() -> None:
     with (
         pytest.raises(DoRAError, match="Linear has none"),
-        checkpointed_blocks(nn.Linear(2, 2)),
+        recomputed_blocks(nn.Linear(2, 2)),
     ):
         pass

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_dora.train.checkpoint import newest_checkpoint
+from mlx_dora.train.run.checkpoint import newest_checkpoint
 from tests.train.saved import tensors
 from tests.train.test_resume import assert_same_run, finish, start
 

@@ -10,7 +10,7 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.cross_entropy import chunk_size
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.shapes import ModelShapes, read_shapes
+from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
 
 # Arrays of chunk's size, or of a block's width, that MLX has in flight at a time: it
 # allocates ahead of what is computed, by ten tasks. See docs/memory.md.

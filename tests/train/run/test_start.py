@@ -7,7 +7,7 @@ import pytest
 
 from mlx_dora import DoRAConfig
 from mlx_dora.errors import DoRAError
-from mlx_dora.train.start import load_weights, make_trainable, trainable_tensors
+from mlx_dora.train.run.start import load_weights, make_trainable, trainable_tensors
 
 CONFIG = DoRAConfig(rank=2, num_layers=1, keys=("self_attn.q_proj",))
 

@@ -25,7 +25,7 @@ class _KeyedDropout(nn.Dropout):
 
 
 @contextmanager
-def checkpointed_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+def recomputed_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Recompute each block's activations in the backward pass instead of keeping them.
 
     While this lasts, each block of ``model.layers`` (and each dropout in it) is an

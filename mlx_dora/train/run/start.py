@@ -16,9 +16,9 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import read_header
 from mlx_dora.layers.variants import layer_class
 from mlx_dora.layers.variants.doran_aux import DoRANAuxLinear
-from mlx_dora.train.checkpoint import WEIGHTS_NAME, has_checkpoints
 from mlx_dora.train.config import FineTuneType, TrainConfig
-from mlx_dora.train.update import B_NAME, is_up_factor
+from mlx_dora.train.run.checkpoint import WEIGHTS_NAME, has_checkpoints
+from mlx_dora.train.stepper import B_NAME, is_up_factor
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_dora.train.geometry import LayerGeometry, by_layer, summarise
-from mlx_dora.train.reports import StepReport
+from mlx_dora.train.run.journal import StepReport
 
 
 class Meter:
