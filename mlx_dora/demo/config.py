@@ -17,7 +17,10 @@ class DemoConfig:
     )  # fmt: skip
     model: str | None = field(
         default=None,
-        metadata={"help": "Another model (folder or Hub id) in place of SmolLM2-135M."},
+        metadata={
+            "help": "Another model (folder or Hub id) in place of SmolLM2-135M.",
+            "path": "or id",
+        },
     )
     iters: int = field(default=40, metadata={"help": "Training steps, of 4 rows each."})
     seed: int = field(default=0, metadata={"help": "Seed of adapter and data order."})

@@ -19,7 +19,8 @@ class DataConfig:
         default="mlx-community/WikiSQL",
         metadata={
             "help": "Folder with {train,valid,test}.jsonl, or the name of a data set "
-            "on the Hugging Face Hub."
+            "on the Hugging Face Hub.",
+            "path": "or id",
         },
     )
     hf_dataset: dict[str, Any] | list[Any] | None = field(
@@ -81,13 +82,19 @@ def hub_entries(hf_dataset: dict[str, Any] | list[Any] | None) -> list[Any]:
 class EvaluateConfig(DataConfig):
     """Which models are compared on which data."""
 
-    model: str = field(metadata={"help": "Folder or Hugging Face id of the base."})
+    model: str = field(
+        metadata={"help": "Folder or Hugging Face id of the base.", "path": "or id"}
+    )
     adapter_path: str | None = field(
-        default=None, metadata={"help": "Adapter to compare with the base."}
+        default=None,
+        metadata={"help": "Adapter to compare with the base.", "path": "local"},
     )
     fused_path: str | None = field(
         default=None,
-        metadata={"help": "Fused model to compare; with the adapter's logits too."},
+        metadata={
+            "help": "Fused model to compare; with the adapter's logits too.",
+            "path": "local",
+        },
     )
     split: Literal["train", "valid", "test"] | None = field(
         default=None,

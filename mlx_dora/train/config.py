@@ -47,7 +47,8 @@ class TrainConfig(DataConfig):
     """
 
     model: str | None = field(
-        default=None, metadata={"help": "Folder or Hugging Face id of the model."}
+        default=None,
+        metadata={"help": "Folder or Hugging Face id of the model.", "path": "or id"},
     )
     train: bool | None = field(
         default=None,
@@ -103,11 +104,13 @@ class TrainConfig(DataConfig):
     resume_adapter_file: str | None = field(
         default=None,
         metadata={
-            "help": "Start from these weights (adapters.safetensors, or its folder)."
+            "help": "Start from these weights (adapters.safetensors, or its folder).",
+            "path": "local",
         },
     )
     adapter_path: str = field(
-        default="adapters", metadata={"help": "Folder of the adapter."}
+        default="adapters",
+        metadata={"help": "Folder of the adapter.", "path": "local"},
     )
     save_every: int = field(
         default=100,

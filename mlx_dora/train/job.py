@@ -116,7 +116,8 @@ def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any
         if not train.adapter_path:
             raise DoRAError("adapter_path is empty: name a folder for the adapter.")
         if is_first:
-            check_folder(folder, train)
+            data = train.data if train.hf_dataset is None else None
+            check_folder(folder, train, inputs=(data,))
             check_services(train)
         build_optimizer(train)
     elif tested is not None:

@@ -38,9 +38,9 @@ from mlx_dora.train.checkpoint import (
 from mlx_dora.train.checkpointing import checkpointed_blocks
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.geometry import measure_geometry
-from mlx_dora.train.group import agree, check_alike, share, together
+from mlx_dora.train.group import check_alike, greatest, share, together
 from mlx_dora.train.guard import Best, Guard
-from mlx_dora.train.interrupt import delayed_interrupt
+from mlx_dora.train.interrupt import delayed_interrupt, interruption
 from mlx_dora.train.lock import training_lock
 from mlx_dora.train.memory import trim_cache, wired_memory
 from mlx_dora.train.meter import Meter
@@ -60,6 +60,7 @@ from mlx_dora.train.resume import (
 )
 from mlx_dora.train.services import check_services, service_listener
 from mlx_dora.train.start import (
+    BEST_NAME,
     check_folder,
     check_lora_plus,
     kept_tensors,
@@ -72,7 +73,6 @@ from mlx_dora.train.update import Stepper, seed_step
 
 logger = logging.getLogger(__name__)
 
-BEST_NAME = "best"
 
 Progress = Callable[[str, int, int], None]
 """("train" or "validate", total, newly done): steps, or rows of a validation."""
@@ -128,7 +128,8 @@ def finetune(
             settings, or too many losses in a row are not finite. Of several processes
             each raises a `SharedError`.
         OSError: If the folder cannot be written to, or its disk is full.
-        KeyboardInterrupt: After Ctrl-C, when the step is done and the adapter saved.
+        KeyboardInterrupt: After Ctrl-C, when the step is done and the adapter saved; a
+            `Stopped` after SIGTERM or SIGHUP.
     """
     # 1. Everything that can be wrong is found here, before a file is written.
     folder = Path(adapter_path).expanduser()
@@ -303,7 +304,7 @@ def finetune(
             progress("train", train.iters, min(step, train.iters))
         if step == 0:
             validate(step)
-        interrupted = False
+        interrupted = 0
         while step < train.iters and not (interrupted or best.is_enough):
             window = list(islice(source, min(k, train.iters - step)))
             meter.start_step()
@@ -335,7 +336,7 @@ def finetune(
                 evaluates = any(before < end <= step for end in epochs_end)
             if evaluates:
                 validate(step)
-            interrupted = agree(stopped(), group)
+            interrupted = greatest(stopped(), group)
             if saves or interrupted or best.is_enough or step >= train.iters:
                 checkpoint(step)
             if saves:
@@ -347,7 +348,7 @@ def finetune(
         write(folder, step, warn=True)
     if interrupted:
         logger.warning("stopped after step %d; the adapter is in %s", step, folder)
-        raise KeyboardInterrupt
+        raise interruption(interrupted)
     trained = sum(value.size for value in trainable_tensors(model).values())
     export_variants(model)
     return TrainReport(
