@@ -27,10 +27,11 @@ from mlx_dora.adapters.adapter import (
 )
 from mlx_dora.adapters.attach import fit_problems
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.adapters.files import CONFIG_NAME, load_adapter
+from mlx_dora.adapters.files import load_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint
 from mlx_dora.adapters.format import config_json, parse_config
 from mlx_dora.adapters.keys import natural_order, near_names
+from mlx_dora.adapters.one_save import CONFIG_NAME
 from mlx_dora.adapters.peft_config import (
     PeftConfig,
     peft_config_json,

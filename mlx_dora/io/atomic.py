@@ -75,7 +75,7 @@ def atomic_directory(
             flush(target.parent)
 
 
-class full_disk_names:  # noqa: N801 - used like a function
+class full_disk_names:
     """Make the error of a full disk name an output instead of some file aside.
 
     The tokenizers package has no class of its own for it: its error is an `Exception`

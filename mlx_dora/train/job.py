@@ -19,6 +19,7 @@ from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import together
 from mlx_dora.train.loop import Progress, finetune
 from mlx_dora.train.optimizers import build_optimizer
+from mlx_dora.train.peers import watched_peers
 from mlx_dora.train.plot import PLOT_NAME, can_plot, plot_losses
 from mlx_dora.train.reports import StepReport, TrainReport
 from mlx_dora.train.services import check_services
@@ -70,30 +71,9 @@ def run_job(
         KeyboardInterrupt: After Ctrl-C, when the step is done and the adapter saved.
     """
     group = mx.distributed.init()
-    folder = Path(train.adapter_path).expanduser()
     try:
-        with together(group):
-            model, tokenizer, data = _load(train, folder, is_first=group.rank() == 0)
-        report, plot = None, None
-        if train.trains:
-            report = finetune(
-                model,
-                tokenizer,
-                data["train"],
-                data["valid"],
-                train=train,
-                dora=dora,
-                adapter_path=folder,
-                callback=callback,
-                progress=progress,
-            )
-            with together(group):
-                if can_plot() and group.rank() == 0:
-                    plot = folder / PLOT_NAME
-                    plot_losses(report.history, plot)
-        test = (
-            _test(model, data["test"], train, progress, group) if train.test else None
-        )
+        with watched_peers(group):
+            return _run(train, dora, group, callback, progress)
     except RuntimeError as error:
         if group.size() == 1 or _PEER_LOST not in str(error):
             raise
@@ -101,6 +81,36 @@ def run_job(
             f"another process of this training has ended ({error}): see what it said; "
             "--resume goes on from the last checkpoint."
         ) from error
+
+
+def _run(
+    train: TrainConfig,
+    dora: DoRAConfig,
+    group: mx.distributed.Group,
+    callback: Callable[[StepReport], None] | None,
+    progress: Progress | None,
+) -> JobResult:
+    folder = Path(train.adapter_path).expanduser()
+    with together(group):
+        model, tokenizer, data = _load(train, folder, is_first=group.rank() == 0)
+    report, plot = None, None
+    if train.trains:
+        report = finetune(
+            model,
+            tokenizer,
+            data["train"],
+            data["valid"],
+            train=train,
+            dora=dora,
+            adapter_path=folder,
+            callback=callback,
+            progress=progress,
+        )
+        with together(group):
+            if can_plot() and group.rank() == 0:
+                plot = folder / PLOT_NAME
+                plot_losses(report.history, plot)
+    test = _test(model, data["test"], train, progress, group) if train.test else None
     return JobResult(train=report, test=test, plot=plot)
 
 
