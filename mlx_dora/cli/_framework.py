@@ -71,16 +71,12 @@ class Boundary(click.Command):
     129: SIGHUP. Anything else is our bug and keeps its traceback.
     """
 
-    unwinds = True
-    """Whether SIGTERM and SIGHUP unwind the command, so that it cleans up."""
-
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
         try:
             settle_environment()
-            with raising_stops() if self.unwinds else nullcontext():
-                result = super().main(*args, standalone_mode=False, **extra)
+            result = super().main(*args, standalone_mode=False, **extra)
         except click.UsageError as error:
             where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
             click.echo(f"Error: {error.format_message()}{where}", err=True)
@@ -113,10 +109,14 @@ def exit_code_of(interrupt: BaseException | None) -> int:
 class Verb(Boundary):
     """A command that loads OpenBLAS before its body, and so before MLX."""
 
+    unwinds = True
+    """Whether SIGTERM and SIGHUP unwind the command, so that it cleans up."""
+
     def invoke(self, ctx: click.Context) -> Any:
         _show_library_warnings()
         openblas.preload()
-        return super().invoke(ctx)
+        with raising_stops() if self.unwinds else nullcontext():
+            return super().invoke(ctx)
 
 
 class VerbGroup(Verb, click.Group):

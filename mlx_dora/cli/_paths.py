@@ -25,7 +25,9 @@ class PathType(click.ParamType):
             self.name = "path or id"
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
-        """What the help shows for the value."""
+        """What the help shows for the value; an argument shows its name."""
+        if isinstance(param, click.Argument):
+            return None
         return self.name.upper().replace(" ", "_")
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str | Path:
