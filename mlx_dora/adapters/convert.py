@@ -43,9 +43,8 @@ def convert_adapter(
         DoRAError: If `source` cannot be read, holds what the other format cannot
             express, or does not fit the model; or `target` exists.
     """
-    check_output(target, overwrite=overwrite)
-    if Path(source).resolve().is_relative_to(Path(target).resolve()):
-        raise DoRAError(f"{target} holds the input {source}; choose another output.")
+    inputs = (source, model)
+    check_output(target, inputs=inputs, overwrite=overwrite)
     adapter = load_adapter(source) if to == "peft" else None
     loaded = None if model is None else load(model, lazy=True)[0]
     name = base_model or (None if model is None else str(model))
@@ -58,7 +57,7 @@ def convert_adapter(
     if name is not None:
         adapter = replace(adapter, base=replace(adapter.base, model=name))
     if to == "peft":
-        to_peft(adapter, target, overwrite=overwrite)
+        to_peft(adapter, target, inputs=inputs, overwrite=overwrite)
     else:
-        save_adapter(adapter, target, overwrite=overwrite)
+        save_adapter(adapter, target, inputs=inputs, overwrite=overwrite)
     return adapter

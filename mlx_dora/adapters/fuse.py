@@ -129,7 +129,8 @@ def fuse_model(
             exists.
     """
     config = config or FuseConfig()
-    check_output(save_path, overwrite=overwrite)
+    given = (model, adapter_path)
+    check_output(save_path, inputs=given, overwrite=overwrite)
     adapter = load_adapter(adapter_path)
     if adapter.fine_tune_type != "dora":
         raise DoRAError(
@@ -137,14 +138,14 @@ def fuse_model(
             "with mlx_lm.fuse."
         )
     folder = model_folder(model)
-    _keep_inputs(save_path, folder, Path(adapter_path))
     _check_fit(folder, adapter, adapter_path, check_base, trust_remote_code)
     base, tokenizer, content = load_with_config(
         folder, lazy=True, trust_remote_code=trust_remote_code
     )
     content = _plain_config(content, config.mode == "dequantize")
     has_vision = _has_vision(base)
-    with atomic_directory(save_path, overwrite=overwrite) as out:
+    inputs = (folder, *given)
+    with atomic_directory(save_path, inputs=inputs, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             fused = stream_fused(base, adapter, config, writer.add)
         if fused.packing:
@@ -187,12 +188,11 @@ def save_fused(
 
     if adapted := adapter_layers(model):
         raise DoRAError(f"{adapted[0][0]} is still adapted; fuse the model first.")
-    check_output(save_path, overwrite=overwrite)
+    check_output(save_path, inputs=(source,), overwrite=overwrite)
     folder = model_folder(source)
-    _keep_inputs(save_path, folder)
     is_dense = not any("scales" in module for module in model.modules())
     content = _plain_config(load_config(folder) if config is None else config, is_dense)
-    with atomic_directory(save_path, overwrite=overwrite) as out:
+    with atomic_directory(save_path, inputs=(folder,), overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             for name, value in tree_flatten(model.parameters()):
                 writer.add(name, cast(mx.array, value))
@@ -269,12 +269,3 @@ def _write_rest(
         for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)
     save_config(content, out / "config.json", keep_vision_config=has_vision)
-
-
-def _keep_inputs(save_path: str | Path, *inputs: Path) -> None:
-    target = Path(save_path).resolve()
-    for path in inputs:
-        if path.resolve().is_relative_to(target):
-            raise DoRAError(
-                f"{save_path} holds the input {path}; choose another output."
-            )

@@ -27,18 +27,25 @@ from mlx_dora.adapters.adapter import (
 )
 from mlx_dora.adapters.attach import fit_problems
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.adapters.files import CONFIG_NAME, load_adapter
+from mlx_dora.adapters.files import load_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint
 from mlx_dora.adapters.format import config_json, parse_config
 from mlx_dora.adapters.keys import natural_order, near_names
+from mlx_dora.adapters.one_save import CONFIG_NAME
 from mlx_dora.adapters.peft_config import (
     PeftConfig,
     peft_config_json,
     read_peft_config,
 )
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
+from mlx_dora.io.atomic import (
+    atomic_directory,
+    check_output,
+    write_tensors,
+    write_text,
+)
 from mlx_dora.io.header import read_header
+from mlx_dora.io.output import Inputs
 
 PEFT_TENSORS_NAME = "adapter_model.safetensors"
 
@@ -72,6 +79,7 @@ def to_peft(
     *,
     base_model_name_or_path: str | None = None,
     overwrite: bool = False,
+    inputs: Inputs = (),
 ) -> None:
     """Write an adapter as a folder that PEFT loads, complete or not at all.
 
@@ -84,12 +92,17 @@ def to_peft(
         base_model_name_or_path: What PEFT is told of the base; what the adapter
             recorded if None.
         overwrite: Replace an existing folder.
+        inputs: Files and folders that the output must not replace, hold or lie in, if
+            `adapter` was made from any; a folder given as `adapter` is one by itself.
 
     Raises:
         DoRAError: If the adapter holds what PEFT cannot express: embeddings, experts,
             full fine-tuning (all by name); or `path` exists.
     """
+    inputs = tuple(inputs)
     if not isinstance(adapter, Adapter):
+        inputs = (adapter, *inputs)
+        check_output(path, inputs=inputs, overwrite=overwrite)
         adapter = load_adapter(adapter)
     problems = adapter_problems(adapter) or list(_not_in_peft(adapter))
     if problems:
@@ -103,7 +116,7 @@ def to_peft(
         tensors[f"{_PREFIX}{module}.{_NAMES[leaf]}"] = value.astype(mx.float32).T
     config = peft_config_json(adapter, base_model_name_or_path or adapter.base.model)
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(config_json(adapter))}
-    with atomic_directory(path, overwrite=overwrite) as folder:
+    with atomic_directory(path, inputs=inputs, overwrite=overwrite) as folder:
         write_tensors(folder / PEFT_TENSORS_NAME, tensors, metadata)
         write_text(folder / CONFIG_NAME, json.dumps(config, indent=2))
 

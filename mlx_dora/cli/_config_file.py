@@ -13,6 +13,7 @@ from typing import Any
 import click
 import yaml
 
+from mlx_dora.cli._paths import FILE
 from mlx_dora.cli._yaml import load_yaml
 from mlx_dora.errors import DoRAError
 
@@ -114,7 +115,7 @@ def config_file_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "-c",
         "--config",
-        type=click.Path(path_type=Path),
+        type=FILE,
         is_eager=True,
         expose_value=False,
         callback=_use_file,

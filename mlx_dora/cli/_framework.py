@@ -25,12 +25,15 @@ warning or above is shown on stderr too.
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import click
 
 from mlx_dora import openblas
+from mlx_dora.cli._environment import settle_environment
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.stops import Stopped, raising_stops
 
 EXIT_BAD_INPUT = 1
 EXIT_USAGE = 2
@@ -64,14 +67,15 @@ def _describe(error: OSError) -> str:
 class Boundary(click.Command):
     """Turns what a user can put right into one line on stderr and an exit code.
 
-    0: done. 1: `DoRAError` or `OSError`. 2: wrong usage. 130: Ctrl-C. Anything else is
-    our bug and keeps its traceback.
+    0: done. 1: `DoRAError` or `OSError`. 2: wrong usage. 130: Ctrl-C, 143: SIGTERM,
+    129: SIGHUP. Anything else is our bug and keeps its traceback.
     """
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
         try:
+            settle_environment()
             result = super().main(*args, standalone_mode=False, **extra)
         except click.UsageError as error:
             where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
@@ -86,19 +90,33 @@ class Boundary(click.Command):
         except OSError as error:
             click.echo(f"Error: {_describe(error)}", err=True)
             sys.exit(EXIT_BAD_INPUT)
-        except (click.Abort, KeyboardInterrupt):
-            click.echo("Interrupted.", err=True)
-            sys.exit(EXIT_INTERRUPTED)
+        except (click.Abort, KeyboardInterrupt) as error:
+            # click puts an Abort in an interrupt's place.
+            cause = error.__cause__ if isinstance(error, click.Abort) else error
+            stopped = isinstance(cause, Stopped)
+            click.echo(f"{cause}." if stopped else "Interrupted.", err=True)
+            sys.exit(exit_code_of(cause))
         sys.exit(result if isinstance(result, int) else 0)
+
+
+def exit_code_of(interrupt: BaseException | None) -> int:
+    """128 and the signal's number, as a shell gives it for a killed process."""
+    return (
+        128 + interrupt.number if isinstance(interrupt, Stopped) else EXIT_INTERRUPTED
+    )
 
 
 class Verb(Boundary):
     """A command that loads OpenBLAS before its body, and so before MLX."""
 
+    unwinds = True
+    """Whether SIGTERM and SIGHUP unwind the command, so that it cleans up."""
+
     def invoke(self, ctx: click.Context) -> Any:
         _show_library_warnings()
         openblas.preload()
-        return super().invoke(ctx)
+        with raising_stops() if self.unwinds else nullcontext():
+            return super().invoke(ctx)
 
 
 class VerbGroup(Verb, click.Group):
@@ -106,7 +124,12 @@ class VerbGroup(Verb, click.Group):
 
 
 class PassThrough(Verb):
-    """A command that leaves its whole argument list, ``--help`` too, in `ctx.args`."""
+    """A command that leaves its whole argument list, ``--help`` too, in `ctx.args`.
+
+    Its host answers signals as it does by itself.
+    """
+
+    unwinds = False
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.args = list(args)

@@ -1,5 +1,6 @@
-"""Running one of mlx-lm's own commands, its arguments untouched, on our layers."""
+"""Running one of mlx-lm's own commands on our layers."""
 
+import os
 import sys
 from importlib import import_module
 
@@ -20,6 +21,22 @@ def _raised_by_host(error: BaseException) -> bool:
     return any(module == host or module.startswith(f"{host}.") for host in _HOSTS)
 
 
+_PATHS = ("--model", "--adapter-path", "--draft-model", "--prompt-cache-file")
+
+
+def _with_home(args: list[str]) -> list[str]:
+    """The arguments with ``~`` expanded where mlx-lm takes a path."""
+    expanded = []
+    for before, one in zip(["", *args], args, strict=False):
+        flag, equals, value = one.partition("=")
+        if before in _PATHS:
+            one = os.path.expanduser(one)  # noqa: PTH111 - a Hub id must not be touched
+        elif flag in _PATHS and equals:
+            one = f"{flag}={os.path.expanduser(value)}"  # noqa: PTH111
+        expanded.append(one)
+    return expanded
+
+
 def run_host_command(name: str, command_path: str, args: list[str]) -> None:
     """Call ``mlx_lm.<name>.main()`` with `args` as the command line.
 
@@ -36,7 +53,7 @@ def run_host_command(name: str, command_path: str, args: list[str]) -> None:
     from mlx_dora.adapters.hosting import use_in_mlx_lm
 
     previous = sys.argv
-    sys.argv = [command_path, *args]
+    sys.argv = [command_path, *_with_home(args)]
     try:
         with use_in_mlx_lm():
             import_module(f"mlx_lm.{name}").main()

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import yaml
 
+from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
 from mlx_dora.cli._yaml import load_yaml
 
 _MISSING = dataclasses.MISSING
@@ -123,7 +124,7 @@ def _param_type(hint: Any) -> click.ParamType:
     if hint is bool:
         return click.BOOL
     if hint is Path:
-        return click.Path(path_type=Path)
+        return FILE
     if typing.get_origin(hint) in (tuple, list) and typing.get_args(hint)[0] is str:
         return _Names()
     if (typing.get_origin(hint) or hint) in (dict, list, tuple):
@@ -150,6 +151,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> _Option:
     kind = _param_type(hint)
     if field.metadata.get("unit") == "bytes":
         kind = _Size()
+    if "path" in field.metadata and isinstance(kind, _Text):
+        kind = PATH_OR_ID if field.metadata["path"] == "or id" else PATH
     if field.metadata.get("choices"):
         kind = click.Choice(field.metadata["choices"])
     settings: dict[str, Any] = {"help": field.metadata.get("help"), "type": kind}
@@ -179,8 +182,9 @@ def dataclass_options(
     ``--rank`` and the rest, and calls the function with ``train=TrainConfig(...)`` and
     ``dora=DoRAConfig(...)``. Names, defaults and help come from the fields (their
     ``metadata={"help": ...}``, with ``"choices"``, ``"flags": ("-m",)`` or
-    ``"unit": "bytes"`` if wanted): a bool becomes ``--x/--no-x``, a `typing.Literal` a
-    choice, a tuple of str takes ``a,b``, a dict or list takes YAML, bytes take ``2GB``.
+    ``"unit": "bytes"`` if wanted, ``"path": "local"`` or ``"or id"`` for a path): a
+    bool becomes ``--x/--no-x``, a `typing.Literal` a choice, a tuple of str takes
+    ``a,b``, a dict or list takes YAML, bytes take ``2GB``.
     A field without a default is a required option. A field that two of the classes
     share becomes one option and reaches both; its defaults must agree. Write it above
     the function's other ``click.option`` decorators, below `config_file_option`.

@@ -5,11 +5,12 @@ from typing import Literal
 import click
 
 from mlx_dora.cli._framework import verb
+from mlx_dora.cli._paths import PATH, PATH_OR_ID
 
 
 @verb("convert")
-@click.argument("source", metavar="IN")
-@click.argument("target", metavar="OUT")
+@click.argument("source", metavar="IN", type=PATH)
+@click.argument("target", metavar="OUT", type=PATH)
 @click.option(
     "--to",
     type=click.Choice(["mlx", "peft"]),
@@ -18,11 +19,13 @@ from mlx_dora.cli._framework import verb
 )
 @click.option(
     "--model",
+    type=PATH_OR_ID,
     help="The base as an MLX folder or Hub id: module names and shapes are checked "
     "against it.",
 )
 @click.option(
     "--base-model",
+    type=PATH_OR_ID,
     help="What OUT says of its base; the name given as --model, or what IN says, if "
     "not given.",
 )

@@ -7,6 +7,7 @@ import click
 from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._options import dataclass_options
+from mlx_dora.cli._paths import PATH, PATH_OR_ID
 from mlx_dora.cli._publish import command_line, publish, upload_option
 from mlx_dora.evaluate.tolerance import FuseTolerance
 
@@ -15,16 +16,21 @@ EXIT_NOT_VERIFIED = 3
 
 @verb("fuse")
 @click.option(
-    "--model", required=True, help="The base: a local model folder or Hub id."
+    "--model",
+    type=PATH_OR_ID,
+    required=True,
+    help="The base: a local model folder or Hub id.",
 )
 @click.option(
     "--adapter-path",
+    type=PATH,
     default="adapters",
     show_default=True,
     help="The trained adapter's folder.",
 )
 @click.option(
     "--save-path",
+    type=PATH,
     default="fused_model",
     show_default=True,
     help="The folder to write the fused model to.",

@@ -9,6 +9,7 @@ import yaml
 
 from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._options import dataclass_options
+from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
 from mlx_dora.cli._progress import WorkDisplay
 from mlx_dora.cli._yaml import load_yaml
 from mlx_dora.errors import DoRAError
@@ -37,6 +38,7 @@ def _read_weights(
 def _fisher_option(whose: str) -> Callable[[Any], Any]:
     return click.option(
         "--fisher",
+        type=PATH,
         multiple=True,
         help=f"For --method fisher: a folder that `fisher` made, once {whose} and in "
         "their order.",
@@ -49,11 +51,15 @@ def command() -> None:
 
 
 @command.command("adapters")
-@click.argument("adapters", nargs=-1, required=True, metavar="A1 A2 ...")
+@click.argument("adapters", type=PATH, nargs=-1, required=True, metavar="A1 A2 ...")
 @click.option(
-    "--model", help="The base; what the first adapter says of its base if not given."
+    "--model",
+    type=PATH_OR_ID,
+    help="The base; what the first adapter says of its base if not given.",
 )
-@click.option("--save-path", required=True, help="The adapter folder to make.")
+@click.option(
+    "--save-path", type=PATH, required=True, help="The adapter folder to make."
+)
 @click.option(
     "--method",
     type=click.Choice([*ADAPTER_METHODS, AUTO]),
@@ -71,6 +77,7 @@ def command() -> None:
 @click.option("--rank", type=click.IntRange(min=1), help="Cut the update to this rank.")
 @click.option(
     "--logit-error",
+    type=PATH_OR_ID,
     metavar="DATA",
     help="With --rank: on a few rows of this data, say of each layer how far its cut "
     "moves the logits.",
@@ -94,6 +101,7 @@ def command() -> None:
 @_fisher_option("an adapter")
 @click.option(
     "--data",
+    type=PATH_OR_ID,
     multiple=True,
     help="Data of an adapter, in the adapters' order: --method fisher estimates its "
     "information there, as `fisher` does if told nothing else. Say it once an adapter.",
@@ -128,8 +136,10 @@ def adapters_command(
         raise click.UsageError("--data is for --method fisher without --fisher")
     if logit_error and rank is None:
         raise click.UsageError("--logit-error is for --rank")
-    check_output(save_path, overwrite=overwrite)  # before what takes long
     base = model or base_name(adapters[0])
+    inputs = (*adapters, base, logit_error, *fisher, *data)
+    # Before what takes long.
+    check_output(save_path, inputs=inputs, overwrite=overwrite)
     if method == AUTO:
         method, suggested = _suggested_merge(adapters, base, check_base)
         weights = weights or suggested
@@ -152,6 +162,7 @@ def adapters_command(
             options=Options(density=density, seed=seed, scale=scale),
             fisher=known,
             probe=probe,
+            inputs=inputs,
             progress=display.progress,
         )
     for line in report.lines():
@@ -183,8 +194,12 @@ def _suggested_merge(
 
 @command.command("fisher")
 @dataclass_options(config=FisherConfig, exclude=("mask_prompt", "all_turns"))
-@click.option("--model", required=True, help="The model, or the adapter's base.")
-@click.option("--adapter-path", help="The adapter whose information is wanted.")
+@click.option(
+    "--model", type=PATH_OR_ID, required=True, help="The model, or the adapter's base."
+)
+@click.option(
+    "--adapter-path", type=PATH, help="The adapter whose information is wanted."
+)
 @click.option(
     "--key",
     "keys",
@@ -192,7 +207,7 @@ def _suggested_merge(
     help="A module to look at (self_attn.q_proj, or a full path); the adapter's, or "
     "all linear layers of the blocks, if not given.",
 )
-@click.option("--save-path", required=True, help="The folder to make.")
+@click.option("--save-path", type=PATH, required=True, help="The folder to make.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 def fisher_command(
     config: FisherConfig,
@@ -227,9 +242,9 @@ def fisher_command(
 
 
 @command.command("models")
-@click.argument("models", nargs=-1, metavar="[M1 M2 ...]")
-@click.option("--save-path", required=True, help="The model folder to make.")
-@click.option("--base", help="The model that changes are relative to.")
+@click.argument("models", type=PATH_OR_ID, nargs=-1, metavar="[M1 M2 ...]")
+@click.option("--save-path", type=PATH, required=True, help="The model folder to make.")
+@click.option("--base", type=PATH_OR_ID, help="The model that changes are relative to.")
 @click.option(
     "--method",
     type=click.Choice(MODEL_METHODS),
@@ -266,7 +281,7 @@ def fisher_command(
 @click.option(
     "-c",
     "--config",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=FILE,
     help="A mergekit YAML file, in place of models and method.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
@@ -319,7 +334,11 @@ def models_command(
         )
     with WorkDisplay(with_memory=True) as display:
         report = run_merge(
-            plan, save_path, overwrite=overwrite, progress=display.progress
+            plan,
+            save_path,
+            inputs=(config,),
+            overwrite=overwrite,
+            progress=display.progress,
         )
     for line in report.lines():
         click.echo(line)

@@ -9,7 +9,7 @@ import click
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.cli._config_file import config_file_option
-from mlx_dora.cli._framework import EXIT_BAD_INPUT, EXIT_INTERRUPTED, verb
+from mlx_dora.cli._framework import EXIT_BAD_INPUT, exit_code_of, verb
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._progress import TrainDisplay, duration, size
 from mlx_dora.cli._publish import command_line, publish, upload_option
@@ -41,7 +41,8 @@ def command(
     The data is a folder with train.jsonl (and valid.jsonl, test.jsonl), or a data set
     on the Hugging Face Hub. The adapter's folder gets adapters.safetensors and
     adapter_config.json, which mlx-lm loads, log.jsonl, and loss.png if matplotlib is
-    installed. Ctrl-C finishes the step, saves, and exits with 130.
+    installed. Ctrl-C, SIGTERM and SIGHUP finish the step, save, and exit with 130, 143
+    and 129.
     """
     if train.model is None:
         click.echo(f"No model given: taking mlx-lm's, {HOST_DEFAULT_MODEL}.", err=True)
@@ -105,8 +106,8 @@ def _work_in_silence(train: TrainConfig, dora: DoRAConfig) -> int:
         run_job(train, dora)
     except SharedError:
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        return exit_code_of(interrupt)
     return 0
 
 

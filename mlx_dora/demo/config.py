@@ -16,7 +16,9 @@ class DemoConfig:
         "mlx_dora_demo here if not given.",
     )
     model: str | None = option(
-        None, help="Another model (folder or Hub id) in place of SmolLM2-135M."
+        None,
+        help="Another model (folder or Hub id) in place of SmolLM2-135M.",
+        path="or id",
     )
     iters: int = option(40, help="Training steps, of 4 rows each.", least=1)
     seed: int = option(0, help="Seed of adapter and data order.", least=0)

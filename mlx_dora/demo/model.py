@@ -101,7 +101,7 @@ def _is_model(folder: Path) -> bool:
 
 def _write(folder: Path, fill: Callable[[Path], None]) -> Path:
     try:
-        with atomic_directory(folder) as work:
+        with atomic_directory(folder, inputs=()) as work:
             fill(work)
     except DoRAError:
         if not _is_model(folder):  # else: another process was quicker

@@ -111,7 +111,7 @@ def run_demo(config: DemoConfig, audience: Audience | None = None) -> DemoReport
     told = audience or Audience()
     started = time.perf_counter()
     output = config.output or _fresh_folder(Path(DEFAULT_OUTPUT))
-    check_output(output)
+    check_output(output, inputs=(config.model,))
 
     name = config.model or "SmolLM2-135M-Instruct, a small language model"
     told.stage("Model", f"{name}.")

@@ -20,6 +20,7 @@ class DataConfig:
         "mlx-community/WikiSQL",
         help="Folder with {train,valid,test}.jsonl, or the name of a data set "
         "on the Hugging Face Hub.",
+        path="or id",
         may_change=True,
     )
     hf_dataset: dict[str, Any] | list[Any] | None = option(
@@ -74,10 +75,14 @@ def hub_entries(hf_dataset: dict[str, Any] | list[Any] | None) -> list[Any]:
 class EvaluateConfig(DataConfig):
     """Which models are compared on which data."""
 
-    model: str = option(help="Folder or Hugging Face id of the base.")
-    adapter_path: str | None = option(None, help="Adapter to compare with the base.")
+    model: str = option(help="Folder or Hugging Face id of the base.", path="or id")
+    adapter_path: str | None = option(
+        None, help="Adapter to compare with the base.", path="local"
+    )
     fused_path: str | None = option(
-        None, help="Fused model to compare; with the adapter's logits too."
+        None,
+        help="Fused model to compare; with the adapter's logits too.",
+        path="local",
     )
     split: Literal["train", "valid", "test"] | None = option(
         None, help="Part of the data; test if there is one, else valid."

@@ -10,7 +10,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.atomic import aside_of, flush, write_text
+from mlx_dora.io.aside import aside_of
+from mlx_dora.io.atomic import flush, write_text
 from mlx_dora.io.header import TensorInfo, read_header
 from mlx_dora.io.stored import StoredTensor
 from mlx_dora.io.stream import TensorStream, nbytes_of

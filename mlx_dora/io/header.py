@@ -6,6 +6,7 @@ the format's specification forbids all four.
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -72,16 +73,25 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
         DoRAError: If the file breaks a rule of the format; one line that names the
             file and, where one is to blame, the tensor.
     """
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(
+    path: str | Path,
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Like `read_header`, with the texts that the file carries beside its tensors."""
     path = Path(path)
     text, data_start, file_bytes = _header_text(path)
     infos: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
     for name, entry in _parse(path, text).items():
         if name == "__metadata__":
             _check_metadata(path, entry)
+            metadata = dict(entry or {})
         else:
             infos[name] = _tensor_info(path, name, entry, data_start)
     _check_coverage(path, infos, data_start, file_bytes)
-    return infos
+    return infos, metadata
 
 
 def _refuse(path: Path, reason: str) -> NoReturn:
@@ -90,7 +100,7 @@ def _refuse(path: Path, reason: str) -> NoReturn:
 
 def _header_text(path: Path) -> tuple[bytes, int, int]:
     with path.open("rb") as file:
-        file_bytes = path.stat().st_size
+        file_bytes = os.fstat(file.fileno()).st_size
         if file_bytes == 0:
             _refuse(path, "it is empty (0 bytes)")
         start = file.read(8)

@@ -23,6 +23,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.batches import Examples
 from mlx_dora.factored import AdaptedMatrix
 from mlx_dora.io.atomic import check_output
+from mlx_dora.io.output import Inputs
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.kernels.rows import Weight
 from mlx_dora.layers import weight_of
@@ -115,18 +116,22 @@ def merge_adapters_report(
     options: Options | None = None,
     fisher: Sequence[Fisher | str | Path] | None = None,
     probe: Examples | None = None,
+    inputs: Inputs = (),
     progress: Progress | None = None,
 ) -> AdapterMerge:
     """`merge_adapters`, with what was done to each matrix.
 
     With `rank` and a `probe`, of rows of data, also with how far cutting the rank moves
-    the logits on some of these.
+    the logits on some of these. `inputs` are further files and folders that the output
+    must not replace, hold or lie in.
     """
     options = options or Options()
     _check_arguments(adapters, method, weights, rank)
     fishers = check_fishers(method, fisher, len(adapters))
+    given = [*adapters, model, *(fisher or ())]
+    inputs = (*inputs, *(one for one in given if isinstance(one, str | Path)))
     if save_path is not None:
-        check_output(save_path, overwrite=overwrite)
+        check_output(save_path, inputs=inputs, overwrite=overwrite)
     names = [one if isinstance(one, str | Path) else "" for one in adapters]
     loaded = [
         one if isinstance(one, Adapter) else load_adapter(one) for one in adapters
@@ -173,7 +178,7 @@ def merge_adapters_report(
     if only is not None and rank is None and method in NORMALIZED:
         found = replace(found, adapter=only)
     if save_path is not None:
-        save_adapter(found.adapter, save_path, overwrite=overwrite)
+        save_adapter(found.adapter, save_path, inputs=inputs, overwrite=overwrite)
     return found
 
 

@@ -87,7 +87,8 @@ def write_fisher(
     Raises:
         DoRAError: If the model, the adapter or the data cannot be used.
     """
-    check_output(save_path, overwrite=overwrite)
+    inputs = (model, adapter, config.data)
+    check_output(save_path, inputs=inputs, overwrite=overwrite)
     loaded, tokenizer = load(model, adapter)
     chosen = None if keys is None else resolve_keys(loaded, keys, -1)
     data = read_targets(config, tokenizer)
@@ -99,7 +100,9 @@ def write_fisher(
         adapter=None if adapter is None else str(adapter),
         data=config.data,
     )
-    return save_fisher(save_path, facts, found.matrices(), overwrite=overwrite)
+    return save_fisher(
+        save_path, facts, found.matrices(), inputs=inputs, overwrite=overwrite
+    )
 
 
 def estimate_on_data(

@@ -109,7 +109,7 @@ def extract_adapter(
     if energy is not None and not 0 < energy <= 1:
         raise DoRAError(f"energy must be above 0 and at most 1, got {energy!r}.")
     if save_path is not None:
-        check_output(save_path, overwrite=overwrite)
+        check_output(save_path, inputs=(base, tuned), overwrite=overwrite)
     start, end = load(base, lazy=True)[0], load(tuned, lazy=True)[0]
     before, after = dict(start.named_modules()), dict(end.named_modules())
     paths = resolve_keys(start, keys, -1)
@@ -143,7 +143,7 @@ def extract_adapter(
         training={"extracted": {"tuned": str(tuned), "rank": rank, "energy": energy}},
     )
     if save_path is not None:
-        save_adapter(adapter, save_path, overwrite=overwrite)
+        save_adapter(adapter, save_path, inputs=(base, tuned), overwrite=overwrite)
     return Extraction(
         adapter=adapter,
         layers=tuple(layers),

@@ -19,6 +19,7 @@ from mlx_dora.adapters.adapter import listed
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, write_text
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, Checkpoint, ShardWriter
+from mlx_dora.io.output import Inputs
 from mlx_dora.merge.names import FISHER
 
 FACTS_NAME = "fisher.json"
@@ -104,6 +105,7 @@ def save_fisher(
     facts: FisherFacts,
     tensors: Iterable[tuple[str, mx.array]],
     *,
+    inputs: Inputs,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> FisherFacts:
@@ -113,6 +115,7 @@ def save_fisher(
         path: The folder to make.
         facts: Where it is from; the norm is taken from the tensors.
         tensors: Module path to array; taken one at a time.
+        inputs: All that was read to make it; see `check_output`.
         overwrite: Replace an existing folder.
         max_shard_bytes: A shard is closed before it would grow past this.
 
@@ -123,7 +126,7 @@ def save_fisher(
         DoRAError: If the folder exists, or there is no information at all.
     """
     square = 0.0
-    with atomic_directory(path, overwrite=overwrite) as out:
+    with atomic_directory(path, inputs=inputs, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             for name, tensor in tensors:
                 square += squared(tensor)

@@ -27,7 +27,10 @@ class TrainConfig(DataConfig):
     """
 
     model: str | None = option(
-        None, help="Folder or Hugging Face id of the model.", may_change=True
+        None,
+        help="Folder or Hugging Face id of the model.",
+        path="or id",
+        may_change=True,
     )
     train: bool | None = option(
         None,
@@ -86,10 +89,11 @@ class TrainConfig(DataConfig):
     resume_adapter_file: str | None = option(
         None,
         help="Start from these weights (adapters.safetensors, or its folder).",
+        path="local",
         may_change=True,
     )
     adapter_path: str = option(
-        "adapters", help="Folder of the adapter.", may_change=True
+        "adapters", help="Folder of the adapter.", path="local", may_change=True
     )
     save_every: int = option(
         100, help="Steps between writes of the adapter and a checkpoint.", least=1

@@ -18,6 +18,7 @@ from mlx_dora.evaluate.rows import read_splits
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import together
 from mlx_dora.train.optimizers import build_optimizer
+from mlx_dora.train.peers import watched_peers
 from mlx_dora.train.plot import PLOT_NAME, can_plot, plot_losses
 from mlx_dora.train.run.finetune import finetune
 from mlx_dora.train.run.journal import StepReport, TrainReport
@@ -71,30 +72,9 @@ def run_job(
         KeyboardInterrupt: After Ctrl-C, when the step is done and the adapter saved.
     """
     group = mx.distributed.init()
-    folder = Path(train.adapter_path).expanduser()
     try:
-        with together(group):
-            model, tokenizer, data = _load(train, folder, is_first=group.rank() == 0)
-        report, plot = None, None
-        if train.trains:
-            report = finetune(
-                model,
-                tokenizer,
-                data["train"],
-                data["valid"],
-                train=train,
-                dora=dora,
-                adapter_path=folder,
-                callback=callback,
-                progress=progress,
-            )
-            with together(group):
-                if can_plot() and group.rank() == 0:
-                    plot = folder / PLOT_NAME
-                    plot_losses(report.history, plot)
-        test = (
-            _test(model, data["test"], train, progress, group) if train.test else None
-        )
+        with watched_peers(group):
+            return _run(train, dora, group, callback, progress)
     except RuntimeError as error:
         if group.size() == 1 or _PEER_LOST not in str(error):
             raise
@@ -102,6 +82,36 @@ def run_job(
             f"another process of this training has ended ({error}): see what it said; "
             "--resume goes on from the last checkpoint."
         ) from error
+
+
+def _run(
+    train: TrainConfig,
+    dora: DoRAConfig,
+    group: mx.distributed.Group,
+    callback: Callable[[StepReport], None] | None,
+    progress: Progress | None,
+) -> JobResult:
+    folder = Path(train.adapter_path).expanduser()
+    with together(group):
+        model, tokenizer, data = _load(train, folder, is_first=group.rank() == 0)
+    report, plot = None, None
+    if train.trains:
+        report = finetune(
+            model,
+            tokenizer,
+            data["train"],
+            data["valid"],
+            train=train,
+            dora=dora,
+            adapter_path=folder,
+            callback=callback,
+            progress=progress,
+        )
+        with together(group):
+            if can_plot() and group.rank() == 0:
+                plot = folder / PLOT_NAME
+                plot_losses(report.history, plot)
+    test = _test(model, data["test"], train, progress, group) if train.test else None
     return JobResult(train=report, test=test, plot=plot)
 
 
@@ -117,7 +127,8 @@ def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any
         if not train.adapter_path:
             raise DoRAError("adapter_path is empty: name a folder for the adapter.")
         if is_first:
-            check_folder(folder, train)
+            data = train.data if train.hf_dataset is None else None
+            check_folder(folder, train, inputs=(data,))
             check_services(train)
         build_optimizer(train)
     elif tested is not None:

@@ -81,7 +81,7 @@ def write_checkpoint(
             there stay.
     """
     target = folder / FOLDER_NAME / str(state.step)
-    with atomic_directory(target, overwrite=True) as work:
+    with atomic_directory(target, inputs=(), overwrite=True) as work:
         digests = {}
         for name, tensors in ((WEIGHTS_NAME, weights), (OPTIMIZER_NAME, optimizer)):
             write_tensors(work / name, tensors)

@@ -14,6 +14,7 @@ from mlx_dora.adapters.surgery import export_variants
 from mlx_dora.evaluate.batches import Batch
 from mlx_dora.evaluate.loss import Loss, loss_fn
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.run.interrupt import interruption
 from mlx_dora.train.run.journal import StepReport, TrainReport
 from mlx_dora.train.run.lock import training_lock
 from mlx_dora.train.run.loop import loop
@@ -75,7 +76,8 @@ def finetune(
             too many losses in a row are not finite. Of several processes each raises a
             `SharedError`.
         OSError: If the folder cannot be written to, or its disk is full.
-        KeyboardInterrupt: After Ctrl-C, when the step is done and the adapter saved.
+        KeyboardInterrupt: After Ctrl-C, when the step is done and the adapter saved; a
+            `Stopped` after SIGTERM or SIGHUP.
     """
     run = prepare(
         model,
@@ -100,7 +102,7 @@ def finetune(
         logger.warning(
             "stopped after step %d; the adapter is in %s", run.step, run.folder
         )
-        raise KeyboardInterrupt
+        raise interruption(interrupted)
     return _report(run)
 
 

@@ -5,7 +5,7 @@ What one update does is in `stepper`, what is reported and written in `run`.
 
 from itertools import islice
 
-from mlx_dora.train.group import agree
+from mlx_dora.train.group import greatest
 from mlx_dora.train.memory import trim_cache, wired_memory
 from mlx_dora.train.recompute import recomputed_blocks
 from mlx_dora.train.run.interrupt import delayed_interrupt
@@ -14,13 +14,13 @@ from mlx_dora.train.run.start import train_mode
 from mlx_dora.train.stepper import is_due, seed_step
 
 
-def loop(run: Run) -> bool:
+def loop(run: Run) -> int:
     """Train to the last step, to an early stop, or until interrupted.
 
     Afterwards the adapter is written and the model is in eval mode.
 
     Returns:
-        Whether the run was interrupted (by a signal, in any of the processes).
+        The signal that interrupted the run, in any of the processes; 0 for none.
     """
     with (
         wired_memory(),
@@ -32,7 +32,7 @@ def loop(run: Run) -> bool:
             run.progress("train", run.train.iters, min(run.step, run.train.iters))
         if run.step == 0:
             run.validate()
-        interrupted = False
+        interrupted = 0
         while run.step < run.train.iters and not (interrupted or run.best.is_enough):
             before = run.step
             _update(run)
@@ -41,7 +41,7 @@ def loop(run: Run) -> bool:
                 run.report(with_layers=saves)
             if _evaluates(run, before):
                 run.validate()
-            interrupted = agree(stopped(), run.group)
+            interrupted = greatest(stopped(), run.group)
             # Checkpoint before the final report, so that a resumed, longer run writes
             # the same log.
             ends = interrupted or run.best.is_enough or run.step >= run.train.iters

@@ -24,10 +24,8 @@ from mlx_dora.train.run.guard import Best, Guard
 from mlx_dora.train.run.journal import Journal
 from mlx_dora.train.run.meter import Meter
 from mlx_dora.train.run.restore import optimizer_tensors
-from mlx_dora.train.run.start import kept_tensors
+from mlx_dora.train.run.start import BEST_NAME, kept_tensors
 from mlx_dora.train.stepper import Stepper
-
-BEST_NAME = "best"
 
 Progress = Callable[[str, int, int], None]
 """("train" or "validate", total, newly done): steps, or rows of a validation."""

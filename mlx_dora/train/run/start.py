@@ -14,13 +14,18 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.surgery import apply_layers, dora_layers, variants_of
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import read_header
+from mlx_dora.io.output import Inputs, refuse_inputs
 from mlx_dora.layers.variants import layer_class
 from mlx_dora.layers.variants.doran_aux import DoRANAuxLinear
 from mlx_dora.train.config import FineTuneType, TrainConfig
+from mlx_dora.train.run.checkpoint import FOLDER_NAME as CHECKPOINTS
 from mlx_dora.train.run.checkpoint import WEIGHTS_NAME, has_checkpoints
 from mlx_dora.train.stepper import B_NAME, is_up_factor
 
 logger = logging.getLogger(__name__)
+
+BEST_NAME = "best"
+"""The folder of the best adapter so far, in the adapter's folder."""
 
 _LISTED = 5
 
@@ -151,15 +156,27 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     mx.eval(model.trainable_parameters())
 
 
-def check_folder(path: Path, config: TrainConfig) -> None:
+def check_folder(path: Path, config: TrainConfig, inputs: Inputs = ()) -> None:
     """Refuse a folder that cannot take the adapter, or would lose one unasked.
 
     Going on from the folder's own weights or checkpoints counts as asking.
 
+    Args:
+        path: The adapter's folder.
+        config: Settings of the training.
+        inputs: Files and folders that are read, besides the model and weights that
+            `config` names.
+
     Raises:
-        DoRAError: If `path` is a file, or holds an adapter or checkpoints and they are
-            not to be replaced, or an adapter without checkpoints is to be resumed.
+        DoRAError: If `path` is a file, the file system's root or the home folder; if
+            it is, holds or lies inside an input; if weights to start from would be
+            replaced; or if it holds an adapter or checkpoints and they are not to be
+            replaced, or an adapter without checkpoints is to be resumed.
     """
+    if path.exists() and path.resolve() == Path.home().resolve():
+        raise DoRAError(f"adapter_path {path} is the home folder; name another.")
+    refuse_inputs(path, (config.model, *inputs))
+    _refuse_start(path, config)
     if path.exists() and not path.is_dir():
         raise DoRAError(f"adapter_path {path} is a file, not a folder.")
     weights = path / WEIGHTS_NAME
@@ -171,8 +188,7 @@ def check_folder(path: Path, config: TrainConfig) -> None:
             f"{path} holds an adapter but no checkpoint to resume from; to start from "
             "its weights alone, name it as resume_adapter_file."
         )
-    resumed = Path(config.resume_adapter_file or "").expanduser().resolve()
-    if resumed in (weights.resolve(), path.resolve()):
+    if _starts_here(path, config):
         return
     if resumable or weights.exists():
         what = "an adapter" if weights.exists() else "checkpoints of a training"
@@ -180,6 +196,36 @@ def check_folder(path: Path, config: TrainConfig) -> None:
         raise DoRAError(
             f"{path} holds {what} already; {ways} another adapter_path, or set "
             "overwrite (--overwrite) to replace it."
+        )
+
+
+def _starts_here(path: Path, config: TrainConfig) -> bool:
+    """Whether the weights to start from are those that the folder itself holds."""
+    if not config.resume_adapter_file:
+        return False
+    start = Path(config.resume_adapter_file).expanduser().resolve()
+    return start in ((path / WEIGHTS_NAME).resolve(), path.resolve())
+
+
+def _refuse_start(path: Path, config: TrainConfig) -> None:
+    """Refuse to replace the weights that a training starts from, unless in place."""
+    if not config.resume_adapter_file:
+        return
+    start = Path(config.resume_adapter_file).expanduser()
+    if _starts_here(path, config):
+        is_replaced = config.overwrite
+    else:
+        if start.is_dir():
+            refuse_inputs(path, (start,))
+        replaced = [path / name for name in (WEIGHTS_NAME, CHECKPOINTS, BEST_NAME)]
+        is_replaced = any(
+            start.resolve().is_relative_to(one.resolve()) for one in replaced
+        )
+    if is_replaced:
+        raise DoRAError(
+            f"resume_adapter_file {start} lies in adapter_path {path}, where this "
+            "training would replace it; choose another adapter_path, or go on in place "
+            "without overwrite from its adapters.safetensors."
         )
 
 
