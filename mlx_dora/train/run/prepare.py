@@ -46,7 +46,7 @@ def prepare(
 ) -> Run:
     """Make the model trainable and put the parts of a run together.
 
-    The arguments are those of `mlx_dora.train.run.finetune`.
+    The arguments are those of `mlx_dora.train.finetune`.
 
     Raises:
         DoRAError: If a setting, the data or the model is unfit; of several processes
