@@ -21,7 +21,7 @@ from mlx_dora.adapters.format import config_json, pad_rank, parse_config, strip_
 from mlx_dora.adapters.surgery import FineTuneType, base_of, dora_layers
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
-from mlx_dora.io.header import read_header
+from mlx_dora.io.gate import read_tensors
 
 __all__ = [
     "Adapter",
@@ -147,9 +147,8 @@ def read_adapter(path: str | Path) -> Adapter:
                 hint = " It looks like a PEFT adapter, which has to be converted."
             raise DoRAError(f"{path} is not an adapter folder: it has no {name}.{hint}")
     adapter = _read_config(folder / CONFIG_NAME)
-    header = read_header(folder / TENSORS_NAME)
-    tensors = mx.load(str(folder / TENSORS_NAME)) if header else {}
-    assert isinstance(tensors, dict)
+    is_full = adapter.fine_tune_type == "full"
+    tensors = read_tensors(folder / TENSORS_NAME, all_weights=not is_full)
     return replace(adapter, tensors=strip_rank(tensors, adapter.config))
 
 
