@@ -29,6 +29,7 @@ from mlx_dora.adapters.surgery import (
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
+from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.kernels.rows import matrices
 from mlx_dora.layers import DoRALayer, weight_of
@@ -53,7 +54,8 @@ def fuse_dora(model: nn.Module, dequantize: bool = False) -> FuseReport:
             does: nothing of the update is lost but one rounding.
 
     Raises:
-        DoRAError: If the model has no DoRA layers, or LoRA layers.
+        DoRAError: If the model has no DoRA layers, or LoRA layers, or an adapted
+            weight is not finite: layers before it are fused then.
     """
     layers = dora_layers(model)
     others = len(adapter_layers(model)) - len(layers)
@@ -67,7 +69,10 @@ def fuse_dora(model: nn.Module, dequantize: bool = False) -> FuseReport:
     export_variants(model)
     fused = []
     for path, layer in dora_layers(model):
-        module = layer.fuse(dequantize=dequantize)
+        try:
+            module = layer.fuse(dequantize=dequantize)
+        except DoRAError as error:
+            raise DoRAError(f"{path}: {error}") from error
         mx.eval(module.parameters())
         fused.append(_describe(path, layer, module))
         put_modules(model, [(path, module)])
@@ -195,6 +200,8 @@ def save_fused(
     with atomic_directory(save_path, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             for name, value in tree_flatten(model.parameters()):
+                if not all_finite(cast(mx.array, value)):
+                    raise DoRAError(f"{name} holds NaN or inf: nothing is written.")
                 writer.add(name, cast(mx.array, value))
         _write_rest(out, content, tokenizer, folder, _has_vision(model))
 

@@ -1,5 +1,6 @@
 """A module's adapted matrices as plain ones: one, or a stack, one after the other."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from mlx_dora.adapters.fuse_layer import (
     survival,
 )
 from mlx_dora.adapters.fuse_report import Survival, sum_survivals
+from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.kernels.rows import Weight, matrices, stacked
 
@@ -38,6 +40,14 @@ class FusedMatrices:
     survival: Survival
     plain: Survival | None
     rest: list[dict[str, mx.array]]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether what stays beside, and how much survived, are numbers."""
+        sizes = (self.survival.exact_square, self.survival.kept_square)
+        return all(map(math.isfinite, sizes)) and all(
+            all_finite(value) for one in self.rest for value in one.values()
+        )
 
 
 def fuse_matrices(

@@ -11,12 +11,13 @@ from mlx.utils import tree_flatten
 from mlx_dora.adapters.adapter import Adapter, BaseModel
 from mlx_dora.adapters.fingerprint import digest_of, sample_of, tensor_line
 from mlx_dora.adapters.fuse_config import FuseConfig
-from mlx_dora.adapters.fuse_layer import Update, dtype_of
+from mlx_dora.adapters.fuse_layer import Update, dtype_of, why_not_finite
 from mlx_dora.adapters.fuse_matrices import fuse_matrices
 from mlx_dora.adapters.fuse_report import FusedLayer
 from mlx_dora.adapters.keys import takes_lora
 from mlx_dora.adapters.matrices import adapted_matrices, adapter_tensors
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.kernels.rows import Weight
 
@@ -57,7 +58,8 @@ def stream_fused(
 
     Raises:
         DoRAError: If a packed weight is to be fused losslessly that has no scale for a
-            magnitude, or whose low-rank rest mlx-lm has no LoRA layer for.
+            magnitude, or whose low-rank rest mlx-lm has no LoRA layer for; or a tensor
+            of the base or of the result holds NaN or inf.
     """
     modules = dict(model.named_modules())
     adapted = set(adapter.paths)
@@ -91,6 +93,8 @@ def stream_fused(
         while parts:
             leaf = next(iter(parts))
             name = f"{path}.{leaf}" if path else leaf
+            if not all_finite(parts[leaf]):
+                raise DoRAError(f"{name} of the base holds NaN or inf.")
             write(name, parts[leaf])
             if config.mode == "lossless":
                 seen.add(name, parts[leaf])
@@ -136,6 +140,8 @@ def _fuse_module(
     updates = [Update.of(one) for one in adapted_matrices(adapter, path, module)]
     found = fuse_matrices(weight, updates, config)
     after, packing = found.weight, None
+    if not all(map(all_finite, _parts_of(after).values())) or not found.is_finite:
+        raise DoRAError(f"{path}: {why_not_finite(weight)}")
     if isinstance(weight, QuantizedWeight) and config.mode == "requantize":
         packing = _packing(weight, after)
     rest: Parts = {}

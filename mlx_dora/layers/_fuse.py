@@ -5,6 +5,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels import QuantizedWeight, fused_weight
 from mlx_dora.kernels.rows import Weight, matrices, stacked
 from mlx_dora.layers._base import weight_of
@@ -21,6 +23,9 @@ def fused_module(layer: DoRALayer, dequantize: bool) -> Any:
     Returns:
         A module of the base's class (dense if `dequantize`) in the base's dtype. Rows
         that the adapter leaves as they were keep their packed values.
+
+    Raises:
+        DoRAError: If the adapted weight holds NaN or inf.
     """
     base = layer.base
     weight = weight_of(base)
@@ -30,6 +35,11 @@ def fused_module(layer: DoRALayer, dequantize: bool) -> Any:
         assert m is not None
         dense = fused_weight(one, update.lora_a, update.lora_b, update.scale, m)
         mx.eval(dense)  # one at a time
+        if not all_finite(dense):
+            raise DoRAError(
+                "the adapted weight holds NaN or inf: the base does, or the adapter's "
+                f"values are too large for {str(dense.dtype).rpartition('.')[2]}."
+            )
         if isinstance(one, QuantizedWeight) and not dequantize:
             fused.append(_packed_again(one, dense))
         else:
