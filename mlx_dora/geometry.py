@@ -94,7 +94,10 @@ def row_geometry(
     a = np.array(lora_a.astype(mx.float32), np.float64)
     b = scale * np.array(lora_b.astype(mx.float32), np.float64).T  # (out, r)
     c = (product * b).sum(1)
-    p = np.maximum(((b @ (a.T @ a)) * b).sum(1), 0.0)
+    if a.shape[1] > a.shape[0]:  # r² would be larger than the weight
+        p = np.square(b @ a.T).sum(1)
+    else:
+        p = np.maximum(((b @ (a.T @ a)) * b).sum(1), 0.0)
     squared = np.maximum(q0 + 2 * c + p, 0.0)
     inside, across = q0 + c, np.maximum(q0 * p - c * c, 0.0)
     noisy = (squared < _RECOMPUTE_BELOW * (q0 + p)) | (

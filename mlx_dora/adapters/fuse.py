@@ -18,7 +18,7 @@ from mlx_dora.adapters.fingerprint import base_tensors, fingerprint_of
 from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.fuse_layer import Update, dtype_of, survival
 from mlx_dora.adapters.fuse_report import FusedLayer, FuseReport, sum_survivals
-from mlx_dora.adapters.fuse_stream import stream_fused
+from mlx_dora.adapters.fuse_stream import model_dtype, stream_fused
 from mlx_dora.adapters.hosting import load_lazily, load_with_config, model_folder
 from mlx_dora.adapters.surgery import (
     adapter_layers,
@@ -33,6 +33,7 @@ from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.kernels.rows import matrices
 from mlx_dora.layers import DoRALayer, weight_of
+from mlx_dora.layers._fuse import fused_module
 
 REST_NAME = "adapter"
 """The folder in a losslessly fused model that holds the low-rank rest."""
@@ -67,10 +68,10 @@ def fuse_dora(model: nn.Module, dequantize: bool = False) -> FuseReport:
     if not layers:
         raise DoRAError("the model has no DoRA layers to fuse.")
     export_variants(model)
-    fused = []
+    fused, own = [], model_dtype(model)
     for path, layer in dora_layers(model):
         try:
-            module = layer.fuse(dequantize=dequantize)
+            module = fused_module(layer, dequantize, own)
         except DoRAError as error:
             raise DoRAError(f"{path}: {error}") from error
         mx.eval(module.parameters())
@@ -79,10 +80,20 @@ def fuse_dora(model: nn.Module, dequantize: bool = False) -> FuseReport:
     if dequantize and any("scales" in module for module in model.modules()):
         from mlx_lm.utils import dequantize_model
 
+        bytes_scaled = [
+            path for path, module in model.named_modules() if _has_byte_scales(module)
+        ]
         dequantize_model(model)
+        modules = dict(model.named_modules())
+        for path in bytes_scaled:
+            modules[path].weight = modules[path].weight.astype(own)
     report = FuseReport(layers=tuple(fused))
     _warn_of_loss(report)
     return report
+
+
+def _has_byte_scales(module: nn.Module) -> bool:
+    return "scales" in module and "biases" not in module
 
 
 def _warn_of_loss(report: FuseReport) -> None:

@@ -89,6 +89,17 @@ def dtype_of(weight: Weight) -> mx.Dtype:
     return weight.dtype
 
 
+def unpacked_dtype(weight: Weight, own: mx.Dtype) -> mx.Dtype:
+    """The dtype of a weight made dense, in a model of dtype `own`.
+
+    Scales of mode affine are in the model's dtype; those of the others are bytes, and
+    MLX unpacks them to bfloat16 whatever the model is in.
+    """
+    if isinstance(weight, QuantizedWeight) and weight.biases is None:
+        return own
+    return dtype_of(weight)
+
+
 def dense_fused(weight: Weight, update: Update, dtype: mx.Dtype) -> mx.array:
     """The adapted weight in `dtype`, rounded once. Shape ``(out, in)``."""
     rows = []
@@ -155,12 +166,12 @@ def folded(
 
 
 def requantized(
-    weight: QuantizedWeight, update: Update, keep: float
+    weight: QuantizedWeight, update: Update, keep: float, own: mx.Dtype
 ) -> tuple[Weight, Survival, Survival | None]:
     """The adapted weight with the fewest bits at which enough of the update survives.
 
     Tries the base's own packing, then more bits, then a dense weight in the dtype of
-    the base's scales, then float32.
+    the base's scales (of the model, `own`, where scales are bytes), then float32.
 
     Returns:
         The weight, how much of its update it kept, and how much the base's own packing
@@ -176,7 +187,7 @@ def requantized(
             return packed, found, plain
         plain = plain or found
         del packed
-    dense = dense_fused(weight, update, dtype_of(weight))
+    dense = dense_fused(weight, update, unpacked_dtype(weight, own))
     found = survival(weight, dense, update)
     if not found.survives(keep):
         dense = dense_fused(weight, update, mx.float32)
@@ -233,8 +244,9 @@ def _survival_of(base: mx.array, adapted: mx.array, fused: mx.array) -> Survival
     # A zero row has no length to be off from.
     off = mx.where(length > 0, off / mx.where(length > 0, length, 1), 0)
     size = mx.maximum(mx.abs(exact).max(), mx.abs(left).max()).item()
-    # Squares of the largest changes overflow float32, and not float64.
-    unit = float(size) if 1e15 < size < math.inf else 1.0
+    # Squares of the largest and smallest changes are beyond float32, not float64.
+    is_extreme = 0 < size < 1e-15 or 1e15 < size < math.inf
+    unit = float(size) if is_extreme else 1.0
     exact, left = exact / unit, left / unit
     sums = [exact * exact, exact * left, left * left]
     values = mx.stack([value.sum() for value in (*sums, mx.square(off))]).tolist()

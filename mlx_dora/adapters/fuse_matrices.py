@@ -10,11 +10,11 @@ from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.fuse_layer import (
     Update,
     dense_fused,
-    dtype_of,
     folded,
     packed_fused,
     requantized,
     survival,
+    unpacked_dtype,
 )
 from mlx_dora.adapters.fuse_report import Survival, sum_survivals
 from mlx_dora.io.finite import all_finite
@@ -51,7 +51,10 @@ class FusedMatrices:
 
 
 def fuse_matrices(
-    weight: Weight, updates: Sequence[Update], config: FuseConfig
+    weight: Weight,
+    updates: Sequence[Update],
+    config: FuseConfig,
+    own: mx.Dtype = mx.bfloat16,
 ) -> FusedMatrices:
     """Fuse every matrix of one module.
 
@@ -60,6 +63,7 @@ def fuse_matrices(
         updates: One a matrix.
         config: What to do with packed weights; a whole stack gets the bits of the
             matrix that needs most.
+        own: The model's dtype, see `unpacked_dtype`.
 
     Raises:
         DoRAError: If a packing without scales for magnitudes is to be fused losslessly.
@@ -72,7 +76,7 @@ def fuse_matrices(
     for one, update in zip(befores, updates, strict=True):
         plain = None
         if not isinstance(one, QuantizedWeight) or config.mode == "dequantize":
-            after = dense_fused(one, update, dtype_of(one))
+            after = dense_fused(one, update, unpacked_dtype(one, own))
             found = survival(one, after, update)
         elif config.mode == "lossless":
             gain = update.gain(one)
@@ -81,7 +85,7 @@ def fuse_matrices(
             found = survival(one, after, update, up)
             rest.append({"lora_a": update.lora_a, "lora_b": up})
         else:
-            after, found, plain = requantized(one, update, config.keep)
+            after, found, plain = requantized(one, update, config.keep, own)
         afters.append(after)
         kept.append(found)
         plains.append(plain)

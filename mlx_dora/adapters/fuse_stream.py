@@ -11,7 +11,12 @@ from mlx.utils import tree_flatten
 from mlx_dora.adapters.adapter import Adapter, BaseModel
 from mlx_dora.adapters.fingerprint import digest_of, sample_of, tensor_line
 from mlx_dora.adapters.fuse_config import FuseConfig
-from mlx_dora.adapters.fuse_layer import Update, dtype_of, why_not_finite
+from mlx_dora.adapters.fuse_layer import (
+    Update,
+    dtype_of,
+    unpacked_dtype,
+    why_not_finite,
+)
 from mlx_dora.adapters.fuse_matrices import fuse_matrices
 from mlx_dora.adapters.fuse_report import FusedLayer
 from mlx_dora.adapters.keys import takes_lora
@@ -20,6 +25,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.kernels.rows import Weight
+from mlx_dora.layers import DoRALayer
 
 Parts = dict[str, mx.array]
 """The arrays of one module, by the name they have in it."""
@@ -74,11 +80,11 @@ def stream_fused(
     layers: list[FusedLayer] = []
     packing: dict[str, dict[str, Any] | bool] = {}
     rest: Parts = {}
-    seen = _Fingerprint()
+    seen, own = _Fingerprint(), model_dtype(model)
     for path, parts in _taken_out(model):
         module = modules[path]
         if path in adapted:
-            result = _fuse_module(path, module, parts, adapter, config)
+            result = _fuse_module(path, module, parts, adapter, config, own)
             layers.append(result.layer)
             rest |= result.rest
             if result.packing is not None:
@@ -87,7 +93,10 @@ def stream_fused(
             parts |= result.parts
             del result
         elif config.mode == "dequantize" and "scales" in parts:
-            dense = _weight(path, module, parts).dequantize()  # pyright: ignore[reportAttributeAccessIssue] - it has scales
+            packed = _weight(path, module, parts)
+            dense = packed.dequantize()  # pyright: ignore[reportAttributeAccessIssue] - it has scales
+            dense = dense.astype(unpacked_dtype(packed, own))
+            del packed
             parts = {"weight": dense, **_others(parts)}
             del dense
         while parts:
@@ -103,6 +112,21 @@ def stream_fused(
     if rest:
         beside = _rest_adapter(adapter, rest, seen.digest())
     return Fused(layers=tuple(layers), packing=packing, rest=beside)
+
+
+def model_dtype(model: nn.Module) -> mx.Dtype:
+    """The dtype of most of a model's floats, but for packed weights and adapters."""
+    sizes: dict[mx.Dtype, int] = {}
+    for module in model.modules():
+        if isinstance(module, DoRALayer):
+            continue
+        for leaf, value in module.items():
+            is_packed = "scales" in module and leaf in _WEIGHT
+            if not isinstance(value, mx.array) or is_packed:
+                continue
+            if mx.issubdtype(value.dtype, mx.floating):
+                sizes[value.dtype] = sizes.get(value.dtype, 0) + value.size
+    return max(sizes, key=lambda dtype: sizes[dtype], default=mx.bfloat16)
 
 
 @dataclass
@@ -135,10 +159,11 @@ def _fuse_module(
     parts: Parts,
     adapter: Adapter,
     config: FuseConfig,
+    own: mx.Dtype,
 ) -> _Result:
     weight = _weight(path, module, parts)
     updates = [Update.of(one) for one in adapted_matrices(adapter, path, module)]
-    found = fuse_matrices(weight, updates, config)
+    found = fuse_matrices(weight, updates, config, own)
     after, packing = found.weight, None
     if not all(map(all_finite, _parts_of(after).values())) or not found.is_finite:
         raise DoRAError(f"{path}: {why_not_finite(weight)}")

@@ -75,8 +75,11 @@ def update_terms(
     """
     a = lora_a.astype(mx.float32)
     b = lora_b.astype(mx.float32).T  # (out, r)
+    cross = (product * b).sum(axis=1)
+    if a.shape[1] > a.shape[0]:  # of no use, and r² would be larger than the weight
+        return cross, mx.square(b @ a.T).sum(axis=1)
     gram = a.T @ a  # (r, r)
-    return (product * b).sum(axis=1), ((b @ gram) * b).sum(axis=1)
+    return cross, ((b @ gram) * b).sum(axis=1)
 
 
 def adapted_norm(

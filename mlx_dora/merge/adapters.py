@@ -19,6 +19,7 @@ from mlx_dora.adapters.matrices import (
     adapter_tensors,
     named_matrices,
 )
+from mlx_dora.adapters.refusals import check_cut
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.batches import Examples
 from mlx_dora.factored import AdaptedMatrix
@@ -136,6 +137,8 @@ def merge_adapters_report(
     paths = sorted({p for one in loaded for p in one.paths}, key=natural_order)
     modules = dict(base.named_modules())
     check_paths(fishers, modules)
+    if rank is not None:
+        check_cut(modules, paths, rank)
     target = next((one.config.scale for one in loaded if one.config.scale), 1.0)
 
     def merged_at(rank: int | None) -> AdapterMerge:

@@ -15,6 +15,7 @@ from mlx_dora.adapters.fingerprint import base_tensors, fingerprint
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.keys import natural_order, resolve_keys
 from mlx_dora.adapters.matrices import adapter_tensors, named_matrices
+from mlx_dora.adapters.refusals import check_cut
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.kernels import fused_weight
@@ -90,7 +91,8 @@ def extract_adapter(
     Args:
         base: Folder or Hub id of the base, which the adapter will belong to.
         tuned: Of the fine-tuned model.
-        rank: Rank of the updates, or the largest one with `energy`.
+        rank: Rank of the updates, or the largest one with `energy`. A matrix that is
+            smaller gets min(out, in).
         energy: Share of each update's squared norm to keep, above 0 and at most 1.
         keys: Modules to cover, as in `DoRAConfig`; every linear layer and embedding of
             the blocks if None. Unchanged ones are left out.
@@ -115,6 +117,8 @@ def extract_adapter(
     paths = resolve_keys(start, keys, -1)
     if missing := [path for path in paths if path not in after]:
         raise DoRAError(f"{tuned} lacks {', '.join(missing[:10])}.")
+    if rank is not None and paths:
+        check_cut(before, paths, rank)
     tensors: dict[str, mx.array] = {}
     layers = []
     for path in paths:
