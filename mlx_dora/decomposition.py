@@ -87,8 +87,7 @@ def as_array(name: str, values: object) -> mx.array:
         return values
     if not isinstance(values, np.ndarray):
         raise TypeError(
-            f"{name} must be an mx.array or a NumPy array, got "
-            f"{type(values).__name__}."
+            f"{name} must be an mx.array or a NumPy array, got {type(values).__name__}."
         )
     if values.dtype.kind not in "fiub" or values.dtype.itemsize > 8:
         raise DoRAError(f"{name}: MLX has no dtype for NumPy's {values.dtype}.")

@@ -142,9 +142,12 @@ def test_traced_functions_keep_the_whole_range(
 ) -> None:
     for size in (1e-30, 1.0, 1e30):
         weight = matrix(size, mx.float32)
-        assert np.abs(
-            to_numpy(mx.compile(function)(weight)) - to_numpy(function(weight))
-        ).max() < 1e-6
+        assert (
+            np.abs(
+                to_numpy(mx.compile(function)(weight)) - to_numpy(function(weight))
+            ).max()
+            < 1e-6
+        )
 
 
 def test_ordinary_rows_keep_their_bits() -> None:

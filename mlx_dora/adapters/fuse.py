@@ -32,8 +32,7 @@ from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.kernels.rows import matrices
-from mlx_dora.layers import DoRALayer, weight_of
-from mlx_dora.layers._fuse import fused_module
+from mlx_dora.layers import DoRALayer, fused_module, weight_of
 
 REST_NAME = "adapter"
 """The folder in a losslessly fused model that holds the low-rank rest."""

@@ -89,10 +89,10 @@ def _adapt(model: nn.Module, config: DoRAConfig, any_rank: bool) -> list[str]:
         check_classes(modules, chosen | variants_of(model, config, others), hint)
     else:
         check_classes(modules, chosen, "")
+    check_started(model)
     if not any_rank:
         low_rank = [path for path in paths if chosen[path] != "magnitude"]
         _check_ranks(modules, config, low_rank)
-    check_started(model)
     model.freeze()
     layers: list[tuple[str, nn.Module]] = []
     for path in paths:
@@ -276,9 +276,9 @@ def _apply_lora(model: nn.Module, config: DoRAConfig, any_rank: bool) -> list[st
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     paths = adaptable_paths(model, config)
+    check_started(model)
     if not any_rank:
         _check_ranks(dict(model.named_modules()), config, paths)
-    check_started(model)
     model.freeze()
     settings: dict[tuple[int, float], list[str]] = {}
     for path in paths:

@@ -11,7 +11,13 @@ import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels.quantized import QuantizedWeight
-from mlx_dora.kernels.rows import Weight, are_ordinary, near_one, row_blocks, row_squares
+from mlx_dora.kernels.rows import (
+    Weight,
+    are_ordinary,
+    near_one,
+    row_blocks,
+    row_squares,
+)
 
 # Below this share of ‖W0‖² + s²‖BA‖² the factored sum is rounding noise.
 _NOISE_FLOOR = 2.0**-20

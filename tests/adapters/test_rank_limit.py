@@ -55,8 +55,12 @@ def test_a_variant_has_the_same_limit(tiny_model: nn.Module, variant: Any) -> No
 def test_pissa_has_the_same_limit_for_each_half(tiny_model: nn.Module) -> None:
     keys, layers = (K,), 1
     with pytest.raises(DoRAError, match="at most 16, got 17"):
-        apply_dora(tiny_model, DoRAConfig(rank=17, num_layers=layers, keys=keys, init="pissa"))
-    apply_dora(tiny_model, DoRAConfig(rank=16, num_layers=layers, keys=keys, init="pissa"))
+        apply_dora(
+            tiny_model, DoRAConfig(rank=17, num_layers=layers, keys=keys, init="pissa")
+        )
+    apply_dora(
+        tiny_model, DoRAConfig(rank=16, num_layers=layers, keys=keys, init="pissa")
+    )
     assert tiny_model.layers[-1].self_attn.k_proj.factors()[0].shape == (32, 32)
 
 

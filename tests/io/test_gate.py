@@ -78,7 +78,7 @@ def test_integers_that_are_no_weights_enter_untouched(
 ) -> None:
     values = bytes(8 * [1, 0, 0, 0, 0, 0, 0, 0])[: DTYPE_BITS[dtype]]
     names = "model.position_ids", "model.bn.num_batches_tracked", "h.0.attn.bias"
-    tensors = {name: (dtype, (8,), values) for name in names}
+    tensors = dict.fromkeys(names, (dtype, (8,), values))
     found = read_tensors(write_raw(tmp_path / "a.safetensors", tensors))
     plain = mx.load(str(tmp_path / "a.safetensors"))
     assert all(mx.array_equal(found[name], plain[name]) for name in names)
