@@ -13,7 +13,7 @@ __all__ = [
     "DoRALayer",
     "DoRALinear",
     "dora_class",
-    "held_norms",
     "fused_module",
+    "held_norms",
     "weight_of",
 ]
