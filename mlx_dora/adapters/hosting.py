@@ -116,7 +116,7 @@ def load_lazily(model: str | Path, *, trust_remote_code: bool = False) -> nn.Mod
 def _gated(folder: Path) -> Iterator[None]:
     """Let mlx-lm read float64 as float32, which `mx.load` refuses; name float8."""
     infos = _infos(folder)
-    utils = importlib.import_module("mlx_lm.utils")
+    utils: Any = importlib.import_module("mlx_lm.utils")
     own = utils.mx
     if holds_float64(infos):
         utils.mx = _RoundingReader()
@@ -144,7 +144,7 @@ def _gated_loader(own: Callable[..., Any]) -> Callable[..., Any]:
         _check_loaded(folder, found[0])
         return found
 
-    load_model.is_gated = True  # pyright: ignore[reportFunctionMemberAccess] - a mark
+    load_model.is_gated = True  # pyright: ignore[reportAttributeAccessIssue] - a mark
     return load_model
 
 
