@@ -49,9 +49,8 @@ def attach_adapter(
         model.load_weights(list(adapter.tensors.items()), strict=False)
         return list(adapter.tensors)
     paths = adapter.paths
-    apply_layers(
-        model, replace(adapter.config, keys=tuple(paths)), adapter.fine_tune_type
-    )
+    config = replace(adapter.config, keys=tuple(paths))
+    apply_layers(model, config, adapter.fine_tune_type, any_rank=True)
     for path, layer in adapter_layers(model):
         for leaf in LEAVES[adapter.fine_tune_type]:
             layer[leaf] = adapter.tensors[f"{path}.{leaf}"].astype(mx.float32)

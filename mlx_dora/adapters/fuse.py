@@ -18,7 +18,7 @@ from mlx_dora.adapters.fingerprint import base_tensors, fingerprint_of
 from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.fuse_layer import Update, dtype_of, survival
 from mlx_dora.adapters.fuse_report import FusedLayer, FuseReport, sum_survivals
-from mlx_dora.adapters.fuse_stream import stream_fused
+from mlx_dora.adapters.fuse_stream import model_dtype, stream_fused
 from mlx_dora.adapters.hosting import load_lazily, load_with_config, model_folder
 from mlx_dora.adapters.surgery import (
     adapter_layers,
@@ -29,9 +29,10 @@ from mlx_dora.adapters.surgery import (
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
+from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.kernels.rows import matrices
-from mlx_dora.layers import DoRALayer, weight_of
+from mlx_dora.layers import DoRALayer, fused_module, weight_of
 
 REST_NAME = "adapter"
 """The folder in a losslessly fused model that holds the low-rank rest."""
@@ -53,7 +54,8 @@ def fuse_dora(model: nn.Module, dequantize: bool = False) -> FuseReport:
             does: nothing of the update is lost but one rounding.
 
     Raises:
-        DoRAError: If the model has no DoRA layers, or LoRA layers.
+        DoRAError: If the model has no DoRA layers, or LoRA layers, or an adapted
+            weight is not finite: layers before it are fused then.
     """
     layers = dora_layers(model)
     others = len(adapter_layers(model)) - len(layers)
@@ -65,19 +67,32 @@ def fuse_dora(model: nn.Module, dequantize: bool = False) -> FuseReport:
     if not layers:
         raise DoRAError("the model has no DoRA layers to fuse.")
     export_variants(model)
-    fused = []
+    fused, own = [], model_dtype(model)
     for path, layer in dora_layers(model):
-        module = layer.fuse(dequantize=dequantize)
+        try:
+            module = fused_module(layer, dequantize, own)
+        except DoRAError as error:
+            raise DoRAError(f"{path}: {error}") from error
         mx.eval(module.parameters())
         fused.append(_describe(path, layer, module))
         put_modules(model, [(path, module)])
     if dequantize and any("scales" in module for module in model.modules()):
         from mlx_lm.utils import dequantize_model
 
+        bytes_scaled = [
+            path for path, module in model.named_modules() if _has_byte_scales(module)
+        ]
         dequantize_model(model)
+        modules = dict(model.named_modules())
+        for path in bytes_scaled:
+            modules[path].weight = modules[path].weight.astype(own)
     report = FuseReport(layers=tuple(fused))
     _warn_of_loss(report)
     return report
+
+
+def _has_byte_scales(module: nn.Module) -> bool:
+    return "scales" in module and "biases" not in module
 
 
 def _warn_of_loss(report: FuseReport) -> None:
@@ -195,6 +210,8 @@ def save_fused(
     with atomic_directory(save_path, inputs=(folder,), overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             for name, value in tree_flatten(model.parameters()):
+                if not all_finite(cast(mx.array, value)):
+                    raise DoRAError(f"{name} holds NaN or inf: nothing is written.")
                 writer.add(name, cast(mx.array, value))
         _write_rest(out, content, tokenizer, folder, _has_vision(model))
 

@@ -4,6 +4,7 @@ Pure functions from a base weight and its update to the fused weight, row block 
 block; `mlx_dora.adapters.fuse_stream` walks over a model with them.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import cast
@@ -13,9 +14,10 @@ import mlx.core as mx
 from mlx_dora.adapters.fuse_report import Survival
 from mlx_dora.errors import DoRAError
 from mlx_dora.factored import AdaptedMatrix, factored_terms
+from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels import QuantizedWeight, fused_weight, normalize_rows
 from mlx_dora.kernels.reference import row_gain
-from mlx_dora.kernels.rows import Weight, row_blocks
+from mlx_dora.kernels.rows import Weight, row_blocks, row_norms
 
 # Elements of a block; its dozen float32 copies are small next to a large tensor.
 _BLOCK = 1 << 16
@@ -70,11 +72,32 @@ def _float32_rows(weight: Weight, index: slice) -> mx.array:
     return rows.dequantize().astype(mx.float32)
 
 
+def why_not_finite(weight: Weight) -> str:
+    """What to say of a fused weight with NaN or inf, given its base."""
+    if not all(all_finite(block) for _, block in row_blocks(weight)):
+        return "the weight of the base holds NaN or inf."
+    return (
+        "the fused weight is not finite, though base and adapter are: the adapter's "
+        f"values are too large for {dtype_of(weight)}."
+    ).replace("mlx.core.", "")
+
+
 def dtype_of(weight: Weight) -> mx.Dtype:
     """The dtype of a weight, unpacked."""
     if isinstance(weight, QuantizedWeight):
         return weight.rows(slice(0, 1)).dequantize().dtype
     return weight.dtype
+
+
+def unpacked_dtype(weight: Weight, own: mx.Dtype) -> mx.Dtype:
+    """The dtype of a weight made dense, in a model of dtype `own`.
+
+    Scales of mode affine are in the model's dtype; those of the others are bytes, and
+    MLX unpacks them to bfloat16 whatever the model is in.
+    """
+    if isinstance(weight, QuantizedWeight) and weight.biases is None:
+        return own
+    return dtype_of(weight)
 
 
 def dense_fused(weight: Weight, update: Update, dtype: mx.Dtype) -> mx.array:
@@ -143,12 +166,12 @@ def folded(
 
 
 def requantized(
-    weight: QuantizedWeight, update: Update, keep: float
+    weight: QuantizedWeight, update: Update, keep: float, own: mx.Dtype
 ) -> tuple[Weight, Survival, Survival | None]:
     """The adapted weight with the fewest bits at which enough of the update survives.
 
     Tries the base's own packing, then more bits, then a dense weight in the dtype of
-    the base's scales, then float32.
+    the base's scales (of the model, `own`, where scales are bytes), then float32.
 
     Returns:
         The weight, how much of its update it kept, and how much the base's own packing
@@ -164,7 +187,7 @@ def requantized(
             return packed, found, plain
         plain = plain or found
         del packed
-    dense = dense_fused(weight, update, dtype_of(weight))
+    dense = dense_fused(weight, update, unpacked_dtype(weight, own))
     found = survival(weight, dense, update)
     if not found.survives(keep):
         dense = dense_fused(weight, update, mx.float32)
@@ -209,19 +232,29 @@ def survival(
         fused = _float32_rows(after, index)
         if rest is not None:
             fused = fused + (update.scale * rest[:, index].T) @ down
-        exact, left = adapted - base, fused - base
-        length = mx.sqrt(mx.square(adapted).sum(axis=1))
-        off = mx.sqrt(mx.square(fused).sum(axis=1)) - length
-        # A zero row has no length to be off from.
-        off = mx.where(length > 0, off / mx.where(length > 0, length, 1), 0)
-        sums = [exact * exact, exact * left, left * left, mx.square(off)]
-        values = mx.stack([value.sum() for value in sums]).tolist()
-        exact_square, product, kept_square, row_square = cast(list[float], values)
-        found += Survival(
-            exact_square=exact_square,
-            product=product,
-            kept_square=kept_square,
-            row_square=row_square,
-            rows=block.shape[0],
-        )
+        found += _survival_of(base, adapted, fused)
     return found
+
+
+def _survival_of(base: mx.array, adapted: mx.array, fused: mx.array) -> Survival:
+    """How much of adapted − base is in fused − base; all float32 ``(rows, in)``."""
+    exact, left = adapted - base, fused - base
+    length = row_norms(adapted)
+    off = row_norms(fused) - length
+    # A zero row has no length to be off from.
+    off = mx.where(length > 0, off / mx.where(length > 0, length, 1), 0)
+    size = mx.maximum(mx.abs(exact).max(), mx.abs(left).max()).item()
+    # Squares of the largest and smallest changes are beyond float32, not float64.
+    is_extreme = 0 < size < 1e-15 or 1e15 < size < math.inf
+    unit = float(size) if is_extreme else 1.0
+    exact, left = exact / unit, left / unit
+    sums = [exact * exact, exact * left, left * left]
+    values = mx.stack([value.sum() for value in (*sums, mx.square(off))]).tolist()
+    exact_square, product, kept_square, row_square = cast(list[float], values)
+    return Survival(
+        exact_square=exact_square * unit**2,
+        product=product * unit**2,
+        kept_square=kept_square * unit**2,
+        row_square=row_square,
+        rows=base.shape[0],
+    )

@@ -18,6 +18,7 @@ from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.format import parse_config
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import flush, write_tensors, write_text
+from mlx_dora.io.gate import check_dtypes, read_tensors
 from mlx_dora.io.header import read_header_and_metadata
 from mlx_dora.io.json import parse
 
@@ -100,7 +101,10 @@ def _read(folder: Path) -> tuple[Adapter, dict[str, mx.array]]:
         state = _state(config_path), _state(tensors_path)
         content = _content(config_path)
         infos, metadata = read_header_and_metadata(tensors_path)
-        tensors = mx.load(str(tensors_path)) if infos else {}
+        adapter = _parsed(content, config_path)
+        is_full = adapter.fine_tune_type == "full"
+        check_dtypes(tensors_path, infos, all_weights=not is_full)
+        tensors = read_tensors(tensors_path, infos=infos)
         if (_state(config_path), _state(tensors_path)) != state:
             raise FileNotFoundError
     except FileNotFoundError:
@@ -111,9 +115,12 @@ def _read(folder: Path) -> tuple[Adapter, dict[str, mx.array]]:
             raise DoRAError(f"{tensors_path} cannot be read: {error}.") from error
         raise _UnsettledError(f"{folder} is being replaced.", is_absent=False) from None
     _check_same_save(folder, content, metadata.get(_ID_KEY))
-    assert isinstance(tensors, dict)
+    return adapter, tensors
+
+
+def _parsed(content: dict[str, Any], config_path: Path) -> Adapter:
     try:
-        return parse_config(content), tensors
+        return parse_config(content)
     except DoRAError as error:
         raise DoRAError(f"{config_path}: {error}") from error
 

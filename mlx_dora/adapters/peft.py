@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,7 +43,8 @@ from mlx_dora.io.atomic import (
     write_tensors,
     write_text,
 )
-from mlx_dora.io.header import read_header
+from mlx_dora.io.gate import read_tensors
+from mlx_dora.io.header import read_metadata
 from mlx_dora.io.output import Inputs
 
 PEFT_TENSORS_NAME = "adapter_model.safetensors"
@@ -181,10 +181,7 @@ def _files_of(folder: Path) -> tuple[PeftConfig, Path]:
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    if not read_header(file):
-        return {}, {}
-    loaded = mx.load(str(file), return_metadata=True)
-    return cast(tuple[dict[str, mx.array], dict[str, str]], loaded)
+    return read_tensors(file, all_weights=True), read_metadata(file)
 
 
 def _is_base_weight(name: str) -> bool:

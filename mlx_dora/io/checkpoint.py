@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.aside import aside_of
 from mlx_dora.io.atomic import flush, write_text
+from mlx_dora.io.gate import check_dtypes, read_one
 from mlx_dora.io.header import TensorInfo, read_header
 from mlx_dora.io.stored import StoredTensor
 from mlx_dora.io.stream import TensorStream, nbytes_of
@@ -30,14 +31,15 @@ class Checkpoint:
 
     Args:
         folder: A local model folder.
+        all_weights: Take every tensor for a weight, whatever its name.
 
     Raises:
         DoRAError: If there is no such folder or no weights, a shard is missing or
-            broken, a shard's name leads out of the folder, or a tensor is listed twice
-            or not there.
+            broken, a shard's name leads out of the folder, a tensor is listed twice
+            or not there, or its dtype is refused (`mlx_dora.io.gate`).
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, all_weights: bool = False) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise DoRAError(f"{folder} is not a model folder.")
@@ -50,6 +52,13 @@ class Checkpoint:
             self._read_index(index)
         else:
             self._read_shards()
+        check_dtypes(folder, self._infos, all_weights=all_weights)
+        # MLX reads nothing of a shard that holds float64.
+        self._by_numpy = {
+            self._shards[name]
+            for name, info in self._infos.items()
+            if info.dtype == "F64"
+        }
 
     @property
     def names(self) -> list[str]:
@@ -70,6 +79,8 @@ class Checkpoint:
     def tensor(self, name: str) -> mx.array:
         """Return a lazy array: its bytes are read when it is evaluated."""
         path = self.shard(name)
+        if path in self._by_numpy:
+            return read_one(path, name, self._infos[name])
         unread = self._unread.get(path, {})
         if name not in unread:
             loaded = mx.load(str(path))

@@ -94,6 +94,15 @@ def read_header_and_metadata(
     return infos, metadata
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the free text that a safetensors file keeps beside its tensors."""
+    path = Path(path)
+    text, _, _ = _header_text(path)
+    metadata = _parse(path, text).get("__metadata__")
+    _check_metadata(path, metadata)
+    return metadata or {}
+
+
 def _refuse(path: Path, reason: str) -> NoReturn:
     raise DoRAError(f"{path} is not a valid safetensors file: {reason}.")
 
@@ -157,6 +166,8 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if any("\ud800" <= c <= "\udfff" for c in name):
+        _refuse(path, f"the name {name!r} holds half a surrogate pair")
     if not isinstance(entry, dict):
         _refuse(path, f"the header of {name!r} must be an object, got {entry!r:.60}")
     if set(entry) != {"dtype", "shape", "data_offsets"}:

@@ -14,6 +14,7 @@ from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.merge.blockwise import Tensor
 
 _DTYPES = {
+    "F64": mx.float32,
     "F32": mx.float32,
     "F16": mx.float16,
     "BF16": mx.bfloat16,

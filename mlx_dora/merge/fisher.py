@@ -155,7 +155,7 @@ def load_fisher(path: str | Path) -> Fisher:
         raise DoRAError(f"{facts} is not what was written there: {error}.") from error
     if not is_good:
         raise DoRAError(f"{facts} is not what was written there.")
-    return Fisher(found, Checkpoint(path), str(path))
+    return Fisher(found, Checkpoint(path, all_weights=True), str(path))
 
 
 def squared(tensor: mx.array) -> float:

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
+from mlx_dora.io.gate import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,8 @@ def _read(path: Path) -> Checkpoint:
     for name in (WEIGHTS_NAME, OPTIMIZER_NAME):
         if _digest(path / name) != digests.get(name):
             raise DoRAError(f"{name} is not the file that was written")
-        tensors[name] = mx.load(str(path / name))
+        # The optimizer's counts of steps are integers.
+        tensors[name] = read_tensors(path / name)
     names = [field.name for field in fields(TrainState)]
     lacking = [name for name in names if name not in content]
     if lacking:

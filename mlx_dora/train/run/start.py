@@ -13,6 +13,7 @@ from mlx_dora.adapters.adapter import rank_of
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.surgery import apply_layers, dora_layers, variants_of
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.gate import check_dtypes, read_tensors
 from mlx_dora.io.header import read_header
 from mlx_dora.io.output import Inputs, refuse_inputs
 from mlx_dora.layers.variants import layer_class
@@ -128,7 +129,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         path = path / WEIGHTS_NAME
     if not path.is_file():
         raise DoRAError(f"resume_adapter_file {path} does not exist.")
-    found = {name: info.shape for name, info in read_header(path).items()}
+    infos = read_header(path)
+    check_dtypes(path, infos, all_weights=True)
+    found = {name: info.shape for name, info in infos.items()}
     weights = kept_tensors(model)
     wanted = {name: value.shape for name, value in weights.items()}
     problems = [f"it lacks {name}" for name in wanted if name not in found]
@@ -138,8 +141,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         for name in wanted
         if name in found and tuple(found[name]) != tuple(wanted[name])
     ]
-    tensors = mx.load(str(path)) if found and not problems else {}
-    assert isinstance(tensors, dict)
+    tensors = {} if problems else read_tensors(path, infos=infos)
     problems += [
         f"{name} holds NaN or inf"
         for name, value in tensors.items()

@@ -89,3 +89,11 @@ def test_the_best_adapter_is_kept_and_no_better_ones_end_the_training(run: Run) 
     assert evaluate_loss(model, EXAMPLES[:4]).loss == pytest.approx(
         losses[best], rel=1e-6
     )
+
+
+def test_a_training_that_ends_in_norms_beyond_float32_is_not_saved(
+    run: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(DoRAError, match="norms of the adapted rows are not finite"):
+        run(iters=3, learning_rate=1e30)
+    assert not (tmp_path / "adapter" / "adapters.safetensors").exists()
