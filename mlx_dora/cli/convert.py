@@ -18,8 +18,8 @@ from mlx_dora.cli._framework import verb
 )
 @click.option(
     "--model",
-    help="The base as an MLX folder or Hub id: module names and shapes are checked "
-    "against it.",
+    help="The base as an MLX folder or Hub id: modules get the names that the other "
+    "library has for them, and names and shapes are checked.",
 )
 @click.option(
     "--base-model",

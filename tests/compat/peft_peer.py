@@ -27,13 +27,15 @@ def load_base(path: str) -> Any:
 
 
 def make(job: dict[str, Any], given: Tensors) -> Tensors:
-    """Save a random model of a configuration, as transformers writes it."""
+    """Save random models of configurations, as transformers writes them."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    settings = dict(job["config"])
-    config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(job["out"])
+    for name, settings in job["configs"].items():
+        torch.manual_seed(0)
+        settings = dict(settings)
+        config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
+        model = AutoModelForCausalLM.from_config(config).float()
+        model.save_pretrained(Path(job["out"]) / name)
     return given
 
 
