@@ -6,6 +6,7 @@ base's fingerprint, the training summary) travels in the metadata of PEFT's tens
 which PEFT does not read.
 """
 
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,13 +23,13 @@ from mlx_dora.adapters.files import CONFIG_NAME
 from mlx_dora.adapters.fingerprint import fingerprint
 from mlx_dora.adapters.format import parse_config
 from mlx_dora.adapters.hosting import load_lazily
-from mlx_dora.adapters.keys import natural_order
+from mlx_dora.adapters.keys import natural_order, shortened
 from mlx_dora.adapters.peft_classes import ClassNames
 from mlx_dora.adapters.peft_config import PeftConfig
 from mlx_dora.adapters.peft_config_file import read_peft_config
 from mlx_dora.adapters.peft_copies import copy_problems, take_copies
 from mlx_dora.adapters.peft_modules import ModelModules
-from mlx_dora.adapters.peft_names import class_of, names_of
+from mlx_dora.adapters.peft_names import class_of, look_plain, names_of
 from mlx_dora.adapters.peft_tensors import PEFT_TENSORS_NAME, our_tensors
 from mlx_dora.adapters.peft_write import CLASS_KEY, OURS_KEY, to_peft  # noqa: F401 moves soon
 from mlx_dora.errors import DoRAError
@@ -37,6 +38,8 @@ from mlx_dora.io.json import parse
 
 # Scales this close are one: s·r/r need not give s back.
 _SAME_SCALE = 1e-12
+
+logger = logging.getLogger(__name__)
 
 
 def from_peft(path: str | Path, model: nn.Module | str | Path | None = None) -> Adapter:
@@ -169,7 +172,15 @@ def _names_as_written(
     written = names_of(metadata.get(CLASS_KEY)) or ClassNames()
     keys = () if ours is None else ours.config.keys or ()
     back = {written.to_transformers(key): key for key in keys}
-    return {path: back.get(path, path) for path in paths}
+    names = {path: back.get(path, path) for path in paths}
+    unknown = [path for path in names if path not in back]
+    if not look_plain(unknown):
+        logger.warning(
+            "without a model, modules keep the names that they have in PEFT, which may "
+            "differ from MLX's: %s",
+            shortened(unknown),
+        )
+    return names
 
 
 def _is_same(scale: float, other: float) -> bool:

@@ -154,6 +154,8 @@ DIFFERENT: dict[str, ClassNames] = {
         missing=(
             "block_sparse_moe.shared_experts.gate_proj",
             "block_sparse_moe.shared_experts.up_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
             "self_attn.index_k_proj",
             "self_attn.index_q_proj",
         ),

@@ -1,6 +1,5 @@
 """Names of modules: transformers' on PEFT's side, mlx-lm's on ours."""
 
-import json
 import logging
 from pathlib import Path
 
@@ -116,6 +115,25 @@ def test_unknown_names_are_written_with_a_warning(
     assert f"base_model.model.{adapter.paths[0]}" in stored(tmp_path / "peft")
 
 
+def test_names_read_without_a_model_are_kept_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("gpt_neox")
+    adapter = adapter_of(model, "attention.dense")
+    to_peft(adapter, tmp_path / "peft", model=model)
+    path = str(tmp_path / "peft" / PEFT_TENSORS_NAME)
+    tensors = mx.load(path)
+    assert isinstance(tensors, dict)
+    mx.eval(tensors)
+    with caplog.at_level(logging.WARNING, logger="mlx_dora"):
+        assert from_peft(tmp_path / "peft").paths == adapter.paths
+        assert caplog.text == ""  # our own metadata gives the names back
+        mx.save_safetensors(path, tensors)
+        found = from_peft(tmp_path / "peft")
+    assert found.paths[0] == "gpt_neox.layers.0.attention.dense"
+    assert "without a model" in caplog.text
+
+
 def test_plain_names_need_no_model(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -176,15 +194,14 @@ def test_each_name_has_one_inverse(kind: str) -> None:
 def test_a_name_near_to_an_unknown_one_is_given(tmp_path: Path) -> None:
     model = build("gpt_neox")
     to_peft(adapter_of(model, "attention.dense"), tmp_path / "peft", model=model)
-    path = tmp_path / "peft" / PEFT_TENSORS_NAME
-    tensors, metadata = mx.load(str(path), return_metadata=True)
+    path = str(tmp_path / "peft" / PEFT_TENSORS_NAME)
+    tensors = mx.load(path)
     assert isinstance(tensors, dict)
     mx.eval(tensors)
-    renamed = {k.replace("attention.dense", "attention.dence"): v for k, v in tensors.items()}  # fmt: skip  # noqa: E501
-    mx.save_safetensors(str(path), renamed, metadata)
+    renamed = {k.replace("dense", "dence"): v for k, v in tensors.items()}
+    mx.save_safetensors(path, renamed)
     edit_config(tmp_path / "peft", target_modules=None)
     with pytest.raises(
         DoRAError, match=r"did you mean gpt_neox\.layers\.\d\.attention"
     ):
         from_peft(tmp_path / "peft", model)
-    assert json.loads(metadata["mlx_dora"])["fine_tune_type"] == "dora"
