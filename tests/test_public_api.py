@@ -32,6 +32,7 @@ NAMES = {
         "to_peft",
         "use_in_mlx_lm",
     ],
+    "mlx_dora.peft": ["convert_adapter", "from_peft", "to_peft"],
     "mlx_dora.merge": ["estimate_fisher", "merge_adapters", "merge_models"],
     "mlx_dora.analyze": [
         "DoRADecomposition",

@@ -41,7 +41,7 @@ def command(
     express (adapters of embeddings, experts, modules trained beside the adapter) is
     refused by name.
     """
-    from mlx_dora.adapters.convert import convert_adapter
+    from mlx_dora.peft import convert_adapter
 
     adapter = convert_adapter(
         source, target, to, model=model, base_model=base_model, overwrite=overwrite

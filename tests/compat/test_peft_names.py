@@ -14,10 +14,9 @@ from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.hosting import load_lazily
-from mlx_dora.adapters.peft import from_peft
-from mlx_dora.adapters.peft_classes import DIFFERENT, SAME
-from mlx_dora.adapters.peft_names import names_of
-from mlx_dora.adapters.peft_write import to_peft
+from mlx_dora.peft import from_peft, to_peft
+from mlx_dora.peft.classes import DIFFERENT, SAME
+from mlx_dora.peft.names import names_of
 from tests.adapters.training import TOKENS, train
 from tests.compat.peer_process import run_peer
 from tests.compat.tiny_models import build

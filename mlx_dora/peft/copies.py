@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_dora.adapters.adapter import listed
 from mlx_dora.adapters.fingerprint import base_tensors
 from mlx_dora.adapters.keys import shortened
-from mlx_dora.adapters.peft_tensors import PREFIX
+from mlx_dora.peft.tensors import PREFIX
 
 HEADS = ("lm_head", "embed_out", "output")
 """What models call their output layer; a model without it ties it to its embeddings."""

@@ -11,10 +11,9 @@ from click.testing import CliRunner
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.adapters.peft import from_peft
-from mlx_dora.adapters.peft_write import to_peft
 from mlx_dora.cli.convert import command
 from mlx_dora.errors import DoRAError
+from mlx_dora.peft import from_peft, to_peft
 from tests.adapters.folders import edit_config
 
 PATH = "model.layers.0.self_attn.q_proj"

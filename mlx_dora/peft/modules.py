@@ -6,10 +6,10 @@ import mlx.nn as nn
 
 from mlx_dora.adapters.adapter import listed
 from mlx_dora.adapters.keys import near_names
-from mlx_dora.adapters.peft_classes import ClassNames
-from mlx_dora.adapters.peft_config import PeftConfig
-from mlx_dora.adapters.peft_copies import HEADS
-from mlx_dora.adapters.peft_names import class_of, names_of
+from mlx_dora.peft.classes import ClassNames
+from mlx_dora.peft.config import PeftConfig
+from mlx_dora.peft.copies import HEADS
+from mlx_dora.peft.names import class_of, names_of
 
 _LINEARS = (nn.Linear, nn.QuantizedLinear)
 # What transformers and mlx-lm put around the same blocks.

@@ -24,17 +24,17 @@ from mlx_dora.adapters.fingerprint import fingerprint
 from mlx_dora.adapters.format import parse_config
 from mlx_dora.adapters.hosting import load_lazily
 from mlx_dora.adapters.keys import natural_order, shortened
-from mlx_dora.adapters.peft_classes import ClassNames
-from mlx_dora.adapters.peft_config import PeftConfig
-from mlx_dora.adapters.peft_config_file import read_peft_config
-from mlx_dora.adapters.peft_copies import copy_problems, take_copies
-from mlx_dora.adapters.peft_modules import ModelModules
-from mlx_dora.adapters.peft_names import class_of, look_plain, names_of
-from mlx_dora.adapters.peft_tensors import PEFT_TENSORS_NAME, our_tensors
-from mlx_dora.adapters.peft_write import CLASS_KEY, OURS_KEY, to_peft  # noqa: F401 moves soon
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import read_header
 from mlx_dora.io.json import parse
+from mlx_dora.peft.classes import ClassNames
+from mlx_dora.peft.config import PeftConfig
+from mlx_dora.peft.config_file import read_peft_config
+from mlx_dora.peft.copies import copy_problems, take_copies
+from mlx_dora.peft.modules import ModelModules
+from mlx_dora.peft.names import class_of, look_plain, names_of
+from mlx_dora.peft.tensors import PEFT_TENSORS_NAME, our_tensors
+from mlx_dora.peft.writing import CLASS_KEY, OURS_KEY, to_peft  # noqa: F401 moves soon
 
 # Scales this close are one: s·r/r need not give s back.
 _SAME_SCALE = 1e-12

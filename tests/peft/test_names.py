@@ -9,13 +9,12 @@ import pytest
 
 from mlx_dora.adapters.adapter import Adapter, take_adapter
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.adapters.peft import from_peft
-from mlx_dora.adapters.peft_classes import DIFFERENT, SAME
-from mlx_dora.adapters.peft_names import class_in_folder, class_of, names_of
-from mlx_dora.adapters.peft_tensors import PEFT_TENSORS_NAME
-from mlx_dora.adapters.peft_write import to_peft
 from mlx_dora.adapters.surgery import remove_dora
 from mlx_dora.errors import DoRAError
+from mlx_dora.peft import from_peft, to_peft
+from mlx_dora.peft.classes import DIFFERENT, SAME
+from mlx_dora.peft.names import class_in_folder, class_of, names_of
+from mlx_dora.peft.tensors import PEFT_TENSORS_NAME
 from tests.adapters.folders import edit_config, read_config
 from tests.adapters.training import perturb
 from tests.compat.tiny_models import build, model_files

@@ -10,10 +10,9 @@ import pytest
 
 from mlx_dora.adapters.adapter import Adapter, take_adapter
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.adapters.peft import from_peft
-from mlx_dora.adapters.peft_tensors import PEFT_TENSORS_NAME
-from mlx_dora.adapters.peft_write import to_peft
 from mlx_dora.errors import DoRAError
+from mlx_dora.peft import from_peft, to_peft
+from mlx_dora.peft.tensors import PEFT_TENSORS_NAME
 from tests.adapters.folders import edit_config
 from tests.adapters.training import QV, train
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dora.adapters.keys import shortened
-from mlx_dora.adapters.peft_config import PeftConfig, key_expression, layer_expression
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.json import read_object
+from mlx_dora.peft.config import PeftConfig, key_expression, layer_expression
 
 # What makes of a LoRA something else, or trains other parameters beside it. Each must
 # be off, absent or empty.

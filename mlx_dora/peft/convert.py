@@ -8,9 +8,10 @@ from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import fit_problems
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.hosting import load_lazily
-from mlx_dora.adapters.peft import from_peft, to_peft
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
+from mlx_dora.peft.reading import from_peft
+from mlx_dora.peft.writing import to_peft
 
 AdapterFormat = Literal["mlx", "peft"]
 

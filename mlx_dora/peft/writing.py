@@ -13,16 +13,16 @@ from mlx_dora.adapters.adapter import LEAVES, Adapter, adapter_problems, listed
 from mlx_dora.adapters.files import CONFIG_NAME, load_adapter
 from mlx_dora.adapters.format import config_json
 from mlx_dora.adapters.keys import shortened
-from mlx_dora.adapters.peft_classes import ClassNames
-from mlx_dora.adapters.peft_names import (
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
+from mlx_dora.peft.classes import ClassNames
+from mlx_dora.peft.names import (
     class_in_folder,
     class_of,
     look_plain,
     names_of,
 )
-from mlx_dora.adapters.peft_tensors import EMBEDDINGS, PEFT_TENSORS_NAME, peft_name
-from mlx_dora.errors import DoRAError
-from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
+from mlx_dora.peft.tensors import EMBEDDINGS, PEFT_TENSORS_NAME, peft_name
 
 OURS_KEY = "mlx_dora"
 """Metadata of the tensor file: our own config of the adapter."""

@@ -1,7 +1,7 @@
 """Which names transformers has for the modules of a model, by the model's class.
 
 PEFT finds a module by its path in the model that transformers makes. For most classes
-of mlx-lm the paths are the same; `peft_classes` holds the others.
+of mlx-lm the paths are the same; `classes` holds the others.
 """
 
 import re
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from mlx_dora.adapters.peft_classes import DIFFERENT, SAME, ClassNames
 from mlx_dora.io.json import read_object
+from mlx_dora.peft.classes import DIFFERENT, SAME, ClassNames
 
 _HOST = "mlx_lm.models."
 
