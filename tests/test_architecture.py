@@ -1,7 +1,7 @@
 """The layering of the design, read from every import; see docs in CONTRIBUTING.md.
 
-cli > demo | doctor | publish > train | analyze | merge > evaluate > adapters > layers >
-decomposition > geometry > factored > kernels | io > options >
+cli > demo | doctor | publish > train | analyze | merge > evaluate > peft > adapters >
+layers > decomposition > geometry > factored > kernels | io > options >
 errors | openblas
 
 Imports point right; packages joined by | never import each other.
@@ -21,6 +21,7 @@ LAYERS = (
     ("demo", "doctor", "publish"),
     ("train", "analyze", "merge"),
     ("evaluate",),
+    ("peft",),
     ("adapters",),
     ("layers",),
     ("decomposition",),

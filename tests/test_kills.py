@@ -21,9 +21,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_dora.adapters.files import load_adapter
-from mlx_dora.adapters.peft import from_peft
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import Checkpoint
+from mlx_dora.peft import from_peft
 from tests.cli.material import make_material
 
 LINES = {

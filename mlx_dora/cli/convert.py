@@ -20,8 +20,8 @@ from mlx_dora.cli._paths import PATH, PATH_OR_ID
 @click.option(
     "--model",
     type=PATH_OR_ID,
-    help="The base as an MLX folder or Hub id: module names and shapes are checked "
-    "against it.",
+    help="The base as an MLX folder or Hub id: modules get the names that the other "
+    "library has for them, and names and shapes are checked.",
 )
 @click.option(
     "--base-model",
@@ -44,7 +44,7 @@ def command(
     express (adapters of embeddings, experts, modules trained beside the adapter) is
     refused by name.
     """
-    from mlx_dora.adapters.convert import convert_adapter
+    from mlx_dora.peft import convert_adapter
 
     adapter = convert_adapter(
         source, target, to, model=model, base_model=base_model, overwrite=overwrite

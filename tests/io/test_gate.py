@@ -14,13 +14,13 @@ from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.hosting import load, use_in_mlx_lm
-from mlx_dora.adapters.peft import from_peft
 from mlx_dora.adapters.surgery import apply_dora
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.io.gate import check_dtypes, read_tensors
 from mlx_dora.io.header import DTYPE_BITS, read_header
 from mlx_dora.merge.models import merge_models
+from mlx_dora.peft import from_peft
 from tests.checks import to_numpy
 
 REFUSED = ["C64", *(d for d in DTYPE_BITS if d.startswith(("F4", "F6_", "F8")))]

@@ -15,9 +15,10 @@ from mlx_dora.adapters.adapter import Adapter, take_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.hosting import load
-from mlx_dora.adapters.peft import PEFT_TENSORS_NAME, from_peft, to_peft
 from mlx_dora.cli.convert import command
 from mlx_dora.errors import DoRAError
+from mlx_dora.peft import from_peft, to_peft
+from mlx_dora.peft.tensors import PEFT_TENSORS_NAME
 from tests.adapters.folders import edit_config, names, read_config
 from tests.adapters.training import QV, TOKENS, train
 from tests.checks import to_numpy
