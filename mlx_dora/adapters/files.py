@@ -186,7 +186,7 @@ def _read_config(path: Path) -> Adapter:
     if not isinstance(content, dict):
         raise DoRAError(f"{path} must hold a JSON object, got {content!r:.60}.")
     try:
-        return parse_config(content)
+        return parse_config(content, path)
     except DoRAError as error:
         raise DoRAError(f"{path}: {error}") from error
 

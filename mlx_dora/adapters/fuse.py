@@ -20,6 +20,7 @@ from mlx_dora.adapters.fuse_layer import Update, dtype_of, survival
 from mlx_dora.adapters.fuse_report import FusedLayer, FuseReport, sum_survivals
 from mlx_dora.adapters.fuse_stream import stream_fused
 from mlx_dora.adapters.hosting import load_lazily, load_with_config, model_folder
+from mlx_dora.adapters.recorded_base import recorded_base
 from mlx_dora.adapters.surgery import (
     adapter_layers,
     dora_layers,
@@ -60,7 +61,7 @@ def fuse_dora(model: nn.Module, dequantize: bool = False) -> FuseReport:
     if others:
         raise DoRAError(
             f"the model has {others} of mlx-lm's own adapter layers; fuse a LoRA "
-            "adapter with mlx_lm.fuse."
+            "adapter from its folder, with mlx_dora.fuse (or mlx_lm.fuse)."
         )
     if not layers:
         raise DoRAError("the model has no DoRA layers to fuse.")
@@ -97,7 +98,7 @@ def _warn_of_loss(report: FuseReport) -> None:
 
 
 def fuse_model(
-    model: str | Path,
+    model: str | Path | None,
     adapter_path: str | Path,
     save_path: str | Path,
     *,
@@ -107,7 +108,9 @@ def fuse_model(
     trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> FuseReport:
-    """Fuse a DoRA adapter into its base and write the result as a folder.
+    """Fuse an adapter into its base and write the result as a folder.
+
+    DoRA, LoRA and full fine-tuning, ours or mlx-lm's.
 
     The base is read, fused and written tensor by tensor, in float32 with one rounding;
     a dense layer keeps its dtype. What becomes of a packed layer, `FuseConfig` says: a
@@ -115,7 +118,8 @@ def fuse_model(
     inside, and where packing needs more bits, the config says so of each such layer.
 
     Args:
-        model: A local model folder, or a Hub id.
+        model: A local model folder, or a Hub id; the base that the adapter records if
+            None.
         adapter_path: The adapter.
         save_path: The folder to make.
         config: What to do with packed weights.
@@ -131,12 +135,7 @@ def fuse_model(
     config = config or FuseConfig()
     check_output(save_path, overwrite=overwrite)
     adapter = load_adapter(adapter_path)
-    if adapter.fine_tune_type != "dora":
-        raise DoRAError(
-            f"{adapter_path} is no DoRA adapter but {adapter.fine_tune_type}; fuse it "
-            "with mlx_lm.fuse."
-        )
-    folder = model_folder(model)
+    folder = model_folder(recorded_base(adapter_path) if model is None else model)
     _keep_inputs(save_path, folder, Path(adapter_path))
     _check_fit(folder, adapter, adapter_path, check_base, trust_remote_code)
     base, tokenizer, content = load_with_config(

@@ -31,6 +31,10 @@ def command(config: EvaluateConfig, json_file: Any) -> None:
     """
     from mlx_dora.evaluate.comparison import compare_models
 
+    if config.model is None and config.adapter_path is None:
+        raise click.UsageError(
+            "give --model, or --adapter-path with an adapter that records its base"
+        )
     with WorkDisplay() as display:
         comparison = compare_models(config, display.progress)
     if json_file is not None:

@@ -118,8 +118,9 @@ def adapters_command(
 
     Ranks, scales and modules may differ. The result is an ordinary adapter folder.
     """
+    from mlx_dora.adapters.recorded_base import recorded_base
     from mlx_dora.io.atomic import check_output
-    from mlx_dora.merge.adapters import base_name, merge_adapters_report
+    from mlx_dora.merge.adapters import merge_adapters_report
     from mlx_dora.merge.cut_error import open_probe
     from mlx_dora.merge.dense import Options
     from mlx_dora.merge.estimate import estimate_on_data
@@ -129,7 +130,7 @@ def adapters_command(
     if logit_error and rank is None:
         raise click.UsageError("--logit-error is for --rank")
     check_output(save_path, overwrite=overwrite)  # before what takes long
-    base = model or base_name(adapters[0])
+    base = model or recorded_base(adapters[0])
     if method == AUTO:
         method, suggested = _suggested_merge(adapters, base, check_base)
         weights = weights or suggested

@@ -81,7 +81,13 @@ def hub_entries(hf_dataset: dict[str, Any] | list[Any] | None) -> list[Any]:
 class EvaluateConfig(DataConfig):
     """Which models are compared on which data."""
 
-    model: str = field(metadata={"help": "Folder or Hugging Face id of the base."})
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hugging Face id of the base; what the adapter records "
+            "if not given."
+        },
+    )
     adapter_path: str | None = field(
         default=None, metadata={"help": "Adapter to compare with the base."}
     )

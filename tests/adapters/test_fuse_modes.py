@@ -248,19 +248,6 @@ def test_streamed_fuse_equals_the_one_in_memory(
     assert mx.array_equal(streamed(TOKENS), model(TOKENS))
 
 
-def test_lora_adapter_is_refused(
-    make_tiny_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    from tests.adapters.training import train
-
-    base = make_tiny_folder("base")
-    model, _ = load(base)
-    train(model, kind="lora")
-    save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(DoRAError, match="no DoRA adapter but lora"):
-        fuse_model(base, tmp_path / "adapter", tmp_path / "f")
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
