@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import fit_problems, other_base
+from mlx_dora.adapters.carried import carried_along, carried_tensors
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint_of
 from mlx_dora.adapters.fuse_config import FuseConfig
@@ -36,6 +37,20 @@ from mlx_dora.layers import DoRALayer, weight_of
 
 REST_NAME = "adapter"
 """The folder in a losslessly fused model that holds the low-rank rest."""
+
+_TRAVELLING = (
+    "*.json",
+    "*.jinja",
+    "*.py",
+    "*.model",
+    "*.tiktoken",
+    "*.txt",
+    "LICENSE*",
+)
+"""Files of the base that a fuse copies where it writes none of that name: settings of
+processors, templates, vocabularies, code, the licence."""
+_REPLACED = ("config.json", "adapter_config.json", "hf_quant_config.json")
+"""Those that would contradict the fused model."""
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +128,11 @@ def fuse_model(
     DoRA, LoRA and full fine-tuning, ours or mlx-lm's.
 
     The base is read, fused and written tensor by tensor, in float32 with one rounding;
-    a dense layer keeps its dtype. What becomes of a packed layer, `FuseConfig` says: a
-    lossless fuse leaves the low-rank rest as a LoRA adapter in the folder ``adapter``
-    inside, and where packing needs more bits, the config says so of each such layer.
+    a dense layer keeps its dtype. Tensors that mlx-lm's text model leaves out (a vision
+    tower, a projector) are copied as they are. What becomes of a packed layer,
+    `FuseConfig` says: a lossless fuse leaves the low-rank rest as a LoRA adapter in the
+    folder ``adapter`` inside, and where packing needs more bits, the config says so of
+    each such layer.
 
     Args:
         model: A local model folder, or a Hub id; the base that the adapter records if
@@ -141,16 +158,21 @@ def fuse_model(
     base, tokenizer, content = load_with_config(
         folder, lazy=True, trust_remote_code=trust_remote_code
     )
+    packing = content.get("quantization") if config.mode == "dequantize" else None
     content = _plain_config(content, config.mode == "dequantize")
-    has_vision = _has_vision(base)
+    carried = carried_along(folder, trust_remote_code=trust_remote_code)
+    has_vision = _has_vision(base) or not carried.left_out
     with atomic_directory(save_path, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             fused = stream_fused(base, adapter, config, writer.add)
+            for name, value in carried_tensors(folder, carried, packing):
+                writer.add(name, value)
         if fused.packing:
             content["quantization"] |= fused.packing
         if fused.rest is not None:
             save_adapter(fused.rest, out / REST_NAME, base_model=Path(save_path).name)
         _write_rest(out, content, tokenizer, folder, has_vision)
+    carried.warn()
     report = FuseReport(layers=fused.layers)
     _warn_of_loss(report)
     return report
@@ -172,7 +194,8 @@ def save_fused(
         model: A model without adapters.
         tokenizer: mlx-lm's tokenizer wrapper.
         source: The folder or Hub id the base came from: its config (if `config` is not
-            given), generation config and Python files are taken over.
+            given), other files and the tensors that mlx-lm's model leaves out are
+            taken over.
         save_path: The folder to make.
         config: The config mlx-lm loaded the base with.
         overwrite: Replace an existing folder.
@@ -190,12 +213,21 @@ def save_fused(
     folder = model_folder(source)
     _keep_inputs(save_path, folder)
     is_dense = not any("scales" in module for module in model.modules())
-    content = _plain_config(load_config(folder) if config is None else config, is_dense)
+    content = dict(load_config(folder) if config is None else config)
+    packing = content.get("quantization") if is_dense else None
+    content = _plain_config(content, is_dense)
+    # The model runs already, and so does the code that its folder brought along.
+    is_custom = type(model).__module__ == "custom_model"
+    carried = carried_along(folder, trust_remote_code=is_custom)
+    has_vision = _has_vision(model) or not carried.left_out
     with atomic_directory(save_path, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             for name, value in tree_flatten(model.parameters()):
                 writer.add(name, cast(mx.array, value))
-        _write_rest(out, content, tokenizer, folder, _has_vision(model))
+            for name, value in carried_tensors(folder, carried, packing):
+                writer.add(name, value)
+        _write_rest(out, content, tokenizer, folder, has_vision)
+    carried.warn()
 
 
 def _check_fit(
@@ -264,9 +296,11 @@ def _write_rest(
     from mlx_lm.utils import save_config
 
     tokenizer.save_pretrained(str(out))
-    for pattern in ("generation_config.json", "*.py"):
-        for file in source.glob(pattern):
-            shutil.copyfile(file, out / file.name)
+    for pattern in _TRAVELLING:
+        for file in sorted(source.glob(pattern)):
+            is_theirs = file.name in _REPLACED or file.name.endswith(".index.json")
+            if file.is_file() and not is_theirs and not (out / file.name).exists():
+                shutil.copyfile(file, out / file.name)
     save_config(content, out / "config.json", keep_vision_config=has_vision)
 
 

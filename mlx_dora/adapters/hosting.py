@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -15,6 +15,7 @@ from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import read_header
+from mlx_dora.io.weight_files import weight_files, without_strays
 from mlx_dora.layers import DoRAEmbedding, DoRALinear
 
 
@@ -79,9 +80,9 @@ def load_with_config(
     from mlx_lm.utils import load as host_load
 
     settings = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
-    with _host_refusals(model):
+    with without_strays(folder) as seen, _host_refusals(model):
         loaded, tokenizer, config = host_load(  # pyright: ignore[reportAssignmentType]
-            str(folder),
+            str(seen),
             tokenizer_config=settings,
             model_config=dict(model_config or {}),
             lazy=lazy,
@@ -100,8 +101,8 @@ def load_lazily(model: str | Path, *, trust_remote_code: bool = False) -> nn.Mod
     folder = model_folder(model)
     from mlx_lm.utils import load_model
 
-    with _host_refusals(model):
-        loaded, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+    with without_strays(folder) as seen, _host_refusals(model):
+        loaded, _ = load_model(seen, lazy=True, trust_remote_code=trust_remote_code)
     return loaded
 
 
@@ -140,7 +141,7 @@ def model_folder(model: str | Path, *, revision: str | None = None) -> Path:
         raise DoRAError(f"{config} is not JSON: {reason}") from error
     if not is_object:
         raise DoRAError(f"{config} must hold a JSON object.")
-    for shard in sorted(folder.glob("model*.safetensors")):
+    for shard in weight_files(folder):
         read_header(shard)
     return folder
 
@@ -171,6 +172,18 @@ def load_adapters(model: nn.Module, adapter_path: str | Path) -> nn.Module:
     return model
 
 
+def _without_strays(host: Callable[..., Any]) -> Callable[..., Any]:
+    """mlx-lm's ``load_model``, on the weight files that every command here reads."""
+    if host.__module__ == __name__:
+        return host
+
+    def load_model(model_path: Path, *arguments: Any, **settings: Any) -> Any:
+        with without_strays(Path(model_path)) as seen:
+            return host(seen, *arguments, **settings)
+
+    return load_model
+
+
 def use_in_mlx_lm() -> "Hosting":
     """Make mlx-lm use our DoRA layers and our strict loader from now on.
 
@@ -194,10 +207,12 @@ class Hosting:
     def __init__(self) -> None:
         dora = importlib.import_module("mlx_lm.tuner.dora")
         tuner = importlib.import_module("mlx_lm.tuner.utils")
+        utils = importlib.import_module("mlx_lm.utils")
         self._swaps: list[tuple[Any, Any]] = [
             (dora.DoRALinear, DoRALinear),
             (dora.DoRAEmbedding, DoRAEmbedding),
             (tuner.load_adapters, load_adapters),
+            (utils.load_model, _without_strays(utils.load_model)),
         ]
         # Nothing to do, and nothing to undo, where ours are in place already.
         self._swaps = [

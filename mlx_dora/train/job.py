@@ -21,7 +21,7 @@ from mlx_dora.train.loop import Progress, finetune
 from mlx_dora.train.optimizers import build_optimizer
 from mlx_dora.train.plot import PLOT_NAME, can_plot, plot_losses
 from mlx_dora.train.reports import StepReport, TrainReport
-from mlx_dora.train.services import check_services
+from mlx_dora.train.services import HostCallback, check_services
 from mlx_dora.train.start import check_folder
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def run_job(
     train: TrainConfig,
     dora: DoRAConfig,
     *,
-    callback: Callable[[StepReport], None] | None = None,
+    callback: Callable[[StepReport], None] | HostCallback | None = None,
     progress: Progress | None = None,
 ) -> JobResult:
     """Do what ``mlx_dora.train`` does: train, and test if asked to.
@@ -62,7 +62,7 @@ def run_job(
     Args:
         train: Names the model, the data and the adapter's folder.
         dora: Which modules are adapted and how.
-        callback: Called with each report.
+        callback: Called with each report; or an object of mlx-lm's kind.
         progress: Called after every step and during validations and the test.
 
     Raises:

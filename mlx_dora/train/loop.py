@@ -58,7 +58,12 @@ from mlx_dora.train.resume import (
     run_settings,
     share_start,
 )
-from mlx_dora.train.services import check_services, service_listener
+from mlx_dora.train.services import (
+    HostCallback,
+    check_services,
+    listener_of,
+    service_listener,
+)
 from mlx_dora.train.start import (
     check_folder,
     check_lora_plus,
@@ -87,7 +92,7 @@ def finetune(
     train: TrainConfig,
     dora: DoRAConfig,
     adapter_path: str | Path,
-    callback: Callable[[StepReport], None] | None = None,
+    callback: Callable[[StepReport], None] | HostCallback | None = None,
     progress: Progress | None = None,
     loss: Loss = loss_fn,
     batches: Callable[..., Iterator[Batch]] | None = None,
@@ -115,7 +120,8 @@ def finetune(
         dora: Which modules are adapted and how; for LoRA too, and its ``num_layers``
             for full fine-tuning.
         adapter_path: Folder for the adapter and the log; made when first written to.
-        callback: Called with each report, in every process that has one.
+        callback: Called with each report, in every process that has one; or an object
+            of mlx-lm's kind (``mlx_lm.tuner.callbacks.TrainingCallback``).
         progress: Called after every step and during validations.
         loss: Loss and number of targets of a batch.
         batches: Makes batches without end from the data, batch size, maximum length,
@@ -174,7 +180,7 @@ def finetune(
         # 2. A run begins, or goes on where its newest checkpoint stands.
         k = train.grad_accumulation_steps
         summary = {**describe_training(train), **describe_variant(dora, train)}
-        listeners = [callback] if callback else []
+        listeners = [] if callback is None else [listener_of(callback)]
         if train.services and is_writer:
             listeners.append(service_listener(train, folder, summary))
         journal = Journal(folder if is_writer else None, listeners)
@@ -247,6 +253,7 @@ def finetune(
             rows = len(valid_data)
             if train.val_batches != -1:
                 rows = min(rows, train.val_batches * train.batch_size)
+            began = meter.seconds
             result = evaluate_loss(
                 model,
                 valid_data,
@@ -260,7 +267,7 @@ def finetune(
                 group=group,
             )
             with together(group):
-                journal.add(meter.validation(step, result.loss))
+                journal.add(meter.validation(step, result.loss, began))
             if best.take(step, result.loss) and step:
                 write(folder / BEST_NAME, step)
 
