@@ -101,8 +101,8 @@ def carried_along(folder: Path, *, trust_remote_code: bool = False) -> Carried:
             continue  # they go into the model, stacked or computed with
         for chosen in _spellings(names):
             beside = {new: weights[old] for old, new in (safe | chosen).items()}
-            found = _signature(sanitize, params | beside, params)
-            if again is not None and found == again:
+            signature = _signature(sanitize, params | beside, params)
+            if again is not None and signature == again:
                 safe |= chosen
                 break
         else:
@@ -168,13 +168,13 @@ def carried_tensors(
 
 def _parts(folder: Path, module: str) -> Tensors:
     """Scales and biases of a packed module, which may be in another file."""
-    found: Tensors = {}
+    parts: Tensors = {}
     for path in weight_files(folder):
         loaded = cast(Tensors, mx.load(str(path)))
         for leaf in ("scales", "biases"):
             if f"{module}.{leaf}" in loaded:
-                found[leaf] = loaded[f"{module}.{leaf}"]
-    return found
+                parts[leaf] = loaded[f"{module}.{leaf}"]
+    return parts
 
 
 def _candidates(
@@ -198,7 +198,7 @@ def _candidates(
         taken.update(_prefixes(name))
     groups: dict[str, list[str]] = {}
     for name in candidates:
-        place = next((one for one in _prefixes(name) if one not in taken), name)
+        place = next((p for p in _prefixes(name) if p not in taken), name)
         parts = ("*" if part.isdigit() else part for part in place.split("."))
         groups.setdefault(".".join(parts), []).append(name)
     return list(groups.values())

@@ -21,14 +21,14 @@ def weight_map(index: Path) -> dict[str, str]:
     Raises:
         DoRAError: If it is not such an index, or lists nothing.
     """
-    found = read_object(index).get("weight_map")
-    if not isinstance(found, dict) or not all(
-        isinstance(shard, str) for shard in found.values()
+    listing = read_object(index).get("weight_map")
+    if not isinstance(listing, dict) or not all(
+        isinstance(shard, str) for shard in listing.values()
     ):
         raise DoRAError(f"{index} has no weight_map from tensors to files.")
-    if not found:
+    if not listing:
         raise DoRAError(f"{index} lists no tensors.")
-    return found
+    return listing
 
 
 def stray_files(folder: Path) -> list[Path]:
