@@ -116,7 +116,8 @@ class Checkpoint:
 def _is_stale(index: Path, files: list[Path]) -> bool:
     """Whether an index was left behind: none of its files is there, but others are."""
     listed = set(weight_map(index).values())
-    if not files or any(path.name in listed for path in files):
+    climbs = any(Path(shard).name != shard for shard in listed)  # refused by name
+    if climbs or not files or any(path.name in listed for path in files):
         return False
     logger.warning("%s lists no file of this folder: not used.", index)
     return True
