@@ -27,33 +27,41 @@ _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What a DoRA adapter does to a weight ``(out, in)``.
+    """What a DoRA or LoRA adapter does to a weight ``(out, in)``.
 
     Attributes:
         lora_a: A. Shape ``(in, r)``.
         lora_b: B. Shape ``(r, out)``.
         scale: Multiplier s.
-        m: Magnitudes. Shape ``(out,)``.
+        m: Magnitudes. Shape ``(out,)``. None for LoRA: W0 + s·BA, not rescaled.
     """
 
     lora_a: mx.array
     lora_b: mx.array
     scale: float
-    m: mx.array
+    m: mx.array | None
 
     @classmethod
     def of(cls, matrix: AdaptedMatrix) -> "Update":
-        """What a DoRA adapter does to one matrix."""
-        assert matrix.m is not None
+        """What an adapter does to one matrix."""
         return cls(**vars(matrix.update), m=matrix.m)
 
     def rows(self, block: mx.array, index: slice) -> mx.array:
         """The adapted rows `index`, whose base rows are `block`; in its dtype."""
         lora_b = self.lora_b[:, index]
+        if self.m is None:
+            full = block.astype(mx.float32) + self.delta(index)
+            return full.astype(block.dtype)
         return fused_weight(block, self.lora_a, lora_b, self.scale, self.m[index])
+
+    def delta(self, index: slice) -> mx.array:
+        """Rows `index` of s·BA in float32. Shape ``(rows, in)``."""
+        up = self.scale * self.lora_b[:, index].T.astype(mx.float32)
+        return up @ self.lora_a.astype(mx.float32).T
 
     def gain(self, weight: Weight) -> mx.array:
         """The factor m / ‖W0 + s·BA‖ of each row. Shape ``(out,)``, float32."""
+        assert self.m is not None
         terms = factored_terms(weight, self.lora_a, self.lora_b, self.scale)
         return row_gain(self.m, terms.norm)
 
@@ -225,10 +233,12 @@ def survival(
         # The layer's norms are those of the unpacked rows in their own dtype; what that
         # dtype rounds off belongs to W0 all the same, and grows with the row.
         rounded, base = block.astype(mx.float32), _float32_rows(before, index)
-        delta = (update.scale * update.lora_b[:, index].T.astype(mx.float32)) @ down
-        m = update.m[index].astype(mx.float32)
-        adapted, norm = normalize_rows(rounded + delta, m)
-        adapted = adapted + row_gain(m, norm)[:, None] * (base - rounded)
+        if update.m is None:
+            adapted = base + update.delta(index)
+        else:
+            m = update.m[index].astype(mx.float32)
+            adapted, norm = normalize_rows(rounded + update.delta(index), m)
+            adapted = adapted + row_gain(m, norm)[:, None] * (base - rounded)
         fused = _float32_rows(after, index)
         if rest is not None:
             fused = fused + (update.scale * rest[:, index].T) @ down
@@ -243,10 +253,10 @@ def _survival_of(base: mx.array, adapted: mx.array, fused: mx.array) -> Survival
     off = row_norms(fused) - length
     # A zero row has no length to be off from.
     off = mx.where(length > 0, off / mx.where(length > 0, length, 1), 0)
-    size = mx.maximum(mx.abs(exact).max(), mx.abs(left).max()).item()
+    size = float(mx.maximum(mx.abs(exact).max(), mx.abs(left).max()))
     # Squares of the largest and smallest changes are beyond float32, not float64.
     is_extreme = 0 < size < 1e-15 or 1e15 < size < math.inf
-    unit = float(size) if is_extreme else 1.0
+    unit = size if is_extreme else 1.0
     exact, left = exact / unit, left / unit
     sums = [exact * exact, exact * left, left * left]
     values = mx.stack([value.sum() for value in (*sums, mx.square(off))]).tolist()

@@ -1,6 +1,6 @@
 """A model's tensors fused one after the other, each dropped once it is written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_dora.adapters.adapter import Adapter, BaseModel
 from mlx_dora.adapters.fingerprint import digest_of, sample_of, tensor_line
 from mlx_dora.adapters.fuse_config import FuseConfig
+from mlx_dora.adapters.fuse_full import replace_parts
 from mlx_dora.adapters.fuse_layer import (
     Update,
     dtype_of,
@@ -58,31 +59,29 @@ def stream_fused(
 
     Args:
         model: The base, nothing of it evaluated; its parameters are taken out.
-        adapter: A DoRA adapter that fits it.
+        adapter: An adapter that fits it: DoRA, LoRA, or full fine-tuning.
         config: What to do with packed weights.
         write: Takes each tensor; it alone holds it afterwards.
 
     Raises:
         DoRAError: If a packed weight is to be fused losslessly that has no scale for a
-            magnitude, or whose low-rank rest mlx-lm has no LoRA layer for; or a tensor
-            of the base or of the result holds NaN or inf.
+            magnitude, or whose low-rank rest mlx-lm has no LoRA layer for, or by a LoRA
+            adapter, which has no magnitudes; or a tensor of the base or of the result
+            holds NaN or inf.
     """
     modules = dict(model.named_modules())
-    adapted = set(adapter.paths)
+    is_full = adapter.fine_tune_type == "full"
+    adapted = set() if is_full else set(adapter.paths)
     if config.mode == "lossless":
-        packed = [path for path in adapter.paths if "scales" in modules[path]]
-        if beyond := [path for path in packed if not takes_lora(modules[path])]:
-            raise DoRAError(
-                f"mlx-lm has no LoRA layer for {', '.join(beyond)}, which could hold "
-                "the low-rank rest of a lossless fuse; fuse with requantize or "
-                "dequantize."
-            )
+        _check_lossless(adapter, {path: modules[path] for path in sorted(adapted)})
     layers: list[FusedLayer] = []
     packing: dict[str, dict[str, Any] | bool] = {}
     rest: Parts = {}
     seen, own = _Fingerprint(), model_dtype(model)
     for path, parts in _taken_out(model):
         module = modules[path]
+        if is_full:
+            layers += replace_parts(path, parts, adapter.tensors)
         if path in adapted:
             result = _fuse_module(path, module, parts, adapter, config, own)
             layers.append(result.layer)
@@ -127,6 +126,22 @@ def model_dtype(model: nn.Module) -> mx.Dtype:
             if mx.issubdtype(value.dtype, mx.floating):
                 sizes[value.dtype] = sizes.get(value.dtype, 0) + value.size
     return max(sizes, key=lambda dtype: sizes[dtype], default=mx.bfloat16)
+
+
+def _check_lossless(adapter: Adapter, adapted: Mapping[str, nn.Module]) -> None:
+    packed = {path: one for path, one in adapted.items() if "scales" in one}
+    if packed and adapter.fine_tune_type == "lora":
+        raise DoRAError(
+            "a LoRA adapter has no magnitudes that a lossless fuse could multiply into "
+            "the scales: it would give the base and the adapter back. Fuse with "
+            "requantize or dequantize, or use the adapter unfused."
+        )
+    if beyond := [path for path, one in packed.items() if not takes_lora(one)]:
+        raise DoRAError(
+            f"mlx-lm has no LoRA layer for {', '.join(beyond)}, which could hold "
+            "the low-rank rest of a lossless fuse; fuse with requantize or "
+            "dequantize."
+        )
 
 
 @dataclass

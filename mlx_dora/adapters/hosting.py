@@ -1,11 +1,10 @@
 """mlx-lm's models on our layers: `load`, and mlx-lm itself made to use them."""
 
 import contextlib
-import functools
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -15,9 +14,14 @@ import mlx.nn as nn
 
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.files import read_adapter
+from mlx_dora.adapters.model_view import (
+    check_loaded,
+    gated_loader,
+    headers_of,
+    model_view,
+)
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.gate import check_dtypes, holds_float64, read_tensors
-from mlx_dora.io.header import TensorInfo, read_header
+from mlx_dora.io.gate import check_dtypes
 from mlx_dora.layers import DoRAEmbedding, DoRALinear
 
 
@@ -82,16 +86,16 @@ def load_with_config(
     from mlx_lm.utils import load as host_load
 
     settings = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
-    with _host_refusals(model), _gated(folder):
+    with model_view(folder) as seen, _host_refusals(model):
         loaded, tokenizer, config = host_load(  # pyright: ignore[reportAssignmentType]
-            str(folder),
+            str(seen),
             tokenizer_config=settings,
             model_config=dict(model_config or {}),
             lazy=True,
             return_config=True,
             trust_remote_code=trust_remote_code,
         )
-    _check_loaded(folder, loaded)
+    check_loaded(folder, loaded)
     if not lazy:
         mx.eval(loaded.parameters())
     if adapter is not None:
@@ -106,85 +110,10 @@ def load_lazily(model: str | Path, *, trust_remote_code: bool = False) -> nn.Mod
     folder = model_folder(model)
     from mlx_lm.utils import load_model
 
-    with _host_refusals(model), _gated(folder):
-        loaded, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
-    _check_loaded(folder, loaded)
+    with model_view(folder) as seen, _host_refusals(model):
+        loaded, _ = load_model(seen, lazy=True, trust_remote_code=trust_remote_code)
+    check_loaded(folder, loaded)
     return loaded
-
-
-@contextlib.contextmanager
-def _gated(folder: Path) -> Iterator[None]:
-    """Let mlx-lm read float64 as float32, which `mx.load` refuses; name float8."""
-    infos = _infos(folder)
-    utils: Any = importlib.import_module("mlx_lm.utils")
-    own = utils.mx
-    if holds_float64(infos):
-        utils.mx = _RoundingReader()
-    try:
-        yield
-    except ValueError as error:
-        if float8 := _float8(infos):
-            raise DoRAError(_dequantise_first(folder, float8)) from error
-        raise
-    finally:
-        utils.mx = own
-
-
-def _gated_loader(own: Callable[..., Any]) -> Callable[..., Any]:
-    """mlx-lm's `load_model` behind the same gate as ours."""
-    if getattr(own, "is_gated", False):  # ours is in place already
-        return own
-
-    @functools.wraps(own)
-    def load_model(model_path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        folder = Path(model_path)
-        check_dtypes(folder, _infos(folder), host_unpacks=True)
-        with _gated(folder):
-            found = own(folder, *args, **kwargs)
-        _check_loaded(folder, found[0])
-        return found
-
-    load_model.is_gated = True  # pyright: ignore[reportAttributeAccessIssue] - a mark
-    return load_model
-
-
-class _RoundingReader:
-    """`mlx.core`, but for `load`, which reads float64 too."""
-
-    def load(self, path: str) -> dict[str, mx.array]:
-        """What `mx.load` returns for a file that is not lazily read."""
-        return read_tensors(path)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(mx, name)
-
-
-def _infos(folder: Path) -> dict[str, TensorInfo]:
-    shards = sorted(folder.glob("model*.safetensors"))
-    return {name: info for one in shards for name, info in read_header(one).items()}
-
-
-def _float8(infos: Mapping[str, TensorInfo]) -> list[str]:
-    return [name for name, info in infos.items() if info.dtype.startswith("F8")]
-
-
-def _dequantise_first(folder: Path, names: list[str]) -> str:
-    return (
-        f"{folder}: {names[0]} and {len(names) - 1} more are float8, which mlx-lm does "
-        "not dequantise for this architecture: dequantise the model to bfloat16, "
-        "float16 or float32 first."
-    )
-
-
-def _check_loaded(folder: Path, model: nn.Module) -> None:
-    """Refuse a model in which float8 is left as the integers that MLX reads."""
-    if not (float8 := _float8(_infos(folder))):
-        return
-    for module in model.modules():
-        weight = module.get("weight")
-        is_packed = "scales" in module or "weight_scale" in module
-        if isinstance(weight, mx.array) and weight.dtype == mx.uint8 and not is_packed:
-            raise DoRAError(_dequantise_first(folder, float8))
 
 
 @contextlib.contextmanager
@@ -222,7 +151,7 @@ def model_folder(model: str | Path, *, revision: str | None = None) -> Path:
         raise DoRAError(f"{config} is not JSON: {reason}") from error
     if not is_object:
         raise DoRAError(f"{config} must hold a JSON object.")
-    check_dtypes(folder, _infos(folder), host_unpacks=True)
+    check_dtypes(folder, headers_of(folder), host_unpacks=True)
     return folder
 
 
@@ -280,7 +209,7 @@ class Hosting:
             (dora.DoRALinear, DoRALinear),
             (dora.DoRAEmbedding, DoRAEmbedding),
             (tuner.load_adapters, load_adapters),
-            (utils.load_model, _gated_loader(utils.load_model)),
+            (utils.load_model, gated_loader(utils.load_model)),
         ]
         # Nothing to do, and nothing to undo, where ours are in place already.
         self._swaps = [

@@ -120,7 +120,7 @@ def _read(folder: Path) -> tuple[Adapter, dict[str, mx.array]]:
 
 def _parsed(content: dict[str, Any], config_path: Path) -> Adapter:
     try:
-        return parse_config(content)
+        return parse_config(content, config_path)
     except DoRAError as error:
         raise DoRAError(f"{config_path}: {error}") from error
 

@@ -93,3 +93,27 @@ def check_started(model: nn.Module) -> None:
                 f"{path or 'the model'}: {kind.__module__}.{kind.__name__} does not "
                 "call nn.Module.__init__, so it cannot be frozen or trained."
             )
+
+
+def check_dense(blocks: Sequence[tuple[str, nn.Module]]) -> None:
+    """Refuse packed weights where they themselves are to be trained.
+
+    Args:
+        blocks: What full fine-tuning unfreezes, with the paths.
+
+    Raises:
+        DoRAError: Naming the packed modules.
+    """
+    packed = [
+        f"{path}.{name}"
+        for path, block in blocks
+        for name, module in block.named_modules()
+        if "scales" in module
+    ]
+    if packed:
+        packed.sort(key=natural_order)
+        raise DoRAError(
+            "full fine-tuning trains the weights themselves, which must not be "
+            f"quantised as in {shortened(packed)}; train DoRA or LoRA, or dequantize "
+            "the model first (mlx_lm.convert --dequantize)."
+        )

@@ -16,7 +16,12 @@ from mlx_dora.adapters.keys import (
     passed_over,
     resolve_keys,
 )
-from mlx_dora.adapters.refusals import check_classes, check_ranks, check_started
+from mlx_dora.adapters.refusals import (
+    check_classes,
+    check_dense,
+    check_ranks,
+    check_started,
+)
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import DoRALayer
 from mlx_dora.layers.variants import layer_class
@@ -306,6 +311,7 @@ def _unfreeze_blocks(
 ) -> list[str]:
     chosen = last_blocks(model, config.num_layers)
     check_started(model)
+    check_dense(chosen)
     model.freeze()
     for _, block in chosen:
         block.unfreeze()

@@ -34,6 +34,10 @@ def command(config: EvaluateConfig, json_file: str | None) -> None:
     from mlx_dora.io.atomic import write_text
     from mlx_dora.io.output import check_output_file
 
+    if config.model is None and config.adapter_path is None:
+        raise click.UsageError(
+            "give --model, or --adapter-path with an adapter that records its base"
+        )
     if json_file is not None and json_file != "-":
         inputs = (config.model, config.adapter_path, config.fused_path, config.data)
         check_output_file(json_file, inputs=inputs, overwrite=True)

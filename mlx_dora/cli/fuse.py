@@ -18,8 +18,8 @@ EXIT_NOT_VERIFIED = 3
 @click.option(
     "--model",
     type=PATH_OR_ID,
-    required=True,
-    help="The base: a local model folder or Hub id.",
+    help="The base: a local model folder or Hub id; what the adapter records if not "
+    "given.",
 )
 @click.option(
     "--adapter-path",
@@ -63,7 +63,7 @@ EXIT_NOT_VERIFIED = 3
     help="Run Python code that the model's folder brings along.",
 )
 def command(
-    model: str,
+    model: str | None,
     adapter_path: str,
     save_path: str,
     config: FuseConfig,
@@ -76,19 +76,23 @@ def command(
     check_base: bool,
     trust_remote_code: bool,
 ) -> int:
-    """Fuse a DoRA adapter into its base model.
+    """Fuse an adapter (DoRA, LoRA or full fine-tuning) into its base model.
 
     Writes a folder that mlx-lm loads, complete or not at all, holding one tensor at a
     time. A dense layer keeps its dtype and size. The report says what share of each
     layer's update survived.
     """
     from mlx_dora.adapters.fuse import fuse_model
+    from mlx_dora.adapters.recorded_base import recorded_base
     from mlx_dora.evaluate.fused import PROMPTS, verify_fused
 
     if upload_repo is not None:
         from mlx_dora.publish.upload import check_upload
 
         check_upload(upload_repo)
+    if model is None:
+        model = recorded_base(adapter_path)
+        click.echo(f"Base: {model}, as the adapter records.", err=True)
     report = fuse_model(
         model,
         adapter_path,

@@ -126,8 +126,9 @@ def adapters_command(
 
     Ranks, scales and modules may differ. The result is an ordinary adapter folder.
     """
+    from mlx_dora.adapters.recorded_base import recorded_base
     from mlx_dora.io.atomic import check_output
-    from mlx_dora.merge.adapters import base_name, merge_adapters_report
+    from mlx_dora.merge.adapters import merge_adapters_report
     from mlx_dora.merge.cut_error import open_probe
     from mlx_dora.merge.dense import Options
     from mlx_dora.merge.estimate import estimate_on_data
@@ -136,7 +137,7 @@ def adapters_command(
         raise click.UsageError("--data is for --method fisher without --fisher")
     if logit_error and rank is None:
         raise click.UsageError("--logit-error is for --rank")
-    base = model or base_name(adapters[0])
+    base = model or recorded_base(adapters[0])
     inputs = (*adapters, base, logit_error, *fisher, *data)
     # Before what takes long.
     check_output(save_path, inputs=inputs, overwrite=overwrite)

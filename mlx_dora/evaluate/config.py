@@ -75,7 +75,12 @@ def hub_entries(hf_dataset: dict[str, Any] | list[Any] | None) -> list[Any]:
 class EvaluateConfig(DataConfig):
     """Which models are compared on which data."""
 
-    model: str = option(help="Folder or Hugging Face id of the base.", path="or id")
+    model: str | None = option(
+        None,
+        help="Folder or Hugging Face id of the base; what the adapter records if not "
+        "given.",
+        path="or id",
+    )
     adapter_path: str | None = option(
         None, help="Adapter to compare with the base.", path="local"
     )

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import mlx.core as mx
 
@@ -16,8 +15,8 @@ from mlx_dora.io.gate import check_dtypes, read_one
 from mlx_dora.io.header import TensorInfo, read_header
 from mlx_dora.io.stored import StoredTensor
 from mlx_dora.io.stream import TensorStream, nbytes_of
+from mlx_dora.io.weight_files import INDEX_NAME, weight_files, weight_map
 
-INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
 
 logger = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ class Checkpoint:
     """The tensors of a model folder, indexed from checked headers, read lazily.
 
     Shards are those of ``model.safetensors.index.json``, or else every
-    ``model*.safetensors``, as mlx-lm takes them.
+    ``model*.safetensors`` (`mlx_dora.io.weight_files`).
 
     Args:
         folder: A local model folder.
@@ -48,7 +47,8 @@ class Checkpoint:
         # Arrays not handed out yet; one that was is dropped, so that it can be freed.
         self._unread: dict[Path, dict[str, mx.array]] = {}
         index = self.folder / INDEX_NAME
-        if index.exists():
+        files = weight_files(self.folder)
+        if index.exists() and not _is_stale(index, files):
             self._read_index(index)
         else:
             self._read_shards()
@@ -93,8 +93,8 @@ class Checkpoint:
         return StoredTensor(self.shard(name), self.info(name))
 
     def _read_index(self, index: Path) -> None:
-        weight_map = _weight_map(index)
-        for shard in dict.fromkeys(weight_map.values()):
+        listing = weight_map(index)
+        for shard in dict.fromkeys(listing.values()):
             path = self.folder / shard
             # Symbolic links are fine (the Hub's cache is made of them): names are not
             # allowed to climb.
@@ -103,7 +103,7 @@ class Checkpoint:
             if not path.is_file():
                 raise DoRAError(f"{index}: the shard {shard!r} is not in the folder.")
             header = read_header(path)
-            listed = {name for name, file in weight_map.items() if file == shard}
+            listed = {name for name, file in listing.items() if file == shard}
             if missing := sorted(listed - header.keys()):
                 raise DoRAError(f"{path} lacks {', '.join(missing)} of the index.")
             if extra := sorted(header.keys() - listed):
@@ -125,19 +125,14 @@ class Checkpoint:
                 self._infos[name], self._shards[name] = info, path
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        content: Any = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DoRAError(f"{index} is not JSON ({error}).") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
-        raise DoRAError(f"{index} has no weight_map from tensors to files.")
-    if not weight_map:
-        raise DoRAError(f"{index} lists no tensors.")
-    return weight_map
+def _is_stale(index: Path, files: list[Path]) -> bool:
+    """Whether an index was left behind: none of its files is there, but others are."""
+    listed = set(weight_map(index).values())
+    climbs = any(Path(shard).name != shard for shard in listed)  # refused by name
+    if climbs or not files or any(path.name in listed for path in files):
+        return False
+    logger.warning("%s lists no file of this folder: not used.", index)
+    return True
 
 
 class ShardWriter:

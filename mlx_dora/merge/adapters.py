@@ -344,15 +344,3 @@ def _common_base(bases: set[BaseModel]) -> BaseModel:
         model=models.pop() if len(models) == 1 else None,
         fingerprint=fingerprints.pop() if len(fingerprints) == 1 else None,
     )
-
-
-def base_name(adapter: str | Path) -> str:
-    """The base that an adapter folder names.
-
-    Raises:
-        DoRAError: If it names none.
-    """
-    name = load_adapter(adapter).base.model
-    if name is None:
-        raise DoRAError(f"{adapter} does not say what its base is; give the model.")
-    return name

@@ -74,8 +74,9 @@ def fused_card(
         f"{adapter.fine_tune_type} adapter fused in",
         fused,
         *_training(adapter, command, None),
-        *_changes(analyze_adapter(adapter, base)),
     ]
+    if adapter.fine_tune_type != "full":
+        parts += _changes(analyze_adapter(adapter, base))
     use = "mlx_lm.generate --model FOLDER --prompt ..."
     return "\n\n".join([*parts, "## Use", f"```\n{use}\n```"]) + "\n"
 

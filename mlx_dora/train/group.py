@@ -25,7 +25,7 @@ def greatest(number: int, group: mx.distributed.Group) -> int:
     """The greatest of the processes' numbers, so that all do the same."""
     if group.size() == 1:
         return number
-    return int(mx.distributed.all_max(mx.array(number), group=group).item())
+    return int(mx.distributed.all_max(mx.array(number), group=group))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from mlx_dora.train.run.finetune import finetune
 from mlx_dora.train.run.journal import StepReport, TrainReport
 from mlx_dora.train.run.run import Progress
 from mlx_dora.train.run.start import check_folder
-from mlx_dora.train.services import check_services
+from mlx_dora.train.services import HostCallback, check_services
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def run_job(
     train: TrainConfig,
     dora: DoRAConfig,
     *,
-    callback: Callable[[StepReport], None] | None = None,
+    callback: Callable[[StepReport], None] | HostCallback | None = None,
     progress: Progress | None = None,
 ) -> JobResult:
     """Do what ``mlx_dora.train`` does: train, and test if asked to.
@@ -64,7 +64,7 @@ def run_job(
     Args:
         train: Names the model, the data and the adapter's folder.
         dora: Which modules are adapted and how.
-        callback: Called with each report.
+        callback: Called with each report; or an object of mlx-lm's kind.
         progress: Called after every step and during validations and the test.
 
     Raises:
@@ -88,7 +88,7 @@ def _run(
     train: TrainConfig,
     dora: DoRAConfig,
     group: mx.distributed.Group,
-    callback: Callable[[StepReport], None] | None,
+    callback: Callable[[StepReport], None] | HostCallback | None,
     progress: Progress | None,
 ) -> JobResult:
     folder = Path(train.adapter_path).expanduser()

@@ -311,3 +311,11 @@ def test_order_is_natural(make_tiny_model: Callable[..., nn.Module]) -> None:
     assert paths == [f"model.layers.{i}.mlp.up_proj" for i in range(12)]
     assert [path for path, _ in dora_layers(model)] == paths
     assert all(isinstance(layer, DoRALinear) for _, layer in dora_layers(model))
+
+
+def test_full_fine_tuning_of_a_quantised_model_is_refused(
+    make_tiny_model: Callable[..., nn.Module],
+) -> None:
+    model = make_tiny_model(bits=4)
+    with pytest.raises(DoRAError, match=r"must not be quantised as in model.layers.1"):
+        apply_layers(model, DoRAConfig(num_layers=1), "full")

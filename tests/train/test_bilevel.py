@@ -143,6 +143,7 @@ def test_a_bad_held_out_batch_leaves_the_magnitudes(
 def test_each_optimizer_keeps_its_own_moments() -> None:
     model = One()
     optimizer = BilevelStepper.make_optimizer(TrainConfig(optimizer="adam"))
+    assert isinstance(optimizer, optim.MultiOptimizer)
     optimizer.init(model.trainable_parameters())
     magnitudes, others = (dict(tree_flatten(one.state)) for one in optimizer.optimizers)
     assert {n.split(".")[1] for n in magnitudes if n.startswith("layer")} == {"m"}

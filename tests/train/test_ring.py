@@ -13,8 +13,8 @@ import pytest
 from tests.checks import assert_close, to_numpy
 from tests.cli.training_data import write_data
 from tests.train import ring
+from tests.train.run.test_resume import assert_same_run
 from tests.train.saved import log, tensors
-from tests.train.test_resume import assert_same_run
 
 Run = Callable[..., Any]
 

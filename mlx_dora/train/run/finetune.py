@@ -22,6 +22,7 @@ from mlx_dora.train.run.prepare import prepare
 from mlx_dora.train.run.resume import resume
 from mlx_dora.train.run.run import Progress, Run
 from mlx_dora.train.run.start import trainable_tensors
+from mlx_dora.train.services import HostCallback
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def finetune(
     train: TrainConfig,
     dora: DoRAConfig,
     adapter_path: str | Path,
-    callback: Callable[[StepReport], None] | None = None,
+    callback: Callable[[StepReport], None] | HostCallback | None = None,
     progress: Progress | None = None,
     loss: Loss = loss_fn,
     batches: Callable[..., Iterator[Batch]] | None = None,
@@ -63,7 +64,8 @@ def finetune(
         dora: Which modules are adapted and how; for LoRA too, and its ``num_layers``
             for full fine-tuning.
         adapter_path: Folder for the adapter and the log; made at the first write.
-        callback: Called with each report, in every process that has one.
+        callback: Called with each report, in every process that has one; or an object
+            of mlx-lm's kind (``mlx_lm.tuner.callbacks.TrainingCallback``).
         progress: Called after every step and during validations.
         loss: Loss and number of targets of a batch.
         batches: Makes batches without end from the data, batch size, maximum length,

@@ -30,6 +30,7 @@ class StepReport:
         trained_tokens: Target tokens so far.
         seconds: Since the training began.
         peak_memory_bytes: Most memory MLX held so far.
+        val_seconds: How long a validation took.
         delta_m: Mean over DoRA layers of ΔM, how far the rows' lengths have moved; None
             without such layers, and in the report of a validation.
         delta_d: Mean over layers of ΔD, one minus the cosine of the rows' turn.
@@ -49,6 +50,7 @@ class StepReport:
     trained_tokens: int
     seconds: float
     peak_memory_bytes: int
+    val_seconds: float | None = None
     delta_m: float | None = None
     delta_d: float | None = None
     correlation: float | None = None

@@ -80,13 +80,14 @@ class Meter:
         self._clear()
         return report
 
-    def validation(self, step: int, loss: float) -> StepReport:
-        """Make a report of a validation."""
+    def validation(self, step: int, loss: float, began: float) -> StepReport:
+        """Make a report of a validation; `began` is what `seconds` was before it."""
         return StepReport(
             step=step,
             val_loss=loss,
             trained_tokens=self.trained_tokens,
             seconds=self.seconds,
+            val_seconds=self.seconds - began,
             peak_memory_bytes=mx.get_peak_memory(),
         )
 

@@ -26,7 +26,12 @@ from mlx_dora.train.run.meter import Meter
 from mlx_dora.train.run.run import Progress, Run
 from mlx_dora.train.run.settings import run_settings
 from mlx_dora.train.run.start import check_folder, check_lora_plus, make_trainable
-from mlx_dora.train.services import check_services, service_listener
+from mlx_dora.train.services import (
+    HostCallback,
+    check_services,
+    listener_of,
+    service_listener,
+)
 from mlx_dora.train.steppers import stepper_class
 
 
@@ -39,7 +44,7 @@ def prepare(
     train: TrainConfig,
     dora: DoRAConfig,
     folder: Path,
-    callback: Callable[[StepReport], None] | None,
+    callback: Callable[[StepReport], None] | HostCallback | None,
     progress: Progress | None,
     loss: Loss,
     batches: MakeBatches | None,
@@ -119,11 +124,11 @@ def _journal(
     train: TrainConfig,
     folder: Path,
     group: mx.distributed.Group,
-    callback: Callable[[StepReport], None] | None,
+    callback: Callable[[StepReport], None] | HostCallback | None,
     summary: dict[str, Any],
 ) -> Journal:
     is_writer = group.rank() == 0
-    listeners = [callback] if callback else []
+    listeners = [] if callback is None else [listener_of(callback)]
     if train.services and is_writer:
         listeners.append(service_listener(train, folder, summary))
     return Journal(folder if is_writer else None, listeners)

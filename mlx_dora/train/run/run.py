@@ -112,6 +112,7 @@ class Run:
         rows = len(data)
         if train.val_batches != -1:
             rows = min(rows, train.val_batches * train.batch_size)
+        began = self.meter.seconds
         advance = self.progress and partial(self.progress, "validate", rows)
         result = evaluate_loss(
             self.model,
@@ -124,7 +125,7 @@ class Run:
             group=self.group,
         )
         with self.together():
-            self.journal.add(self.meter.validation(self.step, result.loss))
+            self.journal.add(self.meter.validation(self.step, result.loss, began))
         if self.best.take(self.step, result.loss) and self.step:
             self.save(self.folder / BEST_NAME)
 

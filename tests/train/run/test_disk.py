@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mlx_dora.train.run.checkpoint import newest_checkpoint
+from tests.train.run.test_resume import assert_same_run, finish, start
 from tests.train.saved import tensors
-from tests.train.test_resume import assert_same_run, finish, start
 
 Run = Callable[..., Any]
 

@@ -19,7 +19,10 @@ from tests.train.saved import log, same_bits, tensors
 
 ROOT = Path(__file__).parents[3]
 # What a clock or an allocator says differs between any two runs.
-TIMES = {"seconds", "tokens_per_second", "steps_per_second", "peak_memory_bytes"}
+TIMES = {
+    "seconds", "val_seconds", "tokens_per_second", "steps_per_second",
+    "peak_memory_bytes",
+}  # fmt: skip
 Run = Callable[..., Any]
 
 
