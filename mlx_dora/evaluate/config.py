@@ -31,13 +31,16 @@ class DataConfig:
     )
     mask_prompt: bool = field(
         default=False,
-        metadata={"help": "Count only the completion's tokens in the loss."},
+        metadata={
+            "help": "Count only the completion's tokens in the loss; in a chat, the "
+            "assistant's turn that ends the row."
+        },
     )
     all_turns: bool = field(
         default=False,
         metadata={
             "help": "In chats, count every turn of the assistant's in the loss and "
-            "nothing else (mask_prompt alone counts the last turn)."
+            "nothing else."
         },
     )
     prompt_feature: str = field(

@@ -1,20 +1,27 @@
 """Rows of text, completions or chats as token sequences, made when first needed."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.evaluate.checks import check_row, kind_of
 from mlx_dora.evaluate.config import DataConfig
+from mlx_dora.evaluate.messages import missing_content, parsed_arguments
 from mlx_dora.evaluate.rows import SPLITS, Rows, read_splits
+from mlx_dora.evaluate.turns import TemplateRefusal, answer_span, answer_start
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["completions", "chat", "text", "tokens"]
 Spans = tuple[tuple[int, int], ...]
 Example = tuple[list[int], int | Spans]
 """Tokens, and which of them may be targets: all from a position on, or some spans."""
+
+
+class IncompleteSpans(Spans):
+    """Spans of a row in which the template does not show every answer."""
 
 
 def target_spans(targets: int | Spans, length: int) -> Spans:
@@ -59,10 +66,11 @@ class TokenDataset:
 
     def __init__(self, rows: Rows, tokenizer: Any) -> None:
         self.rows = rows
-        self.kind = _kind(rows)
+        self.kind = kind_of(rows)
         self._tokenizer = tokenizer
         self._cache: list[Example | None] = [None] * len(rows.values)
-        self._told_prefix = False
+        self._warned_of_header = False
+        self._takes_objects: bool | None = None  # as arguments of tool calls
         self._masks = rows.config.mask_prompt or rows.config.all_turns
         if self.kind == "text" and self._masks:
             name = "mask_prompt" if rows.config.mask_prompt else "all_turns"
@@ -70,8 +78,14 @@ class TokenDataset:
                 f"{rows.source}: {name} needs completions or chat data; plain text has "
                 "no prompt."
             )
+        if self.kind == "text" and tokenizer.eos_token_id is None:
+            logger.warning(
+                "%s: the tokenizer names no end-of-text token; the texts are trained "
+                "without one",
+                rows.source,
+            )
         for index in range(len(rows.values)):
-            _check(rows, index, self.kind)
+            check_row(rows, index, self.kind)
         if len(self):
             self[0]
 
@@ -100,8 +114,13 @@ class TokenDataset:
         """Cut a row that has an `answer` before it, and put this one in its place."""
         messages = self._messages(index) or []
         messages = [*messages[:-1], {**messages[-1], "content": answer}]
-        tokens = self._template(index, messages, generation=False)
-        start = self._prompt_length(index, messages, tokens)
+        tokens = self._template(index, messages, False)
+        start = self._start(index, messages, tokens)
+        if start is None:
+            raise DoRAError(
+                f"{self.where(index)}: the model's chat template does not show the "
+                "answer of this row."
+            )
         return Parts(prompt=tokens[:start], answer=tokens[start:])
 
     def _messages(self, index: int) -> list[Any] | None:
@@ -111,7 +130,24 @@ class TokenDataset:
                 {"role": "user", "content": row[config.prompt_feature]},
                 {"role": "assistant", "content": row[config.completion_feature]},
             ]
-        return list(row[config.chat_feature]) if self.kind == "chat" else None
+        return self._chat(index) if self.kind == "chat" else None
+
+    def _chat(self, index: int) -> list[Any]:
+        """The row's messages, with tool calls in the form that the template takes."""
+        written = list(self.rows.values[index][self.rows.config.chat_feature])
+        parsed = parsed_arguments(written, self.where(index))
+        if parsed == written or self._takes_objects:
+            return parsed
+        if self._takes_objects is None:
+            try:
+                self._template(index, parsed, False)
+            except TemplateRefusal:  # a few templates join the text to other text
+                self._template(index, written, False)
+                self._takes_objects = False
+                return written
+            self._takes_objects = True
+            return parsed
+        return written
 
     def _encode(self, index: int) -> Example:
         row, config = self.rows.values[index], self.rows.config
@@ -120,30 +156,49 @@ class TokenDataset:
         if self.kind == "text":
             tokens = list(self._tokenizer.encode(row[config.text_feature]))
             end = self._tokenizer.eos_token_id
-            return (tokens if tokens[-1:] == [end] else [*tokens, end]), 0
+            return (tokens if end in (None, *tokens[-1:]) else [*tokens, end]), 0
         messages = self._messages(index) or []
-        tokens = self._template(index, messages, generation=False)
+        tokens = self._template(index, messages, False)
         if not self._masks:
             return tokens, 0
         if self.kind == "chat" and config.all_turns:
             return tokens, self._turns(index, messages, tokens)
-        return tokens, self._prompt_length(index, messages, tokens)
+        if messages[-1].get("role") != "assistant":
+            return tokens, ()
+        start = self._start(index, messages, tokens)
+        return tokens, IncompleteSpans() if start is None else start
 
     def _turns(self, index: int, messages: list[Any], tokens: list[int]) -> Spans:
         """Where the assistant's turns stand in a row's tokens."""
+        places = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
         spans = []
-        for place, message in enumerate(messages, start=1):
-            if message.get("role") != "assistant":
+        for place in places:
+            try:
+                span, differs = answer_span(
+                    partial(self._template, index), messages, place, tokens
+                )
+            except TemplateRefusal:  # of a part of the row; it takes the whole
                 continue
-            start = self._prompt_length(index, messages[:place], tokens)
-            until = self._template(index, messages[:place], generation=False)
-            end = _shared(until, tokens)
-            if end < len(until):
-                self._tell_prefix(index, end)
-            spans.append((start, end))
-        return tuple(spans)
+            if differs and span is not None:
+                self._warn_of_header(index, span[0])
+            if span is not None:
+                spans.append(span)
+        is_whole = len(spans) == len(places)
+        return tuple(spans) if is_whole else IncompleteSpans(spans)
 
-    def _template(self, index: int, messages: list[Any], *, generation: bool) -> Any:
+    def _start(self, index: int, messages: list[Any], tokens: list[int]) -> int | None:
+        """Where the last turn's answer starts; None if the template hides it."""
+        try:
+            start, differs = answer_start(
+                partial(self._template, index), messages, len(messages) - 1, tokens
+            )
+        except TemplateRefusal:
+            return None
+        if differs and start is not None:
+            self._warn_of_header(index, start)
+        return start
+
+    def _template(self, index: int, messages: list[Any], generation: bool) -> Any:
         import jinja2
 
         try:
@@ -155,27 +210,19 @@ class TokenDataset:
             )
         except (ValueError, TypeError, jinja2.TemplateError) as error:
             reason = " ".join(str(error).split())
-            raise DoRAError(
+            raise TemplateRefusal(
                 f"{self.where(index)}: the model's chat template does not take this "
-                f"row: {reason}"
+                f"row{missing_content(messages)}: {reason}"
             ) from error
 
-    def _prompt_length(self, index: int, messages: list[Any], tokens: list[int]) -> int:
-        generation = messages[-1].get("role") == "assistant"
-        prompt = self._template(index, messages[:-1], generation=generation)
-        shared = _shared(prompt, tokens)
-        if shared < min(len(prompt), len(tokens)):
-            self._tell_prefix(index, shared)
-        return shared
-
-    def _tell_prefix(self, index: int, shared: int) -> None:
-        if not self._told_prefix:
-            self._told_prefix = True
+    def _warn_of_header(self, index: int, start: int) -> None:
+        if not self._warned_of_header:
+            self._warned_of_header = True
             logger.warning(
-                "%s: the chat template writes the same messages differently with and "
-                "without what follows them; only the %d tokens they share count",
+                "%s: the chat template starts this answer differently from a new "
+                "answer; targets start after the %d tokens that both share",
                 self.where(index),
-                shared,
+                start,
             )
 
 
@@ -250,82 +297,6 @@ def as_dataset(data: Any, tokenizer: Any, config: DataConfig, name: str) -> Data
     return TokenDataset(Rows(values=data, source=name, config=config), tokenizer)
 
 
-def _kind(rows: Rows) -> Kind:
-    if not len(rows.values):
-        raise DoRAError(f"{rows.source} has no rows.")
-    first, config = rows.values[0], rows.config
-    if not isinstance(first, Mapping):
-        return "tokens"
-    if config.prompt_feature in first and config.completion_feature in first:
-        return "completions"
-    if config.chat_feature in first:
-        return "chat"
-    if config.text_feature in first:
-        return "text"
-    raise DoRAError(
-        f"{rows.where(0)}: expected the keys {config.prompt_feature!r} and "
-        f"{config.completion_feature!r}, or {config.chat_feature!r}, or "
-        f"{config.text_feature!r}; found {_keys(first)}."
-    )
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    return ", ".join(repr(key) for key in row) or "none"
-
-
-def _check(rows: Rows, index: int, kind: Kind) -> None:
-    row, config = rows.values[index], rows.config
-    if kind == "tokens":
-        _check_tokens(rows, index)
-        return
-    if not isinstance(row, Mapping):
-        kind_of = type(row).__name__
-        raise DoRAError(f"{rows.where(index)}: expected a mapping, got a {kind_of}.")
-    expected = {
-        "completions": (config.prompt_feature, config.completion_feature),
-        "chat": (config.chat_feature,),
-        "text": (config.text_feature,),
-    }[kind]
-    missing = [key for key in expected if key not in row]
-    if missing:
-        wanted = " and ".join(repr(key) for key in expected)
-        noun = "key" if len(expected) == 1 else "keys"
-        raise DoRAError(
-            f"{rows.where(index)}: expected the {noun} {wanted}, as in the first row; "
-            f"found {_keys(row)}."
-        )
-    for key in expected:
-        if kind == "chat":
-            _check_messages(rows, index, key)
-        elif not isinstance(row[key], str):
-            raise DoRAError(
-                f"{rows.where(index)}: {key!r} must be text, got "
-                f"{type(row[key]).__name__}."
-            )
-
-
-def _check_messages(rows: Rows, index: int, key: str) -> None:
-    messages = rows.values[index][key]
-    where = f"{rows.where(index)}: {key!r}"
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        kind_of = type(messages).__name__
-        raise DoRAError(f"{where} must be a list of messages, got {kind_of}.")
-    if not messages:
-        raise DoRAError(f"{where} holds no message.")
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message:
-            found = _keys(message) if isinstance(message, Mapping) else repr(message)
-            raise DoRAError(
-                f"{where}: each message needs the key 'role'; found {found}."
-            )
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    differ = (place for place, (a, b) in pairs if a != b)
-    return next(differ, min(len(one), len(other)))
-
-
 def _token_row(row: Any) -> Example:
     if len(row) != 2 or not isinstance(row[0], Sequence):
         return list(row), 0
@@ -333,15 +304,3 @@ def _token_row(row: Any) -> Example:
     if isinstance(targets, Sequence):
         return list(tokens), tuple((int(a), int(b)) for a, b in targets)
     return list(tokens), int(targets)
-
-
-def _check_tokens(rows: Rows, index: int) -> None:
-    row = rows.values[index]
-    if isinstance(row, Sequence) and not isinstance(row, str):
-        tokens, _ = _token_row(row)
-        if all(isinstance(token, int) for token in tokens):
-            return
-    raise DoRAError(
-        f"{rows.where(index)}: expected a mapping such as {{'text': ...}} or a list of "
-        f"token ids, got {type(row).__name__}."
-    )

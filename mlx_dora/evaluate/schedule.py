@@ -70,7 +70,7 @@ class Schedule:
                 usable.append(index)
                 lengths.append(min(len(example[0]), max_seq_length))
         if not usable:
-            refuse_empty(max_seq_length)
+            refuse_empty(counts, max_seq_length)
         if line := counts.describe(max_seq_length):
             logger.warning("%s", line)
         self._usable = np.array(usable)
