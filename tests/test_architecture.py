@@ -1,6 +1,6 @@
 """The layering of the design, read from every import; see docs in CONTRIBUTING.md.
 
-cli > demo | doctor | publish > train | analyze | merge > evaluate > adapters > layers >
+cli > demo | doctor | publish | serve > train | analyze | merge > evaluate > adapters > layers >
 decomposition > geometry > factored > kernels | io > errors | openblas
 
 Imports point right; packages joined by | never import each other.
@@ -17,7 +17,7 @@ import mlx_dora
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("cli",),
-    ("demo", "doctor", "publish"),
+    ("demo", "doctor", "publish", "serve"),
     ("train", "analyze", "merge"),
     ("evaluate",),
     ("adapters",),
@@ -32,7 +32,11 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MAX_LINES = 400
 VAGUE_NAMES = {"utils", "helpers", "misc"}
 LAZY_ONLY = {"mlx_lm", "transformers"}  # slow to import
-MAY_IMPORT_EAGERLY = {"mlx_dora/layers/multi.py", "mlx_dora/layers/switch.py"}
+MAY_IMPORT_EAGERLY = {  # imported by functions alone: classes that extend mlx-lm's
+    "mlx_dora/layers/multi.py",
+    "mlx_dora/layers/switch.py",
+    "mlx_dora/serve/host.py",
+}
 
 
 def is_entry_point(path: PurePosixPath) -> bool:

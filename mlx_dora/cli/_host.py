@@ -1,6 +1,7 @@
 """Running one of mlx-lm's own commands, its arguments untouched, on our layers."""
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
 from mlx_dora.errors import DoRAError
@@ -20,13 +21,19 @@ def _raised_by_host(error: BaseException) -> bool:
     return any(module == host or module.startswith(f"{host}.") for host in _HOSTS)
 
 
-def run_host_command(name: str, command_path: str, args: list[str]) -> None:
+def run_host_command(
+    name: str,
+    command_path: str,
+    args: list[str],
+    main: Callable[[], None] | None = None,
+) -> None:
     """Call ``mlx_lm.<name>.main()`` with `args` as the command line.
 
     Args:
         name: The module of mlx_lm that holds the command.
         command_path: What mlx-lm's usage text calls the program.
         args: The arguments as typed, ``--help`` included.
+        main: Called in place of mlx-lm's function.
 
     Raises:
         DoRAError: If mlx-lm refuses the model, the adapter or an argument's value.
@@ -39,7 +46,7 @@ def run_host_command(name: str, command_path: str, args: list[str]) -> None:
     sys.argv = [command_path, *args]
     try:
         with use_in_mlx_lm():
-            import_module(f"mlx_lm.{name}").main()
+            (main or import_module(f"mlx_lm.{name}").main)()
     except DoRAError:
         raise
     except HFValidationError as error:  # a path that is not there, taken for a Hub id
