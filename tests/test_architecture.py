@@ -1,6 +1,7 @@
 """The layering of the design, read from every import; see docs in CONTRIBUTING.md.
 
-cli > demo | doctor | publish | serve > train | analyze | merge > evaluate > adapters > layers >
+cli > demo | doctor | publish | serve > train | analyze | merge > evaluate > data >
+adapters > layers >
 decomposition > geometry > factored > kernels | io > errors | openblas
 
 Imports point right; packages joined by | never import each other.
@@ -20,6 +21,7 @@ LAYERS = (
     ("demo", "doctor", "publish", "serve"),
     ("train", "analyze", "merge"),
     ("evaluate",),
+    ("data",),
     ("adapters",),
     ("layers",),
     ("decomposition",),

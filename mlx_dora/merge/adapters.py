@@ -19,8 +19,8 @@ from mlx_dora.adapters.matrices import (
     adapter_tensors,
     named_matrices,
 )
+from mlx_dora.data.batches import Examples
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import Examples
 from mlx_dora.factored import AdaptedMatrix
 from mlx_dora.io.atomic import check_output
 from mlx_dora.kernels.quantized import QuantizedWeight

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mlx_dora.data.config import DataConfig
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.config import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from mlx_dora.data.config import DataConfig
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.config import DataConfig
 
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
 FineTuneType = Literal["dora", "lora", "full"]

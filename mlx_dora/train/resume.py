@@ -15,8 +15,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.data.batches import Examples
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import Examples
 from mlx_dora.train.checkpoint import Checkpoint
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import share_tensors

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mlx_dora.evaluate.batches import (
+from mlx_dora.data.batches import (
     Batch,
     Examples,
     RowCounts,

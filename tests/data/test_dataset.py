@@ -4,17 +4,17 @@ from typing import Any
 
 import pytest
 
-from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import RowCounts
-from mlx_dora.evaluate.config import DataConfig
-from mlx_dora.evaluate.data import (
+from mlx_dora.data.batches import RowCounts
+from mlx_dora.data.config import DataConfig
+from mlx_dora.data.dataset import (
     IncompleteSpans,
     TokenDataset,
     as_dataset,
     load_datasets,
     target_spans,
 )
-from mlx_dora.evaluate.rows import Rows
+from mlx_dora.data.jsonl import Rows
+from mlx_dora.errors import DoRAError
 
 MESSAGES = [
     {"role": "user", "content": "What does the fox do?"},

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from mlx_dora.data.batches import RowCounts, batches_once
+from mlx_dora.data.config import DataConfig
+from mlx_dora.data.dataset import as_dataset, load_datasets, target_spans
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import RowCounts, batches_once
-from mlx_dora.evaluate.config import DataConfig
-from mlx_dora.evaluate.data import as_dataset, load_datasets, target_spans
 
 USER = {"role": "user", "content": "What does the fox do?"}
 ANSWER = {"role": "assistant", "content": "It jumps."}

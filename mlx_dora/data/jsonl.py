@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_dora.data.config import DataConfig, hub_entries
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.config import DataConfig, hub_entries
 from mlx_dora.io.json import parse
 
 SPLITS = ("train", "valid", "test")

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from mlx_dora.data.checks import check_row, kind_of
+from mlx_dora.data.config import DataConfig
+from mlx_dora.data.jsonl import SPLITS, Rows, read_splits
+from mlx_dora.data.messages import missing_content, parsed_arguments
+from mlx_dora.data.turns import TemplateRefusal, answer_span, answer_start
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.checks import check_row, kind_of
-from mlx_dora.evaluate.config import DataConfig
-from mlx_dora.evaluate.messages import missing_content, parsed_arguments
-from mlx_dora.evaluate.rows import SPLITS, Rows, read_splits
-from mlx_dora.evaluate.turns import TemplateRefusal, answer_span, answer_start
 
 logger = logging.getLogger(__name__)
 

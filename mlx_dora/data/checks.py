@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from mlx_dora.data.jsonl import Rows
+from mlx_dora.data.messages import parsed_arguments
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.messages import parsed_arguments
-from mlx_dora.evaluate.rows import Rows
 
 Kind = Literal["completions", "chat", "text", "tokens"]
 

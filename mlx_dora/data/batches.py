@@ -7,8 +7,8 @@ from typing import NoReturn, Protocol
 import mlx.core as mx
 import numpy as np
 
+from mlx_dora.data.dataset import Example, IncompleteSpans, target_spans
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.data import Example, IncompleteSpans, target_spans
 
 Batch = tuple[mx.array, mx.array]
 """Tokens ``(rows, length)``, and marks that tell the loss what they are.

@@ -1,0 +1,1 @@
+"""Training data: JSON lines to rows, targets and batches."""
