@@ -22,7 +22,7 @@ from _machine import describe_machine
 from mlx_dora import DoRAConfig, apply_dora, load
 from mlx_dora.data.batches import Batch
 from mlx_dora.data.config import DataConfig
-from mlx_dora.data.dataset import load_datasets
+from mlx_dora.data.loading import load_datasets
 from mlx_dora.data.schedule import Schedule
 from mlx_dora.demo.data import write_demo_data
 from mlx_dora.demo.model import demo_model

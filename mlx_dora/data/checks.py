@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from mlx_dora.data.jsonl import Rows
 from mlx_dora.data.messages import parsed_arguments
+from mlx_dora.data.rows import Rows
 from mlx_dora.errors import DoRAError
 
 Kind = Literal["completions", "chat", "text", "tokens"]

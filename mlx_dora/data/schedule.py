@@ -7,15 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mlx_dora.data.batches import (
-    Batch,
-    Examples,
-    RowCounts,
-    pack_batch,
-    pad_batch,
-    padded_width,
-    refuse_empty,
-)
+from mlx_dora.data.batches import Batch, Examples, pack_batch, pad_batch, padded_width
+from mlx_dora.data.counts import RowCounts, refuse_empty
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from mlx_dora.adapters.fuse import fuse_dora, save_fused
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.keys import blocks
 from mlx_dora.adapters.surgery import disabled
-from mlx_dora.data.dataset import Dataset, load_datasets
+from mlx_dora.data.dataset import Dataset
+from mlx_dora.data.loading import load_datasets
 from mlx_dora.demo.changes import MatrixChange, matrix_changes
 from mlx_dora.demo.config import DemoConfig
 from mlx_dora.demo.data import write_demo_data

@@ -13,8 +13,9 @@ import mlx.nn as nn
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load, model_folder
-from mlx_dora.data.dataset import Dataset, make_datasets
-from mlx_dora.data.jsonl import read_splits
+from mlx_dora.data.dataset import Dataset
+from mlx_dora.data.loading import make_datasets
+from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.agreement import Agreement, compare_probe, take_probe
 from mlx_dora.evaluate.config import EvaluateConfig

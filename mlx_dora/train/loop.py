@@ -21,9 +21,10 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import write_adapter_files
 from mlx_dora.adapters.fingerprint import fingerprint
 from mlx_dora.adapters.surgery import export_variants
-from mlx_dora.data.batches import Batch, RowCounts
-from mlx_dora.data.dataset import as_dataset
+from mlx_dora.data.batches import Batch
+from mlx_dora.data.counts import RowCounts
 from mlx_dora.data.documents import check_packable
+from mlx_dora.data.loading import as_dataset
 from mlx_dora.data.schedule import Schedule
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import Loss, evaluate_loss, loss_fn

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from mlx_dora.data.batches import batches_once, pack_batch, pad_batch, padded_width
-from mlx_dora.data.dataset import Example
+from mlx_dora.data.targets import Example
 
 
 def rows_of(lengths: list[int]) -> list[Example]:

@@ -4,16 +4,12 @@ from typing import Any
 
 import pytest
 
-from mlx_dora.data.batches import RowCounts
 from mlx_dora.data.config import DataConfig
-from mlx_dora.data.dataset import (
-    IncompleteSpans,
-    TokenDataset,
-    as_dataset,
-    load_datasets,
-    target_spans,
-)
-from mlx_dora.data.jsonl import Rows
+from mlx_dora.data.counts import RowCounts
+from mlx_dora.data.dataset import TokenDataset
+from mlx_dora.data.loading import as_dataset, load_datasets
+from mlx_dora.data.rows import Rows
+from mlx_dora.data.targets import IncompleteSpans, target_spans
 from mlx_dora.errors import DoRAError
 
 MESSAGES = [

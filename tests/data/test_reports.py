@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from mlx_dora.data.batches import RowCounts, batches_once
+from mlx_dora.data.batches import batches_once
 from mlx_dora.data.config import DataConfig
-from mlx_dora.data.dataset import as_dataset, load_datasets, target_spans
+from mlx_dora.data.counts import RowCounts
+from mlx_dora.data.loading import as_dataset, load_datasets
+from mlx_dora.data.targets import target_spans
 from mlx_dora.errors import DoRAError
 
 USER = {"role": "user", "content": "What does the fox do?"}

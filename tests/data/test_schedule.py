@@ -5,9 +5,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dora.data.batches import RowCounts, padded_width
-from mlx_dora.data.dataset import Example
+from mlx_dora.data.batches import padded_width
+from mlx_dora.data.counts import RowCounts
 from mlx_dora.data.schedule import Schedule, best_fit
+from mlx_dora.data.targets import Example
 from mlx_dora.errors import DoRAError
 
 LENGTHS = np.random.default_rng(0).integers(2, 500, size=131).tolist()

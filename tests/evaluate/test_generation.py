@@ -6,7 +6,7 @@ import mlx.nn as nn
 import pytest
 
 from mlx_dora.data.config import DataConfig
-from mlx_dora.data.dataset import as_dataset
+from mlx_dora.data.loading import as_dataset
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.generation import generate_samples, sample_prompts
 
