@@ -1,8 +1,8 @@
 """The layering of the design, read from every import; see docs in CONTRIBUTING.md.
 
-cli > demo | doctor | publish > train | analyze | merge > evaluate > peft > adapters >
-layers > decomposition > geometry > factored > kernels | io > options >
-errors | openblas
+cli > demo | doctor | publish | serve > train | analyze | merge > evaluate >
+data | peft > adapters > layers > decomposition > geometry > factored > kernels | io >
+options > errors | openblas
 
 Imports point right; packages joined by | never import each other.
 """
@@ -18,10 +18,10 @@ import mlx_dora
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("cli",),
-    ("demo", "doctor", "publish"),
+    ("demo", "doctor", "publish", "serve"),
     ("train", "analyze", "merge"),
     ("evaluate",),
-    ("peft",),
+    ("data", "peft"),
     ("adapters",),
     ("layers",),
     ("decomposition",),
@@ -35,7 +35,11 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MAX_LINES = 400
 VAGUE_NAMES = {"utils", "helpers", "misc"}
 LAZY_ONLY = {"mlx_lm", "transformers"}  # slow to import
-MAY_IMPORT_EAGERLY = {"mlx_dora/layers/multi.py", "mlx_dora/layers/switch.py"}
+MAY_IMPORT_EAGERLY = {  # imported by functions alone: classes that extend mlx-lm's
+    "mlx_dora/layers/multi.py",
+    "mlx_dora/layers/switch.py",
+    "mlx_dora/serve/host.py",
+}
 
 
 def is_entry_point(path: PurePosixPath) -> bool:

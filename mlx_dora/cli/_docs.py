@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from inspect import cleandoc
 from pathlib import Path
 
 import click
@@ -67,7 +68,7 @@ def render() -> str:
         command: click.Command = import_module(f"mlx_dora.cli.{verb}").command
         parts.append(f"## mlx_dora.{verb}\n")
         if isinstance(command, PassThrough):
-            parts.append(_HOSTED.format(text=command.help, verb=verb))
+            parts.append(_HOSTED.format(text=cleandoc(command.help or ""), verb=verb))
         else:
             parts.append(f"```\n{_help(command, f'mlx_dora.{verb}')}\n```\n")
         if isinstance(command, VerbGroup):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
 from mlx_dora.errors import DoRAError
@@ -37,13 +38,19 @@ def _with_home(args: list[str]) -> list[str]:
     return expanded
 
 
-def run_host_command(name: str, command_path: str, args: list[str]) -> None:
+def run_host_command(
+    name: str,
+    command_path: str,
+    args: list[str],
+    main: Callable[[], None] | None = None,
+) -> None:
     """Call ``mlx_lm.<name>.main()`` with `args` as the command line.
 
     Args:
         name: The module of mlx_lm that holds the command.
         command_path: What mlx-lm's usage text calls the program.
         args: The arguments as typed, ``--help`` included.
+        main: Called in place of mlx-lm's function.
 
     Raises:
         DoRAError: If mlx-lm refuses the model, the adapter or an argument's value.
@@ -56,7 +63,7 @@ def run_host_command(name: str, command_path: str, args: list[str]) -> None:
     sys.argv = [command_path, *_with_home(args)]
     try:
         with use_in_mlx_lm():
-            import_module(f"mlx_lm.{name}").main()
+            (main or import_module(f"mlx_lm.{name}").main)()
     except DoRAError:
         raise
     except HFValidationError as error:  # a path that is not there, taken for a Hub id

@@ -14,14 +14,15 @@ from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load, model_folder
 from mlx_dora.adapters.recorded_base import recorded_base
+from mlx_dora.data.dataset import Dataset
+from mlx_dora.data.loading import make_datasets
+from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.agreement import Agreement, compare_probe, take_probe
 from mlx_dora.evaluate.config import EvaluateConfig
-from mlx_dora.evaluate.data import Dataset, make_datasets
 from mlx_dora.evaluate.generation import Prompt, generate_samples, sample_prompts
 from mlx_dora.evaluate.labels import LabelAccuracy, find_labels, label_accuracy
 from mlx_dora.evaluate.loss import LossResult, evaluate_loss
-from mlx_dora.evaluate.rows import read_splits
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from mlx_dora.adapters.matrices import (
     named_matrices,
 )
 from mlx_dora.adapters.refusals import check_cut
+from mlx_dora.data.batches import Examples
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import Examples
 from mlx_dora.factored import AdaptedMatrix
 from mlx_dora.io.atomic import check_output
 from mlx_dora.io.finite import all_finite, refuse_not_finite

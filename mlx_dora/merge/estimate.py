@@ -19,10 +19,11 @@ from mlx_dora.adapters.files import load_adapter
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.keys import blocks, natural_order, resolve_keys
 from mlx_dora.adapters.surgery import adapter_layers, remove_dora
+from mlx_dora.data.batches import Examples
+from mlx_dora.data.dataset import Dataset, TokenDataset
+from mlx_dora.data.loading import make_datasets
+from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import Examples
-from mlx_dora.evaluate.data import Dataset, TokenDataset, make_datasets
-from mlx_dora.evaluate.rows import read_splits
 from mlx_dora.io.atomic import check_output
 from mlx_dora.merge.fisher import Fisher, FisherFacts, save_fisher, squared, with_norm
 from mlx_dora.merge.fisher_config import FisherConfig

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_dora.evaluate.config import DataConfig
+from mlx_dora.data.config import DataConfig
 from mlx_dora.options import option
 
 

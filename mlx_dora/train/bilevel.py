@@ -16,8 +16,9 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
+from mlx_dora.data.batches import Batch, Examples
+from mlx_dora.data.targets import Example
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import Batch, Example, Examples
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.optimizers import build_optimizer
 from mlx_dora.train.stepper import (

@@ -6,8 +6,8 @@ Imports no MLX, so that the command line can make its options from the fields.
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mlx_dora.data.config import DataConfig
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.config import DataConfig
 from mlx_dora.options import option
 
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]

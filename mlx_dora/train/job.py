@@ -11,10 +11,10 @@ import mlx.core as mx
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load, model_folder
+from mlx_dora.data.loading import make_datasets
+from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.data import make_datasets
 from mlx_dora.evaluate.loss import LossResult, evaluate_loss
-from mlx_dora.evaluate.rows import read_splits
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import together
 from mlx_dora.train.optimizers import build_optimizer

@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.surgery import dora_layers
-from mlx_dora.evaluate.batches import Batch
+from mlx_dora.data.batches import Batch
 from mlx_dora.layers.variants.adaptive import AdaptiveLinear
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.stepper import Gradient, Stepper, is_due

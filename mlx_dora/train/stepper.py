@@ -11,7 +11,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
-from mlx_dora.evaluate.batches import Batch, Examples
+from mlx_dora.data.batches import Batch, Examples
 from mlx_dora.evaluate.loss import Loss
 from mlx_dora.layers import held_norms
 from mlx_dora.train.config import TrainConfig

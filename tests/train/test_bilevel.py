@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_dora.data.schedule import Schedule
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.schedule import Schedule
 from mlx_dora.layers import DoRALinear
 from mlx_dora.train import TrainConfig
 from mlx_dora.train.bilevel import BilevelStepper

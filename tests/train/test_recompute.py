@@ -7,8 +7,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_dora import DoRAConfig, apply_dora
+from mlx_dora.data.batches import pad_batch
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import pad_batch
 from mlx_dora.evaluate.loss import loss_fn
 from mlx_dora.train.recompute import recomputed_blocks
 from mlx_dora.train.run.start import trainable_tensors

@@ -6,9 +6,10 @@ from itertools import chain, islice
 
 import mlx.core as mx
 
+from mlx_dora.data.batches import Batch, Examples
+from mlx_dora.data.counts import RowCounts
+from mlx_dora.data.schedule import Schedule
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import Batch, Examples, RowCounts
-from mlx_dora.evaluate.schedule import Schedule
 from mlx_dora.train.config import TrainConfig
 
 MakeBatches = Callable[..., Iterator[Batch]]

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.surgery import export_variants
-from mlx_dora.evaluate.batches import Batch
+from mlx_dora.data.batches import Batch
 from mlx_dora.evaluate.loss import Loss, loss_fn
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.run.interrupt import interruption

@@ -12,9 +12,9 @@ import mlx.nn as nn
 from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.fingerprint import fingerprint
-from mlx_dora.evaluate.batches import Examples
-from mlx_dora.evaluate.data import as_dataset
-from mlx_dora.evaluate.documents import check_packable
+from mlx_dora.data.batches import Examples
+from mlx_dora.data.documents import check_packable
+from mlx_dora.data.loading import as_dataset
 from mlx_dora.evaluate.loss import Loss
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import check_alike, together

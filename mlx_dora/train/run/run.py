@@ -13,7 +13,7 @@ import mlx.optimizers as optim
 
 from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.files import write_adapter_files
-from mlx_dora.evaluate.batches import Batch, Examples
+from mlx_dora.data.batches import Batch, Examples
 from mlx_dora.evaluate.loss import Loss, evaluate_loss
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.geometry import measure_geometry

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.data.batches import Examples
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import Examples
 from mlx_dora.options import names_with
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.run.checkpoint import Checkpoint

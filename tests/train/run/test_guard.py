@@ -10,8 +10,8 @@ import pytest
 
 from mlx_dora import load_adapter, remove_dora
 from mlx_dora.adapters.attach import attach_adapter
+from mlx_dora.data.batches import pad_batch
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import pad_batch
 from mlx_dora.evaluate.loss import evaluate_loss, loss_fn
 from tests.train.conftest import EXAMPLES
 from tests.train.saved import config, log, same_bits, tensors

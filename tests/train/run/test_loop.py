@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 
 from mlx_dora import DoRAConfig, apply_dora, load_adapter
 from mlx_dora.adapters.attach import attach_adapter
+from mlx_dora.data.batches import pad_batch
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import pad_batch
 from mlx_dora.evaluate.loss import evaluate_loss, loss_fn
 from mlx_dora.train import StepReport
 from tests.checks import assert_close, to_numpy

@@ -5,10 +5,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dora.data.batches import padded_width
+from mlx_dora.data.counts import RowCounts
+from mlx_dora.data.schedule import Schedule, best_fit
+from mlx_dora.data.targets import Example
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import RowCounts, padded_width
-from mlx_dora.evaluate.data import Example
-from mlx_dora.evaluate.schedule import Schedule, best_fit
 
 LENGTHS = np.random.default_rng(0).integers(2, 500, size=131).tolist()
 

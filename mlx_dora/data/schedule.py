@@ -7,15 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mlx_dora.evaluate.batches import (
-    Batch,
-    Examples,
-    RowCounts,
-    pack_batch,
-    pad_batch,
-    padded_width,
-    refuse_empty,
-)
+from mlx_dora.data.batches import Batch, Examples, pack_batch, pad_batch, padded_width
+from mlx_dora.data.counts import RowCounts, refuse_empty
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +63,7 @@ class Schedule:
                 usable.append(index)
                 lengths.append(min(len(example[0]), max_seq_length))
         if not usable:
-            refuse_empty(max_seq_length)
+            refuse_empty(counts, max_seq_length)
         if line := counts.describe(max_seq_length):
             logger.warning("%s", line)
         self._usable = np.array(usable)

@@ -2,13 +2,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dora.evaluate.batches import (
-    batches_once,
-    pack_batch,
-    pad_batch,
-    padded_width,
-)
-from mlx_dora.evaluate.data import Example
+from mlx_dora.data.batches import batches_once, pack_batch, pad_batch, padded_width
+from mlx_dora.data.targets import Example
 
 
 def rows_of(lengths: list[int]) -> list[Example]:

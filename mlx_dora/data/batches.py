@@ -1,14 +1,13 @@
 """Rows of tokens as padded arrays, and the batches of a measurement."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.data import Example, target_spans
+from mlx_dora.data.counts import RowCounts, refuse_empty
+from mlx_dora.data.targets import Example, target_spans
 
 Batch = tuple[mx.array, mx.array]
 """Tokens ``(rows, length)``, and marks that tell the loss what they are.
@@ -25,42 +24,6 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Example: ...
-
-
-@dataclass
-class RowCounts:
-    """What happened to the rows on their way into batches, each row counted once."""
-
-    rows: int = 0
-    truncated: int = 0
-    skipped: int = 0
-    longest: int = 0
-
-    def add(self, example: Example, max_seq_length: int) -> bool:
-        """Count one row; False if no target is left in it."""
-        tokens, targets = example
-        self.rows += 1
-        self.longest = max(self.longest, len(tokens))
-        self.truncated += len(tokens) > max_seq_length
-        usable = bool(target_spans(targets, min(len(tokens), max_seq_length)))
-        self.skipped += not usable
-        return usable
-
-    def describe(self, max_seq_length: int) -> str | None:
-        """One line on what was cut or left out; None if nothing was."""
-        parts = []
-        if self.truncated:
-            parts.append(
-                f"{self.truncated} of {self.rows} rows are longer than "
-                f"max_seq_length {max_seq_length} and were cut (longest: "
-                f"{self.longest} tokens)"
-            )
-        if self.skipped:
-            parts.append(
-                f"{self.skipped} of {self.rows} rows have no target token within "
-                f"{max_seq_length} tokens and were left out"
-            )
-        return "; ".join(parts) or None
 
 
 def padded_width(length: int, max_seq_length: int) -> int:
@@ -152,15 +115,7 @@ def batches_once(
         if counts.add(example, max_seq_length):
             chosen.append(example)
     if not chosen:
-        refuse_empty(max_seq_length)
+        refuse_empty(counts, max_seq_length)
     chosen.sort(key=lambda one: min(len(one[0]), max_seq_length))
     for start in range(0, len(chosen), batch_size):
         yield pad_batch(chosen[start : start + batch_size], max_seq_length)
-
-
-def refuse_empty(max_seq_length: int) -> NoReturn:
-    """Say that there is nothing to train on or to measure."""
-    raise DoRAError(
-        f"no row has a target token within max_seq_length {max_seq_length}: raise it, "
-        "or train on the prompt too (no mask_prompt)."
-    )

@@ -9,14 +9,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_dora.data.batches import pack_batch, pad_batch
+from mlx_dora.data.documents import PACKABLE, check_packable, document_caches
+from mlx_dora.data.targets import Example
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import pack_batch, pad_batch
-from mlx_dora.evaluate.data import Example
-from mlx_dora.evaluate.documents import (
-    PACKABLE,
-    check_packable,
-    document_caches,
-)
 from mlx_dora.evaluate.loss import loss_fn
 from tests.checks import assert_close, to_numpy
 

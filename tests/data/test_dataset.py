@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 
+from mlx_dora.data.config import DataConfig
+from mlx_dora.data.counts import RowCounts
+from mlx_dora.data.dataset import TokenDataset
+from mlx_dora.data.loading import as_dataset, load_datasets
+from mlx_dora.data.rows import Rows
+from mlx_dora.data.targets import IncompleteSpans, target_spans
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.config import DataConfig
-from mlx_dora.evaluate.data import TokenDataset, as_dataset, load_datasets
-from mlx_dora.evaluate.rows import Rows
 
 MESSAGES = [
     {"role": "user", "content": "What does the fox do?"},
@@ -38,6 +41,15 @@ def write(folder: Path, name: str, *lines: Any) -> Path:
 def data(rows: list[Any], tokenizer: Any, **config: Any) -> TokenDataset:
     found = as_dataset(rows, tokenizer, DataConfig(**config), "rows")
     assert isinstance(found, TokenDataset)
+    return found
+
+
+def target_texts(rows: list[Any], tokenizer: Any, **config: Any) -> list[list[str]]:
+    """The text of each span of targets, row by row."""
+    found = []
+    for tokens, targets in data(rows, tokenizer, **config):
+        spans = target_spans(targets, len(tokens))
+        found.append([tokenizer.decode(tokens[start:end]) for start, end in spans])
     return found
 
 
@@ -116,7 +128,12 @@ def test_prompt_ends_where_the_template_writes_it_differently(
 
 
 BAD_ROWS = {
-    "not JSON": ("{'text': 1}", r"line 2: not JSON"),
+    "not JSON": (
+        "{'text': 1}",
+        r"line 2: not JSON \(Expecting property name .* at character 2 of the line",
+    ),
+    "nested too deeply": ("[" * 100_000, r"line 2, .* nested too deeply"),
+    "endless number": ('{"n": ' + "9" * 5000 + "}", r"line 2, .*4300 digits"),
     "no object": ([1, 2], r"line 2: expected a JSON object .* got a list"),
     "other keys": ({"txt": "a"}, r"line 2: expected the key 'text', .* found 'txt'"),
     "no text": ({"text": 5}, r"line 2: 'text' must be text, got int"),
@@ -257,20 +274,49 @@ def test_every_turn_of_the_assistant_is_a_target(tokenizer: Any) -> None:
     assert spans[-1] == (last, len(tokens))
 
 
-def test_a_turn_rewritten_later_is_told(
-    tokenizer: Any, caplog: pytest.LogCaptureFixture
+def test_an_answer_that_is_written_differently_later_counts_as_the_row_has_it(
+    tokenizer: Any,
 ) -> None:
     tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} "
-        "{% else %}A: {% if loop.last %}think {% endif %}{{ m.content }} {% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+        "{% for m in messages %}{% if m.role == 'user' %}Q:{{ m.content }}\n"
+        "{% else %}A:{% if loop.last %}(think){% endif %}{{ m.content }}\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
-    tokens, spans = data([{"messages": TURNS[:4]}], tokenizer, all_turns=True)[0]
-    assert isinstance(spans, tuple)
-    assert tokenizer.decode(tokens[spans[1][0] :]) == "think the lazy dog "
-    assert spans[0][0] >= spans[0][1] - 1  # nothing of it is sure
-    assert len(caplog.records) == 1
-    assert "writes the same messages differently" in caplog.text
+    found = target_texts([{"messages": TURNS[:4]}], tokenizer, all_turns=True)
+    assert found == [["jumps over\n", "(think)the lazy dog\n"]]
+
+
+def test_answers_that_the_template_leaves_out_are_counted_by_row(
+    tokenizer: Any,
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q:{{ m.content }}\n"
+        "{% elif loop.last %}A:{{ m.content }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    rows = [{"messages": TURNS[:4]}, {"messages": TURNS[:2]}]
+    found = data(rows, tokenizer, all_turns=True)
+    assert target_texts(rows, tokenizer, all_turns=True) == [
+        ["the lazy dog\n"],
+        ["jumps over\n"],
+    ]
+    counts = RowCounts()
+    assert [counts.add(found[index], 100) for index in range(2)] == [True, True]
+    assert "in 1 of 2 rows the chat template does not show every" in str(
+        counts.describe(100)
+    )
+
+
+def test_a_template_that_refuses_parts_of_a_row_leaves_the_answer_out(
+    tokenizer: Any,
+) -> None:
+    tokenizer.chat_template = (
+        "{% if messages | length < 4 %}{{ raise_exception('too short') }}{% endif %}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+    )
+    example = data([{"messages": TURNS[:4]}], tokenizer, all_turns=True)[0]
+    assert isinstance(example[1], IncompleteSpans)
+    assert example[1] == ()
 
 
 def test_turns_need_turns(tokenizer: Any) -> None:
