@@ -4,7 +4,8 @@ Imports no MLX, so that the command line can make its options from the fields.
 """
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -127,9 +128,8 @@ class DoRAConfig:
         keys = getattr(self, name)
         if keys is None:
             return
-        if isinstance(keys, str) or not all(
-            isinstance(key, str) and key for key in keys
-        ):
+        is_list = isinstance(keys, Iterable) and not isinstance(keys, str | Mapping)
+        if not is_list or not all(isinstance(key, str) and key for key in keys):
             raise DoRAError(f"{name} must be a list of module names, got {keys!r}.")
         if not keys:
             raise DoRAError(
@@ -254,7 +254,9 @@ class DoRAConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, int):  # one that no float holds is no use as a factor
+        return not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 def _check_whole(what: str, value: object) -> None:

@@ -21,7 +21,9 @@ from mlx_dora.adapters.format import config_json, pad_rank, parse_config, strip_
 from mlx_dora.adapters.surgery import FineTuneType, base_of, dora_layers
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
+from mlx_dora.io.foreign import foreign
 from mlx_dora.io.header import read_header
+from mlx_dora.io.json import read_object
 
 __all__ = [
     "Adapter",
@@ -148,7 +150,8 @@ def read_adapter(path: str | Path) -> Adapter:
             raise DoRAError(f"{path} is not an adapter folder: it has no {name}.{hint}")
     adapter = _read_config(folder / CONFIG_NAME)
     header = read_header(folder / TENSORS_NAME)
-    tensors = mx.load(str(folder / TENSORS_NAME)) if header else {}
+    with foreign(folder / TENSORS_NAME):
+        tensors = mx.load(str(folder / TENSORS_NAME)) if header else {}
     assert isinstance(tensors, dict)
     return replace(adapter, tensors=strip_rank(tensors, adapter.config))
 
@@ -177,14 +180,7 @@ def _write_files(adapter: Adapter, folder: Path) -> None:
 
 
 def _read_config(path: Path) -> Adapter:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DoRAError(
-            f"{path} is not JSON: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(content, dict):
-        raise DoRAError(f"{path} must hold a JSON object, got {content!r:.60}.")
+    content = read_object(path)
     try:
         return parse_config(content)
     except DoRAError as error:

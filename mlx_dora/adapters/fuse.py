@@ -29,6 +29,7 @@ from mlx_dora.adapters.surgery import (
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
+from mlx_dora.io.foreign import foreign
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.kernels.rows import matrices
 from mlx_dora.layers import DoRALayer, weight_of
@@ -191,7 +192,10 @@ def save_fused(
     folder = model_folder(source)
     _keep_inputs(save_path, folder)
     is_dense = not any("scales" in module for module in model.modules())
-    content = _plain_config(load_config(folder) if config is None else config, is_dense)
+    if config is None:
+        with foreign(folder):
+            config = load_config(folder)
+    content = _plain_config(config, is_dense)
     with atomic_directory(save_path, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             for name, value in tree_flatten(model.parameters()):

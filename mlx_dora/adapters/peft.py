@@ -38,7 +38,9 @@ from mlx_dora.adapters.peft_config import (
 )
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
+from mlx_dora.io.foreign import foreign
 from mlx_dora.io.header import read_header
+from mlx_dora.io.json import parse
 
 PEFT_TENSORS_NAME = "adapter_model.safetensors"
 
@@ -170,7 +172,8 @@ def _files_of(folder: Path) -> tuple[PeftConfig, Path]:
 def _read_tensors(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     if not read_header(file):
         return {}, {}
-    loaded = mx.load(str(file), return_metadata=True)
+    with foreign(file):
+        loaded = mx.load(str(file), return_metadata=True)
     return cast(tuple[dict[str, mx.array], dict[str, str]], loaded)
 
 
@@ -299,10 +302,7 @@ def _as_adapter(
 
 def _remembered(metadata: str) -> Adapter:
     """What `to_peft` wrote beside the tensors, as an adapter without any."""
-    try:
-        content = json.loads(metadata)
-    except (ValueError, RecursionError) as error:
-        raise DoRAError(f"the metadata {_METADATA_KEY!r} is not JSON.") from error
+    content = parse(metadata, f"the metadata {_METADATA_KEY!r}")
     if not isinstance(content, dict):
         raise DoRAError(f"the metadata {_METADATA_KEY!r} must be a JSON object.")
     return parse_config(content)

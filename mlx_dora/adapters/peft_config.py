@@ -1,6 +1,5 @@
 """PEFT's ``adapter_config.json``: what it asks for, and which modules it means."""
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -9,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dora.adapters.adapter import Adapter
+from mlx_dora.adapters.peft_values import value_problems
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.json import read_object
 
 # What makes of a LoRA something else, or trains other parameters beside it. Each must
 # be off, absent or empty.
@@ -96,22 +97,18 @@ def read_peft_config(path: Path) -> PeftConfig:
         DoRAError: If it is no LoRA or DoRA, or asks for something that a plain adapter
             cannot express; one message with all of it by name.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise DoRAError(f"{path} is not JSON: {reason}") from error
-    if not isinstance(content, dict) or "peft_type" not in content:
+    content = read_object(path)
+    if "peft_type" not in content:
         raise DoRAError(f"{path} is no PEFT config: it has no peft_type.")
     problems = list(_unsupported(content))
     if problems:
         raise DoRAError(
             f"{path} asks for what a plain adapter cannot hold: {'; '.join(problems)}."
         )
-    try:
-        return _parse(content)
-    except (TypeError, ValueError) as error:
-        raise DoRAError(f"{path}: {' '.join(str(error).split())}") from error
+    problems = list(value_problems(content))
+    if problems:
+        raise DoRAError(f"{path}: {'; '.join(problems)}.")
+    return _parse(content)
 
 
 def peft_config_json(adapter: Adapter, base_model: str | None) -> dict[str, Any]:
@@ -170,7 +167,7 @@ def _unsupported(content: Mapping[str, Any]) -> Iterable[str]:
     if content.get("bias", "none") != "none":
         yield f"bias = {content['bias']!r} (trained biases of the base)"
     start = content.get("init_lora_weights", True)
-    if start not in _HARMLESS_STARTS:
+    if not isinstance(start, bool | str | None) or start not in _HARMLESS_STARTS:
         yield (
             f"init_lora_weights = {start!r:.40} (the adapter fits a base that was "
             "changed at the start; save it with PEFT's "
@@ -186,14 +183,12 @@ def _parse(content: Mapping[str, Any]) -> PeftConfig:
     layers, patterns = content.get("layers_to_transform"), names("layers_pattern")
     base = content.get("base_model_name_or_path")
     return PeftConfig(
-        r=int(content["r"]) if "r" in content else 8,  # PEFT's defaults
-        lora_alpha=float(content.get("lora_alpha", 8)),
+        r=content.get("r") or 8,  # PEFT's defaults
+        lora_alpha=float(8 if (alpha := content.get("lora_alpha")) is None else alpha),
         use_dora=bool(content.get("use_dora")),
         use_rslora=bool(content.get("use_rslora")),
         lora_dropout=float(content.get("lora_dropout") or 0.0),
-        rank_pattern={
-            k: int(v) for k, v in (content.get("rank_pattern") or {}).items()
-        },
+        rank_pattern=dict(content.get("rank_pattern") or {}),
         alpha_pattern={
             k: float(v) for k, v in (content.get("alpha_pattern") or {}).items()
         },

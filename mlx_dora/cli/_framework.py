@@ -18,8 +18,8 @@ A command file is ``mlx_dora/cli/<verb>.py`` and holds one click command called
 
 Nothing at module level may import mlx or mlx_lm, not even through a package: ``--help``
 stays quick, and OpenBLAS must be loaded before MLX. Results go to stdout with
-``click.echo``, progress and warnings to stderr; what the library logs with a level of
-warning or above is shown on stderr too.
+`mlx_dora.cli._echo.echo`, progress and warnings to stderr; what the library logs with a
+level of warning or above is shown on stderr too.
 """
 
 import logging
@@ -30,7 +30,8 @@ from typing import Any
 import click
 
 from mlx_dora import openblas
-from mlx_dora.errors import DoRAError
+from mlx_dora.cli._echo import echo
+from mlx_dora.errors import MAX_LENGTH, DoRAError, printable
 
 EXIT_BAD_INPUT = 1
 EXIT_USAGE = 2
@@ -45,7 +46,8 @@ class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # Not click.echo, which looks behind `sys.stderr` for the terminal itself: live
         # bars stand in its place to keep other lines above them.
-        sys.stderr.write(f"{record.levelname.lower()}: {record.getMessage()}\n")
+        message = printable(record.getMessage(), MAX_LENGTH)
+        sys.stderr.write(f"{record.levelname.lower()}: {message}\n")
 
 
 def _show_library_warnings() -> None:
@@ -59,6 +61,12 @@ def _describe(error: OSError) -> str:
     if error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _show_error(message: str, where: str = "") -> None:
+    # click lays some messages out over several lines.
+    text = " ".join(line.strip() for line in message.split("\n"))
+    echo(f"Error: {printable(text, MAX_LENGTH)}{where}", err=True)
 
 
 class Boundary(click.Command):
@@ -75,19 +83,19 @@ class Boundary(click.Command):
             result = super().main(*args, standalone_mode=False, **extra)
         except click.UsageError as error:
             where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-            click.echo(f"Error: {error.format_message()}{where}", err=True)
+            _show_error(error.format_message(), where)
             sys.exit(EXIT_USAGE)
         except click.ClickException as error:
-            click.echo(f"Error: {error.format_message()}", err=True)
+            _show_error(error.format_message())
             sys.exit(error.exit_code)
         except DoRAError as error:
-            click.echo(f"Error: {error}", err=True)
+            _show_error(str(error))
             sys.exit(EXIT_BAD_INPUT)
         except OSError as error:
-            click.echo(f"Error: {_describe(error)}", err=True)
+            _show_error(_describe(error))
             sys.exit(EXIT_BAD_INPUT)
         except (click.Abort, KeyboardInterrupt):
-            click.echo("Interrupted.", err=True)
+            echo("Interrupted.", err=True)
             sys.exit(EXIT_INTERRUPTED)
         sys.exit(result if isinstance(result, int) else 0)
 

@@ -1,9 +1,13 @@
 """Running one of mlx-lm's own commands, its arguments untouched, on our layers."""
 
+import argparse
+import contextlib
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.foreign import foreign
 
 # An error raised in here is about the caller's model, adapter or arguments; one raised
 # in our own layers is our bug and keeps its traceback.
@@ -18,6 +22,26 @@ def _raised_by_host(error: BaseException) -> bool:
         trace = trace.tb_next
     module = trace.tb_frame.f_globals.get("__name__", "")
     return any(module == host or module.startswith(f"{host}.") for host in _HOSTS)
+
+
+def _is_unexpected(error: BaseException) -> bool:
+    return not isinstance(error, ValueError | KeyError) and _raised_by_host(error)
+
+
+def _check_inputs(args: list[str]) -> None:
+    """Read the headers of a local model and adapter, which MLX would stumble over."""
+    from mlx_dora.adapters.files import read_adapter
+    from mlx_dora.adapters.hosting import model_folder
+
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--model")
+    parser.add_argument("--adapter-path")
+    with contextlib.suppress(argparse.ArgumentError, SystemExit):
+        known, _ = parser.parse_known_args(args)
+        if known.model is not None and Path(known.model).is_dir():
+            model_folder(known.model)
+        if known.adapter_path is not None and Path(known.adapter_path).is_dir():
+            read_adapter(known.adapter_path)
 
 
 def run_host_command(name: str, command_path: str, args: list[str]) -> None:
@@ -38,7 +62,9 @@ def run_host_command(name: str, command_path: str, args: list[str]) -> None:
     previous = sys.argv
     sys.argv = [command_path, *args]
     try:
-        with use_in_mlx_lm():
+        _check_inputs(args)
+        what = f"what mlx_lm.{name} was given"
+        with use_in_mlx_lm(), foreign(what, by=_is_unexpected):
             import_module(f"mlx_lm.{name}").main()
     except DoRAError:
         raise

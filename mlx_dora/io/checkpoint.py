@@ -5,13 +5,14 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import aside_of, flush, write_text
+from mlx_dora.io.foreign import foreign
 from mlx_dora.io.header import TensorInfo, read_header
+from mlx_dora.io.json import read_object
 from mlx_dora.io.stored import StoredTensor
 from mlx_dora.io.stream import TensorStream, nbytes_of
 
@@ -71,7 +72,8 @@ class Checkpoint:
         path = self.shard(name)
         unread = self._unread.get(path, {})
         if name not in unread:
-            loaded = mx.load(str(path))
+            with foreign(path):
+                loaded = mx.load(str(path))
             assert isinstance(loaded, dict)
             self._unread[path] = unread = loaded
         return unread.pop(name)
@@ -114,11 +116,7 @@ class Checkpoint:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        content: Any = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DoRAError(f"{index} is not JSON ({error}).") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) for shard in weight_map.values()
     ):

@@ -29,7 +29,6 @@ from mlx_dora.evaluate.loss import Loss, evaluate_loss, loss_fn
 from mlx_dora.evaluate.schedule import Schedule
 from mlx_dora.train.bilevel import BilevelStepper, bilevel_optimizer, split_rows
 from mlx_dora.train.checkpoint import (
-    TrainState,
     discard_checkpoints,
     discard_fragments,
     newest_checkpoint,
@@ -68,6 +67,7 @@ from mlx_dora.train.start import (
     train_mode,
     trainable_tensors,
 )
+from mlx_dora.train.state import TrainState
 from mlx_dora.train.update import Stepper, seed_step
 
 logger = logging.getLogger(__name__)

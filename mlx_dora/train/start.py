@@ -13,6 +13,7 @@ from mlx_dora.adapters.adapter import rank_of
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.surgery import apply_layers, dora_layers, variants_of
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.foreign import foreign
 from mlx_dora.io.header import read_header
 from mlx_dora.layers.variants import layer_class
 from mlx_dora.layers.variants.doran_aux import DoRANAuxLinear
@@ -133,7 +134,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         for name in wanted
         if name in found and tuple(found[name]) != tuple(wanted[name])
     ]
-    tensors = mx.load(str(path)) if found and not problems else {}
+    with foreign(path):
+        tensors = mx.load(str(path)) if found and not problems else {}
     assert isinstance(tensors, dict)
     problems += [
         f"{name} holds NaN or inf"
