@@ -136,7 +136,9 @@ def _report(row: Any, where: str) -> StepReport:
         elif name == "layers":
             if not isinstance(value, dict):
                 problems.append(f"layers must be an object, got {value!r:.40}")
-        elif type(value) not in ((int,) if name in _WHOLE else (int, float)):
+        elif name in _WHOLE and (type(value) is not int or value < 0):
+            problems.append(f"{name} must be a whole number, got {value!r:.40}")
+        elif type(value) not in (int, float):
             problems.append(f"{name} must be a number, got {value!r:.40}")
     if problems:
         raise DoRAError(f"{where} is no report of a training: {'; '.join(problems)}.")

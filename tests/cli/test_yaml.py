@@ -55,6 +55,14 @@ def test_anchors_and_a_byte_order_mark_are_read() -> None:
     }
 
 
+def test_a_merged_key_may_be_overridden() -> None:
+    text = "a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}"
+    assert parse_yaml(text, "it") == {
+        "a": {"x": 1, "y": 2},
+        "b": {"x": 3, "y": 2},
+    }
+
+
 def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(b"a: \xff")
     with pytest.raises(DoRAError, match=r"c\.yaml is not valid YAML: 'utf-8' codec"):
