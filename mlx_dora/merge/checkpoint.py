@@ -46,6 +46,12 @@ class ModelTensors:
         self.folder = folder
         self._checkpoint = Checkpoint(folder)
         self.config: dict[str, Any] = read_object(folder / "config.json")
+        tokens = self.config.get("vocab_size", 1)
+        if type(tokens) is not int or tokens < 1:
+            raise DoRAError(
+                f"{folder / 'config.json'}: vocab_size must be a whole number of at "
+                f"least 1, got {tokens!r:.60}."
+            )
         names = set(self._checkpoint.names)
         self._packed = {
             name: self._packing(name.removesuffix(".scales"))

@@ -224,6 +224,8 @@ class TrainConfig(DataConfig):
                 raise DoRAError(
                     f"{name} must be a whole number of at least {least}, got {value!r}."
                 )
+        if self.seed >= 2**64:
+            raise DoRAError(f"seed must be a whole number below 2^64, got {self.seed}.")
         for name in ("epochs", "epochs_per_eval"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):

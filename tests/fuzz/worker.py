@@ -52,7 +52,8 @@ def attempt(case: Case, folder: Path, watched: list[Path]) -> tuple[str, str]:
         if len(detail) > LONGEST_ERROR and isinstance(error, DoRAError):
             outcome, detail = "fault", f"an error of {len(detail)} characters"
     except NotFiniteError as error:
-        outcome, detail = "fault", f"NaN or inf came out: {error}"
+        verb = " ".join(case.what.split()[:3])
+        outcome, detail = "fault", f"NaN or inf came out of {verb}: {error}"
     except Exception as error:
         outcome, detail = "fault", _signature(error)
     finally:
