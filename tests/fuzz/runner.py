@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parents[2]
 MAX_SECONDS = 20.0
 """Of processor time for one case, so that a busy machine makes no fault."""
 MAX_BYTES = 2 * 10**9
 _POLL = 0.05
+_USELESS = 3
+"""Processes in a row that end before any case, after which a worker gives up."""
 _AHEAD = 2
 """Numbers that a worker holds, so that it never waits."""
 
@@ -53,30 +56,36 @@ class Outcome:
         return lines
 
 
-class _Worker:
+class Worker:
     """One worker process and its log."""
 
     def __init__(self, index: int, folder: Path, seed: int) -> None:
         self._scratch = folder / f"scratch-{index}"
-        self._args = [
+        self.command = [
             sys.executable, "-m", "tests.fuzz.worker", str(folder / "material"),
             str(self._scratch), str(seed), str(folder / f"worker-{index}.jsonl"),
         ]  # fmt: skip
         self.log = folder / f"worker-{index}.jsonl"
         self._errors = folder / f"worker-{index}.err"
-        self._process: subprocess.Popen[str] | None = None
+        self._ended = 0
 
     def run(self, numbers: "queue.SimpleQueue[int]") -> None:
         """Try cases until there are no more numbers."""
-        while not numbers.empty():
-            try:
-                self._run_process(numbers)
-            finally:
-                if self._process is not None:
-                    self._process.kill()
-                    self._process.wait()
+        useless = 0
+        while not numbers.empty() and useless < _USELESS:
+            ended = self._ended
+            _end_line(self.log)
+            with self.log.open(encoding="utf-8") as log:
+                log.seek(0, os.SEEK_END)
+                process = self._start()
+                try:
+                    self._feed(process, log, numbers)
+                finally:
+                    process.kill()
+                    process.communicate()
+            useless = 0 if self._ended > ended else useless + 1
 
-    def _run_process(self, numbers: "queue.SimpleQueue[int]") -> None:
+    def _start(self) -> "subprocess.Popen[str]":
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -84,40 +93,53 @@ class _Worker:
             "OPENBLAS_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
-        position = self.log.stat().st_size if self.log.exists() else 0
         with self._errors.open("w") as errors:
-            self._process = process = subprocess.Popen(
-                self._args,
+            return subprocess.Popen(
+                self.command,
                 stdin=subprocess.PIPE,
                 stderr=errors,
                 text=True,
                 cwd=ROOT,
                 env=environment,
             )
+
+    def _feed(
+        self,
+        process: "subprocess.Popen[str]",
+        log: IO[str],
+        numbers: "queue.SimpleQueue[int]",
+    ) -> None:
+        """Hand out numbers until there are none left or the process is of no more use.
+
+        Numbers that it was given and did not come to are put back.
+        """
         assert process.stdin is not None
-        given, ended, begun, started = 0, 0, None, 0.0
-        with self.log.open(encoding="utf-8") if position else _made(self.log) as log:
-            log.seek(position)
-            while True:
-                while given - ended < _AHEAD and not numbers.empty():
-                    with contextlib.suppress(queue.Empty, BrokenPipeError):
-                        number = numbers.get_nowait()
-                        process.stdin.write(f"{number}\n")
-                        process.stdin.flush()
-                        given += 1
-                for line in log:
-                    row = json.loads(line)
-                    if "begun" in row:
-                        begun, started = row, _cpu_seconds(process.pid)
-                    elif "case" in row:
-                        begun, ended = None, ended + 1
-                if ended == given and numbers.empty():
-                    return
-                problem = self._problem(process, begun, started)
-                if problem is not None:
+        pending: list[int] = []
+        begun, started = None, 0.0
+        while True:
+            while len(pending) < _AHEAD and not numbers.empty():
+                with contextlib.suppress(queue.Empty, BrokenPipeError):
+                    pending.append(numbers.get_nowait())
+                    process.stdin.write(f"{pending[-1]}\n")
+                    process.stdin.flush()
+            for line in _whole_lines(log):
+                row = json.loads(line)
+                if "begun" in row:
+                    begun, started = row, _cpu_seconds(process.pid)
+                elif "case" in row:
+                    pending.remove(row["case"])
+                    begun, self._ended = None, self._ended + 1
+            if not pending and numbers.empty():
+                return
+            problem = self._problem(process, begun, started)
+            if problem is not None:
+                if begun is not None:
                     self._record(begun, problem)
-                    return
-                time.sleep(_POLL)
+                    pending.remove(begun["begun"])
+                for number in pending:
+                    numbers.put(number)
+                return
+            time.sleep(_POLL)
 
     def _problem(
         self, process: subprocess.Popen[str], begun: dict | None, started: float
@@ -134,17 +156,33 @@ class _Worker:
             return f"it took more than {MAX_BYTES / 1e9:.0f} GB of memory"
         return None
 
-    def _record(self, begun: dict | None, problem: str) -> None:
-        row = {**(begun or {"kind": "", "what": "", "damage": ""})}
-        row["case"] = row.pop("begun", -1)
+    def _record(self, begun: dict, problem: str) -> None:
+        self._ended += 1
+        _end_line(self.log)
+        row = {key: value for key, value in begun.items() if key != "begun"}
+        row |= {"case": begun["begun"], "outcome": "fault", "detail": problem}
         with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "outcome": "fault", "detail": problem}))
-            file.write("\n")
+            file.write(json.dumps(row) + "\n")
 
 
-def _made(path: Path):
-    path.touch()
-    return path.open(encoding="utf-8")
+def _end_line(path: Path) -> None:
+    """Make the file, or end the line that a killed process left half written."""
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def _whole_lines(file: IO[str]) -> Iterator[str]:
+    """The lines since the last call; half a line is left for the next."""
+    while True:
+        place = file.tell()
+        line = file.readline()
+        if not line.endswith("\n"):
+            file.seek(place)
+            return
+        yield line
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -199,21 +237,24 @@ def fuzz(folder: Path, numbers: range | list[int], seed: int, workers: int) -> O
         if number not in done:
             waiting.put(number)
     threads = [
-        threading.Thread(target=_Worker(index, folder, seed).run, args=(waiting,))
+        threading.Thread(target=Worker(index, folder, seed).run, args=(waiting,))
         for index in range(workers)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    found = Outcome()
     wanted = set(numbers)
-    for row in rows(folder):
-        if row["case"] in wanted or row["case"] == -1:
-            found.tried += 1
-            found.taken += row["outcome"] == "taken"
-            if row["outcome"] == "fault":
-                found.faults.append(row)
+    ended = [row for row in rows(folder) if row["case"] in wanted]
+    if missing := wanted - {row["case"] for row in ended}:
+        errors = [path.read_text()[-500:] for path in folder.glob("worker-*.err")]
+        raise RuntimeError(f"{len(missing)} cases did not run: {' '.join(errors)}")
+    found = Outcome()
+    for row in ended:
+        found.tried += 1
+        found.taken += row["outcome"] == "taken"
+        if row["outcome"] == "fault":
+            found.faults.append(row)
     return found
 
 
