@@ -90,8 +90,9 @@ def load_with_config(
             return_config=True,
             trust_remote_code=trust_remote_code,
         )
-        # Shapes that do not fit together show when the graph is made; nothing is
-        # computed.
+        # Some settings are looked at only when they are used. Shapes that do not fit
+        # together show when the graph is made; nothing is computed.
+        tokenizer.encode("a")
         loaded(mx.array([[0, 0]]))
     if adapter is not None:
         name = str(adapter_path)

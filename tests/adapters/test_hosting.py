@@ -118,6 +118,7 @@ def damage_json(**values: Any) -> Callable[[bytes], bytes]:
         ("tokenizer.json", damage_json(model={"type": "x"})),
         ("tokenizer_config.json", damage_json(tool_parser_type="os")),
         ("tokenizer_config.json", damage_json(tokenizer_class=5)),
+        ("tokenizer_config.json", damage_json(model_max_length="x")),
         ("tokenizer_config.json", lambda content: b"[" * 100_000),
         ("config.json", damage_json(num_attention_heads=0)),
         ("config.json", damage_json(num_attention_heads=3)),  # does not divide 32
