@@ -11,6 +11,7 @@ compares it unless it may change, and an adapter records it if it says so.
 import dataclasses
 import functools
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -117,7 +118,7 @@ def _problem(kinds: tuple[Any, ...], facts: Mapping[str, Any], value: Any) -> st
     if kind is float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return f"a finite number {_bounds(facts)}".rstrip()
-        if math.isfinite(value) and _is_within(facts, value):
+        if _is_finite(value) and _is_within(facts, value):
             return ""
         return _bounds(facts) or "a finite number"
     if kind is str:
@@ -126,6 +127,12 @@ def _problem(kinds: tuple[Any, ...], facts: Mapping[str, Any], value: Any) -> st
     if dict in origins and not isinstance(value, origins):
         return "a mapping or a list" if list in origins else "a mapping"
     return ""
+
+
+def _is_finite(value: float) -> bool:
+    if isinstance(value, int):  # a whole number that no float holds is no factor
+        return abs(value) <= sys.float_info.max
+    return math.isfinite(value)
 
 
 def _is_within(facts: Mapping[str, Any], value: float) -> bool:

@@ -4,7 +4,7 @@ Imports no MLX, so that the command line can make its options from the fields.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,9 +84,8 @@ class DoRAConfig:
         keys = getattr(self, name)
         if keys is None:
             return
-        if isinstance(keys, str) or not all(
-            isinstance(key, str) and key for key in keys
-        ):
+        is_list = isinstance(keys, Iterable) and not isinstance(keys, str | Mapping)
+        if not is_list or not all(isinstance(key, str) and key for key in keys):
             raise DoRAError(f"{name} must be a list of module names, got {keys!r}.")
         if not keys:
             raise DoRAError(

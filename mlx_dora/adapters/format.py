@@ -85,6 +85,11 @@ def parse_config(
     for name, value in (("base", base), ("training", training or {})):
         if not isinstance(value, dict):
             raise DoRAError(f"mlx_dora.{name} must be an object, got {value!r:.60}.")
+    for name in ("model", "fingerprint"):
+        if not isinstance(base.get(name), str | None):
+            raise DoRAError(
+                f"mlx_dora.base.{name} must be text, got {base[name]!r:.60}."
+            )
     if ours.get("variant", PLAIN) != PLAIN:
         raise DoRAError(
             f"mlx_dora.variant must be {PLAIN!r}, got {ours['variant']!r:.60}."

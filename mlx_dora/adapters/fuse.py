@@ -32,6 +32,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.io.finite import all_finite
+from mlx_dora.io.foreign import foreign
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.kernels.rows import matrices
 from mlx_dora.layers import DoRALayer, fused_module, weight_of
@@ -228,7 +229,10 @@ def save_fused(
     check_output(save_path, inputs=(source,), overwrite=overwrite)
     folder = model_folder(source)
     is_dense = not any("scales" in module for module in model.modules())
-    content = dict(load_config(folder) if config is None else config)
+    if config is None:
+        with foreign(folder):
+            config = load_config(folder)
+    content = dict(config)
     packing = content.get("quantization") if is_dense else None
     content = _plain_config(content, is_dense)
     # The model runs already, and so does the code that its folder brought along.

@@ -18,8 +18,8 @@ A command file is ``mlx_dora/cli/<verb>.py`` and holds one click command called
 
 Nothing at module level may import mlx or mlx_lm, not even through a package: ``--help``
 stays quick, and OpenBLAS must be loaded before MLX. Results go to stdout with
-``click.echo``, progress and warnings to stderr; what the library logs with a level of
-warning or above is shown on stderr too.
+`mlx_dora.cli._echo.echo`, progress and warnings to stderr; what the library logs with a
+level of warning or above is shown on stderr too.
 """
 
 import logging
@@ -31,8 +31,9 @@ from typing import Any
 import click
 
 from mlx_dora import openblas
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._environment import settle_environment
-from mlx_dora.errors import DoRAError
+from mlx_dora.errors import MAX_LENGTH, DoRAError, printable
 from mlx_dora.io.stops import Stopped, raising_stops
 
 EXIT_BAD_INPUT = 1
@@ -48,7 +49,8 @@ class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # Not click.echo, which looks behind `sys.stderr` for the terminal itself: live
         # bars stand in its place to keep other lines above them.
-        sys.stderr.write(f"{record.levelname.lower()}: {record.getMessage()}\n")
+        message = printable(record.getMessage(), MAX_LENGTH)
+        sys.stderr.write(f"{record.levelname.lower()}: {message}\n")
 
 
 def _show_library_warnings() -> None:
@@ -62,6 +64,12 @@ def _describe(error: OSError) -> str:
     if error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _show_error(message: str, where: str = "") -> None:
+    # click lays some messages out over several lines.
+    text = " ".join(line.strip() for line in message.split("\n"))
+    echo(f"Error: {printable(text, MAX_LENGTH)}{where}", err=True)
 
 
 class Boundary(click.Command):
@@ -79,22 +87,22 @@ class Boundary(click.Command):
             result = super().main(*args, standalone_mode=False, **extra)
         except click.UsageError as error:
             where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-            click.echo(f"Error: {error.format_message()}{where}", err=True)
+            _show_error(error.format_message(), where)
             sys.exit(EXIT_USAGE)
         except click.ClickException as error:
-            click.echo(f"Error: {error.format_message()}", err=True)
+            _show_error(error.format_message())
             sys.exit(error.exit_code)
         except DoRAError as error:
-            click.echo(f"Error: {error}", err=True)
+            _show_error(str(error))
             sys.exit(EXIT_BAD_INPUT)
         except OSError as error:
-            click.echo(f"Error: {_describe(error)}", err=True)
+            _show_error(_describe(error))
             sys.exit(EXIT_BAD_INPUT)
         except (click.Abort, KeyboardInterrupt) as error:
             # click puts an Abort in an interrupt's place.
             cause = error.__cause__ if isinstance(error, click.Abort) else error
             stopped = isinstance(cause, Stopped)
-            click.echo(f"{cause}." if stopped else "Interrupted.", err=True)
+            echo(f"{cause}." if stopped else "Interrupted.", err=True)
             sys.exit(exit_code_of(cause))
         sys.exit(result if isinstance(result, int) else 0)
 

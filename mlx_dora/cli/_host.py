@@ -1,11 +1,15 @@
 """Running one of mlx-lm's own commands on our layers."""
 
+import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.foreign import foreign
 
 # An error raised in here is about the caller's model, adapter or arguments; one raised
 # in our own layers is our bug and keeps its traceback.
@@ -38,6 +42,26 @@ def _with_home(args: list[str]) -> list[str]:
     return expanded
 
 
+def _is_unexpected(error: BaseException) -> bool:
+    return not isinstance(error, ValueError | KeyError) and _raised_by_host(error)
+
+
+def _check_inputs(args: list[str]) -> None:
+    """Read the headers of a local model and adapter, which MLX would stumble over."""
+    from mlx_dora.adapters.files import read_adapter
+    from mlx_dora.adapters.hosting import model_folder
+
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--model")
+    parser.add_argument("--adapter-path")
+    with contextlib.suppress(argparse.ArgumentError, SystemExit):
+        known, _ = parser.parse_known_args(args)
+        if known.model is not None and Path(known.model).is_dir():
+            model_folder(known.model)
+        if known.adapter_path is not None and Path(known.adapter_path).is_dir():
+            read_adapter(known.adapter_path)
+
+
 def run_host_command(
     name: str,
     command_path: str,
@@ -62,7 +86,9 @@ def run_host_command(
     previous = sys.argv
     sys.argv = [command_path, *_with_home(args)]
     try:
-        with use_in_mlx_lm():
+        _check_inputs(args)
+        what = f"what mlx_lm.{name} was given"
+        with use_in_mlx_lm(), foreign(what, by=_is_unexpected):
             (main or import_module(f"mlx_lm.{name}").main)()
     except DoRAError:
         raise

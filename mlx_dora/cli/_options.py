@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
 from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
-from mlx_dora.cli._yaml import load_yaml
+from mlx_dora.cli._yaml import parse_yaml
+from mlx_dora.errors import DoRAError
 
 _MISSING = dataclasses.MISSING
 
@@ -57,7 +57,7 @@ class _Number(click.ParamType):
         try:
             if not isinstance(value, bool):
                 return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
         raise click.BadParameter(f"{value!r} is not a number.", ctx=ctx, param=param)
 
@@ -96,8 +96,8 @@ class _Structure(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if isinstance(value, str):
             try:
-                value = load_yaml(value)
-            except yaml.YAMLError as error:
+                value = parse_yaml(value, "it")
+            except DoRAError as error:
                 raise click.BadParameter(
                     f"{value!r} is not valid YAML.", ctx=ctx, param=param
                 ) from error

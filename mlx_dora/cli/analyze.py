@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
 from mlx_dora.cli._progress import WorkDisplay
@@ -166,7 +167,7 @@ def _check_outputs(
 
 def _tell(lines: list[str]) -> None:
     for line in lines:
-        click.echo(click.style(line, bold=True) if "ΔM rel." in line else line)
+        echo(line, bold="ΔM rel." in line)
 
 
 def _write(
@@ -182,7 +183,7 @@ def _write(
     if json_file is not None:
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         write_text(json_file, text + "\n")
-        click.echo(f"Saved {json_file}")
+        echo(f"Saved {json_file}")
     if report is not None:
         write_text(report, render_report(content, log))
-        click.echo(f"Saved {report}")
+        echo(f"Saved {report}")

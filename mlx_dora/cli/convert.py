@@ -4,6 +4,7 @@ from typing import Literal
 
 import click
 
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._paths import PATH, PATH_OR_ID
 
@@ -49,8 +50,8 @@ def command(
     adapter = convert_adapter(
         source, target, to, model=model, base_model=base_model, overwrite=overwrite
     )
-    click.echo(
+    echo(
         f"Converted {len(adapter.paths)} modules ({adapter.fine_tune_type}, rank "
         f"{adapter.config.rank}, scale {adapter.config.scale:g})"
     )
-    click.echo(f"Saved to {target}")
+    echo(f"Saved to {target}")

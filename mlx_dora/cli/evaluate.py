@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from mlx_dora.cli._config_file import config_file_option
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._paths import PATH
@@ -50,7 +51,7 @@ def command(config: EvaluateConfig, json_file: str | None) -> None:
             return
         write_text(json_file, text)
     for line in describe(comparison):
-        click.echo(line)
+        echo(line)
 
 
 def describe(comparison: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 import click
 
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._paths import PATH, PATH_OR_ID
 from mlx_dora.cli._progress import WorkDisplay
@@ -55,5 +56,5 @@ def command(
             progress=display.progress,
         )
     for line in found.lines():
-        click.echo(line)
-    click.echo(f"Saved to {save_path}")
+        echo(line)
+    echo(f"Saved to {save_path}")

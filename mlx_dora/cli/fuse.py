@@ -5,6 +5,7 @@ from dataclasses import replace
 import click
 
 from mlx_dora.adapters.fuse_config import FuseConfig
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._paths import PATH, PATH_OR_ID
@@ -103,8 +104,8 @@ def command(
         trust_remote_code=trust_remote_code,
     )
     for line in report.lines():
-        click.echo(line)
-    click.echo(f"Saved to {save_path}")
+        echo(line)
+    echo(f"Saved to {save_path}")
     if verify:
         checked = verify_fused(
             model,
@@ -115,10 +116,10 @@ def command(
             check_base=check_base,
             trust_remote_code=trust_remote_code,
         )
-        click.echo(checked.line())
+        echo(checked.line())
         if checked.problems:
             problems = "; ".join(checked.problems)
-            click.echo(f"Error: not verified: {problems}", err=True)
+            echo(f"Error: not verified: {problems}", err=True)
             return EXIT_NOT_VERIFIED
     if upload_repo is not None:
         from mlx_dora.publish.card import fused_card

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
 from mlx_dora.cli._progress import WorkDisplay
-from mlx_dora.cli._yaml import load_yaml
+from mlx_dora.cli._yaml import parse_yaml, read_yaml
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.fisher_config import FisherConfig
 from mlx_dora.merge.names import ADAPTER_METHODS, FISHER, MODEL_METHODS
@@ -27,8 +27,8 @@ def _read_weights(
     if value is None:
         return None
     try:
-        found = load_yaml(value if value[:1] in "[{" else f"[{value}]")
-    except yaml.YAMLError as error:
+        found = parse_yaml(value if value[:1] in "[{" else f"[{value}]", repr(value))
+    except DoRAError as error:
         raise click.BadParameter(f"{value!r} is not a list of weights.") from error
     if not isinstance(found, list | dict):
         raise click.BadParameter(f"{value!r} is not a list of weights.")
@@ -167,8 +167,8 @@ def adapters_command(
             progress=display.progress,
         )
     for line in report.lines():
-        click.echo(line)
-    click.echo(f"Saved to {save_path}")
+        echo(line)
+    echo(f"Saved to {save_path}")
 
 
 def _suggested_merge(
@@ -182,14 +182,14 @@ def _suggested_merge(
             adapters, base, check_base=check_base, progress=display.progress
         )
     for advice in comparison.guidance:
-        click.echo(advice.sentence)
+        echo(advice.sentence)
     found = next((one for one in comparison.guidance if one.method), None)
     if found is None or found.method is None:
         raise DoRAError(
             "the comparison suggests no way to merge these adapters; to merge them "
             "anyway, name a --method and --weights."
         )
-    click.echo(f"Method: {found.method}")
+    echo(f"Method: {found.method}")
     return found.method, found.weights
 
 
@@ -235,11 +235,11 @@ def fisher_command(
             overwrite=overwrite,
             progress=display.progress,
         )
-    click.echo(
+    echo(
         f"Information by {facts.granularity} from {facts.tokens:,} targets "
         f"({facts.labels}) in {facts.rows} rows."
     )
-    click.echo(f"Saved to {save_path}")
+    echo(f"Saved to {save_path}")
 
 
 @command.command("models")
@@ -315,7 +315,7 @@ def models_command(
     if (config is None) == (not models):
         raise click.UsageError("give either models or --config")
     if config is not None:
-        plan = read_mergekit(_read_yaml(config))
+        plan = read_mergekit(read_yaml(config))
     else:
         given = {"density": density, "lambda": scale, "normalize": normalize}
         parameters = {key: value for key, value in given.items() if value is not None}
@@ -342,14 +342,5 @@ def models_command(
             progress=display.progress,
         )
     for line in report.lines():
-        click.echo(line)
-    click.echo(f"Saved to {save_path}")
-
-
-def _read_yaml(path: Path) -> object:
-    try:
-        return load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DoRAError(
-            f"{path} is not YAML: {' '.join(str(error).split())}"
-        ) from error
+        echo(line)
+    echo(f"Saved to {save_path}")

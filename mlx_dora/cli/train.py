@@ -9,6 +9,7 @@ import click
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.cli._config_file import config_file_option
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import EXIT_BAD_INPUT, exit_code_of, verb
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._progress import TrainDisplay, duration, size
@@ -45,13 +46,13 @@ def command(
     and 129.
     """
     if train.model is None:
-        click.echo(f"No model given: taking mlx-lm's, {HOST_DEFAULT_MODEL}.", err=True)
+        echo(f"No model given: taking mlx-lm's, {HOST_DEFAULT_MODEL}.", err=True)
         train = replace(train, model=HOST_DEFAULT_MODEL)
     if plan:
         from mlx_dora.train.plan.predict import plan_memory
 
         for line in describe_plan(plan_memory(train, dora)):
-            click.echo(line)
+            echo(line)
         return None
     import mlx.core as mx
 
@@ -70,21 +71,21 @@ def command(
         )
     if result.train is not None:
         for line in describe_training(result.train):
-            click.echo(line)
+            echo(line)
         if result.plot is not None:
-            click.echo(f"Loss plot: {result.plot}")
+            echo(f"Loss plot: {result.plot}")
         else:
-            click.echo("No loss plot: pip install 'mlx_dora[report]' to get one.")
+            echo("No loss plot: pip install 'mlx_dora[report]' to get one.")
     if result.test is not None:
         loss, perplexity = result.test.loss, result.test.perplexity
         tokens = f"{result.test.tokens:,} tokens"
-        click.echo(f"Test loss {loss:.4f}, perplexity {perplexity:.3f} ({tokens}).")
+        echo(f"Test loss {loss:.4f}, perplexity {perplexity:.3f} ({tokens}).")
     if result.train is not None:
         if upload_repo is not None:
             _publish_adapter(train, upload_repo)
-        click.echo("Next:")
+        echo("Next:")
         for line in next_commands(train):
-            click.echo(f"  {line}")
+            echo(f"  {line}")
     return None
 
 

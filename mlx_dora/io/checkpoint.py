@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.aside import aside_of
 from mlx_dora.io.atomic import flush, write_text
+from mlx_dora.io.foreign import foreign
 from mlx_dora.io.gate import check_dtypes, read_one
 from mlx_dora.io.header import TensorInfo, read_header
 from mlx_dora.io.stored import StoredTensor
@@ -83,7 +84,8 @@ class Checkpoint:
             return read_one(path, name, self._infos[name])
         unread = self._unread.get(path, {})
         if name not in unread:
-            loaded = mx.load(str(path))
+            with foreign(path):
+                loaded = mx.load(str(path))
             assert isinstance(loaded, dict)
             self._unread[path] = unread = loaded
         return unread.pop(name)

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.foreign import foreign
 from mlx_dora.io.header import TensorInfo, read_header
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -104,7 +105,8 @@ def read_tensors(
         return {}
     if holds_float64(infos):
         return {name: read_one(path, name, info) for name, info in infos.items()}
-    loaded = mx.load(str(path))
+    with foreign(path):
+        loaded = mx.load(str(path))
     assert isinstance(loaded, dict)
     return loaded
 

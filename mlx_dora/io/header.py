@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from mlx_dora.errors import DoRAError
 
 MAX_HEADER_BYTES = 100_000_000
+_TOO_LARGE = 2**63  # for a size or an offset
 
 # Bits per element. The types below a byte must still end on one.
 DTYPE_BITS = {
@@ -159,14 +160,22 @@ def _check_metadata(path: Path, entry: Any) -> None:
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
-    """Return a list of non-negative integers as a tuple, None for anything else."""
-    if isinstance(value, list) and all(type(n) is int and n >= 0 for n in value):
+    """Return a list of sizes as a tuple, None for anything else."""
+    if isinstance(value, list) and all(
+        type(n) is int and 0 <= n < _TOO_LARGE for n in value
+    ):
         return tuple(value)
     return None
 
 
+def _short(number: int) -> str:
+    """Digits, or for a number of more than a line of them its size."""
+    bits = number.bit_length()
+    return str(number) if bits < 200 else f"2^{bits - 1} or more"
+
+
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    if any("\ud800" <= c <= "\udfff" for c in name):
+    if any("\ud800" <= character <= "\udfff" for character in name):
         _refuse(path, f"the name {name!r} holds half a surrogate pair")
     if not isinstance(entry, dict):
         _refuse(path, f"the header of {name!r} must be an object, got {entry!r:.60}")
@@ -186,7 +195,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         _refuse(
             path,
             f"{name!r} has dtype {entry['dtype']} and shape {shape}, which need "
-            f"{math.prod(shape) * bits / 8:.0f} bytes, but spans {end - start}",
+            f"{_short(math.prod(shape) * bits // 8)} bytes, but spans {end - start}",
         )
     return TensorInfo(
         dtype=entry["dtype"],

@@ -50,6 +50,7 @@ class TrainConfig(DataConfig):
         0,
         help="Seed of the adapter's start, the data order and dropout.",
         least=0,
+        below=2**64,
         recorded=True,
     )
     batch_size: int = option(4, help="Rows in a batch.", least=1, recorded=True)

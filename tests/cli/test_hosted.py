@@ -118,6 +118,16 @@ def test_bad_input_is_one_line(tiny_model_folder: Path, adapter: Path) -> None:
     assert len(errors.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_truncated_model_is_one_line(tiny_model_folder: Path, file: str) -> None:
+    path = tiny_model_folder / file
+    path.write_bytes(path.read_bytes()[:-40])
+    code, output, errors = generate("--model", str(tiny_model_folder), "--prompt", "a")
+    assert (code, output) == (1, "")
+    assert errors.startswith("Error: ")
+    assert len(errors.strip().splitlines()) == 1
+
+
 def test_our_own_mistakes_keep_their_traceback(
     tiny_model_folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

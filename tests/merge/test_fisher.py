@@ -49,7 +49,8 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     no_norm, other = {**content, "norm": 0}, {**content, "granularity": "cell"}
     for text in ("{", "[]", '{"rows": 1}', json.dumps(no_norm), json.dumps(other)):
         facts.write_text(text)
-        with pytest.raises(DoRAError, match="not what was written") as caught:
+        reason = "not what was written|is not JSON|must hold a JSON object"
+        with pytest.raises(DoRAError, match=reason) as caught:
             load_fisher(tmp_path / "f")
         assert "\n" not in str(caught.value)
     facts.unlink()
@@ -102,3 +103,27 @@ def test_weights_of_rows() -> None:
     found, unknown = informed_weights(weights, known)
     assert unknown == 1
     np.testing.assert_allclose(found, [[0.25, 0.75], [1, 0], [0.25, 0.75]])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("rows", "2", "rows is '2'"),
+        ("tokens", -1, "tokens is -1"),
+        ("norm", float("nan"), "norm is nan"),
+        ("norm", float("inf"), "norm is inf"),
+        ("norm", [], r"norm is \[\]"),
+        ("labels", ["data"], r"labels is \['data'\]"),
+        ("model", 5, "model is 5"),
+        ("strange", 5, "strange is unknown"),
+        ("norm", None, "norm is None"),
+    ],
+)
+def test_each_fact_is_checked(
+    tmp_path: Path, name: str, value: object, reason: str
+) -> None:
+    save_fisher(tmp_path / "f", FACTS, TENSORS.items())
+    facts = tmp_path / "f" / "fisher.json"
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), name: value}))
+    with pytest.raises(DoRAError, match=reason):
+        load_fisher(tmp_path / "f")

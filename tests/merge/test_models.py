@@ -321,4 +321,4 @@ def test_the_command(three: list[Path], tmp_path: Path) -> None:
     assert_close(mx.array(read(tmp_path / "two", MATRIX)), expected)
     assert CliRunner().invoke(command, [*args, a]).exit_code == 2
     config.write_text("merge_method: [")
-    assert "is not YAML" in CliRunner().invoke(command, args).stderr
+    assert "is not valid YAML" in CliRunner().invoke(command, args).stderr

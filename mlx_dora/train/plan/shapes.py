@@ -14,6 +14,7 @@ from mlx_dora.adapters.keys import blocks, last_blocks, takes_lora
 from mlx_dora.adapters.surgery import adaptable_paths
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import Checkpoint
+from mlx_dora.io.foreign import foreign
 from mlx_dora.layers import DoRAEmbedding, dora_class
 from mlx_dora.train.config import FineTuneType
 
@@ -77,18 +78,20 @@ def read_shapes(
     from mlx_lm.utils import _get_classes, load_config
 
     folder = model_folder(model)
-    config = load_config(folder)
+    with foreign(folder):
+        config = load_config(folder)
     text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise _unplanned(config, "its text_config is not an object")
     wanted = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     if missing := [key for key in wanted if not isinstance(text.get(key), int)]:
         raise _unplanned(config, f"its config lacks {', '.join(missing)}")
     if text.get("kv_lora_rank"):
         raise _unplanned(config, "its attention is latent (kv_lora_rank)")
-    try:
+    with foreign(folder):
         kind, arguments = _get_classes(config)
-    except ValueError as error:
-        raise DoRAError(f"{folder}: {error}") from error
-    empty = kind(arguments.from_dict(config))  # MLX makes arrays when they are needed
+        # MLX makes arrays when they are needed.
+        empty = kind(arguments.from_dict(config))
     checkpoint = Checkpoint(folder)
     infos = [checkpoint.info(name) for name in checkpoint.names]
     # The norms' weights have the dtype of the activations, on a packed base too.

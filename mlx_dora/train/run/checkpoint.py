@@ -7,17 +7,19 @@
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
 from mlx_dora.io.gate import read_tensors
+from mlx_dora.io.json import read_object
+from mlx_dora.train.run.state import TrainState, parse_state
 
 logger = logging.getLogger(__name__)
 
@@ -26,28 +28,8 @@ STATE_NAME = "state.json"
 WEIGHTS_NAME = "adapters.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
 _VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """Where a training stands, its arrays apart.
-
-    Args:
-        step: Batches done. With the seed it gives the place in the data and all that
-            is drawn at random in later steps.
-        log_bytes: Length of ``log.jsonl``.
-        meter: Sums since the last report and totals, see `Meter.state`.
-        guard: Steps that were passed over, see `Guard.state`.
-        best: The best validation so far, see `Best.state`.
-        settings: All that must stay the same for the run to go on as it was.
-    """
-
-    step: int
-    log_bytes: int
-    meter: dict[str, Any]
-    guard: dict[str, Any]
-    best: dict[str, Any]
-    settings: dict[str, Any]
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+"""The names of checkpoint folders; `str.isdigit` takes ``²`` too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +92,7 @@ def newest_checkpoint(folder: Path, *, multiple_of: int) -> Checkpoint | None:
     for path in _folders(folder):
         try:
             found = _read(path)
-        except (OSError, ValueError) as error:
+        except (OSError, DoRAError) as error:
             logger.warning("checkpoint %s is damaged (%s); passed over", path, error)
             continue
         if found.state.step % multiple_of == 0:
@@ -137,31 +119,33 @@ def discard_fragments(folder: Path) -> None:
 
 def _folders(folder: Path) -> list[Path]:
     place = folder / FOLDER_NAME
-    found = [p for p in place.iterdir() if p.name.isdigit()] if place.is_dir() else []
+    paths = place.iterdir() if place.is_dir() else ()
+    found = [path for path in paths if _STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 def _read(path: Path) -> Checkpoint:
-    content = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
+    content = read_object(path / STATE_NAME)
     if content.get("version") != _VERSION:
         raise DoRAError(
-            f"{path / STATE_NAME} is of version {content.get('version')}; this "
-            f"mlx_dora reads version {_VERSION}."
+            f"{STATE_NAME} is of version {content.get('version')!r:.20}; this mlx_dora "
+            f"reads version {_VERSION}"
         )
-    digests = content.get("sha256", {})
+    digests = content.get("sha256")
+    if not isinstance(digests, dict):
+        raise DoRAError(f"{STATE_NAME} names no sha256 of its files")
     tensors = {}
     for name in (WEIGHTS_NAME, OPTIMIZER_NAME):
         if _digest(path / name) != digests.get(name):
             raise DoRAError(f"{name} is not the file that was written")
         # The optimizer's counts of steps are integers.
         tensors[name] = read_tensors(path / name)
-    names = [field.name for field in fields(TrainState)]
-    lacking = [name for name in names if name not in content]
-    if lacking:
-        raise DoRAError(f"{STATE_NAME} lacks {', '.join(lacking)}")
+    for name, value in tensors[WEIGHTS_NAME].items():
+        if not mx.all(mx.isfinite(value)):
+            raise DoRAError(f"{name} in {WEIGHTS_NAME} holds NaN or inf")
     return Checkpoint(
         path=path,
-        state=TrainState(**{name: content[name] for name in names}),
+        state=parse_state(content, int(path.name)),
         weights=tensors[WEIGHTS_NAME],
         optimizer=tensors[OPTIMIZER_NAME],
     )

@@ -3,11 +3,12 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.json import parse
 
 LOG_NAME = "log.jsonl"
 
@@ -104,6 +105,48 @@ class TrainReport:
     history: tuple[StepReport, ...] = ()
 
 
+def read_log(content: bytes, path: Path) -> list[StepReport]:
+    """The reports in a log, each field checked.
+
+    Args:
+        content: Of the file, or a part of it that ends with a line.
+        path: What an error names.
+
+    Raises:
+        DoRAError: Naming the first line that is no report.
+    """
+    return [
+        _report(parse(line, f"{path}, line {number}"), f"{path}, line {number}")
+        for number, line in enumerate(content.split(b"\n"), 1)
+        if line.strip()
+    ]
+
+
+_WHOLE = {"step", "skipped_steps", "trained_tokens", "peak_memory_bytes"}
+
+
+def _report(row: Any, where: str) -> StepReport:
+    if not isinstance(row, dict):
+        raise DoRAError(f"{where} must hold a JSON object, got {row!r:.40}.")
+    kinds = {field.name: field for field in fields(StepReport)}
+    problems = [f"{name!r:.40} is unknown" for name in row if name not in kinds]
+    for name, field in kinds.items():
+        value = row.get(name)
+        if value is None:
+            if field.default is MISSING:
+                problems.append(f"{name} is missing")
+        elif name == "layers":
+            if not isinstance(value, dict):
+                problems.append(f"layers must be an object, got {value!r:.40}")
+        elif name in _WHOLE and (type(value) is not int or value < 0):
+            problems.append(f"{name} must be a whole number, got {value!r:.40}")
+        elif type(value) not in (int, float):
+            problems.append(f"{name} must be a number, got {value!r:.40}")
+    if problems:
+        raise DoRAError(f"{where} is no report of a training: {'; '.join(problems)}.")
+    return StepReport(**row)
+
+
 class Journal:
     """Takes reports: keeps them, writes ``log.jsonl``, and passes them on.
 
@@ -156,9 +199,7 @@ class Journal:
                 f"{path} has {len(content)} bytes, the checkpoint was written after "
                 f"{position}: put the log back, or train anew with --overwrite."
             )
-        self.history = [
-            StepReport(**json.loads(line)) for line in content.decode().splitlines()
-        ]
+        self.history = read_log(content, path)
         if self._path is not None and position:
             os.truncate(path, position)
 

@@ -1,5 +1,6 @@
 """Runs that are killed and go on, beside one that is not."""
 
+import hashlib
 import json
 import random
 import signal
@@ -190,7 +191,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     assert lines(whole.adapter_path) == lines(again.adapter_path)
 
 
-@pytest.mark.parametrize("damage", ["", "{}", '{"version": 9}'])
+@pytest.mark.parametrize(
+    "damage", ["", "{}", '{"version": 9}', "[]", "[" * 100_000, '{"version": 1}']
+)
 def test_a_damaged_state_is_passed_over(
     run: Run, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
@@ -200,6 +203,74 @@ def test_a_damaged_state_is_passed_over(
     assert found is not None
     assert found.state.step == 2
     assert "checkpoints/4 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["²", "007", "9" * 30, "x", ".4"])
+def test_what_is_no_checkpoint_by_name_is_left_alone(run: Run, name: str) -> None:
+    _, report = run(iters=2, save_every=2)
+    other = report.adapter_path / "checkpoints" / name
+    other.mkdir()
+    found = newest_checkpoint(report.adapter_path, multiple_of=1)
+    assert found is not None
+    assert found.state.step == 2
+
+
+def replace_file(checkpoint: Path, name: str, content: bytes) -> None:
+    """Replace a tensor file and its digest, as one who means harm would."""
+    (checkpoint / name).write_bytes(content)
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["sha256"][name] = hashlib.sha256(content).hexdigest()
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("name", ["adapters.safetensors", "optimizer.safetensors"])
+def test_a_file_that_mlx_cannot_read_is_passed_over(
+    run: Run, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    _, report = run(iters=4, save_every=2)
+    replace_file(report.adapter_path / "checkpoints" / "4", name, b"not tensors")
+    found = newest_checkpoint(report.adapter_path, multiple_of=1)
+    assert found is not None
+    assert found.state.step == 2
+    assert "is not a valid safetensors file" in caplog.text
+
+
+def test_weights_that_are_not_finite_are_passed_over(
+    run: Run, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    _, report = run(iters=4, save_every=2)
+    checkpoint = report.adapter_path / "checkpoints" / "4"
+    weights = mx.load(str(checkpoint / "adapters.safetensors"))
+    assert isinstance(weights, dict)
+    broken = {name: value * mx.nan for name, value in weights.items()}
+    mx.save_safetensors(str(tmp_path / "w.safetensors"), broken)
+    content = (tmp_path / "w.safetensors").read_bytes()
+    replace_file(checkpoint, "adapters.safetensors", content)
+    found = newest_checkpoint(report.adapter_path, multiple_of=1)
+    assert found is not None
+    assert found.state.step == 2
+    assert "holds NaN or inf" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda log: log[:50] + b"\xff" + log[51:], "line 1 is not JSON"),
+        (lambda log: b"\0" * 64 + log[64:], "line 1 is not JSON"),
+        (lambda log: b"null\n" * (len(log) // 5 + 1), "must hold a JSON object"),
+        (lambda log: log.replace(b'"step"', b'"stop"'), "'stop' is unknown; step is"),
+        (lambda log: log.replace(b'"step": ', b'"step": -'), "step must be"),
+    ],
+)
+def test_a_damaged_log_is_named_with_its_line(
+    run: Run, damage: Callable[[bytes], bytes], reason: str
+) -> None:
+    _, report = run(iters=4, save_every=2)
+    log = report.adapter_path / "log.jsonl"
+    log.write_bytes(damage(log.read_bytes()))
+    with pytest.raises(DoRAError, match=reason) as caught:
+        run(iters=6, save_every=2, resume=True)
+    assert "log.jsonl, line 1" in str(caught.value)
 
 
 def test_a_second_training_in_the_folder_is_refused(tmp_path: Path) -> None:
