@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import mlx.core as mx
@@ -47,7 +48,7 @@ OLD = {
 }
 
 
-def fork_server() -> multiprocessing.context.ForkServerContext:
+def fork_server() -> ForkServerContext:
     """Processes that have imported everything, but computed nothing, before a fork."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.test_kills", "mlx_lm", "mlx_dora.cli.train"])
@@ -125,7 +126,7 @@ class Range:
         except (DoRAError, FileNotFoundError):
             return None
 
-    def start(self, line: str, *more: str) -> multiprocessing.context.ForkServerProcess:
+    def start(self, line: str, *more: str) -> ForkServerProcess:
         line = line.replace("@", f"{self.material}/").replace("OUT", str(self.out))
         log = self.place.with_name(f"{self.place.name}.log")
         process = fork_server().Process(

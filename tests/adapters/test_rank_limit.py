@@ -13,7 +13,7 @@ from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
-from mlx_dora.adapters.surgery import apply_dora, apply_layers
+from mlx_dora.adapters.surgery import apply_dora, apply_layers, dora_layers
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.adapters import merge_adapters
 from mlx_dora.merge.extract import extract_adapter
@@ -61,7 +61,9 @@ def test_pissa_has_the_same_limit_for_each_half(tiny_model: nn.Module) -> None:
     apply_dora(
         tiny_model, DoRAConfig(rank=16, num_layers=layers, keys=keys, init="pissa")
     )
-    lora_a, _ = tiny_model.layers[-1].self_attn.k_proj.factors()
+    layers = dict(dora_layers(tiny_model))
+    (layer,) = [one for path, one in layers.items() if path.endswith("k_proj")]
+    lora_a, _ = layer.factors()
     assert lora_a.shape == (32, 32)
 
 

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (  # pyright: ignore - not installed: pyright takes tests/peft for it
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]

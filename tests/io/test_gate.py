@@ -82,6 +82,7 @@ def test_integers_that_are_no_weights_enter_untouched(
     tensors = dict.fromkeys(map(str, names), one)
     found = read_tensors(write_raw(tmp_path / "a.safetensors", tensors))
     plain = mx.load(str(tmp_path / "a.safetensors"))
+    assert isinstance(plain, dict)
     assert all(mx.array_equal(found[name], plain[name]) for name in names)
     with pytest.raises(DoRAError, match=r"attn\.bias: integers"):
         read_tensors(tmp_path / "a.safetensors", all_weights=True)

@@ -24,7 +24,7 @@ TENSORS = {"a.proj": mx.array([3.0, 0.0]), "b.proj": mx.array([0.0, 4.0, 12.0])}
 
 
 def test_a_folder_gives_back_what_it_took_over_its_norm(tmp_path: Path) -> None:
-    facts = save_fisher(tmp_path / "f", FACTS, TENSORS.items())
+    facts = save_fisher(tmp_path / "f", FACTS, TENSORS.items(), inputs=())
     assert facts.norm == pytest.approx(13.0)
     found = load_fisher(tmp_path / "f")
     assert found.facts == facts
@@ -34,16 +34,18 @@ def test_a_folder_gives_back_what_it_took_over_its_norm(tmp_path: Path) -> None:
     assert_close(one, np.array([0.0, 4.0, 12.0]) / 13)
     assert found.read("c.proj", (3, 7)) is None
     with pytest.raises(DoRAError, match="already exists"):
-        save_fisher(tmp_path / "f", FACTS, TENSORS.items())
+        save_fisher(tmp_path / "f", FACTS, TENSORS.items(), inputs=())
 
 
 def test_values_whose_squares_overflow(tmp_path: Path) -> None:
     large = {"a.proj": mx.array([3e30, 4e30])}
-    assert save_fisher(tmp_path / "f", FACTS, large.items()).norm == pytest.approx(5e30)
+    assert save_fisher(
+        tmp_path / "f", FACTS, large.items(), inputs=()
+    ).norm == pytest.approx(5e30)
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
-    save_fisher(tmp_path / "f", FACTS, TENSORS.items())
+    save_fisher(tmp_path / "f", FACTS, TENSORS.items(), inputs=())
     facts = tmp_path / "f" / "fisher.json"
     content = json.loads(facts.read_text())
     no_norm, other = {**content, "norm": 0}, {**content, "granularity": "cell"}
@@ -60,7 +62,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
 
 def test_nothing_known_at_all_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DoRAError, match="tells nothing"):
-        save_fisher(tmp_path / "f", FACTS, {"a": mx.zeros(3)}.items())
+        save_fisher(tmp_path / "f", FACTS, {"a": mx.zeros(3)}.items(), inputs=())
     assert not list(tmp_path.iterdir())
 
 
@@ -122,7 +124,7 @@ def test_weights_of_rows() -> None:
 def test_each_fact_is_checked(
     tmp_path: Path, name: str, value: object, reason: str
 ) -> None:
-    save_fisher(tmp_path / "f", FACTS, TENSORS.items())
+    save_fisher(tmp_path / "f", FACTS, TENSORS.items(), inputs=())
     facts = tmp_path / "f" / "fisher.json"
     facts.write_text(json.dumps({**json.loads(facts.read_text()), name: value}))
     with pytest.raises(DoRAError, match=reason):
