@@ -6,6 +6,9 @@ neither mlx nor mlx_dora, so that the interpreter may be another one.
 # pyright: reportMissingImports=false
 # torch and peft belong to the extra `peers`, which few machines install.
 
+# Where PEFT is not installed, pyright takes tests/peft for it.
+# pyright: reportAttributeAccessIssue=false
+
 import json
 import re
 import sys
@@ -14,11 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (  # pyright: ignore - not installed: pyright takes tests/peft for it
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-)
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
