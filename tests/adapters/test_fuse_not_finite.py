@@ -14,7 +14,7 @@ from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.fuse_layer import Update, dense_fused, survival
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.named import NamedAdapters
-from mlx_dora.adapters.surgery import apply_dora
+from mlx_dora.adapters.surgery import apply_dora, dora_layers
 from mlx_dora.errors import DoRAError
 from tests.adapters.training import QV, perturb
 
