@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 import yaml
+from click.core import ParameterSource
 
 from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._options import dataclass_options
@@ -267,7 +268,8 @@ def fisher_command(
     "-c",
     "--config",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A mergekit YAML file, in place of models and method.",
+    help="A mergekit YAML file, in place of models and method; of the other options "
+    "only --seed, --pad and --overwrite go with it.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 def models_command(
@@ -292,6 +294,8 @@ def models_command(
     The base, or else the first model, gives config, tokenizer and dtypes. A merge that
     was killed goes on where it stopped when the command is given again.
     """
+    from dataclasses import replace
+
     from mlx_dora.merge.mergekit import read_mergekit
     from mlx_dora.merge.models import run_merge
     from mlx_dora.merge.plan import plan_models
@@ -299,7 +303,8 @@ def models_command(
     if (config is None) == (not models):
         raise click.UsageError("give either models or --config")
     if config is not None:
-        plan = read_mergekit(_read_yaml(config))
+        _refuse_beside_config(click.get_current_context())
+        plan = replace(read_mergekit(_read_yaml(config)), seed=seed, pad=pad)
     else:
         given = {"density": density, "lambda": scale, "normalize": normalize}
         parameters = {key: value for key, value in given.items() if value is not None}
@@ -326,9 +331,31 @@ def models_command(
     click.echo(f"Saved to {save_path}")
 
 
+def _refuse_beside_config(context: click.Context) -> None:
+    """Refuse options that the file decides."""
+    free = ("config", "save_path", "overwrite", "seed", "pad", "models")
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in context.params
+        if name not in free
+        and context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)}: the --config file decides this; change the file"
+        )
+
+
 def _read_yaml(path: Path) -> object:
     try:
         return load_yaml(path.read_text(encoding="utf-8"))
+    except yaml.composer.ComposerError as error:
+        if "single document" not in str(error):
+            raise DoRAError(f"{path}: {' '.join(str(error).split())}") from error
+        raise DoRAError(
+            f"{path} holds several merges (---): put each in a file of its own and run "
+            "them in turn."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DoRAError(
             f"{path} is not YAML: {' '.join(str(error).split())}"

@@ -165,8 +165,8 @@ def trimmed(cuts: Sequence[Cut]) -> Thinning:
     return thin
 
 
-def dropped(shares: Sequence[float], seed: int) -> Thinning:
-    """Keeps each entry with the probability `shares`, made larger by its inverse."""
+def dropped(shares: Sequence[float], seed: int, rescale: bool = True) -> Thinning:
+    """Keeps each entry with the probability `shares`, divided by it if `rescale`."""
 
     def thin(index: slice, deltas: Sequence[mx.array]) -> list[mx.array]:
         found = []
@@ -176,7 +176,8 @@ def dropped(shares: Sequence[float], seed: int) -> Thinning:
                 continue
             key = mx.random.key(seed + 1_000_003 * i + 7 * index.start)
             kept = mx.random.bernoulli(share, delta.shape, key=key)
-            found.append(mx.where(kept, delta / max(share, 1e-30), 0.0))
+            larger = delta / max(share, 1e-30) if rescale else delta
+            found.append(mx.where(kept, larger, 0.0))
         return found
 
     return thin

@@ -1,6 +1,5 @@
 """The tensors of a model folder as a merge sees them: packed weights count as dense."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import Checkpoint
+from mlx_dora.io.derived import head_and_embedding, is_buffer, ties_embeddings
+from mlx_dora.io.json import read_object
 from mlx_dora.io.stored import STREAMED
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.merge.blockwise import Tensor
@@ -32,7 +33,8 @@ class Packing:
 class ModelTensors:
     """A model folder's tensors by name, dense or packed, read one at a time.
 
-    A packed weight and its scales and biases are one tensor here.
+    A packed weight and its scales and biases are one tensor here. A head that is tied
+    to the embedding reads as the embedding, whether or not a copy of it is stored.
 
     Args:
         folder: A local model folder.
@@ -45,9 +47,7 @@ class ModelTensors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._checkpoint = Checkpoint(folder)
-        self.config: dict[str, Any] = json.loads(
-            (folder / "config.json").read_text(encoding="utf-8")
-        )
+        self.config: dict[str, Any] = read_object(folder / "config.json")
         names = set(self._checkpoint.names)
         self._packed = {
             name: self._packing(name.removesuffix(".scales"))
@@ -65,13 +65,29 @@ class ModelTensors:
             for leaf in ("scales", "biases")
         }
         self.names = sorted(names - parts)
+        self._tied: dict[str, str] = {}
+        self._tied = self._tied_head()
+
+    @property
+    def copies(self) -> frozenset[str]:
+        """Stored tensors that follow from others: rotary buffers, a tied head's copy."""
+        return frozenset(n for n in self.names if is_buffer(n) or n in self._tied)
+
+    def original(self, name: str) -> str:
+        """The tensor that a name reads: the embedding for a tied head."""
+        return self._tied.get(name, name)
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor can be read: it is stored, or a head tied to one that is."""
+        return name in self._tied or name in self.names
 
     def packing(self, name: str) -> Packing | None:
         """How a tensor is packed; None if it is dense."""
-        return self._packed.get(name)
+        return self._packed.get(self.original(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, unpacked."""
+        name = self.original(name)
         shape = self._checkpoint.info(name).shape
         packing = self.packing(name)
         if packing is None:
@@ -80,6 +96,7 @@ class ModelTensors:
 
     def dtype(self, name: str) -> mx.Dtype | None:
         """Dtype of a float tensor, unpacked; None for integers."""
+        name = self.original(name)
         if self.packing(name) is not None:
             name = f"{name.removesuffix('.weight')}.scales"
         stored = self._checkpoint.info(name).dtype
@@ -88,6 +105,7 @@ class ModelTensors:
 
     def read(self, name: str) -> mx.array:
         """A tensor, unpacked and evaluated."""
+        name = self.original(name)
         tensor = self._checkpoint.tensor(name)
         packing = self.packing(name)
         if packing is not None:
@@ -108,8 +126,21 @@ class ModelTensors:
 
     def source(self, name: str) -> Tensor:
         """A float tensor to be read in blocks; one that is packed is unpacked whole."""
+        name = self.original(name)
         is_stored = self._checkpoint.info(name).dtype in STREAMED
         return self._checkpoint.stored(name) if is_stored else self.read(name)
+
+    def _tied_head(self) -> dict[str, str]:
+        """Head to embedding, if the head is tied: not stored, or a copy by the config."""
+        pair = head_and_embedding(self.names)
+        if pair is None:
+            return {}
+        head, embedding = pair
+        ties = ties_embeddings(self.config)
+        if head in self.names and ties is None:
+            alike = self.shape(head) == self.shape(embedding)
+            ties = alike and bool(mx.array_equal(self.read(head), self.read(embedding)))
+        return {} if head in self.names and not ties else {head: embedding}
 
     def _packing(self, path: str) -> Packing:
         settings = self.config.get("quantization")

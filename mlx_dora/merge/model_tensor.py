@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import ShardWriter
+from mlx_dora.io.derived import is_buffer
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.merge.blockwise import BLOCK, Tensor, held, joined
 from mlx_dora.merge.checkpoint import ModelTensors, Packing
@@ -48,6 +49,9 @@ def merge_one(
         DoRAError: If an input holds NaN or inf, or the method cannot be used.
     """
     kept = pattern.dtype(name)
+    if is_buffer(name):
+        writer.add(name, pattern.read(name))
+        return MergedTensor(name=name, opposed=0, packing_error=None)
     if kept is None:
         writer.add(name, _integers(name, pattern, inputs))
         return MergedTensor(name=name, opposed=0, packing_error=None)
@@ -60,7 +64,7 @@ def merge_one(
     tensors = [opened[one.folder] for one in inputs]
     start = opened[base.folder] if base is not None and needs_base else None
     rows = tensors[0].size // tensors[0].shape[-1] if tensors[0].ndim > 1 else 1
-    settings = plan.settings_of(name, rows, blocks)
+    settings = plan.settings_of(pattern.original(name), rows, blocks)
     try:
         if known:
             whole, unknown = merge_informed_tensor(

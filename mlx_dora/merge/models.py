@@ -17,6 +17,7 @@ from mlx_dora.adapters.keys import natural_order
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
+from mlx_dora.io.derived import is_buffer
 from mlx_dora.io.resumable import resumable_directory
 from mlx_dora.merge.checkpoint import ModelTensors
 from mlx_dora.merge.fisher import Fisher, check_fishers, check_paths
@@ -24,6 +25,12 @@ from mlx_dora.merge.model_tensor import merge_one
 from mlx_dora.merge.plan import MergePlan, plan_models
 from mlx_dora.merge.report import MergedTensor, MergeReport
 from mlx_dora.merge.settings import count_blocks
+from mlx_dora.merge.tokenizer import (
+    check_vocabularies,
+    choose_template,
+    copy_tokenizer,
+    write_template,
+)
 from mlx_dora.merge.weights import Weights
 
 Progress = Callable[[str, int, int], None]
@@ -117,9 +124,16 @@ def run_merge(
     base = None if base_folder is None else opened[base_folder]
     pattern = base or inputs[0]
     _check_fit(pattern, inputs, plan.pad)
+    notes = [*plan.notes, *_notes_of_copies(pattern, inputs)]
     names = sorted(pattern.names, key=natural_order)
     check_paths(fishers, [name.removesuffix(".weight") for name in names])
     blocks = count_blocks(names)
+    if plan.blocks not in (None, blocks):
+        raise DoRAError(
+            f"slices: layer_range covers {plan.blocks} blocks of models with {blocks}; "
+            "only slices over all blocks are supported."
+        )
+    tokenizer, template = _tokenizer(plan, pattern, inputs, notes)
     mx.reset_peak_memory()
     told: list[MergedTensor] = []
     job = _job(plan, opened.values(), fishers)
@@ -138,6 +152,10 @@ def run_merge(
                 if progress is not None:
                     progress("merge", len(names), 1)
         _copy_files(pattern, out, plan.dtype, names, inputs)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, out)
+        if template is not None:
+            write_template(out, template)
     return MergeReport(
         method=plan.method,
         models=plan.models,
@@ -145,7 +163,63 @@ def run_merge(
         resumed=len(names) - len(told),
         peak_bytes=mx.get_peak_memory(),
         seconds=time.perf_counter() - started,
+        notes=tuple(notes),
     )
+
+
+def _tokenizer(
+    plan: MergePlan,
+    pattern: ModelTensors,
+    inputs: Sequence[ModelTensors],
+    notes: list[str],
+) -> tuple[Path | None, str | None]:
+    """The folder to take the tokenizer from and the chat template, if not as it is."""
+    folders = list(dict.fromkeys([pattern.folder, *(one.folder for one in inputs)]))
+    tokenizer = None
+    if plan.tokenizer is not None:
+        if plan.tokenizer not in ("base", "union"):
+            tokenizer = model_folder(plan.tokenizer)
+        check_vocabularies(list(dict.fromkeys([*folders, tokenizer or folders[0]])))
+        notes.append("tokenizer: all vocabularies are equal.")
+    if plan.chat_template is None:
+        return tokenizer, None
+    template, note = choose_template(plan.chat_template, folders)
+    notes.append(note)
+    return tokenizer, template
+
+
+def _notes_of_copies(
+    pattern: ModelTensors, inputs: Sequence[ModelTensors]
+) -> list[str]:
+    """What happens to stored tensors that follow from others."""
+    notes = []
+    own = set(pattern.names)
+    left_out = {n for one in inputs for n in one.copies - own}
+    if left_out:
+        notes.append(
+            f"Left out, since {pattern.folder} does not store them and they follow from "
+            f"other tensors or the config: {_listed(left_out)}."
+        )
+    heads = {n for n in own if pattern.original(n) != n}
+    if heads:
+        notes.append(f"{_listed(heads)}: a copy of the merged embedding (tied).")
+    shared = [
+        f"{name} of {one.folder}"
+        for name in own - pattern.copies
+        for one in inputs
+        if one.original(name) != name
+    ]
+    if shared:
+        notes.append(f"The embedding, which is tied, is merged as {_listed(shared)}.")
+    if carried := {n for n in pattern.copies if is_buffer(n)}:
+        notes.append(f"Rotary buffers as in {pattern.folder}: {_listed(carried)}.")
+    return notes
+
+
+def _listed(names: Iterable[str]) -> str:
+    ordered = sorted(names, key=natural_order)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return f"{', '.join(ordered[:3])}{more}"
 
 
 def _known(
@@ -170,13 +244,15 @@ def _check_fit(
                 f"{one.folder} is a {other} model and {pattern.folder} a {kind} model: "
                 "their tensors do not mean the same."
             )
-        names = set(one.names)
-        problems = listed("missing:", sorted(own - names, key=natural_order))
-        problems += listed("extra:", sorted(names - own, key=natural_order))
+        missing = {n for n in own if not one.has(n) and not is_buffer(n)}
+        extra = set(one.names) - one.copies - own
+        problems = listed("missing:", sorted(missing, key=natural_order))
+        problems += listed("extra:", sorted(extra, key=natural_order))
         unlike = [
             f"{name} {one.shape(name)} for {pattern.shape(name)}"
-            for name in sorted(own & names, key=natural_order)
-            if one.shape(name) != pattern.shape(name)
+            for name in sorted(own - missing, key=natural_order)
+            if not is_buffer(name)
+            and one.shape(name) != pattern.shape(name)
             and not (pad and _is_vocabulary(name, one, pattern))
         ]
         problems += listed("other shapes:", unlike)

@@ -36,6 +36,12 @@ class MergePlan:
         pad: Merge embeddings of unlike vocabularies.
         relative: Whether a mean merges changes of the base, where there is one.
         fisher: Folders of Fisher information, one a model, for that method.
+        blocks: Number of blocks that every model must have; None for any number.
+        tokenizer: Whose tokenizer the output gets: ``"base"``, ``"union"`` or a model;
+            all vocabularies must be equal. None keeps the pattern's unchecked.
+        chat_template: ``"auto"`` for the one most models have, or a template's text;
+            None keeps the tokenizer's.
+        notes: What to say of the settings, a sentence each.
     """
 
     models: tuple[str, ...]
@@ -50,6 +56,10 @@ class MergePlan:
     pad: bool = False
     relative: bool = True
     fisher: tuple[str, ...] | None = None
+    blocks: int | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.models)
@@ -108,12 +118,14 @@ class MergePlan:
             weights = shares if np.ptp(shares, axis=0).any() else shares[0]
         densities = [value("density", i) for i in range(count)]
         normalize, scale = value("normalize"), value("lambda")
+        rescale = value("rescale")
         return TensorSettings(
             weights=weights,
             density=tuple(1.0 if one is None else float(one) for one in densities),
             normalize=None if normalize is None else bool(normalize),
             scale=1.0 if scale is None else float(scale),
             seed=self.seed,
+            rescale=rescale is None or bool(rescale),
         )
 
     def _named_weights(

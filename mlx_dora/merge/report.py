@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mlx_dora.adapters.adapter import Adapter
+from mlx_dora.errors import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ class MergeReport:
         resumed: How many an earlier, killed run had merged.
         peak_bytes: Most memory that MLX held.
         seconds: Whole duration.
+        notes: What to say of the settings and inputs, a sentence each.
     """
 
     method: str
@@ -124,10 +126,12 @@ class MergeReport:
     resumed: int
     peak_bytes: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The report as text."""
-        told = [
+        told = [printable(note) for note in self.notes]
+        told += [
             f"{one.name}: {one.opposed} rows point opposite ways and keep the heaviest "
             "model's direction"
             for one in self.tensors

@@ -5,12 +5,15 @@ over the blocks, interpolated linearly), or a list of ``{filter: text, value: ..
 which the first whose text is in the tensor's name counts.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_dora.errors import DoRAError
 
+# Of a whole number that a float holds.
+_LARGEST = 1 << 1000
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -44,14 +47,7 @@ def check_setting(what: str, setting: Any) -> None:
     if isinstance(setting, list | tuple) and setting:
         if all(_is_scalar(one) for one in setting):
             return
-        if all(
-            isinstance(one, Mapping)
-            and "value" in one
-            and {*one} <= {"value", "filter"}
-            for one in setting
-        ):
-            for one in setting:
-                check_setting(what, one["value"])
+        if all(_is_filter(one) for one in setting):
             return
     raise DoRAError(
         f"{what} must be a number, a gradient [0, 1, ...], or filters "
@@ -86,5 +82,37 @@ def resolve(setting: Any, name: str, depth: float) -> float | bool | None:
     return None
 
 
+def layered(first: Any, second: Any) -> Any:
+    """A setting that takes what `first` leaves open from `second`.
+
+    Args:
+        first: As `check_setting` lets it through.
+        second: The same, of lower precedence.
+    """
+    filters = [first] if isinstance(first, Mapping) else first
+    if _is_scalar(first) or _is_scalar(filters[0]):
+        return first
+    if isinstance(second, Mapping):
+        second = [second]
+    is_plain = _is_scalar(second) or _is_scalar(second[0])
+    return [*filters, *([{"value": second}] if is_plain else second)]
+
+
+def _is_filter(one: Any) -> bool:
+    """``{filter: text, value: a number or a gradient}``."""
+    if not isinstance(one, Mapping) or "value" not in one:
+        return False
+    if not {*one} <= {"value", "filter"}:
+        return False
+    if not isinstance(one.get("filter"), str | None):
+        return False
+    value = one["value"]
+    if isinstance(value, list | tuple):
+        return bool(value) and all(_is_scalar(each) for each in value)
+    return _is_scalar(value)
+
+
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, bool | int | float)
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return False
+    return isinstance(value, bool | int | float) and math.isfinite(value)

@@ -35,7 +35,8 @@ class TensorSettings:
         density: Share of the entries to keep, one a model; None for 1.
         normalize: Divide by the weights; None for the method's default.
         scale: λ on the merged task vectors.
-        seed: Of dare's random numbers.
+        seed: Random seed of DARE.
+        rescale: Divide what DARE keeps by its density.
     """
 
     weights: np.ndarray
@@ -43,6 +44,7 @@ class TensorSettings:
     normalize: bool | None = None
     scale: float = 1.0
     seed: int = 0
+    rescale: bool = True
 
 
 @dataclass
@@ -151,7 +153,7 @@ def _merge_changes(
             pairs = zip(tensors, shares, strict=True)
             thin = blockwise.trimmed([blockwise.cut_of(base, *one) for one in pairs])
         else:
-            thin = blockwise.dropped(shares, settings.seed)
+            thin = blockwise.dropped(shares, settings.seed, settings.rescale)
         make = blockwise.sum_block if method == "dare" else blockwise.agreed_block
         block = make(weights, normalize, scale, thin)
         yield from blockwise.parts(block, [base, *tensors])

@@ -56,18 +56,31 @@ def test_slerp_starts_at_the_base():
     ("changes", "message"),
     [
         ({"merge_method": "sce"}, "merge_method 'sce'"),
-        ({"slices": []}, "slices not understood"),
-        ({"tokenizer_source": "union"}, "tokenizer_source not understood"),
-        ({"parameters": {"int8_mask": True}}, "parameters: int8_mask not understood"),
+        ({"merge_method": ["ties"]}, r"merge_method must be text, got \['ties'\]"),
+        ({"merge_method": None}, "merge_method None"),
+        ({"dtype": ["float32"]}, "dtype must be text"),
+        ({"out_dtype": 32}, "out_dtype must be text, got 32"),
+        ({"base_model": ["a"]}, "base_model must be text"),
+        ({"chat_template": 5}, "chat_template must be text"),
+        ({"tokenizer_source": {}}, "tokenizer_source must be text"),
+        ({"tokenizer": "a"}, "tokenizer must be a mapping"),
+        ({"tokenizer": {"tokens": {"x": 1}}}, "tokens would change the rows"),
+        ({"tokenizer": {}, "tokenizer_source": "a"}, "not both"),
+        ({"slices": []}, "one of models:, slices: and modules:, got models, slices"),
+        ({"models": None}, "got none of them"),
+        ({"parameters": [1]}, "parameters must be a mapping"),
+        ({"parameters": {"weight": 10**400}}, "weight must be a number"),
+        ({"parameters": {"weight": float("nan")}}, "weight must be a number"),
+        ({"parameters": {"weight": [{"filter": 5, "value": 1}]}}, "weight must be"),
+        ({"parameters": {"wait": 1}}, "wait not understood; linear takes weight"),
         ({"models": "a"}, "needs models"),
         ({"models": [{"model": "a", "params": {}}]}, "models: a: params not"),
         ({"models": [{"model": "a+b"}]}, "fuse it first"),
-        ({"models": [{"model": "a", "parameters": {"density": 1}}]}, "density not"),
+        ({"models": [{"model": "a", "parameters": {"normalize": 1}}]}, "not underst"),
         ({"base_model": "c"}, "must be among the models"),
         ({"dtype": "int8"}, "dtype must be"),
         ({"parameters": {"weight": "much"}}, "weight must be a number"),
         ({"parameters": {"weight": [{"valu": 1}]}}, "weight must be a number"),
-        ({"merge_method": "slerp"}, "parameters of a: weight not understood"),
         (
             {"merge_method": "slerp", "models": [{"model": "a"}, {"model": "b"}]},
             "slerp needs base_model",
@@ -78,6 +91,55 @@ def test_slerp_starts_at_the_base():
 def test_what_is_not_understood_is_refused(changes, message):
     with pytest.raises(DoRAError, match=message):
         read_mergekit(config(**changes))
+
+
+def test_parameters_of_other_methods_are_accepted_with_a_note():
+    entries = [{"model": m, "parameters": {"weight": 1, "density": 0.2}} for m in "ab"]
+    plan = read_mergekit(config(models=entries, parameters={"dtype": "float16"}))
+    assert [note.split(":")[0] for note in plan.notes] == [
+        "parameters", "parameters of a", "parameters of b",
+    ]  # fmt: skip
+    assert plan.notes[1] == "parameters of a: density has no effect on linear."
+    assert plan.dtype is None
+
+
+def source(model, first=0, end=2):
+    return {"model": model, "layer_range": [first, end]}
+
+
+@pytest.mark.parametrize(
+    ("slices", "message"),
+    [
+        ([{"sources": [source("a")]}, {"sources": [source("b")]}], "2 slices stack"),
+        ([{"sources": [source("a", 1)]}], r"start at 0, got \[1, 2\]"),
+        ([{"sources": [source("a"), source("b", 0, 3)]}], "the same in every source"),
+        ([{"sources": [{"model": "a"}]}], "a needs layer_range"),
+        ([{"sources": [{**source("a"), "layer_range": ["0", 1]}]}], "needs layer_ra"),
+        ([{"sources": 5}], "sources: a list of models"),
+        ([5], "slices must be a mapping"),
+        ({"a": 1}, "slices must be a list"),
+    ],
+)
+def test_slices_that_are_no_whole_models_are_refused(slices, message):
+    with pytest.raises(DoRAError, match=message):
+        read_mergekit({"merge_method": "linear", "slices": slices})
+
+
+def test_settings_fall_through_from_source_to_slice_to_module_to_file():
+    only_mlp = [{"filter": "mlp", "value": 3}]
+    first = {**source("a"), "parameters": {"weight": only_mlp}}
+    slices = [{"sources": [first, source("b")], "parameters": {
+        "weight": {"filter": "attn", "value": [5, 7]}}}]  # fmt: skip
+    module = {"slices": slices, "parameters": {"normalize": False}}
+    top = {"weight": 2, "normalize": True}
+    plan = read_mergekit(
+        {"merge_method": "linear", "modules": {"default": module}, "parameters": top}
+    )
+    assert plan.blocks == 2
+    for name, weights in (("mlp", [3, 2]), ("self_attn", [7, 7]), ("norm", [2, 2])):
+        settings = plan.settings_of(f"model.layers.1.{name}.weight", 4, 2)
+        assert settings.weights.tolist() == weights
+        assert settings.normalize is False
 
 
 def test_a_missing_weight_is_named():
