@@ -7,6 +7,7 @@ from typing import Any
 import click
 import yaml
 from click.core import ParameterSource
+from yaml.composer import ComposerError
 
 from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._options import dataclass_options
@@ -349,7 +350,7 @@ def _refuse_beside_config(context: click.Context) -> None:
 def _read_yaml(path: Path) -> object:
     try:
         return load_yaml(path.read_text(encoding="utf-8"))
-    except yaml.composer.ComposerError as error:
+    except ComposerError as error:
         if "single document" not in str(error):
             raise DoRAError(f"{path}: {' '.join(str(error).split())}") from error
         raise DoRAError(

@@ -15,7 +15,7 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight")
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is a table of rotary frequencies, which the config determines."""
+    """Whether a tensor is a table of rotary frequencies, made from the config."""
     return _BUFFER.search(name) is not None
 
 

@@ -70,7 +70,7 @@ class ModelTensors:
 
     @property
     def copies(self) -> frozenset[str]:
-        """Stored tensors that follow from others: rotary buffers, a tied head's copy."""
+        """Stored tensors that follow from others: rotary buffers, a tied head."""
         return frozenset(n for n in self.names if is_buffer(n) or n in self._tied)
 
     def original(self, name: str) -> str:
@@ -131,7 +131,7 @@ class ModelTensors:
         return self._checkpoint.stored(name) if is_stored else self.read(name)
 
     def _tied_head(self) -> dict[str, str]:
-        """Head to embedding, if the head is tied: not stored, or a copy by the config."""
+        """Head to embedding, if the head is not stored or the config ties it."""
         pair = head_and_embedding(self.names)
         if pair is None:
             return {}

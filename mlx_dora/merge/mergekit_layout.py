@@ -79,7 +79,7 @@ def _read_slices(where: str, slices: Any, shared: Settings, base: str | None) ->
     refuse_unknown(name, only, ("sources", "base_model", "parameters"))
     shared = _over(settings_of(f"{name}: parameters", only), shared)
     base = text_of("base_model", only) or base
-    sources = only.get("sources")
+    sources: Any = only.get("sources")
     models, own = _entries(f"{name}: sources", sources, ("layer_range",))
     ranges = [_layer_range(name, one) for one in sources]
     if len(set(ranges)) > 1 or ranges[0][0] != 0:
@@ -91,7 +91,7 @@ def _read_slices(where: str, slices: Any, shared: Settings, base: str | None) ->
 
 
 def _layer_range(where: str, source: Settings) -> tuple[int, int]:
-    value = source.get("layer_range")
+    value: Any = source.get("layer_range")
     is_pair = isinstance(value, list) and len(value) == 2
     if not is_pair or any(type(one) is not int for one in value):
         raise DoRAError(

@@ -197,8 +197,8 @@ def _notes_of_copies(
     left_out = {n for one in inputs for n in one.copies - own}
     if left_out:
         notes.append(
-            f"Left out, since {pattern.folder} does not store them and they follow from "
-            f"other tensors or the config: {_listed(left_out)}."
+            f"Left out, since {pattern.folder} does not store them and they follow "
+            f"from other tensors or the config: {_listed(left_out)}."
         )
     heads = {n for n in own if pattern.original(n) != n}
     if heads:

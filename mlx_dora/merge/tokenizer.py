@@ -102,7 +102,10 @@ def choose_template(wanted: str, folders: Sequence[Path]) -> tuple[str | None, s
 def read_template(folder: Path) -> str | None:
     """A model's default chat template; None if it has none."""
     if (path := folder / _TEMPLATE).is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DoRAError(f"{path} is not UTF-8 text: {error}.") from error
     for name in ("chat_template.json", _CONFIG):
         if (path := folder / name).is_file():
             found = read_object(path).get("chat_template")

@@ -141,7 +141,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(
     first, second = list(vocabulary)[:2]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     path.write_text(json.dumps(content))
-    with pytest.raises(DoRAError, match="the vocabularies of .*BASE and .*A differ"):
+    with pytest.raises(DoRAError, match=r"the vocabularies of .*BASE and .*A differ"):
         merge(task_arithmetic(models, tokenizer_source="base"), tmp_path / "out")
     path.unlink()
     with pytest.raises(DoRAError, match="A has no tokenizer to compare"):
