@@ -42,12 +42,12 @@ from mlx_dora.evaluate.labels import find_labels, label_accuracy
 from mlx_dora.evaluate.loss import evaluate_loss
 from mlx_dora.evaluate.rows import read_splits
 from mlx_dora.io.checkpoint import Checkpoint
-from mlx_dora.merge.adapters import merge_adapters_report
-from mlx_dora.merge.dense import Options
-from mlx_dora.merge.estimate import estimate_fisher, read_targets
-from mlx_dora.merge.fisher import Fisher
-from mlx_dora.merge.fisher_config import FisherConfig
-from mlx_dora.merge.names import ADAPTER_METHODS, FISHER
+from mlx_dora.merge.adapters.dense import Options
+from mlx_dora.merge.adapters.merge import merge_adapters_report
+from mlx_dora.merge.fisher.config import FisherConfig
+from mlx_dora.merge.fisher.estimate import estimate_fisher, read_targets
+from mlx_dora.merge.fisher.information import Fisher
+from mlx_dora.merge.methods.names import ADAPTER_METHODS, FISHER
 
 # Defaults of the papers where a method has a setting.
 OPTIONS = {

@@ -14,8 +14,8 @@ from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._progress import WorkDisplay
 from mlx_dora.cli._yaml import load_yaml
 from mlx_dora.errors import DoRAError
-from mlx_dora.merge.fisher_config import FisherConfig
-from mlx_dora.merge.names import ADAPTER_METHODS, FISHER, MODEL_METHODS
+from mlx_dora.merge.fisher.config import FisherConfig
+from mlx_dora.merge.methods.names import ADAPTER_METHODS, FISHER, MODEL_METHODS
 
 AUTO = "auto"
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
@@ -121,10 +121,10 @@ def adapters_command(
     Ranks, scales and modules may differ. The result is an ordinary adapter folder.
     """
     from mlx_dora.io.atomic import check_output
-    from mlx_dora.merge.adapters import base_name, merge_adapters_report
-    from mlx_dora.merge.cut_error import open_probe
-    from mlx_dora.merge.dense import Options
-    from mlx_dora.merge.estimate import estimate_on_data
+    from mlx_dora.merge.adapters.cut_error import open_probe
+    from mlx_dora.merge.adapters.dense import Options
+    from mlx_dora.merge.adapters.merge import base_name, merge_adapters_report
+    from mlx_dora.merge.fisher.estimate import estimate_on_data
 
     if data and (fisher or method != FISHER):
         raise click.UsageError("--data is for --method fisher without --fisher")
@@ -209,7 +209,7 @@ def fisher_command(
     The mean over the rows of the squared gradient of each output row, or each element,
     of the linear layers. What is saved serves `--fisher` of adapters and models.
     """
-    from mlx_dora.merge.estimate import write_fisher
+    from mlx_dora.merge.fisher.estimate import write_fisher
 
     with WorkDisplay(with_memory=True) as display:
         facts = write_fisher(
@@ -297,9 +297,9 @@ def models_command(
     """
     from dataclasses import replace
 
-    from mlx_dora.merge.mergekit import read_mergekit
-    from mlx_dora.merge.models import run_merge
-    from mlx_dora.merge.plan import plan_models
+    from mlx_dora.merge.models.merge import run_merge
+    from mlx_dora.merge.models.mergekit import read_mergekit
+    from mlx_dora.merge.models.plan import plan_models
 
     if (config is None) == (not models):
         raise click.UsageError("give either models or --config")

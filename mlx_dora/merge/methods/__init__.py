@@ -1,0 +1,1 @@
+"""The methods of merging, by rows or element by element, on plain tensors."""
