@@ -1,7 +1,8 @@
 """The layering of the design, read from every import; see docs in CONTRIBUTING.md.
 
 cli > demo | doctor | publish > train | analyze | merge > evaluate > adapters > layers >
-decomposition > geometry > factored > kernels | io > errors | openblas
+decomposition > geometry > factored > kernels | io >
+errors | openblas | progress
 
 Imports point right; packages joined by | never import each other.
 """
@@ -26,7 +27,7 @@ LAYERS = (
     ("geometry",),
     ("factored",),
     ("kernels", "io"),
-    ("errors", "openblas"),
+    ("errors", "openblas", "progress"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MAX_LINES = 400

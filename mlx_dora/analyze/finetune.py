@@ -8,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.adapters.keys import natural_order
-from mlx_dora.analyze.adapter import Progress
 from mlx_dora.analyze.metrics import MatrixAnalysis, measure
 from mlx_dora.analyze.result import AdaptationAnalysis
 from mlx_dora.errors import DoRAError
@@ -16,6 +15,7 @@ from mlx_dora.geometry import blocks_geometry
 from mlx_dora.io.blocks import READABLE, read_blocks
 from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.io.derived import head_and_embedding
+from mlx_dora.progress import Progress
 
 Weights = Mapping[str, mx.array] | str | Path
 """Named arrays, or a model folder."""

@@ -21,11 +21,9 @@ from mlx_dora.evaluate.generation import Prompt, generate_samples, sample_prompt
 from mlx_dora.evaluate.labels import LabelAccuracy, find_labels, label_accuracy
 from mlx_dora.evaluate.loss import LossResult, evaluate_loss
 from mlx_dora.evaluate.rows import read_splits
+from mlx_dora.progress import Progress
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, total rows, rows newly done)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """How far cutting the rank of each layer moves a merged adapter's logits."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +17,7 @@ from mlx_dora.evaluate.config import DataConfig
 from mlx_dora.evaluate.data import make_datasets
 from mlx_dora.evaluate.rows import read_splits
 from mlx_dora.merge.adapters.report import AdapterMerge
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, total, newly done)."""
+from mlx_dora.progress import Progress
 
 
 def add_logit_errors(

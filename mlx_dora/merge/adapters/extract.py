@@ -1,6 +1,6 @@
 """A DoRA adapter from a base and a fine-tuned model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -22,9 +22,7 @@ from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.kernels.rows import Weight, matrices
 from mlx_dora.layers import dora_class, weight_of
 from mlx_dora.merge.adapters.dense import factor, row_norm
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, total, newly done)."""
+from mlx_dora.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Several adapters of one base as one ordinary adapter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,9 +39,7 @@ from mlx_dora.merge.methods.names import (
     NORMALIZED,
 )
 from mlx_dora.merge.weights import Weights, check_weights, row_weights
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, total, newly done)."""
+from mlx_dora.progress import Progress
 
 
 def merge_adapters(

@@ -32,7 +32,8 @@ from mlx_dora.merge.fisher.information import (
     squared,
     with_norm,
 )
-from mlx_dora.merge.fisher.squared_gradients import Progress, SquaredGradients
+from mlx_dora.merge.fisher.squared_gradients import SquaredGradients
+from mlx_dora.progress import Progress
 
 
 def estimate_fisher(

@@ -6,7 +6,7 @@ sums of :math:`G \circ G` need only :math:`X X^\top`, no array of the weight's s
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +21,9 @@ from mlx_dora.evaluate.cross_entropy import sample_targets, summed_loss
 from mlx_dora.evaluate.loss import eval_mode, marked_targets
 from mlx_dora.layers import weight_of
 from mlx_dora.merge.fisher.config import FisherConfig
+from mlx_dora.progress import Progress
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, total, newly done)."""
 
 
 class _Watched(nn.Module):

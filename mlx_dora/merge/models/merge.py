@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,7 @@ from mlx_dora.merge.models.tokenizer import (
     write_template,
 )
 from mlx_dora.merge.weights import Weights
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, total, newly done)."""
+from mlx_dora.progress import Progress
 
 # Bytes that MLX may keep for blocks to come; what whole tensors leave is more.
 _KEPT = 1 << 28
