@@ -15,9 +15,13 @@ from mlx_dora.cli._progress import WorkDisplay
 from mlx_dora.cli._yaml import load_yaml
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.fisher.config import FisherConfig
-from mlx_dora.merge.methods.names import ADAPTER_METHODS, FISHER, MODEL_METHODS
+from mlx_dora.merge.methods import DEFAULT, METHODS, method_named
+from mlx_dora.merge.methods.table import densities, exact_names, names_with
 
 AUTO = "auto"
+_SEED_HELP = f"Random seed, for {names_with('seed')}."
+_SCALE_HELP = f"Factor on the merged changes of the base, for {names_with('lambda')}."
+_DENSITY_HELP = f"Share of the changes to keep (default: {densities()})."
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
 
@@ -58,11 +62,11 @@ def command() -> None:
 @click.option("--save-path", required=True, help="The adapter folder to make.")
 @click.option(
     "--method",
-    type=click.Choice([*ADAPTER_METHODS, AUTO]),
-    default="slerp",
+    type=click.Choice([*METHODS, AUTO]),
+    default=DEFAULT,
     show_default=True,
-    help="How to merge. The first six are exact and need no dense weight; auto "
-    "compares the adapters, takes what that suggests and says why.",
+    help="How to merge. auto compares the adapters, takes what that suggests and says "
+    f"why. Exact, without a dense weight: {exact_names()}.",
 )
 @click.option(
     "--weights",
@@ -78,14 +82,21 @@ def command() -> None:
     "moves the logits.",
 )
 @click.option(
-    "--density", type=float, help="Share of the entries that ties and dare keep."
+    "--density",
+    type=float,
+    help=_DENSITY_HELP,
 )
-@click.option("--seed", default=0, show_default=True, help="Of dare's random numbers.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    help=_SEED_HELP,
+)
 @click.option(
     "--scale",
     default=1.0,
     show_default=True,
-    help="Factor on the merged task vectors of the methods that have them.",
+    help=_SCALE_HELP,
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 @click.option(
@@ -121,12 +132,14 @@ def adapters_command(
     Ranks, scales and modules may differ. The result is an ordinary adapter folder.
     """
     from mlx_dora.io.atomic import check_output
+    from mlx_dora.merge.adapters import merge_adapters_report
     from mlx_dora.merge.adapters.cut_error import open_probe
     from mlx_dora.merge.adapters.dense import Options
-    from mlx_dora.merge.adapters.merge import base_name, merge_adapters_report
+    from mlx_dora.merge.adapters.fit import base_name
     from mlx_dora.merge.fisher.estimate import estimate_on_data
 
-    if data and (fisher or method != FISHER):
+    needs_fisher = method != AUTO and method_named(method).needs_fisher
+    if data and (fisher or not needs_fisher):
         raise click.UsageError("--data is for --method fisher without --fisher")
     if logit_error and rank is None:
         raise click.UsageError("--logit-error is for --rank")
@@ -234,8 +247,8 @@ def fisher_command(
 @click.option("--base", help="The model that changes are relative to.")
 @click.option(
     "--method",
-    type=click.Choice(MODEL_METHODS),
-    default="slerp",
+    type=click.Choice([*METHODS]),
+    default=DEFAULT,
     show_default=True,
     help="How to merge.",
 )
@@ -246,11 +259,26 @@ def fisher_command(
     "equal if not given.",
 )
 @click.option(
-    "--density", type=float, help="Share of the changes to keep (ties, dare)."
+    "--density",
+    type=float,
+    help=_DENSITY_HELP,
 )
-@click.option("--scale", type=float, help="Factor on the merged changes.")
-@click.option("--normalize/--no-normalize", default=None, help="Divide by the weights.")
-@click.option("--seed", default=0, show_default=True, help="Of dare's random numbers.")
+@click.option(
+    "--scale",
+    type=float,
+    help=_SCALE_HELP,
+)
+@click.option(
+    "--normalize/--no-normalize",
+    default=None,
+    help=f"Divide by the weights, for {names_with('normalize')}.",
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    help=_SEED_HELP,
+)
 @click.option(
     "--granularity",
     type=click.Choice(["row", "tensor"]),

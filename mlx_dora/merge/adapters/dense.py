@@ -1,6 +1,6 @@
 """From a dense adapted weight back to an adapter: magnitude exact, direction by SVD."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -8,14 +8,13 @@ import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.adapters.factored import MergedMatrix
-from mlx_dora.merge.methods import elementwise as methods
-from mlx_dora.merge.methods.names import ELEMENTWISE
+from mlx_dora.merge.methods import method_named
+from mlx_dora.merge.methods.blockwise import joined
+from mlx_dora.merge.methods.settings import TensorSettings
 
 # Below this share of ‖W0‖ the new direction leans too far from W0 to be scaled to it.
 _LEANS = 0.1
 _SWEEPS = 20
-_TIES_DENSITY = 0.2  # the paper's
-_DARE_DENSITY = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +22,19 @@ class Options:
     """What element-wise methods take beside the weights.
 
     Attributes:
-        density: Share of the entries that ties, dare and dare_ties keep; None for each
-            method's default.
-        seed: Of dare's random numbers.
+        density: Share of the entries to keep; None for the method's default.
+        seed: Random seed of DARE.
         scale: λ on the merged task vectors.
     """
 
     density: float | None = None
     seed: int = 0
     scale: float = 1.0
+
+    def given(self) -> list[str]:
+        """Names of the settings that are not left at their defaults."""
+        density = ["density"] if self.density is not None else []
+        return [*density, *(["lambda"] if self.scale != 1 else [])]
 
 
 def merge_task_vectors(
@@ -41,27 +44,20 @@ def merge_task_vectors(
     weights: Sequence[float],
     options: Options,
 ) -> mx.array:
-    """Merge tensors of any shape by an element-wise method.
+    """Merge tensors of any shape by a method that works on dense tensors.
 
     Raises:
-        DoRAError: For another method.
+        DoRAError: For a density that is no share.
     """
-    scale, density = options.scale, options.density
-    if method == "tsv":
-        return methods.tsv(base, tensors, weights, scale=scale)
-    if method == "ties":
-        share = _TIES_DENSITY if density is None else density
-        return methods.ties(base, tensors, weights, density=share, scale=scale)
-    drops: dict[str, Callable[..., mx.array]] = {
-        "dare": methods.dare,
-        "dare_ties": methods.dare_ties,
-    }
-    if method not in drops:
-        raise DoRAError(f"no element-wise method {method!r}: {', '.join(ELEMENTWISE)}.")
-    share = _DARE_DENSITY if density is None else density
-    return drops[method](
-        base, tensors, weights, density=share, seed=options.seed, scale=scale
+    entry = method_named(method)
+    density = entry.density if options.density is None else options.density
+    settings = TensorSettings(
+        weights=np.array(weights, np.float64),
+        density=None if density is None else (density,) * len(tensors),
+        seed=options.seed,
+        scale=options.scale,
     )
+    return joined(entry.block_function(base, tensors, settings), base.shape)
 
 
 def merge_apart(
@@ -79,7 +75,7 @@ def merge_apart(
     nothing of the other.
 
     Args:
-        method: One of `ELEMENTWISE`.
+        method: A method that works on dense tensors.
         base: W0. Shape ``(out, in)``.
         directions: N directions V_i, of about the base's length. Of its shape.
         magnitudes: N of shape ``(out,)``.

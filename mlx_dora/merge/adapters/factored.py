@@ -16,7 +16,9 @@ import numpy as np
 
 from mlx_dora.factored import AdaptedMatrix, Update, float32_rows, row_grams
 from mlx_dora.kernels.rows import Weight
-from mlx_dora.merge.methods.directions import Combination, combine, heaviest
+from mlx_dora.merge.methods import method_named
+from mlx_dora.merge.methods.directions import heaviest
+from mlx_dora.merge.methods.rows import Combination, Rows, of_changes
 
 # Where the β cancel more than this, W0's share is gone and W0 + BA cannot express it.
 _BASE_SHARE = 1e-3
@@ -76,13 +78,12 @@ def merge_matrix(
     Returns:
         The adapter, exact to float32 but for `rank`. Inputs with the same A share it.
     """
-    if method == "task_arithmetic":  # W0 + Σ w_i (W_i − W0): the base is an input too
-        width, out = inputs[0].update.lora_a.shape[0], inputs[0].update.lora_b.shape[1]
-        nothing = Update(
-            lora_a=mx.zeros((width, 0)), lora_b=mx.zeros((0, out)), scale=0.0
-        )
-        inputs = [*inputs, AdaptedMatrix(update=nothing, m=None)]
-        weights = np.concatenate([weights, 1 - weights.sum(1, keepdims=True)], axis=1)
+    entry = method_named(method)
+    of_base = entry.base == "changes"
+    if of_base:  # W0 + Σ β_i (W_i − W0): the base is the last of the rows
+        inputs = [*inputs, _unchanged(inputs[0])]
+        last = 1 - weights.sum(1, keepdims=True)
+        weights = np.concatenate([weights, last], axis=1)
     grams = row_grams(weight, [one.update for one in inputs])
     norm = np.sqrt(np.maximum(np.einsum("jii->ji", grams.inner), 0.0))
     magnitude = np.stack(
@@ -92,7 +93,14 @@ def merge_matrix(
         ],
         axis=1,
     )
-    found = combine(method, grams.inner, magnitude, weights, grams.base_norm)
+    rows_in = Rows(
+        inner=grams.inner,
+        magnitude=magnitude,
+        weights=weights,
+        base_norm=grams.base_norm,
+    )
+    function = entry.row_function
+    found = of_changes(rows_in, function) if of_base else function(rows_in)
     beta, length, opposed = _keep_base(found, norm, weights)
     share = beta.sum(1)
     # A row that is zero everywhere: any update that leaves it zero will do.
@@ -119,6 +127,13 @@ def merge_matrix(
         zero=int((length == 0).sum()),
         discarded=discarded,
     )
+
+
+def _unchanged(one: AdaptedMatrix) -> AdaptedMatrix:
+    """The base as an input: an update of rank 0."""
+    width, out = one.update.lora_a.shape[0], one.update.lora_b.shape[1]
+    nothing = Update(lora_a=mx.zeros((width, 0)), lora_b=mx.zeros((0, out)), scale=0.0)
+    return AdaptedMatrix(update=nothing, m=None)
 
 
 def _keep_base(

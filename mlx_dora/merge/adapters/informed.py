@@ -19,7 +19,7 @@ from mlx_dora.kernels.rows import Weight
 from mlx_dora.merge.adapters.dense import factor, row_norm
 from mlx_dora.merge.adapters.factored import AdaptedMatrix, MergedMatrix, merge_matrix
 from mlx_dora.merge.fisher.information import informed_weights
-from mlx_dora.merge.methods import elementwise as methods
+from mlx_dora.merge.methods import elementwise
 
 # Where the shares of W0 cancel more than this, the merged row leans too far from it.
 _LEANS = 0.1
@@ -87,7 +87,7 @@ def _by_element(
         gain = mx.where(has_row, length / mx.where(has_row, norm, 1.0), 0.0)
         rows.append(gain[:, None] * row)
         gains.append(np.array(gain, np.float64))
-    merged = methods.fisher(rows, known, [float(one) for one in weights[0]])
+    merged = elementwise.fisher(rows, known, [float(one) for one in weights[0]])
     unknown = int((sum(known[1:], start=known[0]) == 0).sum())
     # The share of W0 that the rows' mean information would give: over it, the merged
     # row is W0 and an update of about the inputs' ranks.

@@ -1,16 +1,15 @@
 """Several adapters of one base as one ordinary adapter."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_dora.adapters.adapter import LEAVES, Adapter, BaseModel, rank_of
-from mlx_dora.adapters.attach import all_problems
-from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.adapter import LEAVES, Adapter
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.hosting import load_lazily
 from mlx_dora.adapters.keys import natural_order
@@ -21,24 +20,21 @@ from mlx_dora.adapters.matrices import (
 )
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.batches import Examples
-from mlx_dora.factored import AdaptedMatrix
 from mlx_dora.io.atomic import check_output
-from mlx_dora.kernels.quantized import QuantizedWeight
-from mlx_dora.kernels.rows import Weight
 from mlx_dora.layers import weight_of
 from mlx_dora.merge.adapters.cut_error import add_logit_errors
-from mlx_dora.merge.adapters.dense import Options, factor, merge_apart, row_norm
-from mlx_dora.merge.adapters.factored import MergedMatrix, merge_matrix
-from mlx_dora.merge.adapters.informed import merge_informed
-from mlx_dora.merge.adapters.report import AdapterMerge, MergedLayer
-from mlx_dora.merge.fisher.information import Fisher, check_fishers, check_paths
-from mlx_dora.merge.methods.names import (
-    ADAPTER_METHODS,
-    ELEMENTWISE,
-    FISHER,
-    NORMALIZED,
+from mlx_dora.merge.adapters.dense import Options
+from mlx_dora.merge.adapters.fit import check_arguments, check_fit
+from mlx_dora.merge.adapters.matrix import merge_one
+from mlx_dora.merge.adapters.report import (
+    AdapterMerge,
+    MergedLayer,
+    layer_report,
 )
-from mlx_dora.merge.weights import Weights, check_weights, row_weights
+from mlx_dora.merge.adapters.result import merged_adapter
+from mlx_dora.merge.fisher.information import Fisher, check_fishers, check_paths
+from mlx_dora.merge.methods import DEFAULT, method_named
+from mlx_dora.merge.weights import Weights, row_weights
 from mlx_dora.progress import Progress
 
 
@@ -46,7 +42,7 @@ def merge_adapters(
     adapters: Sequence[Adapter | str | Path],
     *,
     model: nn.Module | str | Path,
-    method: str = "slerp",
+    method: str = DEFAULT,
     weights: Weights | None = None,
     rank: int | None = None,
     save_path: str | Path | None = None,
@@ -78,8 +74,9 @@ def merge_adapters(
         overwrite: Replace an existing folder.
         check_base: Refuse an adapter that was trained on another base, or on another
             quantisation of it.
-        density: Share of the entries that ties, dare and dare_ties keep.
-        seed: Of dare's random numbers.
+        density: Share of the changes to keep, for methods that drop some; None for the
+            method's default.
+        seed: Random seed of DARE.
         scale: λ on the merged task vectors of the methods that have them.
         fisher: For that method, the Fisher information of each adapter: what
             `mlx_dora.merge.estimate_fisher` gives, or folders of it.
@@ -109,7 +106,7 @@ def merge_adapters_report(
     adapters: Sequence[Adapter | str | Path],
     *,
     model: nn.Module | str | Path,
-    method: str = "slerp",
+    method: str = DEFAULT,
     weights: Weights | None = None,
     rank: int | None = None,
     save_path: str | Path | None = None,
@@ -126,221 +123,137 @@ def merge_adapters_report(
     the logits on some of these.
     """
     options = options or Options()
-    _check_arguments(adapters, method, weights, rank)
+    check_arguments(adapters, method, weights, rank, options)
     fishers = check_fishers(method, fisher, len(adapters))
     if save_path is not None:
         check_output(save_path, overwrite=overwrite)
-    names = [one if isinstance(one, str | Path) else "" for one in adapters]
     loaded = [
         one if isinstance(one, Adapter) else load_adapter(one) for one in adapters
     ]
     base = model if isinstance(model, nn.Module) else load_lazily(model)
-    _check_fit(base, loaded, names, check_base)
-    paths = sorted({p for one in loaded for p in one.paths}, key=natural_order)
-    modules = dict(base.named_modules())
-    check_paths(fishers, modules)
-    target = next((one.config.scale for one in loaded if one.config.scale), 1.0)
-
-    def merged_at(rank: int | None) -> AdapterMerge:
-        tensors: dict[str, mx.array] = {}
-        layers = []
-        for path in paths:
-            weight, normalize = weight_of(modules[path]), method in NORMALIZED
-            columns = [adapted_matrices(one, path, modules[path]) for one in loaded]
-            rows = weight.shape[-2]
-            shares = row_weights(weights, path, len(loaded), rows, normalize=normalize)
-            parts = []
-            named = named_matrices(path, weight)
-            for (name, matrix), *inputs in zip(named, *columns, strict=True):
-                known = [one.read(path, matrix.shape) for one in fishers]
-                merged = _merge_matrix(
-                    matrix, inputs, shares, method, rank, target, options, known
-                )
-                parts.append({n: getattr(merged, n) for n in LEAVES["dora"]})
-                layers.append(_report(path, name, merged, loaded))
-            tensors |= adapter_tensors(path, modules[path], weight, parts)
-            if progress is not None:
-                progress("merge", len(paths), 1)
-        return AdapterMerge(
-            adapter=_adapter(loaded, tensors, paths, method, target, names),
-            method=method,
-            layers=tuple(layers),
-            count=len(loaded),
-        )
-
-    found = merged_at(rank)
+    names = [one if isinstance(one, str | Path) else "" for one in adapters]
+    check_fit(base, loaded, names, check_base)
+    job = _Job(
+        adapters=loaded,
+        names=[str(name) for name in names],
+        modules=dict(base.named_modules()),
+        method=method,
+        weights=weights,
+        options=options,
+        fishers=fishers,
+        progress=progress,
+    )
+    check_paths(fishers, job.modules)
+    found = job.merged(rank)
     if rank is not None and probe is not None:
-        full = merged_at(None).adapter
+        full = job.merged(None).adapter
         found = add_logit_errors(found, full, base, probe, progress=progress)
-    only = _only_one(loaded, weights, paths)
-    if only is not None and rank is None and method in NORMALIZED:
+    only = job.only_one()
+    if only is not None and rank is None:
         found = replace(found, adapter=only)
     if save_path is not None:
         save_adapter(found.adapter, save_path, overwrite=overwrite)
     return found
 
 
-def _report(
-    path: str, name: str, merged: MergedMatrix, adapters: Sequence[Adapter]
-) -> MergedLayer:
-    return MergedLayer(
-        path=path,
-        name=name,
-        inputs=sum(f"{path}.lora_a" in one.tensors for one in adapters),
-        rank=merged.rank,
-        opposed=merged.opposed,
-        recomputed=merged.recomputed,
-        zero=merged.zero,
-        discarded=merged.discarded,
-        unknown=merged.unknown,
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A merge of opened adapters.
 
-
-def _check_arguments(
-    adapters: Sequence[object], method: str, weights: Weights | None, rank: int | None
-) -> None:
-    if method not in ADAPTER_METHODS:
-        raise DoRAError(
-            f"no merge method {method!r} for adapters: {', '.join(ADAPTER_METHODS)}."
-        )
-    if not adapters:
-        raise DoRAError("give at least one adapter to merge.")
-    if method == "slerp" and len(adapters) > 2:
-        raise DoRAError(
-            f"slerp takes two adapters, got {len(adapters)}; karcher and nmean take "
-            "more."
-        )
-    if rank is not None and (type(rank) is not int or rank < 1):
-        raise DoRAError(f"rank must be a whole number of at least 1, got {rank!r}.")
-    check_weights(weights, len(adapters))
-
-
-def _check_fit(
-    model: nn.Module,
-    adapters: Sequence[Adapter],
-    names: Sequence[str | Path],
-    check_base: bool,
-) -> None:
-    for i, (adapter, name) in enumerate(zip(adapters, names, strict=True)):
-        if adapter.fine_tune_type == "full":
-            raise DoRAError(
-                f"{name or f'adapter {i + 1}'} holds fully fine-tuned weights: merge "
-                "them as models, or extract an adapter first."
-            )
-        if problems := all_problems(model, adapter, check_base):
-            raise DoRAError(
-                f"{name or f'adapter {i + 1}'} does not fit the model: "
-                f"{'; '.join(problems)}."
-            )
-
-
-def _merge_matrix(
-    weight: Weight,
-    inputs: Sequence[AdaptedMatrix],
-    shares: np.ndarray,
-    method: str,
-    rank: int | None,
-    target: float,
-    options: Options,
-    known: Sequence[mx.array | None],
-) -> MergedMatrix:
-    if method in NORMALIZED:
-        counts = np.flatnonzero(shares.any(0)).tolist()
-        inputs, shares = [inputs[i] for i in counts], shares[:, counts]
-        known = [known[i] for i in counts] if known else known
-        only = inputs[0]
-        if len(inputs) == 1 and rank is None and only.m is not None:
-            # Unchanged but for the one scale that a folder has.
-            up = only.update.lora_b * (only.update.scale / target)
-            return MergedMatrix(
-                lora_a=only.update.lora_a,
-                lora_b=only.update.lora_b if only.update.scale == target else up,
-                m=only.m,
-                scale=target,
-            )
-    if method == FISHER:
-        return merge_informed(weight, inputs, shares, known, scale=target, rank=rank)
-    if method not in ELEMENTWISE:
-        if method == "task_arithmetic":
-            shares = options.scale * shares
-        return merge_matrix(
-            weight, inputs, shares, method=method, scale=target, rank=rank
-        )
-    if np.ptp(shares, axis=0).any():
-        raise DoRAError(f"{method} takes one weight an adapter, not one a row.")
-    base = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
-    base = base.astype(mx.float32)
-    directions, magnitudes = [], []
-    for one in inputs:
-        update = one.update
-        directions.append(base + update.scale * (update.lora_a @ update.lora_b).T)
-        magnitudes.append(row_norm(directions[-1]) if one.m is None else one.m)
-    direction, magnitude = merge_apart(
-        method, base, directions, magnitudes, [float(v) for v in shares[0]], options
-    )
-    total = sum(one.update.lora_a.shape[1] for one in inputs)
-    return factor(
-        base, direction, magnitude, scale=target, rank=rank or total, rescale=False
-    )
-
-
-def _only_one(
-    adapters: Sequence[Adapter], weights: Weights | None, paths: Sequence[str]
-) -> Adapter | None:
-    """The adapter that alone has a weight everywhere, if there is one."""
-    counted: set[int] = set()
-    for path in paths:
-        # Weights that differ by row never leave one adapter alone.
-        try:
-            shares = row_weights(weights, path, len(adapters), 1, normalize=True)
-        except DoRAError:
-            return None
-        counted.update(np.flatnonzero(shares[0]).tolist())
-    return adapters[counted.pop()] if len(counted) == 1 else None
-
-
-def _adapter(
-    adapters: Sequence[Adapter],
-    tensors: dict[str, mx.array],
-    paths: Sequence[str],
-    method: str,
-    scale: float,
-    names: Sequence[str | Path],
-) -> Adapter:
-    ranks = {path: rank_of("lora_a", tensors[f"{path}.lora_a"]) for path in paths}
-    depths = [one.config.num_layers for one in adapters]
-    bases = {one.base for one in adapters}
-    config = DoRAConfig(
-        rank=max(ranks.values()),
-        scale=scale,
-        keys=tuple(ranks),
-        num_layers=-1 if -1 in depths else max(depths),
-        rank_pattern=ranks if len(set(ranks.values())) > 1 else None,
-    )
-    return Adapter(
-        config=config,
-        tensors=tensors,
-        base=bases.pop() if len(bases) == 1 else _common_base(bases),
-        training={"merged": {"method": method, "adapters": [str(n) for n in names]}},
-    )
-
-
-def _common_base(bases: set[BaseModel]) -> BaseModel:
-    fingerprints = {one.fingerprint for one in bases} - {None}
-    models = {one.model for one in bases} - {None}
-    return BaseModel(
-        model=models.pop() if len(models) == 1 else None,
-        fingerprint=fingerprints.pop() if len(fingerprints) == 1 else None,
-    )
-
-
-def base_name(adapter: str | Path) -> str:
-    """The base that an adapter folder names.
-
-    Raises:
-        DoRAError: If it names none.
+    Attributes:
+        adapters: The N adapters.
+        names: What they are called; empty for adapters in memory.
+        modules: Modules of the base by path.
+        method: A method's name.
+        weights: As given to `merge_adapters`.
+        options: Settings of the method.
+        fishers: Fisher information of each adapter, or empty.
+        progress: Called after each module.
     """
-    name = load_adapter(adapter).base.model
-    if name is None:
-        raise DoRAError(f"{adapter} does not say what its base is; give the model.")
-    return name
+
+    adapters: list[Adapter]
+    names: list[str]
+    modules: dict[str, nn.Module]
+    method: str
+    weights: Weights | None
+    options: Options
+    fishers: list[Fisher]
+    progress: Progress | None
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The modules that any adapter has, in natural order."""
+        every = {path for one in self.adapters for path in one.paths}
+        return sorted(every, key=natural_order)
+
+    @cached_property
+    def scale(self) -> float:
+        """The multiplier that the merged updates are written for."""
+        return next((s for one in self.adapters if (s := one.config.scale)), 1.0)
+
+    def merged(self, rank: int | None) -> AdapterMerge:
+        """Merge every module, with the updates cut to a rank if it is not None."""
+        tensors: dict[str, mx.array] = {}
+        layers: list[MergedLayer] = []
+        for path in self.paths:
+            tensors |= self._module(path, rank, layers)
+            if self.progress is not None:
+                self.progress("merge", len(self.paths), 1)
+        note = method_named(self.method).note_of(self.options.density)
+        return AdapterMerge(
+            adapter=merged_adapter(
+                self.adapters, tensors, self.paths, self.method, self.scale, self.names
+            ),
+            method=self.method,
+            layers=tuple(layers),
+            count=len(self.adapters),
+            notes=() if note is None else (note,),
+        )
+
+    def _module(
+        self, path: str, rank: int | None, layers: list[MergedLayer]
+    ) -> dict[str, mx.array]:
+        """Merge one module, its experts one by one; adds to the report's layers."""
+        module = self.modules[path]
+        weight = weight_of(module)
+        columns = [adapted_matrices(one, path, module) for one in self.adapters]
+        shares = row_weights(
+            self.weights,
+            path,
+            len(self.adapters),
+            weight.shape[-2],
+            normalize=method_named(self.method).is_mean,
+        )
+        parts = []
+        named = named_matrices(path, weight)
+        for (name, matrix), *inputs in zip(named, *columns, strict=True):
+            known = [one.read(path, matrix.shape) for one in self.fishers]
+            merged = merge_one(
+                matrix,
+                inputs,
+                shares,
+                self.method,
+                rank,
+                self.scale,
+                self.options,
+                known,
+            )
+            parts.append({n: getattr(merged, n) for n in LEAVES["dora"]})
+            layers.append(layer_report(path, name, merged, self.adapters))
+        return adapter_tensors(path, module, weight, parts)
+
+    def only_one(self) -> Adapter | None:
+        """The adapter that alone has a weight in a mean everywhere, if there is one."""
+        if not method_named(self.method).is_mean:
+            return None
+        counted: set[int] = set()
+        for path in self.paths:
+            # Weights that differ by row never leave one adapter alone.
+            try:
+                shares = row_weights(
+                    self.weights, path, len(self.adapters), 1, normalize=True
+                )
+            except DoRAError:
+                return None
+            counted.update(np.flatnonzero(shares[0]).tolist())
+        return self.adapters[counted.pop()] if len(counted) == 1 else None

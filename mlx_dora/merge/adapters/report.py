@@ -1,8 +1,11 @@
 """What a merge of adapters did, layer by layer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_dora.adapters.adapter import Adapter
+from mlx_dora.errors import printable
+from mlx_dora.merge.adapters.factored import MergedMatrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +44,13 @@ class AdapterMerge:
     """A merged adapter with a report, layer by layer in natural order.
 
     Attributes:
-        adapter: It.
-        method: How.
+        adapter: The merged adapter.
+        method: Name of the method.
         layers: What became of each matrix.
         count: Number of inputs.
         logit_error: How far cutting all layers moves the logits, relative; None if it
             was not measured.
+        notes: What to say of the settings, a sentence each.
     """
 
     adapter: Adapter
@@ -54,10 +58,11 @@ class AdapterMerge:
     layers: tuple[MergedLayer, ...]
     count: int
     logit_error: float | None = None
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The report as text: a line a layer in which something is to be said."""
-        told = []
+        told = [printable(note) for note in self.notes]
         for one in self.layers:
             notes = []
             if one.inputs < self.count:
@@ -86,3 +91,20 @@ class AdapterMerge:
             f"{self.method}: rank {span}."
         )
         return told
+
+
+def layer_report(
+    path: str, name: str, merged: MergedMatrix, adapters: Sequence[Adapter]
+) -> MergedLayer:
+    """What became of one matrix of a module that `path` names."""
+    return MergedLayer(
+        path=path,
+        name=name,
+        inputs=sum(f"{path}.lora_a" in one.tensors for one in adapters),
+        rank=merged.rank,
+        opposed=merged.opposed,
+        recomputed=merged.recomputed,
+        zero=merged.zero,
+        discarded=merged.discarded,
+        unknown=merged.unknown,
+    )

@@ -19,7 +19,7 @@ from mlx_dora.adapters.adapter import listed
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, write_text
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, Checkpoint, ShardWriter
-from mlx_dora.merge.methods.names import FISHER
+from mlx_dora.merge.methods import method_named
 
 FACTS_NAME = "fisher.json"
 
@@ -180,19 +180,19 @@ def with_norm(facts: FisherFacts, square: float) -> FisherFacts:
 def check_fishers(
     method: str, given: Sequence[Fisher | str | Path] | None, count: int
 ) -> list[Fisher]:
-    """Open the Fisher information that a merge by ``fisher`` needs; no other takes any.
+    """Open the Fisher information of a merge by a method that needs it.
 
     Raises:
         DoRAError: If it is not one for each of `count` inputs, or they are of unlike
             granularity.
     """
-    if method != FISHER:
+    if not method_named(method).needs_fisher:
         if given is not None:
             raise DoRAError(f"{method} has no use for Fisher information.")
         return []
     if given is None or len(given) != count:
         raise DoRAError(
-            f"fisher needs {count} estimates of the Fisher information, one for each "
+            f"{method} needs {count} estimates of the Fisher information, one for each "
             f"input, got {0 if given is None else len(given)}."
         )
     opened = [one if isinstance(one, Fisher) else load_fisher(one) for one in given]

@@ -8,8 +8,9 @@ import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.fisher.information import informed_weights
-from mlx_dora.merge.methods import elementwise as methods
-from mlx_dora.merge.models.tensor import TensorSettings, mean_shares, merge_tensor
+from mlx_dora.merge.methods import elementwise
+from mlx_dora.merge.methods.settings import TensorSettings
+from mlx_dora.merge.models.tensor import mean_shares, merge_tensor
 
 
 def merge_informed_tensor(
@@ -46,4 +47,4 @@ def merge_informed_tensor(
         raise DoRAError("Fisher information by element takes one weight a model.")
     weights = [float(one) for one in shares[0]]
     unknown = int((sum(known[1:], start=known[0]) == 0).sum())
-    return methods.fisher(tensors, known, weights), unknown
+    return elementwise.fisher(tensors, known, weights), unknown

@@ -20,6 +20,7 @@ from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.io.derived import is_buffer
 from mlx_dora.io.resumable import resumable_directory
 from mlx_dora.merge.fisher.information import Fisher, check_fishers, check_paths
+from mlx_dora.merge.methods import DEFAULT
 from mlx_dora.merge.models.model_tensor import merge_one
 from mlx_dora.merge.models.model_tensors import ModelTensors
 from mlx_dora.merge.models.plan import MergePlan, plan_models
@@ -44,7 +45,7 @@ def merge_models(
     *,
     save_path: str | Path,
     base: str | Path | None = None,
-    method: str = "slerp",
+    method: str = DEFAULT,
     weights: Weights | None = None,
     parameters: Mapping[str, Any] | None = None,
     dtype: str | None = None,

@@ -12,15 +12,11 @@ from mlx_dora.io.checkpoint import ShardWriter
 from mlx_dora.io.derived import is_buffer
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.merge.methods.blockwise import BLOCK, Tensor, held, joined
-from mlx_dora.merge.methods.names import ELEMENTWISE
 from mlx_dora.merge.models.informed import merge_informed_tensor
 from mlx_dora.merge.models.model_tensors import ModelTensors, Packing
 from mlx_dora.merge.models.plan import MergePlan
 from mlx_dora.merge.models.report import MergedTensor
 from mlx_dora.merge.models.tensor import Merged, merge_blocks
-
-# Methods that compare with the base whatever the plan says.
-_NEED_BASE = ("task_arithmetic", "magnitude_weighted", *ELEMENTWISE)
 
 
 def merge_one(
@@ -55,7 +51,8 @@ def merge_one(
     if kept is None:
         writer.add(name, _integers(name, pattern, inputs))
         return MergedTensor(name=name, opposed=0, packing_error=None)
-    needs_base = base is not None and (plan.relative or plan.method in _NEED_BASE)
+    # Some methods compare with the base whatever the plan says.
+    needs_base = base is not None and (plan.relative or plan.entry.needs_base)
     opened = {one.folder: one.source(name) for one in inputs}
     if base is not None and needs_base:
         opened[base.folder] = base.source(name)

@@ -3,17 +3,25 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.merge.methods.names import FISHER, MEANS, MODEL_METHODS
+from mlx_dora.merge.methods import DEFAULT, MergeMethod, method_named
+from mlx_dora.merge.methods.settings import TensorSettings
 from mlx_dora.merge.models.settings import check_setting, depth_of, resolve
-from mlx_dora.merge.models.tensor import TensorSettings
 from mlx_dora.merge.weights import Weights, check_weights, row_weights
 
-PARAMETERS = ("density", "normalize", "lambda", "seed", "granularity", "pad")
+PARAMETERS = (
+    "density",
+    "normalize",
+    "lambda",
+    "rescale",
+    "seed",
+    "granularity",
+    "pad",
+)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -27,12 +35,14 @@ class MergePlan:
             the first model the pattern.
         method: A method's name.
         granularity: ``"row"`` or ``"tensor"``.
+        weighting: Where weights come from: each model's ``weight``, ``t``, or nowhere,
+            all being equal; None takes `weights`.
         weights: As given to `merge_models`; None for equal ones.
         per_model: Settings of each model by name (``weight``, ``density``), which go
             before `parameters`.
         parameters: Settings of all.
         dtype: Of the output's tensors; None keeps the pattern's.
-        seed: Of dare's random numbers.
+        seed: Random seed of DARE.
         pad: Merge embeddings of unlike vocabularies.
         relative: Whether a mean merges changes of the base, where there is one.
         fisher: Folders of Fisher information, one a model, for that method.
@@ -46,8 +56,9 @@ class MergePlan:
 
     models: tuple[str, ...]
     base: str | None = None
-    method: str = "slerp"
+    method: str = DEFAULT
     granularity: str = "row"
+    weighting: Literal["weight", "t", "equal"] | None = None
     weights: Weights | None = None
     per_model: tuple[Mapping[str, Any], ...] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -63,31 +74,29 @@ class MergePlan:
 
     def __post_init__(self) -> None:
         count = len(self.models)
-        if self.method not in MODEL_METHODS:
-            raise DoRAError(
-                f"no merge method {self.method!r} for models: "
-                f"{', '.join(MODEL_METHODS)}."
-            )
+        entry = method_named(self.method)
         if not count:
             raise DoRAError("give at least one model to merge.")
-        if self.method == "slerp" and count != 2:
-            raise DoRAError(f"slerp takes two models, got {count}.")
-        if self.base is None and self.method not in ("linear", FISHER, *MEANS[:3]):
+        entry.check_count(count)
+        if self.base is None and entry.needs_base:
             raise DoRAError(f"{self.method} needs a base: give one.")
         if self.granularity not in ("row", "tensor"):
             raise DoRAError(
                 f"granularity must be row or tensor, got {self.granularity!r}."
             )
-        if self.granularity == "tensor" and self.method == "magnitude_weighted":
-            raise DoRAError("magnitude_weighted weighs rows: its granularity is row.")
-        if self.granularity == "tensor" and self.method == FISHER:
-            raise DoRAError("fisher weighs rows or elements: its granularity is row.")
+        if self.granularity == "tensor" and entry.by_row_only:
+            raise DoRAError(f"{self.method} weighs rows: its granularity is row.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise DoRAError(f"dtype must be {', '.join(DTYPES)}, got {self.dtype!r}.")
         check_weights(self.weights, count)
         for settings in (self.parameters, *self.per_model):
             for name, setting in settings.items():
                 check_setting(name, setting)
+
+    @property
+    def entry(self) -> MergeMethod:
+        """The method."""
+        return method_named(self.method)
 
     def settings_of(self, name: str, rows: int, blocks: int) -> TensorSettings:
         """What to do with one tensor.
@@ -109,7 +118,7 @@ class MergePlan:
                         return found
             return None
 
-        if self.per_model or "t" in self.parameters:
+        if self.weighting is not None:
             own = [value("weight", i) for i in range(count)]
             weights = self._named_weights(name, own, value("t"))
         else:
@@ -117,11 +126,12 @@ class MergePlan:
             shares = row_weights(self.weights, module, count, rows, normalize=False)
             weights = shares if np.ptp(shares, axis=0).any() else shares[0]
         densities = [value("density", i) for i in range(count)]
+        kept = self.entry.density or 1.0
         normalize, scale = value("normalize"), value("lambda")
         rescale = value("rescale")
         return TensorSettings(
             weights=weights,
-            density=tuple(1.0 if one is None else float(one) for one in densities),
+            density=tuple(kept if one is None else float(one) for one in densities),
             normalize=None if normalize is None else bool(normalize),
             scale=1.0 if scale is None else float(scale),
             seed=self.seed,
@@ -131,11 +141,11 @@ class MergePlan:
     def _named_weights(
         self, name: str, weights: Sequence[float | bool | None], t: float | bool | None
     ) -> np.ndarray:
-        if self.method == "slerp":
+        if self.weighting == "t":
             if t is None:
-                raise DoRAError(f"slerp needs t, and none is given for {name}.")
+                raise DoRAError(f"{self.method} needs t, and none is given for {name}.")
             return np.array([1 - float(t), float(t)])
-        if self.method == "karcher":
+        if self.weighting == "equal":
             return np.ones(len(weights))
         missing = [m for m, w in zip(self.models, weights, strict=True) if w is None]
         if missing:
@@ -147,7 +157,7 @@ def plan_models(
     models: Sequence[str | Path],
     *,
     base: str | Path | None = None,
-    method: str = "slerp",
+    method: str = DEFAULT,
     weights: Weights | None = None,
     parameters: Mapping[str, Any] | None = None,
     dtype: str | None = None,
@@ -169,6 +179,9 @@ def plan_models(
         raise DoRAError(
             f"seed must be a whole number and pad true or false, got {seed!r}, {pad!r}."
         )
+    entry = method_named(method)
+    entry.check_settings(name for name in given if name != "granularity")
+    note = entry.note_of(given.get("density", entry.density))
     return MergePlan(
         models=tuple(str(one) for one in models),
         base=None if base is None else str(base),
@@ -180,4 +193,5 @@ def plan_models(
         seed=seed,
         pad=pad,
         fisher=None if fisher is None else tuple(str(one) for one in fisher),
+        notes=() if note is None else (note,),
     )

@@ -22,8 +22,7 @@ from mlx_dora.merge import merge_adapters
 from mlx_dora.merge.adapters.dense import Options
 from mlx_dora.merge.adapters.extract import extract_adapter
 from mlx_dora.merge.adapters.merge import merge_adapters_report
-from mlx_dora.merge.methods.elementwise import ties
-from mlx_dora.merge.methods.names import ADAPTER_METHODS, FISHER, NORMALIZED
+from mlx_dora.merge.methods import METHODS
 from tests.adapters.stacks import (
     EXPERTS,
     TOKENS,
@@ -33,6 +32,8 @@ from tests.adapters.stacks import (
     write_folder,
 )
 from tests.checks import assert_close, to_numpy
+from tests.merge.methods.test_elementwise import ties_truth
+from tests.merge.names import ALL, FISHER, NORMALIZED
 from tests.merge.oracle import dense_karcher, dense_nmean, dense_slerp
 
 GATE = "model.layers.1.mlp.switch_mlp.gate_proj"
@@ -95,19 +96,21 @@ def test_element_wise_merges_take_one_expert_after_the_other(bits: int | None) -
     rows = [dense_stack(model, one, GATE) for one in plain]
     found = dense_stack(model, merged, GATE)
     for index in range(4):
-        mx_rows = [mx.array(one[index].astype(np.float32)) for one in rows]
-        mx_base = mx.array(base[index].astype(np.float32))
-        direction = to_numpy(ties(mx_base, mx_rows, [1.0, 1.0], density=0.4))
+        deltas = [
+            one[index].astype(np.float32) - base[index].astype(np.float32)
+            for one in rows
+        ]
+        direction = base[index] + ties_truth(deltas, [1.0, 1.0], [0.4, 0.4], True)
         unit = direction / np.linalg.norm(direction, axis=1, keepdims=True)
         length = np.linalg.norm(found[index], axis=1, keepdims=True)
         assert_close(found[index], length * unit, bound=1e-4)
 
 
-@pytest.mark.parametrize("method", [m for m in ADAPTER_METHODS if m != FISHER])
+@pytest.mark.parametrize("method", [m for m in ALL if m != FISHER])
 def test_copies_give_the_same_experts(method: str) -> None:
     model = make_model("deepseek_v3", 4)
     one = make_adapter(model, 1, EXPERTS["deepseek_v3"])
-    options = Options(density=1.0)
+    options = Options(density=1.0 if METHODS[method].density else None)
     merged = merge_adapters_report(
         [one, one], model=model, method=method, weights=[0.5, 0.5], options=options
     ).adapter

@@ -10,9 +10,9 @@ from mlx_dora.factored import Update
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.kernels.rows import Weight
 from mlx_dora.merge.adapters.factored import AdaptedMatrix, cut_rank, merge_matrix
-from mlx_dora.merge.methods.names import MEANS, SUMS
 from tests.checks import assert_close, to_numpy
 from tests.merge.matrices import adapted, make_input, make_weight
+from tests.merge.names import MEANS, SUMS
 from tests.merge.oracle import (
     dense_karcher,
     dense_magnitude_weighted,

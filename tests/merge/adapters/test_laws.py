@@ -11,9 +11,9 @@ import pytest
 from mlx_dora import Adapter, DoRAError
 from mlx_dora.layers import weight_of
 from mlx_dora.merge import merge_adapters
-from mlx_dora.merge.methods.names import ADAPTER_METHODS, MEANS, NORMALIZED
 from tests.checks import assert_close
 from tests.merge.adapters.test_merge import dense_rows, known_of, train
+from tests.merge.names import ALL, MEANS, NORMALIZED
 from tests.merge.oracle import dense_slerp
 
 MakeModel = Callable[..., nn.Module]
@@ -40,7 +40,7 @@ def assert_same(model: nn.Module, one: Adapter, other: Adapter, bound: float) ->
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("count", [2, 3, 8])
-@pytest.mark.parametrize("method", ADAPTER_METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_copies_give_the_adapter_back(
     make_tiny_model: MakeModel, method: str, count: int, bits: int | None
 ) -> None:
@@ -60,7 +60,7 @@ def test_copies_give_the_adapter_back(
         assert_same(model, merged, one, 1e-6)
 
 
-@pytest.mark.parametrize("method", [m for m in ADAPTER_METHODS if m[:4] != "dare"])
+@pytest.mark.parametrize("method", [m for m in ALL if m[:4] != "dare"])
 def test_the_order_of_the_adapters_does_not_matter(
     tiny_model: nn.Module, method: str
 ) -> None:

@@ -22,9 +22,9 @@ from mlx_dora.layers import weight_of
 from mlx_dora.merge import merge_adapters
 from mlx_dora.merge.adapters.merge import merge_adapters_report
 from mlx_dora.merge.fisher.information import Fisher, FisherFacts
-from mlx_dora.merge.methods.names import NORMALIZED
 from tests.adapters.training import QV, TOKENS
 from tests.checks import assert_close, to_numpy
+from tests.merge.names import NORMALIZED
 from tests.merge.oracle import dense_karcher, dense_slerp
 
 MakeModel = Callable[..., nn.Module]
@@ -221,7 +221,7 @@ def test_refusals(make_tiny_model: MakeModel, tmp_path: Path) -> None:
     spoilt = {**one.tensors, next(iter(one.tensors)): mx.array([float("nan")])}
     cases: list[tuple[list[Adapter], dict[str, Any], str]] = [
         ([], {}, "at least one"),
-        ([one] * 3, {}, "slerp takes two adapters, got 3"),
+        ([one] * 3, {}, "slerp takes at most 2 inputs, got 3"),
         ([one], {"method": "mean"}, "no merge method 'mean'"),
         ([one], {"rank": 0}, "rank must be"),
         ([one, one], {"weights": [1.0]}, "expected 2, one for each input"),

@@ -5,11 +5,33 @@ import numpy as np
 import pytest
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.merge.methods import blockwise
-from mlx_dora.merge.methods import elementwise as methods
-from mlx_dora.merge.models.tensor import TensorSettings, merge_tensor
+from mlx_dora.merge.methods import blockwise, elementwise
+from mlx_dora.merge.methods.settings import TensorSettings
+from mlx_dora.merge.models.tensor import merge_tensor
 from tests.checks import assert_close, to_numpy
 from tests.merge.oracle import total
+
+
+class Methods:
+    """`elementwise`'s functions with their settings as keywords, on arrays."""
+
+    def __getattr__(self, name):
+        def call(base, tensors, weights, *, density=None, scale=1.0, **settings):
+            if isinstance(density, float):
+                density = [density] * len(tensors)
+            found = TensorSettings(
+                weights=np.array(weights),
+                density=None if density is None else tuple(density),
+                scale=scale,
+                **settings,
+            )
+            blocks = getattr(elementwise, name)(base, tensors, found)
+            return blockwise.joined(blocks, tensors[0].shape)
+
+        return call
+
+
+methods = Methods()
 
 
 def make(count=3, shape=(30, 50), seed=0):
@@ -39,10 +61,10 @@ def test_linear():
     _, tuned = make()
     w = [1.0, 2.0, 5.0]
     truth = total(a * t.astype(float) for a, t in zip(w, tuned, strict=True))
-    assert_close(methods.linear(arrays(*tuned), w), truth / 8)
-    assert_close(methods.linear(arrays(*tuned), w, normalize=False), truth)
+    assert_close(methods.linear(None, arrays(*tuned), w), truth / 8)
+    assert_close(methods.linear(None, arrays(*tuned), w, normalize=False), truth)
     with pytest.raises(DoRAError, match="sum to 0"):
-        methods.linear(arrays(*tuned), [1, -1, 0])
+        methods.linear(None, arrays(*tuned), [1, -1, 0])
 
 
 def test_task_arithmetic():
@@ -97,7 +119,7 @@ def test_half_precision_is_rounded_once() -> None:
     _, tuned = make()
     halves = [mx.array(one).astype(mx.bfloat16) for one in tuned]
     truth = np.mean([to_numpy(one) for one in halves], axis=0)
-    assert_close(methods.linear(halves, [1, 1, 1]), truth, bound=1e-6)
+    assert_close(methods.linear(None, halves, [1, 1, 1]), truth, bound=1e-6)
 
 
 def test_ties_with_nothing_kept_is_the_base():
@@ -179,7 +201,7 @@ def test_fisher():
     with np.errstate(invalid="ignore"):
         truth = total(a * t for a, t in zip(f, tuned, strict=True)) / total(f)
     truth[0, :5] = total(a * t for a, t in zip(w, tuned, strict=True))[0, :5] / 6
-    assert_close(methods.fisher(arrays(*tuned), arrays(*known), w), truth)
+    assert_close(elementwise.fisher(arrays(*tuned), arrays(*known), w), truth)
 
 
 def test_whole_tensors_of_millions_keep_five_digits() -> None:

@@ -16,12 +16,12 @@ from mlx_dora.cli.merge import command
 from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.merge import merge_models
 from mlx_dora.merge.fisher.information import FisherFacts, save_fisher
-from mlx_dora.merge.methods import blockwise
-from mlx_dora.merge.methods.names import MODEL_METHODS
+from mlx_dora.merge.methods import METHODS, blockwise
 from mlx_dora.merge.models.merge import run_merge
 from mlx_dora.merge.models.plan import plan_models
 from tests.adapters.training import TOKENS
 from tests.checks import assert_close, to_numpy
+from tests.merge.names import ALL
 from tests.merge.oracle import dense_karcher, dense_slerp, total
 
 MakeFolder = Callable[..., Path]
@@ -144,7 +144,7 @@ def test_fisher_weighs_what_it_knows(
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", MODEL_METHODS)
+@pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_copies_come_back(three: list[Path], tmp_path: Path, method, granularity):
     if method in ("magnitude_weighted", "fisher") and granularity == "tensor":
@@ -154,6 +154,8 @@ def test_copies_come_back(three: list[Path], tmp_path: Path, method, granularity
     weights = [1.0, 1.0]
     if method in ("dare", "task_arithmetic"):
         weights = [0.5, 0.5]
+    if METHODS[method].density is not None:
+        parameters["density"] = 1.0
     if method == "tsv":
         weights = [1.0, 0.0]
         edit(one, **{MATRIX.replace(".", "__"): mx.array(read(base, MATRIX)) + 1.0})
@@ -223,7 +225,7 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
     a, b, c = three
     out = tmp_path / "out"
     cases: list[tuple[list[Path], dict[str, Any], str]] = [
-        ([a, b, c], {}, "slerp takes two models, got 3"),
+        ([a, b, c], {}, "slerp takes 2 inputs, got 3"),
         ([a, b], {"method": "ties"}, "ties needs a base"),
         ([a, b], {"method": "best"}, "no merge method 'best'"),
         ([a, b], {"parameters": {"densty": 1}}, "unknown densty"),
@@ -293,7 +295,7 @@ def test_memory_is_bounded(
             [str(one) for one in models[1:]],
             base=str(models[0]),
             method=method,
-            parameters={"density": 0.5},
+            parameters={"density": 0.5} if METHODS[method].density else {},
         )
         report = run_merge(plan, tmp_path / method, max_shard_bytes=1 << 20)
         held = report.peak_bytes - before

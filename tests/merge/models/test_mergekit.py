@@ -18,11 +18,11 @@ import yaml
 
 from mlx_dora.io.checkpoint import Checkpoint, ShardWriter
 from mlx_dora.merge import merge_models
+from mlx_dora.merge.methods.settings import TensorSettings
 from mlx_dora.merge.models.merge import run_merge
 from mlx_dora.merge.models.mergekit import read_mergekit
 from mlx_dora.merge.models.plan import MergePlan
 from mlx_dora.merge.models.settings import count_blocks
-from mlx_dora.merge.models.tensor import TensorSettings
 from tests.checks import relative_rms, to_numpy
 from tests.compat.peer_process import peers_python
 from tests.merge.oracle import total

@@ -12,19 +12,20 @@ import pytest
 from mlx_dora import DoRAError
 from mlx_dora.io.checkpoint import Checkpoint, ShardWriter
 from mlx_dora.merge import merge_models
-from mlx_dora.merge.methods import blockwise
-from mlx_dora.merge.methods.names import MODEL_METHODS
-from mlx_dora.merge.models.tensor import TensorSettings, merge_tensor
+from mlx_dora.merge.methods import METHODS, blockwise
+from mlx_dora.merge.methods.settings import TensorSettings
+from mlx_dora.merge.models.tensor import merge_tensor
+from tests.merge.names import ALL
 
-METHODS = [
+CASES = [
     (method, granularity)
-    for method in MODEL_METHODS
+    for method in ALL
     for granularity in ("row", "tensor")
     if method != "fisher" and (method, granularity) != ("magnitude_weighted", "tensor")
 ]
 
 
-@pytest.mark.parametrize(("method", "granularity"), METHODS)
+@pytest.mark.parametrize(("method", "granularity"), CASES)
 def test_no_method_hides_what_is_not_finite(
     tmp_path: Path, method: str, granularity: str
 ) -> None:
@@ -32,7 +33,9 @@ def test_no_method_hides_what_is_not_finite(
     rng = np.random.default_rng(1)
     shapes = {"a.weight": (6, 7), "norm.weight": (8,)}
     folders = [tmp_path / name for name in ("base", "one", "two")]
-    parameters = {"granularity": granularity, "density": 0.05}
+    parameters: dict[str, Any] = {"granularity": granularity}
+    if METHODS[method].density is not None:
+        parameters["density"] = 0.05
     for folder in folders:
         folder.mkdir()
         (folder / "config.json").write_text('{"model_type": "llama"}')
@@ -70,7 +73,7 @@ def test_what_float16_cannot_hold_is_refused(
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize(("method", "granularity"), METHODS)
+@pytest.mark.parametrize(("method", "granularity"), CASES)
 def test_files_are_merged_as_arrays_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method, granularity, dtype
 ) -> None:
