@@ -31,7 +31,7 @@ def check_arguments(
         raise DoRAError("give at least one adapter to merge.")
     # An adapter alone comes back from any mean.
     entry.check_count(len(adapters), least=1 if entry.is_mean else None)
-    entry.check_settings(options.given())
+    entry.check_settings(options.given(), weights)
     if rank is not None and (type(rank) is not int or rank < 1):
         raise DoRAError(f"rank must be a whole number of at least 1, got {rank!r}.")
     check_weights(weights, len(adapters))

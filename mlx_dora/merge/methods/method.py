@@ -26,6 +26,9 @@ class Mergekit:
         inputs: Least and greatest number of models; None for the method's own.
         uses_base: Whether it takes changes of the base where there is one.
         starts_at_base: Whether the base is the first of the models it merges.
+        row_when: A parameter, and the value at which tensors are merged row by row and
+            not as a whole.
+        only: Parameters of which one value alone is supported.
     """
 
     name: str
@@ -36,13 +39,16 @@ class Mergekit:
     inputs: tuple[int, int | None] | None = None
     uses_base: bool = False
     starts_at_base: bool = False
+    row_when: tuple[str, bool] | None = None
+    only: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def takes(self) -> tuple[str, ...]:
         """Every parameter of the YAML that has an effect."""
         first = {"weight": ("weight",), "t": ("t",), "equal": ()}[self.weights]
         own = tuple(key for key in first if key not in self.renamed.values())
-        return (*own, *self.parameters)
+        switch = () if self.row_when is None else self.row_when[:1]
+        return (*own, *self.parameters, *switch, *self.only)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,7 @@ class MergeMethod:
         needs_fisher: Whether it takes the inputs' Fisher information.
         parameters: Names of the settings that it takes beside weights.
         density: Default share of the changes to keep.
+        takes_weights: Whether inputs can be given weights.
         mergekit: Its names in mergekit's YAML.
     """
 
@@ -83,6 +90,7 @@ class MergeMethod:
     needs_fisher: bool = False
     parameters: tuple[str, ...] = ()
     density: float | None = None
+    takes_weights: bool = True
     mergekit: tuple[Mergekit, ...] = ()
 
     @property
@@ -130,12 +138,18 @@ class MergeMethod:
                 f"got {count}."
             )
 
-    def check_settings(self, given: Iterable[str]) -> None:
+    def check_settings(self, given: Iterable[str], weights: object = None) -> None:
         """Refuse settings that have no effect on the method.
 
+        Args:
+            given: Names of settings.
+            weights: The inputs' weights; None if there are none.
+
         Raises:
-            DoRAError: Naming them, and the settings that have one.
+            DoRAError: Naming them, and the settings that have an effect.
         """
+        if weights is not None and not self.takes_weights:
+            raise DoRAError(f"{self.name} takes no weights: all inputs count alike.")
         if idle := [name for name in given if name not in self.parameters]:
             raise DoRAError(
                 f"{', '.join(idle)} has no effect on {self.name}; it takes "

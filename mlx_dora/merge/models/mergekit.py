@@ -76,6 +76,7 @@ def read_mergekit(content: Any) -> MergePlan:
         own.append(found)
     if top.get("name") is not None:
         notes.append("name: has no effect on the merged model.")
+    by_row = _is_by_row(kit, shared)
     parameters = {**kit.defaults, **_renamed(kit, shared)}
     if not any("density" in one for one in own):
         notes.append(method.note_of(parameters.get("density", 0.0)) or "")
@@ -83,7 +84,7 @@ def read_mergekit(content: Any) -> MergePlan:
         models=layout.models,
         base=layout.base,
         method=method.name,
-        granularity="tensor",
+        granularity="row" if by_row else "tensor",
         weighting=kit.weights,
         per_model=tuple(_renamed(kit, one) for one in own),
         parameters=parameters,
@@ -94,6 +95,21 @@ def read_mergekit(content: Any) -> MergePlan:
         chat_template=text_of("chat_template", top),
         notes=tuple(dict.fromkeys(filter(None, notes))),
     )
+
+
+def _is_by_row(kit: Mergekit, shared: Settings) -> bool:
+    """Whether rows are merged, not whole tensors; refuses values not supported."""
+    for key, value in kit.only.items():
+        if shared.get(key, value) is not value:
+            raise DoRAError(f"parameters: {key} must be {value}, got {shared[key]!r}.")
+    if kit.row_when is None or kit.row_when[0] not in shared:
+        return False
+    key, by_row = kit.row_when
+    if not isinstance(shared[key], bool):
+        raise DoRAError(
+            f"parameters: {key} must be true or false, got {shared[key]!r}."
+        )
+    return shared[key] is by_row
 
 
 def _is_shared(key: str) -> bool:

@@ -180,7 +180,7 @@ def plan_models(
             f"seed must be a whole number and pad true or false, got {seed!r}, {pad!r}."
         )
     entry = method_named(method)
-    entry.check_settings(name for name in given if name != "granularity")
+    entry.check_settings([name for name in given if name != "granularity"], weights)
     note = entry.note_of(given.get("density", entry.density))
     return MergePlan(
         models=tuple(str(one) for one in models),
