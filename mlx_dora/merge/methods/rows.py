@@ -22,6 +22,9 @@ _CANCELS = 2.0**-6
 # Where mergekit's cosine is above it, its slerp interpolates linearly.
 _COLLINEAR = 0.9995
 
+# Where mergekit's nuslerp takes rows for parallel, by the square of the sine.
+_PARALLEL = 1e-16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -135,6 +138,23 @@ def slerp_vectors(rows: Rows) -> Combination:
         raise DoRAError(f"slerp takes two inputs, got {rows.weights.shape[1]}.")
     cosine = np.clip(rows.gram[:, :1, 1], -1, 1)
     is_linear = np.abs(cosine) > _COLLINEAR
+    theta = np.arccos(np.where(is_linear, 0.0, cosine))
+    turned = np.sin(rows.weights * theta) / np.sin(theta)
+    return _sum(rows, np.where(is_linear, rows.weights, turned))
+
+
+def nuslerp(rows: Rows) -> Combination:
+    r"""Interpolation of two rows as they are, along the great circle they span.
+
+    .. math:: \frac{\sin((1-t)\theta)}{\sin\theta} V_1 +
+        \frac{\sin(t\theta)}{\sin\theta} V_2, \qquad t = \frac{w_2}{w_1 + w_2}
+
+    as in mergekit: a straight line where the rows are parallel or opposed.
+    """
+    if rows.weights.shape[1] == 1:
+        return linear(rows)
+    cosine = np.clip(rows.gram[:, :1, 1], -1, 1)
+    is_linear = 1 - np.square(cosine) <= _PARALLEL
     theta = np.arccos(np.where(is_linear, 0.0, cosine))
     turned = np.sin(rows.weights * theta) / np.sin(theta)
     return _sum(rows, np.where(is_linear, rows.weights, turned))

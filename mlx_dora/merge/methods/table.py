@@ -29,6 +29,24 @@ METHODS: dict[str, MergeMethod] = {
             ),
         ),
         MergeMethod(
+            name="nuslerp",
+            summary="the rows interpolated as they are along their great circle",
+            paper="mergekit",
+            rows="rows:nuslerp",
+            inputs=(2, 2),
+            base="optional",
+            is_mean=True,
+            vectors="row",
+            mergekit=(
+                Mergekit(
+                    name="nuslerp",
+                    uses_base=True,
+                    row_when=("nuslerp_flatten", False),
+                    only={"nuslerp_row_wise": False},
+                ),
+            ),
+        ),
+        MergeMethod(
             name="karcher",
             summary="the point with the least squared arc length to all",
             paper="arXiv:2603.04972",
