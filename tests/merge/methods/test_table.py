@@ -91,7 +91,9 @@ def test_settings_without_effect_are_refused(tiny_model: Any) -> None:
 
 
 def test_an_unknown_name_lists_all() -> None:
-    with pytest.raises(DoRAError, match=f"no merge method 'best': {', '.join(METHODS)}"):
+    with pytest.raises(
+        DoRAError, match=f"no merge method 'best': {', '.join(METHODS)}"
+    ):
         method_named("best")
 
 

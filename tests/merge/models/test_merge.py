@@ -164,7 +164,7 @@ def test_copies_come_back(three: list[Path], tmp_path: Path, method, granularity
         base=base,
         save_path=tmp_path / "out",
         method=method,
-        weights=weights,
+        weights=weights if METHODS[method].takes_weights else None,
         parameters=parameters,
         fisher=known_of(tmp_path, 2) if method == "fisher" else None,
     )
