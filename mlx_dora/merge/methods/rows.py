@@ -6,7 +6,7 @@ methods (`mlx_dora.merge.adapters.factored`). Everything is float64.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,6 +24,9 @@ _COLLINEAR = 0.9995
 
 # Where mergekit's nuslerp takes rows for parallel, by the square of the sine.
 _PARALLEL = 1e-16
+
+# Below it the denominator of Model Stock counts as 0, as in mergekit.
+_SINGULAR = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +161,25 @@ def nuslerp(rows: Rows) -> Combination:
     theta = np.arccos(np.where(is_linear, 0.0, cosine))
     turned = np.sin(rows.weights * theta) / np.sin(theta)
     return _sum(rows, np.where(is_linear, rows.weights, turned))
+
+
+def model_stock(rows: Rows) -> Combination:
+    r"""Model Stock (arXiv:2403.19522): the mean change, shortened by the angles.
+
+    .. math:: W_0 + \frac{t}{N} \sum_i \tau_i, \qquad
+        t = \frac{N \cos\theta}{1 + (N - 1)\cos\theta}
+
+    where the cosine is the mean over all pairs of changes. The rows are changes of the
+    base; where the denominator vanishes the base is kept.
+    """
+    count = rows.gram.shape[1]
+    pairs = np.triu_indices(count, 1)
+    cosine = np.clip(rows.gram[:, pairs[0], pairs[1]], -1, 1).mean(1, keepdims=True)
+    under = 1 + (count - 1) * cosine
+    is_singular = np.abs(under) < _SINGULAR
+    t = np.where(is_singular, 0.0, count * cosine / np.where(is_singular, 1.0, under))
+    merged = _sum(rows, np.repeat(t / count, count, axis=1))
+    return replace(merged, opposed=is_singular[:, 0])
 
 
 def of_changes(rows: Rows, function: RowFunction) -> Combination:

@@ -100,6 +100,23 @@ METHODS: dict[str, MergeMethod] = {
             mergekit=(Mergekit(name="task_arithmetic", parameters=_SUM),),
         ),
         MergeMethod(
+            name="model_stock",
+            summary="W0 + t times the mean change, t from the angles of the changes",
+            paper="arXiv:2403.19522",
+            rows="rows:model_stock",
+            inputs=(2, None),
+            base="changes",
+            vectors="row",
+            takes_weights=False,
+            mergekit=(
+                Mergekit(
+                    name="model_stock",
+                    weights="equal",
+                    row_when=("filter_wise", True),
+                ),
+            ),
+        ),
+        MergeMethod(
             name="fisher",
             summary="the rows, or elements, weighted by their Fisher information",
             paper="arXiv:2111.09832",
