@@ -15,7 +15,7 @@ from mlx_dora.cli._progress import WorkDisplay
 from mlx_dora.cli._yaml import load_yaml
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.fisher.config import FisherConfig
-from mlx_dora.merge.methods import DEFAULT, METHODS, method_named
+from mlx_dora.merge.methods import DEFAULT, METHODS
 from mlx_dora.merge.methods.table import densities, exact_names, names_with
 
 AUTO = "auto"
@@ -132,41 +132,32 @@ def adapters_command(
     Ranks, scales and modules may differ. The result is an ordinary adapter folder.
     """
     from mlx_dora.io.atomic import check_output
-    from mlx_dora.merge.adapters import merge_adapters_report
-    from mlx_dora.merge.adapters.cut_error import open_probe
     from mlx_dora.merge.adapters.dense import Options
-    from mlx_dora.merge.adapters.fit import base_name
-    from mlx_dora.merge.fisher.estimate import estimate_on_data
+    from mlx_dora.merge.adapters.folders import merge_folders
 
-    needs_fisher = method != AUTO and method_named(method).needs_fisher
-    if data and (fisher or not needs_fisher):
+    informed = [name for name, entry in METHODS.items() if entry.needs_fisher]
+    if data and (fisher or method not in informed):
         raise click.UsageError("--data is for --method fisher without --fisher")
     if logit_error and rank is None:
         raise click.UsageError("--logit-error is for --rank")
-    check_output(save_path, overwrite=overwrite)  # before what takes long
-    base = model or base_name(adapters[0])
     if method == AUTO:
-        method, suggested = _suggested_merge(adapters, base, check_base)
+        check_output(save_path, overwrite=overwrite)  # before what takes long
+        method, suggested = _suggested_merge(adapters, model, check_base)
         weights = weights or suggested
-    loaded, probe = open_probe(base, logit_error) if logit_error else (base, None)
     with WorkDisplay(with_memory=True) as display:
-        known = (
-            estimate_on_data(base, adapters, data, check_base, display.progress)
-            if data
-            else fisher or None
-        )
-        report = merge_adapters_report(
+        report = merge_folders(
             adapters,
-            model=loaded,
+            save_path,
+            model=model,
             method=method,
             weights=weights,
             rank=rank,
-            save_path=save_path,
             overwrite=overwrite,
             check_base=check_base,
             options=Options(density=density, seed=seed, scale=scale),
-            fisher=known,
-            probe=probe,
+            fisher=fisher,
+            data=data,
+            logit_error=logit_error,
             progress=display.progress,
         )
     for line in report.lines():
@@ -175,11 +166,13 @@ def adapters_command(
 
 
 def _suggested_merge(
-    adapters: Sequence[str], base: str, check_base: bool
+    adapters: Sequence[str], model: str | None, check_base: bool
 ) -> tuple[str, Sequence[float] | None]:
     """The method and weights that a comparison of the adapters suggests; says why."""
     from mlx_dora.analyze import compare_adapters
+    from mlx_dora.merge.adapters.fit import base_name
 
+    base = model or base_name(adapters[0])
     with WorkDisplay(with_memory=True) as display:
         comparison = compare_adapters(
             adapters, base, check_base=check_base, progress=display.progress

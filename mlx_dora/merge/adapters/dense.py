@@ -128,11 +128,9 @@ def factor(
     norm = np.linalg.norm(unit, axis=1)
     unit /= np.where(norm > 0, norm, 1.0)[:, None]
     m = np.where(norm > 0, np.array(magnitude.astype(mx.float32), np.float64), 0.0)
-    base_norm = np.linalg.norm(start, axis=1)
     has_row = (norm > 0)[:, None]
     along = (start * unit).sum(1)
-    target = np.where(along > _LEANS * base_norm, along, base_norm)
-    target = np.where(base_norm > 0, target, np.abs(m)) if rescale else norm
+    target = _first_lengths(start, along, m) if rescale else norm
     gain = np.where(target > 0, np.abs(m) / np.where(target > 0, target, 1.0), 1.0)
     gain = np.maximum(gain, 1e-6 * max(float(gain.max()), 1e-30))[:, None]
 
@@ -158,6 +156,19 @@ def factor(
         zero=int((m == 0).sum()),
         discarded=discarded,
     )
+
+
+def _first_lengths(start: np.ndarray, along: np.ndarray, m: np.ndarray) -> np.ndarray:
+    """The length of each direction that is nearest to W0, or W0's where that is short.
+
+    Args:
+        start: W0. Shape ``(out, in)``.
+        along: Products of W0's rows and the unit directions. Shape ``(out,)``.
+        m: Magnitudes, for rows where W0 is 0. Shape ``(out,)``.
+    """
+    base_norm = np.linalg.norm(start, axis=1)
+    target = np.where(along > _LEANS * base_norm, along, base_norm)
+    return np.where(base_norm > 0, target, np.abs(m))
 
 
 def _truncate(

@@ -1,6 +1,6 @@
 """A DoRA adapter from a base and a fine-tuned model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -47,7 +47,7 @@ class Extraction:
     """An extracted adapter.
 
     Attributes:
-        adapter: It.
+        adapter: The extracted adapter.
         layers: The changed matrices, in natural order.
         left_out: Changed tensors that the adapter does not cover.
     """
@@ -100,12 +100,7 @@ def extract_adapter(
         DoRAError: If the models do not fit together or do not differ, an argument is
             bad, or the output exists.
     """
-    if rank is None and energy is None:
-        raise DoRAError("give a rank or an energy to keep.")
-    if rank is not None and (type(rank) is not int or rank < 1):
-        raise DoRAError(f"rank must be a whole number of at least 1, got {rank!r}.")
-    if energy is not None and not 0 < energy <= 1:
-        raise DoRAError(f"energy must be above 0 and at most 1, got {energy!r}.")
+    _check_size(rank, energy)
     if save_path is not None:
         check_output(save_path, overwrite=overwrite)
     start, end = load(base, lazy=True)[0], load(tuned, lazy=True)[0]
@@ -122,20 +117,8 @@ def extract_adapter(
             progress("extract", len(paths), 1)
     if not layers:
         raise DoRAError(f"{tuned} does not differ from {base} in any adapted matrix.")
-    leaf = ".lora_a"
-    ranks = {
-        name.removesuffix(leaf): rank_of("lora_a", value)
-        for name, value in tensors.items()
-        if name.endswith(leaf)
-    }
     adapter = Adapter(
-        config=DoRAConfig(
-            rank=max(ranks.values()),
-            scale=1.0,
-            keys=tuple(ranks),
-            num_layers=-1,
-            rank_pattern=ranks if len(set(ranks.values())) > 1 else None,
-        ),
+        config=_config_of(tensors),
         tensors=tensors,
         base=BaseModel(model=str(base), fingerprint=fingerprint(start)),
         training={"extracted": {"tuned": str(tuned), "rank": rank, "energy": energy}},
@@ -146,6 +129,32 @@ def extract_adapter(
         adapter=adapter,
         layers=tuple(layers),
         left_out=tuple(_left_out(start, end, set(paths))),
+    )
+
+
+def _check_size(rank: int | None, energy: float | None) -> None:
+    if rank is None and energy is None:
+        raise DoRAError("give a rank or an energy to keep.")
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise DoRAError(f"rank must be a whole number of at least 1, got {rank!r}.")
+    if energy is not None and not 0 < energy <= 1:
+        raise DoRAError(f"energy must be above 0 and at most 1, got {energy!r}.")
+
+
+def _config_of(tensors: Mapping[str, mx.array]) -> DoRAConfig:
+    """The config of extracted tensors, their ranks as they are."""
+    leaf = ".lora_a"
+    ranks = {
+        name.removesuffix(leaf): rank_of("lora_a", value)
+        for name, value in tensors.items()
+        if name.endswith(leaf)
+    }
+    return DoRAConfig(
+        rank=max(ranks.values()),
+        scale=1.0,
+        keys=tuple(ranks),
+        num_layers=-1,
+        rank_pattern=ranks if len(set(ranks.values())) > 1 else None,
     )
 
 

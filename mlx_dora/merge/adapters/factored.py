@@ -14,7 +14,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.factored import AdaptedMatrix, Update, float32_rows, row_grams
+from mlx_dora.factored import (
+    AdaptedMatrix,
+    RowGrams,
+    Update,
+    float32_rows,
+    row_grams,
+)
 from mlx_dora.kernels.rows import Weight
 from mlx_dora.merge.methods import method_named
 from mlx_dora.merge.methods.directions import heaviest
@@ -78,29 +84,7 @@ def merge_matrix(
     Returns:
         The adapter, exact to float32 but for `rank`. Inputs with the same A share it.
     """
-    entry = method_named(method)
-    of_base = entry.base == "changes"
-    if of_base:  # W0 + Σ β_i (W_i − W0): the base is the last of the rows
-        inputs = [*inputs, _unchanged(inputs[0])]
-        last = 1 - weights.sum(1, keepdims=True)
-        weights = np.concatenate([weights, last], axis=1)
-    grams = row_grams(weight, [one.update for one in inputs])
-    norm = np.sqrt(np.maximum(np.einsum("jii->ji", grams.inner), 0.0))
-    magnitude = np.stack(
-        [
-            norm[:, i] if one.m is None else np.array(one.m, np.float64)
-            for i, one in enumerate(inputs)
-        ],
-        axis=1,
-    )
-    rows_in = Rows(
-        inner=grams.inner,
-        magnitude=magnitude,
-        weights=weights,
-        base_norm=grams.base_norm,
-    )
-    function = entry.row_function
-    found = of_changes(rows_in, function) if of_base else function(rows_in)
+    found, norm, weights, inputs, grams = _combination(method, weight, inputs, weights)
     beta, length, opposed = _keep_base(found, norm, weights)
     share = beta.sum(1)
     # A row that is zero everywhere: any update that leaves it zero will do.
@@ -127,6 +111,39 @@ def merge_matrix(
         zero=int((length == 0).sum()),
         discarded=discarded,
     )
+
+
+def _combination(
+    method: str, weight: Weight, inputs: Sequence[AdaptedMatrix], weights: np.ndarray
+) -> tuple[Combination, np.ndarray, np.ndarray, list[AdaptedMatrix], RowGrams]:
+    """How to merge each row, with what it is made from.
+
+    Returns:
+        The combination, the norms of the inputs' rows before scaling, their weights,
+        the inputs (with the base as the last where a method merges changes of it) and
+        their inner products.
+    """
+    entry, inputs = method_named(method), list(inputs)
+    of_base = entry.base == "changes"
+    if of_base:  # W0 + Σ β_i (W_i − W0): the base is the last of the rows
+        inputs.append(_unchanged(inputs[0]))
+        last = 1 - weights.sum(1, keepdims=True)
+        weights = np.concatenate([weights, last], axis=1)
+    grams = row_grams(weight, [one.update for one in inputs])
+    norm = np.sqrt(np.maximum(np.einsum("jii->ji", grams.inner), 0.0))
+    lengths = [
+        norm[:, i] if one.m is None else np.array(one.m, np.float64)
+        for i, one in enumerate(inputs)
+    ]
+    rows = Rows(
+        inner=grams.inner,
+        magnitude=np.stack(lengths, axis=1),
+        weights=weights,
+        base_norm=grams.base_norm,
+    )
+    function = entry.row_function
+    found = of_changes(rows, function) if of_base else function(rows)
+    return found, norm, weights, inputs, grams
 
 
 def _unchanged(one: AdaptedMatrix) -> AdaptedMatrix:

@@ -55,10 +55,9 @@ def merge_adapters(
 ) -> Adapter:
     """Merge DoRA and LoRA adapters of one base into one DoRA adapter.
 
-    ``slerp``, ``karcher``, ``nmean``, ``magnitude_weighted``, ``linear`` and
-    ``task_arithmetic`` are exact and build no dense weight, and so is ``fisher`` by
-    row; ``ties``, ``dare``, ``dare_ties``, ``tsv`` and ``fisher`` by element take one
-    dense matrix at a time and a truncated SVD. Definitions: ``docs/merging.md``.
+    Methods of rows are exact and build no dense weight; the others, and ``fisher`` by
+    element, take one dense matrix at a time and a truncated SVD. The methods and their
+    definitions: ``docs/merging.md``.
 
     Args:
         adapters: Folders or adapters; ranks, scales and modules may differ. A module

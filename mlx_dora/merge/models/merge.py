@@ -1,7 +1,6 @@
 """Whole models as one, streamed: one tensor at a time, nothing half-written."""
 
 import json
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -11,33 +10,26 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.adapters.adapter import listed
 from mlx_dora.adapters.hosting import model_folder
 from mlx_dora.adapters.keys import natural_order
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
-from mlx_dora.io.derived import is_buffer
 from mlx_dora.io.resumable import resumable_directory
 from mlx_dora.merge.fisher.information import Fisher, check_fishers, check_paths
 from mlx_dora.merge.methods import DEFAULT
+from mlx_dora.merge.models.files import choose_tokenizer, copy_files, put_tokenizer
+from mlx_dora.merge.models.fit import check_fit, notes_of_copies
 from mlx_dora.merge.models.model_tensor import merge_one
 from mlx_dora.merge.models.model_tensors import ModelTensors
 from mlx_dora.merge.models.plan import MergePlan, plan_models
 from mlx_dora.merge.models.report import MergedTensor, MergeReport
 from mlx_dora.merge.models.settings import count_blocks
-from mlx_dora.merge.models.tokenizer import (
-    check_vocabularies,
-    choose_template,
-    copy_tokenizer,
-    write_template,
-)
 from mlx_dora.merge.weights import Weights
 from mlx_dora.progress import Progress
 
 # Bytes that MLX may keep for blocks to come; what whole tensors leave is more.
 _KEPT = 1 << 28
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def merge_models(
@@ -122,17 +114,13 @@ def run_merge(
     inputs = [opened[one] for one in folders]
     base = None if base_folder is None else opened[base_folder]
     pattern = base or inputs[0]
-    _check_fit(pattern, inputs, plan.pad)
-    notes = [*plan.notes, *_notes_of_copies(pattern, inputs)]
+    check_fit(pattern, inputs, plan.pad)
+    notes = [*plan.notes, *notes_of_copies(pattern, inputs)]
     names = sorted(pattern.names, key=natural_order)
     check_paths(fishers, [name.removesuffix(".weight") for name in names])
     blocks = count_blocks(names)
-    if plan.blocks not in (None, blocks):
-        raise DoRAError(
-            f"slices: layer_range covers {plan.blocks} blocks of models with {blocks}; "
-            "only slices over all blocks are supported."
-        )
-    tokenizer, template = _tokenizer(plan, pattern, inputs, notes)
+    plan.check_blocks(blocks)
+    choice = choose_tokenizer(plan, pattern, inputs, notes)
     mx.reset_peak_memory()
     told: list[MergedTensor] = []
     job = _job(plan, opened.values(), fishers)
@@ -150,11 +138,8 @@ def run_merge(
                         mx.clear_cache()
                 if progress is not None:
                     progress("merge", len(names), 1)
-        _copy_files(pattern, out, plan.dtype, names, inputs)
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, out)
-        if template is not None:
-            write_template(out, template)
+        copy_files(pattern, out, plan.dtype, inputs)
+        put_tokenizer(out, *choice)
     return MergeReport(
         method=plan.method,
         models=plan.models,
@@ -166,110 +151,11 @@ def run_merge(
     )
 
 
-def _tokenizer(
-    plan: MergePlan,
-    pattern: ModelTensors,
-    inputs: Sequence[ModelTensors],
-    notes: list[str],
-) -> tuple[Path | None, str | None]:
-    """The folder to take the tokenizer from and the chat template, if not as it is."""
-    folders = list(dict.fromkeys([pattern.folder, *(one.folder for one in inputs)]))
-    tokenizer = None
-    if plan.tokenizer is not None:
-        if plan.tokenizer not in ("base", "union"):
-            tokenizer = model_folder(plan.tokenizer)
-        check_vocabularies(list(dict.fromkeys([*folders, tokenizer or folders[0]])))
-        notes.append("tokenizer: all vocabularies are equal.")
-    if plan.chat_template is None:
-        return tokenizer, None
-    template, note = choose_template(plan.chat_template, folders)
-    notes.append(note)
-    return tokenizer, template
-
-
-def _notes_of_copies(
-    pattern: ModelTensors, inputs: Sequence[ModelTensors]
-) -> list[str]:
-    """What happens to stored tensors that follow from others."""
-    notes = []
-    own = set(pattern.names)
-    left_out = {n for one in inputs for n in one.copies - own}
-    if left_out:
-        notes.append(
-            f"Left out, since {pattern.folder} does not store them and they follow "
-            f"from other tensors or the config: {_listed(left_out)}."
-        )
-    heads = {n for n in own if pattern.original(n) != n}
-    if heads:
-        notes.append(f"{_listed(heads)}: a copy of the merged embedding (tied).")
-    shared = [
-        f"{name} of {one.folder}"
-        for name in own - pattern.copies
-        for one in inputs
-        if one.original(name) != name
-    ]
-    if shared:
-        notes.append(f"The embedding, which is tied, is merged as {_listed(shared)}.")
-    if carried := {n for n in pattern.copies if is_buffer(n)}:
-        notes.append(f"Rotary buffers as in {pattern.folder}: {_listed(carried)}.")
-    return notes
-
-
-def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names, key=natural_order)
-    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
-    return f"{', '.join(ordered[:3])}{more}"
-
-
 def _known(
     name: str, pattern: ModelTensors, fishers: Sequence[Fisher]
 ) -> list[mx.array | None]:
     path, shape = name.removesuffix(".weight"), pattern.shape(name)
     return [one.read(path, shape) for one in fishers]
-
-
-def _check_fit(
-    pattern: ModelTensors, inputs: Sequence[ModelTensors], pad: bool
-) -> None:
-    """Refuse models that differ in names or shapes, all of it in one message."""
-    own = set(pattern.names)
-    kind = pattern.config.get("model_type")
-    for one in inputs:
-        if one is pattern:
-            continue
-        other = one.config.get("model_type")
-        if other != kind:
-            raise DoRAError(
-                f"{one.folder} is a {other} model and {pattern.folder} a {kind} model: "
-                "their tensors do not mean the same."
-            )
-        missing = {n for n in own if not one.has(n) and not is_buffer(n)}
-        extra = set(one.names) - one.copies - own
-        problems = listed("missing:", sorted(missing, key=natural_order))
-        problems += listed("extra:", sorted(extra, key=natural_order))
-        unlike = [
-            f"{name} {one.shape(name)} for {pattern.shape(name)}"
-            for name in sorted(own - missing, key=natural_order)
-            if not is_buffer(name)
-            and one.shape(name) != pattern.shape(name)
-            and not (pad and _is_vocabulary(name, one, pattern))
-        ]
-        problems += listed("other shapes:", unlike)
-        if unlike and all(
-            _is_vocabulary(name.split(" ")[0], one, pattern) for name in unlike
-        ):
-            problems.append("the vocabularies differ: say pad (--pad) to merge them")
-        if problems:
-            raise DoRAError(
-                f"{one.folder} does not fit {pattern.folder}: {'; '.join(problems)}."
-            )
-
-
-def _is_vocabulary(name: str, one: ModelTensors, pattern: ModelTensors) -> bool:
-    first, second = one.shape(name), pattern.shape(name)
-    sizes = one.config.get("vocab_size"), pattern.config.get("vocab_size")
-    has_sizes = bool(first) and bool(second) and (first[0], second[0]) == sizes
-    return has_sizes and first[1:] == second[1:]
 
 
 def _job(
@@ -287,25 +173,3 @@ def _job(
 
 def _plain(value: mx.array | np.ndarray) -> list[float]:
     return np.array(value, np.float64).tolist()
-
-
-def _copy_files(
-    pattern: ModelTensors,
-    out: Path,
-    dtype: str | None,
-    names: Sequence[str],
-    inputs: Sequence[ModelTensors],
-) -> None:
-    """Config, tokenizer and whatever else is not weights, from the pattern."""
-    for path in sorted(pattern.folder.iterdir()):
-        if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
-            shutil.copyfile(path, out / path.name)
-    config = dict(pattern.config)
-    if dtype is not None:
-        for key in ("dtype", "torch_dtype"):
-            if key in config:
-                config[key] = dtype
-    if "vocab_size" in config:
-        sizes = [one.config.get("vocab_size", 0) for one in (pattern, *inputs)]
-        config["vocab_size"] = max(sizes)
-    (out / "config.json").write_text(json.dumps(config, indent=4), encoding="utf-8")

@@ -12,6 +12,7 @@ from mlx_dora.io.checkpoint import ShardWriter
 from mlx_dora.io.derived import is_buffer
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.merge.methods.blockwise import BLOCK, Tensor, held, joined
+from mlx_dora.merge.methods.settings import TensorSettings
 from mlx_dora.merge.models.informed import merge_informed_tensor
 from mlx_dora.merge.models.model_tensors import ModelTensors, Packing
 from mlx_dora.merge.models.plan import MergePlan
@@ -63,15 +64,7 @@ def merge_one(
     rows = tensors[0].size // tensors[0].shape[-1] if tensors[0].ndim > 1 else 1
     settings = plan.settings_of(pattern.original(name), rows, blocks)
     try:
-        if known:
-            whole, unknown = merge_informed_tensor(
-                [held(one) for one in tensors], settings, known
-            )
-            merged = Merged(iter([whole.reshape(-1)]), unknown=unknown)
-        else:
-            merged = merge_blocks(
-                plan.method, start, tensors, settings, plan.granularity
-            )
+        merged = _merged(plan, start, tensors, settings, known)
     except DoRAError as error:
         raise DoRAError(f"{name}: {error}") from error
     look = _Look(name, opened)
@@ -92,6 +85,22 @@ def merge_one(
         packing_error=packing_error,
         unknown=merged.unknown,
     )
+
+
+def _merged(
+    plan: MergePlan,
+    start: Tensor | None,
+    tensors: Sequence[Tensor],
+    settings: TensorSettings,
+    known: Sequence[mx.array | None],
+) -> Merged:
+    """The merged tensor, by Fisher information where there is some."""
+    if not known:
+        return merge_blocks(plan.method, start, tensors, settings, plan.granularity)
+    whole, unknown = merge_informed_tensor(
+        [held(one) for one in tensors], settings, known
+    )
+    return Merged(iter([whole.reshape(-1)]), unknown=unknown)
 
 
 def _integers(

@@ -98,6 +98,18 @@ class MergePlan:
         """The method."""
         return method_named(self.method)
 
+    def check_blocks(self, blocks: int) -> None:
+        """Refuse models with another number of blocks than the plan is for.
+
+        Raises:
+            DoRAError: With both numbers.
+        """
+        if self.blocks not in (None, blocks):
+            raise DoRAError(
+                f"slices: layer_range covers {self.blocks} blocks of models with "
+                f"{blocks}; only slices over all blocks are supported."
+            )
+
     def settings_of(self, name: str, rows: int, blocks: int) -> TensorSettings:
         """What to do with one tensor.
 
