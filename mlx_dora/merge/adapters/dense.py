@@ -104,18 +104,16 @@ def factor(
     r"""The DoRA adapter nearest to rows of given direction and magnitude.
 
     Each unit direction u is scaled to :math:`k u`, at first with
-    :math:`k = \langle W_0, u\rangle`, which makes :math:`k u - W_0` smallest; the
-    truncated SVD of that (Eckart and Young, 1936) is the update BA, and
-    :math:`k = \langle W_0 + BA, u\rangle` for the next try, while the loss falls. The
-    magnitude is kept.
+    :math:`k = \langle W_0, u\rangle`, which makes :math:`k u - W_0` smallest; its
+    truncated SVD (Eckart and Young, 1936) is the update BA, and
+    :math:`k = \langle W_0 + BA, u\rangle` for the next try, while the loss falls.
 
     Args:
         base: W0. Shape ``(out, in)``.
         direction: Of any length. Shape ``(out, in)``.
         magnitude: Shape ``(out,)``.
         scale: Multiplier that the update is written for; not 0.
-        rank: Largest rank.
-        energy: Keep the smallest rank that holds this share of the squared norm.
+        rank, energy: Largest rank, and share of the squared norm that it must hold.
         rescale: False takes the directions in the length they have.
 
     Raises:
@@ -128,23 +126,20 @@ def factor(
     norm = np.linalg.norm(unit, axis=1)
     unit /= np.where(norm > 0, norm, 1.0)[:, None]
     m = np.where(norm > 0, np.array(magnitude.astype(mx.float32), np.float64), 0.0)
-    has_row = (norm > 0)[:, None]
     along = (start * unit).sum(1)
     target = _first_lengths(start, along, m) if rescale else norm
-    gain = np.where(target > 0, np.abs(m) / np.where(target > 0, target, 1.0), 1.0)
-    gain = np.maximum(gain, 1e-6 * max(float(gain.max()), 1e-30))[:, None]
+    gain = _gains(m, target)
 
     def truncated(length: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        change = np.where(has_row, length[:, None] * unit - start, 0.0)
+        change = np.where(norm[:, None] > 0, length[:, None] * unit - start, 0.0)
         down, left, lost = _truncate(change * gain, rank, energy)
         return down, left / gain, lost
 
     lora_a, up, discarded = truncated(target)
     for _ in range(_SWEEPS if rescale else 0):
         # The length at which this update fits each direction best.
-        fitting = along + ((unit @ lora_a) * up).sum(1)
+        fitting, before = along + ((unit @ lora_a) * up).sum(1), discarded
         target = np.where(fitting > _LEANS * target, fitting, target)
-        before = discarded
         lora_a, up, discarded = truncated(target)
         if discarded > 0.99 * before or discarded < 1e-12:
             break
@@ -156,6 +151,12 @@ def factor(
         zero=int((m == 0).sum()),
         discarded=discarded,
     )
+
+
+def _gains(m: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """How much each row's error counts: m over the direction's length, above 0."""
+    gain = np.where(target > 0, np.abs(m) / np.where(target > 0, target, 1.0), 1.0)
+    return np.maximum(gain, 1e-6 * max(float(gain.max()), 1e-30))[:, None]
 
 
 def _first_lengths(start: np.ndarray, along: np.ndarray, m: np.ndarray) -> np.ndarray:

@@ -82,23 +82,22 @@ def extract_adapter(
 ) -> Extraction:
     """Make a DoRA adapter that turns a base into its fine-tuned self, as far as it can.
 
-    Magnitudes are the row norms of the tuned weights, exactly; directions come from a
-    truncated SVD. Either model may be packed.
+    Magnitudes are the tuned weights' exact row norms; directions come from a truncated
+    SVD. Either model may be packed.
 
     Args:
         base: Folder or Hub id of the base, which the adapter will belong to.
         tuned: Of the fine-tuned model.
         rank: Rank of the updates, or the largest one with `energy`.
         energy: Share of each update's squared norm to keep, above 0 and at most 1.
-        keys: Modules to cover, as in `DoRAConfig`; every linear layer and embedding of
-            the blocks if None. Unchanged ones are left out.
+        keys: Modules to cover, as in `DoRAConfig`; all of the blocks' if None.
+            Unchanged modules are left out.
         save_path: Folder to write the adapter to.
         overwrite: Replace an existing folder.
         progress: Called as the work goes on.
 
     Raises:
-        DoRAError: If the models do not fit together or do not differ, an argument is
-            bad, or the output exists.
+        DoRAError: If the models do not fit or do not differ, or an argument is bad.
     """
     _check_size(rank, energy)
     if save_path is not None:
@@ -109,7 +108,7 @@ def extract_adapter(
     if missing := [path for path in paths if path not in after]:
         raise DoRAError(f"{tuned} lacks {', '.join(missing[:10])}.")
     tensors: dict[str, mx.array] = {}
-    layers = []
+    layers: list[ExtractedLayer] = []
     for path in paths:
         dora_class(before[path])
         layers += _extract(path, before[path], after[path], rank, energy, tensors)

@@ -52,17 +52,12 @@ def merge_folders(
         DoRAError: As `merge_adapters`, and if data are given that have no use.
     """
     if data and (fisher or not method_named(method).needs_fisher):
-        raise DoRAError(
-            f"{method} has no use for the adapters' data: Fisher information is "
-            "estimated on them where a method needs it and no folders of it are given."
-        )
+        raise DoRAError(f"{method} has no use for the adapters' data here.")
     if logit_error is not None and rank is None:
         raise DoRAError("logits are compared where a rank cuts the updates: give one.")
     check_output(save_path, overwrite=overwrite)  # before what takes long
     base = model or base_name(adapters[0])
-    loaded, probe = base, None
-    if logit_error is not None:
-        loaded, probe = open_probe(base, logit_error)
+    loaded, probe = open_probe(base, logit_error) if logit_error else (base, None)
     known = fisher or None
     if data:
         known = estimate_on_data(base, adapters, data, check_base, progress)

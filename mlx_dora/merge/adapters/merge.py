@@ -61,14 +61,13 @@ def merge_adapters(
 
     Args:
         adapters: Folders or adapters; ranks, scales and modules may differ. A module
-            that an adapter does not have counts as the base's there.
+            that an adapter lacks counts as the base's there.
         model: The base: the module itself, or its folder or Hub id.
         method: How to merge.
         weights: One an adapter (a number, or an array with one a row), or patterns of
             module paths to such lists; equal if None. Adapters with weight 0 do not
             count, and one alone comes back unchanged.
-        rank: Cut the merged updates to this rank, or the rank of the truncated SVD; if
-            None, the sum of the ranks.
+        rank: Rank of the merged updates; None for the sum of the ranks.
         save_path: Folder to write the adapter to.
         overwrite: Replace an existing folder.
         check_base: Refuse an adapter that was trained on another base, or on another

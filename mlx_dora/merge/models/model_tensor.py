@@ -46,23 +46,19 @@ def merge_one(
         DoRAError: If an input holds NaN or inf, or the method cannot be used.
     """
     kept = pattern.dtype(name)
-    if is_buffer(name):
-        writer.add(name, pattern.read(name))
+    if kept is None or is_buffer(name):
+        writer.add(name, _carried(name, pattern, inputs))
         return MergedTensor(name=name, opposed=0, packing_error=None)
-    if kept is None:
-        writer.add(name, _integers(name, pattern, inputs))
-        return MergedTensor(name=name, opposed=0, packing_error=None)
-    # Some methods compare with the base whatever the plan says.
-    needs_base = base is not None and (plan.relative or plan.entry.needs_base)
+    if base is not None and not (plan.relative or plan.entry.needs_base):
+        base = None
     opened = {one.folder: one.source(name) for one in inputs}
-    if base is not None and needs_base:
+    if base is not None:
         opened[base.folder] = base.source(name)
     if plan.pad:
         opened = _padded(opened)
     tensors = [opened[one.folder] for one in inputs]
-    start = opened[base.folder] if base is not None and needs_base else None
-    rows = tensors[0].size // tensors[0].shape[-1] if tensors[0].ndim > 1 else 1
-    settings = plan.settings_of(pattern.original(name), rows, blocks)
+    start = None if base is None else opened[base.folder]
+    settings = plan.settings_of(pattern.original(name), _rows_of(tensors[0]), blocks)
     try:
         merged = _merged(plan, start, tensors, settings, known)
     except DoRAError as error:
@@ -70,11 +66,10 @@ def merge_one(
     look = _Look(name, opened)
     look.at(merged.unseen)
     packing, shape = pattern.packing(name), tensors[0].shape
-    packing_error = None
     if packing is None:
+        packing_error = None
         wanted = kept if plan.dtype is None else getattr(mx, plan.dtype)
-        finite = look.through(merged.blocks, wanted)
-        writer.add_blocks(name, wanted, shape, finite)
+        writer.add_blocks(name, wanted, shape, look.through(merged.blocks, wanted))
     else:
         whole = joined(look.through(merged.blocks, mx.float32), shape)
         # Packing of a float32 array would make float32 scales.
@@ -103,10 +98,17 @@ def _merged(
     return Merged(iter([whole.reshape(-1)]), unknown=unknown)
 
 
-def _integers(
+def _rows_of(tensor: Tensor) -> int:
+    return tensor.size // tensor.shape[-1] if tensor.ndim > 1 else 1
+
+
+def _carried(
     name: str, pattern: ModelTensors, inputs: Sequence[ModelTensors]
 ) -> mx.array:
+    """A tensor that is not merged: a buffer, or integers that all models share."""
     own = pattern.read(name)
+    if is_buffer(name):
+        return own
     if not all(mx.array_equal(one.read(name), own) for one in inputs if one != pattern):
         raise DoRAError(f"{name} holds integers that differ between the models.")
     return own
