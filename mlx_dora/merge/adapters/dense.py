@@ -113,7 +113,8 @@ def factor(
         direction: Of any length. Shape ``(out, in)``.
         magnitude: Shape ``(out,)``.
         scale: Multiplier that the update is written for; not 0.
-        rank, energy: Largest rank, and share of the squared norm that it must hold.
+        rank: Largest rank.
+        energy: Share of the squared norm that the rank must hold.
         rescale: False takes the directions in the length they have.
 
     Raises:
@@ -121,11 +122,10 @@ def factor(
     """
     if rank is None and energy is None:
         raise DoRAError("give a rank or an energy to keep.")
-    start = np.array(base.astype(mx.float32), np.float64)
-    unit = np.array(direction.astype(mx.float32), np.float64)
+    start, unit = _float64(base), _float64(direction)
     norm = np.linalg.norm(unit, axis=1)
     unit /= np.where(norm > 0, norm, 1.0)[:, None]
-    m = np.where(norm > 0, np.array(magnitude.astype(mx.float32), np.float64), 0.0)
+    m = np.where(norm > 0, _float64(magnitude), 0.0)
     along = (start * unit).sum(1)
     target = _first_lengths(start, along, m) if rescale else norm
     gain = _gains(m, target)
@@ -151,6 +151,10 @@ def factor(
         zero=int((m == 0).sum()),
         discarded=discarded,
     )
+
+
+def _float64(values: mx.array) -> np.ndarray:
+    return np.array(values.astype(mx.float32), np.float64)
 
 
 def _gains(m: np.ndarray, target: np.ndarray) -> np.ndarray:
