@@ -13,7 +13,14 @@ import numpy as np
 
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.kernels.reference import check_factors, update_terms
-from mlx_dora.kernels.rows import Weight, matrices, row_blocks
+from mlx_dora.kernels.rows import (
+    Weight,
+    are_ordinary,
+    beyond_squares,
+    matrices,
+    near_one,
+    row_blocks,
+)
 
 # Under this share of ‖W0‖² + s²‖BA‖² the factored sum may be off by more than 1e-5.
 _RECOMPUTE_BELOW = 2.0**-6
@@ -30,7 +37,8 @@ class FactoredTerms:
         squared_base: q0 = ‖W0‖².
         cross: c = ⟨W0, BA⟩.
         squared_update: p = ‖BA‖².
-        norm: n = ‖W0 + s·BA‖.
+        norm: n = ‖W0 + s·BA‖, right for every finite row; the other terms are squares,
+            which over- or underflow outside norms of about 1e-19 to 1e19.
         recomputed: Rows that nearly cancel, whose norm was taken from the dense row.
     """
 
@@ -61,7 +69,8 @@ def factored_terms(
         DoRAError: If the shapes do not fit together.
     """
     check_factors(weight.shape, lora_a, lora_b)
-    a = lora_a.astype(mx.float32)
+    a, columns = near_one(lora_a.astype(mx.float32), axis=0)
+    up = lora_b.astype(mx.float32) * columns.T
     squares, products = [], []
     for _, block in row_blocks(weight):
         full = block.astype(mx.float32)
@@ -69,18 +78,20 @@ def factored_terms(
         products.append(full @ a)
         mx.eval(squares[-1], products[-1])
     q0 = mx.concatenate(squares)
-    c, p = update_terms(mx.concatenate(products), a, lora_b)
+    c, p = update_terms(mx.concatenate(products), a, up)
     squared = q0 + (2 * scale) * c + (scale * scale) * p
+    total = q0 + (scale * scale) * p
     norm = mx.sqrt(mx.maximum(squared, 0.0))
-    noisy = squared < _RECOMPUTE_BELOW * (q0 + (scale * scale) * p)
-    mx.eval(q0, c, p, norm, noisy)
-    rows = np.flatnonzero(np.array(noisy))
+    noisy = squared < _RECOMPUTE_BELOW * total
+    dense = noisy | mx.isnan(squared)
+    if not are_ordinary(total):
+        dense = dense | beyond_squares(total)
+    mx.eval(q0, c, p, norm, noisy, dense)
+    rows = np.flatnonzero(np.array(dense))
     if rows.size:
-        index = mx.array(rows)
-        dense = float32_rows(weight, index) + scale * (
-            lora_b.astype(mx.float32).T[index] @ a.T
+        norm[mx.array(rows)] = mx.array(
+            _dense_norms(weight, lora_a, lora_b, scale, rows)
         )
-        norm[index] = mx.sqrt(mx.square(dense).sum(axis=1))
         mx.eval(norm)
     return FactoredTerms(
         scale=scale,
@@ -88,8 +99,55 @@ def factored_terms(
         cross=c,
         squared_update=p,
         norm=norm,
-        recomputed=int(rows.size),
+        recomputed=int(noisy.sum()),
     )
+
+
+def _dense_norms(
+    weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float, rows: np.ndarray
+) -> np.ndarray:
+    """‖W0 + s·BA‖ of some rows, summed in float64. Shape ``(len(rows),)``, float32."""
+    a = np.array(lora_a.astype(mx.float32), np.float64)
+    b = scale * np.array(lora_b.astype(mx.float32), np.float64).T
+    found = []
+    for index in np.array_split(rows, -(-rows.size * len(a) // _GRAM_BLOCK) or 1):
+        base = np.array(float32_rows(weight, mx.array(index)), np.float64)
+        found.append(np.linalg.norm(base + b[index] @ a.T, axis=1))
+    with np.errstate(over="ignore"):
+        return np.concatenate(found).astype(np.float32)
+
+
+def base_products(
+    weight: Weight, lora_a: mx.array, elements: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """‖W0‖² of each row, and W0·A, in float64. Shapes ``(out,)``, ``(out, r)``.
+
+    Products are float32, of rows and columns near 1 where squares might not be.
+
+    Args:
+        weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
+        lora_a: Shape ``(in, r)``.
+        elements: Of a block in which the weight is read.
+    """
+    down, columns = near_one(lora_a.astype(mx.float32), axis=0)
+    squares, products = [np.zeros(0)], [np.zeros((0, down.shape[1]))]
+    for _, block in row_blocks(weight, elements):
+        full, power = block.astype(mx.float32), None
+        total = mx.square(full).sum(axis=1)
+        if not are_ordinary(total):
+            full, power = near_one(full, axis=1)
+        product = full @ down
+        values = np.array(full, copy=False)
+        # Squares rounded once each, summed in float64: 1e-9 of the sum.
+        square = np.square(values).sum(axis=1, dtype=np.float64)
+        product = np.array(product, np.float64)
+        if power is not None:
+            factor = np.array(power, np.float64)
+            square, product = square * factor[:, 0] ** 2, product * factor
+        squares.append(square)
+        products.append(product)
+    whole = np.concatenate(products) * np.array(columns, np.float64)
+    return np.concatenate(squares), whole
 
 
 def float32_rows(weight: Weight, index: mx.array) -> mx.array:
@@ -186,7 +244,10 @@ def stack_norms(weight: Weight, update: Update, squared_base: mx.array) -> mx.ar
     c, p = mx.vmap(update_terms)(mx.stack(products).swapaxes(-1, -2), a, update.lora_b)
     squared = squared_base + (2 * s) * c + (s * s) * p
     norm = mx.sqrt(mx.maximum(squared, 0.0))
-    noisy = squared < _RECOMPUTE_BELOW * (squared_base + (s * s) * p)
+    total = squared_base + (s * s) * p
+    noisy = (squared < _RECOMPUTE_BELOW * total) | mx.isnan(squared)
+    if not are_ordinary(total):
+        noisy = noisy | beyond_squares(total)
     found = np.flatnonzero(np.array(noisy.any(axis=1))).tolist()
     for i in found:
         one = matrices(weight)[i]
@@ -231,15 +292,7 @@ def row_grams(weight: Weight, updates: Sequence[Update]) -> RowGrams:
     for one in updates:
         check_factors(weight.shape, one.lora_a, one.lora_b)
     stacked = mx.concatenate([one.lora_a.astype(mx.float32) for one in updates], axis=1)
-    squares, products = [], []
-    for _, block in row_blocks(weight, _GRAM_BLOCK):
-        full = block.astype(mx.float32)
-        squares.append(mx.square(full).sum(axis=1))
-        products.append(full @ stacked)
-        mx.eval(squares[-1], products[-1])
-        del full
-    q0 = np.array(mx.concatenate(squares), np.float64)
-    product = np.array(mx.concatenate(products), np.float64)  # (out, Σr)
+    q0, product = base_products(weight, stacked, _GRAM_BLOCK)  # (out,), (out, Σr)
     a = np.array(stacked, np.float64)
     ends = np.cumsum([0, *(one.lora_a.shape[1] for one in updates)])
     spans = [slice(*ends[i : i + 2]) for i in range(len(updates))]

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.factored import float32_rows
+from mlx_dora.factored import base_products, float32_rows
 from mlx_dora.kernels.reference import check_factors
 from mlx_dora.kernels.rows import Weight, row_blocks
 
@@ -90,11 +90,14 @@ def row_geometry(
         DoRAError: If the shapes do not fit together.
     """
     check_factors(weight.shape, lora_a, lora_b)
-    q0, product = _base_products(weight, lora_a)
+    q0, product = base_products(weight, lora_a, _BLOCK)
     a = np.array(lora_a.astype(mx.float32), np.float64)
     b = scale * np.array(lora_b.astype(mx.float32), np.float64).T  # (out, r)
     c = (product * b).sum(1)
-    p = np.maximum(((b @ (a.T @ a)) * b).sum(1), 0.0)
+    if a.shape[1] > a.shape[0]:  # r² would be larger than the weight
+        p = np.square(b @ a.T).sum(1)
+    else:
+        p = np.maximum(((b @ (a.T @ a)) * b).sum(1), 0.0)
     squared = np.maximum(q0 + 2 * c + p, 0.0)
     inside, across = q0 + c, np.maximum(q0 * p - c * c, 0.0)
     noisy = (squared < _RECOMPUTE_BELOW * (q0 + p)) | (
@@ -197,17 +200,3 @@ def blocks_geometry(
 def _across(away: np.ndarray, q0: np.ndarray, p: np.ndarray) -> np.ndarray:
     """Squared length of the change across the base's row; all of it for a zero row."""
     return np.divide(np.square(away), q0, out=p.copy(), where=q0 > 0)
-
-
-def _base_products(weight: Weight, lora_a: mx.array) -> tuple[np.ndarray, np.ndarray]:
-    """‖W0‖² of each row, and W0·A, in float64. Shapes ``(out,)``, ``(out, r)``."""
-    a = lora_a.astype(mx.float32)
-    squares, products = [], []
-    for _, block in row_blocks(weight, _BLOCK):
-        full = block.astype(mx.float32)
-        product = full @ a
-        values = np.array(full, copy=False)
-        # Squares rounded one by one, summed in float64: 1e-9 of the sum.
-        squares.append(np.square(values).sum(axis=1, dtype=np.float64))
-        products.append(np.array(product, np.float64))
-    return np.concatenate(squares), np.concatenate(products)

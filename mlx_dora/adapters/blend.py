@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_dora.errors import DoRAError
 from mlx_dora.factored import FactoredTerms, factored_terms
 from mlx_dora.kernels.reference import row_gain
-from mlx_dora.kernels.rows import Weight
+from mlx_dora.kernels.rows import Weight, are_ordinary
 
 # Where less of W0 than this is left in a row, what remains is noise.
 _LEAST_SHARE = 2.0**-10
@@ -103,6 +103,7 @@ def _norm(
     rows = up.T  # (out, Σr)
     square = ((rows @ (down.T @ down)) * rows).sum(axis=1)
     squared = q0 + 2 * cross + square
-    if mx.any(squared < _RECOMPUTE_BELOW * (q0 + square)):
+    total = q0 + square
+    if mx.any(squared < _RECOMPUTE_BELOW * total) or not are_ordinary(total):
         return factored_terms(weight, down, up, 1.0).norm
     return mx.sqrt(mx.maximum(squared, 0.0))

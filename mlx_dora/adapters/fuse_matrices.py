@@ -1,5 +1,6 @@
 """A module's adapted matrices as plain ones: one, or a stack, one after the other."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,13 +10,14 @@ from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.fuse_layer import (
     Update,
     dense_fused,
-    dtype_of,
     folded,
     packed_fused,
     requantized,
     survival,
+    unpacked_dtype,
 )
 from mlx_dora.adapters.fuse_report import Survival, sum_survivals
+from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.kernels.rows import Weight, matrices, stacked
 
@@ -39,9 +41,20 @@ class FusedMatrices:
     plain: Survival | None
     rest: list[dict[str, mx.array]]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether what stays beside, and how much survived, are numbers."""
+        sizes = (self.survival.exact_square, self.survival.kept_square)
+        return all(map(math.isfinite, sizes)) and all(
+            all_finite(value) for one in self.rest for value in one.values()
+        )
+
 
 def fuse_matrices(
-    weight: Weight, updates: Sequence[Update], config: FuseConfig
+    weight: Weight,
+    updates: Sequence[Update],
+    config: FuseConfig,
+    own: mx.Dtype = mx.bfloat16,
 ) -> FusedMatrices:
     """Fuse every matrix of one module.
 
@@ -50,6 +63,7 @@ def fuse_matrices(
         updates: One a matrix.
         config: What to do with packed weights; a whole stack gets the bits of the
             matrix that needs most.
+        own: The model's dtype, see `unpacked_dtype`.
 
     Raises:
         DoRAError: If a packing without scales for magnitudes is to be fused losslessly.
@@ -62,7 +76,7 @@ def fuse_matrices(
     for one, update in zip(befores, updates, strict=True):
         plain = None
         if not isinstance(one, QuantizedWeight) or config.mode == "dequantize":
-            after = dense_fused(one, update, dtype_of(one))
+            after = dense_fused(one, update, unpacked_dtype(one, own))
             found = survival(one, after, update)
         elif config.mode == "lossless":
             gain = update.gain(one)
@@ -71,7 +85,7 @@ def fuse_matrices(
             found = survival(one, after, update, up)
             rest.append({"lora_a": update.lora_a, "lora_b": up})
         else:
-            after, found, plain = requantized(one, update, config.keep)
+            after, found, plain = requantized(one, update, config.keep, own)
         afters.append(after)
         kept.append(found)
         plains.append(plain)

@@ -9,7 +9,7 @@ from mlx_dora.kernels import reference
 from mlx_dora.kernels._launch import KERNELS, relative_error, run, takes_kernel
 from mlx_dora.kernels._table import plan_adapted_norm, plan_adapted_norm_packed
 from mlx_dora.kernels.quantized import QuantizedWeight
-from mlx_dora.kernels.rows import Weight
+from mlx_dora.kernels.rows import Weight, are_ordinary, row_squares
 
 _DENSE = KERNELS["adapted_norm"]
 _PACKED = KERNELS["adapted_norm_packed"]
@@ -25,7 +25,10 @@ def adapted_norm(
     squared_base: mx.array | None = None,
 ) -> mx.array:
     """Norm of each row of the adapted weight, without building that weight."""
-    if not _takes(weight, lora_a.shape[-1]):
+    # The kernels square values as they are; whoever gives the squares vouches for them.
+    if not _takes(weight, lora_a.shape[-1]) or (
+        squared_base is None and not are_ordinary(row_squares(weight))
+    ):
         return reference.adapted_norm(
             weight, lora_a, lora_b, scale, squared_base=squared_base
         )

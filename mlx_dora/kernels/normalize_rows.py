@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx_dora.kernels import reference
 from mlx_dora.kernels._launch import KERNELS, relative_error, run, takes_kernel
 from mlx_dora.kernels._table import plan_normalize_rows
+from mlx_dora.kernels.rows import are_ordinary
 
 _KERNEL = KERNELS["normalize_rows"]
 
@@ -28,7 +29,11 @@ def normalize_rows(
     reference.check_magnitude(weight, magnitude)
     if magnitude is None:
         magnitude = mx.ones(weight.shape[:1])
-    return launched(weight, magnitude.astype(mx.float32))
+    rescaled, norm = launched(weight, magnitude.astype(mx.float32))
+    if are_ordinary(mx.square(norm)):
+        return rescaled, norm
+    # The kernel squares values as they are.
+    return reference.normalize_rows(weight, magnitude)
 
 
 def launched(weight: mx.array, magnitude: mx.array) -> tuple[mx.array, mx.array]:

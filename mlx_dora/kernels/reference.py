@@ -11,7 +11,13 @@ import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels.quantized import QuantizedWeight
-from mlx_dora.kernels.rows import Weight, row_blocks, row_squares
+from mlx_dora.kernels.rows import (
+    Weight,
+    are_ordinary,
+    near_one,
+    row_blocks,
+    row_squares,
+)
 
 # Below this share of ‖W0‖² + s²‖BA‖² the factored sum is rounding noise.
 _NOISE_FLOOR = 2.0**-20
@@ -32,17 +38,23 @@ def normalize_rows(
 
     Returns:
         The rescaled weight, ``(out, in)`` in the dtype of `weight`, rounded once, and
-        the row norms, ``(out,)`` float32. A zero row stays zero.
+        the row norms, ``(out,)`` float32, right for every finite row (inf only where
+        the norm itself is beyond float32). A zero row stays zero.
 
     Raises:
         DoRAError: If `magnitude` does not have one entry a row.
     """
     check_magnitude(weight, magnitude)
-    full = weight.astype(mx.float32)
-    norm = mx.sqrt(mx.square(full).sum(axis=1))  # over a row: one norm per output
+    full, power = weight.astype(mx.float32), None
+    squares = mx.square(full).sum(axis=1)  # over a row: one norm per output
+    if full.size and not are_ordinary(squares):
+        full, power = near_one(full, axis=1)
+        squares = mx.square(full).sum(axis=1)
+    norm = mx.sqrt(squares)
     target = mx.ones_like(norm) if magnitude is None else magnitude
     gain = row_gain(target, norm)
-    return (gain[:, None] * full).astype(weight.dtype), norm
+    rescaled = (gain[:, None] * full).astype(weight.dtype)
+    return rescaled, norm if power is None else norm * power[:, 0]
 
 
 def row_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
@@ -69,8 +81,11 @@ def update_terms(
     """
     a = lora_a.astype(mx.float32)
     b = lora_b.astype(mx.float32).T  # (out, r)
+    cross = (product * b).sum(axis=1)
+    if a.shape[1] > a.shape[0]:  # of no use, and r² would be larger than the weight
+        return cross, mx.square(b @ a.T).sum(axis=1)
     gram = a.T @ a  # (r, r)
-    return (product * b).sum(axis=1), ((b @ gram) * b).sum(axis=1)
+    return cross, ((b @ gram) * b).sum(axis=1)
 
 
 def adapted_norm(
@@ -94,7 +109,9 @@ def adapted_norm(
         lora_a: Down projection. Shape ``(in, r)``.
         lora_b: Up projection. Shape ``(r, out)``.
         scale: Multiplier of the low-rank update.
-        squared_base: ``‖W‖²`` of each row, if known. Shape ``(out,)``, float32.
+        squared_base: ``‖W‖²`` of each row, if known. Shape ``(out,)``, float32. Who
+            gives it vouches that no square over- or underflows: norms from about 1e-9
+            to 1e18. Without it the norms are right for every finite input.
 
     Returns:
         Norms in float32, never below 2⁻¹⁰ of ``(‖W‖² + s²‖BA‖²)^½``, under which the
@@ -107,6 +124,10 @@ def adapted_norm(
     lora_a, lora_b = mx.stop_gradient(lora_a), mx.stop_gradient(lora_b)
     if squared_base is None:
         squared_base = row_squares(weight)
+        largest = mx.abs(lora_a).max(axis=0).astype(mx.float32)
+        sizes = mx.concatenate([squared_base, largest * largest])
+        if not are_ordinary(sizes) or not mx.abs(lora_b).max() < 1e15:
+            return mx.stop_gradient(_scaled_norm(weight, lora_a, lora_b, scale))
     if isinstance(weight, QuantizedWeight):
         product = weight.matmul(lora_a.T.astype(mx.float32)).T
     else:
@@ -122,6 +143,32 @@ def factored_norm(
     squared = squared_base + (2 * scale) * c + (scale * scale) * p
     floor = _NOISE_FLOOR * (squared_base + (scale * scale) * p)
     return mx.sqrt(mx.maximum(squared, floor))
+
+
+def _scaled_norm(
+    weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float
+) -> mx.array:
+    """`adapted_norm` with every row of W and BA, and column of A, brought near 1."""
+    down, columns = near_one(lora_a.astype(mx.float32), axis=0)
+    up = lora_b.astype(mx.float32).T * columns
+    up, up_power = near_one(scale * up, axis=1)
+    squares, products, powers = [], [], []
+    for _, block in row_blocks(weight):
+        rows, power = near_one(block.astype(mx.float32), axis=1)
+        squares.append(mx.square(rows).sum(axis=1))
+        products.append(rows @ down)
+        powers.append(power)
+    product, power = mx.concatenate(products), mx.concatenate(powers)
+    c, p = update_terms(product, down, up.T)
+    larger = mx.maximum(power, up_power)
+    share, up_share = ((one / larger)[:, 0] for one in (power, up_power))
+    norm = factored_norm(
+        mx.concatenate(squares) * share * share,
+        c * share * up_share,
+        p * up_share * up_share,
+        1.0,
+    )
+    return norm * larger[:, 0]
 
 
 def fused_weight(

@@ -11,6 +11,9 @@ Weight = mx.array | QuantizedWeight
 
 # Elements of one block: its float32 copy takes 4 MB.
 _BLOCK = 1 << 20
+# Between these a sum of squares has lost nothing to under- or overflow.
+_LEAST_SQUARE = 2.0**-60
+_LARGEST_SQUARE = 2.0**120
 
 
 def row_blocks(
@@ -39,6 +42,58 @@ def row_squares(weight: Weight) -> mx.array:
         for _, block in row_blocks(weight)
     ]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def are_ordinary(squares: mx.array) -> bool:
+    """Whether sums of squares are far from where float32 ends; False while traced.
+
+    Evaluates them. Rows of norm 1e-9 to 1e18 are ordinary; a zero row is not.
+    """
+    try:
+        return not beyond_squares(squares).any()
+    except ValueError:  # a placeholder of `mx.compile` or `mx.vmap`, without a value
+        return False
+
+
+def beyond_squares(squares: mx.array) -> mx.array:
+    """Which sums of squares may have over- or underflowed, zeros and NaN among them."""
+    return ~((squares >= _LEAST_SQUARE) & (squares <= _LARGEST_SQUARE))
+
+
+def near_one(values: mx.array, axis: int) -> tuple[mx.array, mx.array]:
+    """Bring rows (or columns) near 1 by powers of two, which rounds nothing.
+
+    Squares of what is beyond about 1e18 overflow float32, and those of what is below
+    1e-20 vanish; squares of the scaled values do neither.
+
+    Args:
+        values: Shape ``(out, in)``, float32.
+        axis: The axis along which all share a factor: 1 for rows, 0 for columns.
+
+    Returns:
+        The scaled values, whose largest is in 1 to 4 (below 1 where all of them are
+        subnormal), and the powers of two that give `values` back, with `axis` kept.
+    """
+    fixed = mx.stop_gradient(values)
+    largest = mx.maximum(
+        mx.max(fixed, axis=axis, keepdims=True),
+        -mx.min(fixed, axis=axis, keepdims=True),
+    )
+    # The exponent's bits alone are the power of two below a number. Both ends are cut
+    # to where the inverse is a normal number too.
+    power = (largest.view(mx.uint32) & 0x7F800000).view(mx.float32)
+    power = mx.clip(power, 2.0**-126, 2.0**126)
+    return values * (1 / power), power
+
+
+def row_norms(values: mx.array) -> mx.array:
+    """Length of each row, right for every finite row. Shape ``(out,)``, float32."""
+    full = values.astype(mx.float32)
+    squares = mx.square(full).sum(axis=1)
+    if not full.size or are_ordinary(squares):
+        return mx.sqrt(squares)
+    scaled, power = near_one(full, axis=1)
+    return mx.sqrt(mx.square(scaled).sum(axis=1)) * power[:, 0]
 
 
 def matrices(weight: Weight) -> list[Weight]:

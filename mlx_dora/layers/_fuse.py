@@ -5,22 +5,31 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels import QuantizedWeight, fused_weight
 from mlx_dora.kernels.rows import Weight, matrices, stacked
 from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._layer import DoRALayer
 
 
-def fused_module(layer: DoRALayer, dequantize: bool) -> Any:
+def fused_module(
+    layer: DoRALayer, dequantize: bool, own: mx.Dtype | None = None
+) -> Any:
     """The base of `layer` with the adapter in its weight.
 
     Args:
         layer: The DoRA layer.
         dequantize: Return a dense module for a packed base too.
+        own: The model's dtype, of a dense module from a base whose packing has none
+            (mxfp4, mxfp8, nvfp4); MLX's bfloat16 if None.
 
     Returns:
         A module of the base's class (dense if `dequantize`) in the base's dtype. Rows
         that the adapter leaves as they were keep their packed values.
+
+    Raises:
+        DoRAError: If the adapted weight holds NaN or inf.
     """
     base = layer.base
     weight = weight_of(base)
@@ -28,8 +37,16 @@ def fused_module(layer: DoRALayer, dequantize: bool) -> Any:
     for one, adapted in zip(matrices(weight), layer.matrices(), strict=True):
         update, m = adapted.update, adapted.m
         assert m is not None
-        dense = fused_weight(one, update.lora_a, update.lora_b, update.scale, m)
+        unpacked = one
+        if isinstance(one, QuantizedWeight) and dequantize and one.biases is None:
+            unpacked = one.dequantize().astype(own or mx.bfloat16)
+        dense = fused_weight(unpacked, update.lora_a, update.lora_b, update.scale, m)
         mx.eval(dense)  # one at a time
+        if not all_finite(dense):
+            raise DoRAError(
+                "the adapted weight holds NaN or inf: the base does, or the adapter's "
+                f"values are too large for {str(dense.dtype).rpartition('.')[2]}."
+            )
         if isinstance(one, QuantizedWeight) and not dequantize:
             fused.append(_packed_again(one, dense))
         else:

@@ -1,4 +1,4 @@
-"""Fine-tuning: `finetune` and its settings.
+"""Fine-tuning: `finetune`, its settings and reports, and the memory it will need.
 
 The names are loaded on first use, since importing the settings must not import MLX.
 """
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_dora.train.config import TrainConfig
-    from mlx_dora.train.loop import finetune
-    from mlx_dora.train.plan import plan_memory
-    from mlx_dora.train.reports import StepReport, TrainReport
+    from mlx_dora.train.plan.predict import plan_memory
+    from mlx_dora.train.run.finetune import finetune
+    from mlx_dora.train.run.journal import StepReport, TrainReport
 
 _HOME = {
-    "StepReport": "mlx_dora.train.reports",
+    "StepReport": "mlx_dora.train.run.journal",
     "TrainConfig": "mlx_dora.train.config",
-    "TrainReport": "mlx_dora.train.reports",
-    "finetune": "mlx_dora.train.loop",
-    "plan_memory": "mlx_dora.train.plan",
+    "TrainReport": "mlx_dora.train.run.journal",
+    "finetune": "mlx_dora.train.run.finetune",
+    "plan_memory": "mlx_dora.train.plan.predict",
 }
 
 __all__ = ["StepReport", "TrainConfig", "TrainReport", "finetune", "plan_memory"]

@@ -7,7 +7,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.merge.adapters.factored import MergedMatrix
+from mlx_dora.kernels.rows import row_norms
+from mlx_dora.merge.adapters.factored import NOT_FINITE, MergedMatrix, single
 from mlx_dora.merge.methods import method_named
 from mlx_dora.merge.methods.blockwise import joined
 from mlx_dora.merge.methods.settings import TensorSettings
@@ -118,11 +119,11 @@ def factor(
         rescale: False takes the directions in the length they have.
 
     Raises:
-        DoRAError: If neither `rank` nor `energy` is given.
+        DoRAError: If neither `rank` nor `energy` is given, or a row is not finite.
     """
     if rank is None and energy is None:
         raise DoRAError("give a rank or an energy to keep.")
-    start, unit = _float64(base), _float64(direction)
+    start, unit = _finite(base), _finite(direction)
     norm = np.linalg.norm(unit, axis=1)
     unit /= np.where(norm > 0, norm, 1.0)[:, None]
     m = np.where(norm > 0, _float64(magnitude), 0.0)
@@ -144,9 +145,9 @@ def factor(
         if discarded > 0.99 * before or discarded < 1e-12:
             break
     return MergedMatrix(
-        lora_a=mx.array(lora_a.astype(np.float32)),
-        lora_b=mx.array(np.ascontiguousarray((up / scale).T).astype(np.float32)),
-        m=mx.array(m.astype(np.float32)),
+        lora_a=single(lora_a),
+        lora_b=single((up / scale).T),
+        m=single(m),
         scale=scale,
         zero=int((m == 0).sum()),
         discarded=discarded,
@@ -155,6 +156,12 @@ def factor(
 
 def _float64(values: mx.array) -> np.ndarray:
     return np.array(values.astype(mx.float32), np.float64)
+
+
+def _finite(values: mx.array) -> np.ndarray:
+    if not np.isfinite(found := _float64(values)).all():
+        raise DoRAError(NOT_FINITE)
+    return found
 
 
 def _gains(m: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -208,6 +215,6 @@ def _truncate(
 
 def row_norm(weight: mx.array) -> mx.array:
     """Length of each output row, evaluated. Shape ``(out,)``, float32."""
-    norm = mx.sqrt(mx.square(weight.astype(mx.float32)).sum(axis=1))
+    norm = row_norms(weight)
     mx.eval(norm)
     return norm

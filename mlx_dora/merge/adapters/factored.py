@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_dora.errors import DoRAError
 from mlx_dora.factored import (
     AdaptedMatrix,
     RowGrams,
@@ -28,6 +29,10 @@ from mlx_dora.merge.methods.rows import Combination, Rows, of_changes
 
 # Where the β cancel more than this, W0's share is gone and W0 + BA cannot express it.
 _BASE_SHARE = 1e-3
+NOT_FINITE = (
+    "the adapted rows are not finite: the base holds NaN or inf, or an adapter's "
+    "values are too large for float32."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,9 @@ def merge_matrix(
         scale: Multiplier that the merged update is written for; not 0.
         rank: Cut the update to this rank, if it is larger.
 
+    Raises:
+        DoRAError: If the base holds NaN or inf, or an adapted row is beyond float32.
+
     Returns:
         The adapter, exact to float32 but for `rank`. Inputs with the same A share it.
     """
@@ -102,9 +110,9 @@ def merge_matrix(
         lora_a, up, discarded = cut_rank(lora_a, up, rank, safe)
     m = np.sign(share) * length
     return MergedMatrix(
-        lora_a=mx.array(lora_a.astype(np.float32)),
-        lora_b=mx.array(np.ascontiguousarray((up / scale).T).astype(np.float32)),
-        m=mx.array(m.astype(np.float32)),
+        lora_a=single(lora_a),
+        lora_b=single((up / scale).T),
+        m=single(m),
         scale=scale,
         opposed=int(opposed.sum()),
         recomputed=grams.recomputed + len(rows),
@@ -131,6 +139,8 @@ def _combination(
         weights = np.concatenate([weights, last], axis=1)
     grams = row_grams(weight, [one.update for one in inputs])
     norm = np.sqrt(np.maximum(np.einsum("jii->ji", grams.inner), 0.0))
+    if not (norm <= np.finfo(np.float32).max).all():
+        raise DoRAError(NOT_FINITE)
     lengths = [
         norm[:, i] if one.m is None else np.array(one.m, np.float64)
         for i, one in enumerate(inputs)
@@ -151,6 +161,12 @@ def _unchanged(one: AdaptedMatrix) -> AdaptedMatrix:
     width, out = one.update.lora_a.shape[0], one.update.lora_b.shape[1]
     nothing = Update(lora_a=mx.zeros((width, 0)), lora_b=mx.zeros((0, out)), scale=0.0)
     return AdaptedMatrix(update=nothing, m=None)
+
+
+def single(values: np.ndarray) -> mx.array:
+    """As float32; what is beyond it becomes inf, for whoever takes it to refuse."""
+    with np.errstate(over="ignore"):
+        return mx.array(np.ascontiguousarray(values).astype(np.float32))
 
 
 def _keep_base(
@@ -206,6 +222,8 @@ def cut_rank(
     Returns:
         Factors of that rank, and the share of the squared norm that is lost.
     """
+    if not (np.isfinite(lora_a).all() and np.isfinite(up).all()):
+        raise DoRAError(NOT_FINITE)
     q_a, r_a = np.linalg.qr(lora_a)
     q_b, r_b = np.linalg.qr(up * row_weight[:, None])
     left, sizes, right = np.linalg.svd(r_b @ r_a.T)

@@ -7,7 +7,6 @@ import mlx.nn as nn
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import all_problems
-from mlx_dora.adapters.files import load_adapter
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.adapters.dense import Options
 from mlx_dora.merge.methods import method_named
@@ -59,15 +58,3 @@ def check_fit(
                 f"{name or f'adapter {i + 1}'} does not fit the model: "
                 f"{'; '.join(problems)}."
             )
-
-
-def base_name(adapter: str | Path) -> str:
-    """The base that an adapter folder names.
-
-    Raises:
-        DoRAError: If it names none.
-    """
-    name = load_adapter(adapter).base.model
-    if name is None:
-        raise DoRAError(f"{adapter} does not say what its base is; give the model.")
-    return name

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from mlx_dora.adapters.recorded_base import recorded_base
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.merge.adapters.cut_error import open_probe
 from mlx_dora.merge.adapters.dense import Options
-from mlx_dora.merge.adapters.fit import base_name
 from mlx_dora.merge.adapters.merge import merge_adapters_report
 from mlx_dora.merge.adapters.report import AdapterMerge
 from mlx_dora.merge.fisher.estimate import estimate_on_data
@@ -51,12 +51,11 @@ def merge_folders(
     Raises:
         DoRAError: As `merge_adapters`, and if data are given that have no use.
     """
-    if data and (fisher or not method_named(method).needs_fisher):
-        raise DoRAError(f"{method} has no use for the adapters' data here.")
-    if logit_error is not None and rank is None:
-        raise DoRAError("logits are compared where a rank cuts the updates: give one.")
-    check_output(save_path, overwrite=overwrite)  # before what takes long
-    base = model or base_name(adapters[0])
+    _check_data(method, rank, fisher, data, logit_error)
+    base = model or recorded_base(adapters[0])
+    inputs = (*adapters, base, logit_error, *fisher, *data)
+    # Before what takes long.
+    check_output(save_path, inputs=inputs, overwrite=overwrite)
     loaded, probe = open_probe(base, logit_error) if logit_error else (base, None)
     known = fisher or None
     if data:
@@ -73,5 +72,19 @@ def merge_folders(
         options=options,
         fisher=known,
         probe=probe,
+        inputs=inputs,
         progress=progress,
     )
+
+
+def _check_data(
+    method: str,
+    rank: int | None,
+    fisher: Sequence[str],
+    data: Sequence[str],
+    logit_error: str | None,
+) -> None:
+    if data and (fisher or not method_named(method).needs_fisher):
+        raise DoRAError(f"{method} has no use for the adapters' data here.")
+    if logit_error is not None and rank is None:
+        raise DoRAError("logits are compared where a rank cuts the updates: give one.")

@@ -7,10 +7,11 @@ import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.factored import AdaptedMatrix
+from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.kernels.rows import Weight
 from mlx_dora.merge.adapters.dense import Options, factor, merge_apart, row_norm
-from mlx_dora.merge.adapters.factored import MergedMatrix, merge_matrix
+from mlx_dora.merge.adapters.factored import NOT_FINITE, MergedMatrix, merge_matrix
 from mlx_dora.merge.adapters.informed import merge_informed
 from mlx_dora.merge.methods import method_named
 
@@ -38,7 +39,8 @@ def merge_one(
         known: Fisher information of each input, for a method that needs it.
 
     Raises:
-        DoRAError: If weights differ by row where they cannot.
+        DoRAError: If weights differ by row where they cannot, or an adapted row is not
+            finite.
     """
     entry = method_named(method)
     if entry.is_mean:
@@ -86,6 +88,8 @@ def _merge_densely(
     for one in inputs:
         update = one.update
         directions.append(base + update.scale * (update.lora_a @ update.lora_b).T)
+        if not all_finite(directions[-1]):
+            raise DoRAError(NOT_FINITE)
         magnitudes.append(row_norm(directions[-1]) if one.m is None else one.m)
     direction, magnitude = merge_apart(
         method, base, directions, magnitudes, [float(v) for v in shares[0]], options

@@ -18,9 +18,12 @@ from mlx_dora.adapters.matrices import (
     adapter_tensors,
     named_matrices,
 )
+from mlx_dora.adapters.refusals import check_cut
+from mlx_dora.data.batches import Examples
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import Examples
 from mlx_dora.io.atomic import check_output
+from mlx_dora.io.finite import refuse_not_finite
+from mlx_dora.io.output import Inputs
 from mlx_dora.layers import weight_of
 from mlx_dora.merge.adapters.cut_error import add_logit_errors
 from mlx_dora.merge.adapters.dense import Options
@@ -113,18 +116,22 @@ def merge_adapters_report(
     options: Options | None = None,
     fisher: Sequence[Fisher | str | Path] | None = None,
     probe: Examples | None = None,
+    inputs: Inputs = (),
     progress: Progress | None = None,
 ) -> AdapterMerge:
     """`merge_adapters`, with what was done to each matrix.
 
     With `rank` and a `probe`, of rows of data, also with how far cutting the rank moves
-    the logits on some of these.
+    the logits on some of these. `inputs` are further files and folders that the output
+    must not replace, hold or lie in.
     """
     options = options or Options()
     check_arguments(adapters, method, weights, rank, options)
     fishers = check_fishers(method, fisher, len(adapters))
+    given = [*adapters, model, *(fisher or ())]
+    inputs = (*inputs, *(one for one in given if isinstance(one, str | Path)))
     if save_path is not None:
-        check_output(save_path, overwrite=overwrite)
+        check_output(save_path, inputs=inputs, overwrite=overwrite)
     loaded = [
         one if isinstance(one, Adapter) else load_adapter(one) for one in adapters
     ]
@@ -142,6 +149,8 @@ def merge_adapters_report(
         progress=progress,
     )
     check_paths(fishers, job.modules)
+    if rank is not None:
+        check_cut(job.modules, job.paths, rank)
     found = job.merged(rank)
     if rank is not None and probe is not None:
         full = job.merged(None).adapter
@@ -149,8 +158,9 @@ def merge_adapters_report(
     only = job.only_one()
     if only is not None and rank is None:
         found = replace(found, adapter=only)
+    refuse_not_finite(found.adapter.tensors, "the merged adapter")
     if save_path is not None:
-        save_adapter(found.adapter, save_path, overwrite=overwrite)
+        save_adapter(found.adapter, save_path, inputs=inputs, overwrite=overwrite)
     return found
 
 
@@ -226,16 +236,19 @@ class _Job:
         named = named_matrices(path, weight)
         for (name, matrix), *inputs in zip(named, *columns, strict=True):
             known = [one.read(path, matrix.shape) for one in self.fishers]
-            merged = merge_one(
-                matrix,
-                inputs,
-                shares,
-                self.method,
-                rank,
-                self.scale,
-                self.options,
-                known,
-            )
+            try:
+                merged = merge_one(
+                    matrix,
+                    inputs,
+                    shares,
+                    self.method,
+                    rank,
+                    self.scale,
+                    self.options,
+                    known,
+                )
+            except DoRAError as error:
+                raise DoRAError(f"{name}: {error}") from error
             parts.append({n: getattr(merged, n) for n in LEAVES["dora"]})
             layers.append(layer_report(path, name, merged, self.adapters))
         return adapter_tensors(path, module, weight, parts)

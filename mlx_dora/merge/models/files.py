@@ -28,8 +28,8 @@ def choose_tokenizer(
     folders = list(dict.fromkeys([pattern.folder, *(one.folder for one in inputs)]))
     tokenizer = None
     if plan.tokenizer is not None:
-        if plan.tokenizer not in ("base", "union"):
-            tokenizer = model_folder(plan.tokenizer)
+        if plan.tokenizer_model is not None:
+            tokenizer = model_folder(plan.tokenizer_model)
         check_vocabularies(list(dict.fromkeys([*folders, tokenizer or folders[0]])))
         notes.append("tokenizer: all vocabularies are equal.")
     if plan.chat_template is None:

@@ -12,9 +12,9 @@ import numpy as np
 
 from mlx_dora.adapters.hosting import model_folder
 from mlx_dora.adapters.keys import natural_order
-from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
+from mlx_dora.io.output import Inputs
 from mlx_dora.io.resumable import resumable_directory
 from mlx_dora.merge.fisher.information import Fisher, check_fishers, check_paths
 from mlx_dora.merge.methods import DEFAULT
@@ -96,59 +96,83 @@ def run_merge(
     plan: MergePlan,
     save_path: str | Path,
     *,
+    inputs: Inputs = (),
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Carry out a plan; see `merge_models`."""
+    """Carry out a plan; see `merge_models`.
+
+    Args:
+        plan: Names the models and what is done with them.
+        save_path: The folder to make.
+        inputs: What the plan was read from; all folders that it names count anyway.
+        overwrite: Replace an existing folder.
+        max_shard_bytes: Size of the weight files.
+        progress: Called as the work goes on.
+    """
     started = time.perf_counter()
-    check_output(save_path, overwrite=overwrite)
+    given = [*plan.inputs, *inputs]
+    check_output(save_path, inputs=given, overwrite=overwrite)
     fishers = check_fishers(plan.method, plan.fisher, len(plan.models))
-    folders = [model_folder(one) for one in plan.models]
-    base_folder = None if plan.base is None else model_folder(plan.base)
-    every = folders if base_folder is None else [*folders, base_folder]
-    for folder in every:
-        if folder.resolve().is_relative_to(Path(save_path).resolve()):
-            raise DoRAError(f"{save_path} holds the input {folder}.")
-    opened = {folder: ModelTensors(folder) for folder in every}
-    inputs = [opened[one] for one in folders]
-    base = None if base_folder is None else opened[base_folder]
-    pattern = base or inputs[0]
-    check_fit(pattern, inputs, plan.pad)
-    notes = [*plan.notes, *notes_of_copies(pattern, inputs)]
-    names = sorted(pattern.names, key=natural_order)
-    check_paths(fishers, [name.removesuffix(".weight") for name in names])
-    blocks = count_blocks(names)
-    plan.check_blocks(blocks)
-    choice = choose_tokenizer(plan, pattern, inputs, notes)
+    folders = {
+        one: model_folder(one) for one in (*plan.models, plan.base) if one is not None
+    }
+    given += folders.values()
+    check_output(save_path, inputs=given, overwrite=overwrite)
+    opened = {folder: ModelTensors(folder) for folder in folders.values()}
+    sources = [opened[folders[one]] for one in plan.models]
+    base = None if plan.base is None else opened[folders[plan.base]]
+    pattern = base or sources[0]
+    check_fit(pattern, sources, plan.pad)
+    notes = [*plan.notes, *notes_of_copies(pattern, sources)]
+    check_paths(fishers, [name.removesuffix(".weight") for name in pattern.names])
+    plan.check_blocks(count_blocks(pattern.names))
+    choice = choose_tokenizer(plan, pattern, sources, notes)
+    given.append(choice[0])
     mx.reset_peak_memory()
-    told: list[MergedTensor] = []
     job = _job(plan, opened.values(), fishers)
-    with resumable_directory(save_path, job, overwrite=overwrite) as out:
+    with resumable_directory(save_path, job, inputs=given, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes, resume=True) as writer:
-            resumed = writer.written
-            for name in names:
-                if name not in resumed:
-                    known = _known(name, pattern, fishers)
-                    one = merge_one(
-                        writer, name, plan, pattern, base, inputs, blocks, known
-                    )
-                    told.append(one)
-                    if mx.get_cache_memory() > _KEPT:
-                        mx.clear_cache()
-                if progress is not None:
-                    progress("merge", len(names), 1)
-        copy_files(pattern, out, plan.dtype, inputs)
+            told = _merge_all(writer, plan, pattern, base, sources, fishers, progress)
+        copy_files(pattern, out, plan.dtype, sources)
         put_tokenizer(out, *choice)
     return MergeReport(
         method=plan.method,
         models=plan.models,
         tensors=tuple(told),
-        resumed=len(names) - len(told),
+        resumed=len(pattern.names) - len(told),
         peak_bytes=mx.get_peak_memory(),
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
     )
+
+
+def _merge_all(
+    writer: ShardWriter,
+    plan: MergePlan,
+    pattern: ModelTensors,
+    base: ModelTensors | None,
+    inputs: Sequence[ModelTensors],
+    fishers: Sequence[Fisher],
+    progress: Progress | None,
+) -> list[MergedTensor]:
+    """Merge every tensor that is not written yet."""
+    names = sorted(pattern.names, key=natural_order)
+    blocks = count_blocks(names)
+    resumed = writer.written
+    done = []
+    for name in names:
+        if name not in resumed:
+            known = _known(name, pattern, fishers)
+            done.append(
+                merge_one(writer, name, plan, pattern, base, inputs, blocks, known)
+            )
+            if mx.get_cache_memory() > _KEPT:
+                mx.clear_cache()
+        if progress is not None:
+            progress("merge", len(names), 1)
+    return done
 
 
 def _known(

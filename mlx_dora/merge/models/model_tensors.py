@@ -15,6 +15,7 @@ from mlx_dora.kernels.quantized import QuantizedWeight
 from mlx_dora.merge.methods.blockwise import Tensor
 
 _DTYPES = {
+    "F64": mx.float32,
     "F32": mx.float32,
     "F16": mx.float16,
     "BF16": mx.bfloat16,
@@ -48,6 +49,12 @@ class ModelTensors:
         self.folder = folder
         self._checkpoint = Checkpoint(folder)
         self.config: dict[str, Any] = read_object(folder / "config.json")
+        tokens = self.config.get("vocab_size", 1)
+        if type(tokens) is not int or tokens < 1:
+            raise DoRAError(
+                f"{folder / 'config.json'}: vocab_size must be a whole number of at "
+                f"least 1, got {tokens!r:.60}."
+            )
         names = set(self._checkpoint.names)
         self._packed = {
             name: self._packing(name.removesuffix(".scales"))

@@ -88,10 +88,27 @@ class MergePlan:
             raise DoRAError(f"{self.method} weighs rows: its granularity is row.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise DoRAError(f"dtype must be {', '.join(DTYPES)}, got {self.dtype!r}.")
+        is_seed = type(self.seed) is int and 0 <= self.seed < 2**64
+        if not is_seed or type(self.pad) is not bool:
+            raise DoRAError(
+                f"seed must be a whole number of at least 0 and pad true or false, got "
+                f"{self.seed!r}, {self.pad!r}."
+            )
         check_weights(self.weights, count)
         for settings in (self.parameters, *self.per_model):
             for name, setting in settings.items():
                 check_setting(name, setting)
+
+    @property
+    def tokenizer_model(self) -> str | None:
+        """The model whose tokenizer the output gets, if the plan names one."""
+        return None if self.tokenizer in ("base", "union") else self.tokenizer
+
+    @property
+    def inputs(self) -> list[str | None]:
+        """All folders and Hub ids that the merge reads."""
+        fisher = self.fisher or ()
+        return [*self.models, self.base, *fisher, self.tokenizer_model]
 
     @property
     def entry(self) -> MergeMethod:
@@ -187,10 +204,6 @@ def plan_models(
             f"{', '.join(PARAMETERS)}."
         )
     seed, pad = given.pop("seed", 0), given.pop("pad", False)
-    if type(seed) is not int or type(pad) is not bool:
-        raise DoRAError(
-            f"seed must be a whole number and pad true or false, got {seed!r}, {pad!r}."
-        )
     entry = method_named(method)
     entry.check_settings([name for name in given if name != "granularity"], weights)
     note = entry.note_of(given.get("density", entry.density))

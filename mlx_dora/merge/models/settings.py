@@ -5,15 +5,13 @@ over the blocks, interpolated linearly), or a list of ``{filter: text, value: ..
 which the first whose text is in the tensor's name counts.
 """
 
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_dora.errors import DoRAError
 
-# Of a whole number that a float holds.
-_LARGEST = 1 << 1000
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -113,6 +111,4 @@ def _is_filter(one: Any) -> bool:
 
 
 def _is_scalar(value: Any) -> bool:
-    if isinstance(value, int) and abs(value) > _LARGEST:
-        return False
-    return isinstance(value, bool | int | float) and math.isfinite(value)
+    return isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max

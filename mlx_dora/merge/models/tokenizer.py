@@ -110,8 +110,9 @@ def read_template(folder: Path) -> str | None:
         if (path := folder / name).is_file():
             found = read_object(path).get("chat_template")
             if isinstance(found, list):
-                named = {t.get("name"): t for t in found if isinstance(t, Mapping)}
-                found = named.get("default", {}).get("template")
+                named = [t for t in found if isinstance(t, Mapping)]
+                default = [t for t in named if t.get("name") == "default"]
+                found = default[-1].get("template") if default else None
             if isinstance(found, str):
                 return found
     return None

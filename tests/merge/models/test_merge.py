@@ -99,9 +99,8 @@ def known_of(folder: Path, count: int, granularity: str = "row") -> list[Path]:
     for i in range(count):
         value = np.random.default_rng(i).uniform(1, 9, shape).astype(np.float32)
         path = folder / f"fisher_{granularity}_{i}"
-        save_fisher(
-            path, facts, {MATRIX.removesuffix(".weight"): mx.array(value)}.items()
-        )
+        tensors = {MATRIX.removesuffix(".weight"): mx.array(value)}
+        save_fisher(path, facts, tensors.items(), inputs=())
         made.append(path)
     return made
 
@@ -233,7 +232,7 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
         ([a, b], {"dtype": "int8"}, "dtype must be"),
         ([a, b], {"weights": [-1, 2]}, "at least 0"),
         ([a, tmp_path / "none"], {}, "no model folder"),
-        ([a, b], {"save_path": a.parent}, "already exists"),
+        ([a, b], {"save_path": a.parent}, "holds the input .*m0"),
     ]
     for models, kw, message in cases:
         with pytest.raises(DoRAError, match=message):
@@ -324,4 +323,4 @@ def test_the_command(three: list[Path], tmp_path: Path) -> None:
     assert_close(mx.array(read(tmp_path / "two", MATRIX)), expected)
     assert CliRunner().invoke(command, [*args, a]).exit_code == 2
     config.write_text("merge_method: [")
-    assert "is not YAML" in CliRunner().invoke(command, args).stderr
+    assert "is not valid YAML" in CliRunner().invoke(command, args).stderr

@@ -287,4 +287,4 @@ def test_the_command_prints_the_notes_and_refuses_options_that_the_file_decides(
     path.write_text("name: a\n---\nname: b\n")
     result = CliRunner().invoke(command, args)
     assert result.exit_code == 1
-    assert "holds several merges (---)" in result.stderr
+    assert "holds several YAML documents (---)" in result.stderr
