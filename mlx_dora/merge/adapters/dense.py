@@ -1,5 +1,6 @@
 """From a dense adapted weight back to an adapter: magnitude exact, direction by SVD."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from mlx_dora.kernels.rows import row_norms
 from mlx_dora.merge.adapters.factored import NOT_FINITE, MergedMatrix, single
 from mlx_dora.merge.methods import method_named
 from mlx_dora.merge.methods.blockwise import joined
-from mlx_dora.merge.methods.settings import TensorSettings
+from mlx_dora.merge.methods.settings import TensorSettings, check_seed
 
 # Below this share of ‖W0‖ the new direction leans too far from W0 to be scaled to it.
 _LEANS = 0.1
@@ -31,6 +32,11 @@ class Options:
     density: float | None = None
     seed: int = 0
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if not math.isfinite(self.scale):
+            raise DoRAError(f"scale must be a finite number, got {self.scale!r}.")
 
     def given(self) -> list[str]:
         """Names of the settings that are not left at their defaults."""

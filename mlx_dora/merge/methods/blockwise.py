@@ -174,7 +174,7 @@ def dropped(shares: Sequence[float], seed: int, rescale: bool = True) -> Thinnin
             if share >= 1:
                 found.append(delta)
                 continue
-            key = mx.random.key(seed + 1_000_003 * i + 7 * index.start)
+            key = mx.random.key((seed + 1_000_003 * i + 7 * index.start) % 2**64)
             kept = mx.random.bernoulli(share, delta.shape, key=key)
             larger = delta / max(share, 1e-30) if rescale else delta
             found.append(mx.where(kept, larger, 0.0))

@@ -7,6 +7,18 @@ import numpy as np
 from mlx_dora.errors import DoRAError
 
 
+def check_seed(seed: object) -> None:
+    """Refuse what is no seed of MLX.
+
+    Raises:
+        DoRAError: With what came.
+    """
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        raise DoRAError(
+            f"seed must be a whole number of at least 0 and below 2^64, got {seed!r}."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorSettings:
     """How one tensor is merged.

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.methods import DEFAULT, MergeMethod, method_named
-from mlx_dora.merge.methods.settings import TensorSettings
+from mlx_dora.merge.methods.settings import TensorSettings, check_seed
 from mlx_dora.merge.models.settings import check_setting, depth_of, resolve
 from mlx_dora.merge.weights import Weights, check_weights, row_weights
 
@@ -88,12 +88,9 @@ class MergePlan:
             raise DoRAError(f"{self.method} weighs rows: its granularity is row.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise DoRAError(f"dtype must be {', '.join(DTYPES)}, got {self.dtype!r}.")
-        is_seed = type(self.seed) is int and 0 <= self.seed < 2**64
-        if not is_seed or type(self.pad) is not bool:
-            raise DoRAError(
-                f"seed must be a whole number of at least 0 and pad true or false, got "
-                f"{self.seed!r}, {self.pad!r}."
-            )
+        check_seed(self.seed)
+        if type(self.pad) is not bool:
+            raise DoRAError(f"pad must be true or false, got {self.pad!r}.")
         check_weights(self.weights, count)
         for settings in (self.parameters, *self.per_model):
             for name, setting in settings.items():

@@ -231,6 +231,9 @@ def test_refusals(make_tiny_model: MakeModel, tmp_path: Path) -> None:
         ([one, one], {"weights": {"*.q_proj": [1, 1]}}, "no pattern fits"),
         ([one, one], {"weights": [1, mx.ones(3)]}, "one a row"),
         ([one], {"save_path": tmp_path / "out"}, "already exists"),
+        ([one, one], {"method": "dare", "seed": -1}, "seed must be a whole number"),
+        ([one, one], {"method": "dare", "seed": 2**64}, "seed must be a whole number"),
+        ([one, one], {"method": "ties", "scale": float("nan")}, "scale must be a fin"),
         ([full], {}, "fully fine-tuned"),
         ([Adapter(config=one.config, tensors=spoilt)], {}, "NaN"),
     ]

@@ -141,6 +141,11 @@ def test_dare_keeps_the_share_it_is_told_and_rescales_it():
     assert (to_numpy(again) == to_numpy(found)).all()
     other = methods.dare(mx.array(base), arrays(*tuned), [1.0], density=0.3, seed=5)
     assert (to_numpy(other) != to_numpy(found)).any()
+    last = methods.dare(
+        mx.array(base), arrays(*tuned), [1.0], density=0.3, seed=2**64 - 1
+    )
+    share = (np.abs(to_numpy(last) - base) > 1e-7).mean()
+    assert share == pytest.approx(0.3, abs=0.01)
 
 
 def test_dare_drops_other_entries_in_each_block_and_of_each_model():

@@ -100,7 +100,7 @@ def task_arithmetic(models: dict[str, str], **more: Any) -> Config:
     }
 
 
-def put_template(folder: str, text: str) -> None:
+def put_template(folder: str, text: str | list[Any]) -> None:
     path = Path(folder) / "tokenizer_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "chat_template": text}))
@@ -147,6 +147,30 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(
     with pytest.raises(DoRAError, match="A has no tokenizer to compare"):
         merge(task_arithmetic(models, tokenizer_source="base"), tmp_path / "out")
     merge(task_arithmetic(models), tmp_path / "out")  # as before, unchecked
+
+
+def test_the_tokenizers_model_is_no_output(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    config = task_arithmetic(models, tokenizer_source=models["B"])
+    plan = read_mergekit(config)
+    for out, reason in ((models["B"], "is the input"), (tmp_path, "holds the input")):
+        with pytest.raises(DoRAError, match=reason):
+            run_merge(plan, out, overwrite=True)
+    assert (Path(models["B"]) / "tokenizer.json").is_file()
+
+
+def test_a_list_of_templates_with_damaged_names_gives_the_default(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    named = {"name": "default", "template": "mine {{ messages }}"}
+    for folder in models.values():
+        put_template(folder, [{"name": []}, 5, named])
+    report = merge(task_arithmetic(models, chat_template="auto"), tmp_path / "out")
+    assert any("that of 2 of 2 models" in line for line in report.lines())
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == (
+        "mine {{ messages }}"
+    )
 
 
 @pytest.mark.parametrize("is_file", [False, True])
@@ -288,3 +312,9 @@ def test_the_command_prints_the_notes_and_refuses_options_that_the_file_decides(
     result = CliRunner().invoke(command, args)
     assert result.exit_code == 1
     assert "holds several YAML documents (---)" in result.stderr
+    config = task_arithmetic(models)
+    path.write_text(json.dumps(config))
+    for seed in ("-1", str(2**64)):
+        result = CliRunner().invoke(command, [*args, "--seed", seed])
+        assert result.exit_code == 1
+        assert "seed must be a whole number of at least 0" in result.stderr
