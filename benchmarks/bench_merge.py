@@ -3,9 +3,9 @@
     python benchmarks/bench_merge.py [--rank 16] [--adapters 2] [--smoke]
 
 One matrix, N DoRA adapters of rank r, merged by the normalised mean of directions
-(slerp's middle for two). ``ours`` is `merge.factored.merge_matrix` at rank N·r, exact.
-``dense + SVD`` builds each adapted weight, merges length and direction of its
-rows in NumPy float32, and goes back to rank N·r by NumPy's SVD; the two merges are
+(slerp's middle for two). ``ours`` is `merge.adapters.factored.merge_matrix` at rank
+N·r, exact. ``dense + SVD`` builds each adapted weight, merges length and direction of
+its rows in NumPy float32, and goes back to rank N·r by NumPy's SVD; the two merges are
 compared first. Memory of NumPy arrays is in neither figure.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_dora.factored import Update
 from mlx_dora.kernels import fused_weight
-from mlx_dora.merge.factored import AdaptedMatrix, merge_matrix
+from mlx_dora.merge.adapters.factored import AdaptedMatrix, merge_matrix
 
 SHAPES = {"q_proj": (2048, 2048), "down_proj": (2048, 8192)}
 SMOKE = {"tiny": (64, 96)}

@@ -2,7 +2,7 @@
 
 cli > demo | doctor | publish | serve > train | analyze | merge > evaluate >
 data | peft > adapters > layers > decomposition > geometry > factored > kernels | io >
-options > errors | openblas
+options > errors | openblas | progress
 
 Imports point right; packages joined by | never import each other.
 """
@@ -29,7 +29,7 @@ LAYERS = (
     ("factored",),
     ("kernels", "io"),
     ("options",),
-    ("errors", "openblas"),
+    ("errors", "openblas", "progress"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MAX_LINES = 400
