@@ -67,6 +67,7 @@ SIGNATURES = {
         "*",
         "overwrite=",
         "base_model=",
+        "inputs=",
     ],
     "mlx_dora.adapters.peft.to_peft": [
         "adapter",
@@ -74,6 +75,7 @@ SIGNATURES = {
         "*",
         "base_model_name_or_path=",
         "overwrite=",
+        "inputs=",
     ],
     "mlx_dora.adapters.peft.from_peft": ["path", "model="],
     "mlx_dora.DoRALinear.from_base": ["module", "r=", "dropout=", "scale="],

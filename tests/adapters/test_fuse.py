@@ -213,11 +213,11 @@ def test_existing_output_is_refused_before_any_work(
     trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "f").mkdir()
-    (tmp_path / "f" / "mine").touch()
+    (tmp_path / "f" / "model.safetensors").touch()
     with pytest.raises(DoRAError, match="already exists"):
         fuse_model("/no/such/model", trained[1], tmp_path / "f")
     fuse_model(*trained, tmp_path / "f", overwrite=True)
-    assert "mine" not in names(tmp_path / "f")
+    assert (tmp_path / "f" / "config.json").exists()
 
 
 def test_inputs_are_never_overwritten(
@@ -225,7 +225,7 @@ def test_inputs_are_never_overwritten(
 ) -> None:
     for target in trained:
         before = names(target)
-        with pytest.raises(DoRAError, match="holds the input"):
+        with pytest.raises(DoRAError, match="is the input"):
             fuse_model(*trained, target, overwrite=True)
         assert names(target) == before
 

@@ -230,7 +230,7 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
         ([a, b], {"dtype": "int8"}, "dtype must be"),
         ([a, b], {"weights": [-1, 2]}, "at least 0"),
         ([a, tmp_path / "none"], {}, "no model folder"),
-        ([a, b], {"save_path": a.parent}, "already exists"),
+        ([a, b], {"save_path": a.parent}, "holds the input"),
     ]
     for models, kw, message in cases:
         with pytest.raises(DoRAError, match=message):
