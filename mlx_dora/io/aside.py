@@ -27,7 +27,7 @@ def fresh_holder(target: Path) -> Iterator[Path]:
 
     Yields the holder, with an empty folder ``new`` in it.
     """
-    handle = None
+    holder, handle = target, None
     while handle is None:
         holder = aside_of(target, ".partial")
         holder.mkdir(mode=0o700)

@@ -49,7 +49,7 @@ def delayed_interrupt() -> Iterator[Callable[[], int]]:
         put_back()
 
 
-_AGAIN = {
+_AGAIN: dict[int, str] = {
     signal.SIGINT: "Ctrl-C again stops at once",
     **{one: f"{one.name} again stops at once" for one in STOPS},
 }
