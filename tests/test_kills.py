@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.context
 import os
 import random
 import shutil

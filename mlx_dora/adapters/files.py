@@ -1,5 +1,6 @@
 """Adapter folders in mlx-lm's format, with what it leaves out under ``mlx_dora``."""
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,12 +19,15 @@ from mlx_dora.adapters.adapter import (
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.format import config_json, pad_rank, strip_rank
 from mlx_dora.adapters.one_save import (
+    CONFIG_NAME,
+    TENSORS_NAME,
+    identified,
     read_one_save,
-    write_one_save,
+    remove_unidentified,
 )
 from mlx_dora.adapters.surgery import FineTuneType, base_of, dora_layers
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.atomic import atomic_directory
+from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
 from mlx_dora.io.output import Inputs
 
 __all__ = [
@@ -164,7 +168,11 @@ def _write_files(adapter: Adapter, folder: Path) -> None:
             name: pad_rank(name, value.astype(mx.float32), adapter.config.rank)
             for name, value in tensors.items()
         }
-    write_one_save(folder, config_json(adapter), tensors)
+    content, metadata = identified(config_json(adapter), tensors)
+    remove_unidentified(folder)
+    # Tensors first: a folder with a config is a folder with an adapter.
+    write_tensors(folder / TENSORS_NAME, tensors, metadata)
+    write_text(folder / CONFIG_NAME, json.dumps(content, indent=4))
 
 
 def _warn_of_stock(model_or_adapter: nn.Module | Adapter, adapter: Adapter) -> None:

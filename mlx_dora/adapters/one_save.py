@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.format import parse_config
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.atomic import flush, write_tensors, write_text
+from mlx_dora.io.atomic import flush
 from mlx_dora.io.gate import check_dtypes, read_tensors
 from mlx_dora.io.header import read_header_and_metadata
 from mlx_dora.io.json import parse
@@ -32,28 +32,29 @@ _ABSENT_TRIES = 3
 _LEFT_OUT = ("base", "training")
 
 
-def write_one_save(
-    folder: Path, config: dict[str, Any], tensors: Mapping[str, mx.array]
-) -> None:
-    """Write both files of an adapter, each at once, with the id of this save.
-
-    A config without an id (of an older version, or mlx-lm's) is deleted first: nothing
-    could tell it from that of the new tensors.
+def identified(
+    config: dict[str, Any], tensors: Mapping[str, mx.array]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The config of a save and the metadata of its tensors, both with the save's id.
 
     Args:
-        folder: Holds an adapter already, or nothing.
         config: Content of the config, with a section ``mlx_dora``.
         tensors: Name to array, as they are stored.
     """
     save = _digest(config, tensors)
+    content = {**config, "mlx_dora": {**config["mlx_dora"], "save": save}}
+    return content, {_ID_KEY: save}
+
+
+def remove_unidentified(folder: Path) -> None:
+    """Delete a config without an id (of an older version, or mlx-lm's).
+
+    Nothing could tell it from that of the tensors about to be written.
+    """
     old = folder / CONFIG_NAME
     if old.exists() and _id_of(old) is None:
         old.unlink()
         flush(folder)
-    content = {**config, "mlx_dora": {**config["mlx_dora"], "save": save}}
-    # Tensors first: a folder with a config is a folder with an adapter.
-    write_tensors(folder / TENSORS_NAME, tensors, {_ID_KEY: save})
-    write_text(folder / CONFIG_NAME, json.dumps(content, indent=4))
 
 
 def read_one_save(folder: Path) -> tuple[Adapter, dict[str, mx.array]]:

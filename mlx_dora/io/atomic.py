@@ -101,7 +101,8 @@ class full_disk_names:
         else:
             return
         if number in _FULL:
-            raise OSError(number, os.strerror(number), self._path) from error
+            reason = getattr(error, "strerror", None) or os.strerror(number)
+            raise OSError(number, reason, self._path) from error
 
 
 def write_text(path: str | Path, text: str) -> None:

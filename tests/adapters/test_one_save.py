@@ -34,13 +34,13 @@ while True:
 KILLED = """
 import os, signal, sys
 from tests.adapters.test_one_save import scaled
-from mlx_dora.adapters import one_save
+from mlx_dora.adapters import files
 from mlx_dora.adapters.files import write_adapter_files
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-one_save.write_text = kill
+files.write_text = kill
 write_adapter_files(scaled(2.0), sys.argv[1])
 """
 ROOT = Path(__file__).parents[2]

@@ -107,7 +107,7 @@ def save_fisher(
     facts: FisherFacts,
     tensors: Iterable[tuple[str, mx.array]],
     *,
-    inputs: Inputs,
+    inputs: Inputs = (),
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> FisherFacts:
@@ -117,7 +117,7 @@ def save_fisher(
         path: The folder to make.
         facts: Where it is from; the norm is taken from the tensors.
         tensors: Module path to array; taken one at a time.
-        inputs: All that was read to make it; see `check_output`.
+        inputs: All that was read to make it, which is never replaced.
         overwrite: Replace an existing folder.
         max_shard_bytes: A shard is closed before it would grow past this.
 
