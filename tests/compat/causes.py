@@ -11,14 +11,14 @@ CAUSES = {
     ),
     "bitnet": (
         "mlx-lm",
-        "The weights are packed ternary numbers. Only a Metal kernel without a gradient "
-        "can read them.",
+        "The weights are packed ternary numbers. Only a Metal kernel without a "
+        "gradient can read them.",
     ),
     "deepseek_v41": (
         "mlx-lm",
-        "A gradient reaches the indices of the top experts, and keys and values rounded "
-        "to fp8 and fp4; neither operation has a gradient. With `mx.stop_gradient` on "
-        "both, all steps work.",
+        "A gradient reaches the indices of the top experts, and keys and values "
+        "rounded to fp8 and fp4; neither operation has a gradient. With "
+        "`mx.stop_gradient` on both, all steps work.",
     ),
     "gemma3n": (
         "mlx-lm",
@@ -27,8 +27,8 @@ CAUSES = {
     ),
     "kimi_k3": (
         "mlx-lm",
-        "The layers that mix the residual streams are never called; the model only reads "
-        "their weights. No adapter can wrap them, neither LoRA nor DoRA.",
+        "The layers that mix the residual streams are never called; the model only "
+        "reads their weights. No adapter can wrap them, neither LoRA nor DoRA.",
     ),
     "muse_spark": (
         "mlx-lm",
