@@ -33,7 +33,7 @@ def main(checkout: Path) -> None:
     linear = nn.Linear(64, 32)
     layer = mlx_dora.DoRALinear.from_base(linear, r=4)
     x = mx.random.normal((3, 64))
-    assert mx.array_equal(layer(x), linear(x)), "an untrained layer differs from its base"
+    assert mx.array_equal(layer(x), linear(x)), "an untrained layer is not its base"
 
     scripts = [
         entry.name

@@ -1,11 +1,11 @@
-"""Look into two adapters, ask what to do with them, and merge them.
+"""Analyze two adapters, ask what to do with them, and merge them.
 
     python examples/analyze_and_merge.py
 
-Trains two DoRA adapters of a tiny random model on two made-up tasks, says what each did
-to magnitude and direction, compares them, merges them as the comparison suggests, and
-checks the result on both tasks. With adapters and a model of your own, start at
-"Analyse".
+The script trains two DoRA adapters of a tiny random model on two made-up tasks. It
+prints what each adapter did to magnitude and direction, compares the two, merges them
+as the comparison suggests, and checks the result on both tasks. If you have adapters
+and a model of your own, start at "Analyze".
 """
 
 import tempfile
@@ -43,7 +43,7 @@ def tiny_model() -> nn.Module:
 
 
 def task(step: int) -> list[list[int]]:
-    """Rows that count up by `step`, in the lower or the upper half of the tokens."""
+    """Make rows that count up by `step`, in the lower or upper half of the tokens."""
     first = 0 if step < 5 else 32
     return [[first + (s + step * i) % 32 for i in range(16)] for s in range(32)]
 
@@ -67,8 +67,8 @@ def loss(adapter: Path | None, rows: list[list[int]]) -> float:
     model.eval()
     tokens = mx.array(rows)
     logits = model(tokens[:, :-1])
-    found = nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean")
-    return float(np.array(found))
+    mean = nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean")
+    return float(np.array(mean))
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
         for rows, adapter in zip(tasks.values(), adapters, strict=True):
             train(rows, adapter)
 
-        # Analyse: every matrix, and the rows of one.
+        # Analyze: the first matrices.
         analysis = analyze_adapter(adapters[0], tiny_model())
         for layer in analysis.layers[:4]:
             print(
@@ -88,7 +88,7 @@ def main() -> None:
         for advice in analysis.guidance:
             print(advice.sentence)
 
-        # Compare, and merge as that suggests.
+        # Compare, and merge as the comparison suggests.
         comparison = compare_adapters(adapters, tiny_model())
         for advice in comparison.guidance:
             print(advice.sentence)
