@@ -52,7 +52,7 @@ def test_a_case_is_one_line_with_machine_and_losses(tmp_path: Path) -> None:
             assert figures["p20_ms"] <= figures["median_ms"] <= figures["p80_ms"]
 
 
-def test_the_comparison_of_variants_goes_on_where_it_stopped(
+def test_an_interrupted_comparison_of_variants_continues(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     for task, answers in (
@@ -117,7 +117,9 @@ assert abs(whole.loss - usual.item()) < 1e-5, (whole, usual)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_pace_of_a_method_is_told(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_pace_reports_time_and_memory_of_a_step(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
     rows = [{"prompt": f"dog {i}", "completion": f" fox {i}"} for i in range(30)]
     for name in ("train", "valid", "test"):
         text = "".join(json.dumps(row) + "\n" for row in rows)
