@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_dora.factored import Update
 from mlx_dora.kernels import fused_weight
-from mlx_dora.merge.factored import AdaptedMatrix, merge_matrix
+from mlx_dora.merge.adapters.factored import AdaptedMatrix, merge_matrix
 
 SHAPES = {"q_proj": (2048, 2048), "down_proj": (2048, 8192)}
 SMOKE = {"tiny": (64, 96)}

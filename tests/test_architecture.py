@@ -2,7 +2,7 @@
 
 cli > demo | doctor | publish | serve > train | analyze | merge > evaluate >
 data | peft > adapters > layers > decomposition > geometry > factored > kernels | io >
-options > errors | openblas
+options > errors | openblas | progress
 
 Imports point right; packages joined by | never import each other.
 """
@@ -29,7 +29,7 @@ LAYERS = (
     ("factored",),
     ("kernels", "io"),
     ("options",),
-    ("errors", "openblas"),
+    ("errors", "openblas", "progress"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MAX_LINES = 400
@@ -101,7 +101,7 @@ def import_problems(path: PurePosixPath, tree: ast.Module) -> Iterator[str]:
         top, *rest = target.split(".")
         if top in LAZY_ONLY and node in eager and str(path) not in MAY_IMPORT_EAGERLY:
             yield f"imports {top} at module level"
-        if top == "mlx" and node in eager and own in ("", "cli", "openblas", "errors"):
+        if top == "mlx" and node in eager and own in ("", "openblas", "errors"):
             yield "imports mlx at module level"
         if top == "click" and own != "cli":
             yield "imports click outside cli"
@@ -134,7 +134,9 @@ def init_problems(tree: ast.Module) -> Iterator[str]:
         is_table = isinstance(node, ast.Assign | ast.AnnAssign) and not any(
             isinstance(inner, ast.Call) for inner in ast.walk(node)
         )
-        if not (isinstance(node, plain) or is_doc or is_types or is_lazy or is_table):
+        is_preload = ast.unparse(node) == "preload()"  # the BLAS, before MLX
+        known = is_doc or is_types or is_lazy or is_table or is_preload
+        if not (isinstance(node, plain) or known):
             yield f"has logic in __init__.py, line {node.lineno}"
 
 
@@ -207,7 +209,6 @@ def test_file_keeps_the_architecture(name: str) -> None:
         ("layers/a.py", "from transformers import x", "module level"),
         ("layers/a.py", "class A:\n    import mlx_lm.utils", "module level"),
         ("layers/a.py", "try:\n    import mlx_lm\nfinally:\n    pass", "module level"),
-        ("cli/a.py", "import mlx.core as mx", "module level"),
         ("__init__.py", "import mlx.core", "module level"),
         ("train/a.py", "def f():\n    import click", "click"),
         ("io/utils.py", "", "says nothing"),
@@ -234,7 +235,7 @@ def test_checker_finds_a_planted_violation(
     [
         ("cli/a.py", "import click\nfrom mlx_dora.train.config import x"),
         ("cli/a.py", "from mlx_dora.cli._options import x"),
-        ("cli/a.py", "def f():\n    import mlx.core"),
+        ("cli/a.py", "import mlx.core as mx"),
         ("train/a.py", "from mlx_dora.evaluate.loss import x"),
         ("io/a.py", "from mlx_dora.errors import DoRAError\nimport mlx.core as mx"),
         ("io/a.py", "from mlx_dora import DoRAError, __version__"),

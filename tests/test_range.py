@@ -11,7 +11,7 @@ from mlx_dora.factored import Update, factored_terms, row_grams, stack_norms
 from mlx_dora.geometry import row_geometry
 from mlx_dora.kernels import adapted_norm, fused_weight, normalize_rows
 from mlx_dora.kernels.rows import row_squares
-from mlx_dora.merge.dense import row_norm
+from mlx_dora.merge.adapters.dense import row_norm
 from tests.checks import BOUNDS, to_numpy
 
 # With 65 columns the largest norm is 9 times this.

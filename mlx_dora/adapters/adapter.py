@@ -15,6 +15,9 @@ from mlx_dora.adapters.surgery import FineTuneType, exported_layers
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import DoRALayer
 
+_LARGEST = 1e18
+"""Numbers below it can be squared and summed in float32."""
+
 LEAVES = {"dora": ("lora_a", "lora_b", "m"), "lora": ("lora_a", "lora_b")}
 
 # Names of one kind of problem that a message spells out.
@@ -193,6 +196,27 @@ def adapter_problems(adapter: Adapter) -> list[str]:
     for path in paths:
         problems += _rank_problems(adapter, path)
     return problems
+
+
+def overflow_problems(adapter: Adapter) -> list[str]:
+    """What a layer could not compute in float32; empty if nothing.
+
+    A layer squares row norms of W0 + s·BA. No entry of s·BA exceeds
+    |s|·r·max|A|·max|B|, so that bound must stay below the root of float32's greatest
+    value, and so must the magnitudes.
+    """
+    beyond = []
+    for path in adapter.paths:
+        sizes = {
+            leaf: float(mx.abs(adapter.tensors[f"{path}.{leaf}"]).max())
+            for leaf in LEAVES.get(adapter.fine_tune_type, ())
+            if adapter.tensors[f"{path}.{leaf}"].size
+        }
+        entry = abs(adapter.config.scale_of(path)) * adapter.config.rank_of(path)
+        entry *= sizes.get("lora_a", 0.0) * sizes.get("lora_b", 0.0)
+        if max(entry, sizes.get("m", 0.0)) > _LARGEST:
+            beyond.append(path)
+    return listed("values too large to compute with in float32 in", beyond)
 
 
 def _rank_problems(adapter: Adapter, path: str) -> list[str]:

@@ -11,6 +11,7 @@ from mlx_dora.adapters.adapter import (
     Adapter,
     adapter_problems,
     listed,
+    overflow_problems,
     rank_of,
 )
 from mlx_dora.adapters.fingerprint import fingerprint
@@ -43,7 +44,8 @@ def attach_adapter(
         DoRAError: If anything does not fit; one message with all problems. The model is
             unchanged.
     """
-    if problems := all_problems(model, adapter, check_base):
+    problems = all_problems(model, adapter, check_base) or overflow_problems(adapter)
+    if problems:
         raise DoRAError(f"{name} does not fit the model: {'; '.join(problems)}.")
     if adapter.fine_tune_type == "full":
         model.load_weights(list(adapter.tensors.items()), strict=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.adapters.adapter import Adapter
+from mlx_dora.adapters.adapter import Adapter, overflow_problems
 from mlx_dora.adapters.attach import all_problems
 from mlx_dora.adapters.blend import Blend, Part, blend
 from mlx_dora.adapters.files import read_adapter
@@ -153,7 +153,8 @@ class NamedAdapters:
     def _problems(self, adapter: Adapter, check_base: bool) -> list[str]:
         if adapter.fine_tune_type == "full":
             return ["a full fine-tuning is a model of its own"]
-        if problems := all_problems(self._model, adapter, check_base):
+        problems = all_problems(self._model, adapter, check_base)
+        if problems := problems or overflow_problems(adapter):
             return problems
         modules = dict(self._model.named_modules())
         for path in adapter.paths:

@@ -1,6 +1,6 @@
 """An adapter against its base, from the factored terms alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,9 +20,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.factored import Update
 from mlx_dora.geometry import row_geometry
 from mlx_dora.layers import weight_of
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, total, newly done)."""
+from mlx_dora.progress import Progress
 
 
 def analyze_adapter(

@@ -13,7 +13,6 @@ from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.keys import natural_order
 from mlx_dora.adapters.matrices import adapted_matrices, named_matrices
 from mlx_dora.analyze.adapter import (
-    Progress,
     check_fit,
     float64_factors,
     load_base,
@@ -29,6 +28,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.factored import AdaptedMatrix, row_grams
 from mlx_dora.kernels.rows import Weight
 from mlx_dora.layers import weight_of
+from mlx_dora.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from mlx_dora.adapters.fuse import fuse_dora, fuse_model, save_fused
 from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.fuse_layer import Update, dense_fused, survival
 from mlx_dora.adapters.hosting import load
+from mlx_dora.adapters.named import NamedAdapters
 from mlx_dora.adapters.surgery import apply_dora, dora_layers
 from mlx_dora.errors import DoRAError
 from tests.adapters.training import QV, perturb
@@ -27,10 +28,15 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         model, _ = load(base)
         apply_dora(model, DoRAConfig(num_layers=2, keys=QV, rank=4))
         perturb(model, 0.01)
-        for path, layer in dora_layers(model):
-            for leaf, value in leaves.items() if path == Q0 else ():
-                layer[leaf] = mx.full(layer[leaf].shape, value)
-        save_adapter(model, tmp_path / "adapter")
+        save_adapter(model, tmp_path / "adapter", overwrite=True)
+        # Saving refuses what overflows, so that the file is changed afterwards.
+        file = str(tmp_path / "adapter" / "adapters.safetensors")
+        tensors = mx.load(file)
+        assert isinstance(tensors, dict)
+        for leaf, value in leaves.items():
+            tensors[f"{Q0}.{leaf}"] = mx.full(tensors[f"{Q0}.{leaf}"].shape, value)
+        mx.eval(tensors)
+        mx.save_safetensors(file, tensors)
         return tmp_path / "adapter"
 
     return make
@@ -60,7 +66,10 @@ def test_a_product_beyond_float32_is_refused(
     with pytest.raises(DoRAError, match=f"{Q0}: the fused weight is not finite"):
         fuse_model(base, adapter, tmp_path / "f", config=config)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["adapter", "base"]
-    model, _ = load(base, adapter)
+    model, _ = load(base, make_adapter(base))
+    layer = dict(dora_layers(model))[Q0]
+    layer.lora_a = mx.full(layer.lora_a.shape, 1e30)
+    layer.lora_b = mx.full(layer.lora_b.shape, 1e30)
     with pytest.raises(DoRAError, match=f"{Q0}: .* too large for float32"):
         fuse_dora(model, dequantize=mode == "dequantize")
 
@@ -125,7 +134,22 @@ def test_survival_is_that_of_float64_at_every_size(size: float) -> None:
     assert found.cosine == pytest.approx(1, abs=1e-5)
 
 
-def test_an_adapter_that_overflows_only_when_used_still_loads(
+@pytest.mark.parametrize("leaves", [{"lora_b": 3e38}, {"m": 3e38}])
+def test_an_adapter_that_overflows_is_not_attached(
+    make_tiny_folder: Callable[..., Path],
+    make_adapter: Callable[..., Path],
+    leaves: dict[str, float],
+) -> None:
+    base = make_tiny_folder("base")
+    adapter = make_adapter(base, **leaves)
+    with pytest.raises(DoRAError, match=f"too large to compute with .* in {Q0}"):
+        load(base, adapter)
+    model, _ = load(base)
+    with pytest.raises(DoRAError, match=f"too large to compute with .* in {Q0}"):
+        NamedAdapters(model).add("one", adapter)
+
+
+def test_an_adapter_that_overflows_only_when_used_can_be_read(
     make_tiny_folder: Callable[..., Path], make_adapter: Callable[..., Path]
 ) -> None:
     base = make_tiny_folder("base")

@@ -5,7 +5,7 @@ import numpy as np
 
 from mlx_dora.factored import Update
 from mlx_dora.kernels.rows import Weight
-from mlx_dora.merge.factored import AdaptedMatrix, MergedMatrix
+from mlx_dora.merge.adapters.factored import AdaptedMatrix, MergedMatrix
 from tests.checks import to_numpy
 
 
