@@ -8,23 +8,20 @@ as the comparison suggests, and checks the result on both tasks. If you have ada
 and a model of your own, start at "Analyze".
 """
 
+from mlx_dora import DoRAConfig, load_adapter  # isort: skip - loads OpenBLAS, so before mlx
+
 import tempfile
 from pathlib import Path
 
-from mlx_dora import openblas
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import llama
 
-openblas.preload()  # on Linux, before mlx
-
-import mlx.core as mx  # noqa: E402 - OpenBLAS first
-import mlx.nn as nn  # noqa: E402 - OpenBLAS first
-import numpy as np  # noqa: E402 - OpenBLAS first
-from mlx_lm.models import llama  # noqa: E402 - OpenBLAS first
-
-from mlx_dora import DoRAConfig, load_adapter  # noqa: E402 - OpenBLAS first
-from mlx_dora.adapters.attach import attach_adapter  # noqa: E402 - OpenBLAS first
-from mlx_dora.analyze import analyze_adapter, compare_adapters  # noqa: E402
-from mlx_dora.merge import merge_adapters  # noqa: E402 - OpenBLAS first
-from mlx_dora.train import TrainConfig, finetune  # noqa: E402 - OpenBLAS first
+from mlx_dora.adapters.attach import attach_adapter
+from mlx_dora.analyze import analyze_adapter, compare_adapters
+from mlx_dora.merge import merge_adapters
+from mlx_dora.train import TrainConfig, finetune
 
 
 def tiny_model() -> nn.Module:

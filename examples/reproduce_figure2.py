@@ -10,6 +10,8 @@ you start it again with the same output folder, it computes only what is missing
 shows that the script runs.
 """
 
+from mlx_dora import DoRAConfig, load  # isort: skip - loads OpenBLAS, so before mlx
+
 import argparse
 import json
 import shutil
@@ -18,24 +20,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlx_dora import openblas
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
-openblas.preload()  # on Linux, before mlx
-
-import mlx.core as mx  # noqa: E402 - OpenBLAS first
-import mlx.nn as nn  # noqa: E402 - OpenBLAS first
-import numpy as np  # noqa: E402 - OpenBLAS first
-from mlx.utils import tree_flatten  # noqa: E402 - OpenBLAS first
-
-from mlx_dora import DoRAConfig, load  # noqa: E402 - OpenBLAS first
-from mlx_dora.adapters.surgery import (  # noqa: E402 - OpenBLAS first
-    adapter_layers,
-    base_of,
-)
-from mlx_dora.demo.data import demo_rows  # noqa: E402 - OpenBLAS first
-from mlx_dora.demo.model import demo_model  # noqa: E402 - OpenBLAS first
-from mlx_dora.geometry import RowGeometry, pair_geometry, row_geometry  # noqa: E402 - OpenBLAS first
-from mlx_dora.train import StepReport, TrainConfig, finetune  # noqa: E402
+from mlx_dora.adapters.surgery import adapter_layers, base_of
+from mlx_dora.demo.data import demo_rows
+from mlx_dora.demo.model import demo_model
+from mlx_dora.geometry import RowGeometry, pair_geometry, row_geometry
+from mlx_dora.train import StepReport, TrainConfig, finetune
 
 METHODS = ("full", "lora", "dora")
 RATES = {"full": 5e-5, "lora": 5e-4, "dora": 5e-4}

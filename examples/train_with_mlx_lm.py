@@ -6,26 +6,22 @@ The script uses mlx-lm's own loader, `linear_to_lora_layers` and trainer. Only t
 `with` line is ours. Without --model it makes a tiny random model.
 """
 
+from mlx_dora import DoRALinear, use_in_mlx_lm  # isort: skip - loads OpenBLAS, so before mlx
+
 import argparse
 import json
 import tempfile
 from pathlib import Path
 
-from mlx_dora import openblas
-
-openblas.preload()  # on Linux, before mlx
-
-import mlx.core as mx  # noqa: E402 - OpenBLAS first
-import mlx.nn as nn  # noqa: E402 - OpenBLAS first
-import mlx.optimizers as optim  # noqa: E402 - OpenBLAS first
-from mlx.utils import tree_flatten  # noqa: E402 - OpenBLAS first
-from mlx_lm import load  # noqa: E402 - OpenBLAS first
-from mlx_lm.models import llama  # noqa: E402 - OpenBLAS first
-from mlx_lm.tuner.datasets import CacheDataset  # noqa: E402 - OpenBLAS first
-from mlx_lm.tuner.trainer import TrainingArgs, train  # noqa: E402 - OpenBLAS first
-from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402 - OpenBLAS first
-
-from mlx_dora import DoRALinear, use_in_mlx_lm  # noqa: E402 - OpenBLAS first
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+from mlx_lm import load
+from mlx_lm.models import llama
+from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.trainer import TrainingArgs, train
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 
 class Rows:

@@ -76,19 +76,19 @@ def test_an_interrupted_comparison_of_variants_continues(
     assert first.returncode == 0, first.stderr
     before = output.read_text()
     methods = ("lora", "dora", "full", "doran-aux", "edora", "bidora")
-    second = run(*command, *(part for one in methods for part in ("--method", one)))
+    second = run(*command, *(part for name in methods for part in ("--method", name)))
     assert second.returncode == 0, second.stderr
     assert output.read_text().startswith(before)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    # Tasks; the base; methods, three rates and the chosen one.
+    # Two tasks: the base, then each method at three rates and at the chosen rate.
     assert len(lines) == 2 * (1 + len(methods) * 4)
     assert all(0 <= line["accuracy"] <= 1 for line in lines if line["seed"] == 0)
     assert not any("accuracy" in line for line in lines if line["seed"] == 1000)
     trained = {line["method"]: line["trainable"] for line in lines}
-    # Of one block of width 32 and 64: less than one rank of its largest matrix.
+    # A block of width 32 and 64: off by less than a rank of its largest matrix.
     for method in ("lora", "doran-aux", "bidora"):
         assert trained["dora"] - 96 < trained[method] <= trained["dora"]
-    # No square fits as well: of 7 matrices, each below the next square.
+    # Squares fit less well: each of 7 matrices is below the next square.
     assert trained["dora"] - 7 * 40 < trained["edora"] <= trained["dora"]
     assert "| full (n = 1) |" in second.stdout
 
