@@ -18,7 +18,7 @@ from mlx_dora.kernels import _launch, _source  # noqa: E402
 
 
 def main(checkout: Path) -> None:
-    """Check the package's place, its names, one layer, and every console script."""
+    """Check where the package is, its names, one layer, and every console script."""
     home = Path(mlx_dora.__file__).parent
     assert checkout not in home.parents, f"{home} is the checkout, not the wheel"
     assert metadata.version("mlx_dora") == mlx_dora.__version__
@@ -33,7 +33,7 @@ def main(checkout: Path) -> None:
     linear = nn.Linear(64, 32)
     layer = mlx_dora.DoRALinear.from_base(linear, r=4)
     x = mx.random.normal((3, 64))
-    assert mx.array_equal(layer(x), linear(x)), "not the base at the start"
+    assert mx.array_equal(layer(x), linear(x)), "an untrained layer is not its base"
 
     scripts = [
         entry.name

@@ -1,10 +1,11 @@
-"""What every benchmark here shares. Import it before mlx: it puts OpenBLAS in front.
+"""Shared code of all benchmarks. Import it before mlx, because it loads OpenBLAS.
 
-A case is one job (one layer, one shape) done by several contenders in one process. Each
-contender is first checked against its reference, and the run stops if they differ. Then
-all are warmed up, and timed in turns, the order rotating from round to round, so that a
-slow minute of the machine falls on all of them. Peak memory is taken in a round of its
-own. One JSON line a case goes to stdout, the table to stderr::
+A case is one job (one layer, one shape) that several contenders do in one process. The
+harness first checks each contender against its reference and stops the run if they
+differ. Then it warms up all contenders and times them in turns. The order rotates from
+round to round, so that a slow minute of the machine affects all of them. Peak memory is
+measured in a separate round. Each case prints one JSON line to stdout and a table to
+stderr::
 
     import _harness as bench        # before mlx
     import mlx.core as mx
@@ -19,7 +20,7 @@ own. One JSON line a case goes to stdout, the table to stderr::
                 bench.Contender(name="lora", run=lambda: lora(x)),
                 bench.Contender(name="ours", run=lambda: ours(x), expected=dense),
             ],
-            baseline="lora",                 # the ratios are to this one
+            baseline="lora",                 # ratios are relative to this contender
             facts={"rank": 8, "tokens": 1},  # anything that describes the case
         )
         bench.report(bench.measure(case, settings))
@@ -49,7 +50,7 @@ Arrays = Any  # an array or a tree of arrays: what `mx.eval` accepts
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How often to run, and where the lines go besides stdout."""
+    """How often to run, and where to write the lines besides stdout."""
 
     warmups: int = 5
     runs: int = 30
@@ -59,11 +60,11 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One way of doing the job.
+    """A way of doing the job.
 
-    ``run`` returns what must be evaluated. ``expected`` gives the right answer by an
-    independent path (None: nothing to compare with, as for a plain base), and the
-    relative RMS difference may be at most ``bound``.
+    ``run`` returns the arrays to evaluate. ``expected`` computes the right answer
+    independently; None means that there is nothing to compare with, as for the base.
+    The relative RMS difference may be at most ``bound``.
     """
 
     name: str
@@ -74,7 +75,7 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One job and those who compete at it; ratios are to ``baseline``."""
+    """A job and its contenders; ratios are relative to ``baseline``."""
 
     name: str
     dtype: str
@@ -85,30 +86,30 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Milliseconds and bytes of one contender."""
+    """Milliseconds and bytes of a contender."""
 
     median_ms: float
     p20_ms: float
     p80_ms: float
     peak_bytes: int
-    transient_bytes: int  # peak minus what was alive before the run
+    transient_bytes: int  # peak minus the bytes alive before the run
     error: float | None  # relative RMS against the reference
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """A case with its figures, in the contenders' order."""
+    """The figures of a case, in the order of its contenders."""
 
     case: Case
     settings: Settings
     timings: dict[str, Timing]
 
     def time_ratio(self, name: str) -> float:
-        """Median time of a contender over the baseline's."""
+        """Return a contender's median time divided by the baseline's."""
         return self.timings[name].median_ms / self.timings[self.case.baseline].median_ms
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON line."""
+        """Return the JSON line as a dictionary."""
         return {
             "case": self.case.name,
             "dtype": self.case.dtype,
@@ -125,7 +126,7 @@ class Measurement:
 
 
 def options(command: Callable[..., None]) -> Callable[..., None]:
-    """The flags every benchmark takes; the command gets them as ``settings``."""
+    """Add the flags of every benchmark; the command gets them as ``settings``."""
 
     def wrapped(
         smoke: bool,
@@ -144,23 +145,23 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
 
     wrapped.__doc__ = command.__doc__
     wrapped.__name__ = command.__name__
-    wrapped.__dict__.update(command.__dict__)  # click keeps its parameters there
+    wrapped.__dict__.update(command.__dict__)  # click stores its parameters there
     for option in (
         click.option("--json", "json_file", type=click.Path(path_type=Path),
-                     help="Append the JSON lines to this file too."),
+                     help="Also append the JSON lines to this file."),
         click.option("--warmups", type=click.IntRange(min=0),
-                     help="Untimed rounds first (5; 1 with --smoke)."),
+                     help="Untimed rounds before the timed ones (5; 1 with --smoke)."),
         click.option("--runs", type=click.IntRange(min=1),
                      help="Timed rounds (30; 3 with --smoke)."),
         click.option("--smoke", is_flag=True,
-                     help="Tiny sizes: shows that it runs, not how fast."),
+                     help="Tiny sizes: show that it runs, not how fast."),
     ):  # fmt: skip
         wrapped = option(wrapped)
     return wrapped
 
 
 def measure(case: Case, settings: Settings) -> Measurement:
-    """Check, warm up, time in turns, then take peak memory."""
+    """Check, warm up, time in turns, then measure peak memory."""
     errors = {c.name: _check(case, c) for c in case.contenders}
     for _ in range(settings.warmups):
         for contender in case.contenders:
@@ -190,7 +191,7 @@ def measure(case: Case, settings: Settings) -> Measurement:
 
 
 def report(measurement: Measurement) -> None:
-    """JSON line to stdout (and to ``--json``), table to stderr; losses in both."""
+    """Print a JSON line to stdout (and ``--json``) and a table to stderr."""
     line = json.dumps(measurement.to_dict())
     click.echo(line)
     if measurement.settings.json_file:
@@ -200,7 +201,7 @@ def report(measurement: Measurement) -> None:
 
 
 def relative_rms(actual: Arrays, expected: Arrays) -> float:
-    """Worst ‖actual - expected‖ / ‖expected‖ over the arrays of two equal trees."""
+    """Return the worst ‖actual - expected‖ / ‖expected‖ over two trees of arrays."""
     got, want = (
         {
             name: np.array(value.astype(mx.float32), np.float64)
@@ -222,7 +223,7 @@ def _check(case: Case, contender: Contender) -> float | None:
     if contender.expected is None:
         return None
     error = relative_rms(contender.run(), contender.expected())
-    if not error <= contender.bound:  # a NaN fails too
+    if not error <= contender.bound:  # NaN fails too
         raise click.ClickException(
             f"{case.name}: {contender.name} is {error:.2e} off its reference, "
             f"more than {contender.bound:.0e}; nothing was timed."
@@ -231,7 +232,7 @@ def _check(case: Case, contender: Contender) -> float | None:
 
 
 def _memory(contender: Contender) -> tuple[int, int]:
-    """Peak bytes of one run, and how far that is above what was alive before it."""
+    """Return the peak bytes of a run, in total and above what was alive before it."""
     gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -256,6 +257,6 @@ def _table(measurement: Measurement) -> str:
             title,
             head,
             *rows,
-            f"  time: over {case.baseline}'s; extra: peak memory above what was alive",
+            f"  time: over {case.baseline}'s; extra: peak above memory in use before",
         ]
     )

@@ -1,4 +1,4 @@
-"""Where a figure was taken: chip, system, versions, commit. Imports no mlx."""
+"""Where a figure was measured: chip, system, versions, commit. Imports no mlx."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def describe_machine() -> dict[str, str | int]:
-    """What a figure must stand beside to mean something."""
+    """Return the facts that a figure needs beside it."""
     import mlx.core as mx
 
     device = mx.default_device()
@@ -38,7 +38,7 @@ def _usable_cores() -> int:
 
 
 def _commit() -> str:
-    """Short hash of the checkout, with ``+`` when tracked files differ from it."""
+    """Return the short hash of the checkout, with ``+`` if tracked files differ."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""The ways of training that are compared, and ranks that make them equally large."""
+"""The training methods to compare, and ranks that give them equally many parameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,17 +18,17 @@ FEW_NUMBERS_RATES = (2e-3, 8e-3, 3.2e-2)
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way of training.
+    """A training method.
 
     Attributes:
-        kind: ``fine_tune_type``.
-        settings: Of `DoRAConfig`.
-        per_row: Trained numbers a row besides the factors.
-        per_matrix: The same a matrix.
-        shared: Matrices of rank times rank that the modules of a block share.
-        is_square: Whether one such matrix for each module is all its low-rank part.
+        kind: The ``fine_tune_type``.
+        settings: Settings for `DoRAConfig`.
+        per_row: Trained numbers per row, besides the factors.
+        per_matrix: Trained numbers per matrix, besides the factors.
+        shared: Number of (rank, rank) matrices that the modules of a block share.
+        is_square: Whether the low-rank part is only a (rank, rank) matrix per module.
         has_rank: Whether it has a low-rank part, whose rank can be chosen.
-        rates: Learning rates to choose from, as many for each.
+        rates: Learning rates to choose from; every method has equally many.
     """
 
     kind: str = "dora"
@@ -53,7 +53,7 @@ METHODS = {
         rates=FEW_NUMBERS_RATES,
     ),
     "prediag": Method(settings={"variant": "prediag"}),
-    "adaptive": Method(settings={"variant": "adaptive"}),  # by its active ranks
+    "adaptive": Method(settings={"variant": "adaptive"}),  # counted by its active ranks
     "magnitude": Method(
         settings={"variant": "magnitude"}, has_rank=False, rates=FEW_NUMBERS_RATES
     ),
@@ -65,7 +65,7 @@ METHODS = {
 
 
 def equal_ranks(model: nn.Module, method: Method, dora: DoRAConfig) -> DoRAConfig:
-    """A config whose trainable parameters are those of `dora`, or just fewer.
+    """Return a config with as many trainable parameters as `dora`, or slightly fewer.
 
     Ranks are raised module by module, as far as whole ranks allow.
     """

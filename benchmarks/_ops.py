@@ -1,4 +1,4 @@
-"""What the four bench_<op>.py share: a job of the package as a case of the harness."""
+"""Shared code of the four bench_<op>.py: run a job of the package in the harness."""
 
 import _harness as bench
 import mlx.core as mx
@@ -7,7 +7,7 @@ from mlx_dora.kernels._launch import device_backend
 from mlx_dora.kernels.jobs import Job
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-# W0 as (out, in), from configurations of models in wide use.
+# W0 as (out, in), from the configs of widely used models.
 SHAPES = {
     "SmolLM2-135M q_proj": (576, 576),
     "Llama-3.2-1B q_proj": (2048, 2048),
@@ -19,7 +19,7 @@ BOUNDS = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 
 
 def report(name: str, job: Job, settings: bench.Settings, **facts: int) -> None:
-    """Time plain and compiled reference, and the kernel where the device runs it."""
+    """Time the plain and the compiled reference, and the kernel if there is one."""
     dtype = str(job.dtype).removeprefix("mlx.core.")
     compiled = mx.compile(job.reference)
     mx.eval(job.arrays)

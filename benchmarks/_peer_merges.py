@@ -1,7 +1,7 @@
-"""The same adapters merged by PEFT, and fused and merged densely by mergekit.
+"""Merge the same adapters with PEFT, and fuse them and merge the models with mergekit.
 
-Both run under an interpreter of their own. What is made stays in a work folder, and is
-not made again.
+Both run in a separate Python interpreter. The results stay in a work folder and are
+not computed again.
 """
 
 import json
@@ -33,12 +33,12 @@ _PEFT: dict[str, dict[str, Any]] = {
 def by_peft(
     python: str, base: str, adapters: Sequence[str], work: Path
 ) -> Iterator[tuple[str, Path]]:
-    """Names, and folders of adapters in our format: converted there and back."""
+    """Yield names and folders of adapters that PEFT merged, in our format."""
     theirs = []
-    for i, one in enumerate(adapters):
+    for i, adapter in enumerate(adapters):
         folder = work / f"peft_{i}"
         if not folder.exists():
-            to_peft(load_adapter(one), folder, base_model_name_or_path=base)
+            to_peft(load_adapter(adapter), folder, base_model_name_or_path=base)
         theirs.append(str(folder))
     for kind, settings in _PEFT.items():
         out = work / f"peft_{kind}_ours"
@@ -62,17 +62,17 @@ def by_peft(
 def by_mergekit(
     python: str, base: str, adapters: Sequence[str], work: Path
 ) -> Iterator[tuple[str, Path]]:
-    """Names, and folders of dense models merged with mergekit's definitions."""
+    """Yield names and folders of dense models merged by mergekit's definitions."""
     dense = []
-    for i, one in enumerate(adapters):
+    for i, adapter in enumerate(adapters):
         folder = work / f"fused_{i}"
         if not folder.exists():
-            fuse_model(base, one, folder)
+            fuse_model(base, adapter, folder)
         dense.append(str(folder))
 
     def plain(weight: float, **more: float) -> list[dict[str, Any]]:
-        return [{"model": one, "parameters": {"weight": weight, **more}}
-                for one in dense]  # fmt: skip
+        return [{"model": adapter, "parameters": {"weight": weight, **more}}
+                for adapter in dense]  # fmt: skip
 
     def slerp(first: str, second: str, t: float) -> dict[str, Any]:
         return {"merge_method": "slerp", "base_model": first, "parameters": {"t": t},
@@ -113,9 +113,9 @@ def by_mergekit(
 
 
 def in_turn(first: Any, others: Sequence[Any], both: Callable[..., Any]) -> Any:
-    """Slerp of more than two: the k-th joins what is there with weight 1/k."""
-    for count, one in enumerate(others, start=2):
-        first = both(first, one, count)
+    """Merge more than two inputs by slerp: the k-th joins with weight 1/k."""
+    for count, adapter in enumerate(others, start=2):
+        first = both(first, adapter, count)
     return first
 
 

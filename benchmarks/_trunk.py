@@ -1,9 +1,9 @@
-"""What the frozen first blocks of a Llama-like model make of a text, computed once.
+"""Activations of the frozen first blocks of a Llama-like model, computed once per row.
 
-Where only the last blocks learn, the others give the same for the same row in every
-step, method and learning rate. Rows are padded on the right and attention is causal, so
-that a row's activations do not depend on its neighbours. The head is computed where a
-target stands and nowhere else.
+If only the last blocks learn, the other blocks give the same output for the same row in
+every step, method and learning rate. Rows are padded on the right and attention is
+causal, so a row's activations do not depend on the other rows of its batch. The head is
+computed only at the positions of targets.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +19,15 @@ from mlx_dora.data.schedule import Schedule
 from mlx_dora.evaluate.loss import Loss, eval_mode
 
 Row = tuple[list[int], int]
-"""Tokens of a row, and the number of its first target."""
+"""Tokens of a row, and the index of its first target."""
 
 
 class Trunk:
     """Remembers the activations behind the frozen blocks.
 
     Args:
-        model: Its first blocks must stay as they are.
-        frozen: How many blocks those are.
+        model: The model, whose frozen blocks must not change.
+        frozen: Number of frozen blocks.
     """
 
     def __init__(self, model: Any, frozen: int) -> None:
@@ -36,7 +36,7 @@ class Trunk:
         self._known: dict[tuple[int, ...], np.ndarray] = {}
 
     def activations(self, texts: Sequence[Sequence[int]]) -> mx.array:
-        """Activations ``(rows, longest, width)`` of rows of tokens, padded with 0."""
+        """Return activations (rows, longest, width) of token rows, padded with 0."""
         keys = [tuple(text) for text in texts]
         new = [key for key in keys if key not in self._known]
         if new:
@@ -48,21 +48,22 @@ class Trunk:
             )
             for row, key in enumerate(new):
                 self._known[key] = hidden[row, : len(key)].copy()
-        found = [self._known[key] for key in keys]
-        padded = np.zeros((len(found), max(map(len, found)), found[0].shape[1]), "f4")
-        for row, one in enumerate(found):
-            padded[row, : len(one)] = one
+        stored = [self._known[key] for key in keys]
+        width = stored[0].shape[1]
+        padded = np.zeros((len(stored), max(map(len, stored)), width), "f4")
+        for row, values in enumerate(stored):
+            padded[row, : len(values)] = values
         return mx.array(padded)
 
     def batch(self, rows: Sequence[Row]) -> tuple[tuple[mx.array, ...], mx.array]:
-        """Activations, targets and places of some rows, and the lengths of `pad_batch`.
+        """Return activations, targets and places, and the lengths of `pad_batch`.
 
-        A target's place is that of the token before it.
+        The place of a target is the position of the token before it.
         """
         _, lengths = pad_batch([*rows], 1 << 30)
         hidden = self.activations([tokens[:-1] for tokens, _ in rows])
         most = max(len(tokens) - first for tokens, first in rows)
-        most = -(-most // 4) * 4  # few shapes: each is compiled
+        most = -(-most // 4) * 4  # few shapes, since each is compiled
         targets = np.zeros((len(rows), most), np.int32)
         places = np.zeros((len(rows), most), np.int32)
         for i, (tokens, first) in enumerate(rows):
@@ -72,7 +73,7 @@ class Trunk:
         return (hidden, mx.array(targets), mx.array(places)), lengths
 
     def batches(self) -> Callable[..., Iterator[Any]]:
-        """Batches for `finetune`, to go with `target_loss`."""
+        """Return the batches function for `finetune`, for use with `target_loss`."""
 
         def make(
             data: Any, size: int, limit: int, *, seed: int, counts: Any
@@ -97,7 +98,7 @@ def run_blocks(blocks: Sequence[nn.Module], hidden: mx.array) -> mx.array:
 def next_token_logits(
     model: Any, frozen: int, hidden: mx.array, places: mx.array
 ) -> mx.array:
-    """Logits at `places` ``(rows, n)`` from activations behind the frozen blocks."""
+    """Return logits at `places` (rows, n) from activations behind the trunk."""
     inner = model.model
     last = run_blocks(inner.layers[frozen:], hidden)
     rows = mx.arange(hidden.shape[0])[:, None]
@@ -105,7 +106,7 @@ def next_token_logits(
 
 
 def target_loss(frozen: int) -> Loss:
-    """The usual loss, on batches of a `Trunk`."""
+    """Return the usual loss function, for batches of a `Trunk`."""
 
     def loss(model: Any, batch: Any, lengths: mx.array) -> tuple[mx.array, mx.array]:
         hidden, targets, places = batch
@@ -120,7 +121,7 @@ def target_loss(frozen: int) -> Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Of some rows: mean loss of a target, and the share found likeliest."""
+    """Mean loss per target, and the share of targets or labels predicted right."""
 
     loss: float
     accuracy: float
@@ -129,15 +130,15 @@ class Measured:
 def measure(
     model: Any, trunk: Trunk, rows: Sequence[Row], labels: Sequence[int] | None = None
 ) -> Measured:
-    """Loss and accuracy on rows, 16 at a time.
+    """Measure loss and accuracy on rows, 16 at a time.
 
     Args:
-        model: With the trunk's frozen blocks.
-        trunk: Its activations.
-        rows: The rows.
-        labels: First tokens of the labels, if answers are labels: accuracy is the
-            share of rows whose own label is the likeliest of these. Otherwise it is the
-            share of targets that are the likeliest token.
+        model: A model with the trunk's frozen blocks.
+        trunk: The trunk that remembers the activations.
+        rows: The rows to measure.
+        labels: First token of each label, if the answers are labels. Accuracy is then
+            the share of rows whose own label ranks highest among the labels. Otherwise
+            it is the share of targets that rank highest among all tokens.
     """
     order = sorted(rows, key=lambda row: len(row[0]))
     total, right, count, places_of = 0.0, 0, 0, 0

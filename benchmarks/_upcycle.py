@@ -1,4 +1,4 @@
-"""A mixture of experts out of a dense Llama: its MLPs, several times over."""
+"""Make a mixture of experts from a dense Llama by copying its MLPs."""
 
 import json
 import shutil
@@ -8,13 +8,13 @@ import mlx.core as mx
 
 
 def upcycle(source: Path, folder: Path, *, experts: int, blocks: int) -> Path:
-    """Write a Mixtral whose experts are a Llama's MLPs and a little noise each.
+    """Write a Mixtral whose experts are a Llama's MLPs with a little noise added.
 
     Args:
         source: Folder of a float Llama with a tied head and a fast tokenizer.
-        folder: The folder to make.
-        experts: How many; two of them serve a token, a random router chooses.
-        blocks: How many of the first blocks to take.
+        folder: Folder to write.
+        experts: Number of experts; a random router chooses two of them for each token.
+        blocks: Number of blocks to use, counted from the first.
     """
     folder.mkdir()
     mx.random.seed(0)

@@ -1,9 +1,10 @@
-"""adapted_norm: kernel (where there is one), compiled and plain reference.
+"""adapted_norm: the kernel (if there is one), and the compiled and plain reference.
 
     python benchmarks/bench_adapted_norm.py [--dtype bfloat16] [--rank 8] [--smoke]
 
-Dense, and packed in 4 and 8 bits (``--bits 3`` for another). The reference is given
-‖W0‖², which training computes once, so all contenders read the weight once.
+The weight is dense, and packed in 4 and 8 bits (``--bits 3`` for another width). The
+reference gets ‖W0‖², which training computes once, so every contender reads the weight
+once.
 """
 
 import _harness as bench

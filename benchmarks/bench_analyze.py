@@ -1,11 +1,12 @@
-"""Analysing an adapter, and two checkpoints, against the least that it could cost.
+"""Time the analysis of an adapter and of two checkpoints, relative to a floor.
 
     python benchmarks/bench_analyze.py [--model PATH] [--rank 8] [--runs 5]
     python benchmarks/bench_analyze.py --smoke
 
-The floor reads the weights from their files once and takes the norms of their rows. The
-adapter is on every linear layer, with random factors. Files are in the page cache. Peak
-memory is MLX's and Python's together, beside the model's largest matrix.
+The floor is the least that an analysis could cost: read the weights from their files
+once and compute the norms of their rows. The adapter is on every linear layer, with
+random factors. The files are in the page cache. Peak memory counts MLX and Python
+together, relative to the model's largest matrix.
 """
 
 import _harness as bench  # isort: skip - before mlx
@@ -52,7 +53,7 @@ def make_tiny(folder: Path) -> Path:
 
 
 def make_adapter(model: Path, rank: int, folder: Path) -> list[str]:
-    """An adapter with random factors and magnitudes a little off the norms."""
+    """Make an adapter with random factors and magnitudes close to the norms."""
     adapted = load_lazily(model)
     apply_dora(adapted, DoRAConfig(rank=rank, scale=2.0, num_layers=-1))
     mx.random.seed(1)
@@ -65,7 +66,7 @@ def make_adapter(model: Path, rank: int, folder: Path) -> list[str]:
 
 
 def make_tuned(model: Path, names: list[str], folder: Path) -> None:
-    """The model's matrices, each entry moved by about a hundredth."""
+    """Write the model's matrices with each entry moved by about a hundredth."""
     files = Checkpoint(model)
     moved = {}
     for name in names:
@@ -76,7 +77,7 @@ def make_tuned(model: Path, names: list[str], folder: Path) -> None:
 
 
 def row_norms(folder: Path, names: list[str]) -> list[mx.array]:
-    """Every matrix read once and the norms of its rows, one after another."""
+    """Read every matrix once and compute the norms of its rows."""
     files, norms = Checkpoint(folder), []
     for name in names:
         norm = mx.linalg.norm(files.tensor(name).astype(mx.float32), axis=1)
@@ -86,13 +87,13 @@ def row_norms(folder: Path, names: list[str]) -> list[mx.array]:
 
 
 def outcome(analysis: AdaptationAnalysis) -> list[mx.array]:
-    return [mx.array([one.delta_m, one.delta_d]) for one in analysis.layers]
+    return [mx.array([layer.delta_m, layer.delta_d]) for layer in analysis.layers]
 
 
 def dense_adapter(model: Path, adapter: Path, paths: list[str]) -> list[mx.array]:
-    """ΔM and ΔD of every matrix from W', in float64."""
+    """Compute ΔM and ΔD of every matrix from W', in float64."""
     files, factors = Checkpoint(model), load_adapter(adapter).tensors
-    found = []
+    expected = []
     for path in paths:
         a, b, m = (
             np.array(factors[f"{path}.{leaf}"], np.float64)
@@ -100,19 +101,19 @@ def dense_adapter(model: Path, adapter: Path, paths: list[str]) -> list[mx.array
         )
         base = np.array(files.tensor(f"{path}.weight").astype(mx.float32), np.float64)
         rows = base + 2.0 * (a @ b).T
-        found.append(
+        expected.append(
             _dense(base, m[:, None] * rows / np.linalg.norm(rows, axis=1)[:, None])
         )
-    return found
+    return expected
 
 
 def dense_pair(before: Path, after: Path, names: list[str]) -> list[mx.array]:
-    one, other = Checkpoint(before), Checkpoint(after)
+    first, second = Checkpoint(before), Checkpoint(after)
     return [
         _dense(
             *(
                 np.array(files.tensor(name).astype(mx.float32), np.float64)
-                for files in (one, other)
+                for files in (first, second)
             )
         )
         for name in names
@@ -129,7 +130,7 @@ def _dense(before: np.ndarray, after: np.ndarray) -> mx.array:
 
 
 def peak_bytes(job: Callable[[], Any]) -> int:
-    """MLX's peak above what was alive, and Python's, at the same job."""
+    """Return MLX's peak above what was alive, and Python's, in the same job."""
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()

@@ -1,8 +1,9 @@
-"""Padding waste of the batches, ours beside mlx-lm's, and what packing gains.
+"""Measure padding in our batches and mlx-lm's, and what packing gains.
 
-``padding`` counts how much of one epoch of a folder of data is padding; mlx-lm's
-batches are those of its own trainer. ``packing`` times real tokens a second of training
-on short examples, packed and not, after checking that the loss is the same.
+``padding`` counts the share of padding in an epoch of a data folder, for our batches
+and for those of mlx-lm's own trainer. ``packing`` times the training of short examples
+in target tokens per second, packed and unpacked, after checking that the loss is the
+same.
 """
 
 import json
@@ -28,16 +29,16 @@ from mlx_dora.demo.data import write_demo_data
 from mlx_dora.demo.model import demo_model
 from mlx_dora.evaluate.loss import loss_fn
 
-SHORT = (6, 40)  # tokens of an example in the packing case
+SHORT = (6, 40)  # tokens per example in the packing case
 
 
 def waste(batches: Iterator[Any], real: int) -> float:
-    """Share of the batches' input tokens that is padding."""
+    """Return the share of the batches' input tokens that is padding."""
     return 1 - real / sum(tokens[:, 1:].size for tokens, _ in batches)
 
 
 def padding(data: str, model: Path, batch_size: int, longest: int) -> dict[str, Any]:
-    """Waste of one epoch; rows that mlx-lm leaves out are left out of its count."""
+    """Measure the padding of an epoch; mlx-lm's count leaves out rows that it skips."""
     from mlx_lm.tuner.datasets import CacheDataset
     from mlx_lm.tuner.trainer import iterate_batches
 
@@ -51,7 +52,7 @@ def padding(data: str, model: Path, batch_size: int, longest: int) -> dict[str, 
     packed = Schedule(rows, batch_size, longest, packing=True)
     real = sum(lengths) - len(lengths)
 
-    class Plain:  # what mlx-lm's cache asks of a data set
+    class Plain:  # called by mlx-lm's cache
         def __len__(self) -> int:
             return len(rows)
 
@@ -62,7 +63,7 @@ def padding(data: str, model: Path, batch_size: int, longest: int) -> dict[str, 
             return row
 
     theirs = list(iterate_batches(CacheDataset(Plain()), batch_size, longest))
-    theirs_real = sum(int((np.array(found)[:, 1] - 1).sum()) for _, found in theirs)
+    theirs_real = sum(int((np.array(bounds)[:, 1] - 1).sum()) for _, bounds in theirs)
     rest = packed.batches()
     return {
         "rows": len(rows),
@@ -78,7 +79,7 @@ def padding(data: str, model: Path, batch_size: int, longest: int) -> dict[str, 
 
 
 def training(model: nn.Module, batches: list[Batch]) -> Callable[[], Any]:
-    """Gradients of all batches, one after the other, as the loop computes them."""
+    """Compute the gradients of all batches in turn, as the training loop does."""
     state = [model.state]
     compute = nn.value_and_grad(model, loss_fn)
     step = mx.compile(lambda *b: compute(model, *b), inputs=state, outputs=state)
@@ -95,7 +96,7 @@ def training(model: nn.Module, batches: list[Batch]) -> Callable[[], Any]:
 
 
 def packing_case(smoke: bool, folder: Path | None, blocks: int, length: int) -> Any:
-    """The same examples unpacked in batches of 4 and packed, DoRA of rank 8."""
+    """The same examples, unpacked in batches of 4 and packed, with DoRA of rank 8."""
     model, _ = load(str(folder or demo_model()))
     apply_dora(model, DoRAConfig(rank=8, num_layers=blocks))
     model.train()
@@ -134,11 +135,13 @@ def packing_case(smoke: bool, folder: Path | None, blocks: int, length: int) -> 
 @click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)
 @bench.options
 @click.option("--only", type=click.Choice(["padding", "packing"]))
-@click.option("--data", help="Folder with train.jsonl, for padding (the demo's).")
+@click.option(
+    "--data", help="Folder with train.jsonl, for padding (default: the demo's)."
+)
 @click.option("--model", "folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--batch-size", default=4)
 @click.option("--max-seq-length", "longest", default=2048)
-@click.option("--pack-to", default=256, help="Tokens of a packed row.")
+@click.option("--pack-to", default=256, help="Tokens per packed row.")
 @click.option("--num-layers", "blocks", default=-1)
 def main(
     settings: bench.Settings,
@@ -155,10 +158,10 @@ def main(
             if data is None:
                 write_demo_data(made)
             model = folder or demo_model()
-            found = padding(data or made, model, batch_size, longest)
+            shares = padding(data or made, model, batch_size, longest)
         name = Path(data).name if data else "demo"
         facts = {"case": "padding", "data": name, "batch_size": batch_size}
-        line = json.dumps({**facts, **found, **describe_machine()})
+        line = json.dumps({**facts, **shares, **describe_machine()})
         click.echo(line)
         if settings.json_file:
             with settings.json_file.open("a") as file:

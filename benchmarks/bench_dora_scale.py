@@ -1,8 +1,8 @@
-"""dora_scale: kernel (where there is one), compiled and plain reference.
+"""dora_scale: the kernel (if there is one), and the compiled and plain reference.
 
     python benchmarks/bench_dora_scale.py [--dtype bfloat16] [--rank 8] [--smoke]
 
-Forward, and forward with all gradients, of 1, 128 and 2048 tokens.
+Times the forward pass, alone and with all gradients, for 1, 128 and 2048 tokens.
 """
 
 import _harness as bench

@@ -1,8 +1,8 @@
-"""fused_weight: kernel (where there is one), compiled and plain reference.
+"""fused_weight: the kernel (if there is one), and the compiled and plain reference.
 
 python benchmarks/bench_fused_weight.py [--dtype bfloat16] [--rank 8] [--smoke]
 
-Shapes are those of q_proj and down_proj of four models.
+The shapes are those of q_proj and down_proj in four models.
 """
 
 import _harness as bench

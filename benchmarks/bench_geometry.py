@@ -1,6 +1,7 @@
-"""What the live geometry of the reports costs beside a training step, on SmolLM2-135M.
+"""Time the live geometry of the reports relative to a training step, on SmolLM2-135M.
 
-Every linear of every block adapted, rank 8. The default reports once in 10 steps.
+Every linear layer of every block is adapted at rank 8. By default, training reports
+once in 10 steps.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ STEPS_PER_REPORT = 10
 @click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)
 @bench.options
 @click.option("--model", "folder", type=click.Path(path_type=Path, exists=True))
-@click.option("--length", default=128, help="Tokens of a row.")
+@click.option("--length", default=128, help="Tokens per row.")
 def main(settings: bench.Settings, folder: Path | None, length: int) -> None:
     length = 16 if settings.smoke else length
     model, _ = load(str(folder or demo_model()))
@@ -35,8 +36,8 @@ def main(settings: bench.Settings, folder: Path | None, length: int) -> None:
     step = mx.compile(lambda *b: compute(model, *b), inputs=state, outputs=state)
 
     def geometry() -> mx.array:
-        found = measure_geometry(model).values()
-        return mx.array([one.delta_m for one in found])
+        layers = measure_geometry(model).values()
+        return mx.array([layer.delta_m for layer in layers])
 
     case = bench.Case(
         name="live geometry",

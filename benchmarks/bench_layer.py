@@ -1,10 +1,11 @@
-"""One layer: our DoRA against mlx-lm's DoRA, mlx-lm's LoRA and the plain base.
+"""Time a layer: our DoRA, mlx-lm's DoRA, mlx-lm's LoRA, and the plain base.
 
     python benchmarks/bench_layer.py [--only decode] [--rank 8] [--smoke]
 
-Forward of 1, 8, 32 and 128 tokens in eval mode, and a training step (forward and
-gradients of the adapter and the input) of 128 and 512 tokens, on a dense and on a 4-bit
-base, ranks 8 and 64. Shapes are SmolLM2-1.7B's q_proj and Llama-3.2-1B's down_proj.
+The cases are the forward pass of 1, 8, 32 and 128 tokens in eval mode, and a training
+step (the forward pass and the gradients of the adapter and the input) of 128 and 512
+tokens, on a dense and on a 4-bit base, at ranks 8 and 64. The shapes are those of
+SmolLM2-1.7B's q_proj and Llama-3.2-1B's down_proj.
 """
 
 from collections.abc import Callable
@@ -22,13 +23,17 @@ from mlx_dora.layers import DoRALinear
 SHAPES = {"q_proj": (2048, 2048), "down_proj": (8192, 2048)}
 SMOKE = {"tiny": (64, 64)}
 SCALE = 2.0
-REPEATS = {1: 20, 8: 5, 32: 2}  # calls in one timed run: short ones drown in noise
+REPEATS = {
+    1: 20,
+    8: 5,
+    32: 2,
+}  # calls per timed run; a single short call would drown in noise
 
 
 def layers(
     shape: tuple[int, int], rank: int, quantized: bool, dtype: mx.Dtype
 ) -> dict[str, nn.Module]:
-    """The contenders on one base, with the same trained factors."""
+    """Make the contenders on the same base, with the same trained factors."""
     mx.random.seed(0)
     linear = nn.Linear(*shape, bias=False)
     linear.set_dtype(dtype)
@@ -101,7 +106,7 @@ def case(
     def runner(layer: nn.Module) -> Callable[[], bench.Arrays]:
         return training(layer, x, dy) if train else forward(layer, x, repeats)
 
-    # mlx-lm's DoRA divides by the norm of the dense weight: an independent reference.
+    # An independent reference: mlx-lm's DoRA divides by the norm of the dense weight.
     reference = runner(made["mlx-lm DoRA"])
     return bench.Case(
         name=f"{name} {'step' if train else 'forward'}",
@@ -128,7 +133,9 @@ def case(
 @click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)
 @bench.options
 @click.option("--only", type=click.Choice(["decode", "batch", "step"]))
-@click.option("--rank", "ranks", type=int, multiple=True, help="8 and 64.")
+@click.option(
+    "--rank", "ranks", type=int, multiple=True, help="Ranks (default: 8 and 64)."
+)
 @click.option("--weight", type=click.Choice(["dense", "4-bit"]))
 @click.option("--dtype", default="float32", show_default=True)
 def main(
@@ -148,7 +155,7 @@ def main(
                     continue
                 for rank in ranks or ((8,) if settings.smoke else (8, 64)):
                     for tokens in kinds[kind]:
-                        one = case(
+                        job = case(
                             name,
                             shape,
                             tokens,
@@ -157,7 +164,7 @@ def main(
                             getattr(mx, dtype),
                             kind == "step",
                         )
-                        bench.report(bench.measure(one, settings))
+                        bench.report(bench.measure(job, settings))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Merging adapters: in factored form against dense weights and an SVD.
+"""Time the merge of adapters in factored form against dense weights and an SVD.
 
     python benchmarks/bench_merge.py [--rank 16] [--adapters 2] [--smoke]
 
-One matrix, N DoRA adapters of rank r, merged by the normalised mean of directions
-(slerp's middle for two). ``ours`` is `merge.adapters.factored.merge_matrix` at rank
-N·r, exact. ``dense + SVD`` builds each adapted weight, merges length and direction of
-its rows in NumPy float32, and goes back to rank N·r by NumPy's SVD; the two merges are
-compared first. Memory of NumPy arrays is in neither figure.
+N DoRA adapters of rank r on one matrix are merged by the normalized mean of directions
+(for two adapters, the midpoint of slerp). ``ours`` is `merge_matrix`, exact, with a
+result of rank N·r. ``dense + SVD`` builds each adapted weight, merges the lengths and
+directions of its rows in NumPy float32, and returns to rank N·r with NumPy's SVD. The
+script compares the two merges first. Neither memory figure includes NumPy's arrays.
 """
 
 import _harness as bench
@@ -48,7 +48,7 @@ def dense_merge(weight: mx.array, inputs: list[AdaptedMatrix]) -> np.ndarray:
     parts = [adapted(weight, one) for one in inputs]
     norms = [np.linalg.norm(one, axis=1, keepdims=True) for one in parts]
     units = [one / norm for one, norm in zip(parts, norms, strict=True)]
-    mean = np.sum(units, axis=0)  # slerp's middle is the mean's direction
+    mean = np.sum(units, axis=0)  # slerp's midpoint has the direction of the mean
     mean /= np.linalg.norm(mean, axis=1, keepdims=True)
     return np.mean(norms, axis=0) * mean
 

@@ -1,16 +1,18 @@
-"""Merging whole models: time and peak memory against mergekit's.
+"""Compare the time and peak memory of merging whole models with mergekit's.
 
     python benchmarks/bench_merge_models.py --peers PYTHON --model FOLDER [--runs 5]
     python benchmarks/bench_merge_models.py --smoke
 
-PYTHON is an interpreter with mergekit. The model is merged with two copies whose
-tensors are moved at random: linear and slerp merge it and the first, karcher all three,
-task_arithmetic and ties the copies relative to it, each by one YAML that both read.
-Each merges in a process of its own, in turns; the seconds are those of the merge,
-imports and process start apart (``cpu_seconds``: of all its threads), and the peak is
-the process's resident set. Ours flushes its output to the disk in that time, mergekit
-does not. Outputs are compared first; ``error`` is the largest of a tensor. The smoke
-run merges two tiny models without mergekit and compares with NumPy.
+PYTHON is an interpreter that has mergekit. The script makes two copies of the model and
+moves their tensors at random. linear and slerp merge the model with the first copy,
+karcher merges all three, and task_arithmetic and ties merge the copies relative to the
+model. For each method, both programs read the same YAML file.
+
+Every merge runs in a separate process, in turns. The seconds are those of the merge,
+without imports and process start (``cpu_seconds``: of all threads), and the peak is the
+process's resident set. Ours flushes its output to the disk in that time; mergekit does
+not. The script compares the outputs first; ``error`` is the largest error of a tensor.
+The smoke run merges two tiny models without mergekit and compares with NumPy.
 """
 
 import _harness as bench  # isort: skip - before mlx
@@ -46,22 +48,22 @@ from mlx_dora.merge.models.mergekit import read_mergekit
 from mlx_dora.merge.models.merge import run_merge
 started, cpu = time.perf_counter(), time.process_time()
 run_merge(read_mergekit(yaml.safe_load(Path(sys.argv[1]).read_text())), sys.argv[2])
-told = {
+record = {
     "seconds": time.perf_counter() - started,
     "cpu_seconds": time.process_time() - cpu,
     "peak_bytes": peak_bytes(),
 }
-print(json.dumps(told))
+print(json.dumps(record))
 """
 KEYS = ("seconds", "cpu_seconds", "peak_bytes")
 
 
 def configs(models: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The YAML of each method."""
+    """Return the YAML settings of each method."""
     first, second, third = models
 
     def entries(names: Sequence[str], **own: float) -> list[dict[str, Any]]:
-        return [{"model": one, **({"parameters": own} if own else {})} for one in names]
+        return [{"model": n, **({"parameters": own} if own else {})} for n in names]
 
     changes = {"base_model": first, "dtype": "float32"}
     return {
@@ -95,7 +97,7 @@ def configs(models: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def perturb(source: Path, folder: Path, seed: int) -> str:
-    """Write a model as if fine-tuned: every tensor moved by a tenth of its spread."""
+    """Write a model as if fine-tuned: move every tensor by a tenth of its spread."""
     folder.mkdir()
     for path in source.glob("*.json"):
         if "index" not in path.name:
@@ -121,17 +123,17 @@ def run(command: list[str], peer: bool) -> dict[str, float]:
 
 
 def compare(ours: Path, theirs: Path) -> float:
-    found, expected = Checkpoint(ours), Checkpoint(theirs)
-    if found.names != expected.names:
+    merged, expected = Checkpoint(ours), Checkpoint(theirs)
+    if merged.names != expected.names:
         raise click.ClickException("the outputs have different tensors")
     return max(
-        bench.relative_rms(found.tensor(name), expected.tensor(name))
-        for name in found.names
+        bench.relative_rms(merged.tensor(name), expected.tensor(name))
+        for name in merged.names
     )
 
 
 def smoke() -> None:
-    """Our side alone, on two tiny models, against NumPy."""
+    """Run only our side, on two tiny models, and compare with NumPy."""
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
         rows = []
@@ -153,18 +155,18 @@ def smoke() -> None:
             json.dumps({"models": models, "merge_method": "linear", "dtype": "float32"})
         )
         line = [sys.executable, "-c", OURS, str(config), str(at / "out"), str(COMPAT)]
-        told = run(line, False)
-        found = Checkpoint(at / "out").tensor("model.layers.0.a.weight")
-        error = bench.relative_rms(found, mx.array((rows[0] + rows[1]) / 2))
+        record = run(line, False)
+        merged = Checkpoint(at / "out").tensor("model.layers.0.a.weight")
+        error = bench.relative_rms(merged, mx.array((rows[0] + rows[1]) / 2))
         if not error < 1e-6:
             raise click.ClickException(f"the merge is off by {error:.1e}.")
-        line = {"case": "smoke", "error": error, **told}
+        line = {"case": "smoke", "error": error, **record}
         click.echo(json.dumps({**line, **bench.describe_machine()}))
 
 
 def time_method(config: Path, peers: str, runs: int) -> dict[str, Any]:
-    """Merge by one YAML in turns, the outputs compared once."""
-    told: dict[str, list[dict[str, float]]] = {"ours": [], "mergekit": []}
+    """Merge by the same YAML in turns, and compare the outputs once."""
+    records: dict[str, list[dict[str, float]]] = {"ours": [], "mergekit": []}
     error = None
     for _ in range(runs):
         with tempfile.TemporaryDirectory() as folder:
@@ -175,12 +177,12 @@ def time_method(config: Path, peers: str, runs: int) -> dict[str, Any]:
             }
             for name, command in commands.items():
                 line = [*command, str(config), str(at / name), str(COMPAT)]
-                told[name].append(run(line, peer=name == "mergekit"))
+                records[name].append(run(line, peer=name == "mergekit"))
             if error is None:
                 error = compare(at / "ours", at / "mergekit")
     figures = {
-        f"{name}_{key}": median(one[key] for one in runs_of)
-        for name, runs_of in told.items()
+        f"{name}_{key}": median(record[key] for record in runs_of)
+        for name, runs_of in records.items()
         for key in KEYS
     }
     ratios = {
@@ -191,13 +193,15 @@ def time_method(config: Path, peers: str, runs: int) -> dict[str, Any]:
 
 
 @click.command(help=__doc__)
-@click.option("--peers", help="An interpreter with mergekit.")
+@click.option("--peers", help="Python interpreter that has mergekit.")
 @click.option(
-    "--model", help="A folder; merged with two copies of it that are moved a little."
+    "--model", help="Model folder, merged with two copies that are moved a little."
 )
 @click.option("--methods", default="linear,slerp,karcher,task_arithmetic,ties")
 @click.option("--runs", default=5, show_default=True)
-@click.option("--smoke", "is_smoke", is_flag=True, help="Tiny, without mergekit.")
+@click.option(
+    "--smoke", "is_smoke", is_flag=True, help="Tiny models, without mergekit."
+)
 def main(
     peers: str | None, model: str | None, methods: str, runs: int, is_smoke: bool
 ) -> None:

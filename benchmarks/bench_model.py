@@ -1,11 +1,12 @@
-"""A model: our DoRA against mlx-lm's DoRA and LoRA and the plain base.
+"""Time a model: our DoRA, mlx-lm's DoRA and LoRA, and the plain base.
 
     python benchmarks/bench_model.py [--only decode] [--rank 8] [--weight dense]
 
-SmolLM2-135M (the demo's), every linear of every block adapted: decode with a KV cache
-of 64 tokens, prompts of 8, 32 and 128 tokens, and a training step (forward, loss,
-gradients of the adapter) of 4 x 32 and 4 x 128 tokens, with and without gradient
-checkpointing. The contenders share one copy of the base's weights.
+The model is the demo's SmolLM2-135M with every linear layer of every block adapted. The
+cases are: decoding with a KV cache of 64 tokens; prompts of 8, 32 and 128 tokens; and a
+training step (forward pass, loss, gradients of the adapter) of 4 x 32 and 4 x 128
+tokens, with and without gradient checkpointing. The contenders share a single copy of
+the base's weights.
 """
 
 from collections.abc import Callable
@@ -63,7 +64,7 @@ def plain_model(quantized: bool, smoke: bool, folder: Path | None) -> Any:
 def contenders(
     rank: int, quantized: bool, smoke: bool, folder: Path | None
 ) -> dict[str, Any]:
-    """The four models, with the same trained factors and one copy of the base."""
+    """Make the four models, with the same trained factors and shared base weights."""
     models = {
         name: plain_model(quantized, smoke, folder)
         for name in ("base", "mlx-lm LoRA", "mlx-lm DoRA", "ours")
@@ -91,7 +92,7 @@ def contenders(
 
 
 def decode(model: Any, vocabulary: int) -> Callable[[], mx.array]:
-    """A few single-token steps on a filled cache, which is then cut back."""
+    """Take a few single-token steps on a filled cache, then cut the cache back."""
     model.eval()
     cache = make_prompt_cache(model)
     mx.eval(model(mx.arange(CACHED)[None] % vocabulary, cache=cache))
@@ -113,7 +114,7 @@ def prompt(model: Any, tokens: mx.array) -> Callable[[], mx.array]:
 
 
 def step(model: Any, batch: mx.array, checkpoint: bool) -> Callable[[], list]:
-    """Loss and gradients as mlx-lm's trainer takes them, compiled."""
+    """Compute loss and gradients as mlx-lm's trainer does, compiled."""
     lengths = mx.array([[0, batch.shape[1]]] * batch.shape[0])
     compute = nn.value_and_grad(model, default_loss)
     compiled = mx.compile(
@@ -169,7 +170,7 @@ def cases(
     for name, facts, runner in runners:
         runs = {label: runner(model) for label, model in models.items()}
         if kind == "step":
-            del runs["base"]  # nothing to train
+            del runs["base"]  # nothing to train in the base
         made.append(
             bench.Case(
                 name=f"SmolLM2-135M {name}" if not smoke else f"tiny {name}",
@@ -197,9 +198,17 @@ def cases(
 @click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)
 @bench.options
 @click.option("--only", type=click.Choice(["decode", "prompt", "step"]))
-@click.option("--rank", "ranks", type=int, multiple=True, help="8 and 64.")
+@click.option(
+    "--rank", "ranks", type=int, multiple=True, help="Ranks (default: 8 and 64)."
+)
 @click.option("--weight", type=click.Choice(["dense", "4-bit"]))
-@click.option("--length", "lengths", type=int, multiple=True, help="32 and 128.")
+@click.option(
+    "--length",
+    "lengths",
+    type=int,
+    multiple=True,
+    help="Tokens per row (default: 32 and 128).",
+)
 @click.option("--model", "folder", type=click.Path(path_type=Path, exists=True))
 def main(
     settings: bench.Settings,

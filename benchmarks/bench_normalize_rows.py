@@ -1,8 +1,8 @@
-"""normalize_rows: kernel (where there is one), compiled and plain reference.
+"""normalize_rows: the kernel (if there is one), and the compiled and plain reference.
 
 python benchmarks/bench_normalize_rows.py [--dtype bfloat16] [--smoke]
 
-Shapes are those of q_proj and down_proj of four models.
+The shapes are those of q_proj and down_proj in four models.
 """
 
 import _harness as bench

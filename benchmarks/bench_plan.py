@@ -1,10 +1,10 @@
-"""Predicted against measured peak memory of training, on the demo model.
+"""Compare predicted with measured peak memory of training, on the demo model.
 
 Each setting is planned from the model's headers and then trained for two steps on rows
-of the full length. One JSON line a setting goes to stdout, a table to stderr; exit 1 if
-a prediction is more than 15 % off (not with --smoke, whose model is too small to plan).
-With --experts N the model is a Mixtral of N experts made of the demo model's first
-eight blocks, in float32.
+of the full length. Each setting prints a JSON line to stdout and a table row to stderr.
+The exit code is 1 if a prediction is more than 15 % off (not with --smoke, whose model
+is too small to plan). With --experts N, the model is a Mixtral with N experts, made
+from the demo model's first eight blocks in float32.
 """
 
 import gc
@@ -25,7 +25,7 @@ from mlx_dora.train import TrainConfig, finetune, plan_memory
 
 BOUND = 0.15
 _BLOCKS = 8  # of a model with experts
-# Tokens a row, rows, rank, blocks, gradient checkpointing, 4-bit base, kind.
+# Tokens per row, rows, rank, blocks, gradient checkpointing, 4-bit base, kind.
 SETTINGS: list[tuple[int, int, int, int, bool, bool, str]] = [
     (128, 4, 8, -1, False, False, "dora"),
     (128, 4, 8, -1, True, False, "dora"),
@@ -74,8 +74,12 @@ def compare(model: Path, setting: tuple[Any, ...]) -> dict[str, Any]:
 @click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)
 @bench.options
 @click.option("--model", "folder", type=click.Path(path_type=Path, exists=True))
-@click.option("--only", type=int, multiple=True, help="Settings to run, from 0.")
-@click.option("--experts", type=click.IntRange(min=2), help="Plan for experts.")
+@click.option(
+    "--only", type=int, multiple=True, help="Numbers of the settings to run, from 0."
+)
+@click.option(
+    "--experts", type=click.IntRange(min=2), help="Number of experts of a Mixtral."
+)
 def main(
     settings: bench.Settings,
     folder: Path | None,
@@ -89,23 +93,23 @@ def main(
         place = tempfile.TemporaryDirectory()  # until the end
         home = Path(place.name) / "mixtral"
         folder = upcycle(demo_model(), home, experts=experts, blocks=_BLOCKS)
-        chosen = [one for one in chosen if one[3] <= _BLOCKS and not one[5]]
+        chosen = [row for row in chosen if row[3] <= _BLOCKS and not row[5]]
     for setting in [chosen[number] for number in only] or chosen:
         gc.collect()
         mx.clear_cache()
         model = folder or demo_model(dtype="q4" if setting[5] else "float32")
-        found = compare(model, setting)
+        result = compare(model, setting)
         facts = dict(zip(names, setting, strict=True))
-        worst = max(worst, abs(found["off"]))
-        line = json.dumps({"case": "plan", **facts, **found, **describe_machine()})
+        worst = max(worst, abs(result["off"]))
+        line = json.dumps({"case": "plan", **facts, **result, **describe_machine()})
         click.echo(line)
         if settings.json_file:
             with settings.json_file.open("a") as file:
                 file.write(line + "\n")
         shown = " ".join(f"{value!s:>6}" for value in setting)
         click.echo(
-            f"{shown}  predicted {found['predicted'] / 1e6:6.0f} MB  measured "
-            f"{found['measured'] / 1e6:6.0f} MB  {found['off']:+.1%}",
+            f"{shown}  predicted {result['predicted'] / 1e6:6.0f} MB  measured "
+            f"{result['measured'] / 1e6:6.0f} MB  {result['off']:+.1%}",
             err=True,
         )
     if worst > BOUND and not settings.smoke:

@@ -1,13 +1,14 @@
-"""Training loops: `finetune` against mlx-lm's LoRA and DoRA, each through its own.
+"""Compare training loops: `finetune`, and mlx-lm's LoRA and DoRA in mlx-lm's own loop.
 
     python benchmarks/bench_train.py [--rank 8] [--weight dense] [--length 128]
 
-SmolLM2-135M (the demo's), every linear of every block adapted, 4 rows of 32 or 128
-tokens a step, Adam. A step lasts from one batch that a loop asks for to the next: loss,
-gradients, update, and all else the loop does; the first one of each turn, which
-compiles, is left out. The contenders share the base's weights and start from the same
-factors; peak memory is the model's own and what its loop adds.
-`bench_model.py --only step` has the bare gradients, and checkpointing.
+The model is the demo's SmolLM2-135M with every linear layer of every block adapted,
+trained on 4 rows of 32 or 128 tokens per step with Adam. A step lasts from one request
+of the loop for a batch to the next. It therefore includes loss, gradients, update and
+everything else that the loop does. The first step of each turn compiles and is left
+out. The contenders share the base's weights and start from the same factors. Peak
+memory is the model's own memory plus what its loop adds. `bench_model.py --only step`
+measures only the gradients, also with gradient checkpointing.
 """
 
 import contextlib
@@ -36,12 +37,14 @@ from mlx_dora.train import TrainConfig, finetune
 from mlx_dora.train.optimizers import describe_training
 
 ROWS = 4
-STEPS = 3  # timed ones of a turn; one before them compiles, one ends the last
+STEPS = (
+    3  # timed steps per turn; an untimed step before compiles, and one ends the last
+)
 NAMES = ("mlx-lm LoRA", "mlx-lm DoRA", "ours")
 
 
 class Feed:
-    """Gives a loop its batches and notes when it asks."""
+    """Gives a loop its batches and records when the loop asks for them."""
 
     def __init__(self, length: int, vocabulary: int) -> None:
         tokens = (mx.arange(ROWS * (length + 1)) * 7 % vocabulary).reshape(ROWS, -1)
@@ -49,18 +52,18 @@ class Feed:
         self._asked: list[float] = []
 
     def __call__(self, *_: Any, **__: Any) -> Iterator[Any]:
-        """The same batch without end."""
+        """Yield the same batch without end."""
         while True:
             self._asked.append(time.perf_counter())
             yield self._batch
 
     def step_ms(self) -> list[float]:
-        """Milliseconds of each step but the first."""
-        return [1e3 * float(one) for one in np.diff(self._asked[1:])]
+        """Return the milliseconds of each step except the first."""
+        return [1e3 * float(seconds) for seconds in np.diff(self._asked[1:])]
 
 
 def run_theirs(model: Any, feed: Feed, config: TrainConfig, folder: Path) -> float:
-    """Train with mlx-lm's loop; the mean loss."""
+    """Train with mlx-lm's loop and return the mean loss."""
     losses: list[float] = []
 
     class Record(TrainingCallback):
@@ -86,7 +89,7 @@ def run_theirs(model: Any, feed: Feed, config: TrainConfig, folder: Path) -> flo
 def run_ours(
     model: Any, feed: Feed, config: TrainConfig, folder: Path, rank: int
 ) -> float:
-    """Train with ours; the mean loss."""
+    """Train with our loop and return the mean loss."""
     report = finetune(
         model,
         None,
@@ -108,7 +111,7 @@ def measure(
     length: int,
     folder: Path | None,
 ) -> bench.Measurement:
-    """Take the contenders in turns, each for a few steps of a training of its own."""
+    """Run the contenders in turns; each turn is a separate training of a few steps."""
     models = contenders(rank, quantized, settings.smoke, folder)
     vocabulary = models["base"]["model"].embed_tokens.weight.shape[0]
     config = TrainConfig(iters=STEPS + 2, batch_size=ROWS, overwrite=True)
@@ -128,7 +131,7 @@ def measure(
                     loss = run_ours(models[name], feed, config, place, rank)
                 else:
                     loss = run_theirs(models[name], feed, config, place)
-            # Later turns begin among what the loops before them have left.
+            # Later turns start with the memory that earlier loops still hold.
             extra.setdefault(name, mx.get_peak_memory() - alive)
             losses.setdefault(name, loss)
             times[name] += feed.step_ms()
@@ -162,21 +165,29 @@ def measure(
             "optimizer": json.dumps({name: recorded[name] for name in kept}),
         },
     )
-    settings = replace(settings, warmups=1)  # the step that compiles, each turn
+    settings = replace(settings, warmups=1)  # each turn's compiling step
     return bench.Measurement(case=case, settings=settings, timings=timings)
 
 
 def _size(model: Any) -> int:
-    # What is alive holds all models, and what mlx-lm's compiled steps keep of the last.
+    # Live memory includes all models and what mlx-lm's compiled steps still hold.
     flat = dict(tree_flatten(model.parameters()))
     return sum(value.nbytes for value in flat.values())
 
 
 @click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)
 @bench.options
-@click.option("--rank", "ranks", type=int, multiple=True, help="8 and 64.")
+@click.option(
+    "--rank", "ranks", type=int, multiple=True, help="Ranks (default: 8 and 64)."
+)
 @click.option("--weight", type=click.Choice(["dense", "4-bit"]))
-@click.option("--length", "lengths", type=int, multiple=True, help="32 and 128.")
+@click.option(
+    "--length",
+    "lengths",
+    type=int,
+    multiple=True,
+    help="Tokens per row (default: 32 and 128).",
+)
 @click.option("--model", "folder", type=click.Path(path_type=Path, exists=True))
 def main(
     settings: bench.Settings,

@@ -1,22 +1,25 @@
-"""Every way of training an adapter at equal trainable parameters, on several tasks.
+"""Compare all ways of training at equal trainable parameters, on several tasks.
 
     python benchmarks/compare_variants.py --output runs.jsonl \
         --task spam data/spam --task dialogue data/chitchat
     python benchmarks/compare_variants.py --output pace.jsonl --pace \
         --task spam data/spam
 
-Each task is a name and a folder with train, valid and test.jsonl; the last answer of a
-row is learnt. A method's learning rate is the one of its three with the least
-validation loss, found with a seed of its own; then it is trained with every ``--seed``.
-Ranks are raised module by module until the trainable parameters are those of DoRA at
-``--rank``, as near as whole ranks allow; the magnitudes alone and full fine-tuning have
-as many as they have. The measure is the share of right labels on the test set, where
-the answers are labels, else that of answer tokens that the model finds likeliest. The
-blocks that nobody trains are computed once a row and task. A run is one JSON line of
-the output; those that stand there are not repeated, so a broken-off comparison goes on.
+Each task is a name and a folder with train, valid and test.jsonl. The training target
+is the last answer of a row. For each method, the script tries three learning rates with
+a separate seed, chooses the rate with the lowest validation loss, and then trains with
+every ``--seed``. Ranks are raised module by module until the trainable parameters equal
+those of DoRA at ``--rank``, as nearly as whole ranks allow. Full fine-tuning and the
+variant that trains only magnitudes keep the parameters that they have.
 
-``--pace`` measures instead what a step of each method costs in time and memory, on the
-whole model, in turns.
+If the answers of a task are labels, accuracy is the share of right labels on the test
+set. Otherwise it is the share of answer tokens that the model ranks highest. The frozen
+blocks are computed once per row and task. Each run is a JSON line of the output. Runs
+already in the output are not repeated, so an interrupted comparison continues where it
+stopped.
+
+With ``--pace``, the script instead measures the time and memory of a step of each
+method, on the whole model, in turns.
 """
 
 import _harness as bench  # isort: skip - OpenBLAS before mlx
@@ -45,12 +48,12 @@ from mlx_dora.train.run.finetune import finetune
 from mlx_dora.train.run.journal import StepReport, TrainReport
 
 TUNING_SEED = 1000
-BASE = "base"  # measured as it is
+BASE = "base"  # measured without training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What decides the outcome of a run, machine apart."""
+    """Everything that decides the outcome of a run, except the machine."""
 
     model: str
     iters: int
@@ -64,7 +67,7 @@ class Job:
 
 
 class Task:
-    """The rows of a task that are short enough, and the frozen blocks' view of them."""
+    """The rows of a task that are short enough, and the trunk of frozen blocks."""
 
     def __init__(self, folder: str, job: Job) -> None:
         model: Any
@@ -96,7 +99,7 @@ class Task:
 def train(
     name: str, rate: float, seed: int, job: Job, rows: Sequence[Row], **how: Any
 ) -> tuple[Any, TrainReport]:
-    """Train one model by one method; also what the training told."""
+    """Train a model by a method, and return it with the training's report."""
     method = METHODS[name]
     model, tokenizer = load(job.model)
     config = TrainConfig(
@@ -130,8 +133,8 @@ def train(
 
 
 def run(task: Task, name: str, rate: float, seed: int, job: Job) -> dict[str, Any]:
-    """Train and measure; the test set is looked at only when nothing is being tuned."""
-    found: dict[str, Any] = {"trainable": 0}
+    """Train and measure; the test set is used only if nothing is being tuned."""
+    result: dict[str, Any] = {"trainable": 0}
     if name == BASE:
         model, _ = load(job.model)
     else:
@@ -144,21 +147,21 @@ def run(task: Task, name: str, rate: float, seed: int, job: Job) -> dict[str, An
             loss=target_loss(task.trunk.frozen),
             batches=task.trunk.batches(),
         )
-        found = {
+        result = {
             "trainable": report.trainable_parameters,
             "train_loss": report.train_loss,
         }
     valid = measure(model, task.trunk, task.rows["valid"], task.labels)
-    found |= {"valid_loss": valid.loss}
+    result |= {"valid_loss": valid.loss}
     if seed == TUNING_SEED:
-        return found
+        return result
     test = measure(model, task.trunk, task.rows["test"], task.labels)
     of = "answer tokens" if task.labels is None else "labels"
-    return found | {"test_loss": test.loss, "accuracy": test.accuracy, "of": of}
+    return result | {"test_loss": test.loss, "accuracy": test.accuracy, "of": of}
 
 
 def pace(name: str, job: Job, rows: Sequence[Row]) -> dict[str, Any]:
-    """Time of each step but the first two, and peak memory; no trunk is kept."""
+    """Measure peak memory and the time of each step except the first two."""
     at: list[float] = []
 
     def note(report: StepReport) -> None:
@@ -170,39 +173,39 @@ def pace(name: str, job: Job, rows: Sequence[Row]) -> dict[str, Any]:
     _, report = train(name, rate, 0, job, rows, steps_per_report=1, callback=note)
     return {
         "trainable": report.trainable_parameters,
-        "step_ms": [round(1e3 * one, 1) for one in np.diff(at)[1:]],
+        "step_ms": [round(1e3 * seconds, 1) for seconds in np.diff(at)[1:]],
         "peak_mb": round(report.peak_memory_bytes / 1e6),
     }
 
 
-def told(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation."""
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """Format mean and standard deviation."""
     spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
     return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
 def summary(task: str, lines: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: means, and standard deviations over the seeds."""
+    """Format a Markdown table of means and standard deviations over the seeds."""
     rows = [
         f"| {task} | trained | rate | valid loss | test loss | accuracy |",
         "| --- " * 6 + "|",
     ]
     for name in dict.fromkeys(line["method"] for line in lines):
-        found = [line for line in lines if line["method"] == name]
+        runs = [line for line in lines if line["method"] == name]
         parts = [
-            told([line[key] for line in found], 3)
+            mean_and_spread([line[key] for line in runs], 3)
             for key in ("valid_loss", "test_loss", "accuracy")
         ]
-        rate, trainable = found[0]["rate"], found[0]["trainable"]
+        rate, trainable = runs[0]["rate"], runs[0]["trainable"]
         rows.append(
-            f"| {name} (n = {len(found)}) | {trainable:,} | {rate:g} | "
+            f"| {name} (n = {len(runs)}) | {trainable:,} | {rate:g} | "
             f"{' | '.join(parts)} |"
         )
     return "\n".join(rows)
 
 
 def pace_summary(lines: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: medians, and their ratios to LoRA's."""
+    """Format a Markdown table of medians and their ratios to the first method's."""
     median = {
         name: float(
             np.median([s for x in lines if x["method"] == name for s in x["step_ms"]])
@@ -220,7 +223,7 @@ def pace_summary(lines: Sequence[dict[str, Any]]) -> str:
 
 
 class Output:
-    """The lines of earlier runs, and those that come."""
+    """The lines of earlier runs and of new runs."""
 
     def __init__(self, path: Path, job: Job) -> None:
         self._path, self.job = path, job
@@ -229,18 +232,18 @@ class Output:
             self._lines = [json.loads(line) for line in path.read_text().splitlines()]
 
     def find(self, **asked: Any) -> dict[str, Any] | None:
-        """The line of a run that was made before."""
+        """Return the line of an earlier run, or None."""
         wanted = (asked | asdict(self.job)).items()
         return next((line for line in self._lines if wanted <= line.items()), None)
 
-    def add(self, asked: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-        """Keep what a run found, also if the next one is broken off."""
-        line = asked | asdict(self.job) | found
+    def add(self, asked: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        """Write the result of a run at once, so that an interruption cannot lose it."""
+        line = asked | asdict(self.job) | result
         line |= {"blas": bench.BLAS.state} | describe_machine()
         self._lines.append(line)
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        click.echo(" ".join(f"{k} {v}" for k, v in (asked | found).items()), err=True)
+        click.echo(" ".join(f"{k} {v}" for k, v in (asked | result).items()), err=True)
         return line
 
 
@@ -270,7 +273,7 @@ def compare(
 @click.command(help=__doc__)
 @click.option("--task", "tasks", nargs=2, multiple=True, required=True)
 @click.option("--output", "path", type=click.Path(path_type=Path), required=True)
-@click.option("--model", help="A Llama-like model; the demo's if not given.")
+@click.option("--model", help="A Llama-like model (default: the demo's).")
 @click.option(
     "--method",
     "methods",
@@ -282,13 +285,17 @@ def compare(
 @click.option("--iters", default=80, show_default=True)
 @click.option("--batch-size", default=4, show_default=True)
 @click.option("--num-layers", default=2, show_default=True)
-@click.option("--rank", default=8, show_default=True, help="Of DoRA.")
+@click.option("--rank", default=8, show_default=True, help="Rank of DoRA.")
 @click.option("--scale", default=2.0, show_default=True)
 @click.option("--max-seq-length", default=256, show_default=True)
 @click.option("--train-rows", default=800, show_default=True)
-@click.option("--rows", default=200, show_default=True, help="Of valid and test.")
-@click.option("--pace", "is_pace", is_flag=True, help="Time and memory of a step.")
-@click.option("--smoke", is_flag=True, help="Two steps and one seed of everything.")
+@click.option(
+    "--rows", default=200, show_default=True, help="Validation and test rows."
+)
+@click.option(
+    "--pace", "is_pace", is_flag=True, help="Measure time and memory of a step instead."
+)
+@click.option("--smoke", is_flag=True, help="Train two steps with one seed.")
 def main(
     tasks: tuple[tuple[str, str], ...],
     path: Path,

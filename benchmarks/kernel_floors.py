@@ -1,10 +1,11 @@
-"""Least time of each kernel on Apple chips: calculated, never measured.
+"""Calculate the least time of each kernel on Apple chips; nothing is measured.
 
     python benchmarks/kernel_floors.py
 
-Prints the table of metal/README.md: the larger of bytes over memory bandwidth and
-float32 operations over the peak of the arithmetic units, bfloat16, 4096 x 4096 weights
-and 2048 tokens. Rereads of A, B and h are taken to hit a cache.
+Prints the table of metal/README.md. A floor is the larger of two times: bytes over
+memory bandwidth, and float32 operations over the peak of the arithmetic units. The case
+is bfloat16 with 4096 x 4096 weights and 2048 tokens. Rereads of A, B and h are assumed
+to hit a cache.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from mlx_dora.kernels import traffic
 
 @dataclass(frozen=True)
 class Chip:
-    """Published bandwidth, and cores x 128 units x 2 x clock."""
+    """A chip: published bandwidth, and cores x 128 units x 2 x clock."""
 
     name: str
     gbps: float
@@ -36,10 +37,10 @@ HALF = mx.bfloat16
 
 
 def rows() -> list[tuple[str, int, int]]:
-    """Name, bytes, and float32 operations of each kernel."""
+    """Return name, bytes and float32 operations of each kernel."""
     weight = SHAPE[0] * SHAPE[1]
     outputs = ACTIVATIONS[0] * ACTIVATIONS[1]
-    found = [
+    table = [
         (
             "normalize_rows",
             traffic.normalize_rows_traffic(SHAPE, HALF).large,
@@ -51,15 +52,15 @@ def rows() -> list[tuple[str, int, int]]:
         packed = traffic.adapted_norm_packed_traffic(SHAPE, r, 4, 64, HALF)
         fused = traffic.fused_weight_traffic(SHAPE, r, HALF)
         scale = traffic.dora_scale_traffic(ACTIVATIONS, r, HALF)
-        found += [
+        table += [
             (f"adapted_norm, r {r}", dense.large, (2 * r + 8) * weight),
             (f"adapted_norm 4-bit, r {r}", packed.large, (2 * r + 14) * weight),
             (f"fused_weight, r {r}", fused.large, (2 * r + 5) * weight),
             (f"dora_scale, r {r}", scale.large, (2 * r + 2) * outputs),
         ]
     backward = traffic.dora_scale_backward_traffic(ACTIVATIONS, HALF, False)
-    found.append(("dora_scale backward", backward.large, 4 * outputs))
-    return found
+    table.append(("dora_scale backward", backward.large, 4 * outputs))
+    return table
 
 
 def main() -> None:

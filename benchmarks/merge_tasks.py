@@ -1,18 +1,18 @@
-"""Adapters of several tasks merged by every method, measured on every task.
+"""Merge adapters of several tasks by every method, and measure every task.
 
     python benchmarks/merge_tasks.py --model M --work FOLDER [--peers PYTHON] \
         --task docs adapters/docs data/docs --task spam adapters/spam data/spam ...
 
 Each ``--task`` is a name, an adapter trained for it, and its data. The loss is that of
-the task's test rows, prompts masked (but for a task named by ``--whole``); tasks whose
-answers are labels get an accuracy too. Slerp takes the adapters in turn, the k-th with
-weight 1/k; Fisher information is estimated on the task's training rows. With
-``--peers`` PEFT merges the same adapters, and mergekit the same weights, fused. One
-JSON line each goes to ``FOLDER/results.jsonl``; a contender that is there is not
-measured again.
+the task's test rows with masked prompts (except for a task named by ``--whole``). Tasks
+whose answers are labels also get an accuracy. Slerp merges the adapters in turn, the
+k-th with weight 1/k. Fisher information is estimated on the task's training rows. With
+``--peers``, PEFT merges the same adapters, and mergekit merges the same weights, fused.
+Each contender is a JSON line in ``FOLDER/results.jsonl``; a contender that is already
+there is not measured again.
 
-The blocks before the first adapted one give the same for every contender, and are run
-once a batch.
+The blocks before the first adapted block give the same output for every contender, so
+they run once per batch.
 """
 
 import _harness as bench  # isort: skip - OpenBLAS before mlx
@@ -22,6 +22,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,7 +55,7 @@ GRANULARITIES = ("row", "element")
 
 
 class Remembered(nn.Module):
-    """The first blocks as one, whose output is kept by its input."""
+    """The first blocks as a single block that stores its output by its input."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class Remembered(nn.Module):
         self._known: dict[bytes, np.ndarray] = {}
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        """What the blocks make of `x`."""
+        """Return the output of the blocks for `x`."""
         key = hashlib.sha1(np.array(x).tobytes()).digest()
         if key not in self._known:
             for block in self.blocks:
@@ -73,14 +74,14 @@ class Remembered(nn.Module):
 
 
 class Nothing(nn.Module):
-    """Stands where a remembered block was."""
+    """A block that returns its input; it replaces a remembered block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.use_sliding = False
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        """`x`."""
+        """Return `x`."""
         return x
 
 
@@ -92,7 +93,7 @@ def remember_blocks(model: Any, count: int) -> None:
 
 @dataclass
 class Study:
-    """The base, the tasks' data, and where the results go."""
+    """The base, the tasks' data, and the file of results."""
 
     model: nn.Module
     sets: dict[str, Dataset]
@@ -108,7 +109,7 @@ class Study:
             self.done = {json.loads(line)["contender"] for line in lines}
 
     def adapter(self, name: str, make: Callable[[], Adapter | None]) -> None:
-        """Measure an adapter; None is the base."""
+        """Measure an adapter, or the base if `make` returns None."""
         if name in self.done:
             return
         started = time.perf_counter()
@@ -124,12 +125,12 @@ class Study:
         """Measure a dense model whose first blocks are the base's."""
         if name in self.done:
             return
-        found = Checkpoint(folder)
+        merged = Checkpoint(folder)
         parameters = dict(_flat(self.model))
         blocks = [f"model.layers.{i}." for i in range(self.first, 1000)]
         before = {}
-        for path in found.names:
-            tensor = found.tensor(path)
+        for path in merged.names:
+            tensor = merged.tensor(path)
             if path.startswith(tuple(blocks)):
                 before[path] = parameters[path]
                 continue
@@ -147,7 +148,7 @@ class Study:
     def _report(self, name: str, **facts: Any) -> None:
         self.model.eval()
         tasks = {task: self._measure(data) for task, data in self.sets.items()}
-        losses = [one["loss"] for one in tasks.values()]
+        losses = [task["loss"] for task in tasks.values()]
         line = {
             "contender": name,
             **facts,
@@ -167,20 +168,20 @@ class Study:
             max_seq_length=self.length,
             num_batches=self.batches,
         )
-        told = {"loss": round(loss.loss, 4), "rows": loss.rows - loss.rows_skipped}
+        result = {"loss": round(loss.loss, 4), "rows": loss.rows - loss.rows_skipped}
         if (labels := find_labels(data)) is not None:
-            found = label_accuracy(
+            accuracy = label_accuracy(
                 self.model,
                 data,
                 labels,
                 max_seq_length=self.length,
                 num_rows=16 * self.batches,
             )
-            told |= {
-                "accuracy": round(found.accuracy, 4),
-                "label_rows": found.rows,
+            result |= {
+                "accuracy": round(accuracy.accuracy, 4),
+                "label_rows": accuracy.rows,
             }
-        return told
+        return result
 
 
 def _flat(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
@@ -191,9 +192,9 @@ def _flat(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
 
 def read_task(data: str, tokenizer: Any, is_whole: bool) -> Dataset:
     config = DataConfig(data=data, mask_prompt=not is_whole)
-    found = make_datasets(read_splits(config, ["test"]), tokenizer)["test"]
-    assert found is not None
-    return found
+    dataset = make_datasets(read_splits(config, ["test"]), tokenizer)["test"]
+    assert dataset is not None
+    return dataset
 
 
 def fishers(
@@ -204,9 +205,9 @@ def fishers(
     length: int,
     granularity: str,
 ) -> list[Fisher]:
-    found = []
+    estimates = []
     adapters = [load_adapter(adapter) for _, adapter, _ in tasks]
-    paths = sorted({path for one in adapters for path in one.paths})
+    paths = sorted({path for adapter in adapters for path in adapter.paths})
     for (name, _, data), adapter in zip(tasks, adapters, strict=True):
         config = FisherConfig(
             data=data,
@@ -216,22 +217,33 @@ def fishers(
         )
         attach_adapter(model, adapter, check_base=False)
         rows = read_targets(config, tokenizer)
-        found.append(estimate_fisher(model, rows, paths=paths, config=config))
+        estimates.append(estimate_fisher(model, rows, paths=paths, config=config))
         remove_dora(model)
-    return found
+    return estimates
 
 
 @click.command(help=__doc__)
 @click.option("--model", required=True)
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--task", "tasks", nargs=3, multiple=True, required=True)
-@click.option("--also", nargs=2, multiple=True, help="A name, and another adapter.")
-@click.option("--whole", multiple=True, help="A task in which every token counts.")
-@click.option("--method", "methods", multiple=True, help="All if not given.")
-@click.option("--batches", default=12, show_default=True, help="Of 4 rows, a task.")
+@click.option(
+    "--also",
+    nargs=2,
+    multiple=True,
+    help="Name and folder of another adapter to measure.",
+)
+@click.option(
+    "--whole", multiple=True, help="Name of a task in which every token counts."
+)
+@click.option(
+    "--method", "methods", multiple=True, help="A method to run (default: all)."
+)
+@click.option(
+    "--batches", default=12, show_default=True, help="Batches of 4 rows per task."
+)
 @click.option("--max-seq-length", default=128, show_default=True)
 @click.option("--rank", type=int, help="Cut every merged adapter to this rank.")
-@click.option("--peers", help="An interpreter with peft and mergekit.")
+@click.option("--peers", help="Python interpreter that has peft and mergekit.")
 def main(
     model: str,
     work: Path,
@@ -247,8 +259,8 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     base, tokenizer = load(model)
     paths = [adapter for _, adapter, _ in tasks]
-    adapters = [load_adapter(one) for one in paths]
-    adapted = {path for one in adapters for path in one.paths}
+    adapters = [load_adapter(path) for path in paths]
+    adapted = {path for adapter in adapters for path in adapter.paths}
     first = min(int(path.split(".")[2]) for path in adapted)
     remember_blocks(base, first)
     study = Study(
@@ -273,8 +285,8 @@ def main(
         ).adapter
 
     def slerp() -> Adapter:
-        def both(one: Adapter, other: Adapter, count: int) -> Adapter:
-            return merged("slerp", [one, other], weights=[1 - 1 / count, 1 / count])
+        def both(first: Adapter, second: Adapter, count: int) -> Adapter:
+            return merged("slerp", [first, second], weights=[1 - 1 / count, 1 / count])
 
         return in_turn(adapters[0], adapters[1:], both)
 
@@ -287,8 +299,8 @@ def main(
         study.adapter(f"adapter {name}", lambda adapter=adapter: adapter)
     for method in methods or METHODS:
         if METHODS[method].needs_fisher:
-            for one in GRANULARITIES:
-                study.adapter(f"fisher by {one}", lambda one=one: informed(one))
+            for unit in GRANULARITIES:
+                study.adapter(f"fisher by {unit}", partial(informed, unit))
         elif method == "slerp":
             study.adapter("slerp, in turn", slerp)
         else:

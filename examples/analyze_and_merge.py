@@ -1,30 +1,27 @@
-"""Look into two adapters, ask what to do with them, and merge them.
+"""Analyze two adapters, ask what to do with them, and merge them.
 
     python examples/analyze_and_merge.py
 
-Trains two DoRA adapters of a tiny random model on two made-up tasks, says what each did
-to magnitude and direction, compares them, merges them as the comparison suggests, and
-checks the result on both tasks. With adapters and a model of your own, start at
-"Analyse".
+The script trains two DoRA adapters of a tiny random model on two made-up tasks. It
+prints what each adapter did to magnitude and direction, compares the two, merges them
+as the comparison suggests, and checks the result on both tasks. If you have adapters
+and a model of your own, start at "Analyze".
 """
+
+from mlx_dora import DoRAConfig, load_adapter  # isort: skip - loads OpenBLAS, so before mlx
 
 import tempfile
 from pathlib import Path
 
-from mlx_dora import openblas
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import llama
 
-openblas.preload()  # on Linux, before mlx
-
-import mlx.core as mx  # noqa: E402 - OpenBLAS first
-import mlx.nn as nn  # noqa: E402 - OpenBLAS first
-import numpy as np  # noqa: E402 - OpenBLAS first
-from mlx_lm.models import llama  # noqa: E402 - OpenBLAS first
-
-from mlx_dora import DoRAConfig, load_adapter  # noqa: E402 - OpenBLAS first
-from mlx_dora.adapters.attach import attach_adapter  # noqa: E402 - OpenBLAS first
-from mlx_dora.analyze import analyze_adapter, compare_adapters  # noqa: E402
-from mlx_dora.merge import merge_adapters  # noqa: E402 - OpenBLAS first
-from mlx_dora.train import TrainConfig, finetune  # noqa: E402 - OpenBLAS first
+from mlx_dora.adapters.attach import attach_adapter
+from mlx_dora.analyze import analyze_adapter, compare_adapters
+from mlx_dora.merge import merge_adapters
+from mlx_dora.train import TrainConfig, finetune
 
 
 def tiny_model() -> nn.Module:
@@ -43,7 +40,7 @@ def tiny_model() -> nn.Module:
 
 
 def task(step: int) -> list[list[int]]:
-    """Rows that count up by `step`, in the lower or the upper half of the tokens."""
+    """Make rows that count up by `step`, in the lower or upper half of the tokens."""
     first = 0 if step < 5 else 32
     return [[first + (s + step * i) % 32 for i in range(16)] for s in range(32)]
 
@@ -67,8 +64,8 @@ def loss(adapter: Path | None, rows: list[list[int]]) -> float:
     model.eval()
     tokens = mx.array(rows)
     logits = model(tokens[:, :-1])
-    found = nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean")
-    return float(np.array(found))
+    mean = nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean")
+    return float(np.array(mean))
 
 
 def main() -> None:
@@ -78,7 +75,7 @@ def main() -> None:
         for rows, adapter in zip(tasks.values(), adapters, strict=True):
             train(rows, adapter)
 
-        # Analyse: every matrix, and the rows of one.
+        # Analyze: the first matrices.
         analysis = analyze_adapter(adapters[0], tiny_model())
         for layer in analysis.layers[:4]:
             print(
@@ -88,7 +85,7 @@ def main() -> None:
         for advice in analysis.guidance:
             print(advice.sentence)
 
-        # Compare, and merge as that suggests.
+        # Compare, and merge as the comparison suggests.
         comparison = compare_adapters(adapters, tiny_model())
         for advice in comparison.guidance:
             print(advice.sentence)

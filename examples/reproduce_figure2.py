@@ -1,13 +1,16 @@
-"""DoRA's figure 2 on a small model: how ΔM and ΔD go together, by way of training.
+"""Repeat figure 2 of DoRA on a small model: how ΔM and ΔD are related, by method.
 
     python examples/reproduce_figure2.py --model demo --output figure2
 
-Fine-tunes by full fine-tuning, LoRA and DoRA on the same rows for the same steps, three
-seeds each, notes ΔM and ΔD (arXiv:2402.09353, section 3.2) of every matrix at several
-steps, and writes `results.jsonl` and `figure2.md` with their correlation. Started again
-with the same output, it goes on with what is missing. `--model demo` is the model of
-`mlx_dora.demo`; without --model, a tiny random one shows that the script runs.
+The script trains the same rows for the same steps with full fine-tuning, LoRA and DoRA,
+three seeds each. At several steps it records ΔM and ΔD (arXiv:2402.09353, section 3.2)
+of every matrix. It writes `results.jsonl`, and `figure2.md` with the correlations. If
+you start it again with the same output folder, it computes only what is missing.
+`--model demo` is the model of `mlx_dora.demo`. Without --model, a tiny random model
+shows that the script runs.
 """
+
+from mlx_dora import DoRAConfig, load  # isort: skip - loads OpenBLAS, so before mlx
 
 import argparse
 import json
@@ -17,24 +20,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlx_dora import openblas
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
-openblas.preload()  # on Linux, before mlx
-
-import mlx.core as mx  # noqa: E402 - OpenBLAS first
-import mlx.nn as nn  # noqa: E402 - OpenBLAS first
-import numpy as np  # noqa: E402 - OpenBLAS first
-from mlx.utils import tree_flatten  # noqa: E402 - OpenBLAS first
-
-from mlx_dora import DoRAConfig, load  # noqa: E402 - OpenBLAS first
-from mlx_dora.adapters.surgery import (  # noqa: E402 - OpenBLAS first
-    adapter_layers,
-    base_of,
-)
-from mlx_dora.demo.data import demo_rows  # noqa: E402 - OpenBLAS first
-from mlx_dora.demo.model import demo_model  # noqa: E402 - OpenBLAS first
-from mlx_dora.geometry import RowGeometry, pair_geometry, row_geometry  # noqa: E402 - OpenBLAS first
-from mlx_dora.train import StepReport, TrainConfig, finetune  # noqa: E402
+from mlx_dora.adapters.surgery import adapter_layers, base_of
+from mlx_dora.demo.data import demo_rows
+from mlx_dora.demo.model import demo_model
+from mlx_dora.geometry import RowGeometry, pair_geometry, row_geometry
+from mlx_dora.train import StepReport, TrainConfig, finetune
 
 METHODS = ("full", "lora", "dora")
 RATES = {"full": 5e-5, "lora": 5e-4, "dora": 5e-4}
@@ -68,7 +63,7 @@ def real_model(name: str, tokens: int) -> tuple[nn.Module, list[list[int]]]:
 
 
 def geometry(model: nn.Module, before: dict[str, mx.array]) -> dict[str, RowGeometry]:
-    """Of every adapted (or, in full fine-tuning, every trained) matrix."""
+    """Measure every adapted matrix (in full fine-tuning, every trained matrix)."""
     found = {}
     for path, layer in adapter_layers(model):
         base = base_of(layer)["weight"]
@@ -100,11 +95,11 @@ def run(arguments: argparse.Namespace, method: str, seed: int) -> list[dict[str,
         matrices = [
             [
                 path,
-                one.mean_delta_m,
-                one.mean_delta_m / float(one.base_norm.mean()),
-                one.mean_delta_d,
+                rows_moved.mean_delta_m,
+                rows_moved.mean_delta_m / float(rows_moved.base_norm.mean()),
+                rows_moved.mean_delta_d,
             ]
-            for path, one in geometry(model, before).items()
+            for path, rows_moved in geometry(model, before).items()
         ]
         record = {"method": method, "seed": seed, "step": report.step}
         records.append({**record, "loss": report.train_loss, "matrices": matrices})
@@ -133,7 +128,7 @@ def run(arguments: argparse.Namespace, method: str, seed: int) -> list[dict[str,
 
 
 def summary(records: list[dict[str, Any]]) -> str:
-    """The correlations as Markdown tables, all of them."""
+    """Format all correlations as Markdown tables."""
     from mlx_dora.analyze.statistics import correlate, without_trend
 
     modules = sorted({row[0].split(".")[-1] for r in records for row in r["matrices"]})
@@ -164,22 +159,22 @@ def summary(records: list[dict[str, Any]]) -> str:
                     flat[own, column] = without_trend(flat[own, column])
             cells = []
             for part in (table, last, flat):
-                found = correlate(part[:, 3], part[:, 4], groups=part[:, 2])
-                low, high = found.interval
-                cells.append(f"{found.pearson:+.2f} [{low:+.2f}, {high:+.2f}]")
+                fit = correlate(part[:, 3], part[:, 4], groups=part[:, 2])
+                low, high = fit.interval
+                cells.append(f"{fit.pearson:+.2f} [{low:+.2f}, {high:+.2f}]")
             lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="a folder, a Hub id, or demo; default: tiny")
-    parser.add_argument("--output", type=Path, help="folder for what is found")
+    parser.add_argument("--model", help="a folder, a Hub id, or demo (default: tiny)")
+    parser.add_argument("--output", type=Path, help="folder for the results")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--every", type=int, default=10, help="steps to a checkpoint")
+    parser.add_argument("--every", type=int, default=10, help="steps per checkpoint")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=32, help="in a row")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens per row")
     arguments = parser.parse_args()
     output: Path = arguments.output or Path(tempfile.mkdtemp())
     output.mkdir(parents=True, exist_ok=True)
@@ -201,13 +196,13 @@ def main() -> None:
             if (method, seed) in done:
                 continue
             start = time.perf_counter()
-            found = run(arguments, method, seed)
-            records += found
-            with results.open("a") as file:  # the lines of a run at once
-                file.write("".join(json.dumps(one) + "\n" for one in found))
+            added = run(arguments, method, seed)
+            records += added
+            with results.open("a") as file:  # all lines of a run together
+                file.write("".join(json.dumps(record) + "\n" for record in added))
             seconds = time.perf_counter() - start
             print(
-                f"{method} seed {seed}: loss {found[-1]['loss']:.3f}, {seconds:.0f} s"
+                f"{method} seed {seed}: loss {added[-1]['loss']:.3f}, {seconds:.0f} s"
             )
     text = summary(records)
     (output / "figure2.md").write_text(text)

@@ -1,35 +1,31 @@
-"""Our layers in a training script written for mlx-lm.
+"""Use our layers in a training script written for mlx-lm.
 
     python examples/train_with_mlx_lm.py [--model PATH_OR_ID] [--iters 30]
 
-The script is mlx-lm's own: its loader, its `linear_to_lora_layers`, its trainer. The
-one line that is ours is the `with`. Without --model it makes a tiny random model.
+The script uses mlx-lm's own loader, `linear_to_lora_layers` and trainer. Only the
+`with` line is ours. Without --model it makes a tiny random model.
 """
+
+from mlx_dora import DoRALinear, use_in_mlx_lm  # isort: skip - loads OpenBLAS, so before mlx
 
 import argparse
 import json
 import tempfile
 from pathlib import Path
 
-from mlx_dora import openblas
-
-openblas.preload()  # on Linux, before mlx
-
-import mlx.core as mx  # noqa: E402 - OpenBLAS first
-import mlx.nn as nn  # noqa: E402 - OpenBLAS first
-import mlx.optimizers as optim  # noqa: E402 - OpenBLAS first
-from mlx.utils import tree_flatten  # noqa: E402 - OpenBLAS first
-from mlx_lm import load  # noqa: E402 - OpenBLAS first
-from mlx_lm.models import llama  # noqa: E402 - OpenBLAS first
-from mlx_lm.tuner.datasets import CacheDataset  # noqa: E402 - OpenBLAS first
-from mlx_lm.tuner.trainer import TrainingArgs, train  # noqa: E402 - OpenBLAS first
-from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402 - OpenBLAS first
-
-from mlx_dora import DoRALinear, use_in_mlx_lm  # noqa: E402 - OpenBLAS first
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+from mlx_lm import load
+from mlx_lm.models import llama
+from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.trainer import TrainingArgs, train
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 
 class Rows:
-    """Token rows as mlx-lm's trainer wants them: (tokens, first target)."""
+    """Token rows in the form that mlx-lm's trainer expects: (tokens, first target)."""
 
     def __init__(self, rows: list[list[int]]) -> None:
         self.rows = rows
@@ -41,7 +37,7 @@ class Rows:
         return len(self.rows)
 
     def process(self, row: list[int]) -> tuple[list[int], int]:
-        """Tokens, and the index of the first one that counts in the loss."""
+        """Return the tokens and the index of the first token in the loss."""
         return row, 0
 
 
@@ -62,7 +58,7 @@ def tiny_model() -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="a folder or a Hub id; default: a tiny one")
+    parser.add_argument("--model", help="a folder or a Hub id (default: a tiny model)")
     parser.add_argument("--iters", type=int, default=30)
     arguments = parser.parse_args()
 

@@ -52,7 +52,7 @@ def test_a_case_is_one_line_with_machine_and_losses(tmp_path: Path) -> None:
             assert figures["p20_ms"] <= figures["median_ms"] <= figures["p80_ms"]
 
 
-def test_the_comparison_of_variants_goes_on_where_it_stopped(
+def test_an_interrupted_comparison_of_variants_continues(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     for task, answers in (
@@ -76,19 +76,19 @@ def test_the_comparison_of_variants_goes_on_where_it_stopped(
     assert first.returncode == 0, first.stderr
     before = output.read_text()
     methods = ("lora", "dora", "full", "doran-aux", "edora", "bidora")
-    second = run(*command, *(part for one in methods for part in ("--method", one)))
+    second = run(*command, *(part for name in methods for part in ("--method", name)))
     assert second.returncode == 0, second.stderr
     assert output.read_text().startswith(before)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    # Tasks; the base; methods, three rates and the chosen one.
+    # Two tasks: the base, then each method at three rates and at the chosen rate.
     assert len(lines) == 2 * (1 + len(methods) * 4)
     assert all(0 <= line["accuracy"] <= 1 for line in lines if line["seed"] == 0)
     assert not any("accuracy" in line for line in lines if line["seed"] == 1000)
     trained = {line["method"]: line["trainable"] for line in lines}
-    # Of one block of width 32 and 64: less than one rank of its largest matrix.
+    # A block of width 32 and 64: off by less than a rank of its largest matrix.
     for method in ("lora", "doran-aux", "bidora"):
         assert trained["dora"] - 96 < trained[method] <= trained["dora"]
-    # No square fits as well: of 7 matrices, each below the next square.
+    # Squares fit less well: each of 7 matrices is below the next square.
     assert trained["dora"] - 7 * 40 < trained["edora"] <= trained["dora"]
     assert "| full (n = 1) |" in second.stdout
 
@@ -117,7 +117,9 @@ assert abs(whole.loss - usual.item()) < 1e-5, (whole, usual)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_pace_of_a_method_is_told(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_pace_reports_time_and_memory_of_a_step(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
     rows = [{"prompt": f"dog {i}", "completion": f" fox {i}"} for i in range(30)]
     for name in ("train", "valid", "test"):
         text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,55 +1,55 @@
-"""Why a model class of mlx-lm does not come through whole: data for the table.
+"""Why some model classes of mlx-lm do not work, or not completely: data for the table.
 
-`test_models` puts mlx-lm's faults right and sees those classes come through.
+`test_models` corrects mlx-lm's faults and checks that these classes then work.
 """
 
-# Whose it is, and what it is.
+# Class: whose fault it is, and the cause.
 CAUSES = {
     "afm7": (
         "mlx_dora",
-        "A `FusedLinear` returns three projections at once; no DoRA layer does.",
+        "A `FusedLinear` returns three projections at once; no DoRA layer does that.",
     ),
     "bitnet": (
         "mlx-lm",
-        "The weights are packed ternary numbers, which only a Metal kernel without a "
-        "gradient reads.",
+        "The weights are packed ternary numbers. Only a Metal kernel without a "
+        "gradient can read them.",
     ),
     "deepseek_v41": (
         "mlx-lm",
-        "A gradient runs into the indices of the top experts, and into keys and values "
-        "rounded to fp8 and fp4, which has none. With `mx.stop_gradient` on both, all "
-        "steps work.",
+        "A gradient reaches the indices of the top experts, and keys and values "
+        "rounded to fp8 and fp4; neither operation has a gradient. With "
+        "`mx.stop_gradient` on both, all steps work.",
     ),
     "gemma3n": (
         "mlx-lm",
         "AltUp clips the weights of its two small layers in each forward pass. No "
-        "adapter can go over them, LoRA no more than DoRA.",
+        "adapter can wrap them, neither LoRA nor DoRA.",
     ),
     "kimi_k3": (
         "mlx-lm",
-        "The layers that mix the residual streams are never called, only their weights "
-        "read. No adapter can go over them, LoRA no more than DoRA.",
+        "The layers that mix the residual streams are never called; the model only "
+        "reads their weights. No adapter can wrap them, neither LoRA nor DoRA.",
     ),
     "muse_spark": (
         "mlx-lm",
-        "Every block runs on Metal kernels, which Linux lacks and MLX cannot "
-        "differentiate.",
+        "Every block runs on Metal kernels. Linux does not have them, and MLX cannot "
+        "differentiate them.",
     ),
     "olmo": (
         "mlx-lm",
-        "The mask is added to the scores, but the mask that mlx-lm makes is the word "
-        '"causal". With numbers instead, all steps work.',
+        "The model adds the mask to the scores, but the mask that mlx-lm makes is the "
+        'word "causal". With numbers instead, all steps work.',
     ),
     "prism_hadamard_qwen35": (
         "mlx_dora",
-        "Layers packed in 2 bits that rotate their input; no DoRA layer does.",
+        "Layers packed in 2 bits rotate their input; no DoRA layer does that.",
     ),
     "recurrent_gemma": (
         "mlx-lm",
         "`Model.__init__` forgets `super().__init__()`. With it, all steps work.",
     ),
 }
-# The same where it is another in 4 bits.
+# The same for classes with a different cause in 4 bits.
 CAUSES_PACKED = {
     "afm7": (
         "mlx-lm",

@@ -19,12 +19,12 @@ from tests.compat.put_through import Outcome, put_through  # noqa: E402
 from tests.compat.tiny_models import model_files  # noqa: E402
 
 BITS = 4
-# State: what the counts call it, its heading, and the heading of its second column.
+# State: its name in the table of counts, its heading, and that of its second column.
 _STATES = {
     "works": ("work", "What works", ""),
     "in part": (
-        "work but for modules refused by name",
-        "Works but for some modules",
+        "work except for modules refused by name",
+        "Works except for some modules",
         "refused",
     ),
     "refused": ("refused by name", "Refused by name", "refused"),
@@ -38,35 +38,36 @@ _STATES = {
 _UNKNOWN = ("?", "Not known.")
 _INTRODUCTION = """\
 mlx-lm {version} has {files} files in `mlx_lm/models`: {classes} model classes and
-{parts} parts that they share. Each class is built tiny at random, adapted on all in its
-blocks that can take DoRA, trained for four steps, saved, loaded and fused. Each time
-its logits are compared, of a prompt and of a token decoded after it from the cache.
-Then all of it once more, packed into {bits} bits.
+{parts} parts that they share. A test builds each class as a tiny random model, adapts
+every module in its blocks that can take DoRA, trains it for four steps, and saves,
+loads and fuses the result. After each of these, it compares the logits of a prompt and
+of a token decoded after the prompt from the cache. Then it repeats everything with the
+model packed into {bits} bits.
 """
 _INDEXERS = """\
-Adapted by default, but of no use: the indexers of sparse attention, which no gradient
-reaches ({idle}). Leave them out by giving keys.
+Adapted by default, but without effect: the indexers of sparse attention, which no
+gradient reaches ({idle}). To leave them out, set `keys`.
 """
 _MAKING = """\
-`python -m tests.compat.model_table docs/models.md` writes it on Linux without a GPU,
-and `pytest -m slow tests/compat/test_models.py` holds it to what happens. The tiny
-arguments are in `tests/compat/tiny_sizes.py`, the steps in
-`tests/compat/put_through.py`, the causes in `tests/compat/causes.py`. Parameters that
-a class leaves at zero are made random, since zeros hide what they are multiplied
-with. olmo's file asks for the package ai2-olmo and uses nothing of it: an empty one
-was given.
+`python -m tests.compat.model_table docs/models.md` writes this page on Linux without a
+GPU, and `pytest -m slow tests/compat/test_models.py` checks that the page is current.
+The sizes of the tiny models are in `tests/compat/tiny_sizes.py`, the steps in
+`tests/compat/put_through.py`, and the causes in `tests/compat/causes.py`. Parameters
+that a class initializes to zero are set to random numbers, since a zero would hide
+whatever it is multiplied with. olmo's file imports the package ai2-olmo but uses
+nothing of it, so the test provides an empty package.
 """
 
 
 def outcomes(bits: int | None = None) -> list[Outcome]:
-    """Every model of mlx-lm put through."""
+    """Test every model of mlx-lm."""
     names = [name for name, is_model in model_files().items() if is_model]
     with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints when it packs
         return [put_through(name, bits) for name in names]
 
 
 def render(dense: Sequence[Outcome], packed: Sequence[Outcome]) -> str:
-    """The page, without figures that rounding could change."""
+    """Render the page, without figures that rounding could change."""
     parts = [name for name, is_model in model_files().items() if not is_model]
     introduction = _INTRODUCTION.format(
         version=mlx_lm.__version__,
@@ -87,13 +88,13 @@ def render(dense: Sequence[Outcome], packed: Sequence[Outcome]) -> str:
         "",
     ]
     for state, (_, title, column) in _STATES.items():
-        chosen = [one for one in dense if one.state == state]
+        chosen = [outcome for outcome in dense if outcome.state == state]
         if state == "works":
             lines += [f"## {title}", "", *_lists(chosen)]
         else:
             lines += _table(title, column, chosen, CAUSES)
     both = zip(packed, dense, strict=True)
-    changed = [one for one, other in both if one.state != other.state]
+    changed = [outcome for outcome, other in both if outcome.state != other.state]
     title = f"Different in {BITS} bits"
     lines += _table(title, "what happens", changed, CAUSES | CAUSES_PACKED)
     lines += ["## Parts that models share", "", *_wrapped(f"{', '.join(parts)}."), ""]
@@ -102,34 +103,34 @@ def render(dense: Sequence[Outcome], packed: Sequence[Outcome]) -> str:
 
 
 def _lists(works: Sequence[Outcome]) -> list[str]:
-    experts = [one for one in works if "SwitchLinear" in one.bases]
-    heads = [one for one in works if "MultiLinear" in one.bases]
+    experts = [outcome for outcome in works if "SwitchLinear" in outcome.bases]
+    heads = [outcome for outcome in works if "MultiLinear" in outcome.bases]
     lists = {
-        "Without experts": [one for one in works if one not in experts],
+        "Without experts": [outcome for outcome in works if outcome not in experts],
         "With experts, which are adapted too": experts,
-        "Where latent attention's matrices by head are adapted too, by keys": heads,
+        "With heads of latent attention, adapted if `keys` names them": heads,
     }
     lines = []
     for title, chosen in lists.items():
         if chosen:
-            names = ", ".join(one.name for one in chosen)
+            names = ", ".join(outcome.name for outcome in chosen)
             lines += [*_wrapped(f"**{title}** ({len(chosen)}): {names}."), ""]
     idle: dict[tuple[str, ...], list[str]] = {}
-    for one in works:
-        if one.idle:
-            idle.setdefault(one.idle, []).append(one.name)
+    for outcome in works:
+        if outcome.idle:
+            idle.setdefault(outcome.idle, []).append(outcome.name)
     if idle:
-        told = [
+        groups = [
             f"{' and '.join(names)}: {', '.join(f'`{path}`' for path in paths)}"
             for paths, names in idle.items()
         ]
-        lines += [*_wrapped(_INDEXERS.format(idle="; ".join(told))), ""]
+        lines += [*_wrapped(_INDEXERS.format(idle="; ".join(groups))), ""]
     return lines
 
 
 def _table(
     title: str,
-    told: str,
+    column: str,
     chosen: Sequence[Outcome],
     causes: Mapping[str, tuple[str, str]],
 ) -> list[str]:
@@ -138,20 +139,20 @@ def _table(
     return [
         f"## {title}",
         "",
-        f"| model | {told} | mlx-lm's own LoRA | fault of | why |",
+        f"| model | {column} | mlx-lm's own LoRA | fault of | why |",
         "| --- | --- | --- | --- | --- |",
         *(
-            f"| {one.name} | {one.reason} "
-            f"| {'trains' if one.lora == 'trains' else 'fails too'} "
-            f"| {' | '.join(causes.get(one.name, _UNKNOWN))} |"
-            for one in chosen
+            f"| {outcome.name} | {outcome.reason} "
+            f"| {'trains' if outcome.lora == 'trains' else 'fails too'} "
+            f"| {' | '.join(causes.get(outcome.name, _UNKNOWN))} |"
+            for outcome in chosen
         ),
         "",
     ]
 
 
-def _count(found: Sequence[Outcome], state: str) -> int:
-    return sum(one.state == state for one in found)
+def _count(group: Sequence[Outcome], state: str) -> int:
+    return sum(outcome.state == state for outcome in group)
 
 
 def _wrapped(text: str) -> list[str]:
