@@ -42,5 +42,5 @@ class EvaluateConfig(DataConfig):
     samples: int = option(3, help="Prompts that each model continues.", least=0)
     max_tokens: int = option(64, help="Length of a continuation, in tokens.", least=1)
     trust_remote_code: bool = option(
-        False, help="Let the model's repository run its own code."
+        False, help="Allow code from the model's repository to run."
     )

@@ -1,4 +1,4 @@
-"""Fine-tuning: `finetune`, its settings and reports, and the memory it will need."""
+"""Fine-tuning: `finetune`, its settings and reports, and its memory plan."""
 
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.plan.predict import plan_memory
