@@ -1,11 +1,12 @@
-"""Options: fields of the config dataclasses, with every fact about one in its metadata.
+"""Options: fields of the config dataclasses that carry their own metadata.
 
-A new option is one field::
+To add an option, add a field::
 
     iters: int = option(1000, help="Batches to train for.", least=1, may_change=True)
 
-The command line makes a flag from it, `check_options` checks its value, a resumed run
-compares it unless it may change, and an adapter records it if it says so.
+The command line makes a flag from the field, and `check_options` checks its value. A
+resumed run requires the same value unless `may_change` is set, and an adapter records
+the value if `recorded` is set.
 """
 
 import dataclasses
@@ -38,19 +39,19 @@ def option(
     """Declare a config field together with the facts about it.
 
     Args:
-        default: Value that is used when none is given; without it the option is
+        default: Value to use when the option is not set; without it the option is
             required.
         help: Help text of the command line.
-        least: Least value that is allowed.
+        least: Smallest allowed value.
         above: Bound that the value must exceed.
         below: Bound that the value must stay under.
-        special: Further values that are allowed, such as -1 for "all".
-        may_change: Whether a resumed run may have another value: it changes neither
-            the weights after a step nor a line of the log.
+        special: Additional allowed values, for example -1 for "all".
+        may_change: Whether a resumed run may use another value. Set it only if the
+            option affects neither the weights after a step nor the log.
         recorded: Whether the adapter records the value in its training summary.
         variant: The only variant of DoRA that reads the option. The adapter records it
             for that variant.
-        **metadata: What else the command line needs: ``choices``, ``flags``, ``unit``.
+        **metadata: Further command line settings: ``choices``, ``flags``, ``unit``.
     """
     facts = {
         "help": help,
@@ -70,7 +71,7 @@ def check_options(config: Any) -> None:
     """Check each field of a config against its type and its declared bounds.
 
     Raises:
-        DoRAError: Naming the field, what is allowed and what came.
+        DoRAError: Names the field, the allowed values and the value received.
     """
     for field, kinds in _fields(type(config)):
         value = getattr(config, field.name)
@@ -88,7 +89,7 @@ def names_with(config: Any, fact: str, value: Any = True) -> list[str]:
 
 @functools.cache
 def _fields(config: type) -> list[tuple[dataclasses.Field[Any], tuple[Any, ...]]]:
-    """Each field with the kinds of value that its type hint allows."""
+    """Each field with the types that its type hint allows."""
     hints = typing.get_type_hints(config)
     return [(field, _kinds(hints[field.name])) for field in dataclasses.fields(config)]
 
@@ -104,7 +105,7 @@ def _is_special(field: dataclasses.Field[Any], value: Any) -> bool:
 
 
 def _problem(kinds: tuple[Any, ...], facts: Mapping[str, Any], value: Any) -> str:
-    """What the value must be, if it is something else; empty if it is right."""
+    """Describe what the value must be; empty if the value is valid."""
     kind = kinds[0]
     if typing.get_origin(kind) is typing.Literal:
         choices = typing.get_args(kind)
@@ -123,14 +124,14 @@ def _problem(kinds: tuple[Any, ...], facts: Mapping[str, Any], value: Any) -> st
         return _bounds(facts) or "a finite number"
     if kind is str:
         return "" if isinstance(value, str) else "text"
-    origins = tuple(typing.get_origin(one) or one for one in kinds)
+    origins = tuple(typing.get_origin(kind) or kind for kind in kinds)
     if dict in origins and not isinstance(value, origins):
         return "a mapping or a list" if list in origins else "a mapping"
     return ""
 
 
 def _is_finite(value: float) -> bool:
-    if isinstance(value, int):  # a whole number that no float holds is no factor
+    if isinstance(value, int):  # an integer beyond the float range is unusable
         return abs(value) <= sys.float_info.max
     return math.isfinite(value)
 

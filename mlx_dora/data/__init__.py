@@ -1,7 +1,7 @@
 """Training data: JSON lines to rows, targets and batches.
 
-What training, evaluation and Fisher estimates read. The names are loaded on first use,
-since importing the settings must not import MLX.
+Training, evaluation and Fisher estimates read their data here. Names are loaded on
+first use, because importing the settings must not import MLX.
 """
 
 from importlib import import_module

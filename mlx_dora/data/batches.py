@@ -10,17 +10,17 @@ from mlx_dora.data.counts import RowCounts, refuse_empty
 from mlx_dora.data.targets import Example, target_spans
 
 Batch = tuple[mx.array, mx.array]
-"""Tokens ``(rows, length)``, and marks that tell the loss what they are.
+"""Tokens ``(rows, length)``, and marks that say which tokens are targets.
 
-Mostly ``(rows, 2)``, as mlx-lm has it: per row the first target's position and the
-length. With several spans of targets ``(rows, length, 1)``: 1 where a token is one.
-For packed rows ``(rows, length, 2)``: the same, and the number of the token's document,
-from 1; 0 is padding.
+The marks have one of three shapes. ``(rows, 2)``, the usual shape and mlx-lm's: the
+position of each row's first target, and the row's length. ``(rows, length, 1)``, for
+several spans of targets: 1 at each target. ``(rows, length, 2)``, for packed rows: 1 at
+each target, and the number of the token's document, counted from 1 (0 is padding).
 """
 
 
 class Examples(Protocol):
-    """What a batch is made of: a `TokenDataset`, or a list of examples."""
+    """Source of the examples in a batch: a `TokenDataset` or a list."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Example: ...
@@ -29,9 +29,9 @@ class Examples(Protocol):
 def padded_width(length: int, max_seq_length: int) -> int:
     """The width of an array for rows of up to `length` tokens.
 
-    The inputs (all tokens but the last) are padded to a multiple of 8, past 256 of a
-    16th to a 32nd of their length: little is wasted, and few widths occur, each of
-    which a compiled step is traced for.
+    The inputs (all tokens but the last) are padded to a multiple of 8. Beyond 256
+    tokens the multiple is 1/32 to 1/16 of the length. This wastes little, and keeps
+    the number of widths small, since a compiled step is traced once per width.
     """
     inputs = max(length - 1, 1)
     step = max(8, 2 ** ((inputs - 1).bit_length() - 5))
@@ -39,16 +39,17 @@ def padded_width(length: int, max_seq_length: int) -> int:
 
 
 def pad_batch(examples: Sequence[Example], max_seq_length: int) -> Batch:
-    """Cut and pad rows of one example each.
+    """Truncate and pad examples, one per row.
 
     Returns:
-        Tokens, int32 ``(rows, length)``, zeros after each row's end; and ``(rows, 2)``
-        with the position of each row's first target and its length after truncation,
-        or one mark a token (see `Batch`) if an example's targets are spans.
+        Tokens, int32 ``(rows, length)``, with zeros after each row's end; and marks
+        ``(rows, 2)``: the position of each row's first target and its length after
+        truncation. If the targets of an example are spans, one mark per token instead
+        (see `Batch`).
     """
     firsts = [first for _, first in examples if isinstance(first, int)]
     if len(firsts) < len(examples):
-        tokens, marks = pack_batch([[one] for one in examples], max_seq_length)
+        tokens, marks = pack_batch([[example] for example in examples], max_seq_length)
         return tokens, marks[:, :, :1]
     lengths = [min(len(tokens), max_seq_length) for tokens, _ in examples]
     width = padded_width(max(lengths), max_seq_length)
@@ -59,7 +60,7 @@ def pad_batch(examples: Sequence[Example], max_seq_length: int) -> Batch:
 
 
 def pack_batch(rows: Sequence[Sequence[Example]], max_seq_length: int) -> Batch:
-    """Put each row's examples one after the other and pad the rows.
+    """Concatenate the examples of each row and pad the rows.
 
     Returns:
         Tokens, int32 ``(rows, length)``; and int32 ``(rows, length, 2)`` with 1
@@ -70,7 +71,7 @@ def pack_batch(rows: Sequence[Sequence[Example]], max_seq_length: int) -> Batch:
     ]
     longest = max(sum(len(tokens) for tokens, _ in row) for row in cut)
     width = padded_width(longest, max_seq_length)
-    assert longest <= width, "the examples of a row are longer than max_seq_length"
+    assert longest <= width, "a packed row is longer than max_seq_length"
     batch = np.zeros((len(rows), width), np.int32)
     marks = np.zeros((len(rows), width, 2), np.int32)
     for place, row in enumerate(cut):
@@ -92,16 +93,16 @@ def batches_once(
     num_batches: int = -1,
     counts: RowCounts | None = None,
 ) -> Iterator[Batch]:
-    """Every row once, or rows evenly spread over the data set for `num_batches`.
+    """Yield each row once, or rows spread evenly over the data for `num_batches`.
 
-    The choice is the same each time, so that two measurements compare.
+    The choice of rows is deterministic, so that measurements can be compared.
 
     Args:
         dataset: The examples.
-        batch_size: Rows in a batch; the last one may have fewer.
+        batch_size: Rows per batch; the last batch may be smaller.
         max_seq_length: Rows are cut to this many tokens.
-        num_batches: How many batches at most; -1 for all.
-        counts: Filled with what happened to the rows.
+        num_batches: Maximum number of batches; -1 for all.
+        counts: Updated with the number of truncated and skipped rows.
 
     Raises:
         DoRAError: If no row has a target token.
@@ -116,6 +117,6 @@ def batches_once(
             chosen.append(example)
     if not chosen:
         refuse_empty(counts, max_seq_length)
-    chosen.sort(key=lambda one: min(len(one[0]), max_seq_length))
+    chosen.sort(key=lambda example: min(len(example[0]), max_seq_length))
     for start in range(0, len(chosen), batch_size):
         yield pad_batch(chosen[start : start + batch_size], max_seq_length)

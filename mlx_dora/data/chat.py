@@ -1,4 +1,4 @@
-"""Rows of messages as a tokenizer's chat template writes them."""
+"""Renders rows of messages with a tokenizer's chat template."""
 
 import logging
 from functools import partial
@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 class ChatTemplate:
-    """Writes the rows of a data set as tokens and finds the answers among them.
+    """Renders the rows of a data set as tokens and locates the answers in them.
 
     Args:
         rows: Rows with messages, or with prompts and completions.
-        kind: Which of the two.
+        kind: ``"chat"`` for messages, ``"completions"`` for prompts and completions.
         tokenizer: mlx-lm's tokenizer.
     """
 
@@ -27,10 +27,10 @@ class ChatTemplate:
         self.kind = kind
         self._tokenizer = tokenizer
         self._warned_of_header = False
-        self._takes_objects: bool | None = None  # as arguments of tool calls
+        self._takes_objects: bool | None = None  # tool call arguments; None: unknown
 
     def messages(self, index: int) -> list[Any]:
-        """The messages of a row; the two of a prompt and its completion."""
+        """The messages of a row; a prompt and its completion become two messages."""
         row, config = self.rows.values[index], self.rows.config
         if self.kind == "completions":
             return [
@@ -40,7 +40,7 @@ class ChatTemplate:
         return self._chat(index)
 
     def _chat(self, index: int) -> list[Any]:
-        """A chat with its tool calls in the form that the template takes."""
+        """A chat with its tool calls in the form that the template accepts."""
         written = list(self.rows.values[index][self.rows.config.chat_feature])
         parsed = parsed_arguments(written, self.rows.where(index))
         if parsed == written or self._takes_objects:
@@ -48,7 +48,7 @@ class ChatTemplate:
         if self._takes_objects is None:
             try:
                 self.tokens(index, parsed, False)
-            except TemplateRefusal:  # a few templates join the text to other text
+            except TemplateRefusal:  # a few templates require text
                 self.tokens(index, written, False)
                 self._takes_objects = False
                 return written
@@ -57,7 +57,7 @@ class ChatTemplate:
         return written
 
     def turns(self, index: int, messages: list[Any], tokens: list[int]) -> Spans:
-        """Where the assistant's turns stand in a row's tokens."""
+        """Locate the assistant's turns in the tokens of a row."""
         places = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
         spans = []
         for place in places:
@@ -65,7 +65,7 @@ class ChatTemplate:
                 span, differs = answer_span(
                     partial(self.tokens, index), messages, place, tokens
                 )
-            except TemplateRefusal:  # of a part of the row; it takes the whole
+            except TemplateRefusal:  # the template accepts only the whole row
                 continue
             if differs and span is not None:
                 self._warn_of_header(index, span[0])
@@ -75,7 +75,7 @@ class ChatTemplate:
         return tuple(spans) if is_whole else IncompleteSpans(spans)
 
     def start(self, index: int, messages: list[Any], tokens: list[int]) -> int | None:
-        """Where the last turn's answer starts; None if the template hides it."""
+        """Start of the last answer; None if the template does not show it."""
         try:
             start, differs = answer_start(
                 partial(self.tokens, index), messages, len(messages) - 1, tokens
@@ -89,10 +89,10 @@ class ChatTemplate:
     def tokens(
         self, index: int, messages: list[Any], generation: bool = False
     ) -> list[int]:
-        """Write messages as tokens; with `generation`, the header of an answer too.
+        """Render messages as tokens; `generation` appends the header of a new answer.
 
         Raises:
-            TemplateRefusal: If the template does not take them.
+            TemplateRefusal: If the template rejects the messages.
         """
         import jinja2
 
@@ -106,7 +106,7 @@ class ChatTemplate:
         except (ValueError, TypeError, jinja2.TemplateError) as error:
             reason = " ".join(str(error).split())
             raise TemplateRefusal(
-                f"{self.rows.where(index)}: the model's chat template does not take "
+                f"{self.rows.where(index)}: the model's chat template rejects "
                 f"this row{missing_content(messages)}: {reason}"
             ) from error
 
@@ -114,8 +114,8 @@ class ChatTemplate:
         if not self._warned_of_header:
             self._warned_of_header = True
             logger.warning(
-                "%s: the chat template starts this answer differently from a new "
-                "answer; targets start after the %d tokens that both share",
+                "%s: the chat template begins this answer differently than a newly "
+                "generated answer; targets start after the %d tokens they share",
                 self.rows.where(index),
                 start,
             )

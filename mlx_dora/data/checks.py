@@ -1,4 +1,4 @@
-"""What a row must look like; whatever is wrong is said by file, line and key."""
+"""Checks of rows; an error names the file, the line and the key."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +14,10 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 
 def kind_of(rows: Rows) -> Kind:
-    """Tell from the first row what all rows are.
+    """Determine from the first row what kind of rows the file holds.
 
     Raises:
-        DoRAError: If there is no row, or the first one has none of the known keys.
+        DoRAError: If there are no rows, or the first row has none of the known keys.
     """
     if not len(rows.values):
         raise DoRAError(f"{rows.source} has no rows.")
@@ -41,7 +41,7 @@ def check_row(rows: Rows, index: int, kind: Kind) -> None:
     """Check one row against the kind of the first.
 
     Raises:
-        DoRAError: Naming the file, the line and what is wrong there.
+        DoRAError: If the row is malformed; names the file, line and problem.
     """
     row = rows.values[index]
     if kind == "tokens":
@@ -87,27 +87,25 @@ def _check_messages(rows: Rows, index: int, key: str) -> None:
         raise DoRAError(f"{where} holds no message.")
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message:
-            found = _keys(message) if isinstance(message, Mapping) else repr(message)
-            raise DoRAError(
-                f"{where}: each message needs the key 'role'; found {found}."
-            )
+            got = _keys(message) if isinstance(message, Mapping) else repr(message)
+            raise DoRAError(f"{where}: each message needs the key 'role'; found {got}.")
     masks_prompt = rows.config.mask_prompt and not rows.config.all_turns
     if masks_prompt and [m["role"] for m in messages] == ["assistant"]:
         raise DoRAError(
-            f"{where} is a single message of the assistant's: there is no prompt "
-            "before the answer for mask_prompt to mask. Put the user's turn before "
-            "it, remove the row, or use all_turns."
+            f"{where} is a single assistant message: there is no prompt before "
+            "the answer for mask_prompt to mask. Add the user's turn before the "
+            "answer, remove the row, or use all_turns."
         )
     parsed_arguments(messages, where)
 
 
 def _check_characters(rows: Rows, index: int, key: str) -> None:
-    """Refuse half surrogates, which no tokenizer can encode."""
+    """Refuse unpaired surrogates, which no tokenizer can encode."""
     for place, text in _texts(rows.values[index][key], key):
-        if found := _HALF.search(text):
+        if half := _HALF.search(text):
             raise DoRAError(
-                f"{rows.where(index)}: character {found.start() + 1} of {place} is "
-                f"\\u{ord(found[0]):04x}, half of a surrogate pair (an emoji or rare "
+                f"{rows.where(index)}: character {half.start() + 1} of {place} is "
+                f"\\u{ord(half[0]):04x}, half of a surrogate pair (an emoji or rare "
                 "character cut in two): not valid Unicode. Remove or replace it."
             )
 

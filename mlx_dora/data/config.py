@@ -1,4 +1,4 @@
-"""Where the data is and how its rows read; mlx-lm's names and defaults."""
+"""Location and format of the data, with mlx-lm's names and defaults."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +11,9 @@ from mlx_dora.options import check_options, option
 class DataConfig:
     """A data set and the names of its features.
 
-    A row is one of: completions (`prompt_feature` and `completion_feature`), a chat
-    (`chat_feature`, a list of messages; ``tools`` beside it is used), or plain text
-    (`text_feature`). The first row of a file decides for the whole file.
+    A row is a completion (`prompt_feature` and `completion_feature`), a chat
+    (`chat_feature`, a list of messages, with optional ``tools`` beside it), or plain
+    text (`text_feature`). The first row of a file sets the kind of the whole file.
     """
 
     data: str = option(
@@ -26,19 +26,18 @@ class DataConfig:
     hf_dataset: dict[str, Any] | list[Any] | None = option(
         None,
         help="Hub data set(s) with splits and features, as in mlx-lm's YAML; "
-        "takes the place of data.",
+        "replaces data.",
         may_change=True,
     )
     mask_prompt: bool = option(
         False,
-        help="Count only the completion's tokens in the loss; in a chat, the "
+        help="Compute the loss on the completion only; in a chat, on the "
         "assistant's turn that ends the row.",
         recorded=True,
     )
     all_turns: bool = option(
         False,
-        help="In chats, count every turn of the assistant's in the loss and "
-        "nothing else.",
+        help="In chats, compute the loss on every assistant turn and nothing else.",
         recorded=True,
     )
     prompt_feature: str = option(
@@ -54,22 +53,22 @@ class DataConfig:
         """Refuse names that cannot be keys.
 
         Raises:
-            DoRAError: If a value is not allowed, a feature's name is empty, or
-                ``hf_dataset`` lacks its path.
+            DoRAError: If a value is not allowed, a feature's name is empty, or an
+                entry of ``hf_dataset`` has no path.
         """
         check_options(self)
         for name in ("prompt", "completion", "chat", "text"):
             if not getattr(self, f"{name}_feature"):
                 raise DoRAError(f"{name}_feature must be the name of a key, got ''.")
-        for one in hub_entries(self.hf_dataset):
-            if not isinstance(one, dict) or not isinstance(one.get("path"), str):
+        for entry in hub_entries(self.hf_dataset):
+            if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
                 raise DoRAError(
-                    f"hf_dataset needs a mapping with the key 'path', got {one!r}."
+                    f"hf_dataset needs a mapping with the key 'path', got {entry!r}."
                 )
 
 
 def hub_entries(hf_dataset: dict[str, Any] | list[Any] | None) -> list[Any]:
-    """The entries of an ``hf_dataset`` setting, which may be one mapping or several."""
+    """The ``hf_dataset`` setting as a list; a single mapping is one entry."""
     if hf_dataset is None:
         return []
     return hf_dataset if isinstance(hf_dataset, list) else [hf_dataset]

@@ -1,4 +1,4 @@
-"""What was cut and left out on the way from rows to batches."""
+"""Counts of the rows that were truncated or skipped."""
 
 from dataclasses import dataclass
 from typing import NoReturn
@@ -9,15 +9,15 @@ from mlx_dora.errors import DoRAError
 
 @dataclass
 class RowCounts:
-    """What happened to the rows on their way into batches, each row counted once.
+    """Counts of rows on their way into batches, each row counted once.
 
     Args:
-        rows: All rows.
-        truncated: Rows longer than the maximum.
+        rows: Number of rows.
+        truncated: Rows longer than the maximum length.
         skipped: Rows left out because they have no target.
-        unanswered: Those of them that hold no answer, of whatever length.
+        longest: Length of the longest row, in tokens.
+        unanswered: Skipped rows that contain no answer at all.
         unlocated: Rows in which the chat template does not show every answer.
-        longest: Tokens of the longest row.
     """
 
     rows: int = 0
@@ -28,7 +28,7 @@ class RowCounts:
     unlocated: int = 0
 
     def add(self, example: Example, max_seq_length: int) -> bool:
-        """Count one row; False if no target is left in it."""
+        """Count a row; return False if it has no target left."""
         tokens, targets = example
         self.rows += 1
         self.longest = max(self.longest, len(tokens))
@@ -41,7 +41,7 @@ class RowCounts:
         return usable
 
     def describe(self, max_seq_length: int) -> str | None:
-        """One line on what was cut or left out; None if nothing was."""
+        """Summarize truncated and skipped rows in one line; None if there are none."""
         parts = []
         if self.truncated:
             parts.append(
@@ -52,13 +52,13 @@ class RowCounts:
         if self.unanswered:
             parts.append(
                 f"{self.unanswered} of {self.rows} rows have no answer to learn and "
-                "were left out (mask_prompt takes the assistant's turn that ends a "
-                "row, all_turns every turn of the assistant's)"
+                "were left out (mask_prompt uses the assistant's turn that ends a "
+                "row, all_turns every assistant turn)"
             )
         if self.unlocated:
             parts.append(
                 f"in {self.unlocated} of {self.rows} rows the chat template does not "
-                "show every answer; what it does not show does not count"
+                "show every answer; answers not shown are not trained on"
             )
         if beyond := self.skipped - self.unanswered:
             parts.append(
@@ -69,7 +69,7 @@ class RowCounts:
 
 
 def refuse_empty(counts: RowCounts, max_seq_length: int) -> NoReturn:
-    """Say that there is nothing to train on or to measure."""
+    """Raise the error that no row has a target."""
     if counts.unanswered == counts.rows:
         raise DoRAError(
             "no row has an answer to learn: mask_prompt needs rows that end with a "

@@ -1,4 +1,4 @@
-"""Rows of text, completions or chats as token sequences, made when first needed."""
+"""Rows of text, completions or chats as token sequences, tokenized on first use."""
 
 import logging
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """A conversation cut before its last answer.
+    """A conversation split before its last answer.
 
     Args:
-        prompt: Tokens up to where the answer starts.
-        answer: Tokens of the answer, the end of the turn included.
+        prompt: Tokens before the answer.
+        answer: Tokens of the answer, including the end of the turn.
     """
 
     prompt: list[int]
@@ -28,20 +28,20 @@ class Parts:
 
 
 class TokenDataset:
-    """A sequence of ``(tokens, first_target)``, tokenised row by row on first use.
+    """A sequence of ``(tokens, first_target)``, tokenized row by row on first use.
 
     ``first_target`` is 0, or with ``mask_prompt`` the position where the completion
-    starts. All rows are checked when the data set is made: what is wrong with them is
-    told before a model trains. A row is what mlx-lm takes, or already a list of tokens,
-    or a pair of tokens and first target.
+    starts. All rows are checked when the data set is made, so that errors appear before
+    training starts. A row has a format that mlx-lm accepts, or is a list of tokens, or
+    a pair of tokens and first target.
 
     Args:
         rows: The rows and the names of their features.
         tokenizer: mlx-lm's tokenizer.
 
     Raises:
-        DoRAError: If a row does not have the form of the first one; the message names
-            the file, the line, and the keys that were expected and found.
+        DoRAError: If a row does not have the form of the first row; the message names
+            the file, the line, the expected keys and the actual keys.
     """
 
     def __init__(self, rows: Rows, tokenizer: Any) -> None:
@@ -59,8 +59,8 @@ class TokenDataset:
             )
         if self.kind == "text" and tokenizer.eos_token_id is None:
             logger.warning(
-                "%s: the tokenizer names no end-of-text token; the texts are trained "
-                "without one",
+                "%s: the tokenizer has no end-of-text token; the texts are trained "
+                "without it",
                 rows.source,
             )
         for index in range(len(rows.values)):
@@ -78,11 +78,11 @@ class TokenDataset:
         return example
 
     def where(self, index: int) -> str:
-        """Name a row by file and line, for a message."""
+        """Name a row by file and line, for use in messages."""
         return self.rows.where(index)
 
     def answer(self, index: int) -> str | None:
-        """The last answer of a row; None for plain text and where no answer ends it."""
+        """The answer that ends a row; None for plain text or if no answer ends it."""
         if self.kind in ("text", "tokens"):
             return None
         messages = self._chat.messages(index)
@@ -92,7 +92,7 @@ class TokenDataset:
         return text if isinstance(text, str) else None
 
     def parts(self, index: int, answer: str) -> Parts:
-        """Cut a row that has an `answer` before it, and put this one in its place."""
+        """Split a row before its last answer, replaced by `answer`."""
         messages = self._chat.messages(index)
         messages = [*messages[:-1], {**messages[-1], "content": answer}]
         tokens = self._chat.tokens(index, messages)
@@ -125,7 +125,7 @@ class TokenDataset:
 
 
 class JoinedDataset:
-    """Several data sets one after the other."""
+    """Several data sets, concatenated."""
 
     def __init__(self, parts: Sequence[TokenDataset]) -> None:
         self._places = [(part, i) for part in parts for i in range(len(part))]
@@ -138,7 +138,7 @@ class JoinedDataset:
         return part[i]
 
     def where(self, index: int) -> str:
-        """Name a row by its origin."""
+        """Name a row by its origin, as `TokenDataset.where`."""
         part, i = self._places[index]
         return part.where(i)
 
@@ -148,7 +148,7 @@ class JoinedDataset:
         return part.answer(i)
 
     def parts(self, index: int, answer: str) -> Parts:
-        """A row cut before its last answer, as `TokenDataset.parts`."""
+        """A row split before its last answer, as `TokenDataset.parts`."""
         part, i = self._places[index]
         return part.parts(i, answer)
 

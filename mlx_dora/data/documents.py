@@ -1,4 +1,4 @@
-"""Several documents in one row, each of which sees only itself."""
+"""Attention masks for packed rows, in which each document sees only itself."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
 
-# Model files of mlx-lm in which a token's place enters by RoPE alone (relative: where
-# in a row a document starts changes nothing but rounding), and tokens meet in attention
-# alone, under the mask that `create_attention_mask` gives. Each is tested.
+# Model files of mlx-lm whose only positional encoding is RoPE (relative, so that the
+# position of a document in its row affects rounding only), and whose tokens interact
+# only in attention, under the mask of `create_attention_mask`. Each is tested.
 PACKABLE = (
     "cohere",
     "cohere2",
@@ -39,16 +39,17 @@ PACKABLE = (
 
 
 class DocumentCache:
-    """Takes a cache's place in a layer: keeps nothing, and knows the documents.
+    """A layer's cache that stores no keys or values, only document numbers.
 
-    mlx-lm's models ask their cache for the attention mask; this one's lets a token see
-    what is before it in its own document (and in the layer's window, if it has one).
+    mlx-lm's models ask their cache for the attention mask. The mask of this cache lets
+    a token attend to the earlier tokens of its own document (within the layer's
+    window, if it has one).
 
     Args:
-        documents: Number of each token's document. Shape ``(rows, length)``.
+        documents: Document number of each token. Shape ``(rows, length)``.
     """
 
-    offset = 0  # of the row's first position
+    offset = 0  # position of the row's first token
 
     def __init__(self, documents: mx.array) -> None:
         self._documents = documents
@@ -56,7 +57,7 @@ class DocumentCache:
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array:
-        """Which keys each query sees. Booleans ``(rows, 1, length, length)``."""
+        """Mask of the keys that each query sees, bool ``(rows, 1, length, length)``."""
         assert self._documents.shape[1] == N
         place = mx.arange(N)
         ago = place[:, None] - place[None]
@@ -69,28 +70,28 @@ class DocumentCache:
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """Hand back what a layer would have stored."""
+        """Return the keys and values unchanged."""
         return keys, values
 
 
 def document_caches(model: nn.Module, documents: mx.array) -> list[DocumentCache]:
-    """One cache a block, to be passed to the model as its ``cache``."""
+    """One cache per block, to pass to the model as its ``cache``."""
     cache = DocumentCache(documents)
     blocks: Any = model.layers
     return [cache] * len(blocks)
 
 
 def check_packable(model: nn.Module) -> None:
-    """Refuse a model whose documents could not be kept apart in a packed row.
+    """Refuse a model that would mix the documents of a packed row.
 
     Raises:
-        DoRAError: Naming the model's architecture, unless it is one of `PACKABLE`.
+        DoRAError: If the model's architecture is not in `PACKABLE`.
     """
     home, _, name = type(model).__module__.rpartition(".")
     if home == "mlx_lm.models" and name in PACKABLE:
         return
     raise DoRAError(
         f"packing is not known to keep documents apart in {name}: models with a "
-        "recurrent state, absolute positions or masks of their own mix them. It is "
-        f"tested for {', '.join(PACKABLE)}; train without packing."
+        "recurrent state, absolute positions or their own masks mix them. Packing "
+        f"is tested for {', '.join(PACKABLE)}; train without packing."
     )

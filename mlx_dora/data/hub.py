@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub."""
+"""Reading data sets from the Hugging Face Hub."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def _could_be_on_hub(name: str) -> bool:
 
 
 def read_hub(config: DataConfig, names: Sequence[str]) -> dict[str, list[Rows]]:
-    """Read the named splits of the data set that ``data`` names.
+    """Read the given splits of the Hub data set named by ``data``.
 
     Raises:
         DoRAError: If there is no such data set, or the Hub cannot be reached.
@@ -38,25 +38,25 @@ def read_hub(config: DataConfig, names: Sequence[str]) -> dict[str, list[Rows]]:
         datasets = _hub()
     except DoRAError as error:
         raise DoRAError(
-            f"there is no folder {name}, and as a name on the Hub: {error}"
+            f"there is no folder {name}, and it cannot be read from the Hub: {error}"
         ) from None
     try:
-        found = datasets.load_dataset(name)
+        loaded = datasets.load_dataset(name)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise DoRAError(
-            f"there is no folder {name}, and no such data set could be had from the "
-            f"Hub: {_one_line(error)}"
+            f"there is no folder {name}, and no such data set could be loaded from "
+            f"the Hub: {_one_line(error)}"
         ) from error
     return {
-        split: [Rows(values=found[split], source=f"{name} ({split})", config=config)]
-        if split in found
+        split: [Rows(values=loaded[split], source=f"{name} ({split})", config=config)]
+        if split in loaded
         else []
         for split in names
     }
 
 
 def read_hub_entries(config: DataConfig, names: Sequence[str]) -> dict[str, list[Rows]]:
-    """Read the named splits of the entries of ``hf_dataset``, joined.
+    """Read the given splits of all ``hf_dataset`` entries, concatenated.
 
     Raises:
         DoRAError: If an entry cannot be read.
@@ -74,13 +74,13 @@ def read_hub_entries(config: DataConfig, names: Sequence[str]) -> dict[str, list
                 continue
             extra = entry.get("config") or {}
             try:
-                found = datasets.load_dataset(entry["path"], split=split, **extra)
+                loaded = datasets.load_dataset(entry["path"], split=split, **extra)
             except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
                 raise DoRAError(
                     f"hf_dataset {entry['path']} ({split}): {_one_line(error)}"
                 ) from error
             source = f"{entry['path']} ({split})"
-            splits[name].append(Rows(values=found, source=source, config=reading))
+            splits[name].append(Rows(values=loaded, source=source, config=reading))
     return splits
 
 

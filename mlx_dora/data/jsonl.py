@@ -13,10 +13,10 @@ from mlx_dora.io.json import parse
 
 
 def read_jsonl(path: Path, config: DataConfig) -> Rows:
-    """Read a file with one JSON object per line; blank lines are passed over.
+    """Read a file with one JSON object per line; blank lines are skipped.
 
     Raises:
-        DoRAError: If a line is not a JSON object or there is none.
+        DoRAError: If a line is not a JSON object, or the file is empty.
     """
     values: list[Any] = []
     lines: list[int] = []

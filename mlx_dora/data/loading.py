@@ -1,4 +1,4 @@
-"""From a setting or from rows to data sets."""
+"""Making data sets from a config or from rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from mlx_dora.errors import DoRAError
 def load_datasets(
     config: DataConfig, tokenizer: Any, names: Sequence[str] = SPLITS
 ) -> dict[str, Dataset | None]:
-    """Read and check the named splits of a data set; None for one that is not there.
+    """Read and check the named splits of a data set; a missing split is None.
 
     Raises:
         DoRAError: If the data set does not exist or a row is malformed.
@@ -24,7 +24,7 @@ def load_datasets(
 def make_datasets(
     splits: dict[str, list[Rows]], tokenizer: Any
 ) -> dict[str, Dataset | None]:
-    """Check rows that `read_splits` has read, and make data sets of them.
+    """Check rows from `read_splits` and make data sets from them.
 
     Raises:
         DoRAError: If a row is malformed.
@@ -37,10 +37,10 @@ def make_datasets(
 
 
 def as_dataset(data: Any, tokenizer: Any, config: DataConfig, name: str) -> Dataset:
-    """Take a data set of ours, or any sequence of rows, as a data set.
+    """Return a `Dataset` unchanged, or make one from a sequence of rows.
 
     Raises:
-        DoRAError: If a row is malformed or there is none.
+        DoRAError: If a row is malformed, or there are no rows.
     """
     if isinstance(data, TokenDataset | JoinedDataset):
         return data

@@ -1,4 +1,4 @@
-"""The messages of a chat as a chat template takes them."""
+"""Prepares the messages of a chat for a chat template."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +12,14 @@ def parsed_arguments(messages: Sequence[Any], where: str) -> list[Any]:
     OpenAI's format writes a call's arguments as JSON text. Chat templates apply
     ``tojson`` to them, which would quote the text a second time, so that a model would
     learn backslashes. mlx-lm's server parses the text before it applies the template;
-    this function does the same for training. Nothing is changed in place.
+    this function does the same for training. It changes nothing in place.
 
     Args:
         messages: The messages of one chat.
-        where: What an error names: the row.
+        where: Name of the row, for error messages.
 
     Raises:
-        DoRAError: If the text is not JSON.
+        DoRAError: If the text of the arguments is not JSON.
     """
     parsed = []
     for number, message in enumerate(messages):
@@ -43,7 +43,7 @@ def _call(call: Any, where: str) -> Any:
 
 
 def missing_content(messages: Sequence[Any]) -> str:
-    """Say which message has no content, for a template that does not take it."""
+    """Name the first message without content, for an error; empty if all have it."""
     for number, message in enumerate(messages):
         if message.get("content") is None:
             calls = "tool calls and " if message.get("tool_calls") else ""

@@ -9,13 +9,13 @@ from mlx_dora.data.config import DataConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows as they were read.
+    """Rows as read from their source.
 
     Args:
-        values: One mapping a row; lists and Hub data sets both will do.
-        source: What to call them in messages.
-        lines: Line numbers of the rows, when they come from a file.
-        config: The names of their features.
+        values: One mapping per row, as a list or a Hub data set.
+        source: Name of the source, for messages.
+        config: Names of the features.
+        lines: Line number of each row, if the rows come from a file.
     """
 
     values: Sequence[Any]
@@ -24,7 +24,7 @@ class Rows:
     lines: Sequence[int] | None = None
 
     def where(self, index: int) -> str:
-        """Name one row, for a message."""
+        """Name a row, for use in messages."""
         if self.lines is None:
             return f"{self.source}, row {index}"
         return f"{self.source}, line {self.lines[index]}"

@@ -1,4 +1,4 @@
-"""Which examples share a batch, epoch after epoch: a function of seed and epoch."""
+"""The batches of each epoch, a function of the seed and the epoch."""
 
 import logging
 from bisect import bisect_left, insort
@@ -13,28 +13,28 @@ from mlx_dora.data.counts import RowCounts, refuse_empty
 logger = logging.getLogger(__name__)
 
 Row = tuple[int, ...]
-"""Numbers of the examples in one row: one of them, or several packed."""
+"""Indices of the examples in a row: one, or several if packed."""
 
 
 class Schedule:
-    """The batches of every epoch, each a function of `seed` and the epoch alone.
+    """The batches of every epoch, a function of only `seed` and the epoch.
 
-    All examples are looked at (and so tokenised) once, here. In an epoch each usable
-    one comes once. Those whose padded length is the same are a bucket, put in a new
-    order every epoch; batches are cut from one bucket after the other, so that only
-    those between two buckets mix lengths, and then shuffled. The last one may be
-    smaller.
+    The constructor reads (and so tokenizes) every example once. An epoch contains each
+    usable example once. Examples of equal padded length form a bucket, which is
+    shuffled every epoch. Batches are taken from the buckets in turn, so that only a
+    batch at the border of two buckets mixes lengths; then the batches are shuffled. One
+    batch may be smaller than the others.
 
-    With `packing`, examples are laid end to end in rows of up to `max_seq_length`
-    tokens: the longest first, each where the least room is left over (best fit).
+    With `packing`, examples are concatenated into rows of up to `max_seq_length`
+    tokens, longest first, each into the row where it leaves the least space (best fit).
 
     Args:
         dataset: The examples.
-        batch_size: Rows in a batch.
-        max_seq_length: Examples are cut to this many tokens.
-        seed: Makes the order.
-        packing: Lay several examples in a row.
-        counts: Filled with what happened to the examples.
+        batch_size: Rows per batch.
+        max_seq_length: Examples are truncated to this many tokens.
+        seed: Random seed of the order.
+        packing: Whether to pack several examples into a row.
+        counts: Updated with the number of truncated and skipped examples.
 
     Raises:
         DoRAError: If no example has a target token.
@@ -90,28 +90,28 @@ class Schedule:
 
     def length(self, epochs: int) -> int:
         """Number of batches in the first `epochs` epochs."""
-        if not self._packing:  # the same in each
+        if not self._packing:  # the same in every epoch
             return epochs * -(-len(self._usable) // self._batch_size)
         return sum(len(self.epoch(number)) for number in range(epochs))
 
     def ends(self, epochs: int, batches: int) -> list[int]:
-        """How many batches are done after every `epochs` epochs, up to `batches`."""
-        found, done, number = [], 0, 0
+        """Number of batches done after every `epochs` epochs, up to `batches`."""
+        ends, done, number = [], 0, 0
         while done < batches:
             done += self.length(1) if not self._packing else len(self.epoch(number))
             number += 1
             if number % epochs == 0:
-                found.append(done)
-        return found
+                ends.append(done)
+        return ends
 
     def batches(self, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """Batches without end.
+        """Yield batches indefinitely.
 
         Args:
-            start: How many batches to pass over: those of an earlier, stopped run.
-            rank: Of several processes that share each batch's rows, which one this is.
-            ranks: How many they are. One that gets no row of a small batch gets a row
-                without any target.
+            start: Number of batches to skip, those of an earlier, interrupted run.
+            rank: Rank of this process among those that share each batch's rows.
+            ranks: Number of processes. A process that gets no row of a small batch
+                gets a row without targets.
         """
         number = 0
         while True:
@@ -122,36 +122,36 @@ class Schedule:
             number += 1
 
     def _make(self, rows: Sequence[Row]) -> Batch:
-        found = [[self._dataset[index] for index in row] for row in rows]
-        found = found or [[([0, 0], 2)]]
+        examples = [[self._dataset[index] for index in row] for row in rows]
+        examples = examples or [[([0, 0], 2)]]
         if self._packing:
-            return pack_batch(found, self._max_seq_length)
-        return pad_batch([row[0] for row in found], self._max_seq_length)
+            return pack_batch(examples, self._max_seq_length)
+        return pad_batch([row[0] for row in examples], self._max_seq_length)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put things into boxes, each into the fullest one that still takes it.
+    """Put items into boxes, each into the fullest box that still has room for it.
 
     Args:
-        lengths: Of the things, in the order in which they come; none over `capacity`.
-        capacity: Of each box.
+        lengths: Lengths of the items, in the order of packing, at most `capacity`.
+        capacity: Capacity of each box.
 
     Returns:
-        The places in `lengths` of each box's things.
+        For each box, the indices of its items in `lengths`.
     """
     boxes: list[list[int]] = []
     by_room: defaultdict[int, list[int]] = defaultdict(list)  # room -> boxes
-    rooms: list[int] = []  # the keys that have boxes, sorted
+    rooms: list[int] = []  # keys of by_room that have boxes, sorted
     for place, length in enumerate(lengths):
-        found = bisect_left(rooms, length)
-        if found == len(rooms):
+        nearest = bisect_left(rooms, length)
+        if nearest == len(rooms):
             box, room = len(boxes), capacity
             boxes.append([])
         else:
-            room = rooms[found]
+            room = rooms[nearest]
             box = by_room[room].pop()
             if not by_room[room]:
-                rooms.pop(found)
+                rooms.pop(nearest)
         boxes[box].append(place)
         left = room - length
         if not by_room[left]:

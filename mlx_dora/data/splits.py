@@ -18,19 +18,19 @@ def read_splits(
     """Read the named splits of a data set; a split that does not exist has no rows.
 
     Raises:
-        DoRAError: If the data set is not there, or one of its files is malformed.
+        DoRAError: If the data set does not exist, or one of its files is malformed.
     """
     if config.hf_dataset is not None:
         return read_hub_entries(config, names)
     folder = Path(config.data).expanduser()
     if folder.is_dir():
         paths = {name: folder / f"{name}.jsonl" for name in names}
-        found = {name: path for name, path in paths.items() if path.exists()}
-        if not found:
+        existing = {name: path for name, path in paths.items() if path.exists()}
+        if not existing:
             wanted = ", ".join(path.name for path in paths.values())
             raise DoRAError(f"{folder} has none of {wanted}.")
         return {
-            name: [read_jsonl(found[name], config)] if name in found else []
+            name: [read_jsonl(existing[name], config)] if name in existing else []
             for name in names
         }
     if folder.exists():

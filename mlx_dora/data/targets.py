@@ -5,17 +5,17 @@ from typing import Any
 
 Spans = tuple[tuple[int, int], ...]
 Example = tuple[list[int], int | Spans]
-"""Tokens, and which of them may be targets: all from a position on, or some spans."""
+"""Tokens, and their targets: all tokens from a position on, or some spans."""
 
 
 class IncompleteSpans(Spans):
-    """Spans of a row in which the template does not show every answer."""
+    """Spans of a row in which the chat template does not show every answer."""
 
 
 def target_spans(targets: int | Spans, length: int) -> Spans:
     """The spans ``[start, end)`` of targets among the first `length` tokens.
 
-    A row's very first token is never a target: nothing comes before it.
+    A row's first token is never a target, because nothing precedes it.
     """
     spans = ((targets, length),) if isinstance(targets, int) else targets
     cut = ((max(start, 1), min(end, length)) for start, end in spans)
@@ -23,7 +23,7 @@ def target_spans(targets: int | Spans, length: int) -> Spans:
 
 
 def token_row(row: Any) -> Example:
-    """Take a row of token ids, alone or in a pair with its targets."""
+    """Read a row of token ids, or a pair of token ids and targets."""
     if len(row) != 2 or not isinstance(row[0], Sequence):
         return list(row), 0
     tokens, targets = row

@@ -1,4 +1,4 @@
-"""Where the answers of a chat are among its tokens."""
+"""Locates the answers of a chat in its tokens."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,29 +6,29 @@ from typing import Any
 from mlx_dora.errors import DoRAError
 
 Render = Callable[[list[Any], bool], list[int]]
-"""Messages, and whether the header of an answer follows them, to tokens."""
+"""``(messages, append_answer_header) -> tokens``."""
 
-_PROBES = ("x", "7")  # two texts that share neither their start nor their end
+_PROBES = ("x", "7")  # texts with different starts and ends
 
 
 class TemplateRefusal(DoRAError):
-    """A chat template does not take some messages."""
+    """A chat template rejects some messages."""
 
 
 def answer_start(
     render: Render, messages: list[Any], place: int, tokens: list[int]
 ) -> tuple[int | None, bool]:
-    """Find where the answer ``messages[place]`` starts among the chat's tokens.
+    """Find where the answer ``messages[place]`` starts in the chat's tokens.
 
-    That is the end of what precedes the answer and of the header that the template
-    writes before it. Where nothing precedes it, or where the template writes earlier
-    turns differently once this one follows them, the answer starts at the first token
+    The answer starts after the earlier messages and the header that the template
+    writes before the answer. If there are no earlier messages, or the template renders
+    them differently when this answer follows, the answer starts at the first token
     that depends on its text.
 
     Returns:
-        The position, None if the row does not show the answer at all; and whether the
-        template writes the header of this answer otherwise than that of a new one (the
-        answer then starts after what the two share).
+        The position, or None if the row does not show the answer; and whether the
+        template writes a different header here than before a new answer (the answer
+        then starts after the tokens that both headers share).
     """
     before = messages[:place]
     if not before:
@@ -46,11 +46,11 @@ def answer_start(
 def answer_span(
     render: Render, messages: list[Any], place: int, tokens: list[int]
 ) -> tuple[tuple[int, int] | None, bool]:
-    """Find the span of the answer ``messages[place]``, the end of its turn included.
+    """Find the span of the answer ``messages[place]``, including its end of turn.
 
     Returns:
-        ``(start, end)``, or None if the row does not show the answer; and, as
-        `answer_start`, whether its header is written otherwise.
+        ``(start, end)``, or None if the row does not show the answer; and whether the
+        header differs, as in `answer_start`.
     """
     start, differs = answer_start(render, messages, place, tokens)
     if start is None:
@@ -58,7 +58,7 @@ def answer_span(
     until = render(messages[: place + 1], False)
     if until == tokens[: len(until)]:
         return (start, len(until)), differs
-    # Templates of thinking models write an answer differently once others follow it.
+    # Templates of thinking models render an answer differently if others follow it.
     before, after = _unchanged(render, messages, place, tokens)
     if before is None:
         return None, differs
@@ -73,7 +73,8 @@ def _unchanged(
 ) -> tuple[int | None, int]:
     """Count the tokens before and after an answer that do not depend on its text.
 
-    None before it if no token depends on it: the template leaves the answer out.
+    The count before is None if no token depends on the text, that is, if the template
+    leaves the answer out.
     """
     before = after = len(tokens)
     for text in _PROBES:
@@ -85,16 +86,16 @@ def _unchanged(
 
 
 def _starts_with(tokens: list[int], render: Render, messages: list[Any]) -> bool:
-    """Whether the template writes these messages as the whole chat has them."""
+    """Whether the rendered messages are a prefix of the chat's tokens."""
     try:
         bare = render(messages, False)
-    except TemplateRefusal:  # it takes them with an answer after them only
+    except TemplateRefusal:  # accepts the messages only with an answer
         return True
     return bare == tokens[: len(bare)]
 
 
-def shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Count the tokens with which both sequences start."""
-    pairs = enumerate(zip(one, other, strict=False))
+def shared(first: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common prefix of two sequences."""
+    pairs = enumerate(zip(first, other, strict=False))
     differ = (place for place, (a, b) in pairs if a != b)
-    return next(differ, min(len(one), len(other)))
+    return next(differ, min(len(first), len(other)))

@@ -1,1 +1,1 @@
-"""Measuring a model: loss, label accuracy, samples, fused against unfused."""
+"""Evaluates a model: loss, label accuracy, samples, fused against unfused."""

@@ -1,4 +1,4 @@
-"""Do two models say the same? A fused model against the unfused one, for instance."""
+"""Compares the logits of two models, such as a fused and an unfused model."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from mlx_dora.evaluate.loss import eval_mode, target_mask
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A model's answers on a few rows, kept so that the model itself can go.
+    """A model's logits on a few rows, stored so that the model can be freed.
 
     Args:
         batch: Tokens and lengths of the rows.
-        logits: Shape ``(rows, positions, vocabulary)``, float32.
+        logits: Logits, float32 ``(rows, positions, vocabulary)``.
     """
 
     batch: Batch
@@ -24,16 +24,16 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How far one model's logits are from another's.
+    """Differences between the logits of a model and those of a reference.
 
     Args:
         max_logit_difference: Largest absolute difference of two logits.
-        relative_logit_difference: Root mean square of the difference over that of the
-            reference's logits.
-        loss: The reference's mean loss on these tokens.
-        loss_difference: The other's mean loss minus the reference's.
-        same_top_token: Share of the positions where both find the same token likeliest.
-        tokens: Positions compared (padding does not count).
+        relative_logit_difference: Root mean square of the difference, divided by that
+            of the reference's logits.
+        loss: Mean loss of the reference on the tokens.
+        loss_difference: Mean loss of the model minus that of the reference.
+        same_top_token: Fraction of positions where both rank the same token first.
+        tokens: Number of positions compared, without padding.
     """
 
     max_logit_difference: float
@@ -47,7 +47,7 @@ class Agreement:
 def take_probe(
     model: nn.Module, dataset: Examples, *, rows: int = 4, max_seq_length: int = 128
 ) -> Probe:
-    """Logits of a model on a few rows of a data set, cut to `max_seq_length`.
+    """Compute the logits on a few rows of a data set, cut to `max_seq_length`.
 
     Raises:
         DoRAError: If none of the rows has a target token within that length.
@@ -57,7 +57,7 @@ def take_probe(
 
 
 def compare_probe(model: nn.Module, probe: Probe) -> Agreement:
-    """Run another model on a probe's rows and compare the logits."""
+    """Run a model on a probe's rows and compare its logits with the probe's."""
     other = _logits(model, probe.batch)
     tokens, lengths = probe.batch
     targets = tokens[:, 1:]
@@ -76,12 +76,12 @@ def compare_probe(model: nn.Module, probe: Probe) -> Agreement:
     reference = total(mx.square(probe.logits).mean(axis=-1))
     same = mx.argmax(other, axis=-1) == mx.argmax(probe.logits, axis=-1)
     largest = mx.where(mask, mx.abs(difference).max(axis=-1), 0).max()
-    expected, found = loss(probe.logits), loss(other)
+    before, after = loss(probe.logits), loss(other)
     return Agreement(
         max_logit_difference=float(largest),
         relative_logit_difference=float(mx.sqrt(square / reference)),
-        loss=float(expected),
-        loss_difference=float(found - expected),
+        loss=float(before),
+        loss_difference=float(after - before),
         same_top_token=float(total(same) / count),
         tokens=int(count),
     )

@@ -1,4 +1,4 @@
-"""Base against adapter against fused model, on the same data."""
+"""Compares a base, an adapter and a fused model on the same data."""
 
 import logging
 from collections.abc import Callable
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelResult:
-    """What was measured of one model.
+    """Results of one model.
 
     Args:
         name: ``"base"``, ``"adapter"`` or ``"fused"``.
-        loss: Its loss on the data.
-        labels: Its accuracy, where the answers are labels.
-        samples: Its continuations of the prompts.
+        loss: Loss on the data.
+        labels: Label accuracy; None if the answers are not labels.
+        samples: Continuations of the prompts.
     """
 
     name: str
@@ -47,13 +47,13 @@ class ModelResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Several models on one part of a data set.
+    """Results of several models on one split of a data set.
 
     Args:
         split: ``"train"``, ``"valid"`` or ``"test"``.
-        results: One a model: base, adapter, fused, as far as asked for.
-        prompts: What the models continued.
-        agreement: The fused model's logits against the adapter's.
+        results: One result per requested model, in the order base, adapter, fused.
+        prompts: The prompts that the models continued.
+        agreement: Comparison of the fused model's logits with the adapter's.
     """
 
     split: str
@@ -62,26 +62,27 @@ class Comparison:
     agreement: Agreement | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        told = asdict(self)
-        for entry, result in zip(told["results"], self.results, strict=True):
+        """Return the results as JSON values."""
+        values = asdict(self)
+        for entry, result in zip(values["results"], self.results, strict=True):
             entry["loss"]["perplexity"] = result.loss.perplexity
-        told["prompts"] = [
-            {"text": one.text, "expected": one.expected} for one in self.prompts
+        values["prompts"] = [
+            {"text": prompt.text, "expected": prompt.expected}
+            for prompt in self.prompts
         ]
-        return told
+        return values
 
 
 def compare_models(
     config: EvaluateConfig, progress: Progress | None = None
 ) -> Comparison:
-    """Measure a base, an adapter on it and a fused model, one after the other.
+    """Evaluate a base, the base with an adapter, and a fused model in turn.
 
-    One model is in memory at a time.
+    Only one model is in memory at a time.
 
     Args:
-        config: Models, data, and how much to measure.
-        progress: Called as the work goes on.
+        config: Models, data and extent of the evaluation.
+        progress: Called after each batch.
 
     Raises:
         DoRAError: If a model, the adapter or the data cannot be used.
@@ -160,7 +161,7 @@ def _measure(
     if config.num_batches != -1:
         rows = min(rows, config.num_batches * config.batch_size)
 
-    def told(what: str) -> Callable[[int], None] | None:
+    def reporter(what: str) -> Callable[[int], None] | None:
         return None if progress is None else partial(progress, f"{name}: {what}", rows)
 
     loss = evaluate_loss(
@@ -169,7 +170,7 @@ def _measure(
         batch_size=config.batch_size,
         max_seq_length=config.max_seq_length,
         num_batches=config.num_batches,
-        progress=told("loss"),
+        progress=reporter("loss"),
     )
     accuracy = None
     if labels is not None:
@@ -180,7 +181,7 @@ def _measure(
             batch_size=config.batch_size,
             max_seq_length=config.max_seq_length,
             num_rows=rows,
-            progress=told("labels"),
+            progress=reporter("labels"),
         )
     texts = generate_samples(model, tokenizer, prompts, max_tokens=config.max_tokens)
     return ModelResult(name=name, loss=loss, labels=accuracy, samples=tuple(texts))

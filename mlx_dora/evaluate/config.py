@@ -1,4 +1,4 @@
-"""The settings of an evaluation."""
+"""Settings of an evaluation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,12 +9,12 @@ from mlx_dora.options import option
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(DataConfig):
-    """Which models are compared on which data."""
+    """Models to compare, and the data to compare them on."""
 
     model: str | None = option(
         None,
-        help="Folder or Hugging Face id of the base; what the adapter records if not "
-        "given.",
+        help="Folder or Hugging Face id of the base; default: the base that the "
+        "adapter records.",
         path="or id",
     )
     adapter_path: str | None = option(
@@ -22,25 +22,25 @@ class EvaluateConfig(DataConfig):
     )
     fused_path: str | None = option(
         None,
-        help="Fused model to compare; with the adapter's logits too.",
+        help="Fused model to compare; with an adapter, its logits are compared too.",
         path="local",
     )
     split: Literal["train", "valid", "test"] | None = option(
-        None, help="Part of the data; test if there is one, else valid."
+        None, help="Split of the data; default: test if it exists, else valid."
     )
-    batch_size: int = option(4, help="Rows in a batch.", least=1)
+    batch_size: int = option(4, help="Rows per batch.", least=1)
     num_batches: int = option(
         -1,
-        help="Batches to look at, spread over the data; -1 for all.",
+        help="Batches to evaluate, spread over the data; -1 for all.",
         least=1,
         special=(-1,),
     )
     max_seq_length: int = option(
-        2048, help="Longer rows are cut to this many tokens.", least=2
+        2048, help="Truncate rows to this many tokens.", least=2
     )
-    labels: bool = option(True, help="Measure accuracy where the answers are labels.")
-    samples: int = option(3, help="Prompts to continue side by side.", least=0)
-    max_tokens: int = option(64, help="Longest continuation, in tokens.", least=1)
+    labels: bool = option(True, help="Measure accuracy if the answers are labels.")
+    samples: int = option(3, help="Prompts that each model continues.", least=0)
+    max_tokens: int = option(64, help="Length of a continuation, in tokens.", least=1)
     trust_remote_code: bool = option(
-        False, help="Let the model's repository run its own code."
+        False, help="Allow code from the model's repository to run."
     )

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary whose logits never exist all at once."""
+"""Cross-entropy over a large vocabulary without materializing all logits."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -12,27 +12,27 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 logger = logging.getLogger(__name__)
 
-# A chunk has as many tokens as make this many logits, but at least 128: fewer would not
-# keep a GPU busy. MLX works ahead, so that some ten chunks may exist at a time.
+# A chunk has as many tokens as produce this many logits, but at least 128, because
+# fewer do not keep a GPU busy. MLX runs ahead, so about ten chunks may exist at a time.
 CHUNK_LOGITS = 1 << 22
 CHUNK_TOKENS = 128
-# Where mlx-lm's models keep what makes the hidden states of their logits.
+# Paths of the trunk (all but the head) in mlx-lm's models.
 _TRUNKS = ("model", "language_model.model", "transformer", "backbone")
 
-_told: set[type[nn.Module]] = set()
+_warned: set[type[nn.Module]] = set()
 
 
 class _StandIn:
-    """Takes a trunk's place: notes what it returns, or returns what is given."""
+    """Replaces a trunk: records its outputs, or returns the given hidden states."""
 
-    def __init__(self, trunk: Any, given: mx.array | None = None) -> None:
+    def __init__(self, trunk: Any, hidden: mx.array | None = None) -> None:
         self.trunk = trunk
-        self.given = given
+        self.hidden = hidden
         self.returned: list[Any] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.given is not None:
-            return self.given
+        if self.hidden is not None:
+            return self.hidden
         self.returned.append(self.trunk(*args, **kwargs))
         return self.returned[-1]
 
@@ -46,7 +46,7 @@ def _in_place_of(model: nn.Module, path: str, stand_in: _StandIn) -> Iterator[No
     owner = model
     for parent in parents:
         owner = owner[parent]
-    # Written into the module's dictionary: as an attribute it would not be found there.
+    # Written into the module's dictionary: the module reads its children there.
     dict.__setitem__(owner, name, stand_in)
     try:
         yield
@@ -56,16 +56,16 @@ def _in_place_of(model: nn.Module, path: str, stand_in: _StandIn) -> Iterator[No
 
 def _trunk(model: nn.Module) -> tuple[str, nn.Module] | None:
     for path in _TRUNKS:
-        found: Any = model
+        module: Any = model
         for name in path.split("."):
-            found = found.get(name) if isinstance(found, nn.Module) else None
-        if isinstance(found, nn.Module) and "layers" in found:
-            return path, found
+            module = module.get(name) if isinstance(module, nn.Module) else None
+        if isinstance(module, nn.Module) and "layers" in module:
+            return path, module
     return None
 
 
 def chunk_size(vocabulary: int) -> int:
-    """The most tokens whose logits are computed together."""
+    """Maximum number of tokens whose logits are computed together."""
     return max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
 
 
@@ -76,25 +76,25 @@ def summed_loss(
     mask: mx.array,
     cache: Any = None,
 ) -> mx.array:
-    r"""Sum over the targets of :math:`\log\sum_v e^{z_v} - z_t`, z being the logits.
+    r"""Sum :math:`\log\sum_v e^{z_v} - z_t` over the targets, for logits z.
 
-    The model's trunk runs once; the head (with whatever the model does to its logits)
-    runs in chunks of tokens, by the model's own code. In train mode a chunk's gradient
-    with respect to its hidden states and to the head's trainable parameters is taken
-    while its logits are there, so that the backward pass needs no logits: the trick of
-    Liger's fused linear cross-entropy (arXiv:2410.10989). The gradients are exact, for
-    these and for all that comes before; other arrays of the head count as constants.
+    The model's trunk runs once. The head (including any processing of the logits) runs
+    in chunks of tokens, through the model's own code. In train mode the gradient of a
+    chunk with respect to its hidden states and the head's trainable parameters is
+    computed while its logits exist, so that the backward pass needs no logits, as in
+    Liger's fused linear cross-entropy (arXiv:2410.10989). The gradients are exact for
+    these arrays and for the trunk; other arrays of the head are treated as constants.
 
     Args:
         model: Maps tokens and a cache to logits.
         inputs: Tokens. Shape ``(rows, length)``.
         targets: The tokens to predict. Shape ``(rows, length)``.
-        mask: Which of them count. Shape ``(rows, length)``.
+        mask: Whether each target counts. Shape ``(rows, length)``.
         cache: Passed to the model unless None.
 
     Returns:
-        The sum, float32. A model without a known trunk has its logits computed whole,
-        and a warning says so once.
+        The sum, float32. If the model's trunk is unknown, all logits are computed at
+        once, with one warning.
     """
     logits, split = _split(model, inputs, cache)
     if split is None:
@@ -115,15 +115,15 @@ def summed_loss(
 
 
 def sample_targets(model: nn.Module, inputs: mx.array, key: mx.array) -> mx.array:
-    """Draw each next token from what the model itself expects there.
+    """Sample each next token from the model's own distribution.
 
     Args:
         model: Maps tokens to logits.
         inputs: Tokens. Shape ``(rows, length)``.
-        key: Of the random numbers.
+        key: Random key.
 
     Returns:
-        Tokens, evaluated. Shape ``(rows, length)``. Logits exist in chunks alone.
+        Evaluated tokens, ``(rows, length)``. Logits are computed in chunks.
     """
     logits, split = _split(model, inputs, None)
     if split is None:
@@ -141,14 +141,14 @@ def sample_targets(model: nn.Module, inputs: mx.array, key: mx.array) -> mx.arra
 
 @dataclass(frozen=True, kw_only=True)
 class _Split:
-    """A model cut before its head: hidden states ``(tokens, width)``, and the head."""
+    """A model split before its head: hidden states ``(tokens, width)`` and head."""
 
     path: str
     hidden: mx.array
     head: Callable[[mx.array], mx.array]
 
     def chunk(self, vocabulary: int) -> int:
-        """How many tokens go through the head at once, about the same each time."""
+        """Number of tokens per chunk, for chunks of about equal size."""
         tokens = self.hidden.shape[0]
         return -(-tokens // -(-tokens // chunk_size(vocabulary)))
 
@@ -156,7 +156,7 @@ class _Split:
 def _split(
     model: nn.Module, inputs: mx.array, cache: Any
 ) -> tuple[mx.array, _Split | None]:
-    """The logits, not evaluated, and the model cut in two if its trunk is known."""
+    """The unevaluated logits, and the model in two parts if its trunk is known."""
     arguments = {} if cache is None else {"cache": cache}
     trunk = _trunk(model)
     if trunk is None:
@@ -164,7 +164,7 @@ def _split(
     path, inner = trunk
     noted = _StandIn(inner)
     with _in_place_of(model, path, noted):
-        logits = model(inputs, **arguments)  # never evaluated if there are chunks
+        logits = model(inputs, **arguments)  # not evaluated if split into chunks
     hidden = noted.returned[0] if len(noted.returned) == 1 else None
     if not isinstance(hidden, mx.array) or hidden.shape[:-1] != inputs.shape:
         return logits, None
@@ -178,7 +178,7 @@ def _split(
 
 
 def _losses(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
-    if mx.default_device() == mx.cpu:  # there it would reduce in the logits' dtype
+    if mx.default_device() == mx.cpu:  # the CPU reduces in the logits' dtype
         logits = logits.astype(mx.float32)
     return mx.where(mask, mx.fast.cross_entropy(logits, targets), 0.0)
 
@@ -186,10 +186,10 @@ def _losses(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
 def _whole(
     model: nn.Module, logits: mx.array, targets: mx.array, mask: mx.array
 ) -> mx.array:
-    if type(model) not in _told:
-        _told.add(type(model))
+    if type(model) not in _warned:
+        _warned.add(type(model))
         logger.warning(
-            "%s: no trunk found, so the logits of a whole batch are in memory at once",
+            "%s: no known trunk, so the logits of a whole batch are in memory at once",
             type(model).__name__,
         )
     return _losses(logits, targets, mask).sum()
@@ -229,10 +229,10 @@ def _with_gradient(
     @mx.custom_function
     def summed(hidden: mx.array, parameters: list[mx.array]) -> Any:
         total, slopes = mx.array(0.0), []
-        sums = [mx.zeros(one.shape) for one in parameters]
+        sums = [mx.zeros(p.shape) for p in parameters]
         for start in starts:
             here = hidden[start : start + size]
-            if slopes:  # one chunk after the other, not all side by side
+            if slopes:  # compute the chunks in sequence
                 here = mx.depends([here], [total, slopes[-1], *sums])[0]
             loss, (own, slope) = differentiate(parameters, here, start)
             total = total + loss
@@ -246,8 +246,8 @@ def _with_gradient(
         _, slope, *sums = outputs
         weight = cotangents[0]
         return (slope * weight).astype(hidden.dtype), [
-            (total * weight).astype(one.dtype)
-            for total, one in zip(sums, parameters, strict=True)
+            (total * weight).astype(p.dtype)
+            for total, p in zip(sums, parameters, strict=True)
         ]
 
     parameters: Any = [value for _, value in named]

@@ -1,4 +1,4 @@
-"""Data sets under the name that they had before `mlx_dora.data`."""
+"""Aliases of `mlx_dora.data`, for code that uses the earlier module name."""
 
 from mlx_dora.data.dataset import Dataset, JoinedDataset, TokenDataset
 from mlx_dora.data.loading import as_dataset, load_datasets, make_datasets

@@ -1,4 +1,4 @@
-"""A fused model against the unfused one, on prompts that both continue."""
+"""Compares a fused model with the unfused model on generated text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,17 +22,18 @@ PROMPTS = (
     "Once upon a time, in a village by the sea, there lived",
     "Three things to keep in mind when writing a letter are",
 )
-"""What is continued where the caller names no prompts."""
+"""Default prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FuseVerification:
-    """How far a fused model is from the unfused one.
+    """Differences between a fused and an unfused model.
 
     Args:
-        agreement: On the prompts and the unfused model's greedy continuations.
-        tolerance: What was allowed.
-        prompts: How many prompts.
+        agreement: Agreement on the prompts and the unfused model's greedy
+            continuations.
+        tolerance: Largest allowed differences.
+        prompts: Number of prompts.
     """
 
     agreement: Agreement
@@ -41,14 +42,14 @@ class FuseVerification:
 
     @property
     def problems(self) -> list[str]:
-        """What is outside the tolerance; empty if the fuse is good."""
-        found, allowed = self.agreement, self.tolerance
+        """Differences beyond the tolerance; empty if the fused model is good."""
+        actual, allowed = self.agreement, self.tolerance
         checks = (
-            ("logits differ by", found.relative_logit_difference,
+            ("logits differ by", actual.relative_logit_difference,
              allowed.max_logit_difference),
-            ("loss differs by", abs(found.loss_difference),
+            ("loss differs by", abs(actual.loss_difference),
              allowed.max_loss_difference),
-            ("greedy tokens differ at", 1 - found.same_top_token,
+            ("greedy tokens differ at", 1 - actual.same_top_token,
              1 - allowed.min_same_tokens),
         )  # fmt: skip
         return [
@@ -58,14 +59,14 @@ class FuseVerification:
         ]
 
     def line(self) -> str:
-        """The figures as a line of text."""
-        found = self.agreement
+        """Summarize the figures in one line."""
+        actual = self.agreement
         prompts = "1 prompt" if self.prompts == 1 else f"{self.prompts} prompts"
         return (
-            f"Fused against unfused on {prompts} ({found.tokens} tokens): "
-            f"logits differ by {found.relative_logit_difference:.2g} (relative), loss "
-            f"by {found.loss_difference:+.2g}, greedy tokens the same at "
-            f"{found.same_top_token:.1%}"
+            f"Fused against unfused on {prompts} ({actual.tokens} tokens): "
+            f"logits differ by {actual.relative_logit_difference:.2g} (relative), loss "
+            f"by {actual.loss_difference:+.2g}, greedy tokens the same at "
+            f"{actual.same_top_token:.1%}"
         )
 
 
@@ -80,26 +81,27 @@ def verify_fused(
     check_base: bool = True,
     trust_remote_code: bool = False,
 ) -> FuseVerification:
-    """Let the unfused model continue prompts, and the fused one say the same rows.
+    """Compare a fused with an unfused model on prompts and their continuations.
 
-    One model is in memory at a time. The low-rank rest of a lossless fuse is put onto
-    the fused model.
+    The unfused model continues the prompts; then both models are compared on the same
+    rows. Only one model is in memory at a time. The low-rank remainder of a lossless
+    fuse is attached to the fused model.
 
     Args:
-        model: The base: a local folder, or a Hub id.
+        model: The base, a local folder or a Hub id.
         adapter_path: The adapter that was fused.
-        fused_path: The fused folder.
-        prompts: What is continued.
-        max_tokens: Length of a continuation.
-        tolerance: How far apart they may be.
-        check_base: Refuse an adapter that was trained on another model.
-        trust_remote_code: Run Python code that the models' folders bring along.
+        fused_path: Folder of the fused model.
+        prompts: Texts to continue.
+        max_tokens: Maximum length of a continuation, in tokens.
+        tolerance: Largest allowed differences.
+        check_base: Whether to refuse an adapter that was trained on another model.
+        trust_remote_code: Whether to run Python code from the models' folders.
 
     Raises:
-        DoRAError: If a model cannot be loaded, or there is nothing to say.
+        DoRAError: If a model cannot be loaded, or there are no prompts or tokens.
     """
     if not prompts:
-        raise DoRAError("there must be a prompt to verify with, got none.")
+        raise DoRAError("prompts must hold at least one prompt, got none.")
     if max_tokens < 1:
         raise DoRAError(f"max_tokens must be at least 1, got {max_tokens}.")
     unfused, tokenizer = load(

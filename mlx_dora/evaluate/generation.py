@@ -1,4 +1,4 @@
-"""A few continuations of a data set's own prompts, to read side by side."""
+"""Sample continuations of prompts from a data set."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +10,17 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import eval_mode
 
 TEXT_PROMPT = 32
-"""How many tokens of a plain text are shown to the model."""
+"""Number of tokens of a plain text that form a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What a model is to continue.
+    """A prompt for a model to continue.
 
     Args:
-        tokens: What it sees.
-        text: The same as text.
-        expected: How the data goes on.
+        tokens: Tokens of the prompt.
+        text: Text of the prompt.
+        expected: Continuation in the data.
     """
 
     tokens: list[int]
@@ -31,10 +31,10 @@ class Prompt:
 def sample_prompts(
     dataset: Dataset, tokenizer: Any, count: int, *, max_tokens: int = 1024
 ) -> list[Prompt]:
-    """Prompts spread evenly over a data set, the same ones each time.
+    """Choose prompts evenly spread over a data set, the same on every call.
 
-    A row without an answer (plain text) is cut after 32 tokens, or half way. Rows with
-    longer prompts than `max_tokens`, or nothing after the cut, are passed over.
+    A row without an answer (plain text) is cut after 32 tokens, or in half if shorter.
+    Rows with an empty prompt or with one longer than `max_tokens` are skipped.
 
     Raises:
         DoRAError: If `count` is negative.
@@ -66,15 +66,15 @@ def generate_samples(
     """Continue each prompt greedily with mlx-lm.
 
     Args:
-        model: A model of mlx-lm's, with or without an adapter.
-        tokenizer: Its tokenizer.
-        prompts: From `sample_prompts`.
+        model: An mlx-lm model, with or without an adapter.
+        tokenizer: Tokenizer of the model.
+        prompts: Prompts from `sample_prompts`.
         max_tokens: Stop after this many tokens.
     """
     from mlx_lm import generate
 
     with eval_mode(model):
         return [
-            generate(model, tokenizer, prompt=one.tokens, max_tokens=max_tokens)
-            for one in prompts
+            generate(model, tokenizer, prompt=item.tokens, max_tokens=max_tokens)
+            for item in prompts
         ]

@@ -1,4 +1,4 @@
-"""Accuracy where the answers are short labels from a small closed set."""
+"""Accuracy on data whose answers are labels from a small closed set."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,14 +19,14 @@ MAX_LABEL_LENGTH = 40
 
 @dataclass(frozen=True, kw_only=True)
 class LabelAccuracy:
-    """How often the model finds the row's own label the likeliest.
+    """How often the model ranks a row's own label first.
 
     Args:
-        accuracy: Share of the scored rows that are right.
-        labels: The candidates, and how many scored rows have each.
-        chosen: How often the model chose each.
-        rows: Rows scored.
-        rows_skipped: Rows left out because they are longer than the maximum.
+        accuracy: Fraction of the scored rows that are right.
+        labels: Number of scored rows per label.
+        chosen: How often the model chose each label.
+        rows: Number of rows scored.
+        rows_skipped: Number of rows skipped because they exceed the maximum length.
     """
 
     accuracy: float
@@ -39,24 +39,24 @@ class LabelAccuracy:
 @dataclass(frozen=True, kw_only=True)
 class _Row:
     truth: str
-    options: tuple[Parts, ...]  # one a label
+    options: tuple[Parts, ...]  # one per label
 
     @property
     def length(self) -> int:
-        return max(len(one.prompt) + len(one.answer) for one in self.options)
+        return max(len(parts.prompt) + len(parts.answer) for parts in self.options)
 
     @property
     def first_tokens_decide(self) -> bool:
         prompt = self.options[0].prompt
-        firsts = {tuple(one.answer[:1]) for one in self.options if one.prompt == prompt}
+        firsts = {tuple(p.answer[:1]) for p in self.options if p.prompt == prompt}
         return len(firsts) == len(self.options) and () not in firsts
 
 
 def find_labels(dataset: Dataset) -> tuple[str, ...] | None:
-    """The distinct answers of a data set, if they look like labels; else None.
+    """Return the distinct answers of a data set if they look like labels.
 
-    Labels are 2 to 20 answers of at most 40 characters, with two rows or more each on
-    average.
+    A data set has labels if it has 2 to 20 distinct answers of at most 40 characters,
+    and on average at least two rows per answer. Otherwise the result is None.
     """
     seen: set[str] = set()
     for index in range(len(dataset)):
@@ -83,30 +83,30 @@ def label_accuracy(
 ) -> LabelAccuracy:
     """Rank the candidate labels by the likelihood of their tokens after each prompt.
 
-    Where the labels differ in their first token, that token decides, and one forward
-    pass serves a batch of prompts. Otherwise the log-likelihoods of the whole labels
-    are compared, the end of the turn included.
+    If all labels differ in their first token, only that token is scored, and a batch of
+    prompts needs one forward pass. Otherwise the log-likelihoods of the whole labels
+    are compared, including the end of the turn.
 
     Args:
         model: The model.
         dataset: Completions, or chats that end with an answer.
-        labels: The candidates; by default the distinct answers of the data set.
-        batch_size: Rows in a forward pass.
-        max_seq_length: Rows longer than this are left out and counted.
-        num_rows: Score this many rows, spread evenly over the data; -1 for all.
+        labels: The candidates; default: the distinct answers of the data set.
+        batch_size: Rows per forward pass.
+        max_seq_length: Longer rows are skipped and counted.
+        num_rows: Number of rows to score, spread evenly over the data; -1 for all.
         progress: Called after each batch with its number of rows.
 
     Raises:
-        DoRAError: If the answers are no labels, or no row fits.
+        DoRAError: If the answers are not labels, or no row fits.
     """
     names = find_labels(dataset) if labels is None else tuple(labels)
     if names is None or len(names) < 2:
         raise DoRAError("label accuracy needs answers from a small set of labels.")
     total = len(dataset)
     wanted = total if num_rows == -1 else min(num_rows, total)
-    found = [_row(dataset, place * total // wanted, names) for place in range(wanted)]
+    spread = [_row(dataset, place * total // wanted, names) for place in range(wanted)]
     rows = sorted(
-        (row for row in found if row.length <= max_seq_length), key=lambda r: r.length
+        (row for row in spread if row.length <= max_seq_length), key=lambda r: r.length
     )
     if not rows:
         raise DoRAError(f"no row fits into max_seq_length {max_seq_length}.")
@@ -121,7 +121,7 @@ def label_accuracy(
                 progress(len(batch))
     truths = Counter(row.truth for row in rows)
     chosen = Counter(choices)
-    right = sum(row.truth == one for row, one in zip(rows, choices, strict=True))
+    right = sum(row.truth == name for row, name in zip(rows, choices, strict=True))
     return LabelAccuracy(
         accuracy=right / len(rows),
         labels={name: truths[name] for name in names},
@@ -134,18 +134,18 @@ def label_accuracy(
 def _row(dataset: Dataset, index: int, names: tuple[str, ...]) -> _Row:
     truth = dataset.answer(index)
     if truth is None or truth not in names:
-        raise DoRAError(f"{dataset.where(index)}: the answer is none of {names}.")
+        raise DoRAError(f"{dataset.where(index)}: the answer is not one of {names}.")
     options = tuple(dataset.parts(index, name) for name in names)
     return _Row(truth=truth, options=options)
 
 
 def _first_token_scores(model: nn.Module, batch: list[_Row]) -> np.ndarray:
-    # One target column more than the prompts, so that none of them is cut.
+    # One extra target column, so that no prompt is truncated.
     prompts = [row.options[0].prompt for row in batch]
-    tokens, _ = pad_batch([([*one, 0], 0) for one in prompts], 1 << 30)
+    tokens, _ = pad_batch([([*prompt, 0], 0) for prompt in prompts], 1 << 30)
     logits = model(tokens[:, :-1])
-    places = mx.array([len(one) - 1 for one in prompts])
-    candidates = mx.array([[one.answer[0] for one in row.options] for row in batch])
+    places = mx.array([len(prompt) - 1 for prompt in prompts])
+    candidates = mx.array([[p.answer[0] for p in row.options] for row in batch])
     last = logits[mx.arange(len(batch)), places]
     scores = mx.take_along_axis(last, candidates, axis=1)
     return np.array(scores.astype(mx.float32))
@@ -155,7 +155,7 @@ def _whole_label_scores(model: nn.Module, batch: list[_Row]) -> np.ndarray:
     columns = []
     for label in range(len(batch[0].options)):
         options = [row.options[label] for row in batch]
-        examples = [(one.prompt + one.answer, len(one.prompt)) for one in options]
+        examples = [(p.prompt + p.answer, len(p.prompt)) for p in options]
         tokens, lengths = pad_batch(examples, 1 << 30)
         targets = tokens[:, 1:]
         logits = model(tokens[:, :-1]).astype(mx.float32)

@@ -15,7 +15,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.cross_entropy import summed_loss
 
 Loss = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
-"""(model, tokens, lengths) -> (mean loss of the target tokens, their number)."""
+"""``(model, tokens, marks) -> (mean loss of the targets, number of targets)``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,11 @@ class LossResult:
     """Loss of a model on a data set.
 
     Args:
-        loss: Sum of the target tokens' losses over their number, in nats.
+        loss: Mean loss of the target tokens, in nats.
         tokens: Number of target tokens.
-        rows: Number of rows looked at.
-        rows_truncated: How many of them were cut.
-        rows_skipped: How many had no target left and were left out.
+        rows: Number of rows read.
+        rows_truncated: Number of rows truncated.
+        rows_skipped: Number of rows skipped because they have no target.
     """
 
     loss: float
@@ -38,15 +38,15 @@ class LossResult:
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the loss."""
+        """Exponential of the loss; infinity if it overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 def target_mask(lengths: mx.array, positions: int) -> mx.array:
-    """Which of the positions 1..positions of each row are targets.
+    """Mask of the target positions 1..positions of each row.
 
-    Target position t is the t-th token of the row: it counts from the first target
-    up to the row's last token. (mlx-lm counts one padding token more.)
+    Position t is the token of the row with index t. It is a target from the row's first
+    target up to its last token. (mlx-lm counts one padding token more.)
 
     Args:
         lengths: First target and length per row. Shape ``(rows, 2)``.
@@ -60,7 +60,7 @@ def target_mask(lengths: mx.array, positions: int) -> mx.array:
 
 
 def marked_targets(marks: mx.array, positions: int) -> mx.array:
-    """`target_mask` for every form of the marks of a `Batch`."""
+    """Compute `target_mask` for any shape of the marks of a `Batch`."""
     if marks.ndim == 2:
         return target_mask(marks, positions)
     return marks[:, 1:, 0] > 0
@@ -75,11 +75,11 @@ def loss_fn(
         model: Maps tokens ``(rows, length)`` to logits.
         batch: Tokens. Shape ``(rows, length)``.
         marks: Position of the first target and length of each row, ``(rows, 2)``; or
-            one of the other forms of `Batch`. Documents packed in a row are apart: a
-            token sees its own alone (for models that `check_packable` lets pass).
+            another shape described at `Batch`. In packed rows a token sees only its
+            own document (in models that `check_packable` accepts).
 
     Returns:
-        The mean in float32, 0 where there is no target; and the number of targets.
+        The mean in float32 (0 if there is no target), and the number of targets.
     """
     inputs, targets = batch[:, :-1], batch[:, 1:]
     mask, cache = marked_targets(marks, targets.shape[1]), None
@@ -93,7 +93,7 @@ def loss_fn(
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode for a while, and back in the mode it was in."""
+    """Put a model in eval mode, and restore its mode afterward."""
     was_training = model.training
     model.eval()
     try:
@@ -113,18 +113,18 @@ def evaluate_loss(
     progress: Callable[[int], None] | None = None,
     group: mx.distributed.Group | None = None,
 ) -> LossResult:
-    """Loss of a model in eval mode, each target token weighing the same.
+    """Compute the loss in eval mode, with equal weight for every target token.
 
     Args:
         model: The model.
-        dataset: Examples.
-        batch_size: Rows in a batch.
-        max_seq_length: Rows are cut to this many tokens.
-        num_batches: Look at this many batches only, of rows spread evenly over the
-            data; -1 for all.
-        loss: Loss and token count of one batch.
+        dataset: The examples.
+        batch_size: Rows per batch.
+        max_seq_length: Rows are truncated to this many tokens.
+        num_batches: Number of batches, of rows spread evenly over the data; -1 for
+            all.
+        loss: Computes the loss and token count of a batch.
         progress: Called after each batch with its number of rows.
-        group: Processes that share the batches; each gets the result of all.
+        group: Processes that share the batches; each gets the overall result.
 
     Raises:
         DoRAError: If no row has a target token.

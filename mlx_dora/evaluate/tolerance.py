@@ -1,4 +1,4 @@
-"""How far a fused model may be from the unfused one. Imports no MLX."""
+"""Allowed differences between a fused and an unfused model. Imports no MLX."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from mlx_dora.errors import DoRAError
 
 @dataclass(frozen=True, kw_only=True)
 class FuseTolerance:
-    """Bounds of a verification; what packing to few bits adds as noise fits in."""
+    """Bounds of a verification, wide enough for the noise of quantization."""
 
     max_logit_difference: float = field(
         default=0.05,
@@ -19,14 +19,14 @@ class FuseTolerance:
     )
     min_same_tokens: float = field(
         default=0.95,
-        metadata={"help": "With --verify: least share of equal greedy tokens."},
+        metadata={"help": "With --verify: smallest share of equal greedy tokens."},
     )
 
     def __post_init__(self) -> None:
-        """Check every number.
+        """Check the bounds.
 
         Raises:
-            DoRAError: Naming the field, what is allowed and what came.
+            DoRAError: Names the field, the allowed values and the value received.
         """
         for name in ("max_logit_difference", "max_loss_difference"):
             if not getattr(self, name) >= 0:

@@ -1,4 +1,4 @@
-"""Serving a model over HTTP: mlx-lm's server, with every request checked first."""
+"""Serves a model over HTTP with mlx-lm's server, checking every request first."""
 
 from mlx_dora.serve.paths import NotServedError, ServedPaths
 from mlx_dora.serve.request import check_request

@@ -1,6 +1,6 @@
-"""mlx-lm's server with our checks in front of its generation thread.
+"""mlx-lm's server, with requests checked before they reach its generation thread.
 
-Imported by a function, since mlx_lm takes a second to import.
+Import this module inside functions only: importing mlx_lm takes a second.
 """
 
 import io
@@ -23,13 +23,13 @@ from mlx_dora.serve.paths import NotServedError, ServedPaths
 from mlx_dora.serve.request import check_for_vocabulary, check_request
 
 MAX_BYTES = 64 * 2**20
-"""Greatest size of a request; images travel inside it."""
+"""Maximum size of a request in bytes; images are part of the request."""
 
 COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
 
 
 class Provider(server.ModelProvider):
-    """Loads the model of a request, of those that the server gives."""
+    """Loads the model that a request names, if the server serves it."""
 
     def __init__(self, cli_args: Any, root: Path | None) -> None:
         super().__init__(cli_args)
@@ -47,10 +47,12 @@ class Provider(server.ModelProvider):
         adapter_path: str | None = None,
         draft_model_path: str | None = None,
     ) -> tuple[Any, Any]:
-        """Load what a request names. mlx-lm's own ignores its adapter without a model.
+        """Load the model and adapter that a request names.
+
+        mlx-lm's method ignores the adapter of a request that names no model.
 
         Raises:
-            NotServedError: If the request may not have it.
+            NotServedError: If the server does not serve them.
         """
         key = self.paths.choose(model_path, adapter_path, draft_model_path)
         if self.model_key != key:
@@ -65,12 +67,12 @@ class Provider(server.ModelProvider):
     ) -> None:
         super()._load(model_path, adapter_path, draft_model_path)
         model: Any = self.model
-        # Shapes are known before anything is computed, and nothing here is.
+        # MLX is lazy: the shape is known without computing anything.
         self.vocabulary = model(mx.array([[0]])).shape[-1]
 
 
 class Generator(server.ResponseGenerator):
-    """Generates in a thread of its own, and remembers what that thread died of."""
+    """Generates in its own thread, and keeps the error that ended the thread."""
 
     model_provider: Provider
     failure: BaseException | None = None
@@ -89,13 +91,13 @@ class Generator(server.ResponseGenerator):
         for word in args.stop_words:
             if not tokenizer.encode(word, add_special_tokens=False):
                 raise DoRAError(f"stop holds {word!r}, which has no tokens.")
-        found = super()._tokenize(tokenizer, request, args)
-        if not found[0]:
+        tokenized = super()._tokenize(tokenizer, request, args)
+        if not tokenized[0]:
             raise DoRAError("the prompt has no tokens.")
-        return found
+        return tokenized
 
     def raise_failure(self) -> None:
-        """Raise what the thread died of, if it did."""
+        """Raise the error that ended the thread, if any."""
         error = self.failure
         if isinstance(error, DoRAError | OSError):
             raise error
@@ -108,7 +110,7 @@ class Generator(server.ResponseGenerator):
 
 
 class _Outcome:
-    """Keeps the error that ends a generation thread; the main thread raises it."""
+    """Stores the error that ends a generation thread; the main thread raises it."""
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
@@ -130,10 +132,10 @@ class _Outcome:
 
 
 class Handler(server.APIHandler):
-    """Answers a request that is not right with an error, before mlx-lm sees it."""
+    """Rejects an invalid request with an error before mlx-lm sees it."""
 
     response_generator: Generator
-    _headers_buffer: list[bytes]  # what is not sent yet
+    _headers_buffer: list[bytes]  # headers not sent yet
 
     def do_POST(self) -> None:
         """Check the body of a request, then hand it to mlx-lm."""
@@ -142,7 +144,7 @@ class Handler(server.APIHandler):
             if length.startswith("-"):
                 self._refuse(400, "Content-Length must not be negative.")
             else:
-                super().do_POST()  # refuses it
+                super().do_POST()  # rejects the request
             return
         if len(length) > 12 or int(length) > MAX_BYTES:
             self._refuse(413, f"a request may have at most {MAX_BYTES} bytes.")
@@ -164,9 +166,13 @@ class Handler(server.APIHandler):
         self._headers_buffer = []
         try:
             super().do_POST()
-        except (RuntimeError, TypeError, ValueError) as error:  # while it generated
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # in generation
             if not self._headers_buffer:
-                raise  # part of the answer is sent already
+                raise  # part of the answer has been sent
             self._headers_buffer.clear()
             is_alive = self.response_generator.generation_available()
             self._refuse(_status(error) if is_alive else 503, str(error))
@@ -178,7 +184,7 @@ class Handler(server.APIHandler):
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         error = sys.exc_info()[1]
-        if status_code == 404 and error is not None:  # mlx-lm's answer to any error
+        if status_code == 404 and error is not None:  # mlx-lm's status for any error
             status_code = _status(error)
             if not self.response_generator.generation_available():
                 status_code = 503
@@ -190,11 +196,11 @@ def _status(error: BaseException) -> int:
 
 
 def run(host: str, port: int, model_provider: Any, root: Path | None) -> None:
-    """Serve until interrupted; stands in for mlx-lm's function of this name.
+    """Serve until interrupted. Replaces mlx-lm's function of the same name.
 
     Raises:
         DoRAError: If the generation thread died.
-        OSError: If the port cannot be had.
+        OSError: If the port cannot be opened.
     """
     cli_args = model_provider.cli_args
     generator = Generator(
@@ -204,7 +210,7 @@ def run(host: str, port: int, model_provider: Any, root: Path | None) -> None:
     class Server(ThreadingHTTPServer):
         def service_actions(self) -> None:
             if generator.failure is not None:
-                time.sleep(1.5)  # those who wait for an answer get an error first
+                time.sleep(1.5)  # waiting clients receive an error first
                 generator.raise_failure()
 
     if mx.distributed.init().rank() == 0:

@@ -1,4 +1,4 @@
-"""Which models and adapters a request may name."""
+"""The models and adapters that a request may name."""
 
 import re
 from dataclasses import dataclass
@@ -6,19 +6,19 @@ from pathlib import Path
 
 from mlx_dora.errors import DoRAError
 
-DEFAULT = "default_model"  # mlx-lm's name for what the command line gave
+DEFAULT = "default_model"  # mlx-lm's name for the command line's model
 MAX_NAME = 1000
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class NotServedError(DoRAError):
-    """A request names a model or an adapter that the server does not give it."""
+    """A request names a model or an adapter that is not served."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedPaths:
-    """What the command line gave, and the folder in which requests may choose.
+    """Resolves the model and adapter names of requests to folders that are served.
 
     Args:
         model: Folder or Hub id of the default model, if there is one.
@@ -33,7 +33,7 @@ class ServedPaths:
     root: Path | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a root that is not there.
+        """Refuse a root that does not exist.
 
         Raises:
             DoRAError: If the root is not a folder.
@@ -46,18 +46,18 @@ class ServedPaths:
     ) -> tuple[str, str | None, str | None]:
         """Return the folders of a request's model, adapter and draft model.
 
-        An adapter goes with the model that the request names, or with the default
-        model. Without one the default model has the adapter of the command line, and a
-        model named in the request has none.
+        An adapter is applied to the model that the request names, or to the default
+        model. If the request names no adapter, the default model uses the adapter of
+        the command line, and any other model uses none.
 
         Args:
-            model: As in the request; ``default_model`` where it names none.
-            adapter: As in the request; None where it names none.
-            draft: As in the request; None for no draft model.
+            model: Model of the request; ``default_model`` if it names none.
+            adapter: Adapter of the request; None if it names none.
+            draft: Draft model of the request; None for no draft model.
 
         Raises:
-            NotServedError: If one of them is neither what the command line gave, nor a
-                folder inside the root, nor (models) in the cache of the Hub.
+            NotServedError: If a name is not on the command line, not a folder inside
+                the root, and not (for models) in the cache of the Hub.
         """
         if model == DEFAULT and self.model is None:
             raise NotServedError("the server has no default model: name a model.")
@@ -93,10 +93,10 @@ class ServedPaths:
 
 
 def _resolved(path: Path) -> Path | None:
-    """The path without links and ``..``; None where it cannot be one."""
+    """The path without links and ``..``; None if it is not a valid path."""
     try:
         return path.resolve()
-    except (OSError, RuntimeError, ValueError):  # loops of links, NUL, too long
+    except (OSError, RuntimeError, ValueError):  # link loops, NUL, too long
         return None
 
 
@@ -108,15 +108,15 @@ def _is_same(name: str, own: str) -> bool:
 
 
 def _inside(root: Path, name: str) -> Path | None:
-    """The folder `name` below `root`, links followed; None if it lies elsewhere."""
-    found = _resolved(root / name) if len(name) <= MAX_NAME else None
-    if found is None or not found.is_relative_to(root.resolve()):
+    """The folder `name` below `root`, after links; None if it lies elsewhere."""
+    folder = _resolved(root / name) if len(name) <= MAX_NAME else None
+    if folder is None or not folder.is_relative_to(root.resolve()):
         return None
-    return found if found.is_dir() else None
+    return folder if folder.is_dir() else None
 
 
 def _in_hub_cache(name: str) -> str | None:
-    """The local snapshot of a Hub model; a request never downloads one."""
+    """The local snapshot of a Hub model; requests never download models."""
     if len(name) > MAX_NAME or not _HUB_ID.fullmatch(name):
         return None
     from huggingface_hub import snapshot_download

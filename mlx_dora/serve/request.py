@@ -1,7 +1,8 @@
-"""What a request must look like before mlx-lm's server sees it.
+"""Checks of a request before mlx-lm's server sees it.
 
-mlx-lm checks some of a request's values. Others reach its generation thread, which dies
-of a wrong one and with it all later requests; so everything is checked here.
+mlx-lm checks some of a request's values. Others reach its generation thread, where an
+invalid value ends the thread, and with it all later requests. Therefore every value is
+checked here.
 """
 
 import json
@@ -13,7 +14,7 @@ from mlx_dora.errors import DoRAError
 
 GREATEST = 2**31 - 1
 
-_WHOLE = {  # name -> least and greatest value
+_WHOLE = {  # name -> minimum and maximum
     "max_tokens": (1, GREATEST),
     "max_completion_tokens": (1, GREATEST),
     "num_draft_tokens": (0, 1000),
@@ -36,7 +37,7 @@ _REAL = {
 }
 _YES_OR_NO = ("stream", "logprobs")
 _NAMES = ("model", "adapters", "draft_model")
-_RESERVED = {  # parameters of apply_chat_template that are the server's to give
+_RESERVED = {  # parameters of apply_chat_template that only the server sets
     "add_generation_prompt",
     "chat_template",
     "continue_final_message",
@@ -59,15 +60,15 @@ def check_request(body: Any, *, is_chat: bool) -> dict[str, Any]:
     """Check the body of a request for a completion.
 
     Args:
-        body: The body, parsed.
-        is_chat: Whether it holds ``messages``; else a ``prompt``.
+        body: The parsed body.
+        is_chat: Whether the body holds ``messages``; otherwise it holds a ``prompt``.
 
     Returns:
-        The body without its null values (but for ``draft_model``, where null means
-        none), with what mlx-lm takes for granted filled in.
+        The body without null values (except ``draft_model``, where null means no
+        draft model), and with the defaults that mlx-lm assumes.
 
     Raises:
-        DoRAError: Naming the key, what is allowed and what came.
+        DoRAError: Names the key and the allowed values.
     """
     _require(isinstance(body, dict), "the request must be a JSON object")
     body = {k: v for k, v in body.items() if v is not None or k == "draft_model"}
@@ -94,10 +95,10 @@ def check_request(body: Any, *, is_chat: bool) -> dict[str, Any]:
 def check_for_vocabulary(
     size: int, *, logit_bias: dict[int, float] | None, top_k: int, top_logprobs: int
 ) -> None:
-    """Check what depends on the number of tokens that the model tells apart.
+    """Check the values that depend on the model's vocabulary size.
 
     Raises:
-        DoRAError: Naming the value that is too large.
+        DoRAError: Names the value that is too large.
     """
     for token in logit_bias or {}:
         _require(
@@ -120,7 +121,7 @@ def _number(value: Any, name: str) -> None:
     is_number = isinstance(value, kinds) and not isinstance(value, bool)
     noun = "whole number" if whole else "number"
     _require(
-        is_number and least <= value <= greatest,  # false for NaN
+        is_number and least <= value <= greatest,  # False for NaN
         f"{name} must be a {noun} from {least} to {greatest}",
     )
 

@@ -1,6 +1,6 @@
-"""BiDoRA: directions trained on some rows, magnitudes on others, by two optimizers.
+"""BiDoRA: trains directions and magnitudes on separate rows, with two optimizers.
 
-BiDoRA (arXiv:2410.09758). What is the paper's and what ours: `docs/variants.md`.
+See BiDoRA (arXiv:2410.09758); `docs/variants.md` lists the differences from the paper.
 """
 
 import logging
@@ -31,16 +31,16 @@ from mlx_dora.train.stepper import (
 
 logger = logging.getLogger(__name__)
 
-# Length of the step of a finite difference, as in DARTS (arXiv:1806.09055).
+# Step length of the finite difference, as in DARTS (arXiv:1806.09055).
 _STEP = 0.01
 
 
 class Subset:
-    """Some of a data set's examples.
+    """A subset of a data set's examples.
 
     Args:
         data: The data set.
-        places: Which of them, in order.
+        places: Indices of the examples, in order.
     """
 
     def __init__(self, data: Examples, places: Sequence[int]) -> None:
@@ -57,23 +57,24 @@ class Subset:
 class BilevelStepper(Stepper):
     r"""A `Stepper` whose updates have two levels.
 
-    With V the directions' parameters, L their loss and L' the held-out rows':
+    Let V be the parameters of the directions, m the magnitudes, L the loss on the
+    training rows and L' the loss on the held-out rows:
 
     .. math:: V' = V - \xi \nabla_V L(V, m), \qquad
         m' = m - \xi \nabla_m L'(V'(m), m)
 
-    The second gradient goes through V', by finite differences as in DARTS
-    (arXiv:1806.09055), here around V' as in BiDoRA's own code:
+    The second gradient is taken through V', by finite differences as in DARTS
+    (arXiv:1806.09055), but around V' as in BiDoRA's own code:
 
     .. math:: \nabla_m L'(V', m) - \xi\,
         \frac{\nabla_m L(V' + \epsilon v, m) - \nabla_m L(V' - \epsilon v, m)}
         {2 \epsilon}, \qquad v = \nabla_{V'} L'(V', m), \; \epsilon = .01 / \lVert v
         \rVert
 
-    with ξ the learning rate, whatever the optimizer. Four gradients make an update.
+    where ξ is the learning rate, for every optimizer. An update needs four gradients.
 
-    The first level of `levels` trains the directions, the held-out rows of the second
-    the magnitudes: one batch of them for each batch of the others.
+    The first level of `levels` trains the directions. The second level, the held-out
+    rows, trains the magnitudes, with one batch for each batch of the first level.
     """
 
     def __init__(
@@ -93,12 +94,12 @@ class BilevelStepper(Stepper):
 
     @staticmethod
     def levels(data: Examples, settings: TrainConfig) -> Sequence[Examples]:
-        """The examples that train the directions, and those for the magnitudes.
+        """Split the examples into those for the directions and for the magnitudes.
 
-        Drawn by the seed; ``magnitude_share`` says how many.
+        The split is random; ``magnitude_share`` is the fraction for the magnitudes.
 
         Raises:
-            DoRAError: If either would have none.
+            DoRAError: If either part would be empty.
         """
         count = round(settings.magnitude_share * len(data))
         if not 0 < count < len(data):
@@ -112,23 +113,23 @@ class BilevelStepper(Stepper):
 
     @staticmethod
     def make_optimizer(settings: TrainConfig) -> optim.Optimizer:
-        """The configured optimizer twice: for the magnitudes, and for all else."""
+        """Make two configured optimizers: for the magnitudes, and for the rest."""
         return optim.MultiOptimizer(
             [build_optimizer(settings), build_optimizer(settings)],
             [lambda name, _: is_magnitude(name)],
         )
 
     def gradient(self, window: Sequence[Batch]) -> Gradient:
-        """Gradient of the loss of `window`; takes as many held-out batches."""
+        """Gradient of the loss on `window`; draws as many held-out batches."""
         self._rows = window
         self._held_out = list(islice(self._source, len(window)))
         return super().gradient(window)
 
     def apply(self, gradient: Gradient) -> None:
-        """Change the directions, then the magnitudes.
+        """Update the directions, then the magnitudes.
 
-        The magnitudes stay where their loss or gradient is not finite, or the held-out
-        rows have no target; that is logged.
+        If the held-out loss or gradient is not finite, or the held-out rows have no
+        target, the magnitudes stay unchanged and a warning is logged.
         """
         super().apply(self.part(gradient, is_direction))
         ahead = super().gradient(self._held_out)
@@ -137,13 +138,14 @@ class BilevelStepper(Stepper):
             if math.isfinite(total.norm):
                 self._upper.apply(total)
                 return
-        logger.warning("magnitudes stay: no finite gradient on the held-out rows")
+        logger.warning("magnitudes unchanged: no finite gradient on the held-out rows")
 
     def hypergradient(self, ahead: Gradient) -> Gradient:
-        """Gradient of the held-out loss by the magnitudes, through the directions.
+        """Gradient of the held-out loss with respect to m, through the directions.
 
         Args:
-            ahead: Of that loss by all parameters, at the new directions.
+            ahead: Gradient of that loss with respect to all parameters, at the new
+                directions.
         """
         model = self._model
         first = _mean(self.part(ahead, is_magnitude))
@@ -156,7 +158,7 @@ class BilevelStepper(Stepper):
         sides = []
         for step in (size, -size):
             model.update(tree_map(lambda p, g, s=step: p + s * g, here, v))
-            mx.random.seed(seed)  # both sides drop the same
+            mx.random.seed(seed)  # same dropout masks on both sides
             side = super().gradient(self._rows)
             sides.append(_mean(self.part(side, is_magnitude)))
         model.update(here)

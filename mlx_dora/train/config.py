@@ -1,6 +1,6 @@
-"""How a model is trained; mlx-lm's names and defaults.
+"""Settings of a training, with mlx-lm's names and defaults.
 
-Imports no MLX, so that the command line can make its options from the fields.
+Imports no MLX, so that the command line can build its options from the fields quickly.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ FineTuneType = Literal["dora", "lora", "full"]
 SERVICES = ("wandb", "swanlab")
 
 
-# Inherits so that each option of the data exists once, here and for evaluation.
+# Inherits the data options, which evaluation shares.
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataConfig):
-    """Settings of one training, the adapter's own (`DoRAConfig`) apart.
+    """Settings of a training, except those of the adapter (`DoRAConfig`).
 
-    Field for field what ``mlx_lm.lora`` calls them, with the same defaults, but for
-    ``fine_tune_type``, which is ``"dora"`` here. ``iters`` counts batches: with
-    ``grad_accumulation_steps`` k the weights change at every k-th (and at the last).
-    ``lora_plus_ratio`` is LoRA+ (arXiv:2402.12354); the magnitude keeps the plain rate.
+    Fields have the names and defaults of ``mlx_lm.lora``, except that
+    ``fine_tune_type`` defaults to ``"dora"``. ``iters`` counts batches: with
+    ``grad_accumulation_steps`` k, the weights change at every k-th batch and at the
+    last. ``lora_plus_ratio`` is LoRA+ (arXiv:2402.12354); it does not affect m.
     """
 
     model: str | None = option(
@@ -34,49 +34,50 @@ class TrainConfig(DataConfig):
     )
     train: bool | None = option(
         None,
-        help="Train; the default, unless only --test is asked for.",
+        help="Train the model; the default unless only --test is given.",
         may_change=True,
     )
     fine_tune_type: FineTuneType = option(
         "dora",
-        help="What to train: a DoRA or LoRA adapter, or the blocks' own weights.",
+        help="Kind of training: a DoRA or LoRA adapter, or the full weights of "
+        "the blocks.",
         recorded=True,
     )
-    optimizer: Optimizer = option("adam", help="Optimizer.", recorded=True)
+    optimizer: Optimizer = option("adam", help="Name of the optimizer.", recorded=True)
     optimizer_config: dict[str, Any] | None = option(
-        None, help="Settings by optimizer, as {adamw: {weight_decay: 0.1}}."
+        None, help="Settings per optimizer, such as {adamw: {weight_decay: 0.1}}."
     )
     seed: int = option(
         0,
-        help="Seed of the adapter's start, the data order and dropout.",
+        help="Random seed for the adapter's initialization, data order and dropout.",
         least=0,
         below=2**64,
         recorded=True,
     )
-    batch_size: int = option(4, help="Rows in a batch.", least=1, recorded=True)
+    batch_size: int = option(4, help="Rows per batch.", least=1, recorded=True)
     iters: int = option(
         1000, help="Batches to train for.", least=1, may_change=True, recorded=True
     )
     epochs: int | None = option(
         None,
-        help="Train for so many passes over the data, whatever iters is.",
+        help="Train for this many passes over the data, instead of iters.",
         least=1,
         may_change=True,
     )
     packing: bool = option(
         False,
-        help="Lay short examples end to end in rows of up to max_seq_length "
-        "tokens, each seeing itself alone.",
+        help="Pack short examples into rows of up to max_seq_length tokens; each "
+        "example attends only to itself.",
         recorded=True,
     )
     val_batches: int = option(
         25,
-        help="Batches of a validation; -1 for the whole set, 0 for none.",
+        help="Batches per validation; -1 for the whole set, 0 for none.",
         least=0,
         special=(-1,),
     )
     learning_rate: float = option(
-        1e-05, help="Learning rate, if there is no schedule.", above=0, recorded=True
+        1e-05, help="Learning rate, unless lr_schedule is set.", above=0, recorded=True
     )
     steps_per_report: int = option(
         10, help="Steps between reports of the loss.", least=1
@@ -84,12 +85,13 @@ class TrainConfig(DataConfig):
     steps_per_eval: int = option(200, help="Steps between validations.", least=1)
     epochs_per_eval: int | None = option(
         None,
-        help="Validate after so many passes over the data, not steps_per_eval.",
+        help="Validate after this many passes over the data, instead of every "
+        "steps_per_eval steps.",
         least=1,
     )
     resume_adapter_file: str | None = option(
         None,
-        help="Start from these weights (adapters.safetensors, or its folder).",
+        help="Start from these weights (adapters.safetensors or its folder).",
         path="local",
         may_change=True,
     )
@@ -101,60 +103,62 @@ class TrainConfig(DataConfig):
     )
     resume: bool = option(
         False,
-        help="Go on from the newest checkpoint in the adapter's folder, exactly.",
+        help="Resume exactly from the newest checkpoint in the adapter's folder.",
         may_change=True,
     )
     force: bool = option(
-        False, help="Resume even with settings that differ from then.", may_change=True
+        False, help="Resume even if settings have changed.", may_change=True
     )
     keep_last: int = option(
-        2, help="Checkpoints to keep, the newest ones.", least=1, may_change=True
+        2, help="Number of newest checkpoints to keep.", least=1, may_change=True
     )
     early_stop: int = option(
         0,
-        help="Stop after so many validations without a better loss; 0 for never.",
+        help="Stop after this many validations without a better loss; 0 for never.",
         least=0,
     )
     max_grad_norm: float | None = option(
         None,
-        help="Shorten the gradient of all parameters to this norm.",
+        help="Clip the global gradient norm to this value.",
         above=0,
         recorded=True,
     )
     max_bad_steps: int = option(
         10,
-        help="Steps in a row that may be passed over, their loss or gradient "
-        "not being finite, before the training stops.",
+        help="Stop after this many consecutive steps whose loss or gradient is "
+        "not finite; such steps are skipped.",
         least=1,
     )
     lora_plus_ratio: float = option(
         1.0,
-        help="LoRA+: how many times the learning rate lora_b takes.",
+        help="LoRA+: learning rate of lora_b, as a multiple of the learning rate.",
         above=0,
         recorded=True,
     )
     rank_every: int = option(
         50,
-        help="Variant adaptive: steps between re-allocations of ranks.",
+        help="Variant adaptive: steps between reallocations of ranks.",
         least=1,
         variant="adaptive",
     )
     rank_rounds: int = option(
         8,
-        help="Variant adaptive: how many re-allocations.",
+        help="Variant adaptive: number of reallocations.",
         least=0,
         variant="adaptive",
     )
     magnitude_share: float = option(
         0.2,
-        help="Variant bidora: share of the training rows that train the "
-        "magnitudes, and nothing else.",
+        help="Variant bidora: fraction of the training rows that train the "
+        "magnitudes only.",
         above=0,
         below=1,
         variant="bidora",
     )
     test: bool = option(
-        False, help="Measure the loss on the test set, after training.", may_change=True
+        False,
+        help="Evaluate the loss on the test set, after training.",
+        may_change=True,
     )
     test_batches: int = option(
         500,
@@ -164,20 +168,20 @@ class TrainConfig(DataConfig):
         may_change=True,
     )
     max_seq_length: int = option(
-        2048, help="Longer rows are cut to this many tokens.", least=2, recorded=True
+        2048, help="Truncate rows to this many tokens.", least=2, recorded=True
     )
     grad_checkpoint: bool = option(
         False, help="Recompute each block in the backward pass: less memory, more time."
     )
     grad_accumulation_steps: int = option(
         1,
-        help="Batches that make one update, averaged over their tokens.",
+        help="Batches per update; gradients are averaged over their tokens.",
         least=1,
         recorded=True,
     )
     clear_cache_threshold: int = option(
         0,
-        help="Free MLX's buffer cache after a step that leaves more bytes in it "
+        help="Free MLX's buffer cache after a step if it holds more bytes than this "
         "(2GB, 500MB).",
         unit="bytes",
         least=0,
@@ -185,29 +189,32 @@ class TrainConfig(DataConfig):
     )
     lr_schedule: dict[str, Any] | None = option(
         None,
-        help="Schedule: name, arguments, warmup, warmup_init, as in mlx-lm.",
+        help="Learning rate schedule: name, arguments, warmup and warmup_init, as in "
+        "mlx-lm.",
         recorded=True,
     )
     report_to: str | None = option(
-        None, help="Report to wandb, swanlab or wandb,swanlab.", may_change=True
+        None,
+        help="Services to report to: wandb, swanlab or wandb,swanlab.",
+        may_change=True,
     )
     project_name: str | None = option(
-        None, help="Project for those services.", may_change=True
+        None, help="Project name for the services of report_to.", may_change=True
     )
     trust_remote_code: bool = option(
         False,
-        help="Let the model's and tokenizer's repository run its own code.",
+        help="Allow code from the model's and tokenizer's repository to run.",
         may_change=True,
     )
     overwrite: bool = option(
-        False, help="Replace the adapter that is in the folder.", may_change=True
+        False, help="Replace an existing adapter in the folder.", may_change=True
     )
 
     def __post_init__(self) -> None:
         """Check every value.
 
         Raises:
-            DoRAError: Naming the field, what is allowed and what came.
+            DoRAError: Names the field, the allowed values and the value received.
         """
         super().__post_init__()
         unknown = [name for name in self.services if name not in SERVICES]
@@ -217,11 +224,11 @@ class TrainConfig(DataConfig):
 
     @property
     def services(self) -> tuple[str, ...]:
-        """The services of `report_to`, in lower case."""
+        """The services of `report_to`, in lowercase."""
         parts = (self.report_to or "").split(",")
         return tuple(part.strip().lower() for part in parts if part.strip())
 
     @property
     def trains(self) -> bool:
-        """Whether to train: as ``train`` says, else unless only ``test`` is set."""
+        """Whether to train: the value of ``train``; if unset, true unless testing."""
         return not self.test if self.train is None else self.train

@@ -1,4 +1,4 @@
-"""How far each trained DoRA layer is from its base, while it trains."""
+"""Measures how far each DoRA layer has moved from its base during training."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,13 +16,13 @@ from mlx_dora.layers import DoRALayer
 
 @dataclass(frozen=True, kw_only=True)
 class LayerGeometry:
-    """One layer's change against its base (section 3.2 of DoRA, arXiv:2402.09353).
+    """Change of a layer from its base (section 3.2 of DoRA, arXiv:2402.09353).
 
     Args:
-        delta_m: ΔM, mean over rows of ``|‖W'‖ − ‖W0‖|``.
-        delta_d: ΔD, mean over rows of ``1 − cos(W', W0)``.
-        gain_min: Least g = m/‖W0 + sBA‖ of a row.
-        gain_max: Greatest.
+        delta_m: ΔM, the mean over rows of ``|‖W'‖ − ‖W0‖|``.
+        delta_d: ΔD, the mean over rows of ``1 − cos(W', W0)``.
+        gain_min: Minimum over rows of g = m/‖W0 + sBA‖.
+        gain_max: Maximum over rows of g.
     """
 
     delta_m: float
@@ -32,10 +32,10 @@ class LayerGeometry:
 
 
 def measure_geometry(model: nn.Module) -> dict[str, LayerGeometry]:
-    """Geometry of every DoRA layer; empty if there is none.
+    """Measure every DoRA layer of a model; empty if there are none.
 
-    From the norms, the update's own length and the magnitudes: W0 is read once, for
-    the norms, and no adapted weight is built.
+    Computed from the norms, the length of the update and the magnitudes. W0 is read
+    once, for the norms, and no adapted weight is built.
     """
     layers = dora_layers(model)
     if not layers:
@@ -58,7 +58,7 @@ def _measure(layer: DoRALayer) -> mx.array:
     update = ((up @ gram) * up).sum(axis=-1)  # ‖BA‖² of each row
     moved = one_minus_cosine(base, norm, abs(layer.scale) * mx.sqrt(update))
     moved = mx.where(m < 0, 2 - moved, moved)
-    lives = norm > 0  # a zero row stays zero, whatever its m
+    lives = norm > 0  # a zero row stays zero for every m
     length = mx.where(lives, mx.abs(m), 0.0)
     gain = row_gain(m, norm)
     return mx.stack(
@@ -72,26 +72,27 @@ def _measure(layer: DoRALayer) -> mx.array:
 
 
 def summarise(layers: Mapping[str, LayerGeometry]) -> dict[str, float]:
-    """Fields of a `StepReport`: means and range over layers, and the correlation.
+    """Summarize the layers as fields of a `StepReport`.
 
-    The correlation of ΔM and ΔD over layers is left out where they do not vary.
+    The fields are means and ranges over layers, and the correlation of ΔM and ΔD. The
+    correlation is omitted if ΔM or ΔD does not vary.
     """
     if not layers:
         return {}
     values = list(layers.values())
-    delta_m = np.array([one.delta_m for one in values])
-    delta_d = np.array([one.delta_d for one in values])
-    found = {
+    delta_m = np.array([layer.delta_m for layer in values])
+    delta_d = np.array([layer.delta_d for layer in values])
+    fields = {
         "delta_m": float(delta_m.mean()),
         "delta_d": float(delta_d.mean()),
-        "gain_min": min(one.gain_min for one in values),
-        "gain_max": max(one.gain_max for one in values),
+        "gain_min": min(layer.gain_min for layer in values),
+        "gain_max": max(layer.gain_max for layer in values),
     }
     if len(values) > 2 and np.ptp(delta_m) > 0 and np.ptp(delta_d) > 0:
-        found["correlation"] = float(np.corrcoef(delta_m, delta_d)[0, 1])
-    return found
+        fields["correlation"] = float(np.corrcoef(delta_m, delta_d)[0, 1])
+    return fields
 
 
 def by_layer(layers: Mapping[str, LayerGeometry]) -> dict[str, dict[str, Any]]:
-    """The same for each layer, as ``log.jsonl`` keeps it at a checkpoint."""
-    return {path: asdict(one) for path, one in layers.items()}
+    """The geometry of each layer as JSON values, for ``log.jsonl``."""
+    return {path: asdict(layer) for path, layer in layers.items()}

@@ -1,7 +1,7 @@
-"""What the processes of one training tell each other.
+"""Communication between the processes of a training.
 
-Only the first process reads and writes the adapter's folder: the others may run on
-machines that do not have it.
+Only the first process reads and writes the adapter's folder, because the others may run
+on machines that do not have it.
 """
 
 import json
@@ -18,11 +18,11 @@ _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
 class SharedError(DoRAError):
-    """What went wrong in one process or more; every process of the group raises it."""
+    """An error in at least one process; every process of the group raises it."""
 
 
 def greatest(number: int, group: mx.distributed.Group) -> int:
-    """The greatest of the processes' numbers, so that all do the same."""
+    """Maximum of a number over the processes, so that all act alike."""
     if group.size() == 1:
         return number
     return int(mx.distributed.all_max(mx.array(number), group=group))
@@ -30,13 +30,13 @@ def greatest(number: int, group: mx.distributed.Group) -> int:
 
 @contextmanager
 def together(group: mx.distributed.Group) -> Iterator[None]:
-    """A part of the work that all processes get through, or none.
+    """Run a block that all processes complete, or none.
 
-    Nothing inside may wait for another process. One process alone keeps its errors as
-    they are.
+    The block must not wait for another process. In a group of one process, errors are
+    raised unchanged.
 
     Raises:
-        SharedError: In every process, if a `DoRAError` or `OSError` came up in any.
+        SharedError: In every process, if any of them raised `DoRAError` or `OSError`.
     """
     if group.size() == 1:
         yield
@@ -56,7 +56,7 @@ def together(group: mx.distributed.Group) -> Iterator[None]:
 
 
 def share(value: Any, group: mx.distributed.Group, *, source: int = 0) -> Any:
-    """What one process holds, in all of them; anything that JSON takes."""
+    """Broadcast a JSON value from the process of rank `source` to all processes."""
     if group.size() == 1:
         return value
     is_source = group.rank() == source
@@ -70,17 +70,17 @@ def share(value: Any, group: mx.distributed.Group, *, source: int = 0) -> Any:
 def share_tensors(
     tensors: Mapping[str, mx.array], group: mx.distributed.Group
 ) -> dict[str, mx.array]:
-    """The first process's values, bit for bit, in all of them.
+    """Broadcast the first process's tensors to all processes, bit for bit.
 
     Args:
-        tensors: Of the same names, shapes and dtypes everywhere.
+        tensors: Tensors with the same names, shapes and dtypes in every process.
         group: The processes.
     """
     if group.size() == 1:
         return dict(tensors)
     shared = {}
     for name, value in tensors.items():
-        # As whole numbers, to which 0 is added: -0.0 and NaN come through.
+        # Summed as unsigned integers, which preserves -0.0 and NaN.
         words = mx.view(value.reshape(-1), _WORDS[value.dtype.size])
         words = words if group.rank() == 0 else mx.zeros_like(words)
         words = mx.distributed.all_sum(words, group=group)
@@ -90,14 +90,14 @@ def share_tensors(
 
 
 def check_alike(settings: dict[str, Any], group: mx.distributed.Group) -> None:
-    """Refuse processes that were started for different trainings.
+    """Refuse processes that were started with different settings.
 
     Args:
-        settings: All that must be the same in each.
+        settings: Settings that must be the same in every process.
         group: The processes.
 
     Raises:
-        SharedError: Listing what differs.
+        SharedError: If settings differ; lists the differences.
     """
     first = share(settings, group)
     differences = [

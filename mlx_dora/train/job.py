@@ -1,4 +1,4 @@
-"""A whole training from names: model and data loaded, trained, tested, drawn."""
+"""A complete training job: loads model and data, trains, tests and plots."""
 
 import logging
 from collections.abc import Callable
@@ -29,17 +29,17 @@ from mlx_dora.train.services import HostCallback, check_services
 logger = logging.getLogger(__name__)
 
 _PEER_LOST = "connection to a peer was lost"
-"""What MLX's ring says when another process is gone."""
+"""Message of MLX's ring backend when another process has ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobResult:
-    """What a job did.
+    """Results of a training job.
 
     Args:
-        train: Of the training; None if there was only a test.
-        test: Of the test; None if none was asked for.
-        plot: The picture of the losses; None without matplotlib or training.
+        train: Report of the training; None if there was only a test.
+        test: Loss on the test set; None without a test.
+        plot: Path of the loss plot; None without matplotlib or training.
     """
 
     train: TrainReport | None
@@ -54,22 +54,22 @@ def run_job(
     callback: Callable[[StepReport], None] | HostCallback | None = None,
     progress: Progress | None = None,
 ) -> JobResult:
-    """Do what ``mlx_dora.train`` does: train, and test if asked to.
+    """Run the job of the command ``mlx_dora.train``: train, test, or both.
 
-    Without training (``test`` alone), the adapter at ``adapter_path`` is tested, or the
-    plain model if that is empty.
+    If only ``test`` is set, the adapter at ``adapter_path`` is tested, or the plain
+    model if that path is empty.
 
-    Every process of an `mx.distributed` group (``mlx.launch``) calls this alike.
+    Every process of an `mx.distributed` group (``mlx.launch``) must make the same call.
 
     Args:
-        train: Names the model, the data and the adapter's folder.
-        dora: Which modules are adapted and how.
-        callback: Called with each report; or an object of mlx-lm's kind.
+        train: Settings of the training; names model, data and adapter folder.
+        dora: Settings of the adapter.
+        callback: Called with each report, or an mlx-lm ``TrainingCallback``.
         progress: Called after every step and during validations and the test.
 
     Raises:
-        DoRAError: If a setting, the model or the data is unfit; nothing is written.
-        KeyboardInterrupt: After Ctrl-C, when the step is done and the adapter saved.
+        DoRAError: If a setting, the model or the data is invalid; nothing is written.
+        KeyboardInterrupt: After Ctrl-C, once the step is done and the adapter is saved.
     """
     group = mx.distributed.init()
     try:
@@ -79,8 +79,8 @@ def run_job(
         if group.size() == 1 or _PEER_LOST not in str(error):
             raise
         raise DoRAError(
-            f"another process of this training has ended ({error}): see what it said; "
-            "--resume goes on from the last checkpoint."
+            f"another process of this training has ended ({error}): see its output; "
+            "--resume continues from the last checkpoint."
         ) from error
 
 
@@ -116,7 +116,7 @@ def _run(
 
 
 def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and data; the quick checks come before the slow loading."""
+    """Load model, tokenizer and data; quick checks precede the slow loading."""
     if train.model is None:
         raise DoRAError("model is not given: name a folder or a Hugging Face id.")
     if not train.trains and not train.test:
@@ -139,7 +139,7 @@ def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any
             continue
         if name != "valid":
             raise DoRAError(f"{train.data} has no {name} data.")
-        logger.warning("there is no validation data: training goes on without")
+        logger.warning("there is no validation data: training without validation")
     model_folder(train.model)
     model, tokenizer = load(
         train.model, tested, trust_remote_code=train.trust_remote_code
@@ -152,8 +152,8 @@ def _check_tested(path: str) -> None:
         read_adapter(path)
     except DoRAError as error:
         raise DoRAError(
-            f"{error} (test alone measures an adapter that is there; set train too to "
-            "make one first)"
+            f"{error} (test without train evaluates an existing adapter; set train too "
+            "to make an adapter first)"
         ) from error
 
 
@@ -168,7 +168,7 @@ def _test(
     if train.test_batches != -1:
         rows = min(rows, train.test_batches * train.batch_size)
 
-    def tell(done: int) -> None:
+    def report(done: int) -> None:
         if progress is not None:
             progress("test", rows, done)
 
@@ -178,6 +178,6 @@ def _test(
         batch_size=train.batch_size,
         max_seq_length=train.max_seq_length,
         num_batches=train.test_batches,
-        progress=tell,
+        progress=report,
         group=group,
     )

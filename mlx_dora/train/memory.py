@@ -10,7 +10,7 @@ import mlx.core as mx
 def wired_memory() -> Iterator[None]:
     """Keep up to the recommended working set resident on an Apple GPU, as mlx-lm does.
 
-    The limit is put back at the end; elsewhere nothing happens.
+    Restores the limit at the end. On other devices, does nothing.
     """
     limit = mx.device_info().get("max_recommended_working_set_size")
     if not mx.metal.is_available() or not isinstance(limit, int):

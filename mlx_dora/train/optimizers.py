@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules in mlx-lm's spelling."""
+"""Builds optimizers and learning rate schedules from mlx-lm's settings."""
 
 import inspect
 import math
@@ -31,17 +31,17 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings given for the chosen optimizer, its learning rate apart.
+    """The settings of the chosen optimizer, except its learning rate.
 
     Raises:
-        DoRAError: If they are no mapping or the optimizer does not have one of them.
+        DoRAError: If the settings are not a mapping, or a setting is unknown or bad.
     """
     given = config.optimizer_config or {}
     unknown = [str(name) for name in given if name not in OPTIMIZERS]
     if unknown:
         raise DoRAError(
-            f"optimizer_config: no optimizer {', '.join(unknown)}; settings stand "
-            f"under {', '.join(OPTIMIZERS)}."
+            f"optimizer_config: no optimizer {', '.join(unknown)}; its keys must be "
+            f"among {', '.join(OPTIMIZERS)}."
         )
     settings = given.get(config.optimizer) or {}
     if not isinstance(settings, dict):
@@ -70,7 +70,7 @@ def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _is_like(value: object, default: object) -> bool:
-    """Whether a setting is of the kind of an optimizer's own default."""
+    """Whether a setting has the type of the optimizer's default."""
     if isinstance(default, bool):
         return isinstance(value, bool)
     if type(default) is int:
@@ -87,10 +87,10 @@ def _is_like(value: object, default: object) -> bool:
 def build_optimizer(config: TrainConfig) -> optim.Optimizer:
     """Make the configured optimizer.
 
-    MLX's Adam and AdamW correct no bias unless ``bias_correction`` is set.
+    MLX's Adam and AdamW apply bias correction only if ``bias_correction`` is set.
 
     Raises:
-        DoRAError: If a setting or the schedule is unknown or bad.
+        DoRAError: If a setting or the schedule is unknown or invalid.
     """
     settings = optimizer_settings(config)
     rate = build_schedule(config.lr_schedule) if config.lr_schedule else None
@@ -102,7 +102,7 @@ def build_optimizer(config: TrainConfig) -> optim.Optimizer:
 
 
 def describe_training(config: TrainConfig) -> dict[str, Any]:
-    """The settings that make a result, to be recorded beside it; defaults included."""
+    """The settings to record with the adapter, including defaults."""
     signature = inspect.signature(OPTIMIZERS[config.optimizer]).parameters
     settings = {
         name: parameter.default
@@ -131,15 +131,15 @@ def describe_variant(dora: DoRAConfig, train: TrainConfig) -> dict[str, Any]:
 
 
 def build_schedule(settings: dict[str, Any]) -> Schedule:
-    """Make a schedule from mlx-lm's ``lr_schedule``, counted in updates.
+    """Make a schedule from mlx-lm's ``lr_schedule``; its steps are updates.
 
     Args:
-        settings: ``name`` and ``arguments`` of one of MLX's schedules, and optionally
-            ``warmup`` (updates that rise linearly to the first argument) from
-            ``warmup_init``.
+        settings: ``name`` and ``arguments`` of an MLX schedule. Optionally ``warmup``,
+            the number of updates in which the rate rises linearly from ``warmup_init``
+            to the first argument.
 
     Raises:
-        DoRAError: If a key is unknown or missing, or the arguments do not fit.
+        DoRAError: If a key is unknown or missing, or the arguments are invalid.
     """
     known = ("name", "arguments", "warmup", "warmup_init")
     unknown = [str(key) for key in settings if key not in known]
@@ -173,7 +173,7 @@ def build_schedule(settings: dict[str, Any]) -> Schedule:
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         wanted = inspect.signature(SCHEDULES[name])
         raise DoRAError(
-            f"lr_schedule: {name}{wanted} does not take {arguments!r}: {error}"
+            f"lr_schedule: {name}{wanted} does not accept {arguments!r}: {error}"
         ) from error
     if not all(map(math.isfinite, rates)):
         raise DoRAError(
@@ -183,7 +183,7 @@ def build_schedule(settings: dict[str, Any]) -> Schedule:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is a number that MLX takes: finite, and an int of 32 bits."""
+    """Whether a value is a number that MLX accepts: finite, or an int of 32 bits."""
     if isinstance(value, int):
         return not isinstance(value, bool) and abs(value) < 2**31
     return isinstance(value, float) and math.isfinite(value)

@@ -1,9 +1,9 @@
-"""A watch over the other processes of a training, which may stop without ending.
+"""Watches the other processes of a training, which may hang without ending.
 
-MLX's collective operations wait without end for a process that is stopped, swapped out
-or unreachable. Each process therefore sends the others a datagram now and then, from a
-thread of its own, and ends when one has been silent for too long. A long step is no
-silence: the thread goes on beside it.
+MLX's collective operations wait forever for a process that is stopped, swapped out or
+unreachable. Therefore each process periodically sends the others a datagram, from a
+separate thread, and exits when another process has been silent for too long. A long
+step does not count as silence, because the thread keeps running during the step.
 """
 
 import json
@@ -36,7 +36,7 @@ def peer_timeout() -> float:
     """Seconds from ``MLX_DORA_PEER_TIMEOUT``; 0 switches the watch off.
 
     Raises:
-        DoRAError: If the variable is not such a number.
+        DoRAError: If the variable is not a finite number of at least 0.
     """
     text = os.environ.get(TIMEOUT_VARIABLE, "")
     try:
@@ -53,18 +53,18 @@ def peer_timeout() -> float:
 
 @contextmanager
 def watched_peers(group: mx.distributed.Group) -> Iterator[None]:
-    """End this process with one line and code 1 if another falls silent.
+    """Exit with a one-line error and code 1 if another process falls silent.
 
-    A process that was never heard of (a firewall may drop datagrams) is not watched.
+    A process that has never sent a datagram (a firewall may drop them) is not watched.
 
     Args:
-        group: The processes; all of them call this.
+        group: The processes; all of them must make this call.
     """
     seconds = 0.0
     with together(group):
         if group.size() > 1:
             seconds = peer_timeout()
-    # The first process's limit holds for all, so that all take part or none.
+    # All use the first process's limit, so that all take part or none does.
     seconds = share(seconds, group)
     if not seconds:
         yield
@@ -88,15 +88,15 @@ def watched_peers(group: mx.distributed.Group) -> Iterator[None]:
 
 
 class PeerWatch:
-    """Sends signs of life to other processes, and misses theirs.
+    """Sends heartbeats to the other processes, and notices when theirs stop.
 
     Args:
         channel: A bound datagram socket.
-        rank: This process's place in `addresses`.
-        addresses: Of every process.
-        token: What all of them know and others do not.
-        seconds: Longest silence.
-        on_silence: Called with the rank of a silent process and the seconds.
+        rank: Index of this process in `addresses`.
+        addresses: Address of every process.
+        token: Secret that only these processes share.
+        seconds: Longest allowed silence, in seconds.
+        on_silence: Called with the rank of a silent process and `seconds`.
     """
 
     def __init__(
@@ -127,20 +127,20 @@ class PeerWatch:
 
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
-        self._channel.sendto(b"", self._channel.getsockname())  # wakes our own thread
+        self._channel.sendto(b"", self._channel.getsockname())  # wakes the thread
         self._thread.join()
         self._send("end")
 
     def _run(self) -> None:
-        sent = looked = time.monotonic()
+        sent = checked = time.monotonic()
         self._send("alive")
         while not self._is_over.is_set():
             self._receive()
             now = time.monotonic()
-            if now - looked > self._seconds / 2:
-                # It was this process that stood still, and with it its ears.
+            if now - checked > self._seconds / 2:
+                # This process itself was suspended and could not receive.
                 self._heard = dict.fromkeys(self._heard, now)
-            looked = now
+            checked = now
             if now - sent >= self._interval:
                 self._send("alive")
                 sent = now
@@ -155,12 +155,12 @@ class PeerWatch:
             try:
                 self._channel.sendto(message, address)
             except OSError as error:
-                logger.info("no sign of life could be sent to %s: %s", address, error)
+                logger.info("no heartbeat could be sent to %s: %s", address, error)
 
     def _receive(self) -> None:
         try:
             message = self._channel.recv(1024)
-        except OSError:  # nothing came in time, or an earlier one was not delivered
+        except OSError:  # timeout, or an undelivered earlier datagram
             return
         try:
             token, rank, word = json.loads(message)
@@ -175,7 +175,7 @@ class PeerWatch:
 
 
 def _own_host(rank: int) -> str:
-    """The address at which the others reach this process, as ``mlx.launch`` says it."""
+    """The address of this process, from the host file of ``mlx.launch`` if set."""
     hosts = os.environ.get("MLX_HOSTFILE")
     try:
         listed = json.loads(Path(hosts).read_text()) if hosts else []
@@ -192,8 +192,8 @@ def _end(rank: int, seconds: float) -> None:
     # The main thread waits inside MLX and cannot be interrupted.
     sys.stderr.write(
         f"Error: process {rank} of this training has given no sign of life for "
-        f"{seconds:g} seconds (stopped, or its machine is unreachable); --resume goes "
-        f"on from the last checkpoint ({TIMEOUT_VARIABLE} sets the limit).\n"
+        f"{seconds:g} seconds (stopped, or its machine is unreachable); --resume "
+        f"continues from the last checkpoint ({TIMEOUT_VARIABLE} sets the limit).\n"
     )
     sys.stderr.flush()
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The loss curves as a picture."""
+"""Plots the loss curves."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -16,11 +16,11 @@ def can_plot() -> bool:
 
 
 def plot_losses(history: Sequence[StepReport], path: Path) -> None:
-    """Draw training and validation loss over the steps into a PNG file.
+    """Plot training and validation loss over the steps as a PNG file.
 
     Args:
         history: The reports of a training.
-        path: The file; an existing one is replaced whole.
+        path: The file to write; an existing file is replaced atomically.
 
     Raises:
         DoRAError: If matplotlib is not installed.
@@ -31,16 +31,16 @@ def plot_losses(history: Sequence[StepReport], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display, whatever the user's backend
+    FigureCanvasAgg(figure)  # renders without a display, for every backend
     axes = figure.add_subplot()
     for name, label, style in (
         ("train_loss", "training", "-"),
         ("val_loss", "validation", "o--"),
     ):
         points = [
-            (one.step, value)
-            for one in history
-            if (value := getattr(one, name)) is not None
+            (report.step, value)
+            for report in history
+            if (value := getattr(report, name)) is not None
         ]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)

@@ -1,7 +1,7 @@
-"""Dealing out ranks among the layers during training, within a parameter budget.
+"""Reallocates ranks among the layers during training, within a parameter budget.
 
-In the spirit of La-LoRA (doi 10.1016/j.neunet.2025.108095), whose formulas are not
-public; what is done here is stated in `docs/variants.md`.
+Inspired by La-LoRA (doi 10.1016/j.neunet.2025.108095), whose formulas are not public;
+`docs/variants.md` states the method used here.
 """
 
 import logging
@@ -23,20 +23,21 @@ from mlx_dora.train.stepper import Gradient, Stepper, is_due
 
 logger = logging.getLogger(__name__)
 
-# At most this share of all ranks moves in one round.
+# Maximum fraction of all ranks that move in one round.
 _MOVED = 0.1
-# A rank moves only to a layer whose least rank is worth so many times as much.
+# A rank moves only if the receiving layer's least valuable rank is worth this many
+# times as much.
 _MARGIN = 2.0
 
 
 @dataclass(kw_only=True)
 class Holder:
-    """One layer among those that share the ranks.
+    """The ranks of one layer.
 
     Args:
-        cost: Parameters of a rank, in + out.
-        active: Which of its ranks are in use. Shape ``(room,)``.
-        worth: Of each rank, what the loss would lose without it. Shape ``(room,)``.
+        cost: Parameters per rank, in + out.
+        active: Whether each rank is in use. Shape ``(room,)``.
+        worth: Estimated contribution of each rank to the loss. Shape ``(room,)``.
     """
 
     cost: int
@@ -44,7 +45,7 @@ class Holder:
     worth: np.ndarray
 
     def least(self) -> int:
-        """The active rank that is worth least."""
+        """Index of the active rank with the smallest worth."""
         return int(np.argmin(np.where(self.active, self.worth, np.inf)))
 
 
@@ -71,18 +72,20 @@ class AdaptiveStepper(Stepper):
 
 
 def reallocate(model: nn.Module, gradient: Any) -> dict[str, int]:
-    """Move ranks from where they are worth little to where they are worth much.
+    """Move ranks from layers where they are worth little to layers where they matter.
 
     Args:
-        model: With `AdaptiveLinear` layers, changed in place.
-        gradient: Of the loss (any multiple of it), a tree like the trainable
+        model: A model with `AdaptiveLinear` layers, changed in place.
+        gradient: Gradient of the loss (or a multiple of it), a tree like the trainable
             parameters.
 
     Returns:
-        The ranks afterwards, by path; empty without such layers.
+        The new ranks by path; empty if the model has no such layers.
     """
     layers = {
-        p: one for p, one in dora_layers(model) if isinstance(one, AdaptiveLinear)
+        path: layer
+        for path, layer in dora_layers(model)
+        if isinstance(layer, AdaptiveLinear)
     }
     if not layers:
         return {}
@@ -94,14 +97,14 @@ def reallocate(model: nn.Module, gradient: Any) -> dict[str, int]:
     for path, layer in layers.items():
         layer.activate(holders[path].active)
     mx.eval([layer.parameters() for layer in layers.values()])
-    ranks = {path: int(one.active.sum()) for path, one in holders.items()}
+    ranks = {path: int(holder.active.sum()) for path, holder in holders.items()}
     logger.info("ranks are now %d to %d", min(ranks.values()), max(ranks.values()))
     return ranks
 
 
 def _holder(layer: AdaptiveLinear, gradient: Any) -> Holder:
     a, b = (np.array(factor, np.float64) for factor in layer.factors())
-    # How far the loss would change to first order if the whole update went.
+    # First-order change of the loss if the whole update were removed.
     contribution = abs((np.array(gradient, np.float64) * b).sum())
     energy = (a**2).sum(0) * (b**2).sum(1)  # ‖B_i A_i‖² of each rank
     share = energy / (energy.sum() or 1.0)
@@ -113,17 +116,18 @@ def _holder(layer: AdaptiveLinear, gradient: Any) -> Holder:
 
 
 def deal(holders: Mapping[str, Holder]) -> None:
-    """Move ranks among holders, in place; never above the parameters of before.
+    """Move ranks among holders, in place, without adding parameters.
 
-    Each round takes the rank that is worth least a parameter and gives what is freed
-    to the layer whose least rank is worth most, which counts half for its next one.
-    Every layer keeps a rank. Ties go to the first in the mapping's order.
+    Each move removes the rank with the smallest worth per parameter, and gives the
+    freed parameters to the layer whose least valuable rank has the largest. The worth
+    of a new rank is half that of the least valuable rank. Every layer keeps at least
+    one rank. Ties go to the first layer in the mapping's order.
     """
-    total = sum(int(one.active.sum()) for one in holders.values())
+    total = sum(int(holder.active.sum()) for holder in holders.values())
     free = 0
     for _ in range(max(1, round(_MOVED * total))):
-        givers = [one for one in holders.values() if one.active.sum() > 1]
-        takers = [one for one in holders.values() if not one.active.all()]
+        givers = [h for h in holders.values() if h.active.sum() > 1]
+        takers = [h for h in holders.values() if not h.active.all()]
         if not givers or not takers:
             return
         giver = min(givers, key=_price)
@@ -137,10 +141,10 @@ def deal(holders: Mapping[str, Holder]) -> None:
         while free >= taker.cost and not taker.active.all():
             free -= taker.cost
             half = taker.worth[taker.least()] / 2
-            new = int(np.argmin(taker.active))  # the first that is not
+            new = int(np.argmin(taker.active))  # the first inactive rank
             taker.active, taker.worth = taker.active.copy(), taker.worth.copy()
             taker.active[new], taker.worth[new] = True, half
 
 
-def _price(one: Holder) -> float:
-    return float(one.worth[one.least()]) / one.cost
+def _price(holder: Holder) -> float:
+    return float(holder.worth[holder.least()]) / holder.cost

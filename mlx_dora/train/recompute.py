@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a model's blocks, for a while."""
+"""Gradient checkpointing of a model's blocks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ from mlx_dora.errors import DoRAError
 
 
 class _KeyedDropout(nn.Dropout):
-    """Dropout with a given random key, so that a recomputed pass drops the same."""
+    """Dropout with a given random key, so that a recomputed pass uses the same mask."""
 
     _key: mx.array
 
     def __call__(self, x: mx.array) -> mx.array:
         if not self.training:
             return x
-        # The key is an input of the checkpointed function; no gradient may go there.
+        # The key is an input of the checkpointed function and has no gradient.
         kept = mx.stop_gradient(mx.random.bernoulli(self._p_1, x.shape, self._key))
         return (kept * x) * (1 / self._p_1)
 
@@ -28,14 +28,14 @@ class _KeyedDropout(nn.Dropout):
 def recomputed_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Recompute each block's activations in the backward pass instead of keeping them.
 
-    While this lasts, each block of ``model.layers`` (and each dropout in it) is an
-    instance of a subclass of its class; the classes themselves stay as they are.
-    `mx.checkpoint` alone would draw other dropout masks when it recomputes, and so give
-    the gradient of another function.
+    Inside the context, each block of ``model.layers`` (and each dropout in it) is an
+    instance of a subclass of its class; the classes themselves do not change. Plain
+    `mx.checkpoint` would draw new dropout masks when it recomputes, and thus return the
+    gradient of a different function.
 
     Args:
         model: A model with blocks in ``layers``.
-        enabled: False does nothing.
+        enabled: Whether to recompute; if False, nothing changes.
 
     Raises:
         DoRAError: If the model has no blocks.
@@ -43,7 +43,7 @@ def recomputed_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    blocks = [one for one in getattr(model, "layers", []) if isinstance(one, nn.Module)]
+    blocks = [b for b in getattr(model, "layers", []) if isinstance(b, nn.Module)]
     if not blocks:
         raise DoRAError(
             f"grad_checkpoint needs a model with blocks in .layers; "
@@ -85,7 +85,7 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
         def inner(parameters: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
             block.update(parameters)
             for i, dropout in enumerate(dropouts):
-                # Kept out of the module's state, where it would be a parameter.
+                # Bypasses the module's state, where the key would be a parameter.
                 object.__setattr__(dropout, "_key", None if keys is None else keys[i])
             return plain(block, *args, **kwargs)
 
@@ -96,19 +96,19 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function that is computed anew in the backward pass, when its turn comes.
+    """Call a function, and recompute it in the backward pass.
 
-    `mx.checkpoint` lets the second computation begin as soon as the first has ended:
-    MLX then works on many blocks at a time, and keeps what they make. Here it waits for
-    the gradient that it serves.
+    With `mx.checkpoint` the recomputation may begin as soon as the forward pass has
+    ended; MLX then works on many blocks at a time and keeps their results. Here the
+    recomputation waits for the gradient of the function's output.
 
     Args:
-        function: Returns an array. No gradient goes to what it does not get as a
-            floating-point array among its arguments.
-        args: Trees of arrays and anything else.
-        kwargs: The same.
+        function: Returns an array. Only floating-point arrays among its arguments
+            receive gradients.
+        args: Trees of arrays and other values.
+        kwargs: Trees of arrays and other values.
     """
-    # kwargs first: flattening forgets what is empty, but only at the end of a list.
+    # kwargs first: flattening drops an empty tree only at the end of a list.
     flat = cast(list[tuple[str, Any]], tree_flatten([kwargs, list(args)]))
     places = [
         place
@@ -129,7 +129,7 @@ def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     def _(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
         primals = mx.depends(list(primals), [cotangent])
         _, gradients = mx.vjp(of_arrays, primals, [cotangent])
-        # None goes on before all are there: they hold on to what was recomputed.
+        # Release all gradients together, since each keeps recomputed arrays alive.
         return tuple(mx.depends(gradients, gradients))
 
     return forward(*(flat[place][1] for place in places))

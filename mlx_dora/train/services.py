@@ -1,4 +1,4 @@
-"""mlx-lm's training callbacks: the user's own, wandb's and swanlab's."""
+"""Passes reports to mlx-lm's training callbacks: the user's, wandb and swanlab."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,10 +12,10 @@ from mlx_dora.train.run.journal import StepReport
 
 
 def check_services(config: TrainConfig) -> None:
-    """Refuse services whose package is not installed, before anything is trained.
+    """Refuse services whose package is not installed, before training starts.
 
     Raises:
-        DoRAError: Naming what to install.
+        DoRAError: Names the packages to install.
     """
     missing = [name for name in config.services if find_spec(name) is None]
     if missing:
@@ -28,14 +28,14 @@ def check_services(config: TrainConfig) -> None:
 def service_listener(
     config: TrainConfig, folder: Path, settings: dict[str, Any]
 ) -> Callable[[StepReport], None]:
-    """Pass reports on to the configured services, under the keys mlx-lm uses.
+    """Make a listener that passes reports to the configured services.
 
-    The services start at the first report.
+    The reports have mlx-lm's keys. The services start at the first report.
 
     Args:
         config: Names the services and the project.
-        folder: Where they keep their files; its name becomes the run's name.
-        settings: What to record of the training.
+        folder: Folder for the services' files; its name becomes the run's name.
+        settings: Settings of the training to record.
     """
     callback: Any = None
 
@@ -49,7 +49,7 @@ def service_listener(
                 services,
                 config.project_name,
                 str(folder),
-                settings,  # pyright: ignore[reportArgumentType] - a dict, says its code
+                settings,  # pyright: ignore[reportArgumentType] - accepts a dict
             )
         report_to_host(callback, report)
 
@@ -57,19 +57,19 @@ def service_listener(
 
 
 class HostCallback(Protocol):
-    """What mlx-lm's ``TrainingCallback`` has."""
+    """Interface of mlx-lm's ``TrainingCallback``."""
 
     def on_train_loss_report(self, train_info: dict[str, Any], /) -> Any:
-        """Take a report of training."""
+        """Receive a report of training."""
 
     def on_val_loss_report(self, val_info: dict[str, Any], /) -> Any:
-        """Take a report of a validation."""
+        """Receive a report of a validation."""
 
 
 def listener_of(
     callback: Callable[[StepReport], None] | HostCallback,
 ) -> Callable[[StepReport], None]:
-    """Make a callback of mlx-lm's kind one that takes our reports; others stay.
+    """Adapt an mlx-lm callback to `StepReport`; return a function unchanged.
 
     Args:
         callback: A function of a `StepReport`, or an object with mlx-lm's
@@ -77,9 +77,9 @@ def listener_of(
             (``mlx_lm.tuner.callbacks.TrainingCallback``).
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: If `callback` is neither.
     """
-    # Without importing mlx_lm, which takes a second; objects need not inherit from it.
+    # Checked by methods, because importing mlx_lm takes a second.
     methods = ("on_train_loss_report", "on_val_loss_report")
     if all(callable(getattr(callback, name, None)) for name in methods):
         return partial(report_to_host, callback)
@@ -92,12 +92,12 @@ def listener_of(
 
 
 def report_to_host(callback: Any, report: StepReport) -> None:
-    """Pass a report to an mlx-lm callback, under the keys mlx-lm uses.
+    """Pass a report to an mlx-lm callback, with mlx-lm's keys.
 
-    A report of a validation has ``iteration``, ``val_loss`` and ``val_time``, the
-    seconds that it took.
+    A validation report includes ``iteration``, ``val_loss`` and ``val_time``, its
+    duration in seconds.
     """
-    told = {
+    info = {
         "iteration": report.step,
         "train_loss": report.train_loss,
         "val_loss": report.val_loss,
@@ -108,8 +108,8 @@ def report_to_host(callback: Any, report: StepReport) -> None:
         "trained_tokens": report.trained_tokens,
         "peak_memory": report.peak_memory_bytes / 1e9,
     }
-    told = {name: value for name, value in told.items() if value is not None}
+    info = {name: value for name, value in info.items() if value is not None}
     if report.val_loss is not None:
-        callback.on_val_loss_report(told)
+        callback.on_val_loss_report(info)
     else:
-        callback.on_train_loss_report(told)
+        callback.on_train_loss_report(info)

@@ -1,4 +1,4 @@
-"""One update of the weights: gradients of a few batches, from every process."""
+"""An update of the weights, from the gradients of some batches on all processes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,14 +22,15 @@ B_NAME = "lora_b"
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient:
-    """Gradients of one update, summed over the batches and processes; evaluated.
+    """Evaluated gradient of one update, summed over batches and processes.
 
     Args:
-        total: Of the sum of the losses, a float32 tree; of their mean if `scale` is 1.
-        scale: What `total` is to be divided by.
+        total: Gradient of the summed loss, a float32 tree; if `scale` is 1, gradient of
+            the mean loss.
+        scale: Divisor that turns `total` into the mean gradient, a scalar.
         loss: Sum of the losses.
         tokens: Number of targets.
-        norm: Of the mean gradient, over all parameters.
+        norm: Norm of the mean gradient over all parameters.
     """
 
     total: Any
@@ -40,46 +41,46 @@ class Gradient:
 
 
 def is_up_factor(name: str) -> bool:
-    """Whether a parameter is a layer's B."""
+    """Whether a parameter is an up projection B."""
     return name.rpartition(".")[2] == B_NAME
 
 
 def is_magnitude(name: str) -> bool:
-    """Whether a parameter is a layer's magnitude."""
+    """Whether a parameter is a magnitude."""
     return name.rpartition(".")[2] == "m"
 
 
 def is_direction(name: str) -> bool:
-    """Whether a parameter is anything else."""
+    """Whether a parameter is not a magnitude."""
     return not is_magnitude(name)
 
 
 def select(tree: Any, keep: Callable[[str], bool]) -> Any:
-    """The part of a tree whose names `keep` says yes to."""
+    """The part of a tree whose names satisfy `keep`."""
     flat = cast(list[tuple[str, Any]], tree_flatten(tree))
     return tree_unflatten([(name, value) for name, value in flat if keep(name)])
 
 
 class Stepper:
-    """Computes gradients and applies them; a variant that trains otherwise subclasses.
+    """Computes and applies gradients; variants with other updates subclass it.
 
     Args:
-        model: In train mode whenever this is used; its trainable parameters learn.
-        optimizer: From `make_optimizer`, initialised for the model or restored.
-        held_out: Batches of the further levels of `levels`; plain training has none.
-        loss: Mean loss of a batch and its number of targets.
+        model: The model to train, in train mode.
+        optimizer: From `make_optimizer`, initialized for the model or restored.
+        held_out: Batches of each level after the first; empty in plain training.
+        loss: Returns the mean loss of a batch and its number of targets.
         group: The processes that share each batch.
         settings: Settings of the training.
     """
 
     @staticmethod
     def levels(data: Examples, settings: TrainConfig) -> Sequence[Examples]:
-        """The examples of each level: one level, all examples."""
+        """Split the examples into levels; plain training has one level."""
         return [data]
 
     @staticmethod
     def make_optimizer(settings: TrainConfig) -> optim.Optimizer:
-        """The configured optimizer."""
+        """Make the configured optimizer."""
         return build_optimizer(settings)
 
     def __init__(
@@ -122,7 +123,7 @@ class Stepper:
                 model.update(tree_map_with_path(_stretch, before, after))
 
         def _stretch(name: str, old: mx.array, new: mx.array) -> mx.array:
-            # Every optimizer's change is proportional to its learning rate.
+            # The change of every optimizer is proportional to the learning rate.
             stretches = is_up_factor(name)
             return old + ratio * (new - old) if stretches else new
 
@@ -135,7 +136,7 @@ class Stepper:
         """Gradient of the mean loss over the targets of `window`, on all processes."""
         loss, count, total = mx.array(0.0), mx.array(0), None
         is_weighted = len(window) > 1 or self._group.size() > 1
-        with held_norms(self._model):  # they stay the same until the weights change
+        with held_norms(self._model):  # constant until the weights change
             for batch, lengths in window:
                 value, tokens, gradient = self._differentiate(batch, lengths)
                 loss, count = loss + value, count + tokens
@@ -165,13 +166,13 @@ class Stepper:
         )
 
     def part(self, gradient: Gradient, keep: Callable[[str], bool]) -> Gradient:
-        """Of some parameters alone, chosen by name."""
+        """Restrict a gradient to the parameters whose names satisfy `keep`."""
         total = select(gradient.total, keep)
         norm = self._measure(total, gradient.scale)
         return replace(gradient, total=total, norm=float(norm))
 
     def apply(self, gradient: Gradient) -> None:
-        """Let the optimizer change the weights, once."""
+        """Update the weights once with the optimizer."""
         scale = gradient.scale
         if self._limit is not None and gradient.norm > self._limit:
             scale = scale * (gradient.norm / self._limit)
@@ -179,29 +180,29 @@ class Stepper:
         mx.eval(self._model.state, self._optimizer.state)
 
     def after_update(self, gradient: Gradient, before: int, step: int) -> None:
-        """What a variant does once the weights have changed; here nothing.
+        """Hook for variants, called after the weights have changed; does nothing here.
 
         Args:
             gradient: The gradient that was applied.
-            before: Batches done before the update.
-            step: Batches done after it.
+            before: Number of batches before the update.
+            step: Number of batches after the update.
         """
 
 
 def is_due(every: int, before: int, step: int) -> bool:
-    """Whether a multiple of `every` lies after `before` and not after `step`."""
+    """Whether a multiple of `every` lies in the interval (`before`, `step`]."""
     return step // every > before // every
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make what a step draws a function of these three alone.
+    """Seed MLX's random numbers for a step from the seed, the step and the rank.
 
-    So a run that was stopped draws the same when it goes on, and each process its own.
+    A resumed run thus draws the same numbers, and each process draws its own.
     """
     state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
     mx.random.seed(int(state[0]))
 
 
 def _weighted(mean: mx.array, tokens: mx.array) -> mx.array:
-    # A batch without a target has a mean of 0 / 0 with mlx-lm's loss.
+    # With mlx-lm's loss, the mean of a batch without targets is 0 / 0.
     return mx.where(tokens > 0, mean.astype(mx.float32) * tokens, 0.0)

@@ -1,4 +1,4 @@
-"""Which stepper trains which variant."""
+"""Maps each variant to its stepper."""
 
 from mlx_dora.adapters.config import Variant
 from mlx_dora.train.bilevel import BilevelStepper
@@ -12,5 +12,5 @@ _STEPPERS: dict[Variant, type[Stepper]] = {
 
 
 def stepper_class(variant: Variant) -> type[Stepper]:
-    """The stepper of a variant; the plain one where the variant needs no other."""
+    """The stepper class of a variant; `Stepper` unless the variant needs its own."""
     return _STEPPERS.get(variant, Stepper)

@@ -33,7 +33,7 @@ def test_padding_is_at_most_a_sixteenth_and_widths_are_few() -> None:
     assert len(set(widths)) < 120
 
 
-def test_packed_rows_tell_documents_and_targets() -> None:
+def test_packed_rows_mark_documents_and_targets() -> None:
     rows: list[list[Example]] = [
         [([5, 6, 7], 0), ([8, 9], 1)],
         [([1, 2, 3, 4], ((0, 2), (3, 4))), ([3, 3], 2)],

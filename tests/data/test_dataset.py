@@ -39,18 +39,18 @@ def write(folder: Path, name: str, *lines: Any) -> Path:
 
 
 def data(rows: list[Any], tokenizer: Any, **config: Any) -> TokenDataset:
-    found = as_dataset(rows, tokenizer, DataConfig(**config), "rows")
-    assert isinstance(found, TokenDataset)
-    return found
+    dataset = as_dataset(rows, tokenizer, DataConfig(**config), "rows")
+    assert isinstance(dataset, TokenDataset)
+    return dataset
 
 
 def target_texts(rows: list[Any], tokenizer: Any, **config: Any) -> list[list[str]]:
     """The text of each span of targets, row by row."""
-    found = []
+    texts = []
     for tokens, targets in data(rows, tokenizer, **config):
         spans = target_spans(targets, len(tokens))
-        found.append([tokenizer.decode(tokens[start:end]) for start, end in spans])
-    return found
+        texts.append([tokenizer.decode(tokens[start:end]) for start, end in spans])
+    return texts
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_tools_reach_the_chat_template(tokenizer: Any) -> None:
     assert with_tools[0] == [*tokenizer.encode("T"), *without[0]]
 
 
-def test_rows_that_are_tokens_already_pass(tokenizer: Any) -> None:
+def test_rows_of_tokens_are_accepted(tokenizer: Any) -> None:
     assert data([[1, 2, 3]], tokenizer)[0] == ([1, 2, 3], 0)
     assert data([([1, 2, 3], 2)], tokenizer)[0] == ([1, 2, 3], 2)
 
 
-def test_rows_are_tokenised_once_and_when_needed(tokenizer: Any) -> None:
+def test_rows_are_tokenized_once_and_on_first_use(tokenizer: Any) -> None:
     class Counting:
         eos_token_id = 2
         calls = 0
@@ -107,7 +107,7 @@ def test_rows_are_tokenised_once_and_when_needed(tokenizer: Any) -> None:
 
     counting = Counting()
     rows = data([{"text": "a"}] * 5, counting)
-    assert counting.calls == 1  # the first row shows whether the tokenizer can do it
+    assert counting.calls == 1  # the first row tests the tokenizer
     assert [rows[3], rows[3]] == [([5, 6, 2], 0)] * 2
     assert counting.calls == 2
 
@@ -164,7 +164,7 @@ def test_a_bad_message_is_named(row: Any, message: str, tokenizer: Any) -> None:
         data([ROWS["chat"], row], tokenizer)
 
 
-def test_unknown_format_lists_expected_and_found_keys(
+def test_unknown_format_lists_expected_and_actual_keys(
     tokenizer: Any, tmp_path: Path
 ) -> None:
     write(tmp_path, "valid", {"question": "a", "answer": "b"})
@@ -210,11 +210,9 @@ def test_mask_prompt_on_text_is_refused(tokenizer: Any) -> None:
         data([ROWS["text"]], tokenizer, mask_prompt=True)
 
 
-def test_missing_chat_template_is_told_in_one_line(tokenizer: Any) -> None:
+def test_missing_chat_template_is_a_one_line_error(tokenizer: Any) -> None:
     tokenizer._tokenizer.chat_template = None
-    with pytest.raises(
-        DoRAError, match=r"chat template does not take this row"
-    ) as info:
+    with pytest.raises(DoRAError, match=r"chat template rejects this row") as info:
         data([ROWS["chat"]], tokenizer)
     assert "\n" not in str(info.value)
 
@@ -238,7 +236,7 @@ def test_hub_entries_are_joined(
         {"path": "x/one", "train_split": "train[:5]", "config": {"name": "c"}},
         {"path": "x/two"},
     ]
-    config = DataConfig(hf_dataset=[{**one, **features} for one in entries])
+    config = DataConfig(hf_dataset=[{**entry, **features} for entry in entries])
     train = load_datasets(config, tokenizer, ("train",))["train"]
     assert asked == [
         ("x/one", "train[:5]", {"name": "c"}),
@@ -267,14 +265,14 @@ def test_every_turn_of_the_assistant_is_a_target(tokenizer: Any) -> None:
     assert isinstance(spans, tuple)
     texts = [tokenizer.decode(tokens[start:end]) for start, end in spans]
     assert texts == ["jumps over<|im_end|>\n", "the lazy dog<|im_end|>\n"]
-    one = [{"messages": TURNS[:4]}]
-    _, last = data(one, tokenizer, mask_prompt=True)[0]
-    tokens, spans = data(one, tokenizer, all_turns=True)[0]
+    rows = [{"messages": TURNS[:4]}]
+    _, last = data(rows, tokenizer, mask_prompt=True)[0]
+    tokens, spans = data(rows, tokenizer, all_turns=True)[0]
     assert isinstance(spans, tuple)
     assert spans[-1] == (last, len(tokens))
 
 
-def test_an_answer_that_is_written_differently_later_counts_as_the_row_has_it(
+def test_an_answer_rendered_differently_later_counts_as_it_stands_in_the_row(
     tokenizer: Any,
 ) -> None:
     tokenizer.chat_template = (
@@ -282,8 +280,8 @@ def test_an_answer_that_is_written_differently_later_counts_as_the_row_has_it(
         "{% else %}A:{% if loop.last %}(think){% endif %}{{ m.content }}\n{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
-    found = target_texts([{"messages": TURNS[:4]}], tokenizer, all_turns=True)
-    assert found == [["jumps over\n", "(think)the lazy dog\n"]]
+    texts = target_texts([{"messages": TURNS[:4]}], tokenizer, all_turns=True)
+    assert texts == [["jumps over\n", "(think)the lazy dog\n"]]
 
 
 def test_answers_that_the_template_leaves_out_are_counted_by_row(
@@ -295,13 +293,13 @@ def test_answers_that_the_template_leaves_out_are_counted_by_row(
         "{% if add_generation_prompt %}A:{% endif %}"
     )
     rows = [{"messages": TURNS[:4]}, {"messages": TURNS[:2]}]
-    found = data(rows, tokenizer, all_turns=True)
+    dataset = data(rows, tokenizer, all_turns=True)
     assert target_texts(rows, tokenizer, all_turns=True) == [
         ["the lazy dog\n"],
         ["jumps over\n"],
     ]
     counts = RowCounts()
-    assert [counts.add(found[index], 100) for index in range(2)] == [True, True]
+    assert [counts.add(dataset[index], 100) for index in range(2)] == [True, True]
     assert "in 1 of 2 rows the chat template does not show every" in str(
         counts.describe(100)
     )

@@ -1,4 +1,4 @@
-"""Documents packed in a row beside the same documents alone."""
+"""Documents packed into a row give the same results as documents in separate rows."""
 
 import importlib
 from collections.abc import Callable
@@ -139,7 +139,7 @@ def make(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", PACKABLE)
-def test_a_document_sees_itself_alone(name: str) -> None:
+def test_a_document_sees_only_itself(name: str) -> None:
     model = make(name)
     check_packable(model)
     numbers = mx.array(np.repeat([1, 2, 3], LENGTHS))[None]
@@ -147,9 +147,9 @@ def test_a_document_sees_itself_alone(name: str) -> None:
         mx.array([ROW]),
         cache=document_caches(model, numbers),
     )[0]
-    alone = mx.concatenate([model(mx.array([one]))[0] for one in DOCUMENTS])
+    alone = mx.concatenate([model(mx.array([document]))[0] for document in DOCUMENTS])
     assert_close(packed, to_numpy(alone), bound=1e-5)
-    together = model(mx.array([ROW]))[0]  # they do mix without
+    together = model(mx.array([ROW]))[0]  # without the caches documents mix
     first = LENGTHS[0]
     assert_close(
         together[:first],
@@ -173,7 +173,7 @@ EXAMPLES: list[Example] = [
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_the_loss_of_each_document_is_the_one_it_has_alone(
+def test_the_loss_of_a_packed_document_equals_its_loss_alone(
     tiny_model: nn.Module, number: int
 ) -> None:
     rows = [EXAMPLES[:3], EXAMPLES[3:]]
@@ -192,11 +192,13 @@ def test_the_gradient_of_a_packed_batch_is_that_of_its_documents(
 ) -> None:
     model = make_tiny_model()
     whole = nn.value_and_grad(model, loss_fn)
-    (value, count), found = whole(model, *pack_batch([EXAMPLES[:3], EXAMPLES[3:]], 64))
+    (value, count), gradients = whole(
+        model, *pack_batch([EXAMPLES[:3], EXAMPLES[3:]], 64)
+    )
     (loss, alone), expected = whole(model, *pad_batch(EXAMPLES, 64))
     assert int(count) == int(alone) == 4 + 29 + 1 + 14
     assert_close(value, to_numpy(loss), bound=1e-6)
-    weight = found["model"]["layers"][0]["self_attn"]["k_proj"]["weight"]
+    weight = gradients["model"]["layers"][0]["self_attn"]["k_proj"]["weight"]
     other = expected["model"]["layers"][0]["self_attn"]["k_proj"]["weight"]
     assert_close(weight, to_numpy(other), bound=1e-5)
 

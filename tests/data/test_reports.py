@@ -1,6 +1,6 @@
-"""Data that users of other programs reported; each name ends with the report.
+"""Data problems reported to other projects; each test name ends with the report.
 
-The targets are compared with token ids, made here from the text that must count.
+Targets are compared with the token ids of the expected text.
 """
 
 import json
@@ -45,11 +45,11 @@ def tokenizer(tiny_model_folder: Path) -> Any:
 
 def targets(rows: list[Any], tokenizer: Any, **config: Any) -> list[list[list[int]]]:
     """Token ids of each span of targets, row by row."""
-    found = []
+    spans_by_row = []
     for tokens, marks in as_dataset(rows, tokenizer, DataConfig(**config), "rows"):
         spans = target_spans(marks, len(tokens))
-        found.append([tokens[start:end] for start, end in spans])
-    return found
+        spans_by_row.append([tokens[start:end] for start, end in spans])
+    return spans_by_row
 
 
 def ids(tokenizer: Any, *texts: str) -> list[list[int]]:
@@ -75,7 +75,7 @@ def test_a_tokenizer_without_an_end_token_trains_without__datatrove_489(
     tokenizer._tokenizer.eos_token = None
     tokens = as_dataset(rows, tokenizer, DataConfig(), "rows")[0][0]
     assert tokens == ids(tokenizer, "the quick fox")[0] == with_end[:-1]
-    assert "rows: the tokenizer names no end-of-text token" in caplog.text
+    assert "rows: the tokenizer has no end-of-text token" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_line_that_breaks_the_parser_is_named__helm_1381(
 
 
 @pytest.mark.parametrize("role", ["user", "tool", "system"])
-def test_mask_prompt_leaves_out_what_the_assistant_does_not_end__prime_rl_974(
+def test_mask_prompt_skips_rows_not_ended_by_the_assistant__prime_rl_974(
     role: str, tokenizer: Any
 ) -> None:
     after = {"role": role, "content": "the lazy dog"}
@@ -127,7 +127,7 @@ def test_arguments_of_a_tool_call_may_be_text__mlx_examples_1053(
     assert message["tool_calls"][0]["function"]["arguments"] == '{"city": "Rome"}'
 
 
-def test_a_template_that_takes_only_text_gets_it__mlx_examples_1053(
+def test_a_template_that_accepts_only_text_gets_text__mlx_examples_1053(
     tokenizer: Any,
 ) -> None:
     tokenizer.chat_template = CALLS.replace("ARGUMENTS", "'' + c.function.arguments")
@@ -162,7 +162,7 @@ def test_every_turn_counts_where_thoughts_are_dropped_later__slime_330(
     ]
 
 
-def test_an_empty_answer_and_thoughts_of_its_own_are_located__nemo_16284(
+def test_an_empty_answer_and_an_answer_with_thoughts_are_located__nemo_16284(
     tokenizer: Any,
 ) -> None:
     content = "m.content.split('</think>')[-1] if m.role == 'assistant' else m.content"
@@ -173,8 +173,8 @@ def test_an_empty_answer_and_thoughts_of_its_own_are_located__nemo_16284(
     ]
     end = "<|im_end|>\n"
     last = f"<think>\n\n</think>\n\nIt jumps.{end}"
-    found = targets([{"messages": turns}], tokenizer, all_turns=True)
-    assert found == [ids(tokenizer, f"so{end}", end, last)]
+    spans = targets([{"messages": turns}], tokenizer, all_turns=True)
+    assert spans == [ids(tokenizer, f"so{end}", end, last)]
 
 
 def test_a_chat_may_begin_with_the_assistant(tokenizer: Any) -> None:

@@ -31,15 +31,15 @@ def test_only_batches_between_two_buckets_mix_lengths() -> None:
     buckets = len({padded_width(n, 2048) for n in LENGTHS})
     assert mixed <= buckets
     tokens, targets = 0, 0
-    for batch, found in islice(schedule.batches(), len(schedule.epoch(0))):
+    for batch, marks in islice(schedule.batches(), len(schedule.epoch(0))):
         tokens += batch[:, 1:].size
-        targets += int((found[:, 1] - 1).sum())
+        targets += int((marks[:, 1] - 1).sum())
     assert targets == sum(LENGTHS) - len(LENGTHS)
     assert targets / tokens > 0.95
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_an_epoch_has_every_example_once_and_the_next_other_batches(
+def test_epochs_have_every_example_once_in_different_batches(
     packing: bool,
 ) -> None:
     schedule = Schedule(rows_of(LENGTHS), 4, 600, seed=7, packing=packing)
@@ -74,12 +74,12 @@ def test_processes_share_the_rows_of_each_batch() -> None:
     shared = [
         list(islice(schedule.batches(rank=rank, ranks=2), 3)) for rank in range(2)
     ]
-    for batch, (one, _), (two, found) in zip(whole, *shared, strict=True):
+    for batch, (first, _), (second, marks) in zip(whole, *shared, strict=True):
         if len(batch) == 1:
-            assert firsts(one) == batch
-            assert found.tolist() == [[2, 2]]  # no target
+            assert firsts(first) == batch
+            assert marks.tolist() == [[2, 2]]  # no target
         else:
-            assert sorted(firsts(one) + firsts(two)) == batch
+            assert sorted(firsts(first) + firsts(second)) == batch
 
 
 def test_packed_rows_are_nearly_full_and_within_the_length() -> None:
@@ -90,7 +90,7 @@ def test_packed_rows_are_nearly_full_and_within_the_length() -> None:
     assert sum(used) / (600 * len(rows)) > 0.95
 
 
-def test_best_fit_is_that_of_a_plain_search() -> None:
+def test_best_fit_equals_a_plain_search() -> None:
     lengths = sorted(LENGTHS, reverse=True)[:60] + LENGTHS[:40]
     room: list[int] = []
     for length in lengths:
@@ -109,7 +109,7 @@ def test_fewer_rows_than_a_batch_are_enough() -> None:
     assert tokens.shape == (2, 9)
 
 
-def test_cut_and_left_out_rows_are_counted_and_told_once(
+def test_truncated_and_skipped_rows_are_counted_and_reported_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     data: list[Example] = [*rows_of([10, 80, 90]), ([9] * 70, 68), ([9], 0)]

@@ -22,25 +22,25 @@ def test_a_model_agrees_with_itself(tiny_model: nn.Module) -> None:
     assert same.loss == pytest.approx(evaluate_loss(tiny_model, EXAMPLES).loss)
 
 
-def test_differences_are_over_real_tokens_alone(
+def test_differences_exclude_padding(
     make_tiny_model: Callable[..., nn.Module],
 ) -> None:
-    one: Any = make_tiny_model()
-    two: Any = make_tiny_model()
-    two.model.embed_tokens.weight = one.model.embed_tokens.weight * 1.01
-    found = compare_probe(two, take_probe(one, EXAMPLES))
+    first: Any = make_tiny_model()
+    second: Any = make_tiny_model()
+    second.model.embed_tokens.weight = first.model.embed_tokens.weight * 1.01
+    result = compare_probe(second, take_probe(first, EXAMPLES))
     a, b = [], []
     for tokens, _ in EXAMPLES:
         ids = mx.array([tokens[:-1]])
-        a.append(to_numpy(one(ids))[0])
-        b.append(to_numpy(two(ids))[0])
+        a.append(to_numpy(first(ids))[0])
+        b.append(to_numpy(second(ids))[0])
     before, after = np.concatenate(a), np.concatenate(b)
     error = after - before
     relative = np.sqrt((error**2).mean() / (before**2).mean())
-    assert found.max_logit_difference == pytest.approx(np.abs(error).max(), rel=1e-4)
-    assert found.relative_logit_difference == pytest.approx(relative, rel=1e-4)
-    expected = evaluate_loss(two, EXAMPLES).loss - evaluate_loss(one, EXAMPLES).loss
-    assert found.loss_difference == pytest.approx(expected, abs=2e-6)
-    assert found.same_top_token == pytest.approx(
+    assert result.max_logit_difference == pytest.approx(np.abs(error).max(), rel=1e-4)
+    assert result.relative_logit_difference == pytest.approx(relative, rel=1e-4)
+    losses = [evaluate_loss(model, EXAMPLES).loss for model in (first, second)]
+    assert result.loss_difference == pytest.approx(losses[1] - losses[0], abs=2e-6)
+    assert result.same_top_token == pytest.approx(
         (before.argmax(-1) == after.argmax(-1)).mean()
     )

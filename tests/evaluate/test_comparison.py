@@ -37,12 +37,12 @@ def test_every_kind_of_adapter_is_compared_with_its_base(
         max_tokens=3,
     )
     seen: list[tuple[str, int, int]] = []
-    found = compare_models(config, lambda *told: seen.append(told))
-    before, after = found.results
-    assert (before.name, after.name, found.split) == ("base", "adapter", "test")
+    comparison = compare_models(config, lambda *event: seen.append(event))
+    before, after = comparison.results
+    assert (before.name, after.name, comparison.split) == ("base", "adapter", "test")
     assert before.loss.loss != pytest.approx(after.loss.loss, rel=1e-4)
     assert ("base: loss", 4, 4) in seen
     assert ("adapter: labels", 4, 4) in seen
-    told = json.loads(json.dumps(found.to_dict()))
-    assert told["results"][1]["loss"]["perplexity"] == after.loss.perplexity
-    assert len(told["prompts"]) == 3
+    values = json.loads(json.dumps(comparison.to_dict()))
+    assert values["results"][1]["loss"]["perplexity"] == after.loss.perplexity
+    assert len(values["prompts"]) == 3

@@ -21,7 +21,7 @@ KEYS = ("self_attn.q_proj", "mlp.up_proj")
 
 
 def whole_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> Any:
-    """The definition: all logits, MLX's own derivative."""
+    """The loss by definition, with all logits and MLX's own derivative."""
     steps = mx.arange(1, batch.shape[1])
     mask = (steps >= lengths[:, 0:1]) & (steps < lengths[:, 1:])
     losses = nn.losses.cross_entropy(model(batch[:, :-1]), batch[:, 1:])
@@ -53,7 +53,7 @@ def few_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     ("tied", "keys"),
     [(True, KEYS), (True, (*KEYS, "model.embed_tokens")), (False, (*KEYS, "lm_head"))],
 )
-def test_gradients_are_those_of_all_the_logits(
+def test_gradients_equal_those_from_all_logits(
     make_tiny_model: Callable[..., nn.Module],
     tied: bool,
     keys: tuple[str, ...],
@@ -67,15 +67,15 @@ def test_gradients_are_those_of_all_the_logits(
     model.load_weights(noise, strict=False)
     model.train()
     loss, expected = gradients(model, whole_loss)
-    value, found = gradients(model, loss_fn, compiled)
+    value, actual = gradients(model, loss_fn, compiled)
     assert_close(value, to_numpy(loss))
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
         assert_close(gradient, to_numpy(expected[name]), bound=2e-5)
 
 
 @pytest.mark.usefixtures("few_logits")
-def test_gradient_of_the_hidden_states_is_that_of_numpy() -> None:
+def test_gradient_of_the_hidden_states_equals_numpy() -> None:
     class Trunk(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -119,7 +119,7 @@ def test_gradient_of_the_hidden_states_is_that_of_numpy() -> None:
 
 
 @pytest.mark.usefixtures("few_logits")
-def test_what_a_model_does_to_its_logits_is_kept() -> None:
+def test_a_models_processing_of_its_logits_is_kept() -> None:
     from mlx_lm.models import gemma2
 
     arguments = {
@@ -144,7 +144,7 @@ def test_what_a_model_does_to_its_logits_is_kept() -> None:
 
 @pytest.mark.usefixtures("few_logits")
 @pytest.mark.parametrize("training", [True, False])
-def test_logits_never_exist_whole(
+def test_the_full_logits_never_exist(
     make_tiny_model: Callable[..., nn.Module], training: bool
 ) -> None:
     model = make_tiny_model(vocab_size=10_000)
@@ -158,11 +158,11 @@ def test_logits_never_exist_whole(
     before = mx.get_active_memory()
     mx.eval(compute(model, tokens, lengths))
     whole = 1024 * 10_000 * 4
-    # With all logits at once three times as much in training, and once otherwise.
+    # All logits at once would need three times `whole` in training, else once.
     assert mx.get_peak_memory() - before < 0.8 * whole
 
 
-def test_a_model_without_a_known_trunk_is_told_once(
+def test_a_model_without_a_known_trunk_is_warned_about_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Plain(nn.Module):
@@ -178,4 +178,4 @@ def test_a_model_without_a_known_trunk_is_told_once(
     for _ in range(2):
         assert_close(loss_fn(model, *BATCH)[0], expected)
     assert len(caplog.records) == 1
-    assert "Plain: no trunk found" in caplog.text
+    assert "Plain: no known trunk" in caplog.text

@@ -32,12 +32,12 @@ def trained(make_tiny_folder: Callable[..., Path], tmp_path: Path) -> Folders:
 def test_a_good_fuse_is_verified(trained: Folders, tmp_path: Path, mode: str) -> None:
     config = FuseConfig(mode=mode)  # pyright: ignore[reportArgumentType]
     fuse_model(*trained, tmp_path / "f", config=config)
-    found = verify_fused(*trained, tmp_path / "f", prompts=TEXT, max_tokens=8)
-    assert found.problems == []
-    assert found.prompts == 2
-    assert found.agreement.relative_logit_difference < 1e-5
-    assert found.agreement.same_top_token == 1
-    assert "greedy tokens the same at 100.0%" in found.line()
+    result = verify_fused(*trained, tmp_path / "f", prompts=TEXT, max_tokens=8)
+    assert result.problems == []
+    assert result.prompts == 2
+    assert result.agreement.relative_logit_difference < 1e-5
+    assert result.agreement.same_top_token == 1
+    assert "greedy tokens the same at 100.0%" in result.line()
 
 
 def test_each_difference_is_named(trained: Folders, tmp_path: Path) -> None:
@@ -45,24 +45,24 @@ def test_each_difference_is_named(trained: Folders, tmp_path: Path) -> None:
     strict = FuseTolerance(
         max_logit_difference=0, max_loss_difference=0, min_same_tokens=1
     )
-    found = verify_fused(
+    result = verify_fused(
         *trained, tmp_path / "f", prompts=TEXT, max_tokens=8, tolerance=strict
     )
-    assert any("logits differ by" in problem for problem in found.problems)
-    assert any("loss differs by" in problem for problem in found.problems)
+    assert any("logits differ by" in problem for problem in result.problems)
+    assert any("loss differs by" in problem for problem in result.problems)
 
 
 def test_figures_are_those_of_the_two_models(trained: Folders, tmp_path: Path) -> None:
     fuse_model(*trained, tmp_path / "f", config=FuseConfig(keep=0))
-    found = verify_fused(*trained, tmp_path / "f", prompts=TEXT[:1], max_tokens=1)
+    result = verify_fused(*trained, tmp_path / "f", prompts=TEXT[:1], max_tokens=1)
     unfused, tokenizer = load(*trained)
     fused, _ = load(tmp_path / "f")
     tokens = mx.array([tokenizer.encode(TEXT[0])])
     mine, other = (to_numpy(model(tokens)) for model in (unfused, fused))
     difference = ((other - mine) ** 2).mean() ** 0.5 / (mine**2).mean() ** 0.5
-    assert found.agreement.relative_logit_difference == pytest.approx(difference, 1e-4)
+    assert result.agreement.relative_logit_difference == pytest.approx(difference, 1e-4)
     same = (mine.argmax(-1) == other.argmax(-1)).mean()
-    assert found.agreement.same_top_token == pytest.approx(same)
+    assert result.agreement.same_top_token == pytest.approx(same)
 
 
 def test_a_broken_model_is_a_problem(trained: Folders, tmp_path: Path) -> None:
@@ -73,12 +73,12 @@ def test_a_broken_model_is_a_problem(trained: Folders, tmp_path: Path) -> None:
     mx.eval(weights)
     weights[name] = mx.full(weights[name].shape, mx.nan)
     mx.save_safetensors(str(tmp_path / "f" / "model.safetensors"), weights)
-    found = verify_fused(*trained, tmp_path / "f", prompts=TEXT, max_tokens=2)
-    assert len(found.problems) >= 2
+    result = verify_fused(*trained, tmp_path / "f", prompts=TEXT, max_tokens=2)
+    assert len(result.problems) >= 2
 
 
-def test_nothing_to_say_is_refused(trained: Folders) -> None:
-    with pytest.raises(DoRAError, match="there must be a prompt"):
+def test_no_prompts_and_no_tokens_are_refused(trained: Folders) -> None:
+    with pytest.raises(DoRAError, match="prompts must hold at least one prompt"):
         verify_fused(*trained, trained[0], prompts=())
     with pytest.raises(DoRAError, match="max_tokens must be at least 1, got 0"):
         verify_fused(*trained, trained[0], max_tokens=0)

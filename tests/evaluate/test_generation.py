@@ -22,7 +22,7 @@ def test_prompts_end_where_the_answer_starts(tokenizer: Any) -> None:
     rows = [{"prompt": f"fox {i}", "completion": f"jumps {i}"} for i in range(9)]
     data = as_dataset(rows, tokenizer, DataConfig(), "rows")
     prompts = sample_prompts(data, tokenizer, 3)
-    assert [one.expected for one in prompts] == ["jumps 0", "jumps 3", "jumps 6"]
+    assert [prompt.expected for prompt in prompts] == ["jumps 0", "jumps 3", "jumps 6"]
     assert prompts[1].text.endswith("fox 3<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.encode(prompts[1].text) == prompts[1].tokens
 

@@ -26,20 +26,20 @@ def labelled(folder: Path, answers: list[str], **config: Any) -> Dataset:
 
 
 def best_by_likelihood(model: nn.Module, data: Dataset, names: list[str]) -> list[str]:
-    """The label whose tokens cost least, each scored alone and unpadded."""
-    found = []
+    """The label with the smallest loss, each scored separately and unpadded."""
+    best = []
     for index in range(len(data)):
         costs = []
         for name in names:
             parts = data.parts(index, name)
             tokens = parts.prompt + parts.answer
             costs.append(summed(model, tokens, len(parts.prompt))[0])
-        found.append(names[int(np.argmin(costs))])
-    return found
+        best.append(names[int(np.argmin(costs))])
+    return best
 
 
 class Oracle(nn.Module):
-    """Finds likely whatever token comes next in the rows it knows."""
+    """Predicts the next token of the rows it was built from."""
 
     def __init__(self, data: Dataset, vocabulary: int = 320) -> None:
         super().__init__()
@@ -62,7 +62,9 @@ class Oracle(nn.Module):
         return mx.array(logits)
 
 
-def test_one_forward_a_batch_when_first_tokens_differ(tiny_model_folder: Path) -> None:
+def test_distinct_first_tokens_need_one_forward(
+    tiny_model_folder: Path,
+) -> None:
     data = labelled(tiny_model_folder, ["spam", "ham"] * 8)
     oracle = Oracle(data)
     result = label_accuracy(oracle, data, batch_size=4)
@@ -72,7 +74,7 @@ def test_one_forward_a_batch_when_first_tokens_differ(tiny_model_folder: Path) -
     assert result.rows == 16
 
 
-def test_accuracy_of_a_model_that_knows(tiny_model_folder: Path) -> None:
+def test_accuracy_of_a_perfect_model(tiny_model_folder: Path) -> None:
     data = labelled(tiny_model_folder, ["spam", "ham", "ham", "spam", "spam"])
     result = label_accuracy(Oracle(data), data, batch_size=2)
     assert result.accuracy == 1
@@ -119,7 +121,7 @@ def test_long_rows_are_counted_not_scored(
         ["a long sentence that explains the whole matter", "short"] * 3,
     ],
 )
-def test_what_is_not_a_label_set(tiny_model_folder: Path, answers: list[str]) -> None:
+def test_answers_other_than_labels(tiny_model_folder: Path, answers: list[str]) -> None:
     assert find_labels(labelled(tiny_model_folder, answers)) is None
 
 

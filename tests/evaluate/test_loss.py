@@ -21,7 +21,7 @@ EXAMPLES = [
 
 
 def token_losses(model: nn.Module, tokens: list[int]) -> np.ndarray:
-    """Loss of tokens 1.. of one unpadded row, in float64."""
+    """Losses of tokens 1 onward of an unpadded row, in float64."""
     logits = to_numpy(model(mx.array([tokens[:-1]])))[0]
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_sum = np.log(np.exp(shifted).sum(axis=-1))
@@ -35,7 +35,7 @@ def summed(model: nn.Module, tokens: list[int], first: int) -> tuple[float, int]
 
 def expected_loss(model: nn.Module, limit: int = 10_000) -> tuple[float, int]:
     cut = [(tokens[:limit], first) for tokens, first in EXAMPLES]
-    parts = [summed(model, *one) for one in cut if len(one[0]) > max(one[1], 1)]
+    parts = [summed(model, *row) for row in cut if len(row[0]) > max(row[1], 1)]
     total = sum(count for _, count in parts)
     return sum(loss for loss, _ in parts) / total, total
 
@@ -89,7 +89,7 @@ def test_evaluate_loss_weighs_every_token_the_same(
     assert (result.rows, result.rows_truncated, result.rows_skipped) == (4, 0, 0)
 
 
-def test_evaluate_loss_counts_what_it_cuts(tiny_model: nn.Module) -> None:
+def test_evaluate_loss_counts_truncated_and_skipped_rows(tiny_model: nn.Module) -> None:
     result = evaluate_loss(tiny_model, EXAMPLES, max_seq_length=20)
     loss, tokens = expected_loss(tiny_model, limit=20)
     assert result.loss == pytest.approx(loss, rel=1e-5)

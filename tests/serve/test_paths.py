@@ -10,7 +10,7 @@ DEFAULT = "default_model"
 
 @pytest.fixture
 def served(tmp_path: Path) -> ServedPaths:
-    """A root with a model, an adapter and links; and an adapter outside of it."""
+    """A root with a model, an adapter and links; and an adapter outside the root."""
     root = tmp_path / "root"
     for folder in (root / "poems", root / "deep" / "er", tmp_path / "secret"):
         folder.mkdir(parents=True)
@@ -34,7 +34,7 @@ def root_of(served: ServedPaths) -> Path:
     return served.root
 
 
-def test_a_request_that_names_nothing_gets_the_command_lines(
+def test_a_request_without_names_gets_the_defaults(
     served: ServedPaths,
 ) -> None:
     expected = (served.model, "cli-adapter", None)
@@ -48,7 +48,7 @@ def test_an_adapter_goes_with_the_default_model(name: str, served: ServedPaths) 
     assert served.choose(DEFAULT, poems, None) == (served.model, poems, None)
 
 
-def test_a_named_model_has_the_adapter_that_is_named_and_no_other(
+def test_a_named_model_uses_only_a_named_adapter(
     served: ServedPaths,
 ) -> None:
     root = root_of(served)
@@ -98,12 +98,12 @@ def test_absolute_paths_outside_are_not_served(
 ) -> None:
     with pytest.raises(NotServedError):
         served.choose(DEFAULT, str(tmp_path / "secret"), None)
-    monkeypatch.chdir(tmp_path)  # not what is in the current folder either
+    monkeypatch.chdir(tmp_path)  # nor folders in the current directory
     with pytest.raises(NotServedError):
         served.choose("other", None, None)
 
 
-def test_without_a_root_only_the_command_lines_are_served(tmp_path: Path) -> None:
+def test_without_a_root_only_the_defaults_are_served(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     served = ServedPaths(model="m", adapter=str(tmp_path))
     assert served.choose(DEFAULT, str(tmp_path), None)[1] == str(tmp_path)
@@ -131,11 +131,11 @@ def test_a_model_in_the_hub_cache_is_served_and_none_is_downloaded(
     assert len(calls) == 1
 
 
-def test_no_default_model_is_said() -> None:
+def test_no_default_model_is_an_error() -> None:
     with pytest.raises(NotServedError, match="no default model"):
         ServedPaths().choose(DEFAULT, None, None)
 
 
-def test_a_root_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_root_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DoRAError, match="not a folder"):
         ServedPaths(root=tmp_path / "no")

@@ -79,12 +79,12 @@ def test_half_a_surrogate_pair_is_refused() -> None:
         check_request({"prompt": "a", "stop": ["\ud83d"]}, is_chat=False)
 
 
-def test_null_means_absent_but_for_the_draft_model() -> None:
+def test_null_means_absent_except_for_the_draft_model() -> None:
     body = {"prompt": "a", "temperature": None, "stop": None, "draft_model": None}
     assert check_request(body, is_chat=False) == {"prompt": "a", "draft_model": None}
 
 
-def test_what_clients_send_passes() -> None:
+def test_a_typical_request_is_accepted() -> None:
     body = {
         "messages": [
             {"role": "system", "content": [{"type": "text", "text": "Be good."}]},
@@ -101,7 +101,7 @@ def test_what_clients_send_passes() -> None:
         "tools": [{"type": "function", "function": {"name": "f"}}],
         "chat_template_kwargs": {"enable_thinking": False},
         "stream": True,
-        "user": "of no meaning here",
+        "user": "ignored",
     }
     assert check_request(dict(body), is_chat=True) == body
 

@@ -1,4 +1,4 @@
-"""A real server process on a tiny model; the tests of a module share one."""
+"""Tests of a real server process with a tiny model, shared by the module."""
 
 import http.client
 import json
@@ -25,7 +25,7 @@ GOOD = {"prompt": "the quick fox", "max_tokens": 4}
 
 
 class Server:
-    """One server process and how to ask it."""
+    """A server process, and methods to send requests to it."""
 
     def __init__(self, *args: object, program: str | None = None) -> None:
         with socket.socket() as free:
@@ -73,7 +73,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, an adapter inside a root, and one outside of it."""
+    """A model, an adapter inside a root, and an adapter outside it."""
     from mlx_lm.models import llama
 
     folder = tmp_path_factory.mktemp("served")
@@ -104,7 +104,7 @@ def server(folder: Path) -> Iterator[Server]:
     server.stop()
 
 
-DEADLY: list[dict[str, Any]] = [  # each stops mlx-lm's server for good
+DEADLY: list[dict[str, Any]] = [  # each ends mlx-lm's generation thread
     {"prompt": ""},
     {"prompt": ["a"]},
     {"prompt": []},
@@ -140,7 +140,7 @@ def test_a_request_that_would_stop_the_server_is_refused(
         b"",
     ],
 )
-def test_a_body_that_is_no_object_is_refused(content: bytes, server: Server) -> None:
+def test_a_body_other_than_an_object_is_refused(content: bytes, server: Server) -> None:
     status, answer = server.send(content, COMPLETIONS)
     assert status == 400
     assert isinstance(answer["error"], str)
@@ -148,7 +148,7 @@ def test_a_body_that_is_no_object_is_refused(content: bytes, server: Server) -> 
 
 
 @pytest.mark.parametrize(("length", "status"), [("-1", 400), ("9" * 30, 413)])
-def test_a_length_that_cannot_be_is_refused(
+def test_an_impossible_length_is_refused(
     length: str, status: int, server: Server
 ) -> None:
     headers = {"Content-Length": length}
@@ -183,7 +183,7 @@ def test_values_of_wrong_types_never_stop_the_server(server: Server) -> None:
     assert server.process.poll() is None
 
 
-def test_an_adapter_is_honoured_without_a_model__mlx_lm_1248(
+def test_an_adapter_is_used_without_a_model__mlx_lm_1248(
     server: Server, folder: Path
 ) -> None:
     plain = server.text()
@@ -201,7 +201,7 @@ def test_an_adapter_is_honoured_without_a_model__mlx_lm_1248(
 
 
 @pytest.mark.parametrize("model", [{}, {"model": "default_model"}])
-def test_an_adapter_that_is_not_there_is_an_error__mlx_lm_229(
+def test_a_missing_adapter_is_an_error__mlx_lm_229(
     model: dict[str, str], server: Server
 ) -> None:
     status, answer = server.ask({**GOOD, **model, "adapters": "no-such-folder"})
@@ -258,7 +258,7 @@ def test_the_process_ends_when_its_generation_thread_dies(folder: Path) -> None:
     assert last.startswith("Error: the generation thread died of RuntimeError: out of")
 
 
-def test_a_server_whose_model_is_missing_ends_with_one_line() -> None:
+def test_a_missing_model_is_a_one_line_error() -> None:
     process = Server("--model", "no/such/folder").process
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 1
@@ -275,13 +275,13 @@ def invoke(*args: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_an_adapter_root_that_is_missing_is_one_line() -> None:
+def test_a_missing_adapter_root_is_a_one_line_error() -> None:
     code, _, errors = invoke("--adapter-root", "no-such-folder")
     assert code == 1
     assert errors == "Error: --adapter-root no-such-folder is not a folder.\n"
 
 
-def test_a_port_in_use_is_one_line() -> None:
+def test_a_port_in_use_is_a_one_line_error() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

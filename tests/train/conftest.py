@@ -18,7 +18,7 @@ EXAMPLES = [
 def run(
     make_tiny_model: Callable[..., nn.Module], tmp_path: Path
 ) -> Callable[..., tuple[nn.Module, TrainReport]]:
-    """Train a tiny model: ``run("name", iters=3, rank=4, ...)``, settings mixed."""
+    """Train a tiny model: ``run("name", iters=3, rank=4, ...)``."""
 
     def call(
         name: str = "adapter",

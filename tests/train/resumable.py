@@ -1,8 +1,8 @@
-"""A training in a process of its own, to be killed.
+"""A training in its own process, which tests can kill.
 
-``python -m tests.train.resumable FOLDER JSON``: the JSON object holds fields of
-`TrainConfig`, and ``die``: the name of a moment inside a checkpoint's write and how
-often it must come before the process kills itself. ``largest_file`` is the size in
+Run ``python -m tests.train.resumable FOLDER JSON``. The JSON object holds fields of
+`TrainConfig` and two more. ``die`` names a moment in the writing of a checkpoint, and
+the occurrence at which the process kills itself. ``largest_file`` is the file size in
 bytes at which the system stops a write.
 """
 
@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def kill_at(moment: str, count: int) -> None:
-    """Make the `count`-th coming of a moment inside a write the last."""
+    """Kill the process at the `count`-th occurrence of a moment in a write."""
     seen = 0
 
     def dying(function: Callable[..., Any], *, after: bool) -> Callable[..., Any]:
@@ -85,7 +85,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     )
     mx.eval(model.parameters())
 
-    def tell(phase: str, _total: int, _new: int) -> None:
+    def announce(phase: str, _total: int, _new: int) -> None:
         if phase == "train":
             sys.stdout.write("step\n")
             sys.stdout.flush()
@@ -98,7 +98,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
         train=TrainConfig(**{**SETTINGS, **settings}),
         dora=DoRAConfig(rank=4, scale=2.0, num_layers=-1, dropout=0.2),
         adapter_path=folder,
-        progress=tell,
+        progress=announce,
     )
 
 

@@ -1,4 +1,4 @@
-"""Two processes of MLX's ring backend on this machine."""
+"""Starts processes of MLX's ring backend on this machine."""
 
 import json
 import os
@@ -13,28 +13,28 @@ ROOT = Path(__file__).parents[2]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports in a row that nothing listens on."""
+    """Consecutive ports that nothing listens on."""
     while True:
         with socket.socket() as first:
             first.bind(("127.0.0.1", 0))
             port = first.getsockname()[1]
             taken = []
             for other in range(port + 1, port + count):
-                with socket.socket() as one:
-                    if one.connect_ex(("127.0.0.1", other)) == 0:
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", other)) == 0:
                         taken.append(other)
         if not taken and port + count < 65_000:
             return list(range(port, port + count))
 
 
 def launch(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run ``mlx.launch -n 2 --backend ring -- python ARGUMENTS`` to its end."""
+    """Run ``mlx.launch -n 2 --backend ring -- python ARGUMENTS`` to completion."""
     command = [
         Path(sys.executable).parent / "mlx.launch",
         *("-n", "2", "--backend", "ring", "--starting-port", str(free_ports(2)[0])),
         *("--", sys.executable, *arguments),
     ]
-    reading, writing = os.pipe()  # mlx.launch reads its input as long as it runs
+    reading, writing = os.pipe()  # mlx.launch needs an open stdin while it runs
     try:
         return subprocess.run(
             command,
@@ -54,7 +54,7 @@ def launch(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
 def started(
     folder: Path, *commands: Sequence[str]
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start one process a command, as ``mlx.launch`` does, with a file in `folder`."""
+    """Start one process per command, as ``mlx.launch`` does; host file in `folder`."""
     hosts = folder / f"hosts-{len(list(folder.iterdir()))}.json"
     ports = free_ports(len(commands))
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))

@@ -1,4 +1,4 @@
-"""What a training left on disk."""
+"""Reads the files that a training has written."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,9 @@ def tensors(folder: Path) -> dict[str, mx.array]:
     return loaded
 
 
-def same_bits(one: dict[str, mx.array], two: dict[str, mx.array]) -> bool:
-    return one.keys() == two.keys() and all(
-        mx.array_equal(value, two[name]).item() for name, value in one.items()
+def same_bits(first: dict[str, mx.array], second: dict[str, mx.array]) -> bool:
+    return first.keys() == second.keys() and all(
+        mx.array_equal(value, second[name]).item() for name, value in first.items()
     )
 
 

@@ -1,4 +1,4 @@
-"""The loop beside mlx-lm's own, on its batches and with its loss."""
+"""The training loop matches mlx-lm's, on mlx-lm's batches and with its loss."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.train.conftest import EXAMPLES
 from tests.train.saved import tensors
 
 STEPS = 20
-# mlx-lm's own rule for what a rank-4 adapter of these looks like.
+# mlx-lm's settings for a rank-4 adapter of two projections.
 PARAMETERS = {
     "rank": 4,
     "scale": 2.0,
@@ -33,7 +33,7 @@ def host_batches(*_: Any, **__: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_losses_and_weights_are_those_of_mlx_lm(
+def test_losses_and_weights_equal_those_of_mlx_lm(
     run: Callable[..., Any],
     make_tiny_model: Callable[..., nn.Module],
     tmp_path: Path,
@@ -82,7 +82,7 @@ def test_losses_and_weights_are_those_of_mlx_lm(
         resume_adapter_file=str(start),
         options={"loss": trainer.default_loss, "batches": host_batches},
     )
-    ours = [one.train_loss for one in report.history]
+    ours = [entry.train_loss for entry in report.history]
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert ours[-1] < ours[0]
     expected = trainable_tensors(model)
@@ -91,6 +91,6 @@ def test_losses_and_weights_are_those_of_mlx_lm(
     for name, value in tensors(report.adapter_path).items():
         moved = to_numpy(expected[name]) - to_numpy(begun[name])
         assert np.abs(moved).max() > 0
-        # Adam divides by its own small numbers: rounding grows a little with it.
+        # Adam divides by small numbers, which amplifies rounding.
         bound = 1e-3 if optimizer == "adam" else 1e-4
         assert_close(value - begun[name], moved, bound=bound)

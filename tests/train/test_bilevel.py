@@ -25,7 +25,7 @@ SCALE, RATE = 2.0, 0.5
 
 
 def squares(model: Any, x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
-    """Mean loss and number of "targets"; rows of NaN are none."""
+    """Mean loss and number of "targets"; rows of NaN are not targets."""
     count = mx.isfinite(y[:, 0]).sum()
     errors = mx.where(mx.isfinite(y), model.layer(x) - y, 0.0)
     return mx.square(errors).sum() / mx.maximum(count, 1), count
@@ -38,11 +38,11 @@ def loss64(p: Params, data: Data, w: np.ndarray, norm: np.ndarray) -> float:
 
 
 def gradient64(p: Params, data: Data, w: np.ndarray) -> Params:
-    norm = row_norms(w + SCALE * update(p))  # a constant
+    norm = row_norms(w + SCALE * update(p))  # held constant
     return numeric_gradients(lambda q: loss64(q, data, w, norm), p)
 
 
-class One(nn.Module):
+class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         mx.random.seed(0)
@@ -62,7 +62,7 @@ def batch(data: Data) -> Any:
     return tuple(mx.array(value.astype(np.float32)) for value in data)
 
 
-def stepper_for(model: One, held_out: list[Data]) -> BilevelStepper:
+def stepper_for(model: Tiny, held_out: list[Data]) -> BilevelStepper:
     settings = TrainConfig(optimizer="sgd", learning_rate=RATE)
     optimizer = BilevelStepper.make_optimizer(settings)
     optimizer.init(model.trainable_parameters())
@@ -76,57 +76,57 @@ def stepper_for(model: One, held_out: list[Data]) -> BilevelStepper:
     )
 
 
-def flat(model: One) -> Params:
+def flat(model: Tiny) -> Params:
     return {name: to_numpy(model.layer[name]) for name in ("lora_a", "lora_b", "m")}
 
 
-def test_an_update_is_that_of_float64(data: list[Data]) -> None:
-    model = One()
+def test_an_update_equals_float64(data: list[Data]) -> None:
+    model = Tiny()
     w, start = to_numpy(model.layer.linear.weight), flat(model)
     rows, held_out = data
     stepper = stepper_for(model, [held_out])
     stepper.apply(stepper.gradient([batch(rows)]))
-    found = flat(model)
+    updated = flat(model)
 
     lower = gradient64(start, rows, w)
     new = {n: start[n] - RATE * lower[n] for n in ("lora_a", "lora_b")}
     for name, value in new.items():
-        assert_close(found[name], value, bound=3e-5)
+        assert_close(updated[name], value, bound=3e-5)
     there = {**new, "m": start["m"]}
     upper = gradient64(there, held_out, w)
     v = {n: upper[n] for n in new}
-    size = 0.01 / np.sqrt(sum(np.square(one).sum() for one in v.values()))
+    size = 0.01 / np.sqrt(sum(np.square(g).sum() for g in v.values()))
     sides = [
         gradient64({**{n: new[n] + s * v[n] for n in new}, "m": start["m"]}, rows, w)
         for s in (size, -size)
     ]
     second = (sides[0]["m"] - sides[1]["m"]) / (2 * size)
-    moved = (start["m"] - found["m"]) / RATE
+    moved = (start["m"] - updated["m"]) / RATE
     assert np.linalg.norm(RATE * second) > 0.05 * np.linalg.norm(upper["m"])
     assert_close(moved, upper["m"] - RATE * second, bound=1e-4)
 
 
-def test_batches_of_an_update_count_by_their_targets(data: list[Data]) -> None:
-    """Two batches of a window are one batch of both."""
+def test_batches_of_an_update_are_weighted_by_their_targets(data: list[Data]) -> None:
+    """A window of two batches equals a single batch of all rows."""
     few, many = (
         [[(x[:2], y[:2]), (x[2:], y[2:])] for x, y in data],
-        [[one] for one in data],
+        [[rows] for rows in data],
     )
     results = []
     for rows, held_out in (few, many):
-        model = One()
+        model = Tiny()
         stepper = stepper_for(model, held_out)
-        stepper.apply(stepper.gradient([batch(one) for one in rows]))
+        stepper.apply(stepper.gradient([batch(part) for part in rows]))
         results.append(flat(model))
     for name, value in results[0].items():
         assert_close(value, results[1][name], bound=1e-4)
 
 
-def test_a_bad_held_out_batch_leaves_the_magnitudes(
+def test_a_bad_held_out_batch_leaves_the_magnitudes_unchanged(
     data: list[Data], caplog: pytest.LogCaptureFixture
 ) -> None:
     for value in (np.nan, 1e30):  # no target; a loss that is not finite
-        model = One()
+        model = Tiny()
         before = flat(model)
         x, y = data[1]
         stepper = stepper_for(model, [(x, np.full_like(y, value))])
@@ -136,52 +136,49 @@ def test_a_bad_held_out_batch_leaves_the_magnitudes(
         assert np.array_equal(after["m"], before["m"])
         assert not np.array_equal(after["lora_b"], before["lora_b"])
         assert np.isfinite(after["lora_b"]).all()
-        assert "magnitudes stay: no finite gradient" in caplog.text
+        assert "magnitudes unchanged: no finite gradient" in caplog.text
         caplog.clear()
 
 
 def test_each_optimizer_keeps_its_own_moments() -> None:
-    model = One()
+    model = Tiny()
     optimizer = BilevelStepper.make_optimizer(TrainConfig(optimizer="adam"))
     assert isinstance(optimizer, optim.MultiOptimizer)
     optimizer.init(model.trainable_parameters())
-    magnitudes, others = (dict(tree_flatten(one.state)) for one in optimizer.optimizers)
+    magnitudes, others = (dict(tree_flatten(o.state)) for o in optimizer.optimizers)
     assert {n.split(".")[1] for n in magnitudes if n.startswith("layer")} == {"m"}
     assert {n.split(".")[1] for n in others if n.startswith("layer")} == {
         "lora_a",
         "lora_b",
     }
-    assert all(isinstance(one, optim.Adam) for one in optimizer.optimizers)
+    assert all(isinstance(o, optim.Adam) for o in optimizer.optimizers)
 
 
 def test_rows_are_split_by_the_seed() -> None:
     data = [([1, n, 2], 0) for n in range(50)]
     parts = [BilevelStepper.levels(data, TrainConfig(seed=seed)) for seed in (0, 0, 1)]
-    told = [
-        [
-            [one[0][1] for one in map(half.__getitem__, range(len(half)))]
-            for half in part
-        ]
+    rows = [
+        [[half[index][0][1] for index in range(len(half))] for half in part]
         for part in parts
     ]
-    assert told[0] == told[1] != told[2]
-    lower, upper = told[0]
+    assert rows[0] == rows[1] != rows[2]
+    lower, upper = rows[0]
     assert (len(lower), len(upper)) == (40, 10)
     assert sorted([*lower, *upper]) == list(range(50))
 
 
 def test_each_level_sees_its_own_rows(run: Run) -> None:
-    """Other held-out rows change m alone in a step, other rows at first A and B."""
+    """In one step, changed held-out rows change only m."""
     lower, upper = BilevelStepper.levels(EXAMPLES, TrainConfig(magnitude_share=0.4))
     held = [upper[index] for index in range(len(upper))]
     settings = {"variant": "bidora", "magnitude_share": 0.4, "iters": 1}
-    _, one = run("one", **settings)
+    _, plain = run("one", **settings)
     changed = [
         ([1, *range(40, 60), 2], 1) if example in held else example
         for example in EXAMPLES
     ]
-    _, two = run("two", **settings, data=changed)
-    ours, theirs = tensors(one.adapter_path), tensors(two.adapter_path)
+    _, other = run("two", **settings, data=changed)
+    ours, theirs = tensors(plain.adapter_path), tensors(other.adapter_path)
     same = {name for name in ours if mx.array_equal(ours[name], theirs[name])}
     assert same == {name for name in ours if not name.endswith(".m")}
     assert len(lower) == len(EXAMPLES) - len(held)
@@ -189,20 +186,20 @@ def test_each_level_sees_its_own_rows(run: Run) -> None:
         run("one", **{**settings, "iters": 2}, data=changed, resume=True)
 
 
-def test_batches_of_ones_own_are_made_for_each_level(run: Run) -> None:
-    told = []
+def test_custom_batches_are_made_for_each_level(run: Run) -> None:
+    sizes = []
 
     def make(data: Any, size: int, limit: int, *, seed: int, counts: Any) -> Any:
-        told.append(len(data))
+        sizes.append(len(data))
         yield from Schedule(data, size, limit, seed=seed, counts=counts).batches()
 
-    _, one = run("one", variant="bidora")
-    _, two = run("two", variant="bidora", options={"batches": make})
-    assert told == [10, 2]
-    assert same_bits(tensors(one.adapter_path), tensors(two.adapter_path))
+    _, plain = run("one", variant="bidora")
+    _, custom = run("two", variant="bidora", options={"batches": make})
+    assert sizes == [10, 2]
+    assert same_bits(tensors(plain.adapter_path), tensors(custom.adapter_path))
 
 
-def test_what_cannot_be_split_is_refused(run: Run, tmp_path: Any) -> None:
+def test_data_that_cannot_be_split_is_refused(run: Run, tmp_path: Any) -> None:
     for share in (0.0, 1.0, 1, "half"):
         with pytest.raises(
             DoRAError, match=r"magnitude_share must .*above 0 and below 1"

@@ -25,12 +25,12 @@ OURS = {
     "magnitude_share",
 }
 FEATURES = {"prompt_feature", "completion_feature", "chat_feature", "text_feature"}
-# The adapter's own settings are DoRAConfig's.
+# Settings of the adapter, which are in DoRAConfig.
 ELSEWHERE = {"num_layers", "lora_parameters", "config"}
 DIFFERENT = {"model", "train", "fine_tune_type", "optimizer_config"}
 
 
-def test_fields_are_mlx_lms_with_its_defaults() -> None:
+def test_fields_and_defaults_match_mlx_lm() -> None:
     from mlx_lm.lora import CONFIG_DEFAULTS
 
     ours = {field.name: field.default for field in fields(TrainConfig)}
@@ -53,7 +53,7 @@ def test_every_field_has_help() -> None:
         ({"train": False}, False),
     ],
 )
-def test_training_is_the_default_unless_only_a_test_is_asked_for(
+def test_training_is_the_default_unless_only_test_is_set(
     settings: dict[str, Any], trains: bool
 ) -> None:
     assert TrainConfig(**settings).trains == trains
@@ -83,9 +83,7 @@ def test_training_is_the_default_unless_only_a_test_is_asked_for(
         ({"hf_dataset": {"name": "x"}}, "hf_dataset needs a mapping with the key"),
     ],
 )
-def test_bad_values_are_told_in_one_line(
-    settings: dict[str, Any], message: str
-) -> None:
+def test_bad_values_are_one_line_errors(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DoRAError, match=message) as info:
         TrainConfig(**settings)
     assert "\n" not in str(info.value)

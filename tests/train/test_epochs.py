@@ -26,7 +26,7 @@ def test_an_epoch_trains_on_every_target_once(
         grad_accumulation_steps=accumulate,
     )
     assert report.trained_tokens == 3 * TARGETS
-    rows = 7 if packing else len(EXAMPLES)  # 190 tokens, and 4 of 22 share no row
+    rows = 7 if packing else len(EXAMPLES)  # 190 tokens; four of 22 cannot pair up
     assert report.steps == 3 * -(-rows // 5)
     summary = config(report.adapter_path)["mlx_dora"]["training"]
     assert (summary["iters"], summary["packing"]) == (report.steps, packing)
@@ -38,7 +38,7 @@ def test_packed_training_learns_like_unpacked(run: Callable[..., Any]) -> None:
     _, packed = run(
         "packed", iters=8, batch_size=4, packing=True, max_seq_length=64, **settings
     )
-    # One batch holds all the data either way: the same gradients, to rounding.
+    # A batch holds all the data in both runs, so gradients agree up to rounding.
     assert packed.trained_tokens == plain.trained_tokens
     assert packed.val_loss == pytest.approx(plain.val_loss, rel=1e-4)
     assert packed.val_loss < packed.first_val_loss
@@ -74,10 +74,10 @@ def test_validation_after_epochs(run: Callable[..., Any], packing: bool) -> None
     _, report = run(
         "all", epochs=5, epochs_per_eval=2, steps_per_eval=1, valid=EXAMPLES, **settings
     )
-    found = [one.step for one in report.history if one.val_loss is not None]
-    assert found == [0, *ends]
+    steps = [entry.step for entry in report.history if entry.val_loss is not None]
+    assert steps == [0, *ends]
 
 
-def test_epochs_of_batches_that_are_given_are_refused(run: Callable[..., Any]) -> None:
-    with pytest.raises(DoRAError, match="the training's own batches"):
+def test_epochs_of_custom_batches_are_refused(run: Callable[..., Any]) -> None:
+    with pytest.raises(DoRAError, match="cannot count custom batches: set iters"):
         run(epochs=2, options={"batches": lambda *_, **__: iter(())})

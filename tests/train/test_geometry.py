@@ -16,7 +16,7 @@ KEYS = ("self_attn.q_proj", "mlp.down_proj", "model.embed_tokens")
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
-def test_geometry_is_that_of_the_dense_weights(
+def test_geometry_equals_that_of_the_dense_weights(
     make_tiny_model: Callable[..., nn.Module], size: float
 ) -> None:
     model = make_tiny_model()
@@ -27,8 +27,8 @@ def test_geometry_is_that_of_the_dense_weights(
         layer.m = layer.m * (1 + 0.1 * mx.random.normal(layer.m.shape))
     m = layers[1].m
     layers[1].m = mx.where(mx.arange(m.size) % 3 == 0, -m, m)
-    found = measure_geometry(model)
-    assert len(found) == 5
+    geometry = measure_geometry(model)
+    assert len(geometry) == 5
     for path, layer in dora_layers(model):
         base = to_numpy(layer.base["weight"])
         a, b = (to_numpy(factor) for factor in layer.factors())
@@ -36,20 +36,24 @@ def test_geometry_is_that_of_the_dense_weights(
         norm = np.linalg.norm(direction, axis=1)
         length = np.linalg.norm(base, axis=1)
         cosine = np.sign(m) * (base * direction).sum(axis=1) / (norm * length)
-        one = found[path]
-        assert one.delta_m == pytest.approx(np.abs(np.abs(m) - length).mean(), rel=1e-4)
-        # Near 0 the norms' own rounding, 1e-7 of a length, is what is left.
-        assert one.delta_d == pytest.approx((1 - cosine).mean(), rel=2e-2, abs=1e-10)
-        assert one.gain_min == pytest.approx((m / norm).min(), rel=1e-5)
-        assert one.gain_max == pytest.approx((m / norm).max(), rel=1e-5)
-    values = list(found.values())
-    told = summarise(found)
+        measured = geometry[path]
+        assert measured.delta_m == pytest.approx(
+            np.abs(np.abs(m) - length).mean(), rel=1e-4
+        )
+        # Near 0 the rounding of the norms, 1e-7 of a length, dominates.
+        assert measured.delta_d == pytest.approx(
+            (1 - cosine).mean(), rel=2e-2, abs=1e-10
+        )
+        assert measured.gain_min == pytest.approx((m / norm).min(), rel=1e-5)
+        assert measured.gain_max == pytest.approx((m / norm).max(), rel=1e-5)
+    values = list(geometry.values())
+    summary = summarise(geometry)
     expected = np.corrcoef([v.delta_m for v in values], [v.delta_d for v in values])
-    assert told["correlation"] == pytest.approx(expected[0, 1])
-    assert told["gain_min"] == min(v.gain_min for v in values)
+    assert summary["correlation"] == pytest.approx(expected[0, 1])
+    assert summary["gain_min"] == min(v.gain_min for v in values)
 
 
-def test_nothing_has_moved_at_the_start_and_zero_rows_never(
+def test_nothing_moves_at_the_start_nor_do_zero_rows(
     make_tiny_model: Callable[..., nn.Module],
 ) -> None:
     model: Any = make_tiny_model()
@@ -58,24 +62,26 @@ def test_nothing_has_moved_at_the_start_and_zero_rows_never(
         mx.arange(weight.shape[0])[:, None] == 3, 0.0, weight
     )
     apply_dora(model, DoRAConfig(rank=4, num_layers=-1))
-    told = summarise(measure_geometry(model))
-    assert (told["delta_m"], told["delta_d"]) == (0, 0)
-    assert (told["gain_min"], told["gain_max"]) == (1, 1)
-    assert "correlation" not in told
+    summary = summarise(measure_geometry(model))
+    assert (summary["delta_m"], summary["delta_d"]) == (0, 0)
+    assert (summary["gain_min"], summary["gain_max"]) == (1, 1)
+    assert "correlation" not in summary
 
 
-def test_reports_carry_it_and_checkpoints_by_layer(run: Callable[..., Any]) -> None:
+def test_reports_hold_geometry_and_checkpoints_hold_it_by_layer(
+    run: Callable[..., Any],
+) -> None:
     model, report = run(iters=6, steps_per_report=2, save_every=3)
     lines = log(report.adapter_path)
     assert [line["step"] for line in lines] == [2, 3, 4, 6]
     assert ["layers" in line for line in lines] == [False, True, False, True]
     assert all(line["gain_min"] < 1 < line["gain_max"] for line in lines)
     assert lines[-1]["delta_d"] > lines[0]["delta_d"] > 0
-    found = measure_geometry(model)
-    assert lines[-1]["layers"].keys() == found.keys()
-    for path, one in found.items():
+    geometry = measure_geometry(model)
+    assert lines[-1]["layers"].keys() == geometry.keys()
+    for path, measured in geometry.items():
         kept = lines[-1]["layers"][path]
-        assert kept["delta_m"] == pytest.approx(one.delta_m, rel=1e-4)
-        assert kept["delta_d"] == pytest.approx(one.delta_d, rel=1e-2)
+        assert kept["delta_m"] == pytest.approx(measured.delta_m, rel=1e-4)
+        assert kept["delta_d"] == pytest.approx(measured.delta_d, rel=1e-2)
     _, plain = run("lora", iters=2, fine_tune_type="lora")
     assert "delta_m" not in log(plain.adapter_path)[-1]

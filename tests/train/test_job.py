@@ -28,7 +28,7 @@ def settings(tiny_model_folder: Path, tmp_path: Path) -> dict[str, object]:
     }
 
 
-def test_the_test_measures_the_trained_model(
+def test_the_test_evaluates_the_trained_model(
     settings: dict[str, object], tiny_model_folder: Path
 ) -> None:
     from mlx_dora import load
@@ -68,7 +68,7 @@ def test_the_base_is_recorded(settings: dict[str, object]) -> None:
     assert (base.fingerprint or "").startswith("sha256:")
 
 
-def test_bad_settings_are_told_before_the_model_is_looked_for(
+def test_bad_settings_are_refused_before_the_model_is_loaded(
     settings: dict[str, object],
 ) -> None:
     bad = {**settings, "model": "no/such/model", "data": "no/such/data"}
@@ -80,7 +80,7 @@ def test_bad_settings_are_told_before_the_model_is_looked_for(
         run_job(TrainConfig(**{**bad, "model": None}), DORA)  # pyright: ignore[reportArgumentType]
 
 
-def test_a_lost_process_is_told(
+def test_a_lost_process_is_an_error(
     settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Two:

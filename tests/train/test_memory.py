@@ -20,7 +20,7 @@ def test_the_cache_is_freed_past_the_threshold(monkeypatch: pytest.MonkeyPatch) 
     assert freed
 
 
-def test_the_wired_limit_is_raised_for_a_while_on_metal(
+def test_the_wired_limit_is_raised_temporarily_on_metal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     limits: list[int] = []

@@ -23,7 +23,7 @@ from mlx_dora.train.optimizers import (
         ("adafactor", optim.Adafactor),
     ],
 )
-def test_each_optimizer_is_mlx_s(name: Any, kind: type) -> None:
+def test_each_optimizer_is_from_mlx(name: Any, kind: type) -> None:
     optimizer = build_optimizer(TrainConfig(optimizer=name, learning_rate=0.5))
     assert type(optimizer) is kind
     assert float(optimizer.learning_rate) == 0.5
@@ -57,7 +57,7 @@ def test_settings_of_the_chosen_optimizer_are_used() -> None:
         {"name": "exponential_decay", "arguments": [0.1, 0.9], "warmup": 0},
     ],
 )
-def test_schedules_are_mlx_lm_s(settings: dict[str, Any]) -> None:
+def test_schedules_match_mlx_lm(settings: dict[str, Any]) -> None:
     from mlx_lm.tuner.utils import build_schedule as theirs
 
     ours, expected = build_schedule(settings), theirs(settings)
@@ -65,7 +65,7 @@ def test_schedules_are_mlx_lm_s(settings: dict[str, Any]) -> None:
         assert float(ours(mx.array(step))) == float(expected(mx.array(step)))
 
 
-def test_the_schedule_beats_the_learning_rate() -> None:
+def test_a_schedule_overrides_the_learning_rate() -> None:
     schedule = {"name": "linear_schedule", "arguments": [0.25, 0.1, 20]}
     config = TrainConfig(lr_schedule=schedule, learning_rate=9.0)
     assert float(build_optimizer(config).learning_rate) == 0.25
@@ -78,12 +78,12 @@ def test_the_schedule_beats_the_learning_rate() -> None:
         ({"name": "cosine_decay"}, "arguments must be a list of numbers, got None"),
         (
             {"name": "cosine_decay", "arguments": [1]},
-            r"cosine_decay\(init.* does not take \[1\]",
+            r"cosine_decay\(init.* does not accept \[1\]",
         ),
         ({"name": {"": []}, "arguments": [1]}, "name must be cosine_decay"),
         ({"name": "cosine_decay", "arguments": [1, 2**64]}, "a list of numbers"),
         ({"name": "cosine_decay", "arguments": [float("nan"), 2]}, "a list of numbers"),
-        ({"name": "cosine_decay", "arguments": [1, 0]}, "does not take|not finite"),
+        ({"name": "cosine_decay", "arguments": [1, 0]}, "does not accept|not finite"),
         ({"name": "step_decay", "arguments": [1e300, 1e300, 1]}, "not finite"),
         ({"name": "cosine_decay", "arguments": [1, 2], "warmpu": 3}, "unknown warmpu"),
         (
@@ -92,7 +92,7 @@ def test_the_schedule_beats_the_learning_rate() -> None:
         ),
     ],
 )
-def test_bad_schedules_are_told(settings: dict[str, Any], message: str) -> None:
+def test_bad_schedules_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DoRAError, match=message):
         build_schedule(settings)
 
@@ -101,7 +101,7 @@ def test_bad_schedules_are_told(settings: dict[str, Any], message: str) -> None:
     ("settings", "message"),
     [
         ({"adam": {"momentum": 1}}, "unknown momentum; known are betas"),
-        ({"adamx": {}}, "no optimizer adamx"),
+        ({"adamx": {}}, "no optimizer adamx; its keys must be among adam"),
         ({"adam": 5}, r"optimizer_config\.adam must be a mapping"),
         ({"adam": {"betas": "ab"}}, r"adam\.betas must be like \[0\.9, 0\.999\]"),
         ({"adam": {"betas": [0.9]}}, r"adam\.betas must be like"),
@@ -110,6 +110,6 @@ def test_bad_schedules_are_told(settings: dict[str, Any], message: str) -> None:
         ({"adam": {"bias_correction": 1}}, r"adam\.bias_correction must be like"),
     ],
 )
-def test_bad_settings_are_told(settings: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DoRAError, match=message):
         build_optimizer(TrainConfig(optimizer_config=settings))

@@ -1,4 +1,4 @@
-"""Signs of life between processes, here between sockets of one."""
+"""Heartbeats between processes, tested with sockets of a single process."""
 
 import socket
 import threading
@@ -13,15 +13,15 @@ from mlx_dora.train.peers import PeerWatch, peer_timeout
 @pytest.fixture
 def channels() -> Iterator[list[socket.socket]]:
     made = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3)]
-    for one in made:
-        one.bind(("127.0.0.1", 0))
+    for channel in made:
+        channel.bind(("127.0.0.1", 0))
     yield made
-    for one in made:
-        one.close()
+    for channel in made:
+        channel.close()
 
 
 class Ring:
-    """Watches of several ranks, and what each of them complains of."""
+    """Watches of several ranks, and the silent ranks that each reports."""
 
     def __init__(self, channels: list[socket.socket], seconds: float) -> None:
         self.complaints: list[tuple[int, int]] = []
@@ -30,7 +30,7 @@ class Ring:
             PeerWatch(
                 channel,
                 rank=rank,
-                addresses=[one.getsockname() for one in channels],
+                addresses=[other.getsockname() for other in channels],
                 token="t",
                 seconds=seconds,
                 on_silence=lambda silent, _, rank=rank: self._note(rank, silent),
@@ -46,13 +46,13 @@ class Ring:
 def test_a_silent_process_is_named(channels: list[socket.socket]) -> None:
     ring = Ring(channels, seconds=0.5)
     with ring.watches[0]:
-        # Rank 1 is heard once and stops; rank 2 was never heard of.
+        # Rank 1 sends once and stops; rank 2 never sends.
         channels[1].sendto(b'["t", 1, "alive"]', channels[0].getsockname())
         assert ring.complained.wait(30)
     assert ring.complaints == [(0, 1)]
 
 
-def test_a_process_that_says_it_has_ended_is_not_missed(
+def test_a_process_that_announces_its_end_is_not_missed(
     channels: list[socket.socket],
 ) -> None:
     ring = Ring(channels[:2], seconds=0.3)
@@ -62,7 +62,7 @@ def test_a_process_that_says_it_has_ended_is_not_missed(
         assert not ring.complained.wait(1)
 
 
-def test_words_of_others_are_not_heard(channels: list[socket.socket]) -> None:
+def test_invalid_messages_are_ignored(channels: list[socket.socket]) -> None:
     ring = Ring(channels[:2], seconds=0.3)
     with ring.watches[0]:
         for text in (

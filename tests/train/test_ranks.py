@@ -18,11 +18,11 @@ def holder(cost: int, *worth: float, room: int = 6) -> Holder:
 
 
 def ranks(holders: dict[str, Holder]) -> list[int]:
-    return [int(one.active.sum()) for one in holders.values()]
+    return [int(h.active.sum()) for h in holders.values()]
 
 
 def parameters(holders: dict[str, Holder]) -> int:
-    return sum(one.cost * int(one.active.sum()) for one in holders.values())
+    return sum(h.cost * int(h.active.sum()) for h in holders.values())
 
 
 def test_a_rank_goes_where_ranks_are_worth_most() -> None:
@@ -32,14 +32,14 @@ def test_a_rank_goes_where_ranks_are_worth_most() -> None:
     assert list(holders["b"].active[:3]) == [True, False, True]
 
 
-def test_like_layers_keep_their_ranks() -> None:
+def test_similar_layers_keep_their_ranks() -> None:
     holders = {"a": holder(10, 3, 2, 2.5), "b": holder(10, 2, 3, 1.5)}
     deal(holders)
     assert ranks(holders) == [3, 3]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_budget_holds_and_nobody_is_left_without(seed: int) -> None:
+def test_the_budget_holds_and_every_layer_keeps_a_rank(seed: int) -> None:
     rng = np.random.default_rng(seed)
     holders = {
         str(i): holder(int(rng.integers(5, 50)), *rng.lognormal(0, 3, 3))
@@ -53,7 +53,7 @@ def test_the_budget_holds_and_nobody_is_left_without(seed: int) -> None:
     assert len(set(ranks(holders))) > 1
 
 
-def test_only_what_is_taken_changes_the_model(
+def test_only_removed_ranks_change_the_model(
     make_tiny_model: Callable[..., nn.Module],
 ) -> None:
     model = make_tiny_model()
@@ -67,11 +67,11 @@ def test_only_what_is_taken_changes_the_model(
         layer.lora_b = mx.array(noise.astype(np.float32))
     before = {path: to_numpy(layer.factors()[1]) for path, layer in layers}
     gradient = tree_map(mx.ones_like, model.trainable_parameters())
-    found = reallocate(model, gradient)
-    assert len(set(found.values())) > 1
+    new_ranks = reallocate(model, gradient)
+    assert len(set(new_ranks.values())) > 1
     for path, layer in layers:
         active = np.array(layer["active"]) > 0
-        assert active.sum() == found[path]
-        expected = before[path] * active[:, None]  # what is new is zero
+        assert active.sum() == new_ranks[path]
+        expected = before[path] * active[:, None]  # new ranks are zero
         assert_close(layer.factors()[1], expected, bound=1e-7)
-        assert layer.export().lora_b.shape[0] == found[path]
+        assert layer.export().lora_b.shape[0] == new_ranks[path]

@@ -38,28 +38,28 @@ def gradients(model: nn.Module, seed: int = 0) -> tuple[mx.array, dict[str, mx.a
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_gradients_are_those_without_checkpointing(
+def test_gradients_equal_those_without_checkpointing(
     make_tiny_model: Callable[..., nn.Module], bits: int | None
 ) -> None:
     model = adapted(make_tiny_model, bits=bits)
     loss, expected = gradients(model)
     with recomputed_blocks(model):
-        again, found = gradients(model)
+        again, actual = gradients(model)
     assert_close(again, to_numpy(loss))
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
         assert_close(value, to_numpy(expected[name]), bound=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
-def test_blocks_called_with_positions_alone_and_with_experts(kind: str) -> None:
-    """mlx-lm calls a block with keywords in some models, without in others."""
+def test_blocks_called_without_keywords_and_with_experts(kind: str) -> None:
+    """Some mlx-lm models call a block with keywords, others without."""
     model = adapted(make_model, kind=kind)
     loss, expected = gradients(model)
     with recomputed_blocks(model):
-        again, found = gradients(model)
+        again, actual = gradients(model)
     assert_close(again, to_numpy(loss))
-    for name, value in found.items():
+    for name, value in actual.items():
         assert_close(value, to_numpy(expected[name]), bound=1e-5)
 
 
@@ -70,7 +70,7 @@ def test_gradients_fit_the_dropout_of_the_forward_pass(
     block = model.model.layers[0].mlp.up_proj
     start = block.lora_b
     direction = mx.random.normal(start.shape, key=mx.random.key(5))
-    block.hold_norm()  # a constant in the backward pass
+    block.hold_norm()  # held constant in the backward pass
     losses = []
     with recomputed_blocks(model):
         _, gradient = gradients(model)
@@ -94,7 +94,7 @@ def test_dropout_changes_from_step_to_step_and_repeats_with_the_seed(
     assert first != second
 
 
-def test_classes_are_untouched_and_everything_is_put_back(
+def test_classes_are_unchanged_and_blocks_are_restored(
     make_tiny_model: Callable[..., nn.Module],
 ) -> None:
     model, other = adapted(make_tiny_model, dropout=0.1), make_tiny_model()
@@ -114,7 +114,9 @@ def test_classes_are_untouched_and_everything_is_put_back(
     assert [name for name, _ in tree_flatten(model.parameters())] == names
 
 
-def test_it_costs_less_memory(make_tiny_model: Callable[..., nn.Module]) -> None:
+def test_recomputation_needs_less_memory(
+    make_tiny_model: Callable[..., nn.Module],
+) -> None:
     model = adapted(make_tiny_model, num_hidden_layers=8)
     batch = pad_batch([([i % 300 for i in range(256)], 0)] * 8, 2048)
 
@@ -129,7 +131,7 @@ def test_it_costs_less_memory(make_tiny_model: Callable[..., nn.Module]) -> None
         assert peak() < 0.6 * plain
 
 
-def test_a_block_more_costs_its_input_alone(
+def test_each_further_block_costs_only_its_input(
     make_tiny_model: Callable[..., nn.Module], run: Callable[..., Any]
 ) -> None:
     rows, length = 8, 65
@@ -145,11 +147,11 @@ def test_a_block_more_costs_its_input_alone(
             grad_checkpoint=True,
         )
         held = sum(value.nbytes for _, value in tree_flatten(model.parameters()))  # pyright: ignore[reportAttributeAccessIssue] - arrays
-        # With the two moments and the gradient of what is trained.
+        # 12 bytes per trained parameter: Adam's two moments and the gradient.
         return report.peak_memory_bytes - held - 12 * report.trainable_parameters
 
     stream = rows * (length - 1) * 64 * 4
-    assert peak(20) - peak(4) < 3 * 16 * stream  # with `mx.checkpoint` over 6
+    assert peak(20) - peak(4) < 3 * 16 * stream  # more than 6 with `mx.checkpoint`
 
 
 def test_a_model_without_blocks_is_refused() -> None:

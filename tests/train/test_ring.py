@@ -1,4 +1,4 @@
-"""Two processes train as one."""
+"""Training with two processes."""
 
 import json
 import signal
@@ -23,9 +23,9 @@ def resumable(folder: Path, **settings: Any) -> list[str]:
     return ["-m", "tests.train.resumable", str(folder), json.dumps(settings)]
 
 
-def both(work: Path, one: list[str], two: list[str]) -> list[tuple[int, str]]:
-    """Exit code and errors of two processes of one training."""
-    with ring.started(work, one, two) as processes:
+def both(work: Path, first: list[str], second: list[str]) -> list[tuple[int, str]]:
+    """Exit code and errors of two processes of a training."""
+    with ring.started(work, first, second) as processes:
         errors = [process.communicate(timeout=120)[1] for process in processes]
     return [
         (process.returncode, text)
@@ -51,12 +51,12 @@ def arguments(tiny_model_folder: Path, tmp_path: Path) -> list[str]:
         *(pytest.param(v, marks=pytest.mark.slow) for v in ("bidora", "doran-aux")),
     ],
 )
-def test_mlx_launch_trains_as_one_process_does(
+def test_mlx_launch_trains_like_a_single_process(
     arguments: list[str], tmp_path: Path, variant: str
 ) -> None:
     arguments = [*arguments, "--variant", variant]
     ring_folder, alone = tmp_path / "ring", tmp_path / "alone"
-    found = ring.launch([*arguments, "--adapter-path", str(ring_folder)])
+    launched = ring.launch([*arguments, "--adapter-path", str(ring_folder)])
     single = subprocess.run(
         [sys.executable, *arguments, "--adapter-path", str(alone)],
         cwd=ring.ROOT,
@@ -64,24 +64,24 @@ def test_mlx_launch_trains_as_one_process_does(
         text=True,
         check=True,
     )
-    assert "Next:" in found.stdout, found.stdout + found.stderr
+    assert "Next:" in launched.stdout, launched.stdout + launched.stderr
 
-    def told(text: str) -> list[str]:
+    def test_lines(text: str) -> list[str]:
         return [line for line in text.splitlines() if line.startswith("Test loss")]
 
-    assert told(found.stdout) == told(single.stdout)
-    assert len(told(found.stdout)) == 1  # the second process is silent
-    assert found.stderr.count("step 1/5") == 1
-    one, two = log(alone), log(ring_folder)
-    assert len(one) == len(two) == 7
-    for expected, line in zip(one, two, strict=True):
+    assert test_lines(launched.stdout) == test_lines(single.stdout)
+    assert len(test_lines(launched.stdout)) == 1  # the second process is silent
+    assert launched.stderr.count("step 1/5") == 1
+    expected_log, ring_log = log(alone), log(ring_folder)
+    assert len(expected_log) == len(ring_log) == 7
+    for expected, line in zip(expected_log, ring_log, strict=True):
         assert line.keys() == expected.keys()
         for name in {"train_loss", "val_loss", "delta_m", "delta_d"} & line.keys():
             assert line[name] == pytest.approx(expected[name], rel=1e-4), name
         assert line["trained_tokens"] == expected["trained_tokens"]
     wanted = tensors(alone)
     for name, value in tensors(ring_folder).items():
-        # Adam's first steps make rounding of gradients near 0 visible.
+        # Adam's first steps amplify the rounding of gradients near 0.
         assert_close(value, to_numpy(wanted[name]), bound=2e-4)
     assert {path.name for path in alone.iterdir()} == {
         path.name for path in ring_folder.iterdir()
@@ -94,7 +94,7 @@ def test_killed_processes_resume_bit_for_bit(tmp_path: Path) -> None:
         assert code == 0, errors
     with ring.started(tmp_path, *[resumable(folder)] * 2) as processes:
         assert processes[0].stdout is not None
-        for _ in range(5):  # of two batches each; saved at 4 and 8
+        for _ in range(5):  # updates of two batches; saved at batches 4 and 8
             assert processes[0].stdout.readline()
         for process in processes:
             process.send_signal(signal.SIGKILL)
@@ -117,59 +117,61 @@ def test_killed_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     assert "processes was 2, is 1" in process.stderr
 
 
-def test_what_fails_in_one_ends_all_with_one_line(
+def test_an_error_in_one_process_ends_all_with_one_line(
     arguments: list[str], tmp_path: Path
 ) -> None:
     there = [*arguments, "--adapter-path", str(tmp_path / "out")]
     other = [*there, "--data", str(tmp_path / "nowhere")]
-    (one, errors), (two, silence) = both(tmp_path, there, other)
-    assert (one, two, silence) == (1, 1, "")
+    (first, errors), (second, silence) = both(tmp_path, there, other)
+    assert (first, second, silence) == (1, 1, "")
     assert len(errors.splitlines()) == 1
     assert errors.startswith("Error: process 1: ")
     assert "nowhere does not exist" in errors
 
-    (one, errors), (two, silence) = both(tmp_path, there, [*there, "--iters", "7"])
-    assert (one, two, silence) == (1, 1, "")
+    (first, errors), (second, silence) = both(tmp_path, there, [*there, "--iters", "7"])
+    assert (first, second, silence) == (1, 1, "")
     assert "iters is 5 in process 0 and 7 here" in errors
 
-    # The folder counts where it is written to: at the first process.
+    # Only the first process, which writes the folder, checks it.
     (tmp_path / "file").touch()
     taken = [*arguments, "--adapter-path", str(tmp_path / "file")]
-    (one, errors), (two, silence) = both(tmp_path, taken, there)
-    assert (one, two, silence) == (1, 1, "")
+    (first, errors), (second, silence) = both(tmp_path, taken, there)
+    assert (first, second, silence) == (1, 1, "")
     assert errors.startswith("Error: adapter_path ")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stopped_process_ends_the_other_after_the_stated_time(
+def test_a_stopped_process_ends_the_other_after_the_timeout(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLX_DORA_PEER_TIMEOUT", "4")
     endless = [*arguments, "--adapter-path", str(tmp_path / "out"), "--iters", "100000"]
-    with ring.started(tmp_path, endless, endless) as (one, two):
-        assert one.stderr is not None
-        while not one.stderr.readline().startswith("step "):
-            assert one.poll() is None
-        two.send_signal(signal.SIGSTOP)
-        _, errors = one.communicate(timeout=60)
-        two.send_signal(signal.SIGCONT)
-    assert one.returncode == 1
+    with ring.started(tmp_path, endless, endless) as (first, second):
+        assert first.stderr is not None
+        while not first.stderr.readline().startswith("step "):
+            assert first.poll() is None
+        second.send_signal(signal.SIGSTOP)
+        _, errors = first.communicate(timeout=60)
+        second.send_signal(signal.SIGCONT)
+    assert first.returncode == 1
     last = errors.splitlines()[-1]
     assert "process 1 of this training has given no sign of life for 4 seconds" in last
     assert "--resume" in last
 
 
-def test_ctrl_c_in_one_ends_all_and_saves(arguments: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_in_one_process_ends_all_and_saves(
+    arguments: list[str], tmp_path: Path
+) -> None:
     folder = tmp_path / "out"
     endless = [*arguments, "--adapter-path", str(folder), "--iters", "100000"]
-    with ring.started(tmp_path, endless, endless) as (one, two):
-        assert one.stderr is not None
-        while not one.stderr.readline().startswith("step "):
-            assert one.poll() is None
-        two.send_signal(signal.SIGINT)
-        _, errors = one.communicate(timeout=60)
-        _, silence = two.communicate(timeout=60)
-    assert (one.returncode, two.returncode) == (130, 130)
+    with ring.started(tmp_path, endless, endless) as (first, second):
+        assert first.stderr is not None
+        while not first.stderr.readline().startswith("step "):
+            assert first.poll() is None
+        second.send_signal(signal.SIGINT)
+        _, errors = first.communicate(timeout=60)
+        _, silence = second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (130, 130)
     assert "stopped after step" in errors
     assert not [line for line in silence.splitlines() if not line.startswith("[ring]")]
     assert (folder / "adapters.safetensors").exists()

@@ -18,7 +18,7 @@ def test_services_and_callback_both_get_every_report(
     started: dict[str, Any] = {}
     fake = types.ModuleType("wandb")
     fake.init = lambda **settings: started.update(settings)  # pyright: ignore[reportAttributeAccessIssue]
-    fake.log = lambda told, step: logged.append((step, told))  # pyright: ignore[reportAttributeAccessIssue]
+    fake.log = lambda values, step: logged.append((step, values))  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(callbacks, "wandb", fake)
     monkeypatch.setattr(services_module, "find_spec", lambda name: object())
@@ -39,29 +39,29 @@ def test_services_and_callback_both_get_every_report(
     assert started["config"]["learning_rate"] == 1e-2
 
 
-def test_callback_object_of_mlx_lms_is_called_as_mlx_lm_calls_it(
+def test_an_mlx_lm_callback_is_called_as_mlx_lm_calls_it(
     run: Callable[..., tuple[Any, TrainReport]],
 ) -> None:
     from mlx_lm.tuner.callbacks import TrainingCallback
 
     class Recorder(TrainingCallback):
         def __init__(self) -> None:
-            self.told: list[tuple[str, dict[str, Any]]] = []
+            self.calls: list[tuple[str, dict[str, Any]]] = []
 
         def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-            self.told.append(("train", train_info))
+            self.calls.append(("train", train_info))
 
         def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
-            self.told.append(("val", val_info))
+            self.calls.append(("val", val_info))
 
     recorder = Recorder()
     _, report = run(
         valid=[([1, 2, 3], 0)], iters=4, steps_per_report=2, callback=recorder
     )
-    assert [(kind, told["iteration"]) for kind, told in recorder.told] == [
+    assert [(kind, info["iteration"]) for kind, info in recorder.calls] == [
         ("val", 0), ("train", 2), ("train", 4), ("val", 4)
     ]  # fmt: skip
-    first, second = recorder.told[0][1], recorder.told[1][1]
+    first, second = recorder.calls[0][1], recorder.calls[1][1]
     # The keys of mlx_lm.tuner.trainer.train.
     assert first.keys() >= {"iteration", "val_loss", "val_time"}
     assert second.keys() == {
@@ -73,7 +73,7 @@ def test_callback_object_of_mlx_lms_is_called_as_mlx_lm_calls_it(
     assert second["train_loss"] == report.history[1].train_loss
 
 
-def test_callback_that_cannot_be_called_is_a_mistake(
+def test_a_callback_that_cannot_be_called_is_refused(
     run: Callable[..., tuple[Any, TrainReport]],
 ) -> None:
     with pytest.raises(TypeError, match="must be a function of a StepReport, or have"):

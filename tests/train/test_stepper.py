@@ -10,7 +10,7 @@ from tests.train.saved import tensors
 Run = Callable[..., Any]
 
 
-def test_long_gradients_are_cut_to_the_norm(run: Run) -> None:
+def test_large_gradients_are_clipped_to_the_norm(run: Run) -> None:
     settings = {"iters": 1, "optimizer": "sgd", "learning_rate": 1.0}
     moved = {}
     for limit in (None, 1e-3):
@@ -20,18 +20,18 @@ def test_long_gradients_are_cut_to_the_norm(run: Run) -> None:
         before = tensors(start.adapter_path)
         after = tensors(report.adapter_path)
         moved[limit] = {n: to_numpy(after[n]) - to_numpy(before[n]) for n in after}
-    length = np.sqrt(sum(np.square(one).sum() for one in moved[1e-3].values()))
+    length = np.sqrt(sum(np.square(d).sum() for d in moved[1e-3].values()))
     assert length == pytest.approx(1e-3, rel=1e-3)
-    whole = np.sqrt(sum(np.square(one).sum() for one in moved[None].values()))
+    whole = np.sqrt(sum(np.square(d).sum() for d in moved[None].values()))
     for name, value in moved[1e-3].items():
         assert np.abs(value * whole / 1e-3 - moved[None][name]).max() < 1e-3 * whole
 
 
-def test_lora_plus_stretches_the_steps_of_b_alone(run: Run) -> None:
+def test_lora_plus_scales_only_the_steps_of_b(run: Run) -> None:
     settings = {"iters": 1, "optimizer": "adam", "learning_rate": 1e-3}
     _, plain = run("plain", **settings)
     _, plus = run("plus", lora_plus_ratio=16.0, **settings)
-    ones, others = tensors(plain.adapter_path), tensors(plus.adapter_path)
-    for name, value in ones.items():
+    expected, actual = tensors(plain.adapter_path), tensors(plus.adapter_path)
+    for name, value in expected.items():
         factor = 16.0 if name.endswith("lora_b") else 1.0  # B starts at 0
-        assert_close(others[name], factor * to_numpy(value), bound=1e-6)
+        assert_close(actual[name], factor * to_numpy(value), bound=1e-6)

@@ -1,4 +1,4 @@
-"""Variants trained, stopped, resumed, saved and loaded."""
+"""Training, resuming, saving and loading of variants."""
 
 import json
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def test_the_saved_adapter_is_the_trained_model(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_stock_mlx_lm_loads_what_was_saved(
+def test_mlx_lm_loads_the_saved_adapter(
     run: Run, make_tiny_model: Callable[..., nn.Module], way: str
 ) -> None:
     from mlx_lm.tuner.utils import load_adapters
@@ -99,7 +99,7 @@ def test_stock_mlx_lm_loads_what_was_saved(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_resumed_run_is_the_whole_run(run: Run, way: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(run: Run, way: str) -> None:
     common = {
         **settings(way),
         "save_every": 2,
@@ -112,22 +112,24 @@ def test_a_resumed_run_is_the_whole_run(run: Run, way: str) -> None:
     _, whole = run("whole", **common, iters=8)
     _, part = run("part", **common, iters=4)
     _, again = run("part", **common, iters=8, resume=True)
-    one, two = whole.adapter_path, again.adapter_path
-    assert same_bits(tensors(one), tensors(two))
-    assert same_bits(tensors(one / "best"), tensors(two / "best"))
-    states = [newest_checkpoint(path, multiple_of=2) for path in (one, two)]
+    first, second = whole.adapter_path, again.adapter_path
+    assert same_bits(tensors(first), tensors(second))
+    assert same_bits(tensors(first / "best"), tensors(second / "best"))
+    states = [newest_checkpoint(path, multiple_of=2) for path in (first, second)]
     assert states[0] is not None
     assert states[1] is not None
     assert same_bits(states[0].weights, states[1].weights)
     assert same_bits(states[0].optimizer, states[1].optimizer)
-    losses = [[line.get("train_loss") for line in log(path)] for path in (one, two)]
+    losses = [
+        [line.get("train_loss") for line in log(path)] for path in (first, second)
+    ]
     assert losses[0] == losses[1]
     assert part.steps == 4
     with pytest.raises(DoRAError, match=r"adapter\.(variant|init|magnitude_keys) was"):
         run("part", iters=8, resume=True)
 
 
-def test_gradient_checkpointing_changes_no_variant(run: Run) -> None:
+def test_gradient_checkpointing_does_not_change_variants(run: Run) -> None:
     for way in ("bidora", "doran", "doran-aux", "edora", "pissa"):
         _, plain = run(f"{way}-plain", **WAYS[way])
         _, saving = run(f"{way}-saving", **WAYS[way], grad_checkpoint=True)
@@ -136,19 +138,19 @@ def test_gradient_checkpointing_changes_no_variant(run: Run) -> None:
             assert_close(other, to_numpy(value), bound=1e-5)
 
 
-def test_what_a_block_shares_is_held_once(run: Run) -> None:
+def test_shared_projections_of_a_block_are_stored_once(run: Run) -> None:
     model, report = run(**WAYS["doran-aux"], iters=2, save_every=2)
-    found = newest_checkpoint(report.adapter_path, multiple_of=1)
-    assert found is not None
-    shared = {n: v.shape for n, v in found.weights.items() if ".first." in n}
+    checkpoint = newest_checkpoint(report.adapter_path, multiple_of=1)
+    assert checkpoint is not None
+    shared = {n: v.shape for n, v in checkpoint.weights.items() if ".first." in n}
     at = "model.layers.{}.mlp.down_proj.first.{}"  # the first in natural order
     assert shared == {
         **{at.format(block, "a"): (8, 4) for block in (0, 1)},
         **{at.format(block, "b"): (4, 8) for block in (0, 1)},
     }
-    moments = [name for name in found.optimizer if ".first." in name]
+    moments = [name for name in checkpoint.optimizer if ".first." in name]
     assert len(moments) == 2 * len(shared)
-    weights = {n: v for n, v in found.weights.items() if n.startswith("model")}
+    weights = {n: v for n, v in checkpoint.weights.items() if n.startswith("model")}
     assert report.trainable_parameters == sum(v.size for v in weights.values())
     assert not [n for n, _ in tree_flatten(model.parameters()) if ".first." in n]
 
@@ -190,7 +192,7 @@ def test_a_model_starts_as_its_base(
     ours = {field.name for field in fields(DoRAConfig)}
     kept = {name: value for name, value in WAYS[way].items() if name in ours}
     apply_dora(model, DoRAConfig(**{"rank": 4, "num_layers": -1, **kept}))
-    if way == "pissa":  # A and B cancel A0 and B0 but for rounding
+    if way == "pissa":  # A and B cancel A0 and B0 up to rounding
         assert_close(model(TOKENS), to_numpy(base), bound=1e-4)
     else:
         assert mx.array_equal(model(TOKENS), base)
@@ -215,7 +217,7 @@ def test_a_variant_in_memory_is_fused_disabled_and_removed(
     assert mx.array_equal(model(TOKENS), base)
 
 
-def test_magnitude_keys_train_nothing_else(
+def test_magnitude_keys_train_only_magnitudes(
     make_tiny_model: Callable[..., nn.Module],
 ) -> None:
     model = make_tiny_model()
@@ -226,7 +228,7 @@ def test_magnitude_keys_train_nothing_else(
     assert sum(n.endswith(".lora_a") for n in names) == 6
 
 
-def test_settings_that_make_no_sense_are_refused(
+def test_inconsistent_settings_are_refused(
     run: Run, make_tiny_model: Callable[..., nn.Module], tmp_path: Path
 ) -> None:
     for way in WAYS:
@@ -240,10 +242,10 @@ def test_settings_that_make_no_sense_are_refused(
         run(magnitude_keys=["mlp.upproj"])
     model = make_tiny_model()
     apply_dora(model, DoRAConfig(rank=4, scale=2.0, num_layers=-1))
-    with pytest.raises(DoRAError, match="is a DoRALinear, the config means a MAPLin"):
+    with pytest.raises(DoRAError, match="is a DoRALinear, the config asks for a MAPL"):
         run(model=model, variant="map")
     for settings in ({"variant": "magnitude"}, {"variant": "edora"}):
-        with pytest.raises(DoRAError, match="nothing called lora_b is trained"):
+        with pytest.raises(DoRAError, match="no parameter named lora_b is trained"):
             run(**settings, lora_plus_ratio=4.0)
     model = make_tiny_model()
     apply_dora(model, DoRAConfig(variant="doran-aux", rank=4, scale=2.0, num_layers=-1))
@@ -254,7 +256,7 @@ def test_settings_that_make_no_sense_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_of_another_parametrisation_is_refused(run: Run) -> None:
+def test_a_file_of_another_variant_is_refused(run: Run) -> None:
     _, report = run(iters=1)
     path = report.adapter_path / "adapter_config.json"
     content = json.loads(path.read_text())

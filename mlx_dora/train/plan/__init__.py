@@ -1,1 +1,1 @@
-"""How much memory a training needs, calculated before any weight is read."""
+"""Predicts the memory of a training without reading weights."""

@@ -1,4 +1,4 @@
-"""What a training will need of memory, before any weight is read."""
+"""Predicts the memory of a training from the shapes of the model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,12 +12,12 @@ from mlx_dora.evaluate.cross_entropy import chunk_size
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
 
-# Arrays of chunk's size, or of a block's width, that MLX has in flight at a time: it
-# allocates ahead of what is computed, by ten tasks. See docs/memory.md.
+# Number of arrays of a chunk's size, or of a block's width, that exist at a time: MLX
+# allocates up to ten tasks ahead of the computation. See docs/memory.md.
 _IN_FLIGHT = 10
 _BLOCK_IN_FLIGHT = 8
 _RECOMPUTED_IN_FLIGHT = 12
-# Scores of one block in its backward pass besides those it kept.
+# Score arrays in flight in a block's backward pass, besides those it kept.
 _SCORES_IN_FLIGHT = 2
 # Copies of the trained parameters that an optimizer keeps.
 _OPTIMIZER_COPIES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 1}
@@ -25,25 +25,28 @@ _OPTIMIZER_COPIES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of a training step at its peak, calculated.
+    """Predicted peak memory of a training step, in bytes.
 
     Args:
-        batch_size: Rows in a batch.
-        length: Tokens in a row.
+        batch_size: Rows per batch.
+        length: Tokens per row.
         grad_checkpoint: Whether blocks are recomputed.
-        weights: The model as stored.
-        adapter: What is trained, in float32 (a part of the weights in full training).
-        optimizer: Its state.
-        gradients: Of what is trained.
-        activations: Kept for the backward pass, scores apart, and in flight there.
-        scores: Of the attention, kept and in flight. MLX materialises them in training
-            on every device; Apple's fused attention serves validation alone.
-        logits: Of the chunks in flight.
-        peak: Of the whole: activations and logits do not peak together.
-        limit: What MLX may use on this machine.
-        longest: Tokens a row that would fit at this batch size; 0 for none.
-        largest_batch: Rows that would fit at this length; 0 for none.
-        advice: Flags that would make it fit, the least costly first.
+        weights: Bytes of the model as stored.
+        adapter: Bytes of the trained parameters, in float32 (in full training, a part
+            of the weights).
+        optimizer: Bytes of the optimizer's state.
+        gradients: Bytes of the gradients.
+        activations: Bytes of activations kept for the backward pass or in flight there,
+            without attention scores.
+        scores: Bytes of attention scores, kept and in flight. In training MLX
+            materializes them on every device; Apple's fused attention runs only in
+            validation.
+        logits: Bytes of the chunks of logits in flight.
+        peak: Predicted peak. Activations and logits do not peak together.
+        limit: Bytes that MLX may use on this machine.
+        longest: Longest rows that fit at this batch size, in tokens; 0 for none.
+        largest_batch: Largest batch that fits at this length, in rows; 0 for none.
+        advice: Flags that would make the training fit, least costly first.
     """
 
     batch_size: int
@@ -71,26 +74,26 @@ class MemoryPlan:
 def plan_memory(
     train: TrainConfig, dora: DoRAConfig, *, limit: int | None = None
 ) -> MemoryPlan:
-    """Calculate the peak memory of a training whose rows all have the maximum length.
+    """Predict the peak memory of a training whose rows all have the maximum length.
 
-    From the config and the headers of the model's files alone.
+    Reads only the config and the headers of the model's files.
 
     Args:
-        train: Names the model; batch size, maximum length, optimizer, accumulation and
-            checkpointing count.
-        dora: Which modules are adapted, at which rank.
-        limit: Bytes to fit into; by default this machine's.
+        train: Settings of the training. Model, batch size, maximum length, optimizer,
+            accumulation and checkpointing matter.
+        dora: Settings of the adapter.
+        limit: Bytes to fit into; default: this machine's limit.
 
     Raises:
-        DoRAError: If there is no such model, its blocks are not of attention and one
-            dense MLP, or `dora` does not fit it.
+        DoRAError: If the model does not exist, has blocks other than attention and an
+            MLP, or does not match `dora`.
     """
     if train.model is None:
         raise DoRAError("model is not given: name a folder or a Hugging Face id.")
     if not dora.is_plain:
         raise DoRAError(
-            "no memory plan for variants, init pissa or magnitude_keys: planned are "
-            "DoRA, LoRA and full fine-tuning."
+            "no memory plan for variants, init pissa or magnitude_keys: only DoRA, "
+            "LoRA and full fine-tuning have one."
         )
     shapes = read_shapes(Path(train.model), dora, train.fine_tune_type)
     limit = memory_limit() if limit is None else limit
@@ -99,18 +102,18 @@ def plan_memory(
 
 
 def memory_limit() -> int:
-    """Bytes to stay within here: an Apple GPU's working set, else MLX's limit."""
+    """Memory limit of this machine: an Apple GPU's working set, or MLX's limit."""
     info = mx.device_info()
-    found = info.get("max_recommended_working_set_size") or info.get("memory_size")
-    return min(int(found), mx.get_memory_limit()) if found else mx.get_memory_limit()
+    size = info.get("max_recommended_working_set_size") or info.get("memory_size")
+    return min(int(size), mx.get_memory_limit()) if size else mx.get_memory_limit()
 
 
 def predict(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan:
-    """The plan of a model's training, without advice."""
+    """Make the plan of a training, without advice."""
 
     def fitting(change: Callable[[int], TrainConfig], most: int) -> int:
         least = 0
-        while least < most:  # the greatest that fits
+        while least < most:  # binary search for the largest that fits
             middle = (least + most + 1) // 2
             if _peak(shapes, change(middle), limit).peak <= limit:
                 least = middle
@@ -128,13 +131,13 @@ def _peak(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan:
     length = train.max_seq_length
     tokens = train.batch_size * (length - 1)
     size = shapes.element_bytes
-    # 1. What is there all the time.
+    # 1. Held throughout the step.
     is_full = train.fine_tune_type == "full"
     trained = shapes.trainable * (size if is_full else 4)
     optimizer = trained * _OPTIMIZER_COPIES[train.optimizer]
     gradients = trained + 4 * shapes.trainable * (train.grad_accumulation_steps > 1)
     always = shapes.weight_bytes + (0 if is_full else trained) + optimizer + gradients
-    # 2. What the forward pass keeps.
+    # 2. Kept by the forward pass.
     score = train.batch_size * shapes.heads * (length - 1) ** 2 * size
     stream = tokens * shapes.hidden * size
     block = tokens * max(shapes.block_elements, default=0) * size
@@ -147,7 +150,7 @@ def _peak(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan:
     else:
         kept, kept_scores = tokens * sum(shapes.block_elements) * size, count
         working, working_scores = _BLOCK_IN_FLIGHT * widest, _SCORES_IN_FLIGHT
-    # 3. Either the head is at work, or a block's backward pass.
+    # 3. In flight: in the head, or in a block's backward pass.
     chunk = min(tokens, chunk_size(shapes.vocabulary))
     chunks = min(_IN_FLIGHT, 3 * -(-tokens // chunk))
     wide = 4 if mx.default_device() == mx.cpu else size
@@ -172,7 +175,7 @@ def _peak(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan:
 
 
 def _advise(shapes: ModelShapes, train: TrainConfig, limit: int) -> tuple[str, ...]:
-    """Flags that make it fit: alone if one does, else added up."""
+    """Flags that make the training fit, added one by one until it does."""
     advice = []
     if not train.grad_checkpoint:
         train = replace(train, grad_checkpoint=True)
@@ -190,7 +193,7 @@ def _advise(shapes: ModelShapes, train: TrainConfig, limit: int) -> tuple[str, .
     if not plan.fits:
         if plan.longest < 8:
             return (
-                "a smaller or quantised model: this one does not fit at any length",
+                "a smaller or quantized model: this model does not fit at any length",
             )
         advice.append(f"--max-seq-length {plan.longest}")
     return tuple(advice)

@@ -1,4 +1,4 @@
-"""A model's shapes from its config and the headers of its files, no weight read."""
+"""Reads a model's shapes from its config and file headers, without weights."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from mlx_dora.io.foreign import foreign
 from mlx_dora.layers import DoRAEmbedding, dora_class
 from mlx_dora.train.config import FineTuneType
 
-# How many experts a token goes to.
+# Config keys for the number of experts per token.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
 # Projections that read the same input.
 _SHARED_INPUT = {
@@ -27,27 +27,27 @@ _SHARED_INPUT = {
     "up_proj": "gate_proj",
     "expert up_proj": "expert gate_proj",
 }
-# Those whose output the block needs in the backward pass whether adapted or not.
+# Projections whose output every block keeps for the backward pass, adapted or not.
 _KEPT_ANYWAY = ("v_proj", "gate_proj", "up_proj")
-# Arrays of an expert's width that its DoRA layer keeps.
+# Number of arrays of an expert's width that its DoRA layer keeps.
 _RESCALED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShapes:
-    """What the memory of a training depends on.
+    """Sizes that determine the memory of a training.
 
     Args:
-        name: The architecture.
-        weight_bytes: Of all tensors.
-        element_bytes: Of one activation.
-        vocabulary: Tokens.
+        name: Architecture of the model.
+        weight_bytes: Bytes of all tensors.
+        element_bytes: Bytes per element of an activation.
+        vocabulary: Number of tokens in the vocabulary.
         hidden: Width of the residual stream.
-        heads: Query heads.
-        block_width: Numbers a token of the widest activation in a block's MLP.
-        block_elements: Per trained block, numbers a token that it keeps for the
-            backward pass, the attention's scores apart.
-        trainable: Numbers that are trained.
+        heads: Number of query heads.
+        block_width: Elements per token of the widest activation in a block's MLP.
+        block_elements: For each trained block, elements per token that it keeps for the
+            backward pass, without attention scores.
+        trainable: Number of trainable parameters.
     """
 
     name: str
@@ -64,16 +64,16 @@ class ModelShapes:
 def read_shapes(
     model: str | Path, dora: DoRAConfig, fine_tune_type: FineTuneType
 ) -> ModelShapes:
-    """Read the shapes of a model that is to be trained.
+    """Read the shapes of a model to be trained.
 
     Args:
         model: Folder or Hugging Face id of the model.
-        dora: Which modules are adapted.
-        fine_tune_type: How they are trained.
+        dora: Settings of the adapter.
+        fine_tune_type: Kind of the training.
 
     Raises:
-        DoRAError: If the model's blocks are not made of attention and an MLP, dense or
-            of experts, or `dora` does not fit the model.
+        DoRAError: If the model's blocks are not attention and an MLP (dense or of
+            experts), or `dora` does not match the model.
     """
     from mlx_lm.utils import _get_classes, load_config
 
@@ -90,15 +90,15 @@ def read_shapes(
         raise _unplanned(config, "its attention is latent (kv_lora_rank)")
     with foreign(folder):
         kind, arguments = _get_classes(config)
-        # MLX makes arrays when they are needed.
+        # MLX is lazy: this allocates no weights.
         empty = kind(arguments.from_dict(config))
     checkpoint = Checkpoint(folder)
     infos = [checkpoint.info(name) for name in checkpoint.names]
-    # The norms' weights have the dtype of the activations, on a packed base too.
+    # The norms' weights have the dtype of the activations, even on a quantized base.
     norm = next(i for n, i in zip(checkpoint.names, infos, strict=True) if "norm" in n)
     mlps = _mlps(empty, config, text)
-    if fine_tune_type == "full" and any(one.chosen for one in mlps.values()):
-        raise _unplanned(config, "experts are planned with adapters alone")
+    if fine_tune_type == "full" and any(mlp.chosen for mlp in mlps.values()):
+        raise _unplanned(config, "experts are planned with adapters only")
     kept, trainable = _kept(empty, text, mlps, dora, fine_tune_type)
     return ModelShapes(
         name=str(config.get("model_type")),
@@ -107,7 +107,7 @@ def read_shapes(
         vocabulary=text["vocab_size"],
         hidden=text["hidden_size"],
         heads=text["num_attention_heads"],
-        block_width=max(one.width for one in mlps.values()),
+        block_width=max(mlp.width for mlp in mlps.values()),
         block_elements=tuple(kept),
         trainable=trainable,
     )
@@ -115,56 +115,57 @@ def read_shapes(
 
 def _unplanned(config: dict[str, Any], reason: str) -> DoRAError:
     return DoRAError(
-        f"no memory plan for {config.get('model_type')}: {reason}; planned are models "
-        "of attention and an MLP a block, dense or of experts (mlx-lm's SwitchGLU)."
+        f"no memory plan for {config.get('model_type')}: {reason}; only models "
+        "whose blocks are attention and an MLP, dense or of experts (mlx-lm's "
+        "SwitchGLU), have a plan."
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _MLP:
-    """A block's MLP: numbers a token of its hidden layer, of all experts it goes to."""
+    """A block's MLP: elements per token of its hidden layer and widest array."""
 
     hidden: int
     width: int
-    chosen: int = 0  # experts a token goes to; 0 in a dense block
-    mixed: int = 0  # outputs of the experts before they are weighed and added
+    chosen: int = 0  # experts per token; 0 in a dense block
+    mixed: int = 0  # elements per token of the unsummed outputs of the experts
 
 
 def _mlps(
     model: nn.Module, config: dict[str, Any], text: dict[str, Any]
 ) -> dict[str, _MLP]:
     """The MLP of each block, by the block's path."""
-    found = {}
+    mlps = {}
     dense = text["intermediate_size"]
     for name, block in blocks(model):
-        modules = [(path, one) for path, one in block.named_modules() if path]
-        stacks = [path for path, one in modules if _is_stack(one)]
+        modules = [(path, m) for path, m in block.named_modules() if path]
+        stacks = [path for path, m in modules if _is_stack(m)]
         if not stacks:
-            found[name] = _MLP(hidden=dense, width=dense)
+            mlps[name] = _MLP(hidden=dense, width=dense)
             continue
         homes = {path.rpartition(".")[0] for path in stacks}
-        kinds = {type(one).__name__ for path, one in modules if path in homes}
+        kinds = {type(m).__name__ for path, m in modules if path in homes}
         chosen = next((text[key] for key in _CHOSEN if text.get(key)), 0)
         if kinds != {"SwitchGLU"} or len(homes) > 1 or not chosen:
-            told = f"{name} has {', '.join(stacks)}"
-            raise _unplanned(
-                config, told if chosen else f"none of {', '.join(_CHOSEN)}"
-            )
+            reason = f"{name} has {', '.join(stacks)}"
+            if not chosen:
+                reason = f"its config has none of {', '.join(_CHOSEN)}"
+            raise _unplanned(config, reason)
         (home,) = homes
         _, out, width = dict(modules)[f"{home}.down_proj"]["weight"].shape
-        # Experts that every token goes to stand beside the others as dense MLPs.
+        # Shared experts, which every token uses, are dense MLPs beside the stacks.
         shared = sum(
-            one["weight"].shape[1]
-            for path, one in modules
-            if path.endswith("down_proj") and not _is_stack(one)
+            m["weight"].shape[1]
+            for path, m in modules
+            if path.endswith("down_proj") and not _is_stack(m)
         )
-        found[name] = _MLP(
+        mlps[name] = _MLP(
             hidden=chosen * width + shared,
             width=chosen * max(width, out),
             chosen=chosen,
             mixed=chosen * out,
         )
-    return found
+    return mlps
 
 
 def _is_stack(module: nn.Module) -> bool:
@@ -190,20 +191,20 @@ def _kept(
     paths = adaptable_paths(model, dora)
     trainable = 0
     own: dict[str, list[tuple[str, int, int, bool]]] = {name: [] for name in names}
-    is_below = False  # whether gradients go through every block
+    is_below = False  # whether gradients pass through every block
     for path in paths:
         *stack, out, width = modules[path]["weight"].shape
         layer = dora_class(modules[path])
         each = dora.rank_of(path) * (out + width) + out * (kind == "dora")
         trainable += math.prod(stack) * each
-        found = [name for name in names if path.startswith(f"{name}.")]
+        homes = [name for name in names if path.startswith(f"{name}.")]
         is_below |= issubclass(layer, DoRAEmbedding)
-        if found:
+        if homes:
             leaf = path.rsplit(".", 1)[-1]
-            if stack:  # as often as experts are chosen, and not shared with others
-                times, leaf = mlps[found[0]].chosen, f"expert {leaf}"
+            if stack:  # once per chosen expert, shared with no other
+                times, leaf = mlps[homes[0]].chosen, f"expert {leaf}"
                 out, width = times * out, times * width
-            own[found[0]].append((leaf, out, width, bool(stack)))
+            own[homes[0]].append((leaf, out, width, bool(stack)))
     first = next((i for i, name in enumerate(names) if own[name]), len(names))
     if is_below:
         first = 0
@@ -213,7 +214,7 @@ def _kept(
             _SHARED_INPUT.get(leaf, leaf): width for leaf, _, width, _ in own[name]
         }
         outputs = [
-            # Of experts also what was rescaled, and each output's factor.
+            # Expert layers also keep the rescaled output and its factors.
             out * (_RESCALED if is_stack else 1)
             for leaf, out, _, is_stack in own[name]
             if kind == "dora" and leaf not in _KEPT_ANYWAY
@@ -223,10 +224,11 @@ def _kept(
 
 
 def _always(config: dict[str, Any], mlp: _MLP) -> int:
-    """Numbers a token that any block keeps, adapted or not.
+    """Elements per token that every block keeps, adapted or not.
 
-    Two residuals; queries and keys, rotated and laid out for the product; values; of a
-    gated MLP both halves, the gate's activation and its sigmoid; what experts gave.
+    These are two residuals; queries and keys, rotated and laid out for the product;
+    values; both halves of a gated MLP, the gate's activation and its sigmoid; and the
+    outputs of experts.
     """
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads

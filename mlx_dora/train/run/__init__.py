@@ -1,1 +1,1 @@
-"""A training run: prepare, resume, loop, and what is reported and written."""
+"""A training run: prepare, resume, loop, reports and checkpoints."""

@@ -1,7 +1,7 @@
-"""Checkpoints of a training: folders that are complete or absent.
+"""Checkpoints of a training: folders that are either complete or absent.
 
 ``<adapter>/checkpoints/<step>/`` holds the trained weights, the optimizer's state and
-``state.json``, which names the SHA-256 of both files: a damaged one is noticed.
+``state.json``, which records the SHA-256 of both files so that damage is detected.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ WEIGHTS_NAME = "adapters.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
 _VERSION = 1
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
-"""The names of checkpoint folders; `str.isdigit` takes ``²`` too."""
+"""Pattern of checkpoint folder names; `str.isdigit` would also accept ``²``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint that has been read and found whole.
+    """A checkpoint that has been read and verified.
 
     Args:
-        path: Its folder.
-        state: Where the training stood.
-        weights: The trained tensors by name.
-        optimizer: The optimizer's state, flattened, by name.
+        path: Folder of the checkpoint.
+        state: State of the training, without arrays.
+        weights: Trained tensors by name.
+        optimizer: Arrays of the optimizer's state by name.
     """
 
     path: Path
@@ -60,8 +60,7 @@ def write_checkpoint(
     """Write ``<folder>/checkpoints/<step>/``, then delete all but the last `keep`.
 
     Raises:
-        OSError: If the disk is full or not to be written to; the checkpoints that were
-            there stay.
+        OSError: If the disk is full or not writable; existing checkpoints stay.
     """
     target = folder / FOLDER_NAME / str(state.step)
     with atomic_directory(target, inputs=(), overwrite=True) as work:
@@ -77,38 +76,39 @@ def write_checkpoint(
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether a folder holds any checkpoint, whole or not."""
+    """Whether a folder holds any checkpoint, valid or not."""
     return bool(_folders(folder))
 
 
 def newest_checkpoint(folder: Path, *, multiple_of: int) -> Checkpoint | None:
-    """Read the newest whole checkpoint; a damaged one is named and passed over.
+    """Read the newest valid checkpoint; skip damaged checkpoints with a warning.
 
     Args:
         folder: The adapter's folder.
-        multiple_of: Pass over those whose step is none of this: there an update was
-            made of fewer batches because the run ended, which a longer one does not do.
+        multiple_of: Skip checkpoints whose step is not a multiple of this. Their last
+            update used fewer batches because the run ended; a longer run would not
+            make such an update.
     """
     for path in _folders(folder):
         try:
-            found = _read(path)
+            checkpoint = _read(path)
         except (OSError, DoRAError) as error:
-            logger.warning("checkpoint %s is damaged (%s); passed over", path, error)
+            logger.warning("checkpoint %s is damaged (%s); skipped", path, error)
             continue
-        if found.state.step % multiple_of == 0:
-            return found
-        logger.info("checkpoint %s ends inside an update; passed over", path)
+        if checkpoint.state.step % multiple_of == 0:
+            return checkpoint
+        logger.info("checkpoint %s ends inside an update; skipped", path)
     return None
 
 
 def discard_checkpoints(folder: Path) -> None:
-    """Delete all checkpoints: another training begins in the folder."""
+    """Delete all checkpoints, before a new training begins in the folder."""
     for path in _folders(folder):
         shutil.rmtree(path)
 
 
 def discard_fragments(folder: Path) -> None:
-    """Delete what a process that was killed while writing has left behind."""
+    """Delete partial files left by a process that was killed while writing."""
     place = folder / FOLDER_NAME
     for path in place.glob(".*") if place.is_dir() else ():
         if path.is_dir():
@@ -120,25 +120,25 @@ def discard_fragments(folder: Path) -> None:
 def _folders(folder: Path) -> list[Path]:
     place = folder / FOLDER_NAME
     paths = place.iterdir() if place.is_dir() else ()
-    found = [path for path in paths if _STEP.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
+    folders = [path for path in paths if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name), reverse=True)
 
 
 def _read(path: Path) -> Checkpoint:
     content = read_object(path / STATE_NAME)
     if content.get("version") != _VERSION:
         raise DoRAError(
-            f"{STATE_NAME} is of version {content.get('version')!r:.20}; this mlx_dora "
+            f"{STATE_NAME} has version {content.get('version')!r:.20}; this mlx_dora "
             f"reads version {_VERSION}"
         )
     digests = content.get("sha256")
     if not isinstance(digests, dict):
-        raise DoRAError(f"{STATE_NAME} names no sha256 of its files")
+        raise DoRAError(f"{STATE_NAME} has no sha256 of its files")
     tensors = {}
     for name in (WEIGHTS_NAME, OPTIMIZER_NAME):
         if _digest(path / name) != digests.get(name):
-            raise DoRAError(f"{name} is not the file that was written")
-        # The optimizer's counts of steps are integers.
+            raise DoRAError(f"{name} has changed since it was written")
+        # Any dtype: the optimizer's step counts are integers.
         tensors[name] = read_tensors(path / name)
     for name, value in tensors[WEIGHTS_NAME].items():
         if not mx.all(mx.isfinite(value)):

@@ -1,4 +1,4 @@
-"""The batches of a training, from any step on."""
+"""Streams of training batches that can start at any step."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,12 +16,12 @@ MakeBatches = Callable[..., Iterator[Batch]]
 
 
 class Feed:
-    """Endless batches of the training rows, one stream for each level of the stepper.
+    """Endless streams of training batches, one for each level of the stepper.
 
     Args:
         levels: The training examples of each level; plain training has one level.
         train: Settings of the training.
-        make: Makes batches in place of `Schedule`, see `finetune`; None for `Schedule`.
+        make: Makes the batches instead of `Schedule`, see `finetune`; may be None.
 
     Raises:
         DoRAError: If `make` is given and the settings count in epochs.
@@ -47,20 +47,23 @@ class Feed:
                 for rows in levels
             ]
         elif train.epochs or train.epochs_per_eval:
-            raise DoRAError("epochs are those of the training's own batches.")
+            raise DoRAError(
+                "epochs and epochs_per_eval cannot count custom batches: set iters and "
+                "steps_per_eval instead."
+            )
 
     def length(self, epochs: int) -> int:
-        """Batches in so many passes over the training rows."""
+        """Number of batches in `epochs` passes over the training rows."""
         return self._schedules[0].length(epochs)
 
     def epoch_ends(self, every: int, iters: int) -> Sequence[int]:
-        """The steps up to `iters` after which `every` passes more are complete."""
+        """The steps up to `iters` at which another `every` passes are complete."""
         return self._schedules[0].ends(every, iters)
 
     def streams(
         self, step: int, group: mx.distributed.Group
     ) -> tuple[Iterator[Batch], ...]:
-        """Each level's batches after the first `step`, this process's share of them.
+        """This process's share of each level's batches after the first `step`.
 
         Raises:
             DoRAError: If a level has no row with a target.
@@ -73,5 +76,5 @@ class Feed:
             streams = [
                 islice(make(rows, *self._limits), step, None) for rows in self._levels
             ]
-        # The first batch is made now, so that unfit data is refused before a step.
+        # Make the first batch now, so that bad data is refused before the first step.
         return tuple(chain([next(stream)], stream) for stream in streams)

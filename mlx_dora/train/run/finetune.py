@@ -44,42 +44,43 @@ def finetune(
 ) -> TrainReport:
     """Fine-tune a model in place and write its adapter.
 
-    The adapter's files are in mlx-lm's format and replaced whole, at every
-    ``save_every`` steps and at the end; ``best/`` holds the adapter of the least
-    validation loss, and ``log.jsonl`` has one line a report. With the adapter a
-    checkpoint is written, from which ``resume`` continues. The same seed gives the same
-    adapter, bit for bit, on the CPU, whether the training was stopped in between or
-    not. Afterwards the model is in eval mode, with the adapter in it; a variant has
-    become the plain DoRA adapter that was written.
+    The adapter's files have mlx-lm's format and are replaced atomically, every
+    ``save_every`` steps and at the end. ``best/`` holds the adapter with the lowest
+    validation loss, and ``log.jsonl`` has one line per report. A checkpoint is written
+    with each adapter, and ``resume`` continues from it. On the CPU, the same seed gives
+    the same adapter bit for bit, whether or not the training was interrupted. At the
+    end the model is in eval mode with the adapter attached; a variant has become the
+    plain DoRA adapter that was written.
 
-    Processes of one `mx.distributed` group share the rows of each batch. The first
-    alone reads and writes the adapter's folder; an error in one ends all.
+    Processes of an `mx.distributed` group share the rows of each batch. Only the first
+    process reads and writes the adapter's folder. An error in any process ends all.
 
     Args:
-        model: A model of mlx-lm's. DoRA layers that it already has are trained further.
-        tokenizer: Its tokenizer.
+        model: An mlx-lm model. Existing DoRA layers are trained further.
+        tokenizer: Tokenizer of the model.
         train_set: Data from `load_datasets`, or a sequence of rows in mlx-lm's formats.
-        valid_set: The same for validation, or None.
+        valid_set: Validation data in the same form, or None.
         train: Settings of the training. Its data, test and adapter_path fields belong
             to the command line and are ignored here.
-        dora: Which modules are adapted and how; for LoRA too, and its ``num_layers``
-            for full fine-tuning.
+        dora: Settings of the adapter, also for LoRA. Full fine-tuning uses only its
+            ``num_layers``.
         adapter_path: Folder for the adapter and the log; made at the first write.
-        callback: Called with each report, in every process that has one; or an object
-            of mlx-lm's kind (``mlx_lm.tuner.callbacks.TrainingCallback``).
+        callback: Called with each report, in every process that passes a callback; or
+            an mlx-lm callback (``mlx_lm.tuner.callbacks.TrainingCallback``).
         progress: Called after every step and during validations.
-        loss: Loss and number of targets of a batch.
-        batches: Makes batches without end from the data, batch size, maximum length,
-            ``seed`` and ``counts``, in place of `Schedule`; `train` must name iters
-            then, not epochs. To be resumed exactly they must depend on these alone.
+        loss: Returns the mean loss of a batch and its number of targets.
+        batches: Makes an endless stream of batches from the data, batch size, maximum
+            length, ``seed`` and ``counts``, instead of `Schedule`. `train` must then
+            set iters, not epochs. For an exact resume, the batches must depend on these
+            arguments only.
 
     Raises:
-        DoRAError: If a setting, the data or the model is unfit (nothing is written
-            then), another training uses the folder, ``resume`` meets other settings, or
-            too many losses in a row are not finite. Of several processes each raises a
-            `SharedError`.
-        OSError: If the folder cannot be written to, or its disk is full.
-        KeyboardInterrupt: After Ctrl-C, when the step is done and the adapter saved; a
+        DoRAError: If a setting, the data or the model is invalid (nothing is written),
+            another training uses the folder, settings differ from those of the run to
+            resume, or too many consecutive losses are not finite. In a group of
+            processes, each raises a `SharedError`.
+        OSError: If the folder is not writable, or its disk is full.
+        KeyboardInterrupt: After Ctrl-C, once the step is done and the adapter is saved;
             `Stopped` after SIGTERM or SIGHUP.
     """
     run = prepare(

@@ -1,4 +1,4 @@
-"""What keeps a bad step from spoiling the weights, and a bad end from being kept."""
+"""Skips bad steps, and tracks the best validation."""
 
 import logging
 import math
@@ -11,10 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 class Guard:
-    """Passes over steps without a target or with a loss or gradient that is not finite.
+    """Skips steps that have no target, or whose loss or gradient is not finite.
 
     Args:
-        limit: Stop after this many not finite ones in a row.
+        limit: Stop after this many consecutive steps that are not finite.
     """
 
     def __init__(self, limit: int) -> None:
@@ -27,13 +27,13 @@ class Guard:
         """Whether the step may change the weights.
 
         Args:
-            step: Batches done after it.
-            loss: Sum of its losses.
-            norm: Of its gradient.
-            tokens: Its targets.
+            step: Number of batches after the step.
+            loss: Sum of the step's losses.
+            norm: Norm of the step's gradient.
+            tokens: Number of the step's targets.
 
         Raises:
-            DoRAError: If too many in a row were not finite.
+            DoRAError: If too many consecutive steps were not finite.
         """
         if tokens == 0:
             self.empty += 1
@@ -45,16 +45,16 @@ class Guard:
         self._in_a_row += 1
         what = "loss" if not math.isfinite(loss) else "gradient"
         if self._in_a_row < self._limit:
-            logger.warning("step %d passed over: its %s is not finite", step, what)
+            logger.warning("step %d skipped: its %s is not finite", step, what)
             return False
         raise DoRAError(
             f"the {what} was not finite in {self._in_a_row} steps in a row, up to step "
-            f"{step}: stopped, with what was saved before. Lower the learning rate or "
-            "the adapter's scale, or clip with max_grad_norm."
+            f"{step}: stopped; what was saved before remains. Lower the learning rate "
+            "or the adapter's scale, or clip with max_grad_norm."
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The values that a checkpoint stores."""
         return {
             "in_a_row": self._in_a_row,
             "empty": self.empty,
@@ -62,7 +62,7 @@ class Guard:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Restore the values of `state`."""
         self._in_a_row = state["in_a_row"]
         self.empty = state["empty"]
         self.not_finite = state["not_finite"]
@@ -70,13 +70,14 @@ class Guard:
 
 @dataclass(kw_only=True)
 class Best:
-    """The best validation so far, and how many since were no better.
+    """The best validation so far, and the number of validations since.
 
     Args:
-        patience: Enough after this many; 0 for never.
-        loss: Of the best one; None before the first.
-        step: Where it was.
-        since: Validations after it.
+        patience: Number of validations without improvement before stopping; 0 for no
+            early stop.
+        loss: Best validation loss; None before the first validation.
+        step: Step of the best validation.
+        since: Number of validations since the best.
     """
 
     patience: int
@@ -85,7 +86,7 @@ class Best:
     since: int = 0
 
     def take(self, step: int, loss: float) -> bool:
-        """Take note of a validation; True if it is the best so far."""
+        """Record a validation; return True if it is the best so far."""
         if not math.isfinite(loss) or (self.loss is not None and loss >= self.loss):
             self.since += 1
             return False
@@ -94,14 +95,14 @@ class Best:
 
     @property
     def is_enough(self) -> bool:
-        """Whether to stop early."""
+        """Whether the training should stop early."""
         return 0 < self.patience <= self.since
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The values that a checkpoint stores."""
         return asdict(self)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; the patience is this run's own."""
+        """Restore the values of `state`, except the patience."""
         self.loss, self.step = state["loss"], state["step"]
         self.since = state["since"]

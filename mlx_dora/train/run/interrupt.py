@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP that wait for the step to end."""
+"""Delays Ctrl-C, SIGTERM and SIGHUP until the end of a step."""
 
 import logging
 import signal
@@ -14,47 +14,47 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def delayed_interrupt() -> Iterator[Callable[[], int]]:
-    """Hold back the first interrupt; yields a function that says which came, or 0.
+    """Delay the first interrupt; yields a function that returns its number, or 0.
 
-    Ctrl-C (SIGINT), SIGTERM and SIGHUP are interrupts; the latter two are left alone
-    where they are ignored, as under ``nohup``. A second one interrupts at once. Outside
-    the main thread, where Python delivers no signals, nothing is changed.
+    Ctrl-C (SIGINT), SIGTERM and SIGHUP are interrupts, unless the latter two are
+    ignored, as under ``nohup``. A second interrupt takes effect at once. Outside the
+    main thread, where Python delivers no signals, nothing changes.
     """
-    asked = 0
+    received = 0
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
     before: dict[int, Any] = {}
 
-    def put_back() -> None:
+    def reinstate() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def note(number: int, _frame: Any) -> None:
-        nonlocal asked
-        asked = number
-        put_back()
+    def delay(number: int, _frame: Any) -> None:
+        nonlocal received
+        received = number
+        reinstate()
         logger.warning("finishing the step and saving; %s", _AGAIN[number])
 
     for number in (signal.SIGINT, *STOPS):
         handler = signal.getsignal(number)
-        # None: installed by something else than Python, which could not put it back.
+        # None: not installed from Python, so Python could not restore it.
         if handler is None or (number in STOPS and handler is signal.SIG_IGN):
             continue
         before[number] = handler
-        signal.signal(number, note)
+        signal.signal(number, delay)
     try:
-        yield lambda: asked
+        yield lambda: received
     finally:
-        put_back()
+        reinstate()
 
 
 _AGAIN: dict[int, str] = {
     signal.SIGINT: "Ctrl-C again stops at once",
-    **{one: f"{one.name} again stops at once" for one in STOPS},
+    **{stop: f"{stop.name} again stops at once" for stop in STOPS},
 }
 
 
 def interruption(number: int) -> KeyboardInterrupt:
-    """The exception to raise once the step is done: `Stopped`, or Ctrl-C's own."""
+    """The exception of a signal: `KeyboardInterrupt` for Ctrl-C, else `Stopped`."""
     return KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)

@@ -1,4 +1,4 @@
-"""What a training tells: after some steps, and at its end."""
+"""Reports of a training, and the log that stores them."""
 
 import json
 import os
@@ -15,30 +15,31 @@ LOG_NAME = "log.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One report: of the training since the last one, or of a validation.
+    """A report of the training since the previous report, or of a validation.
 
     Args:
-        step: Batches done.
-        train_loss: Mean loss of the target tokens since the last report; None in the
-            report of a validation.
-        val_loss: Mean loss on the validation data; None in a report of training.
-        learning_rate: At this step.
-        tokens_per_second: Target tokens, padding and prompts apart, over the time
-            spent on steps.
-        steps_per_second: Batches over the same time.
-        skipped_steps: Steps so far whose loss or gradient was not finite, or that had
-            no target; None if there were none. They changed nothing.
-        trained_tokens: Target tokens so far.
-        seconds: Since the training began.
-        peak_memory_bytes: Most memory MLX held so far.
-        val_seconds: How long a validation took.
-        delta_m: Mean over DoRA layers of ΔM, how far the rows' lengths have moved; None
-            without such layers, and in the report of a validation.
-        delta_d: Mean over layers of ΔD, one minus the cosine of the rows' turn.
-        correlation: Of ΔM and ΔD over layers; None if they do not vary.
-        gain_min: Least g = m/‖W0 + sBA‖ of any row.
-        gain_max: Greatest.
-        layers: At checkpoints the same by layer.
+        step: Number of batches done.
+        train_loss: Mean loss of the target tokens since the previous report; None for a
+            validation.
+        val_loss: Mean loss on the validation data; None for training.
+        learning_rate: Learning rate at this step.
+        tokens_per_second: Target tokens (without padding and prompts) per second spent
+            on steps.
+        steps_per_second: Batches per second spent on steps.
+        skipped_steps: Number of steps so far that had no target, or whose loss or
+            gradient was not finite; None if zero. They did not change the weights.
+        trained_tokens: Number of target tokens so far.
+        seconds: Time since the training began.
+        peak_memory_bytes: Peak memory of MLX so far.
+        val_seconds: Duration of the validation.
+        delta_m: Mean over DoRA layers of ΔM, the change of the rows' lengths; None for
+            a validation or without such layers.
+        delta_d: Mean over DoRA layers of ΔD, one minus the cosine between a row and its
+            base.
+        correlation: Correlation of ΔM and ΔD over layers; None if they do not vary.
+        gain_min: Minimum over all rows of g = m/‖W0 + sBA‖.
+        gain_max: Maximum over all rows of g.
+        layers: The same figures for each layer; None except at checkpoints.
     """
 
     step: int
@@ -60,7 +61,7 @@ class StepReport:
     layers: dict[str, dict[str, float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that have a value."""
+        """Return the fields that are not None."""
         return {
             name: value for name, value in asdict(self).items() if value is not None
         }
@@ -68,23 +69,23 @@ class StepReport:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """The result of a training.
+    """Result of a training.
 
     Args:
         adapter_path: Folder of the adapter.
-        steps: Batches trained on.
-        modules: Paths of what was trained.
-        trainable_parameters: How many numbers those have.
-        train_loss: Of the last report.
-        first_val_loss: Before the first step; None without validation.
-        val_loss: After the last step.
-        best_step: Where the validation loss was least; None without validation.
-        steps_skipped: Steps that changed nothing, see `StepReport`.
-        trained_tokens: Target tokens.
-        seconds: Whole duration, validations included.
-        peak_memory_bytes: Most memory MLX held.
-        rows_truncated: Training rows that were cut (each counted once).
-        rows_skipped: Training rows without a target token, left out.
+        steps: Number of batches trained on.
+        modules: Paths of the trained modules.
+        trainable_parameters: Number of trainable parameters.
+        train_loss: Training loss of the last report.
+        first_val_loss: Validation loss before the first step; None without validation.
+        val_loss: Validation loss after the last step; None without validation.
+        best_step: Step with the lowest validation loss; None without validation.
+        steps_skipped: Number of skipped steps, see `StepReport`.
+        trained_tokens: Number of target tokens trained on.
+        seconds: Total duration, including validations.
+        peak_memory_bytes: Peak memory of MLX.
+        rows_truncated: Number of training rows truncated, each counted once.
+        rows_skipped: Number of training rows skipped for lack of a target.
         history: All reports.
     """
 
@@ -106,14 +107,14 @@ class TrainReport:
 
 
 def read_log(content: bytes, path: Path) -> list[StepReport]:
-    """The reports in a log, each field checked.
+    """Read the reports of a log and check every field.
 
     Args:
-        content: Of the file, or a part of it that ends with a line.
-        path: What an error names.
+        content: Content of the file, or a prefix of complete lines.
+        path: Path of the log, for error messages.
 
     Raises:
-        DoRAError: Naming the first line that is no report.
+        DoRAError: If a line is not a report; names the first such line.
     """
     return [
         _report(parse(line, f"{path}, line {number}"), f"{path}, line {number}")
@@ -143,16 +144,16 @@ def _report(row: Any, where: str) -> StepReport:
         elif type(value) not in (int, float):
             problems.append(f"{name} must be a number, got {value!r:.40}")
     if problems:
-        raise DoRAError(f"{where} is no report of a training: {'; '.join(problems)}.")
+        raise DoRAError(f"{where} is not a training report: {'; '.join(problems)}.")
     return StepReport(**row)
 
 
 class Journal:
-    """Takes reports: keeps them, writes ``log.jsonl``, and passes them on.
+    """Collects reports, writes them to ``log.jsonl``, and passes them to listeners.
 
     Args:
-        folder: Where ``log.jsonl`` goes; folder and file are made at the first report,
-            and a log of an earlier training is replaced then. None writes nothing.
+        folder: Folder for ``log.jsonl``, or None to write no log. The first report
+            makes the folder and replaces the log of an earlier training.
         listeners: Called with each report, in this order.
     """
 
@@ -164,7 +165,7 @@ class Journal:
         self._listeners = listeners
 
     def add(self, report: StepReport) -> None:
-        """Take one report."""
+        """Record a report."""
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             mode = "a" if self.history else "w"
@@ -175,7 +176,7 @@ class Journal:
             listener(report)
 
     def position(self) -> int:
-        """Length of the log in bytes; all of it is on the disk afterwards."""
+        """Flush the log to disk and return its length in bytes."""
         if self._path is None or not self.history:
             return 0
         with self._path.open("rb") as file:
@@ -183,28 +184,29 @@ class Journal:
             return os.fstat(file.fileno()).st_size
 
     def restore(self, folder: Path, position: int) -> None:
-        """Go on after the log's first `position` bytes; the rest is cut off.
+        """Continue the log after its first `position` bytes; discard the rest.
 
         Args:
-            folder: Of the log.
-            position: From `position` of the run that is continued.
+            folder: Folder of the log.
+            position: Value of `position` in the run to be resumed.
 
         Raises:
-            DoRAError: If the log is shorter, or holds something else.
+            DoRAError: If the log is shorter than `position`, or malformed.
         """
         path = folder / LOG_NAME
         content = path.read_bytes()[:position] if path.exists() else b""
         if len(content) < position:
             raise DoRAError(
-                f"{path} has {len(content)} bytes, the checkpoint was written after "
-                f"{position}: put the log back, or train anew with --overwrite."
+                f"{path} has {len(content)} bytes, but had {position} when the "
+                "checkpoint was written: restore the log, or start over with "
+                "--overwrite."
             )
         self.history = read_log(content, path)
         if self._path is not None and position:
             os.truncate(path, position)
 
     def has(self, name: str, step: int) -> bool:
-        """Whether a field was reported at this very step."""
+        """Whether a field was reported at this step."""
         return any(
             getattr(report, name) is not None
             for report in self.history
@@ -212,11 +214,11 @@ class Journal:
         )
 
     def first(self, name: str) -> float | None:
-        """The first value of a field of the reports; None if there is none."""
+        """The first reported value of a field, or None."""
         return next(self._values(name), None)
 
     def last(self, name: str) -> float | None:
-        """The latest value of a field of the reports; None if there is none."""
+        """The latest reported value of a field, or None."""
         values = list(self._values(name))
         return values[-1] if values else None
 

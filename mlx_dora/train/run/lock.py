@@ -1,4 +1,4 @@
-"""One training at a time in a folder."""
+"""Allows one training at a time in a folder."""
 
 import fcntl
 from collections.abc import Iterator
@@ -13,16 +13,16 @@ LOCK_NAME = ".lock"
 
 @contextmanager
 def training_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for one training; the system lets go when the process ends.
+    """Lock a folder for one training; the system unlocks it if the process ends.
 
-    A folder that was made here and got nothing else is gone afterwards.
+    At the end, the folder is removed if it holds nothing but the lock.
 
     Args:
-        folder: The adapter's folder; made if missing, with ``checkpoints/`` in it.
+        folder: The adapter's folder; made with ``checkpoints/`` if missing.
 
     Raises:
-        DoRAError: If another process trains there.
-        OSError: If the folder cannot be made or written to.
+        DoRAError: If another process trains in the folder.
+        OSError: If the folder cannot be made or is not writable.
     """
     place = folder / FOLDER_NAME
     place.mkdir(parents=True, exist_ok=True)
@@ -31,8 +31,8 @@ def training_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DoRAError(
-                f"another training is going on in {folder}: wait for it, or choose "
-                "another adapter_path."
+                f"another training is running in {folder}: wait for it to end, or "
+                "choose another adapter_path."
             ) from error
         try:
             yield

@@ -1,6 +1,6 @@
 """The training loop.
 
-What one update does is in `stepper`, what is reported and written in `run`.
+`stepper` computes an update; `run` writes reports, checkpoints and the adapter.
 """
 
 from itertools import islice
@@ -17,10 +17,10 @@ from mlx_dora.train.stepper import is_due, seed_step
 def loop(run: Run) -> int:
     """Train to the last step, to an early stop, or until interrupted.
 
-    Afterwards the adapter is written and the model is in eval mode.
+    Writes the adapter at the end and leaves the model in eval mode.
 
     Returns:
-        The signal that interrupted the run, in any of the processes; 0 for none.
+        Number of the signal that interrupted any of the processes; 0 for none.
     """
     with (
         wired_memory(),
@@ -58,7 +58,7 @@ def loop(run: Run) -> int:
 
 
 def _update(run: Run) -> None:
-    """One update of the weights, from a window of batches."""
+    """Update the weights once, from a window of batches."""
     train, before = run.train, run.step
     count = min(train.grad_accumulation_steps, train.iters - before)
     window = list(islice(run.source, count))

@@ -1,4 +1,4 @@
-"""Adds up losses, tokens and time between two reports."""
+"""Sums losses, tokens and time between reports."""
 
 import time
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from mlx_dora.train.run.journal import StepReport
 
 
 class Meter:
-    """Sums of the steps since the last report, and of the whole training."""
+    """Sums over the steps since the last report, and over the whole training."""
 
     def __init__(self) -> None:
         self.trained_tokens = 0
@@ -22,24 +22,24 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Time since the training began; after a resume, without the pause."""
+        """Time since the training began, without the pause before a resume."""
         return self._earlier + time.perf_counter() - self._began
 
     def start_step(self) -> None:
-        """Start the clock of a step."""
+        """Start timing a step."""
         self._last = time.perf_counter()
 
     def end_step(self, batches: int) -> None:
-        """Stop the clock; the step is evaluated."""
+        """Stop timing a step, once its arrays are evaluated."""
         self._step_seconds += time.perf_counter() - self._last
         self._batches += batches
 
     def add(self, loss: float, tokens: int) -> None:
-        """Add the losses of one step.
+        """Add the loss of a step.
 
         Args:
-            loss: Sum over its target tokens.
-            tokens: Their number.
+            loss: Sum of the losses of the target tokens.
+            tokens: Number of target tokens.
         """
         self._loss += loss
         self._tokens += tokens
@@ -53,14 +53,14 @@ class Meter:
         with_layers: bool = False,
         skipped: int = 0,
     ) -> StepReport:
-        """Make a report of the steps since the last one, and begin anew.
+        """Report the steps since the last report, and reset the sums.
 
         Args:
-            step: Batches done.
-            learning_rate: At this step.
-            geometry: Of the DoRA layers, now.
-            with_layers: Keep it by layer too.
-            skipped: Steps that were passed over so far.
+            step: Number of batches done.
+            learning_rate: Learning rate at this step, a scalar.
+            geometry: Current geometry of the DoRA layers.
+            with_layers: Whether to report the geometry of each layer.
+            skipped: Number of steps skipped so far.
         """
         self.trained_tokens += self._tokens
         seconds = max(self._step_seconds, 1e-9)
@@ -81,7 +81,7 @@ class Meter:
         return report
 
     def validation(self, step: int, loss: float, began: float) -> StepReport:
-        """Make a report of a validation; `began` is what `seconds` was before it."""
+        """Report a validation that began when `seconds` was `began`."""
         return StepReport(
             step=step,
             val_loss=loss,
@@ -92,7 +92,7 @@ class Meter:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The values that a checkpoint stores."""
         return {
             "loss": self._loss,
             "tokens": self._tokens,
@@ -103,7 +103,7 @@ class Meter:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Restore the values of `state`."""
         self._loss, self._tokens = state["loss"], state["tokens"]
         self._batches, self._step_seconds = state["batches"], state["step_seconds"]
         self.trained_tokens, self._earlier = state["trained_tokens"], state["seconds"]

@@ -1,4 +1,4 @@
-"""Checks everything that can be wrong with a training, before a file is written."""
+"""Checks the settings, data and model of a training before any file is written."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,13 +50,13 @@ def prepare(
     loss: Loss,
     batches: MakeBatches | None,
 ) -> Run:
-    """Make the model trainable and put the parts of a run together.
+    """Make the model trainable and assemble a run.
 
     The arguments are those of `mlx_dora.train.finetune`.
 
     Raises:
-        DoRAError: If a setting, the data or the model is unfit; of several processes
-            each raises a `SharedError`.
+        DoRAError: If a setting, the data or the model is invalid. In a group of
+            processes, each raises a `SharedError`.
     """
     group = mx.distributed.init()
     with together(group):

@@ -1,4 +1,4 @@
-"""Weights and optimizer state put in place: from a checkpoint, or another process."""
+"""Loads weights and optimizer state from a checkpoint or another process."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -17,27 +17,27 @@ from mlx_dora.train.run.start import kept_tensors
 def restore(
     checkpoint: Checkpoint, model: nn.Module, optimizer: optim.Optimizer
 ) -> None:
-    """Put a checkpoint's weights and optimizer state in place.
+    """Load a checkpoint's weights and optimizer state.
 
     Args:
-        checkpoint: Where the run stands.
-        model: Made trainable as it was then.
-        optimizer: Initialised for the model.
+        checkpoint: The checkpoint to load.
+        model: The model, made trainable as in the checkpointed run.
+        optimizer: The optimizer, initialized for the model.
 
     Raises:
-        DoRAError: If names or shapes are not those of the model or the optimizer.
+        DoRAError: If names or shapes differ from those of the model or optimizer.
     """
     weights = kept_tensors(model)
     moments = optimizer_tensors(optimizer)
-    for what, found, wanted in (
+    for what, stored, wanted in (
         ("weights", checkpoint.weights, weights),
-        ("the optimizer's state", checkpoint.optimizer, moments),
+        ("the optimizer's arrays", checkpoint.optimizer, moments),
     ):
-        shapes = {name: value.shape for name, value in found.items()}
+        shapes = {name: value.shape for name, value in stored.items()}
         if shapes != {name: value.shape for name, value in wanted.items()}:
             raise DoRAError(
-                f"{checkpoint.path} does not fit the model: {what} have other names "
-                "or shapes."
+                f"{checkpoint.path} does not fit the model: {what} have different "
+                "names or shapes."
             )
     _put(model, optimizer, checkpoint.weights, checkpoint.optimizer)
 
@@ -45,11 +45,12 @@ def restore(
 def share_start(
     model: nn.Module, optimizer: optim.Optimizer, group: mx.distributed.Group
 ) -> None:
-    """Give all processes the first one's weights and optimizer state.
+    """Copy the first process's weights and optimizer state to all processes.
 
     Args:
-        model: Made trainable alike in all.
-        optimizer: Initialised alike for the model, in the first perhaps restored.
+        model: The model, made trainable in the same way everywhere.
+        optimizer: The optimizer, initialized for the model, or restored in the first
+            process.
         group: The processes.
     """
     if group.size() > 1:
@@ -79,5 +80,5 @@ def _put(
 
 
 def optimizer_tensors(optimizer: optim.Optimizer) -> dict[str, mx.array]:
-    """The optimizer's state by name, its step and learning rate included."""
+    """The optimizer's state by name, including its step and learning rate."""
     return cast(dict[str, mx.array], dict(tree_flatten(optimizer.state)))

@@ -1,4 +1,4 @@
-"""Where a run starts: its newest checkpoint, the weights of another run, or step 0."""
+"""Starts a run from its newest checkpoint, from saved weights, or from step 0."""
 
 import logging
 from dataclasses import asdict
@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 def resume(run: Run) -> None:
-    """Bring a prepared run to where it starts, and give it its stepper and batches.
+    """Set the starting state of a prepared run, its stepper and its batches.
 
-    A run that does not continue an earlier run deletes the folder's checkpoints, once
-    nothing can be wrong any more.
+    A run that starts at step 0 deletes the folder's checkpoints, after all checks have
+    passed.
 
     Raises:
-        DoRAError: If the checkpoint is of another training or does not fit, the weights
-            to start from do not fit, or no row has a target.
+        DoRAError: If the checkpoint belongs to another training, the checkpoint or the
+            weights to start from do not fit, or no row has a target.
     """
     with run.together():
         checkpoint = _newest(run) if run.is_writer else None
@@ -57,7 +57,7 @@ def resume(run: Run) -> None:
 
 
 def _newest(run: Run) -> Checkpoint | None:
-    """The checkpoint to resume from; None to begin at step 0."""
+    """The checkpoint to resume from; None to start at step 0."""
     discard_fragments(run.folder)
     if not run.train.resume:
         return None

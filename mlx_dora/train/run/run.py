@@ -1,4 +1,4 @@
-"""A training run: its parts, and what it does between updates."""
+"""A training run: its parts, and its actions between updates."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -31,32 +31,31 @@ from mlx_dora.train.stepper import Stepper
 
 @dataclass(kw_only=True)
 class Run:
-    """Everything a training holds, checked; `step` says where it stands.
+    """The state of a training, after all checks; `step` is its position.
 
     Args:
         model: The model, made trainable.
-        train: Settings, with ``iters`` known.
+        train: Settings of the training, with ``iters`` set.
         folder: Folder of the adapter, the log and the checkpoints.
-        group: The processes that share each batch. The first alone writes files.
-        loss: Loss and number of targets of a batch.
+        group: The processes that share each batch. Only the first writes files.
+        loss: Returns the mean loss of a batch and its number of targets.
         feed: The training batches.
-        valid_data: Validation examples; None to leave validations out.
-        epoch_ends: Steps after which to validate; None to count steps instead.
-        optimizer: Initialised for the model.
-        base: What the adapter records of the base model.
-        settings: What must stay the same for the run to be resumed.
+        valid_data: Validation examples; None for no validation.
+        epoch_ends: Steps after which to validate; None to use ``steps_per_eval``.
+        optimizer: The optimizer, initialized for the model.
+        base: Description of the base model that the adapter records.
+        settings: Settings that must be unchanged when the run is resumed.
         summary: Settings that the adapter records.
-        modules: Paths of the modules that are trained.
-        journal: Takes the reports.
-        guard: Passes over steps that are not finite.
+        modules: Paths of the trained modules.
+        journal: Records the reports.
+        guard: Skips steps that are not finite.
         best: The best validation so far.
         meter: Sums since the last report.
-        progress: Called after every step ("train") and during validations
-            ("validate", of rows); may be None.
-        make_stepper: Makes the stepper from the batches of its further levels.
-        step: Batches done.
-        stepper: Updates the weights. Set when the run is resumed or begins.
-        source: The batches from `step` on. Set together with `stepper`.
+        progress: Called after every step and during validations; may be None.
+        make_stepper: Makes the stepper from the batches of the levels after the first.
+        step: Number of batches done.
+        stepper: Updates the weights. Set by `resume`.
+        source: The batches from `step` on. Set by `resume`.
     """
 
     model: nn.Module
@@ -88,7 +87,7 @@ class Run:
         return self.group.rank() == 0
 
     def together(self) -> AbstractContextManager[None]:
-        """A part of the work that every process completes, or none."""
+        """A block that every process completes, or none."""
         return together(self.group)
 
     def report(self, *, with_layers: bool) -> None:
@@ -104,7 +103,7 @@ class Run:
             self.journal.add(entry)
 
     def validate(self) -> None:
-        """Measure the validation loss, once a step; keep the adapter if it is best."""
+        """Compute the validation loss once per step; save the adapter if it is best."""
         train, data = self.train, self.valid_data
         if data is None or self.journal.has("val_loss", self.step):
             return
@@ -132,8 +131,8 @@ class Run:
         """Write the adapter's files.
 
         Args:
-            folder: Where they go.
-            warn: Name what stock mlx-lm cannot load of the adapter.
+            folder: Folder to write to.
+            warn: Whether to warn of parts that mlx-lm itself cannot load.
         """
         losses = {name: self.journal.last(name) for name in ("train_loss", "val_loss")}
         with self.together():
@@ -150,8 +149,8 @@ class Run:
     def checkpoint(self) -> None:
         """Write a checkpoint, unless the step lies inside an update.
 
-        An update that was cut short by the end of the run is not an update of a longer
-        run, which therefore could not be resumed from there.
+        A longer run would not make the shortened last update, so it could not resume
+        from such a step.
         """
         if self.step % self.train.grad_accumulation_steps:
             return

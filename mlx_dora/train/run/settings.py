@@ -1,4 +1,4 @@
-"""What must stay the same for a run to be resumed, and the comparison with now."""
+"""Settings that must not change when a run is resumed, and their comparison."""
 
 import hashlib
 import json
@@ -22,19 +22,20 @@ logger = logging.getLogger(__name__)
 def run_settings(
     train: TrainConfig, dora: DoRAConfig, base: str, data: Examples, processes: int
 ) -> dict[str, Any]:
-    """All that must be the same for a run to go on as it was, as JSON gives it back.
+    """Collect the settings that a resumed run must share, as JSON values.
 
     Args:
         train: Settings of the training.
         dora: Settings of the adapter.
         base: Fingerprint of the base model.
         data: The training examples.
-        processes: How many share a batch: it changes sums by rounding, and dropout.
+        processes: Number of processes that share a batch; it affects rounding and
+            dropout.
     """
     kept = {
         name: getattr(train, name) for name in names_with(train, "may_change", False)
     }
-    found = {
+    settings = {
         **kept,
         **{f"adapter.{name}": value for name, value in asdict(dora).items()},
         "base model": base,
@@ -42,11 +43,11 @@ def run_settings(
         "processes": processes,
         "mlx": version("mlx"),
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(settings))
 
 
 def digest(data: Examples) -> str:
-    """Hash of every example's tokens and targets, in order."""
+    """Hash the tokens and targets of all examples, in order."""
     total = hashlib.sha256()
     for index in range(len(data)):
         tokens, targets = data[index]
@@ -58,15 +59,15 @@ def digest(data: Examples) -> str:
 def check_settings(
     checkpoint: Checkpoint, settings: dict[str, Any], *, force: bool
 ) -> None:
-    """Refuse to go on with other settings than those of the checkpoint.
+    """Refuse to resume with settings that differ from those of the checkpoint.
 
     Args:
-        checkpoint: Where the run stands.
-        settings: Those of now, from `run_settings`.
-        force: Go on all the same, with a warning.
+        checkpoint: The checkpoint to resume from.
+        settings: Current settings, from `run_settings`.
+        force: Whether to resume anyway, with a warning.
 
     Raises:
-        DoRAError: Listing every difference.
+        DoRAError: If settings differ; lists the differences.
     """
     before = checkpoint.state.settings
     differences = [
@@ -79,10 +80,10 @@ def check_settings(
     listed = "; ".join(differences)
     if not force:
         raise DoRAError(
-            f"{checkpoint.path} is of another training: {listed}. Give the old "
-            "settings, or force (--force) to go on with the new ones."
+            f"{checkpoint.path} belongs to a training with other settings: {listed}. "
+            "Use the old settings, or continue with the new settings (--force)."
         )
-    logger.warning("going on with other settings than before: %s", listed)
+    logger.warning("continuing with changed settings: %s", listed)
 
 
 def _short(value: Any) -> str:

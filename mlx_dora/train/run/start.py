@@ -1,4 +1,4 @@
-"""What a training starts from: adapter layers, a folder, weights of an earlier run."""
+"""Prepares the start of a training: trainable layers, saved weights, the folder."""
 
 import logging
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from mlx_dora.train.stepper import B_NAME, is_up_factor
 logger = logging.getLogger(__name__)
 
 BEST_NAME = "best"
-"""The folder of the best adapter so far, in the adapter's folder."""
+"""Subfolder of the best adapter so far."""
 
 _LISTED = 5
 
@@ -34,19 +34,19 @@ _LISTED = 5
 def make_trainable(
     model: nn.Module, config: DoRAConfig, fine_tune_type: FineTuneType
 ) -> list[str]:
-    """Adapt the model, or take the DoRA layers it has already.
+    """Adapt the model, or use its existing DoRA layers.
 
     Returns:
-        Paths of what will be trained.
+        Paths of the modules to train.
 
     Raises:
-        DoRAError: If nothing would be trained, or the model's DoRA layers are of
-            another kind, rank or scale than `config` says, or it asks for a variant of
-            something else than DoRA.
+        DoRAError: If nothing would be trained, existing DoRA layers differ from
+            `config` in kind, rank or scale, or `config` has a variant and
+            `fine_tune_type` is not ``"dora"``.
     """
     if fine_tune_type != "dora" and not config.is_plain:
         raise DoRAError(
-            "variant, init and magnitude_keys are DoRA's; with fine_tune_type "
+            "variant, init and magnitude_keys apply to DoRA only; with fine_tune_type "
             f"{fine_tune_type} leave them out."
         )
     present = dora_layers(model) if fine_tune_type == "dora" else []
@@ -57,16 +57,16 @@ def make_trainable(
             if type(layer) is not kind:
                 raise DoRAError(
                     f"the model's layer {path} is a {type(layer).__name__}, the config "
-                    f"means a {kind.__name__}."
+                    f"asks for a {kind.__name__}."
                 )
-            if "lora_b" not in layer:  # the magnitude alone
+            if "lora_b" not in layer:  # only a magnitude
                 continue
             rank = rank_of("lora_a", layer.lora_a) // layer.room
-            found = rank, float(layer.scale)
+            actual = rank, float(layer.scale)
             expected = config.rank_of(path), config.scale_of(path)
-            if found != expected:
+            if actual != expected:
                 raise DoRAError(
-                    f"the model's DoRA layer {path} has rank and scale {found}, the "
+                    f"the model's DoRA layer {path} has rank and scale {actual}, the "
                     f"config says {expected}."
                 )
             if isinstance(layer, DoRANAuxLinear) and layer.room != config.aux_width:
@@ -74,26 +74,26 @@ def make_trainable(
                     f"the model's layer {path} has aux_width {layer.room}, the config "
                     f"says {config.aux_width}."
                 )
-        logger.info("training the %d DoRA layers the model has", len(present))
+        logger.info("training the %d existing DoRA layers of the model", len(present))
         return [path for path, _ in present]
     paths = apply_layers(model, config, fine_tune_type)
     if not paths:
         raise DoRAError(
-            f"nothing to train: num_layers is {config.num_layers} and no key names a "
-            "module outside the blocks."
+            f"nothing to train: num_layers is {config.num_layers}, and no key names a "
+            "module outside the blocks. Raise num_layers or add a key."
         )
     return paths
 
 
 def check_lora_plus(model: nn.Module, ratio: float) -> None:
-    """Refuse a learning rate for B's where no B is trained.
+    """Refuse LoRA+ if no up projection B is trained.
 
     Raises:
-        DoRAError: If `ratio` is not 1 and no trainable parameter is called so.
+        DoRAError: If `ratio` is not 1 and no trainable parameter is named ``lora_b``.
     """
     if ratio != 1 and not any(map(is_up_factor, trainable_tensors(model))):
         raise DoRAError(
-            f"lora_plus_ratio is {ratio}, but nothing called {B_NAME} is trained."
+            f"lora_plus_ratio is {ratio}, but no parameter named {B_NAME} is trained."
         )
 
 
@@ -104,7 +104,7 @@ def trainable_tensors(model: nn.Module) -> dict[str, mx.array]:
 
 
 def kept_tensors(model: nn.Module) -> dict[str, mx.array]:
-    """What a checkpoint holds: the trainable parameters, and what a variant fixed."""
+    """Tensors of a checkpoint: trainable parameters and a variant's fixed tensors."""
     fixed = {
         f"{path}.{name}": layer[name]
         for path, layer in dora_layers(model)
@@ -114,15 +114,15 @@ def kept_tensors(model: nn.Module) -> dict[str, mx.array]:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Put the trained weights of an earlier run into a model, all of them or none.
+    """Load the trained weights of an earlier run into a model, all or none.
 
     Args:
-        model: A model made trainable as it was then.
-        path: The ``adapters.safetensors``, or its folder.
+        model: A model made trainable as in the earlier run.
+        path: The ``adapters.safetensors`` file, or its folder.
 
     Raises:
-        DoRAError: If names or shapes are not those of the trainable parameters, or a
-            value is not finite.
+        DoRAError: If names or shapes differ from those of the trainable parameters, or
+            a value is not finite.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -131,15 +131,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise DoRAError(f"resume_adapter_file {path} does not exist.")
     infos = read_header(path)
     check_dtypes(path, infos, all_weights=True)
-    found = {name: info.shape for name, info in infos.items()}
+    shapes = {name: info.shape for name, info in infos.items()}
     weights = kept_tensors(model)
     wanted = {name: value.shape for name, value in weights.items()}
-    problems = [f"it lacks {name}" for name in wanted if name not in found]
-    problems += [f"{name} is not trained here" for name in found if name not in wanted]
+    problems = [f"it lacks {name}" for name in wanted if name not in shapes]
+    problems += [f"{name} is not trained here" for name in shapes if name not in wanted]
     problems += [
-        f"{name} has shape {tuple(found[name])}, the model needs {tuple(wanted[name])}"
+        f"{name} has shape {tuple(shapes[name])}, the model needs {tuple(wanted[name])}"
         for name in wanted
-        if name in found and tuple(found[name]) != tuple(wanted[name])
+        if name in shapes and tuple(shapes[name]) != tuple(wanted[name])
     ]
     tensors = {} if problems else read_tensors(path, infos=infos)
     problems += [
@@ -159,24 +159,24 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def check_folder(path: Path, config: TrainConfig, inputs: Inputs = ()) -> None:
-    """Refuse a folder that cannot take the adapter, or would lose one unasked.
+    """Refuse a folder that cannot hold the adapter, or whose adapter would be lost.
 
-    Going on from the folder's own weights or checkpoints counts as asking.
+    Starting from the folder's own weights or checkpoints allows replacing them.
 
     Args:
         path: The adapter's folder.
         config: Settings of the training.
-        inputs: Files and folders that are read, besides the model and weights that
+        inputs: Files and folders to be read, besides the model and weights that
             `config` names.
 
     Raises:
-        DoRAError: If `path` is a file, the file system's root or the home folder; if
-            it is, holds or lies inside an input; if weights to start from would be
-            replaced; or if it holds an adapter or checkpoints and they are not to be
-            replaced, or an adapter without checkpoints is to be resumed.
+        DoRAError: If `path` is a file, the file system's root or the home folder; if it
+            is, contains or lies inside an input; if weights to start from would be
+            replaced; if it holds an adapter or checkpoints that may not be replaced; or
+            if an adapter without checkpoints is to be resumed.
     """
     if path.exists() and path.resolve() == Path.home().resolve():
-        raise DoRAError(f"adapter_path {path} is the home folder; name another.")
+        raise DoRAError(f"adapter_path {path} is the home folder; choose another.")
     refuse_inputs(path, (config.model, *inputs))
     _refuse_start(path, config)
     if path.exists() and not path.is_dir():
@@ -188,7 +188,7 @@ def check_folder(path: Path, config: TrainConfig, inputs: Inputs = ()) -> None:
     if config.resume and weights.exists():
         raise DoRAError(
             f"{path} holds an adapter but no checkpoint to resume from; to start from "
-            "its weights alone, name it as resume_adapter_file."
+            "its weights only, set resume_adapter_file to it."
         )
     if _starts_here(path, config):
         return
@@ -202,7 +202,7 @@ def check_folder(path: Path, config: TrainConfig, inputs: Inputs = ()) -> None:
 
 
 def _starts_here(path: Path, config: TrainConfig) -> bool:
-    """Whether the weights to start from are those that the folder itself holds."""
+    """Whether the weights to start from are those in the folder itself."""
     if not config.resume_adapter_file:
         return False
     start = Path(config.resume_adapter_file).expanduser().resolve()
@@ -210,7 +210,7 @@ def _starts_here(path: Path, config: TrainConfig) -> bool:
 
 
 def _refuse_start(path: Path, config: TrainConfig) -> None:
-    """Refuse to replace the weights that a training starts from, unless in place."""
+    """Refuse to replace the weights that a training starts from, except in place."""
     if not config.resume_adapter_file:
         return
     start = Path(config.resume_adapter_file).expanduser()
@@ -221,19 +221,19 @@ def _refuse_start(path: Path, config: TrainConfig) -> None:
             refuse_inputs(path, (start,))
         replaced = [path / name for name in (WEIGHTS_NAME, CHECKPOINTS, BEST_NAME)]
         is_replaced = any(
-            start.resolve().is_relative_to(one.resolve()) for one in replaced
+            start.resolve().is_relative_to(target.resolve()) for target in replaced
         )
     if is_replaced:
         raise DoRAError(
             f"resume_adapter_file {start} lies in adapter_path {path}, where this "
-            "training would replace it; choose another adapter_path, or go on in place "
-            "without overwrite from its adapters.safetensors."
+            "training would replace it; choose another adapter_path, or continue in "
+            "place from its adapters.safetensors without overwrite."
         )
 
 
 @contextmanager
 def train_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in train mode for a while, and in eval mode afterwards."""
+    """Put a model in train mode, and in eval mode afterward."""
     model.train()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where a training stands, its arrays apart: what a checkpoint's state.json holds."""
+"""State of a training without its arrays: the content of state.json."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,16 +10,16 @@ from mlx_dora.errors import DoRAError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Where a training stands, its arrays apart.
+    """State of a training, without its arrays.
 
     Args:
-        step: Batches done. With the seed it gives the place in the data and all that
-            is drawn at random in later steps.
-        log_bytes: Length of ``log.jsonl``.
+        step: Number of batches done. With the seed, it determines the position in the
+            data and the random numbers of later steps.
+        log_bytes: Length of ``log.jsonl`` in bytes.
         meter: Sums since the last report and totals, see `Meter.state`.
-        guard: Steps that were passed over, see `Guard.state`.
+        guard: Skipped steps, see `Guard.state`.
         best: The best validation so far, see `Best.state`.
-        settings: All that must stay the same for the run to go on as it was.
+        settings: Settings that must be unchanged when the run is resumed.
     """
 
     step: int
@@ -71,14 +71,14 @@ _FIELDS: dict[str, _Check] = {
 
 
 def parse_state(content: Mapping[str, Any], step: int) -> TrainState:
-    """Read the content of ``state.json``, each field checked by type and range.
+    """Read the content of ``state.json``, and check the type and range of each field.
 
     Args:
-        content: The parsed file.
-        step: What the name of the checkpoint's folder says.
+        content: Content of the parsed file.
+        step: Step in the name of the checkpoint's folder.
 
     Raises:
-        DoRAError: Naming every field that is missing or bad.
+        DoRAError: If fields are missing or invalid; names them all.
     """
     problems = []
     for name, (must_be, is_good) in _FIELDS.items():

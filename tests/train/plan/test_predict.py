@@ -38,11 +38,11 @@ def config(model: Path, **settings: Any) -> TrainConfig:
 
 @pytest.mark.parametrize("kind", ["dora", "lora", "full"])
 @pytest.mark.parametrize("bits", [None, 4])
-def test_weights_and_trained_numbers_are_those_of_the_model(
+def test_weight_bytes_and_trained_parameters_match_the_model(
     make_tiny_folder: Callable[..., Path], kind: FineTuneType, bits: int | None
 ) -> None:
     if kind == "full" and bits:
-        return  # packed weights do not train
+        return  # quantized weights cannot be trained
     folder = make_tiny_folder(bits=bits)
     dora = DoRAConfig(rank=4, num_layers=1)
     shapes = read_shapes(folder, dora, kind)
@@ -55,7 +55,7 @@ def test_weights_and_trained_numbers_are_those_of_the_model(
     assert len(shapes.block_elements) == 1
 
 
-def test_an_adapted_embedding_takes_every_block_along(
+def test_an_adapted_embedding_trains_through_every_block(
     tiny_model_folder: Path,
 ) -> None:
     dora = DoRAConfig(rank=4, num_layers=1, keys=("model.embed_tokens",))
@@ -77,32 +77,32 @@ def test_no_weight_is_read(tiny_model_folder: Path) -> None:
     assert plan.weights < plan.peak < 100 * MiB
 
 
-def test_terms_grow_as_they_must() -> None:
+def test_terms_grow_with_length_batch_and_optimizer() -> None:
     limit = 64 << 30
     train = TrainConfig(model="x", batch_size=2, max_seq_length=1025)
-    one = predict(BIG, train, limit)
+    base = predict(BIG, train, limit)
     long = predict(BIG, replace(train, max_seq_length=2049), limit)
     wide = predict(BIG, replace(train, batch_size=4), limit)
-    assert long.activations == wide.activations == 2 * one.activations
-    assert long.scores == 2 * wide.scores == 4 * one.scores
-    assert one.scores == (32 + 2) * 2 * 32 * 1024**2 * 2
-    assert long.logits == one.logits  # chunks, however long the batch
+    assert long.activations == wide.activations == 2 * base.activations
+    assert long.scores == 2 * wide.scores == 4 * base.scores
+    assert base.scores == (32 + 2) * 2 * 32 * 1024**2 * 2
+    assert long.logits == base.logits  # logits are computed in chunks
     light = predict(BIG, replace(train, grad_checkpoint=True), limit)
-    assert light.activations < one.activations / 8
+    assert light.activations < base.activations / 8
     sgd = predict(BIG, replace(train, optimizer="sgd"), limit)
-    assert one.optimizer == 2 * sgd.optimizer == 2 * one.adapter
+    assert base.optimizer == 2 * sgd.optimizer == 2 * base.adapter
 
 
-def test_what_would_fit_fits_and_one_more_does_not() -> None:
+def test_the_largest_sizes_fit_and_larger_sizes_do_not() -> None:
     limit = 40 << 30
     train = TrainConfig(model="x", batch_size=2, max_seq_length=1025)
     plan = predict(BIG, train, limit)
-    for field, found, step in (
+    for field, largest, step in (
         ("max_seq_length", plan.longest, 8),
         ("batch_size", plan.largest_batch, 1),
     ):
-        assert predict(BIG, replace(train, **{field: found}), limit).fits
-        assert not predict(BIG, replace(train, **{field: found + step}), limit).fits
+        assert predict(BIG, replace(train, **{field: largest}), limit).fits
+        assert not predict(BIG, replace(train, **{field: largest + step}), limit).fits
 
 
 def test_advice_makes_it_fit(tiny_model_folder: Path) -> None:
@@ -121,7 +121,7 @@ def test_advice_makes_it_fit(tiny_model_folder: Path) -> None:
     assert rows * steps == 16
     smaller = replace(light, batch_size=rows, grad_accumulation_steps=steps)
     assert plan_memory(smaller, dora, limit=limit // 3).fits
-    assert "smaller or quantised" in plan_memory(train, dora, limit=1000).advice[0]
+    assert "smaller or quantized" in plan_memory(train, dora, limit=1000).advice[0]
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -136,7 +136,7 @@ def test_experts_are_planned(kind: str, bits: int | None, tmp_path: Path) -> Non
     paths = apply_dora(model, dora)
     trained = sum(value.size for value in trainable_tensors(model).values())
     assert shapes.trainable == trained
-    # Two experts a token: the hidden layers of both, and what both give.
+    # Two experts per token: the hidden layers and outputs of both.
     inner = 2 * (32 if kind == "qwen3_moe" else 64)
     assert shapes.block_width == max(inner, 2 * 64)
     attention = 2 * 64 + 2 * 4 * 16 + 3 * 2 * 16
@@ -149,21 +149,21 @@ def test_experts_are_planned(kind: str, bits: int | None, tmp_path: Path) -> Non
     )
 
 
-def test_what_is_not_planned_is_refused_by_name(tmp_path: Path) -> None:
+def test_models_without_a_plan_are_refused_by_name(tmp_path: Path) -> None:
     latent = write_folder(tmp_path / "latent", "deepseek_v3")
     with pytest.raises(DoRAError, match="its attention is latent"):
         plan_memory(config(latent), DoRAConfig())
     moe = write_folder(tmp_path / "moe", "mixtral")
-    with pytest.raises(DoRAError, match="experts are planned with adapters alone"):
+    with pytest.raises(DoRAError, match="experts are planned with adapters only"):
         plan_memory(config(moe, fine_tune_type="full"), DoRAConfig())
     path = moe / "config.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"num_experts_per_tok": 0}))
-    with pytest.raises(DoRAError, match="none of num_experts_per_tok, "):
+    with pytest.raises(DoRAError, match="its config has none of num_experts_per_tok, "):
         plan_memory(config(moe), DoRAConfig())
 
 
-def test_the_command_tells_and_trains_nothing(
+def test_the_command_prints_a_plan_and_does_not_train(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     arguments = ["--model", str(tiny_model_folder), "--num-layers", "-1", "--plan"]

@@ -1,4 +1,4 @@
-"""Disks that are full or not to be written to."""
+"""Disks that are full or not writable."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
             pytest.skip("only root can mount a file system")
         command = [program, "-t", "tmpfs", "-o", options, "tmpfs", folder]
         if subprocess.run(command, check=False, capture_output=True).returncode:
-            pytest.skip("this system lets nobody mount a tmpfs")
+            pytest.skip("this system does not allow mounting a tmpfs")
         return folder
 
     yield mount
@@ -50,11 +50,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     finish(whole, keep_last=1)
     size = sum(path.stat().st_size for path in (whole / "checkpoints/24").iterdir())
     folder = mounted(f"size={5 * size // 1024}k") / "adapter"
-    told = fail(folder, keep_last=100)
-    assert "disk is full" in told or "No space left on device" in told
-    found = newest_checkpoint(folder, multiple_of=2)
-    assert found is not None
-    assert 0 < found.state.step < 24
+    message = fail(folder, keep_last=100)
+    assert "disk is full" in message or "No space left on device" in message
+    checkpoint = newest_checkpoint(folder, multiple_of=2)
+    assert checkpoint is not None
+    assert 0 < checkpoint.state.step < 24
     tensors(folder)
     shutil.copytree(folder, tmp_path / "adapter")
     finish(tmp_path / "adapter", resume=True)
@@ -66,28 +66,28 @@ def test_a_limit_on_files_leaves_the_last_good_checkpoint(tmp_path: Path) -> Non
     finish(whole)
     finish(folder, iters=8)
     limit = (folder / "checkpoints/8/optimizer.safetensors").stat().st_size - 1
-    told = fail(folder, resume=True, largest_file=limit)
-    assert told.startswith("OSError: ")
-    assert "could not be written whole" in told
-    assert str(folder / "checkpoints/12") in told
+    message = fail(folder, resume=True, largest_file=limit)
+    assert message.startswith("OSError: ")
+    assert "could not be written whole" in message
+    assert str(folder / "checkpoints/12") in message
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"4", "8", ".lock"}
     finish(folder, resume=True)
     assert_same_run(whole, folder)
 
 
-def test_a_folder_not_to_be_written_to_is_told_before_the_first_step(
+def test_an_unwritable_folder_is_refused_before_the_first_step(
     run: Run, mounted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     place = tmp_path / "locked"
     place.mkdir(mode=0o500)
-    if os.access(place, os.W_OK):  # root may write anywhere but here
+    if os.access(place, os.W_OK):  # root may write anywhere except on a read-only mount
         place = mounted("ro")
     steps: list[int] = []
 
-    def tell(phase: str, _total: int, new: int) -> None:
+    def count(phase: str, _total: int, new: int) -> None:
         steps.append(new)
 
     with pytest.raises(OSError, match=str(place)):
-        run(str(place / "adapter"), progress=tell)
+        run(str(place / "adapter"), progress=count)
     assert not steps
     assert not any(place.iterdir())

@@ -1,4 +1,4 @@
-"""Bad steps, and the best one."""
+"""Skipped steps and the best adapter."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ Run = Callable[..., Any]
 
 
 def spoilt(step: int) -> dict[str, Any]:
-    """Batches of two rows, of one row at `step`, and a loss that is NaN on that one."""
+    """Batches of two rows, but one row at `step`, where the loss is NaN."""
 
     def loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> Any:
         value, tokens = loss_fn(model, batch, lengths)
@@ -44,7 +44,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_adapter(
 
 
 def test_a_bad_step_changes_nothing_and_is_counted(run: Run) -> None:
-    # The other five batches are all the same.
+    # The other five batches are identical.
     _, spared = run("spared", iters=6, options=spoilt(4), learning_rate=1e-2)
     _, plain = run("plain", iters=5, options=spoilt(0), learning_rate=1e-2)
     assert same_bits(tensors(spared.adapter_path), tensors(plain.adapter_path))
@@ -74,12 +74,14 @@ def test_a_batch_without_a_target_changes_nothing(run: Run) -> None:
     assert spared.steps_skipped == 1
 
 
-def test_the_best_adapter_is_kept_and_no_better_ones_end_the_training(run: Run) -> None:
-    # Far too high a rate: the validation loss turns back up.
+def test_the_best_adapter_is_kept_and_no_improvement_stops_early(run: Run) -> None:
+    # The learning rate is so high that the validation loss rises again.
     settings = {"learning_rate": 0.3, "steps_per_eval": 2, "valid": EXAMPLES[:4]}
     model, report = run(iters=60, early_stop=3, **settings)
     losses = {
-        one.step: one.val_loss for one in report.history if one.val_loss is not None
+        entry.step: entry.val_loss
+        for entry in report.history
+        if entry.val_loss is not None
     }
     best = min(losses, key=lambda step: losses[step])
     assert report.best_step == best
@@ -91,7 +93,7 @@ def test_the_best_adapter_is_kept_and_no_better_ones_end_the_training(run: Run) 
     )
 
 
-def test_a_training_that_ends_in_norms_beyond_float32_is_not_saved(
+def test_an_adapter_with_norms_beyond_float32_is_not_saved(
     run: Run, tmp_path: Path
 ) -> None:
     with pytest.raises(DoRAError, match="norms of the adapted rows are not finite"):

@@ -52,7 +52,7 @@ def test_each_kind_trains_and_mlx_lm_loads_it(
     assert_close(loaded(tokens), to_numpy(model(tokens)), bound=1e-5)
 
 
-def test_full_trains_the_last_blocks_alone(run: Run, tiny_model: nn.Module) -> None:
+def test_full_trains_only_the_last_blocks(run: Run, tiny_model: nn.Module) -> None:
     before = dict(tree_flatten(tiny_model.parameters()))
     model, report = run(fine_tune_type="full", num_layers=1, learning_rate=1e-3)
     after = dict(tree_flatten(model.parameters()))
@@ -64,14 +64,14 @@ def test_full_trains_the_last_blocks_alone(run: Run, tiny_model: nn.Module) -> N
 
 def test_the_same_seed_gives_the_same_bits(run: Run) -> None:
     settings = {"dropout": 0.2, "iters": 6, "grad_accumulation_steps": 2}
-    _, one = run("one", **settings)
-    _, two = run("two", **settings)
+    _, first = run("one", **settings)
+    _, second = run("two", **settings)
     _, other = run("other", **settings, seed=1)
-    assert same_bits(tensors(one.adapter_path), tensors(two.adapter_path))
-    assert not same_bits(tensors(one.adapter_path), tensors(other.adapter_path))
+    assert same_bits(tensors(first.adapter_path), tensors(second.adapter_path))
+    assert not same_bits(tensors(first.adapter_path), tensors(other.adapter_path))
 
 
-def test_gradients_of_small_batches_add_up_to_those_of_a_large_one(run: Run) -> None:
+def test_accumulated_small_batches_equal_a_large_batch(run: Run) -> None:
     # Batches of unequal token counts: a mean of means would differ.
     def batches(size: int) -> Callable[..., Iterator[Any]]:
         def make(*_: Any, **__: Any) -> Iterator[Any]:
@@ -103,7 +103,7 @@ def test_the_last_incomplete_window_is_used(run: Run) -> None:
     assert not same_bits(tensors(five.adapter_path), tensors(four.adapter_path))
 
 
-def test_norms_are_computed_once_an_update(
+def test_norms_are_computed_once_per_update(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlx_dora.layers import _layer
@@ -119,7 +119,7 @@ def test_norms_are_computed_once_an_update(
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_held_norms_train_as_recomputed_ones(
+def test_held_norms_train_like_recomputed_norms(
     run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: bool
 ) -> None:
     import contextlib
@@ -135,7 +135,7 @@ def test_held_norms_train_as_recomputed_ones(
         assert_close(value, to_numpy(expected[name]), bound=1e-5)
 
 
-def test_first_update_is_the_one_of_adam(
+def test_the_first_update_equals_adam(
     run: Run, make_tiny_model: Callable[..., nn.Module]
 ) -> None:
     model = make_tiny_model()
@@ -150,12 +150,12 @@ def test_first_update_is_the_one_of_adam(
     )
     for name, value in tensors(report.adapter_path).items():
         g = to_numpy(gradient[name])
-        m, v = 0.1 * g, 0.001 * g**2  # no bias correction: MLX's default
+        m, v = 0.1 * g, 0.001 * g**2  # MLX's default: no bias correction
         expected = to_numpy(start[name]) - 0.01 * m / (np.sqrt(v) + 1e-8)
         assert_close(value, expected, bound=1e-5)
 
 
-def test_loss_and_batches_of_mlx_lm_can_be_put_in(run: Run) -> None:
+def test_loss_and_batches_of_mlx_lm_can_be_used(run: Run) -> None:
     from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
     def theirs(data: Any, size: int, length: int, **_: Any) -> Iterator[Any]:
@@ -165,7 +165,7 @@ def test_loss_and_batches_of_mlx_lm_can_be_put_in(run: Run) -> None:
     assert report.steps == 5
     tokens, lengths = next(theirs(None, 4, 2048))
     counted = (np.array(lengths)[:, 1] - np.maximum(np.array(lengths)[:, 0], 1)) + 1
-    assert counted.sum() > 0  # their mask has one padding target a row more
+    assert counted.sum() > 0  # their mask counts one padding target per row
     assert tokens.shape[0] == 4
 
 
@@ -184,7 +184,7 @@ def test_log_has_every_report(run: Run) -> None:
     assert trained == [3, 6, 7]
     assert validated == [0, 4, 7]
     assert seen == list(report.history)
-    assert [one.to_dict() for one in seen] == lines
+    assert [entry.to_dict() for entry in seen] == lines
     assert lines[-2]["trained_tokens"] == report.trained_tokens
     summary = config(report.adapter_path)["mlx_dora"]["training"]
     assert summary["steps"] == 7
@@ -220,13 +220,13 @@ def test_progress_counts_steps_and_rows(run: Run) -> None:
     assert done == {"train": 5, "validate": 16}
 
 
-def test_adapter_is_saved_on_the_way(run: Run, tmp_path: Path) -> None:
+def test_the_adapter_is_saved_during_training(run: Run, tmp_path: Path) -> None:
     steps = []
 
     def look(phase: str, total: int, new: int) -> None:
         path = tmp_path / "adapter" / "adapter_config.json"
-        found = json.loads(path.read_text()) if path.exists() else None
-        steps.append(found and found["mlx_dora"]["training"]["steps"])
+        saved = json.loads(path.read_text()) if path.exists() else None
+        steps.append(saved and saved["mlx_dora"]["training"]["steps"])
 
     run(iters=6, save_every=2, progress=look)
     assert steps == [None, None, 2, 2, 4, 4]
@@ -238,7 +238,7 @@ def test_adapter_is_saved_on_the_way(run: Run, tmp_path: Path) -> None:
     ]
 
 
-def test_the_saved_adapter_is_the_trained_one(
+def test_the_saved_adapter_equals_the_trained_adapter(
     run: Run, make_tiny_model: Callable[..., nn.Module]
 ) -> None:
     model, report = run()
@@ -249,7 +249,7 @@ def test_the_saved_adapter_is_the_trained_one(
     assert mx.array_equal(fresh(tokens), model(tokens))
 
 
-def test_quantised_base_trains(
+def test_a_quantized_base_trains(
     run: Run, make_tiny_model: Callable[..., nn.Module]
 ) -> None:
     model = make_tiny_model(bits=4)
@@ -274,7 +274,7 @@ def test_half_precision_full_training_accumulates_in_float32(
     assert report.val_loss < report.first_val_loss
 
 
-def test_going_on_from_saved_weights(run: Run) -> None:
+def test_training_starts_from_saved_weights(run: Run) -> None:
     _, first = run("first", valid=EXAMPLES, iters=20)
     _, second = run(
         "second",
@@ -286,7 +286,7 @@ def test_going_on_from_saved_weights(run: Run) -> None:
     assert second.first_val_loss == pytest.approx(first.val_loss, rel=1e-6)
 
 
-def test_layers_that_are_there_are_trained(
+def test_existing_layers_are_trained(
     run: Run, make_tiny_model: Callable[..., nn.Module]
 ) -> None:
     model = make_tiny_model()
@@ -337,7 +337,7 @@ def test_a_bad_start_leaves_no_folder(run: Run, tmp_path: Path, name: str) -> No
     assert not (tmp_path / "adapter").exists()
 
 
-def test_an_adapter_is_not_replaced_unasked(run: Run, tmp_path: Path) -> None:
+def test_an_adapter_is_not_replaced_without_overwrite(run: Run, tmp_path: Path) -> None:
     _, report = run(iters=2)
     before = tensors(report.adapter_path)
     mx.eval(before)
@@ -352,7 +352,7 @@ def test_an_adapter_is_not_replaced_unasked(run: Run, tmp_path: Path) -> None:
         run("file")
 
 
-def test_rows_cut_and_left_out_are_in_the_report(run: Run) -> None:
+def test_truncated_and_skipped_rows_are_in_the_report(run: Run) -> None:
     data = [*EXAMPLES, ([1] * 90, 80), ([1] * 90, 5)]
     _, report = run(data=data, max_seq_length=40)
     assert (report.rows_truncated, report.rows_skipped) == (2, 1)

@@ -1,4 +1,4 @@
-"""Runs that are killed and go on, beside one that is not."""
+"""Killed and resumed runs, compared with uninterrupted runs."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from tests.train.conftest import EXAMPLES
 from tests.train.saved import log, same_bits, tensors
 
 ROOT = Path(__file__).parents[3]
-# What a clock or an allocator says differs between any two runs.
+# Times and memory differ between any two runs.
 TIMES = {
     "seconds", "val_seconds", "tokens_per_second", "steps_per_second",
     "peak_memory_bytes",
@@ -53,11 +53,11 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def assert_same_run(one: Path, two: Path) -> None:
-    assert same_bits(tensors(one), tensors(two))
-    assert same_bits(tensors(one / "best"), tensors(two / "best"))
-    assert lines(one) == lines(two)
-    states = [newest_checkpoint(path, multiple_of=2) for path in (one, two)]
+def assert_same_run(first: Path, second: Path) -> None:
+    assert same_bits(tensors(first), tensors(second))
+    assert same_bits(tensors(first / "best"), tensors(second / "best"))
+    assert lines(first) == lines(second)
+    states = [newest_checkpoint(path, multiple_of=2) for path in (first, second)]
     assert states[0] is not None
     assert states[1] is not None
     assert states[0].state.step == states[1].state.step
@@ -66,7 +66,7 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing stopped."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "adapter"
     finish(folder)
     return folder
@@ -138,14 +138,14 @@ def test_a_kill_inside_a_write_changes_nothing(
     assert sorted(left) == ["20", "24"]
 
 
-def test_a_run_made_longer_is_the_longer_run(whole: Path, tmp_path: Path) -> None:
+def test_an_extended_run_equals_the_longer_run(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    finish(folder, iters=13)  # its last update is of one batch, not of two
+    finish(folder, iters=13)  # its last update has one batch instead of two
     finish(folder, resume=True)
     assert_same_run(whole, folder)
 
 
-def test_resuming_what_is_done_changes_nothing(run: Run, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(run: Run, tmp_path: Path) -> None:
     _, report = run(iters=6, save_every=3, valid=EXAMPLES)
     before, text = tensors(report.adapter_path), lines(report.adapter_path)
     mx.eval(before)
@@ -155,7 +155,7 @@ def test_resuming_what_is_done_changes_nothing(run: Run, tmp_path: Path) -> None
     assert lines(again.adapter_path) == text
 
 
-def test_other_settings_are_refused_with_a_list(
+def test_changed_settings_are_refused_with_a_list(
     run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {"iters": 4, "save_every": 2}
@@ -173,10 +173,10 @@ def test_other_settings_are_refused_with_a_list(
         **{**settings, "iters": 8, "learning_rate": 1e-3}, resume=True, force=True
     )
     assert report.steps == 8
-    assert "going on with other settings than before" in caplog.text
+    assert "continuing with changed settings: " in caplog.text
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over(
+def test_a_damaged_checkpoint_is_named_and_skipped(
     run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, whole = run("whole", iters=8, save_every=2)
@@ -194,29 +194,29 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
 @pytest.mark.parametrize(
     "damage", ["", "{}", '{"version": 9}', "[]", "[" * 100_000, '{"version": 1}']
 )
-def test_a_damaged_state_is_passed_over(
+def test_a_damaged_state_is_skipped(
     run: Run, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     _, report = run(iters=4, save_every=2)
     (report.adapter_path / "checkpoints" / "4" / "state.json").write_text(damage)
-    found = newest_checkpoint(report.adapter_path, multiple_of=1)
-    assert found is not None
-    assert found.state.step == 2
+    newest = newest_checkpoint(report.adapter_path, multiple_of=1)
+    assert newest is not None
+    assert newest.state.step == 2
     assert "checkpoints/4 is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["²", "007", "9" * 30, "x", ".4"])
-def test_what_is_no_checkpoint_by_name_is_left_alone(run: Run, name: str) -> None:
+def test_folders_not_named_like_checkpoints_are_ignored(run: Run, name: str) -> None:
     _, report = run(iters=2, save_every=2)
     other = report.adapter_path / "checkpoints" / name
     other.mkdir()
-    found = newest_checkpoint(report.adapter_path, multiple_of=1)
-    assert found is not None
-    assert found.state.step == 2
+    newest = newest_checkpoint(report.adapter_path, multiple_of=1)
+    assert newest is not None
+    assert newest.state.step == 2
 
 
 def replace_file(checkpoint: Path, name: str, content: bytes) -> None:
-    """Replace a tensor file and its digest, as one who means harm would."""
+    """Replace a tensor file and its digest, as an attacker would."""
     (checkpoint / name).write_bytes(content)
     state = json.loads((checkpoint / "state.json").read_text())
     state["sha256"][name] = hashlib.sha256(content).hexdigest()
@@ -224,18 +224,18 @@ def replace_file(checkpoint: Path, name: str, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapters.safetensors", "optimizer.safetensors"])
-def test_a_file_that_mlx_cannot_read_is_passed_over(
+def test_a_file_that_mlx_cannot_read_is_skipped(
     run: Run, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     _, report = run(iters=4, save_every=2)
     replace_file(report.adapter_path / "checkpoints" / "4", name, b"not tensors")
-    found = newest_checkpoint(report.adapter_path, multiple_of=1)
-    assert found is not None
-    assert found.state.step == 2
+    newest = newest_checkpoint(report.adapter_path, multiple_of=1)
+    assert newest is not None
+    assert newest.state.step == 2
     assert "is not a valid safetensors file" in caplog.text
 
 
-def test_weights_that_are_not_finite_are_passed_over(
+def test_weights_that_are_not_finite_are_skipped(
     run: Run, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     _, report = run(iters=4, save_every=2)
@@ -246,9 +246,9 @@ def test_weights_that_are_not_finite_are_passed_over(
     mx.save_safetensors(str(tmp_path / "w.safetensors"), broken)
     content = (tmp_path / "w.safetensors").read_bytes()
     replace_file(checkpoint, "adapters.safetensors", content)
-    found = newest_checkpoint(report.adapter_path, multiple_of=1)
-    assert found is not None
-    assert found.state.step == 2
+    newest = newest_checkpoint(report.adapter_path, multiple_of=1)
+    assert newest is not None
+    assert newest.state.step == 2
     assert "holds NaN or inf" in caplog.text
 
 
@@ -283,13 +283,13 @@ def test_a_second_training_in_the_folder_is_refused(tmp_path: Path) -> None:
         second = start(folder, iters=100_000, save_every=2, resume=True)
         _, errors = second.communicate(timeout=60)
         assert second.returncode == 1
-        assert "another training is going on" in errors
+        assert "another training is running in" in errors
     finally:
         process.kill()
         process.communicate()
 
 
-def test_training_in_a_used_folder_is_refused_or_begins_anew(run: Run) -> None:
+def test_training_in_a_used_folder_is_refused_or_starts_over(run: Run) -> None:
     _, report = run(iters=4, save_every=2)
     with pytest.raises(DoRAError, match="resume it"):
         run(iters=4)

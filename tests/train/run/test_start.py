@@ -25,20 +25,16 @@ def saved(tmp_path: Path, tensors: dict[str, mx.array]) -> Path:
     return path
 
 
-def test_weights_come_back_from_file_and_folder(
-    model: nn.Module, tmp_path: Path
-) -> None:
+def test_weights_load_from_file_and_folder(model: nn.Module, tmp_path: Path) -> None:
     wanted = {name: v + 1 for name, v in trainable_tensors(model).items()}
     path = saved(tmp_path, wanted)
     for where in (path, tmp_path):
         load_weights(model, where)
-        found = trainable_tensors(model)
-        assert all(mx.array_equal(found[n], v).item() for n, v in wanted.items())
+        loaded = trainable_tensors(model)
+        assert all(mx.array_equal(loaded[n], v).item() for n, v in wanted.items())
 
 
-def test_everything_that_does_not_fit_is_told_at_once(
-    model: nn.Module, tmp_path: Path
-) -> None:
+def test_all_mismatches_are_reported_at_once(model: nn.Module, tmp_path: Path) -> None:
     path = "model.layers.1.self_attn.q_proj"
     tensors = trainable_tensors(model)
     tensors[f"{path}.lora_a"] = mx.zeros((32, 3))
@@ -63,6 +59,6 @@ def test_nan_is_refused(model: nn.Module, tmp_path: Path) -> None:
         load_weights(model, saved(tmp_path, tensors))
 
 
-def test_a_missing_file_is_told(model: nn.Module, tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(DoRAError, match="does not exist"):
         load_weights(model, tmp_path / "none.safetensors")

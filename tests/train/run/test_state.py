@@ -21,7 +21,7 @@ def good() -> dict[str, Any]:
     return json.loads(json.dumps(content))
 
 
-def test_what_the_parts_of_a_training_write_is_read() -> None:
+def test_a_written_state_is_read_back() -> None:
     content = good()
     state = parse_state(content, 6)
     assert (state.step, state.settings) == (6, {"seed": 0})
@@ -46,7 +46,7 @@ def test_what_the_parts_of_a_training_write_is_read() -> None:
         ("settings", [], "settings must be an object"),
     ],
 )
-def test_a_field_of_another_type_or_range_is_named(
+def test_a_field_of_wrong_type_or_range_is_named(
     name: str, value: Any, reason: str
 ) -> None:
     content = good()
