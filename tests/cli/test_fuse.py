@@ -107,7 +107,7 @@ def test_base_that_the_adapter_records_is_taken(
 
 def test_runs_as_a_module() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "mlx_dora.fuse", "--help"],
+        [sys.executable, "-m", "mlx_dora", "fuse", "--help"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "--adapter-path" in result.stdout

@@ -166,7 +166,7 @@ def test_server_chats_with_an_adapter(tiny_model_folder: Path, adapter: Path) ->
         port = free.getsockname()[1]
     paths = ("--model", str(tiny_model_folder), "--adapter-path", str(adapter))
     server = subprocess.Popen(
-        [sys.executable, "-m", "mlx_dora.server", *paths, "--port", str(port)],
+        [sys.executable, "-m", "mlx_dora", "server", *paths, "--port", str(port)],
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
