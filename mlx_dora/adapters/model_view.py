@@ -33,7 +33,7 @@ def model_view(folder: Path) -> Iterator[Path]:
             yield seen
     except ValueError as error:
         if float8 := _float8(infos):
-            raise DoRAError(_dequantise_first(folder, float8)) from error
+            raise DoRAError(_dequantize_first(folder, float8)) from error
         raise
     finally:
         utils.mx = own
@@ -81,10 +81,10 @@ def _float8(infos: Mapping[str, TensorInfo]) -> list[str]:
     return [name for name, info in infos.items() if info.dtype.startswith("F8")]
 
 
-def _dequantise_first(folder: Path, names: list[str]) -> str:
+def _dequantize_first(folder: Path, names: list[str]) -> str:
     return (
         f"{folder}: {names[0]} and {len(names) - 1} more are float8, which mlx-lm does "
-        "not dequantise for this architecture: dequantise the model to bfloat16, "
+        "not dequantize for this architecture: dequantize the model to bfloat16, "
         "float16 or float32 first."
     )
 
@@ -97,4 +97,4 @@ def check_loaded(folder: Path, model: nn.Module) -> None:
         weight = module.get("weight")
         is_packed = "scales" in module or "weight_scale" in module
         if isinstance(weight, mx.array) and weight.dtype == mx.uint8 and not is_packed:
-            raise DoRAError(_dequantise_first(folder, float8))
+            raise DoRAError(_dequantize_first(folder, float8))
