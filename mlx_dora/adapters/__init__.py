@@ -1,1 +1,1 @@
-"""A set of DoRA layers in a model or on disk: config, surgery, files, fuse."""
+"""Adapters in a model or on disk: configuration, attaching, files and fusing."""

@@ -1,4 +1,4 @@
-"""An adapter away from its model: config, tensors, and which base it belongs to."""
+"""An adapter apart from its model: config, tensors and the base it belongs to."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ _LARGEST = 1e18
 
 LEAVES = {"dora": ("lora_a", "lora_b", "m"), "lora": ("lora_a", "lora_b")}
 
-# Names of one kind of problem that a message spells out.
+# Largest number of names that a message lists for each kind of problem.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class BaseModel:
     """The model an adapter was trained on.
 
     Attributes:
-        model: The path or Hub id it was loaded from, as the user wrote it.
-        fingerprint: See `mlx_dora.adapters.fingerprint`; None if unknown.
+        model: The path or Hub id from which it was loaded, as the user wrote it.
+        fingerprint: Hash of the model (`mlx_dora.adapters.fingerprint`), or None.
     """
 
     model: str | None = None
@@ -38,16 +38,16 @@ class BaseModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What an adapter folder holds.
+    """The content of an adapter folder.
 
     Attributes:
-        config: How the model is adapted; the keys are full module paths (those of a
-            folder written by mlx-lm stay as it wrote them).
-        tensors: ``<module path>.lora_a``, ``.lora_b``, ``.m`` to arrays, at each
-            module's true rank. For full fine-tuning, parameter names to values.
-        base: The model it belongs to.
+        config: How the model is adapted. The keys are full module paths; in a folder
+            written by mlx-lm, they are unchanged.
+        tensors: Arrays by ``<module path>.lora_a``, ``.lora_b`` and ``.m``, with each
+            module's true rank. For full fine-tuning, values by parameter name.
+        base: The model that the adapter belongs to.
         fine_tune_type: ``"dora"``, ``"lora"`` or ``"full"``.
-        training: Summary of the training that made it, as JSON values.
+        training: Summary of the training that made the adapter, as JSON values.
     """
 
     config: DoRAConfig
@@ -58,7 +58,7 @@ class Adapter:
 
     @property
     def paths(self) -> list[str]:
-        """The adapted modules, in natural order."""
+        """Paths of the adapted modules, in natural order."""
         paths = {name.rpartition(".")[0] for name in self.tensors}
         return sorted(paths, key=natural_order)
 
@@ -70,23 +70,23 @@ def take_adapter(
     base: BaseModel | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """Return the adapter that is in a model, sharing its arrays.
+    """Return the adapter in a model; the arrays are shared.
 
-    Scales that differ by module are folded into ``lora_b``, since stock mlx-lm reads
-    one scale. A variant gives the plain DoRA adapter that computes the same.
+    Scales that differ between modules are folded into ``lora_b``, because stock mlx-lm
+    reads a single scale. A variant becomes the equivalent plain DoRA adapter.
 
     Args:
-        model: A model with DoRA or LoRA layers; for full fine-tuning, one with
-            trainable parameters.
-        fine_tune_type: Must be given for ``"full"``; otherwise read off the layers.
-        base: What to record of the base; its fingerprint is taken now if None (of a
-            fully fine-tuned model it cannot be).
+        model: A model with DoRA or LoRA layers or, for full fine-tuning, with trainable
+            parameters.
+        fine_tune_type: Required for ``"full"``; otherwise derived from the layers.
+        base: The base to record; if None, its fingerprint is computed now, which is
+            impossible for a fully fine-tuned model.
         training: Summary to record.
 
     Raises:
-        DoRAError: If there is nothing to take, DoRA and LoRA are mixed, a variant is
-            where no DoRA adapter can follow, or the norms of a layer are not finite:
-            it computes nothing of use, though its values may be numbers.
+        DoRAError: If the model has no adapter, DoRA and LoRA are mixed, a variant has
+            no equivalent DoRA adapter, or the norms of a layer are not finite, which
+            makes its output useless even if its values are finite.
     """
     if fine_tune_type == "full":
         return _take_full(model, base or BaseModel(), training)
@@ -114,7 +114,7 @@ def take_adapter(
             tensors[f"{path}.{leaf}"] = value
         ranks[path] = rank_of("lora_a", layer["lora_a"])
     rank = max(ranks.values())
-    # nn.Dropout keeps 1 - p.
+    # nn.Dropout stores 1 - p.
     kept = min(layer.dropout._p_1 for _, layer in layers)
     config = DoRAConfig(
         rank=rank,
@@ -122,7 +122,7 @@ def take_adapter(
         dropout=round(1 - kept, 9),
         keys=tuple(ranks),
         num_layers=_covering_blocks(model, ranks),
-        # All of them: a pattern also fits longer paths that end like it.
+        # List every rank, because a pattern also matches longer paths with that end.
         rank_pattern=ranks if len(set(ranks.values())) > 1 else None,
     )
     return Adapter(
@@ -151,29 +151,29 @@ def _take_full(
 
 
 def _covering_blocks(model: nn.Module, names: Iterable[str]) -> int:
-    """How many of the last blocks are needed to cover all modules inside blocks."""
-    found = [path for path, _ in blocks(model)]
+    """Return how many of the last blocks contain all these modules inside blocks."""
+    paths = [path for path, _ in blocks(model)]
     names = tuple(names)
-    for i, path in enumerate(found):
+    for i, path in enumerate(paths):
         if any(name == path or name.startswith(f"{path}.") for name in names):
-            return len(found) - i
+            return len(paths) - i
     return 0
 
 
 def rank_axis(leaf: str, ndim: int) -> int:
-    """The axis of the rank; experts (three axes) keep it elsewhere, as in mlx-lm."""
+    """Return the axis of the rank, which differs for experts (three axes) in mlx-lm."""
     if leaf == "lora_a":
         return 1
     return 0 if ndim == 2 else 2
 
 
 def rank_of(leaf: str, tensor: mx.array) -> int:
-    """The rank of a low-rank factor."""
+    """Return the rank of a low-rank factor."""
     return tensor.shape[rank_axis(leaf, tensor.ndim)]
 
 
 def adapter_problems(adapter: Adapter) -> list[str]:
-    """What is wrong with an adapter as such, whatever the model; empty if nothing."""
+    """Return the problems of an adapter that do not depend on a model."""
     tensors = adapter.tensors
     if not tensors:
         return ["it holds no tensors"]
@@ -237,7 +237,7 @@ def _rank_problems(adapter: Adapter, path: str) -> list[str]:
 
 
 def _finite(tensors: Mapping[str, mx.array]) -> dict[str, bool]:
-    """Whether each tensor of floats is free of NaN and inf, in one evaluation."""
+    """Return whether each float tensor is free of NaN and inf; evaluates them once."""
     flags = {
         name: mx.isfinite(tensor).all()
         for name, tensor in tensors.items()
@@ -248,6 +248,6 @@ def _finite(tensors: Mapping[str, mx.array]) -> dict[str, bool]:
 
 
 def listed(what: str, names: Iterable[str]) -> list[str]:
-    """One problem that names up to ten tensors, or none."""
+    """Return a problem that names up to ten tensors, or [] if there are no names."""
     names = list(names)
     return [f"{what} {shortened(names)}"] if names else []

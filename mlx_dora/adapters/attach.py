@@ -1,4 +1,4 @@
-"""Putting an adapter from disk onto a model, or saying everything that is wrong."""
+"""Attaches an adapter from disk to a model, or reports all problems."""
 
 from dataclasses import replace
 
@@ -28,20 +28,20 @@ def attach_adapter(
     check_base: bool = True,
     name: str = "the adapter",
 ) -> list[str]:
-    """Put an adapter onto the model it belongs to, in place.
+    """Attach an adapter to its base model, in place.
 
     Args:
-        model: The base, without adapters. It is frozen, but for full fine-tuning.
-        adapter: What to put on it.
-        check_base: Refuse a model that is not the one the adapter was trained on, as
-            far as its fingerprint tells.
-        name: What an error calls the adapter, such as its path.
+        model: The base, without adapters. It is frozen, except for full fine-tuning.
+        adapter: The adapter to attach.
+        check_base: Refuse a model whose fingerprint differs from that of the model on
+            which the adapter was trained.
+        name: Name of the adapter in error messages, for example its path.
 
     Returns:
         The full paths of the adapted modules (for full fine-tuning, the parameters).
 
     Raises:
-        DoRAError: If anything does not fit; one message with all problems. The model is
+        DoRAError: If the adapter does not fit; lists all problems. The model is
             unchanged.
     """
     problems = all_problems(model, adapter, check_base) or overflow_problems(adapter)
@@ -63,10 +63,10 @@ def attach_adapter(
 def fit_problems(
     model: nn.Module, adapter: Adapter, check_base: bool = False
 ) -> list[str]:
-    """What keeps an adapter from going onto this model; empty if nothing."""
+    """Return why an adapter cannot be attached to this model; empty if it can."""
     if adapted := adapter_layers(model):
         return [
-            f"the model has {len(adapted)} adapted layers already; take them out with "
+            f"the model has {len(adapted)} adapted layers already; remove them with "
             "remove_dora first"
         ]
     problems = []
@@ -86,24 +86,24 @@ def fit_problems(
 
 
 def all_problems(model: nn.Module, adapter: Adapter, check_base: bool) -> list[str]:
-    """What is wrong with an adapter, as such and for this model; empty if nothing."""
+    """Return all problems of an adapter, its own and those with this model."""
     return adapter_problems(adapter) + fit_problems(model, adapter, check_base)
 
 
 def other_base(adapter: Adapter) -> str:
-    """The problem of an adapter whose base's fingerprint is not the model's."""
+    """Return the problem text for an adapter that was trained on another base."""
     name = adapter.base.model or "another model"
     return (
-        f"it was trained on {name}, whose tensors differ from this model's (load "
-        "that one, or switch the base check off if you know better)"
+        f"it was trained on {name}, whose tensors differ from this model's (load that "
+        "model, or disable the base check if you are sure)"
     )
 
 
 def _key_problems(model: nn.Module, adapter: Adapter) -> list[str]:
-    """The config's keys and the tensors must name the same modules.
+    """Check that the config's keys and the tensors name the same modules.
 
-    Without keys the tensors decide: mlx-lm up to 0.28.1 adapted a few modules of each
-    block by default and recorded no keys.
+    Without keys, the tensors decide: mlx-lm up to 0.28.1 adapted a few modules of each
+    block by default and did not record keys.
     """
     config, paths = adapter.config, set(adapter.paths)
     named = paths.intersection(config.keys or ())
@@ -111,8 +111,8 @@ def _key_problems(model: nn.Module, adapter: Adapter) -> list[str]:
     if config.keys is not None:
         others = [key for key in config.keys if key not in paths]
     if others is None or others:
-        # In a folder that mlx-lm wrote, 0, -1 and more than there are all mean every
-        # block.
+        # In a folder written by mlx-lm, 0, -1 and numbers above the number of blocks
+        # all mean every block.
         depth = config.num_layers or -1
         if depth > len(blocks(model)):
             depth = -1
@@ -123,7 +123,7 @@ def _key_problems(model: nn.Module, adapter: Adapter) -> list[str]:
     extra = sorted(paths - named, key=natural_order)
     without = sorted(named - paths, key=natural_order) if config.keys else []
     return listed("the config does not adapt:", extra) + listed(
-        "the config adapts what has no tensors:", without
+        "the config adapts modules that have no tensors:", without
     )
 
 
@@ -147,7 +147,7 @@ def _module_problems(adapter: Adapter, path: str, module: nn.Module) -> list[str
 
 
 def _leaf_shapes(module: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of an adapter of this rank on a module, in mlx-lm's layout."""
+    """Return the shapes of a module's adapter of this rank, in mlx-lm's layout."""
     *experts, rows, width = module["weight"].shape
     if "scales" in module:
         width = width * 32 // module.bits

@@ -1,9 +1,9 @@
-"""What of a base checkpoint mlx-lm's text model leaves out, for a fuse to carry along.
+"""Finds tensors of a base that mlx-lm's text model drops, so that a fuse keeps them.
 
-mlx-lm loads a multimodal checkpoint as its text model: vision towers, projectors and
-prediction heads are dropped by the model's ``sanitize``, which renames, stacks or drops
-tensors by rules of its own. Here it is run with and without groups of tensors, and with
-empty ones in their place: what makes no difference was dropped.
+mlx-lm loads a multimodal checkpoint as a text model: the model's ``sanitize`` drops
+vision towers, projectors and prediction heads, and renames or stacks other tensors.
+This module runs ``sanitize`` with and without groups of tensors, and with empty tensors
+in their place. Groups that make no difference are dropped by ``sanitize``.
 """
 
 import logging
@@ -21,12 +21,12 @@ from mlx_dora.io.weight_files import weight_files
 
 Tensors = dict[str, mx.array]
 _Sanitize = Callable[[Tensors], Tensors]
-# Name to shape, and to identity where an input array came through as it was.
+# Shape by name and, for input arrays that pass through unchanged, identity by name.
 _Signature = dict[str, tuple[int | None, tuple[int, ...]]]
 
-# What a model's sanitize raises when a tensor that it needs is missing.
+# Raised by a model's sanitize when a tensor that it needs is missing.
 _NEEDED = (LookupError, ValueError, TypeError, AttributeError, RuntimeError)
-# A tied model's stored copy of its embedding; wrong once the embedding is adapted.
+# A tied model's stored copy of its embedding, which is wrong after a fuse changes it.
 _HEAD_COPY = ("lm_head.weight", "lm_head.scales", "lm_head.biases")
 
 logger = logging.getLogger(__name__)
@@ -34,31 +34,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Carried:
-    """Tensors of a base checkpoint that belong into the fused folder untouched.
+    """Tensors of a base checkpoint to copy unchanged into the fused folder.
 
     Attributes:
-        names: Their names in the base's own files, to those in the fused folder.
-        left_out: Names of those that would keep mlx-lm from loading the fused folder
-            as the model that it is.
+        names: Map from names in the base's files to names in the fused folder.
+        left_out: Names of tensors that would prevent mlx-lm from loading the fused
+            folder correctly.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
     def warn(self) -> None:
-        """Say what is renamed and what is left out."""
+        """Warn about tensors that are renamed or left out."""
         renamed = [old for old, new in self.names.items() if old != new]
         if renamed:
             logger.warning(
-                "%d tensors of the base are carried along without their leading "
-                "'model.', the names of earlier checkpoints, since mlx-lm could not "
-                "load the fused model otherwise (%s)",
+                "%d tensors of the base are copied without their leading 'model.', as "
+                "in earlier checkpoints, because mlx-lm could not load the fused "
+                "model otherwise (%s)",
                 len(renamed),
                 shortened(renamed),
             )
         if self.left_out:
             logger.warning(
-                "left out of the fused model, since mlx-lm could not load it with "
+                "left out of the fused model, because mlx-lm could not load it with "
                 "them: %d tensors of the base (%s)",
                 len(self.left_out),
                 shortened(self.left_out),
@@ -66,14 +66,14 @@ class Carried:
 
 
 def carried_along(folder: Path, *, trust_remote_code: bool = False) -> Carried:
-    """Find the tensors of a base that mlx-lm's model of it leaves out.
+    """Find the tensors of a base that mlx-lm's model drops.
 
-    No tensor is read. Stored copies of a tied head are not among them: the embedding
-    takes their place.
+    No tensor is read. Stored copies of a tied head are excluded, because the embedding
+    replaces them.
 
     Args:
         folder: The base's local folder.
-        trust_remote_code: Run Python code that the folder brings along.
+        trust_remote_code: Allow Python code in the folder to run.
 
     Raises:
         DoRAError: If mlx-lm cannot load the model.
@@ -92,13 +92,13 @@ def carried_along(folder: Path, *, trust_remote_code: bool = False) -> Carried:
     left_out: list[str] = []
     for names in _candidates(sanitize, weights, params):
         without = {k: weights[k] for k in weights.keys() - set(names)}
-        # A name alone may steer what happens to others: there, but without a number.
+        # A name alone may affect other tensors, so keep it with an empty tensor.
         empty = {k: mx.zeros((0,) * (weights[k].ndim or 1)) for k in names}
         if whole not in (
             _signature(sanitize, without),
             _signature(sanitize, weights | empty),
         ):
-            continue  # they go into the model, stacked or computed with
+            continue  # the model uses them, stacked or in a computation
         for chosen in _spellings(names):
             beside = {new: weights[old] for old, new in (safe | chosen).items()}
             signature = _signature(sanitize, params | beside, params)
@@ -114,10 +114,10 @@ def carried_along(folder: Path, *, trust_remote_code: bool = False) -> Carried:
 
 
 def _spellings(names: list[str]) -> list[dict[str, str]]:
-    """Names to try: the base's own, then without the leading ``model.``.
+    """Return names to try: the base's own, then without the leading ``model.``.
 
-    Newer checkpoints nest towers and text under ``model``; where mlx-lm writes the text
-    without it, it knows the tower by its earlier name alone.
+    Newer checkpoints nest towers and text under ``model``. Where mlx-lm writes the text
+    without this prefix, it recognizes the tower only by its earlier name.
     """
     earlier = {name: name.removeprefix("model.") for name in names}
     return [{name: name for name in names}, earlier]
@@ -128,13 +128,13 @@ def carried_tensors(
     carried: Carried,
     quantization: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[str, mx.array]]:
-    """Read tensors from the base's files, lazily, one after the other.
+    """Yield tensors from the base's files lazily, one at a time.
 
     Args:
         folder: The base's local folder.
-        carried: Which ones, and what they are called in the fused folder.
-        quantization: The base's ``quantization``, to make packed tensors dense; None
-            leaves them packed.
+        carried: The tensors, with their names in the fused folder.
+        quantization: The base's ``quantization``, to dequantize packed tensors; None
+            keeps them packed.
     """
     wanted = carried.names
     for path in weight_files(folder):
@@ -167,7 +167,7 @@ def carried_tensors(
 
 
 def _parts(folder: Path, module: str) -> Tensors:
-    """Scales and biases of a packed module, which may be in another file."""
+    """Return scales and biases of a packed module, which may be in another file."""
     parts: Tensors = {}
     for path in weight_files(folder):
         loaded = cast(Tensors, mx.load(str(path)))
@@ -180,10 +180,10 @@ def _parts(folder: Path, module: str) -> Tensors:
 def _candidates(
     sanitize: _Sanitize, weights: Tensors, params: Tensors
 ) -> list[list[str]]:
-    """Tensors that do not come through as they are, in groups of one place.
+    """Return tensors that do not pass through unchanged, grouped by prefix.
 
-    A place is the shortest prefix under which nothing comes through, with numbers
-    passed over: ``vision_tower``, ``model.layers.*.mlp.experts``.
+    A group's prefix is the shortest under which no tensor passes through; numbers are
+    wildcards: ``vision_tower``, ``model.layers.*.mlp.experts``.
     """
     through = {id(value) for value in sanitize(dict(weights)).values()}
     candidates = [
@@ -212,12 +212,12 @@ def _prefixes(name: str) -> list[str]:
 def _signature(
     sanitize: _Sanitize, weights: Tensors, of: Tensors | None = None
 ) -> _Signature | None:
-    """What sanitize makes of tensors; None if it cannot do without another.
+    """Describe the output of sanitize; None if it needs a tensor that is missing.
 
     Args:
-        sanitize: The model's.
-        weights: Its input.
-        of: The tensors whose identity counts; all if None.
+        sanitize: The model's method.
+        weights: The input of `sanitize`.
+        of: The tensors whose identity is compared; None for all.
     """
     known = {id(value) for value in (weights if of is None else of).values()}
     try:

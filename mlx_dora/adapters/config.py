@@ -1,6 +1,6 @@
-"""What a DoRA adapter is made of: rank, scale, and which modules it covers.
+"""Settings of a DoRA adapter: rank, scale and adapted modules.
 
-Imports no MLX, so that the command line can make its options from the fields.
+Does not import MLX, because the command line makes its options from the fields.
 """
 
 import math
@@ -29,10 +29,10 @@ Init = Literal["lora", "pissa"]
 
 @dataclass(frozen=True, kw_only=True)
 class DoRAConfig:
-    """How a model is adapted. The help text of each field describes it.
+    """How a model is adapted; each field's help text describes it.
 
-    ``scale`` is the multiplier s of the update, as mlx-lm spells it (alpha / rank
-    elsewhere). What is saved is plain DoRA, whatever the variant (docs/variants.md).
+    ``scale`` is the multiplier s of the update, as in mlx-lm (alpha / rank elsewhere).
+    Every variant is saved as plain DoRA (docs/variants.md).
     """
 
     rank: int = option(8, help="Rank of the low-rank update.", least=1)
@@ -42,36 +42,36 @@ class DoRAConfig:
     )
     keys: tuple[str, ...] | None = option(
         None,
-        help="Modules to adapt, relative to a block (self_attn.q_proj) or as "
-        "full paths; all linear layers and embeddings of the blocks if not given.",
+        help="Modules to adapt, relative to a block (self_attn.q_proj) or as full "
+        "paths; by default, all linear layers and embeddings of the blocks.",
     )
     num_layers: int = option(
         16,
-        help="Blocks to adapt, from the last; -1 for all, 0 for none.",
+        help="Number of last blocks to adapt; -1 for all, 0 for none.",
         least=0,
         special=(-1,),
     )
     variant: Variant = option(
         "dora",
-        help="Parametrisation of the adapter in training; what is saved is plain DoRA.",
+        help="Parametrization of the adapter in training; it is saved as plain DoRA.",
     )
     rank_pattern: dict[str, int] | None = option(
-        None, help="Ranks of single modules: full path, or its end, to rank."
+        None, help="Ranks of individual modules: full path, or its end, to rank."
     )
     use_rslora: bool = option(
         False, help="Divide the scale by the square root of the rank (rsLoRA)."
     )
     init: Init = option(
         "lora",
-        help="Start of A and B: random and 0, or the base's largest directions; "
-        "pissa is saved at twice the rank.",
+        help="Initial values of A and B: random and 0, or the base's largest singular "
+        "directions (pissa), which are saved at twice the rank.",
     )
     magnitude_keys: tuple[str, ...] | None = option(
-        None, help="Modules whose magnitude alone is trained, besides keys."
+        None, help="Additional modules of which only the magnitude is trained."
     )
     aux_width: int = option(
         1,
-        help="Variant doran-aux: hidden units of the networks for each rank.",
+        help="Variant doran-aux: hidden units per rank of the auxiliary networks.",
         least=1,
         variant="doran-aux",
     )
@@ -99,12 +99,12 @@ class DoRAConfig:
     def _check_variant(self) -> None:
         if self.init == "pissa" and self.variant != "dora":
             raise DoRAError(
-                f"init pissa is a start of variant dora, got variant {self.variant}."
+                f"init pissa needs variant dora, got variant {self.variant}."
             )
         if self.init == "pissa" and self.scale <= 0:
             raise DoRAError(
-                "init pissa divides by the root of the scale, which must be above 0; "
-                f"got {self.scale}."
+                "init pissa divides by the square root of the scale, which must be "
+                f"above 0; got {self.scale}."
             )
         if self.variant not in ("dora", "magnitude") and not self.scale:
             raise DoRAError(
@@ -134,7 +134,7 @@ class DoRAConfig:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every layer is a plain DoRA (or LoRA) layer in training too."""
+        """Whether every layer is a plain DoRA or LoRA layer during training, too."""
         return (self.variant, self.init, self.magnitude_keys) == ("dora", "lora", None)
 
     def _check_rank_pattern(self) -> None:
@@ -147,7 +147,7 @@ class DoRAConfig:
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern) or None)
 
     def pattern_for(self, path: str) -> str | None:
-        """The entry of `rank_pattern` that covers a module: the longest that fits."""
+        """Return the longest key of `rank_pattern` that matches a module, or None."""
         fitting = [
             name
             for name in self.rank_pattern or {}
@@ -156,18 +156,18 @@ class DoRAConfig:
         return max(fitting, key=len, default=None)
 
     def rank_of(self, path: str) -> int:
-        """Rank of the module at `path`."""
+        """Return the rank of the module at `path`."""
         name = self.pattern_for(path)
         return self.rank if name is None else (self.rank_pattern or {})[name]
 
     def scale_of(self, path: str) -> float:
-        """Multiplier of the module at `path`, rsLoRA's square root included."""
+        """Return the multiplier of the module at `path`, including rsLoRA's factor."""
         if self.use_rslora:
             return self.scale / math.sqrt(self.rank_of(path))
         return float(self.scale)
 
     def lora_parameters(self) -> dict[str, Any]:
-        """The part that mlx-lm keeps under ``lora_parameters``."""
+        """Return the settings that mlx-lm stores under ``lora_parameters``."""
         parameters: dict[str, Any] = {
             "rank": self.rank,
             "scale": self.scale,

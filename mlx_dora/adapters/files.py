@@ -1,4 +1,4 @@
-"""Adapter folders in mlx-lm's format, with what it leaves out under ``mlx_dora``."""
+"""Adapter folders in mlx-lm's format, with additions of our own under ``mlx_dora``."""
 
 import json
 import logging
@@ -51,21 +51,21 @@ def save_adapter(
     base_model: str | None = None,
     inputs: Inputs = (),
 ) -> None:
-    """Write an adapter folder that stock mlx-lm loads, complete or not at all.
+    """Write an adapter folder that stock mlx-lm loads; all or nothing.
 
-    A warning names the modules that stock mlx-lm cannot load.
+    Warns about modules that stock mlx-lm cannot load.
 
     Args:
         model_or_adapter: A model with DoRA or LoRA layers, or an `Adapter`.
-        path: The folder to make.
+        path: The folder to create.
         overwrite: Replace an existing folder.
-        base_model: Path or Hub id of the base, to be recorded.
-        inputs: Files and folders that the output must not replace, hold or lie in. The
-            base that is recorded is never replaced.
+        base_model: Path or Hub id of the base to record.
+        inputs: Files and folders that the output must not replace, contain or lie in.
+            The recorded base is always included.
 
     Raises:
         DoRAError: If `path` must not be written, exists and `overwrite` is false, or
-            the adapter has NaN or inf or is otherwise unfit; nothing is written then.
+            the adapter holds NaN or inf or is otherwise invalid. Nothing is written.
     """
     adapter = _adapter_of(model_or_adapter)
     if base_model is not None:
@@ -87,21 +87,21 @@ def write_adapter_files(
     training: Mapping[str, Any] | None = None,
     warn: bool = True,
 ) -> None:
-    """Write the adapter's two files into a living training folder, each at once.
+    """Write the adapter's two files into a training folder, each atomically.
 
-    The files of an earlier call are replaced; others in the folder stay.
+    Replaces the files of an earlier call and keeps other files in the folder.
 
     Args:
         model_or_adapter: A model in training, or an `Adapter`.
-        folder: Made if missing.
-        fine_tune_type: Must be given for ``"full"``; see `take_adapter`.
-        base: What to record of the base; taking its fingerprint once spares doing so
-            at each call, and for full fine-tuning must be done before training.
+        folder: The training folder; created if missing.
+        fine_tune_type: Required for ``"full"``; see `take_adapter`.
+        base: The base to record. Pass it to avoid computing the fingerprint at each
+            call; for full fine-tuning, compute it before training.
         training: Summary to record.
-        warn: Name the modules that stock mlx-lm cannot load.
+        warn: Warn about modules that stock mlx-lm cannot load.
 
     Raises:
-        DoRAError: If the adapter has NaN or inf: the files stay as they were.
+        DoRAError: If the adapter holds NaN or inf; the files are unchanged.
     """
     if isinstance(model_or_adapter, Adapter):
         adapter = model_or_adapter
@@ -118,7 +118,7 @@ def write_adapter_files(
             base=base,
             training=training,
         )
-    _refuse_problems(adapter, f"{folder} is left as it was: ")
+    _refuse_problems(adapter, f"{folder} is unchanged: ")
     if warn:
         _warn_of_stock(model_or_adapter, adapter)
     folder = Path(folder)
@@ -127,14 +127,14 @@ def write_adapter_files(
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter folder of ours or of mlx-lm, strictly.
+    """Read and check an adapter folder of mlx_dora or mlx-lm.
 
     Args:
         path: A folder with ``adapter_config.json`` and ``adapters.safetensors``.
 
     Raises:
-        DoRAError: If the folder, its config or its tensors are not in order; one
-            message with all problems.
+        DoRAError: If the folder, its config or its tensors are invalid; lists all
+            problems.
     """
     adapter = read_adapter(path)
     _refuse_problems(adapter, f"{path}: ")
@@ -144,7 +144,7 @@ def load_adapter(path: str | Path) -> Adapter:
 def read_adapter(path: str | Path) -> Adapter:
     """Read an adapter folder without checking its tensors' values and names.
 
-    For `attach_adapter`, which checks them together with what the model needs.
+    `attach_adapter` checks them later against the model.
     """
     adapter, tensors = read_one_save(Path(path))
     return replace(adapter, tensors=strip_rank(tensors, adapter.config))
@@ -176,12 +176,12 @@ def _write_files(adapter: Adapter, folder: Path) -> None:
 
 
 def _warn_of_stock(model_or_adapter: nn.Module | Adapter, adapter: Adapter) -> None:
-    """Say by name what stock mlx-lm cannot load of this adapter."""
+    """Warn about modules of this adapter that stock mlx-lm cannot load."""
     if adapter.fine_tune_type != "dora":
         return
     reasons: dict[str, list[str]] = {}
     for name, value in adapter.tensors.items():
-        # A row of the base that is zero has m = 0, and training leaves it there.
+        # A zero row of the base has m = 0, which training does not change.
         if name.endswith(".m") and mx.any(value == 0):
             reasons.setdefault("zero rows (it computes NaN)", []).append(name[:-2])
         if name.endswith(".m") and value.ndim > 1:
@@ -191,7 +191,7 @@ def _warn_of_stock(model_or_adapter: nn.Module | Adapter, adapter: Adapter) -> N
         for path, layer in dora_layers(model_or_adapter):
             base = base_of(layer)
             if isinstance(base, nn.QuantizedEmbedding):
-                reasons.setdefault("quantised embeddings", []).append(path)
+                reasons.setdefault("quantized embeddings", []).append(path)
             elif isinstance(base, nn.QuantizedLinear) and base.bits in (3, 5, 6):
                 reasons.setdefault("3-, 5- or 6-bit bases", []).append(path)
     for reason, paths in reasons.items():

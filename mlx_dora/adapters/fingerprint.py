@@ -1,4 +1,4 @@
-"""Recognising a base model by its tensors, so that an adapter is not put on another."""
+"""Identifies a base model by its tensors, to refuse adapters of other models."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_dora.adapters.keys import natural_order
 from mlx_dora.adapters.surgery import adapter_layers, base_of
 
-# Values of this many tensors are looked at, and this many of each.
+# Number of sampled tensors, and of values sampled from each.
 _SAMPLED_TENSORS = 16
 _SAMPLED_VALUES = 256
 
@@ -21,9 +21,9 @@ _SAMPLED_VALUES = 256
 def fingerprint(model: nn.Module) -> str:
     """Hash the base's tensor names, shapes and dtypes, and a sample of its values.
 
-    Adapters do not count: the same before and after `apply_dora` or with mlx-lm's LoRA
-    layers. At most 16 matrices are read, however large the model; two models that
-    differ only elsewhere are not told apart.
+    Adapters do not affect the hash: it is the same before and after `apply_dora` and
+    with mlx-lm's LoRA layers. At most 16 matrices are read, whatever the model's size.
+    Models that differ only in other values have the same fingerprint.
 
     Returns:
         ``"sha256:"`` and 64 hexadecimal digits.
@@ -36,20 +36,20 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def fingerprint_of(tensors: dict[str, mx.array]) -> str:
-    """The fingerprint of a base's tensors, each dropped after it was looked at.
+    """Return the fingerprint of a base's tensors; removes sampled ones from `tensors`.
 
-    With nothing else holding lazily read tensors, one is in memory at a time.
+    If nothing else refers to the lazily read tensors, one is in memory at a time.
     """
     lines = {name: tensor_line(name, tensor) for name, tensor in tensors.items()}
     return digest_of(lines, lambda name: sample_of(tensors.pop(name)))
 
 
 def digest_of(lines: dict[str, bytes], sample: Callable[[str], bytes]) -> str:
-    """Hash what `tensor_line` says of each tensor, and samples of some of them.
+    """Hash the lines of all tensors and samples of some of them.
 
     Args:
-        lines: Tensor name to its line.
-        sample: From a name to what `sample_of` says of that tensor.
+        lines: Result of `tensor_line`, by tensor name.
+        sample: Maps a tensor's name to the result of `sample_of`.
     """
     names = sorted(lines, key=natural_order)
     digest = hashlib.sha256()
@@ -62,7 +62,7 @@ def digest_of(lines: dict[str, bytes], sample: Callable[[str], bytes]) -> str:
 
 
 def tensor_line(name: str, tensor: mx.array) -> bytes:
-    """Name, shape and dtype as one line."""
+    """Return name, shape and dtype as a line."""
     line = [name, list(tensor.shape), str(tensor.dtype)]
     return json.dumps(line).encode() + b"\n"
 
@@ -73,7 +73,7 @@ def _is_matrix(line: bytes) -> bool:
 
 
 def base_tensors(model: nn.Module) -> dict[str, mx.array]:
-    """Every parameter of the base under the name it has without adapters."""
+    """Return the base's parameters by the names that they have without adapters."""
     adapted = adapter_layers(model)
     prefixes = tuple(f"{path}." for path, _ in adapted)
     tensors: dict[str, mx.array] = {
@@ -88,14 +88,14 @@ def base_tensors(model: nn.Module) -> dict[str, mx.array]:
 
 
 def _spread(names: list[str], count: int) -> list[str]:
-    """Return `count` names evenly spread, first and last among them."""
+    """Return `count` evenly spaced names, including the first and the last."""
     if len(names) <= count:
         return names
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
 def sample_of(tensor: mx.array) -> bytes:
-    """Up to 256 values, evenly spread, as bytes."""
+    """Return up to 256 evenly spaced values as bytes."""
     flat = tensor.reshape(-1)
     step = max(1, flat.size // _SAMPLED_VALUES)
     values = mx.contiguous(flat[::step][:_SAMPLED_VALUES])

@@ -1,4 +1,4 @@
-"""What an adapter folder says in JSON, and how ranks are padded there."""
+"""Converts an adapter's config to and from JSON, and pads ranks for mlx-lm."""
 
 import logging
 from dataclasses import replace
@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 PLAIN = "dora"
-"""The only parametrisation that a file has; what was trained is in its summary."""
+"""The only parametrization in files; the training summary names the trained variant."""
 
 
 def config_json(adapter: Adapter) -> dict[str, Any]:
-    """The content of ``adapter_config.json``."""
+    """Return the content of ``adapter_config.json``."""
     config = adapter.config
     parameters = None
     if adapter.fine_tune_type != "full":
@@ -43,19 +43,19 @@ def config_json(adapter: Adapter) -> dict[str, Any]:
 def parse_config(
     content: dict[str, Any], where: object = "adapter_config.json"
 ) -> Adapter:
-    """Read ``adapter_config.json``, ours or mlx-lm's, into an adapter without tensors.
+    """Parse ``adapter_config.json``, ours or mlx-lm's, into an adapter without tensors.
 
-    Configs of mlx-lm up to 0.18 say ``lora_layers`` and ``use_dora`` where later ones
-    say ``num_layers`` and ``fine_tune_type``.
+    Configs of mlx-lm up to 0.18 use ``lora_layers`` and ``use_dora``; later versions
+    use ``num_layers`` and ``fine_tune_type``.
 
     Args:
         content: The JSON object.
-        where: What a warning names, such as the file.
+        where: Name for warnings, for example the file.
 
     Raises:
-        DoRAError: If a value is missing or bad.
+        DoRAError: If a value is missing or invalid.
     """
-    # LoRA is mlx-lm's default. Where both names stand, it reads the later one.
+    # LoRA is mlx-lm's default. If both names are present, it reads the newer name.
     early = "dora" if content.get("use_dora") is True else "lora"
     kind = content.get("fine_tune_type", early)
     if kind not in ("dora", "lora", "full"):
@@ -78,7 +78,7 @@ def parse_config(
     version = ours.get("version")
     if type(version) is not int or version > FORMAT_VERSION:
         raise DoRAError(
-            f"format version {version!r} is newer than this mlx_dora knows "
+            f"format version {version!r} is newer than this mlx_dora supports "
             f"({FORMAT_VERSION}); upgrade mlx_dora."
         )
     base, training = ours.get("base") or {}, ours.get("training")
@@ -111,7 +111,7 @@ def _lora_parameters(content: dict[str, Any], is_host: bool) -> dict[str, Any]:
     if not isinstance(parameters, dict):
         raise DoRAError(f"lora_parameters must be an object, got {parameters!r:.60}.")
     if is_host and "scale" in parameters:
-        # Configs for mlx-lm often keep keys that it ignores, such as alpha.
+        # Configs for mlx-lm often contain keys that it ignores, such as alpha.
         known = ("rank", "scale", "dropout", "keys")
         return {key: value for key, value in parameters.items() if key in known}
     missing = [key for key in ("rank", "scale") if key not in parameters]
@@ -123,10 +123,10 @@ def _lora_parameters(content: dict[str, Any], is_host: bool) -> dict[str, Any]:
 def _warn_of_alpha(
     parameters: dict[str, Any], config: DoRAConfig, where: object
 ) -> None:
-    """Say that a dead or meaningful ``alpha`` beside ``scale`` is not applied.
+    """Warn that ``alpha`` beside ``scale`` is ignored, although it may matter.
 
-    mlx-lm up to 0.14.1 multiplied by scale * alpha / rank; since then it ignores alpha,
-    which configs kept all the same. A file does not say which of the two made it.
+    mlx-lm up to 0.14.1 multiplied by scale * alpha / rank. Later versions ignore alpha,
+    but configs still contain it. A file does not say which version wrote it.
     """
     alpha = parameters.get("alpha")
     if alpha is None or alpha == config.rank:
@@ -137,7 +137,7 @@ def _warn_of_alpha(
     logger.warning(
         "%s: alpha %s is ignored, the update is multiplied by scale %g. mlx-lm up to "
         "0.14.1 multiplied by scale * alpha / rank%s: for an adapter that it trained, "
-        "set scale to that and remove alpha.",
+        "set scale to this value and remove alpha.",
         where,
         printable(repr(alpha), 60),
         config.scale,
@@ -146,7 +146,7 @@ def _warn_of_alpha(
 
 
 def pad_rank(name: str, tensor: mx.array, rank: int) -> mx.array:
-    """Fill a low-rank factor with zeros up to `rank`: stock mlx-lm reads one rank."""
+    """Pad a low-rank factor with zeros to `rank`; stock mlx-lm reads a single rank."""
     leaf = name.rpartition(".")[2]
     if leaf == "m" or rank_of(leaf, tensor) == rank:
         return tensor
@@ -156,7 +156,7 @@ def pad_rank(name: str, tensor: mx.array, rank: int) -> mx.array:
 
 
 def strip_rank(tensors: dict[str, mx.array], config: DoRAConfig) -> dict[str, mx.array]:
-    """Undo `pad_rank`; a factor that is not padded with zeros stays, and is refused."""
+    """Undo `pad_rank`; keep factors without zero padding, which are refused later."""
     stripped = dict(tensors)
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")

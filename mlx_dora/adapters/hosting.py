@@ -1,4 +1,4 @@
-"""mlx-lm's models on our layers: `load`, and mlx-lm itself made to use them."""
+"""Runs mlx-lm's models with our layers, through `load` or within mlx-lm itself."""
 
 import codecs
 import importlib
@@ -37,23 +37,23 @@ def load(
     trust_remote_code: bool = False,
     check_base: bool = True,
 ) -> tuple[nn.Module, Any]:
-    """Load a model and its tokenizer as `mlx_lm.load` does, with our layers.
+    """Load a model and its tokenizer like `mlx_lm.load`, with our layers.
 
     Args:
         model: A local model folder, or a Hub id.
-        adapter_path: An adapter folder, ours or mlx-lm's, to put onto it.
+        adapter_path: An adapter folder, ours or mlx-lm's, to attach to the model.
         lazy: Read tensors when they are first used.
-        tokenizer_config: More settings for the tokenizer.
-        model_config: More settings for the model.
+        tokenizer_config: Additional settings for the tokenizer.
+        model_config: Additional settings for the model.
         revision: Branch, tag or commit, for a Hub id.
-        trust_remote_code: Run Python code that the model's folder brings along.
-        check_base: Refuse an adapter that was trained on another model.
+        trust_remote_code: Allow Python code in the model's folder to run.
+        check_base: Refuse an adapter that was trained on a different model.
 
     Returns:
         The model, in eval mode, and mlx-lm's tokenizer wrapper.
 
     Raises:
-        DoRAError: If there is no such model, it cannot be loaded, or the adapter does
+        DoRAError: If the model does not exist or cannot be loaded, or the adapter does
             not fit.
     """
     loaded, tokenizer, _ = load_with_config(
@@ -80,8 +80,8 @@ def load_with_config(
     trust_remote_code: bool = False,
     check_base: bool = True,
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """`load`, returning the model's config as mlx-lm understands it too."""
-    # Before the model, which may take minutes to load.
+    """Like `load`, but also return the model's config as mlx-lm reads it."""
+    # Check the adapter before the model, which may take minutes to load.
     adapter = None if adapter_path is None else read_adapter(adapter_path)
     folder = model_folder(model, revision=revision)
     from mlx_lm.utils import load as host_load
@@ -96,8 +96,8 @@ def load_with_config(
             return_config=True,
             trust_remote_code=trust_remote_code,
         )
-        # Some settings are looked at only when they are used. Shapes that do not fit
-        # together show when the graph is made; nothing is computed.
+        # Some settings are read only on use. Building the graph reveals shapes that do
+        # not match, without computing anything.
         tokenizer.encode("a")
         loaded(mx.array([[0, 0]]))
     check_loaded(folder, loaded)
@@ -111,7 +111,7 @@ def load_with_config(
 
 
 def load_lazily(model: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """Return a model alone, without its tokenizer; no tensor is read yet."""
+    """Return a model without its tokenizer; no tensor is read yet."""
     folder = model_folder(model)
     from mlx_lm.utils import load_model
 
@@ -122,11 +122,10 @@ def load_lazily(model: str | Path, *, trust_remote_code: bool = False) -> nn.Mod
 
 
 def model_folder(model: str | Path, *, revision: str | None = None) -> Path:
-    """Return the local folder of a model, fetched from the Hub if need be.
+    """Return the local folder of a model; download it from the Hub if necessary.
 
     Raises:
-        DoRAError: If there is none, or its files are not those of a model; one line
-            that says what to do.
+        DoRAError: If there is no such model, or its files are not those of a model.
     """
     folder = Path(model).expanduser()
     if not folder.exists():
@@ -158,8 +157,8 @@ def _fetch(model: str, revision: str | None) -> Path:
 
     try:
         return Path(_download(model, revision=revision))
-    # What huggingface_hub raises for a bad id, a missing or closed repository, no
-    # network, offline mode: all of one of these two.
+    # huggingface_hub raises one of these for a bad id, a missing or private repository,
+    # a missing network, or offline mode.
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DoRAError(
@@ -170,18 +169,19 @@ def _fetch(model: str, revision: str | None) -> Path:
 
 
 def load_adapters(model: nn.Module, adapter_path: str | Path) -> nn.Module:
-    """Stand in for mlx-lm's function of this name: strict, and with our layers."""
+    """Replace mlx-lm's function of this name; checks strictly and uses our layers."""
     attach_adapter(model, read_adapter(adapter_path), name=str(adapter_path))
     return model
 
 
 def use_in_mlx_lm() -> "Hosting":
-    """Make mlx-lm use our DoRA layers and our strict loader from now on.
+    """Make mlx-lm use our DoRA layers and our strict loader.
 
-    Its `load(adapter_path=)`, `linear_to_lora_layers(use_dora=True)`, command line,
-    server and generate then run on them. As a context manager, undoes it at the end::
+    This affects `load(adapter_path=)`, `linear_to_lora_layers(use_dora=True)`, the
+    command line, server and generate. As a context manager, it restores mlx-lm at the
+    end::
 
-        use_in_mlx_lm()  # for good
+        use_in_mlx_lm()  # permanently
 
         with use_in_mlx_lm():
             model, tokenizer = mlx_lm.load(path, adapter_path=adapter)
@@ -190,7 +190,7 @@ def use_in_mlx_lm() -> "Hosting":
 
 
 class Hosting:
-    """What `use_in_mlx_lm` returns; leaving it as a context gives mlx-lm its own back.
+    """Context manager returned by `use_in_mlx_lm`; restores mlx-lm on exit.
 
     Models loaded meanwhile keep our layers.
     """
@@ -205,7 +205,7 @@ class Hosting:
             (tuner.load_adapters, load_adapters),
             (utils.load_model, gated_loader(utils.load_model)),
         ]
-        # Nothing to do, and nothing to undo, where ours are in place already.
+        # If our replacements are active already, there is nothing to do or undo.
         self._swaps = [
             (theirs, ours) for theirs, ours in self._swaps if theirs is not ours
         ]
@@ -220,12 +220,12 @@ class Hosting:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Modules imported meanwhile took ours and get the originals too.
+        # Also restores modules that were imported meanwhile and hold our replacements.
         _swap([(ours, theirs) for theirs, ours in self._swaps])
 
 
 def _swap(pairs: list[tuple[Any, Any]]) -> None:
-    """Replace objects wherever a module of mlx_lm holds them by their own name."""
+    """Replace objects in modules of mlx_lm that hold them under their own names."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] != "mlx_lm" or not isinstance(module, ModuleType):
             continue

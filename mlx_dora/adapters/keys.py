@@ -1,4 +1,4 @@
-"""Which modules of a model a config means, as full paths."""
+"""Resolves the keys of a config to full paths of a model's modules."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -8,20 +8,20 @@ import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
 
-# What mlx-lm adapts when no keys are given. The experts' classes live in mlx_lm, which
-# is slow to import, so they are told by where they come from.
+# Modules that mlx-lm adapts without keys. Classes of experts are recognized by their
+# module's name, because importing mlx_lm is slow.
 _LINEARS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 _EXPERTS = "mlx_lm.models.switch_layers"
 _LISTED = 10
 
 
 def is_index(part: str) -> bool:
-    """Whether a part of a path is a number; `str.isdigit` takes ``²`` for one too."""
+    """Whether a part of a path is a number; unlike `str.isdigit`, rejects ``²``."""
     return part.isdecimal() and len(part) < 19
 
 
 def natural_order(path: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts ``layers.2`` before ``layers.10``."""
+    """Return a sort key that puts ``layers.2`` before ``layers.10``."""
     return [
         (0, int(part), "") if is_index(part) else (1, 0, part)
         for part in path.split(".")
@@ -29,7 +29,7 @@ def natural_order(path: str) -> list[tuple[int, int, str]]:
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The model's ``layers`` with their paths, in order; empty if it has none."""
+    """Return the model's ``layers`` with their paths; empty if it has none."""
     layers = getattr(model, "layers", None)
     if not isinstance(layers, Sequence) or isinstance(layers, str):
         return []
@@ -42,37 +42,37 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def last_blocks(model: nn.Module, num_layers: int) -> list[tuple[str, nn.Module]]:
-    """The last `num_layers` blocks; -1 is all of them, 0 none.
+    """Return the last `num_layers` blocks; -1 means all, 0 none.
 
     Raises:
         DoRAError: If the model has fewer blocks, or none at all.
     """
-    found = blocks(model)
-    if not found:
+    layers = blocks(model)
+    if not layers:
         raise DoRAError(
             f"{type(model).__name__} has no blocks in .layers; name the modules to "
             "adapt in keys, as full paths."
         )
-    if num_layers > len(found):
+    if num_layers > len(layers):
         raise DoRAError(
-            f"num_layers is {num_layers}, but the model has only {len(found)} blocks "
+            f"num_layers is {num_layers}, but the model has only {len(layers)} blocks "
             "(-1 adapts all)."
         )
-    return found if num_layers == -1 else found[len(found) - num_layers :]
+    return layers if num_layers == -1 else layers[len(layers) - num_layers :]
 
 
 def resolve_keys(
     model: nn.Module, keys: Iterable[str] | None, num_layers: int
 ) -> list[str]:
-    """Return the full paths of the modules that `keys` and `num_layers` mean.
+    """Return the full paths of the modules that `keys` and `num_layers` select.
 
-    A key names a module relative to each of the last `num_layers` blocks, or by its
-    full path, whatever `num_layers` (mlx-lm's rule). Without keys, every linear layer
-    and embedding in those blocks, as in mlx-lm.
+    As in mlx-lm, a key names a module relative to each of the last `num_layers` blocks,
+    or by its full path, independent of `num_layers`. Without keys, every linear layer
+    and embedding in those blocks is selected.
 
     Raises:
-        DoRAError: If a key names no module (with near names), or there are not so many
-            blocks.
+        DoRAError: If a key matches no module (suggests similar names), or the model has
+            fewer blocks.
     """
     if keys is None:
         return [
@@ -84,24 +84,24 @@ def resolve_keys(
     modules = dict(model.named_modules())
     relative = [key for key in keys if key not in modules]
     chosen = last_blocks(model, num_layers) if relative else []
-    found = {key for key in keys if key in modules}
+    paths = {key for key in keys if key in modules}
     unmatched = []
     for key in relative:
-        paths = {_join(path, key) for path, _ in chosen} & modules.keys()
+        matches = {_join(path, key) for path, _ in chosen} & modules.keys()
         elsewhere = any(_join(path, key) in modules for path, _ in blocks(model))
-        if not paths and not (num_layers == 0 and elsewhere):
+        if not matches and not (num_layers == 0 and elsewhere):
             unmatched.append(_unmatched(model, key, elsewhere, num_layers))
-        found |= paths
+        paths |= matches
     if unmatched:
         raise DoRAError(f"keys: {'; '.join(unmatched)}.")
-    return sorted(found, key=natural_order)
+    return sorted(paths, key=natural_order)
 
 
 def passed_over(model: nn.Module, num_layers: int) -> list[str]:
-    """Full paths in the blocks of what calls itself linear and is of no known class.
+    """Return full paths of modules named linear, but of unknown class, in the blocks.
 
-    `resolve_keys` leaves them out without keys, as mlx-lm does: packed layers of
-    mlx-lm's own, such as ``BitLinear``, that hold a matrix only they can read.
+    Without keys, `resolve_keys` skips them, as mlx-lm does. They are packed layers of
+    mlx-lm, such as ``BitLinear``, whose matrix only the layer itself can read.
     """
     return [
         _join(path, name)
@@ -114,14 +114,14 @@ def passed_over(model: nn.Module, num_layers: int) -> list[str]:
 
 
 def shortened(names: Iterable[str]) -> str:
-    """The names with commas; of more than ten, the rest is a number."""
+    """Join names with commas; after ten, give only the number of the others."""
     names = list(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
-    """Return a hint in brackets with names like `name`, or nothing."""
+    """Return a hint in parentheses with names similar to `name`, or ""."""
     near = difflib.get_close_matches(name, sorted(set(names)), n=3, cutoff=0.5)
     return f" (did you mean {', '.join(near)}?)" if near else ""
 

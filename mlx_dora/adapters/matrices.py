@@ -1,6 +1,6 @@
-"""An adapter's part in a module, matrix by matrix: of a stack, one an expert or head.
+"""Splits a module's adapter into matrices; a stack has one per expert or head.
 
-Where a matrix ``(out, in)`` is wanted, the layouts of embeddings and stacks end here.
+Converts the layouts of embeddings and stacks to matrices of shape ``(out, in)``.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 def named_matrices(path: str, weight: Weight) -> list[tuple[str, Weight]]:
-    """A module's matrices by name: its path, of a stack with an index, ``path[3]``."""
-    found = matrices(weight)
+    """Return a module's matrices by name: its path, or ``path[3]`` in a stack."""
+    parts = matrices(weight)
     if len(weight.shape) == 2:
-        return [(path, found[0])]
-    return [(f"{path}[{i}]", one) for i, one in enumerate(found)]
+        return [(path, parts[0])]
+    return [(f"{path}[{i}]", part) for i, part in enumerate(parts)]
 
 
 def adapted_matrices(
     adapter: Adapter, path: str, module: nn.Module
 ) -> list[AdaptedMatrix]:
-    """What an adapter does to each of them, A ``(in, r)`` and B ``(r, out)``.
+    """Return the adapted matrices, with A of shape ``(in, r)`` and B ``(r, out)``.
 
-    Where it does not have the module, updates of rank 0: the base's rows as they are.
+    If the adapter does not have the module, the updates have rank 0.
     """
     lora_a = adapter.tensors.get(f"{path}.lora_a")
     if lora_a is None:
@@ -53,14 +53,15 @@ def adapted_matrices(
 def adapter_tensors(
     path: str, module: nn.Module, weight: Weight, parts: Sequence[dict[str, mx.array]]
 ) -> dict[str, mx.array]:
-    """The opposite of `adapted_matrices`: tensors of an adapter of the module.
+    """Return a module's adapter tensors; the inverse of `adapted_matrices`.
 
     Args:
-        path: Of the module.
-        module: It.
-        weight: Its weight, of which the shape counts.
-        parts: Of each matrix, ``lora_a`` ``(in, r)``, ``lora_b`` ``(r, out)`` and, for
-            DoRA, ``m`` ``(out,)``. Ranks in a stack may differ: zeros fill them up.
+        path: Path of the module.
+        module: The module.
+        weight: The module's weight, of which only the shape is used.
+        parts: For each matrix, ``lora_a`` of shape ``(in, r)``, ``lora_b``
+            ``(r, out)`` and, for DoRA, ``m`` ``(out,)``. Ranks in a stack may differ;
+            they are padded with zeros.
 
     Returns:
         The tensors, evaluated.
@@ -68,9 +69,9 @@ def adapter_tensors(
     if len(weight.shape) == 2:
         (values,) = parts
     else:
-        rank = max(rank_of("lora_a", one["lora_a"]) for one in parts)
+        rank = max(rank_of("lora_a", part["lora_a"]) for part in parts)
         values = {
-            leaf: mx.stack([pad_rank(leaf, one[leaf], rank) for one in parts])
+            leaf: mx.stack([pad_rank(leaf, part[leaf], rank) for part in parts])
             for leaf in parts[0]
         }
     values = values | _turned(module, values["lora_a"], values["lora_b"])
@@ -81,7 +82,7 @@ def adapter_tensors(
 def _turned(
     module: nn.Module, lora_a: mx.array, lora_b: mx.array
 ) -> dict[str, mx.array]:
-    """From the file's layout to that of ``(out, in)`` matrices, or back."""
+    """Convert between the file's layout and that of ``(out, in)`` matrices."""
     if isinstance(module, _EMBEDDINGS):
         return {"lora_a": lora_b.T, "lora_b": lora_a.T}
     if lora_a.ndim > 2:

@@ -1,4 +1,4 @@
-"""A model folder as mlx-lm is to read it: checked, and without what it misreads."""
+"""Prepares a model folder for mlx-lm: checked, and without files it would misread."""
 
 import contextlib
 import functools
@@ -18,10 +18,11 @@ from mlx_dora.io.weight_files import weight_files, without_strays
 
 @contextlib.contextmanager
 def model_view(folder: Path) -> Iterator[Path]:
-    """The folder from which mlx-lm is to load a model, while this lasts.
+    """Yield the folder from which mlx-lm should load a model.
 
-    Weights beside those of the index are not in it, float64 is read as float32 (which
-    `mx.load` refuses), and float8 that mlx-lm cannot unpack is refused by name.
+    It excludes weights that the index does not list. During the block, float64, which
+    `mx.load` refuses, is read as float32. float8 that mlx-lm cannot unpack is refused
+    by name.
     """
     infos = headers_of(folder)
     utils: Any = importlib.import_module("mlx_lm.utils")
@@ -33,15 +34,15 @@ def model_view(folder: Path) -> Iterator[Path]:
             yield seen
     except ValueError as error:
         if float8 := _float8(infos):
-            raise DoRAError(_dequantise_first(folder, float8)) from error
+            raise DoRAError(_dequantize_first(folder, float8)) from error
         raise
     finally:
         utils.mx = own
 
 
 def gated_loader(own: Callable[..., Any]) -> Callable[..., Any]:
-    """mlx-lm's `load_model` behind the same gate as ours."""
-    if getattr(own, "is_gated", False):  # ours is in place already
+    """Wrap mlx-lm's `load_model` with the checks of our loader."""
+    if getattr(own, "is_gated", False):  # wrapped already
         return own
 
     @functools.wraps(own)
@@ -58,10 +59,10 @@ def gated_loader(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _RoundingReader:
-    """`mlx.core`, but for `load`, which reads float64 too."""
+    """Stands in for `mlx.core` with a `load` that also reads float64."""
 
     def load(self, path: str) -> dict[str, mx.array]:
-        """What `mx.load` returns for a file that is not lazily read."""
+        """Read a file like `mx.load`, but not lazily."""
         return read_tensors(path)
 
     def __getattr__(self, name: str) -> Any:
@@ -69,7 +70,7 @@ class _RoundingReader:
 
 
 def headers_of(folder: Path) -> dict[str, TensorInfo]:
-    """The checked headers of the weights that a model folder is loaded from."""
+    """Return the checked headers of a model folder's weight files."""
     return {
         name: info
         for shard in weight_files(folder)
@@ -81,20 +82,20 @@ def _float8(infos: Mapping[str, TensorInfo]) -> list[str]:
     return [name for name, info in infos.items() if info.dtype.startswith("F8")]
 
 
-def _dequantise_first(folder: Path, names: list[str]) -> str:
+def _dequantize_first(folder: Path, names: list[str]) -> str:
     return (
         f"{folder}: {names[0]} and {len(names) - 1} more are float8, which mlx-lm does "
-        "not dequantise for this architecture: dequantise the model to bfloat16, "
+        "not dequantize for this architecture: dequantize the model to bfloat16, "
         "float16 or float32 first."
     )
 
 
 def check_loaded(folder: Path, model: nn.Module) -> None:
-    """Refuse a model in which float8 is left as the integers that MLX reads."""
+    """Refuse a model in which float8 remains as the integers that MLX reads."""
     if not (float8 := _float8(headers_of(folder))):
         return
     for module in model.modules():
         weight = module.get("weight")
         is_packed = "scales" in module or "weight_scale" in module
         if isinstance(weight, mx.array) and weight.dtype == mx.uint8 and not is_packed:
-            raise DoRAError(_dequantise_first(folder, float8))
+            raise DoRAError(_dequantize_first(folder, float8))

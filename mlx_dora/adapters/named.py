@@ -1,4 +1,4 @@
-"""Several adapters beside one base, by name: swapped and blended without reloading."""
+"""Named adapters of one base, which are swapped and blended without reloading."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ from mlx_dora.layers import DoRALayer, dora_class, weight_of
 
 @dataclass(frozen=True)
 class _Place:
-    """A module of the base and the layer that stands there when it is adapted."""
+    """A module of the base, and the layer that replaces it when it is adapted."""
 
     base: nn.Module
     layer: DoRALayer
 
 
 class NamedAdapters:
-    """DoRA and LoRA adapters of one model, kept by name; none is active at first.
+    """DoRA and LoRA adapters of one model, by name; none is active at first.
 
-    What is active is in the model as ordinary DoRA layers, so that `disabled`,
-    `fuse_dora` and `save_adapter` work on it, a blend included. A LoRA adapter is a
-    DoRA adapter whose magnitudes are its own norms. The first use of an adapter reads
-    the base's weights once for its norms; after that, swapping and blending do not::
+    The active adapter or blend is in the model as ordinary DoRA layers, so `disabled`,
+    `fuse_dora` and `save_adapter` work on it. A LoRA adapter is a DoRA adapter whose
+    magnitudes equal its norms. The first use of an adapter reads the base's weights
+    once to compute its norms; later swaps and blends do not::
 
         model, tokenizer = load("base")
         adapters = NamedAdapters(model)
@@ -44,8 +44,8 @@ class NamedAdapters:
         adapters.set_adapter(None)  # the base, bit for bit
 
     Args:
-        model: A model without adapters. While adapters are held, nobody else may put
-            any onto it.
+        model: A model without adapters. Do not add adapters to it by other means while
+            this object is in use.
 
     Attributes:
         active: The weights of the active adapters by name; empty for the base.
@@ -57,7 +57,7 @@ class NamedAdapters:
     def __init__(self, model: nn.Module) -> None:
         if adapted := adapter_layers(model):
             raise DoRAError(
-                f"the model has {len(adapted)} adapted layers already; take them out "
+                f"the model has {len(adapted)} adapted layers already; remove them "
                 "with remove_dora and add the adapter by name."
             )
         self.active: dict[str, float] = {}
@@ -68,25 +68,25 @@ class NamedAdapters:
 
     @property
     def names(self) -> list[str]:
-        """Of the adapters, in the order in which they were added."""
+        """Names of the adapters, in the order in which they were added."""
         return list(self._adapters)
 
     def add(
         self, name: str, adapter: Adapter | str | Path, *, check_base: bool = True
     ) -> None:
-        """Take in an adapter without making it active.
+        """Add an adapter without making it active.
 
         Args:
-            name: What to call it.
+            name: Name of the adapter.
             adapter: An adapter, its folder, or a Hub id.
-            check_base: Refuse an adapter that was trained on another model.
+            check_base: Refuse an adapter that was trained on a different model.
 
         Raises:
-            DoRAError: If there is one of that name, or it does not fit; one message
-                with all problems.
+            DoRAError: If the name is in use, or the adapter does not fit; lists all
+                problems.
         """
         if name in self._adapters:
-            raise DoRAError(f"there is an adapter called {name!r} already.")
+            raise DoRAError(f"there is an adapter named {name!r} already.")
         label = name
         if not isinstance(adapter, Adapter):
             label, adapter = str(adapter), read_adapter(adapter)
@@ -101,10 +101,10 @@ class NamedAdapters:
         self._adapters[name] = adapter
 
     def remove(self, name: str) -> None:
-        """Forget an adapter.
+        """Remove an adapter.
 
         Raises:
-            DoRAError: If there is none of that name, or it is active.
+            DoRAError: If no adapter has that name, or the adapter is active.
         """
         self._known(name)
         if name in self.active:
@@ -113,17 +113,17 @@ class NamedAdapters:
         self._parts.pop(name, None)
 
     def set_adapter(self, which: str | Mapping[str, float] | None) -> None:
-        """Make one adapter active, or a blend of several, or none.
+        """Activate an adapter, a blend of several, or none.
 
-        A blend is W0 + Σ wᵢ (Wᵢ − W0) of the adapted weights, exactly, whatever the
-        ranks and scales; a weight of 1 alone is that adapter to the last bit.
+        A blend is exactly W0 + Σ wᵢ (Wᵢ − W0) of the adapted weights, for any ranks and
+        scales. A single adapter with weight 1 is reproduced bit for bit.
 
         Args:
-            which: A name, names with weights, or None for the base.
+            which: A name, weights by name, or None for the base.
 
         Raises:
             DoRAError: If there is no such adapter, or the weights cancel a row of the
-                base. What was active stays so.
+                base. The active adapters are unchanged.
         """
         weights = {which: 1.0} if isinstance(which, str) else dict(which or {})
         for name in weights:
@@ -148,11 +148,11 @@ class NamedAdapters:
     def _known(self, name: str) -> None:
         if name not in self._adapters:
             known = ", ".join(self._adapters) or "none"
-            raise DoRAError(f"there is no adapter called {name!r}; there are: {known}.")
+            raise DoRAError(f"there is no adapter named {name!r}; there are: {known}.")
 
     def _problems(self, adapter: Adapter, check_base: bool) -> list[str]:
         if adapter.fine_tune_type == "full":
-            return ["a full fine-tuning is a model of its own"]
+            return ["a full fine-tuning is a separate model, not an adapter"]
         problems = all_problems(self._model, adapter, check_base)
         if problems := problems or overflow_problems(adapter):
             return problems
@@ -160,7 +160,7 @@ class NamedAdapters:
         for path in adapter.paths:
             try:
                 dora_class(modules[path])
-            except DoRAError as error:  # a LoRA adapter may be on anything
+            except DoRAError as error:  # a LoRA adapter may be on any module
                 problems.append(f"{path}: {str(error).rstrip('.')}")
         return problems
 
@@ -169,20 +169,20 @@ class NamedAdapters:
         return list(dict.fromkeys(paths))
 
     def _matrices(self, name: str, path: str) -> list[Part]:
-        """An adapter of a module's matrices, their norms computed at the first use."""
+        """Return the adapter's matrices of a module; computes norms on first use."""
         parts = self._parts.setdefault(name, {})
         if path not in parts:
             base = self._place(path).base
             adapted = adapted_matrices(self._adapters[name], path, base)
-            found = []
-            for weight, one in zip(matrices(weight_of(base)), adapted, strict=True):
-                down = one.update.lora_a.astype(mx.float32)
-                up = one.update.lora_b.astype(mx.float32)
-                terms = factored_terms(weight, down, up, one.update.scale)
-                m = terms.norm if one.m is None else one.m.astype(mx.float32)
+            matrix_parts = []
+            for weight, matrix in zip(matrices(weight_of(base)), adapted, strict=True):
+                down = matrix.update.lora_a.astype(mx.float32)
+                up = matrix.update.lora_b.astype(mx.float32)
+                terms = factored_terms(weight, down, up, matrix.update.scale)
+                m = terms.norm if matrix.m is None else matrix.m.astype(mx.float32)
                 mx.eval(down, up, m)
-                found.append(Part(down=down, up=up, m=m, terms=terms))
-            parts[path] = found
+                matrix_parts.append(Part(down=down, up=up, m=m, terms=terms))
+            parts[path] = matrix_parts
         return parts[path]
 
     def _place(self, path: str) -> _Place:
@@ -197,25 +197,25 @@ class NamedAdapters:
     def _terms(
         self, path: str, here: list[tuple[float, list[Part]]]
     ) -> tuple[mx.array, mx.array, mx.array, float, mx.array]:
-        """What a module's layer takes: A, B, m, scale and norm in its own shapes."""
+        """Return A, B, m, scale and norm in the shapes of the module's layer."""
         base = self._places[path].base
         weight = weight_of(base)
-        found: list[Part] | list[Blend]
+        result: list[Part] | list[Blend]
         if len(here) == 1 and here[0][0] == 1:
-            found = here[0][1]
-            scale, norms = found[0].terms.scale, [one.terms.norm for one in found]
+            result = here[0][1]
+            scale, norms = result[0].terms.scale, [part.terms.norm for part in result]
         else:
             columns = [[(w, part) for part in parts] for w, parts in here]
             rows = zip(matrices(weight), *columns, strict=True)
-            found = [blend(one, parts) for one, *parts in rows]
-            scale, norms = 1.0, [one.norm for one in found]
-        parts = [{"lora_a": p.down, "lora_b": p.up, "m": p.m} for p in found]
+            result = [blend(matrix, parts) for matrix, *parts in rows]
+            scale, norms = 1.0, [part.norm for part in result]
+        parts = [{"lora_a": p.down, "lora_b": p.up, "m": p.m} for p in result]
         tensors = adapter_tensors(path, base, weight, parts)
         lora_a, lora_b, m = (tensors[f"{path}.{n}"] for n in ("lora_a", "lora_b", "m"))
         return lora_a, lora_b, m, scale, norms[0] if m.ndim == 1 else mx.stack(norms)
 
     def _show(self, paths: Mapping[str, object]) -> None:
-        """Put layers at these paths and the bases everywhere else."""
+        """Put layers at these paths, and base modules everywhere else."""
         put_modules(
             self._model,
             [

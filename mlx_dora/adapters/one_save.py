@@ -1,8 +1,8 @@
-"""An adapter's two files as the one thing they are.
+"""Writes and reads an adapter's two files as a unit.
 
-Tensors and config carry the same id, a digest of both. A folder in which a process was
-killed between writing the one and the other is refused, and a reader beside a writer
-gets the old adapter or the new.
+Tensors and config carry the same id, a digest of both. A folder whose writer was killed
+between the two files is refused. A reader that runs beside a writer gets either the old
+or the new adapter.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ CONFIG_NAME = "adapter_config.json"
 
 _ID_KEY = "mlx_dora_save"
 _TRIES = 11
-_FIRST_PAUSE = 0.002  # seconds; doubled each time, so that all of them take 2 s
+_FIRST_PAUSE = 0.002  # seconds; doubled each time, so that all pauses take 2 s
 _ABSENT_TRIES = 3
 _LEFT_OUT = ("base", "training")
 
@@ -39,7 +39,7 @@ def identified(
 
     Args:
         config: Content of the config, with a section ``mlx_dora``.
-        tensors: Name to array, as they are stored.
+        tensors: The arrays by name, as stored.
     """
     save = _digest(config, tensors)
     content = {**config, "mlx_dora": {**config["mlx_dora"], "save": save}}
@@ -58,22 +58,22 @@ def remove_unidentified(folder: Path) -> None:
 
 
 def read_one_save(folder: Path) -> tuple[Adapter, dict[str, mx.array]]:
-    """Read an adapter without its tensors, and its tensors, of the same save.
+    """Read an adapter without tensors, and its tensors, from the same save.
 
-    Files that are missing or of two saves may be just about to be replaced: they are
-    looked at again for a while.
+    If files are missing or from two saves, a writer may be replacing them, so reading
+    is repeated for a while.
 
     Raises:
-        DoRAError: If the folder is no adapter, a file is not in order, or the files are
-            of two saves.
+        DoRAError: If the folder is not an adapter, a file is invalid, or the files come
+            from two saves.
     """
     absent = 0
     for attempt in range(_TRIES):
         try:
             return _read(folder)
         except _UnsettledError as error:
-            # Without a writer in sight a folder or file that is missing stays so. But
-            # a writer may have ended just before we looked for it.
+            # Without a writer, a missing folder or file stays missing. But a writer may
+            # have finished just before this check.
             is_alone = error.is_absent and not _has_writer(folder)
             absent = absent + 1 if is_alone else 0
             if attempt + 1 == _TRIES or absent == _ABSENT_TRIES:
@@ -83,10 +83,10 @@ def read_one_save(folder: Path) -> tuple[Adapter, dict[str, mx.array]]:
 
 
 class _UnsettledError(Exception):
-    """What a writer beside us may be about to change.
+    """Raised for a state that a concurrent writer may be about to change.
 
     Args:
-        message: What is wrong if it stays so.
+        message: The error if the state does not change.
         is_absent: Whether a file or the folder is missing.
     """
 
@@ -136,7 +136,7 @@ def _check_present(folder: Path) -> None:
         if not (folder / name).is_file():
             hint = ""
             if (folder / "adapter_model.safetensors").is_file():
-                hint = " It looks like a PEFT adapter, which has to be converted."
+                hint = " It looks like a PEFT adapter, which must be converted."
             raise _UnsettledError(
                 f"{folder} is not an adapter folder: it has no {name}.{hint}",
                 is_absent=True,
@@ -148,22 +148,22 @@ def _check_same_save(
 ) -> None:
     ours = content.get("mlx_dora")
     of_config = ours.get("save") if isinstance(ours, dict) else None
-    # Only one id: a tool of another make has rewritten a file, as it may.
+    # If only one file has an id, another tool has rewritten a file, which is allowed.
     if of_tensors is None or of_config is None or of_tensors == of_config:
         return
     hint = ""
     if any((folder / "checkpoints").glob("[0-9]*")):
         hint = "; resume the training in it (--resume) from its checkpoints"
     raise _UnsettledError(
-        f"{folder} mixes two saves: {CONFIG_NAME} is not of the same save as "
-        f"{TENSORS_NAME}, as when a process is killed between writing them{hint} or "
+        f"{folder} mixes two saves: {CONFIG_NAME} is not from the same save as "
+        f"{TENSORS_NAME}, as if a process was killed between writing them{hint} or "
         "make the adapter again.",
         is_absent=False,
     )
 
 
 def _has_writer(folder: Path) -> bool:
-    """Whether something beside or in a folder shows that it is being written."""
+    """Whether a file beside or in a folder shows that it is being written."""
     name = folder.resolve().name
     beside = folder.resolve().parent.glob(f".{name}.*.partial")
     inside = folder.glob(".adapter*.partial*") if folder.is_dir() else ()
@@ -191,7 +191,7 @@ def _id_of(config_path: Path) -> str | None:
 
 
 def _digest(config: dict[str, Any], tensors: Mapping[str, mx.array]) -> str:
-    """Hash of all that an adapter computes with: equal saves have equal files."""
+    """Hash all values that determine an adapter; equal saves have equal files."""
     total = hashlib.sha256()
     ours = {k: v for k, v in config["mlx_dora"].items() if k not in _LEFT_OUT}
     total.update(json.dumps({**config, "mlx_dora": ours}, sort_keys=True).encode())

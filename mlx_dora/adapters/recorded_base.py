@@ -1,4 +1,4 @@
-"""The base model that an adapter folder records, for callers who name none."""
+"""Looks up the base model that an adapter folder records."""
 
 from pathlib import Path
 
@@ -10,15 +10,15 @@ def recorded_base(adapter_path: str | Path) -> str:
     """Return the path or Hub id of the base that an adapter folder records.
 
     Raises:
-        DoRAError: If the folder is no adapter, it records no base, or it records a
-            local folder that is not there.
+        DoRAError: If the folder is not an adapter, records no base, or records a local
+            folder that does not exist.
     """
     name = read_adapter(adapter_path).base.model
     if name is None:
         raise DoRAError(
             f"{adapter_path} does not say what its base is; give the model (--model)."
         )
-    # A Hub id has one slash at most and does not begin with a dot, slash or tilde.
+    # A Hub id has at most one slash and does not begin with a dot, slash or tilde.
     is_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_local and not Path(name).expanduser().exists():
         raise DoRAError(

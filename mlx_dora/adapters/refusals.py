@@ -1,4 +1,4 @@
-"""What of a model cannot be adapted, named before anything is changed."""
+"""Refuses modules that cannot be adapted, before anything is changed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,15 +13,15 @@ from mlx_dora.layers.variants import layer_class
 def check_classes(
     modules: Mapping[str, nn.Module], variants: Mapping[str, str], hint: str
 ) -> None:
-    """Refuse modules whose class the variant asked for cannot adapt.
+    """Refuse modules whose class the requested variant cannot adapt.
 
     Args:
-        modules: Every module of the model, by its path.
+        modules: All modules of the model, by path.
         variants: The variant for each path to adapt.
-        hint: What to end the message with.
+        hint: Text to append to the message.
 
     Raises:
-        DoRAError: One message a class, with all the paths it is at.
+        DoRAError: If a module cannot be adapted; lists the paths of each class.
     """
     problems: dict[str, list[str]] = {}
     for path in sorted(variants, key=natural_order):
@@ -30,25 +30,25 @@ def check_classes(
         except DoRAError as error:
             problems.setdefault(str(error), []).append(path)
     if problems:
-        told = [f"{shortened(paths)}: {error}" for error, paths in problems.items()]
-        raise DoRAError(" ".join(told) + hint)
+        lines = [f"{shortened(paths)}: {error}" for error, paths in problems.items()]
+        raise DoRAError(" ".join(lines) + hint)
 
 
 def check_ranks(
     modules: Mapping[str, nn.Module], ranks: Mapping[str, int], *, are_named: bool
 ) -> None:
-    """Refuse to make adapters of a rank above min(out, in), which adds nothing.
+    """Refuse ranks above min(out, in), which add nothing.
 
     Args:
-        modules: Every module of the model, by its path.
-        ranks: The rank of each path to adapt.
-        are_named: The user named the modules. Where they are all there are, a few small
-            ones (a gate with one output) may be below the rank that suits the rest.
+        modules: All modules of the model, by path.
+        ranks: The rank for each path to adapt.
+        are_named: Whether the user named the modules. If all modules are adapted, a few
+            small modules (a gate with one output) may be smaller than the rank.
 
     Raises:
-        DoRAError: Naming the module, its shape and the rank.
+        DoRAError: If a rank is too large; names the module, its shape and the rank.
     """
-    own = " or give the module its own with rank_pattern."
+    own = " or give the module its own rank with rank_pattern."
     for path, rank in ranks.items() if are_named else ():
         if rank > _largest_rank(modules[path]):
             raise DoRAError(_beyond(path, modules[path], rank) + own)
@@ -59,10 +59,10 @@ def check_ranks(
 def check_cut(
     modules: Mapping[str, nn.Module], paths: Sequence[str], rank: int
 ) -> None:
-    """Refuse a rank that is above min(out, in) of every matrix.
+    """Refuse a rank above min(out, in) of every matrix.
 
     Raises:
-        DoRAError: Naming the largest matrix, its shape and the rank.
+        DoRAError: If so; names the largest matrix, its shape and the rank.
     """
     largest = max(paths, key=lambda path: _largest_rank(modules[path]))
     if rank > _largest_rank(modules[largest]):
@@ -76,7 +76,7 @@ def _largest_rank(module: nn.Module) -> int:
 def _beyond(path: str, module: nn.Module, rank: int) -> str:
     shape = tuple(weight_of(module).shape[-2:])
     return (
-        f"{path} has shape {shape}: an adapter of it has a rank of at most "
+        f"{path} has shape {shape}: its adapter has a rank of at most "
         f"{min(shape)}, got {rank}; lower the rank,"
     )
 
@@ -84,7 +84,8 @@ def _beyond(path: str, module: nn.Module, rank: int) -> str:
 def check_started(model: nn.Module) -> None:
     """Refuse a model with a class that does not call ``nn.Module.__init__``.
 
-    MLX keeps there what is frozen (mlx-lm 0.32.2's recurrent_gemma forgets it).
+    MLX initializes the list of frozen parameters there. recurrent_gemma of mlx-lm
+    0.32.2 does not call it.
     """
     for path, module in model.named_modules():
         if "_no_grad" not in vars(module):
@@ -96,13 +97,13 @@ def check_started(model: nn.Module) -> None:
 
 
 def check_dense(blocks: Sequence[tuple[str, nn.Module]]) -> None:
-    """Refuse packed weights where they themselves are to be trained.
+    """Refuse packed weights in full fine-tuning, which trains the weights themselves.
 
     Args:
-        blocks: What full fine-tuning unfreezes, with the paths.
+        blocks: Paths and modules that full fine-tuning unfreezes.
 
     Raises:
-        DoRAError: Naming the packed modules.
+        DoRAError: If a module is packed; names the modules.
     """
     packed = [
         f"{path}.{name}"
@@ -114,6 +115,6 @@ def check_dense(blocks: Sequence[tuple[str, nn.Module]]) -> None:
         packed.sort(key=natural_order)
         raise DoRAError(
             "full fine-tuning trains the weights themselves, which must not be "
-            f"quantised as in {shortened(packed)}; train DoRA or LoRA, or dequantize "
+            f"quantized as in {shortened(packed)}; train DoRA or LoRA, or dequantize "
             "the model first (mlx_lm.convert --dequantize)."
         )

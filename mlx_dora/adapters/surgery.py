@@ -1,4 +1,4 @@
-"""Putting adapters into a model, taking them out, and switching them off."""
+"""Adds adapters to a model, removes them, and disables them."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -29,12 +29,12 @@ from mlx_dora.layers.variants.doran_aux import DoRANAuxLinear, share_first_layer
 
 FineTuneType = Literal["dora", "lora", "full"]
 
-# mlx-lm's own layers, told by where they are defined: importing it takes a second.
+# mlx-lm's own layers, recognized by module name, because importing it takes a second.
 _HOST_ADAPTERS = ("mlx_lm.tuner.lora", "mlx_lm.tuner.dora")
 
 
 def dora_layers(model: nn.Module) -> list[tuple[str, DoRALayer]]:
-    """Every DoRA layer of the model with its path, in natural order; variants too."""
+    """Return the model's DoRA layers, including variants, by path in natural order."""
     return [
         (path, layer)
         for path, layer in adapter_layers(model)
@@ -43,17 +43,17 @@ def dora_layers(model: nn.Module) -> list[tuple[str, DoRALayer]]:
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Every adapted layer, mlx-lm's LoRA and DoRA included, in natural order.
+    """Return all adapted layers, including mlx-lm's LoRA and DoRA, in natural order.
 
-    All of them have ``lora_a``, ``lora_b``, ``scale`` and ``dropout``, variants when
-    exported; mlx-lm's are untyped.
+    All have ``lora_a``, ``lora_b``, ``scale`` and ``dropout`` (variants after export);
+    mlx-lm's layers are untyped.
     """
-    found = [
+    layers = [
         (path, module)
         for path, module in model.named_modules()
         if isinstance(module, DoRALayer) or type(module).__module__ in _HOST_ADAPTERS
     ]
-    return sorted(found, key=lambda item: natural_order(item[0]))
+    return sorted(layers, key=lambda item: natural_order(item[0]))
 
 
 def base_of(layer: nn.Module) -> nn.Module:
@@ -62,14 +62,14 @@ def base_of(layer: nn.Module) -> nn.Module:
 
 
 def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
-    """Adapt a model in place: freeze it and put DoRA layers over its modules.
+    """Adapt a model in place: freeze it and wrap its modules in DoRA layers.
 
     Afterwards only the adapter's parameters are trainable, and the model's output is
-    what it was (with PiSSA's start, but for rounding).
+    unchanged (with PiSSA initialization, up to rounding).
 
     Args:
         model: A model without adapters.
-        config: Which modules, at which rank and scale.
+        config: The modules to adapt, with rank and scale.
 
     Returns:
         The full paths of the adapted modules, in natural order.
@@ -84,7 +84,7 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
 
 
 def _adapt(model: nn.Module, config: DoRAConfig, any_rank: bool) -> list[str]:
-    """`apply_dora`; with `any_rank` for an adapter that is there already."""
+    """Do the work of `apply_dora`; with `any_rank`, do not check the ranks."""
     paths = adaptable_paths(model, config)
     modules = dict(model.named_modules())
     chosen = variants_of(model, config, paths)
@@ -127,7 +127,7 @@ def _check_ranks(
 def variants_of(
     model: nn.Module, config: DoRAConfig, paths: list[str]
 ) -> dict[str, str]:
-    """The name that `layer_class` takes for each of the modules at `paths`."""
+    """Return the variant that `layer_class` accepts for each module at `paths`."""
     general = "pissa" if config.init == "pissa" else config.variant
     alone: set[str] = set()
     if config.magnitude_keys is not None:
@@ -136,28 +136,28 @@ def variants_of(
 
 
 def export_variants(model: nn.Module) -> None:
-    """Put the plain DoRA layer in the place of every variant, in place.
+    """Replace every variant with its equivalent plain DoRA layer, in place.
 
     Raises:
-        DoRAError: If one cannot be expressed so, by name.
+        DoRAError: If a variant has no equivalent; names the layers.
     """
     put_modules(model, exported_layers(model))
 
 
 def exported_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """`adapter_layers`, with a plain DoRA layer for every variant.
+    """Return `adapter_layers` with plain DoRA layers in place of variants.
 
     Raises:
-        DoRAError: If one cannot be expressed so, by name.
+        DoRAError: If a variant has no equivalent; names the layers.
     """
-    found = []
+    layers = []
     for path, layer in adapter_layers(model):
         try:
             plain = layer.export() if isinstance(layer, DoRALayer) else layer
         except DoRAError as error:
             raise DoRAError(f"{path}: {error}") from error
-        found.append((path, plain))
-    return found
+        layers.append((path, plain))
+    return layers
 
 
 def apply_layers(
@@ -167,15 +167,14 @@ def apply_layers(
     *,
     any_rank: bool = False,
 ) -> list[str]:
-    """Make a model trainable the way `fine_tune_type` says.
+    """Make a model trainable by the method `fine_tune_type`.
 
     Args:
         model: A model without adapters.
-        config: Which modules; for ``"full"``, `num_layers` alone counts.
-        fine_tune_type: ``"dora"`` is `apply_dora`; ``"lora"`` puts mlx-lm's LoRA layers
-            on the same modules; ``"full"`` unfreezes the last blocks.
-        any_rank: Take ranks above min(out, in) too, of an adapter that was made
-            elsewhere.
+        config: The modules to adapt; for ``"full"``, only `num_layers` is used.
+        fine_tune_type: ``"dora"`` calls `apply_dora`; ``"lora"`` uses mlx-lm's LoRA
+            layers on the same modules; ``"full"`` unfreezes the last blocks.
+        any_rank: Accept ranks above min(out, in), which existing adapters may have.
 
     Returns:
         The full paths of the adapted modules, or of the unfrozen blocks.
@@ -196,9 +195,9 @@ def apply_layers(
 
 
 def remove_dora(model: nn.Module) -> list[str]:
-    """Take every adapter out: the very same base modules come back, still frozen.
+    """Remove every adapter and restore the same base modules, still frozen.
 
-    mlx-lm's LoRA and DoRA layers go too.
+    Also removes mlx-lm's LoRA and DoRA layers.
 
     Returns:
         The paths that were adapted.
@@ -210,9 +209,10 @@ def remove_dora(model: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Make the model its base while the block runs, magnitudes included.
+    """Make the model behave as its base during the block.
 
-    Layers that were disabled before stay so afterwards; an exception restores them too.
+    Layers that were disabled before stay disabled afterwards. The layers are restored
+    after an exception, too.
     """
     ours = dora_layers(model)
     before = [layer.enabled for _, layer in ours]
@@ -233,12 +233,12 @@ def adaptable_paths(model: nn.Module, config: DoRAConfig) -> list[str]:
     """Resolve the config's keys and check its rank pattern against them.
 
     Raises:
-        DoRAError: As `apply_dora`, but for the modules' classes.
+        DoRAError: As for `apply_dora`, except that classes of modules are not checked.
     """
     if adapted := adapter_layers(model):
         raise DoRAError(
             f"the model has {len(adapted)} adapted layers already ({adapted[0][0]}, "
-            "...); take them out with remove_dora first."
+            "...); remove them with remove_dora first."
         )
     paths = resolve_keys(model, config.keys, config.num_layers)
     if config.magnitude_keys is not None:
@@ -258,7 +258,7 @@ def adaptable_paths(model: nn.Module, config: DoRAConfig) -> list[str]:
 
 
 def put_modules(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
-    """Put modules at their paths."""
+    """Replace the modules at these paths."""
     if modules:
         model.update_modules(tree_unflatten(modules))
 
@@ -266,7 +266,7 @@ def put_modules(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
 def _share_in_blocks(
     model: nn.Module, layers: list[tuple[str, nn.Module]], width: int
 ) -> None:
-    """Join what variant doran-aux shares; outside the blocks each is for itself."""
+    """Share the networks of variant doran-aux within each block; not outside blocks."""
     places = [f"{path}." for path, _ in blocks(model)]
     groups: dict[str, list[DoRANAuxLinear]] = {}
     for path, layer in layers:

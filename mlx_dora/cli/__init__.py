@@ -1,1 +1,1 @@
-"""The commands: one file per verb, each reads options, calls the library, prints."""
+"""The commands. Each verb's file reads options, calls the library and prints."""

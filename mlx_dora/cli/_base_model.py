@@ -1,4 +1,4 @@
-"""Adding the base that an adapter records to the arguments of mlx-lm's commands."""
+"""Adds the base model that an adapter records to arguments for mlx-lm's commands."""
 
 from collections.abc import Sequence
 
@@ -6,15 +6,15 @@ import click
 
 
 def with_recorded_base(args: Sequence[str]) -> list[str]:
-    """Return the arguments with ``--model``, where they name an adapter alone.
+    """Add ``--model`` to arguments that name an adapter but no model.
 
-    mlx-lm would put the adapter onto a default model of its own, which it hardly fits.
+    Without it, mlx-lm would apply the adapter to its own default model.
 
     Args:
         args: Arguments of ``mlx_lm.generate`` or ``mlx_lm.chat`` as typed.
 
     Raises:
-        DoRAError: If the adapter's folder is unfit or records no base.
+        DoRAError: If the adapter's folder is invalid or records no base.
     """
     adapter = _value(args, "--adapter-path")
     if adapter is None or _value(args, "--model") is not None:
@@ -22,7 +22,7 @@ def with_recorded_base(args: Sequence[str]) -> list[str]:
     from mlx_dora.adapters.recorded_base import recorded_base
 
     model = recorded_base(adapter)
-    click.echo(f"Base: {model}, as the adapter records.", err=True)
+    click.echo(f"Base: {model}, as recorded by the adapter.", err=True)
     return ["--model", model, *args]
 
 

@@ -1,8 +1,8 @@
-"""The ``-c/--config`` option: a YAML file in mlx-lm's form as the commands' defaults.
+"""The ``-c/--config`` option, which reads options from a YAML file in mlx-lm's format.
 
-A flag beats the file, the file beats the default. Keys are the options' long names,
-with underscores or dashes; ``lora_parameters`` nests rank, scale, dropout and keys, as
-mlx-lm writes them. What mlx-lm leaves unset with ``null`` keeps its default.
+A flag overrides the file, and the file overrides the default. Keys are the options'
+long names with underscores or dashes; ``lora_parameters`` contains rank, scale, dropout
+and keys, as in mlx-lm. A key set to ``null`` keeps its default.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from mlx_dora.cli._paths import FILE
 from mlx_dora.cli._yaml import read_yaml
 from mlx_dora.errors import DoRAError
 
-# Their keys are options of ours; everything else that nests is one option's value.
+# The keys inside these mappings are options; any other mapping is an option's value.
 FLATTENED = ("lora_parameters",)
 
 
@@ -24,7 +24,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; an empty file is an empty mapping.
 
     Raises:
-        DoRAError: If the file is not YAML or holds something else than a mapping.
+        DoRAError: If the file is not YAML or does not hold a mapping.
     """
     loaded = read_yaml(path)
     if loaded is None:
@@ -36,13 +36,15 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def _flatten(path: Path, config: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Map each key to how the file wrote it and its value."""
+    """Map each key to its spelling in the file and its value."""
     flat: dict[str, tuple[str, Any]] = {}
 
     def add(key: str, written: str, value: Any) -> None:
         name = key.replace("-", "_")
         if name in flat:
-            raise DoRAError(f"{path}: {written} and {flat[name][0]} are one option.")
+            raise DoRAError(
+                f"{path}: {written} and {flat[name][0]} set the same option."
+            )
         flat[name] = (written, value)
 
     for key, value in config.items():
@@ -59,7 +61,7 @@ def _flatten(path: Path, config: dict[str, Any]) -> dict[str, tuple[str, Any]]:
 def _refuse_other_kind(
     path: Path, written: str, param: click.Option, value: Any
 ) -> None:
-    """What click's own types, made for text, would crash on or print."""
+    """Refuse values that click's own types, made for text, cannot convert."""
     if param.type is click.BOOL and not isinstance(value, bool):
         raise DoRAError(f"{path}: {written} must be true or false, got {value!r}.")
     if param.type is click.STRING and isinstance(value, dict | list):
@@ -70,7 +72,7 @@ def default_map(path: Path, params: list[click.Parameter]) -> dict[str, Any]:
     """Turn a config file into click's ``default_map`` for these parameters.
 
     Raises:
-        DoRAError: If a key is not an option; near names are listed.
+        DoRAError: If a key is not an option; lists similar names.
     """
     names: dict[str, click.Option] = {}
     for param in params:
@@ -80,7 +82,7 @@ def default_map(path: Path, params: list[click.Parameter]) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     problems = []
     for name, (written, value) in _flatten(path, read_config_file(path)).items():
-        if name == "config":  # mlx-lm's adapter_config.json, used as a config, has it
+        if name == "config":  # present in mlx-lm's adapter_config.json
             continue
         if name in names:
             if value is not None:
@@ -102,10 +104,10 @@ def _use_file(ctx: click.Context, _param: click.Parameter, path: Path | None) ->
 
 
 def config_file_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``-c/--config FILE``; write it right below ``@verb``, above the options.
+    """Add ``-c/--config FILE``; place it directly below ``@verb``, above the options.
 
-    The function does not see the option: the file's values reach it as if they were
-    the other options' defaults.
+    The function does not receive this option. The file's values act as defaults of the
+    other options.
     """
     return click.option(
         "-c",
@@ -114,5 +116,5 @@ def config_file_option(function: Callable[..., Any]) -> Callable[..., Any]:
         is_eager=True,
         expose_value=False,
         callback=_use_file,
-        help="YAML file with options in mlx-lm's form; flags override it.",
+        help="YAML file with options in mlx-lm's format; flags override it.",
     )(function)

@@ -1,4 +1,4 @@
-"""How the demo looks: headings and tables on a terminal, plain text elsewhere."""
+"""Output of the demo: headings and tables on a terminal, plain text elsewhere."""
 
 import sys
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ PLAIN_WIDTH = 100
 
 
 class DemoView:
-    """Shows the demo's results on stdout as they come; a context manager.
+    """Context manager that prints the demo's results to stdout as they arrive.
 
     Args:
-        iters: Steps of the training.
+        iters: Number of training steps.
     """
 
     def __init__(self, iters: int) -> None:
@@ -46,29 +46,29 @@ class DemoView:
         self._open.close()
 
     def stage(self, title: str, text: str) -> None:
-        """Begin a part."""
+        """Start a stage of the demo."""
         self._stages += 1
         line = Text(f"\n{self._stages}. {title}", style="bold cyan")
         line.append(f"  {text}", style="default not bold")
         self._console.print(line)
 
     def note(self, text: str) -> None:
-        """Say one line within a part."""
+        """Print a line within a stage."""
         self._console.print(Text(f"   {printable(text)}", style="dim"), soft_wrap=True)
 
     def step(self, report: StepReport) -> None:
-        """Show a report of the training."""
+        """Show a training report."""
         self._display.report(report)
 
     def progress(self, phase: str, total: int, done: int) -> None:
-        """Move the bars, which appear with the first move."""
+        """Advance the progress bars, which appear on the first call."""
         if not self._bars_shown:
             self._bars_shown = True
             self._open.enter_context(self._display)
         self._display.progress(phase, total, done)
 
     def trained(self, report: TrainReport) -> None:
-        """Show what the training came to."""
+        """Show the result of training."""
         self._open.close()
         before, after = report.first_val_loss, report.val_loss
         if before is not None and after is not None:
@@ -83,19 +83,19 @@ class DemoView:
         )
 
     def changed(self, changes: "Sequence[MatrixChange]") -> None:
-        """Show the most changed matrices."""
+        """Show the matrices that changed most."""
         table = Table(box=box.SIMPLE_HEAD if self._terminal else None, pad_edge=True)
         for heading in ("matrix", "ΔM", "ΔM / ‖W‖", "ΔD", "mean angle"):
             table.add_column(
                 heading, justify="left" if heading == "matrix" else "right"
             )
-        for one in changes[:TABLE_ROWS]:
+        for change in changes[:TABLE_ROWS]:
             table.add_row(
-                one.path,
-                f"{one.delta_m:.2e}",
-                f"{one.delta_m_relative:.2%}",
-                f"{one.delta_d:.2e}",
-                f"{one.degrees:.2f}°",
+                change.path,
+                f"{change.delta_m:.2e}",
+                f"{change.delta_m_relative:.2%}",
+                f"{change.delta_d:.2e}",
+                f"{change.degrees:.2f}°",
             )
         self._console.print(table)
         if len(changes) > TABLE_ROWS:
@@ -117,29 +117,30 @@ class DemoView:
             self._console.print(grid)
 
     def finished(self, report: "DemoReport") -> None:
-        """Show the check of the fused model and what to do next."""
-        found = report.agreement
+        """Show the check of the fused model and suggest next commands."""
+        agreement = report.agreement
         self._console.print(
             Text(
                 "   Fused and unfused agree: logits differ by "
-                f"{found.relative_logit_difference:.1e} (relative)",
+                f"{agreement.relative_logit_difference:.1e} (relative)",
                 style="bold",
             )
         )
         self.note(
-            f"the loss by {abs(found.loss_difference):.1e}; the likeliest token is the "
-            f"same at {found.same_top_token:.1%} of {found.tokens} positions"
+            f"the loss by {abs(agreement.loss_difference):.1e}; the most likely token "
+            f"is the same at {agreement.same_top_token:.1%} of {agreement.tokens} "
+            "positions"
         )
         self._console.print(
             Text(f"\nDone in {duration(report.seconds)}. ", style="bold green")
-            + Text("All of it is in ")
+            + Text("All files are in ")
             + Text(str(report.data.parent), style="bold")
-            + Text("; delete the folder when you have seen it.")
+            + Text("; delete this folder when you no longer need it.")
         )
-        self._console.print("\nTry next, with the model that is there:")
+        self._console.print("\nTry next, with this model:")
         for command in _commands(report):
             self._console.print(f"  {printable(command)}", soft_wrap=True)
-        self._console.print("\nand with your own model and data:")
+        self._console.print("\nOr with your own model and data:")
         for command in _OWN:
             self._console.print(f"  {command}", soft_wrap=True)
 

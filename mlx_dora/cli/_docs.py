@@ -13,40 +13,40 @@ from mlx_dora.cli._group import VERBS, group
 _HEAD = """\
 # Commands
 
-Made from `--help` by `python -m mlx_dora.cli._docs docs/cli.md`; do not edit.
+Generated from `--help` by `python -m mlx_dora.cli._docs docs/cli.md`; do not edit.
 
 Every command is installed as `mlx_dora.VERB`; `mlx_dora VERB`,
-`python -m mlx_dora VERB` and `python -m mlx_dora.VERB` are the same. Results go to
-stdout, progress and warnings to stderr.
+`python -m mlx_dora VERB` and `python -m mlx_dora.VERB` do the same. Results go to
+stdout; progress and warnings go to stderr.
 
 | exit code | meaning |
 | --- | --- |
-| 0 | done |
-| 1 | bad input or a file that cannot be read or written: one line on stderr |
+| 0 | success |
+| 1 | bad input, or a file that cannot be read or written: one line on stderr |
 | 2 | wrong usage |
 | 3 | `fuse --verify`: the fused model is outside the tolerance |
 | 129 | stopped by SIGHUP (a closed terminal), after cleaning up |
 | 130 | interrupted by Ctrl-C, after cleaning up |
 | 143 | stopped by SIGTERM (`kill`, a cluster, `docker stop`), after cleaning up |
 
-In `train`, each of these three finishes the step and saves first; a second one stops at
-once. `generate`, `chat` and `server` answer signals as mlx-lm does.
+In `train`, each of these three signals finishes the step and saves first; a second
+signal stops at once. `generate`, `chat` and `server` handle signals as mlx-lm does.
 
 `~` stands for the home folder in every path, on the command line and in config files.
-No command writes over, around or into what it was given, `--overwrite` or not, and
-`--overwrite` replaces only an empty folder or one that a command here has made. Working
-inside an input folder (`--data .`), you may name a new folder there.
+No command writes over, around or into its inputs, even with `--overwrite`, which
+replaces only an empty folder or a folder that one of these commands made. If you work
+inside an input folder (`--data .`), you may create a new folder there.
 
-A config file (`-c`) is YAML in mlx-lm's form: option names as keys, with underscores,
-and `lora_parameters` nesting `rank`, `scale`, `dropout` and `keys`. A flag beats the
-file, the file beats the default; an unknown key is an error.
+A config file (`-c`) is YAML in mlx-lm's format: option names with underscores as keys,
+and `lora_parameters` containing `rank`, `scale`, `dropout` and `keys`. A flag overrides
+the file, and the file overrides the default; an unknown key is an error.
 """
 
 _HOSTED = """\
 {text}
 
-The arguments are mlx-lm's, passed on untouched but for a `~` in paths:
-`mlx_dora.{verb} --help` prints the help of the `mlx_lm.{verb}` that is installed.
+The arguments are those of mlx-lm, passed on unchanged except that `~` in paths is
+expanded: `mlx_dora.{verb} --help` prints the help of the installed `mlx_lm.{verb}`.
 """
 
 
@@ -62,7 +62,7 @@ def _help(command: click.Command, name: str) -> str:
 
 
 def render() -> str:
-    """The whole of ``docs/cli.md``."""
+    """Return the text of ``docs/cli.md``."""
     parts = [_HEAD, f"```\n{_help(group, 'mlx_dora')}\n```\n"]
     for verb in VERBS:
         command: click.Command = import_module(f"mlx_dora.cli.{verb}").command
@@ -72,9 +72,11 @@ def render() -> str:
         else:
             parts.append(f"```\n{_help(command, f'mlx_dora.{verb}')}\n```\n")
         if isinstance(command, VerbGroup):
-            for name, one in command.commands.items():
+            for name, subcommand in command.commands.items():
                 parts.append(f"### mlx_dora.{verb} {name}\n")
-                parts.append(f"```\n{_help(one, f'mlx_dora.{verb} {name}')}\n```\n")
+                parts.append(
+                    f"```\n{_help(subcommand, f'mlx_dora.{verb} {name}')}\n```\n"
+                )
     return "\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""The one way to a terminal: what a file brought cannot act on it."""
+"""Prints text whose control characters cannot affect the terminal."""
 
 import click
 
@@ -6,14 +6,14 @@ from mlx_dora.errors import printable
 
 
 def echo(line: str, *, err: bool = False, bold: bool = False) -> None:
-    """Print a line of text, its control characters escaped.
+    """Print a line of text with its control characters escaped.
 
-    Names, samples and messages come from files; one line stays one line.
+    Text from files (names, samples, messages) stays on one line.
 
     Args:
         line: The text, without styles.
         err: Print to stderr.
-        bold: Print it bold, on a terminal.
+        bold: Print in bold on a terminal.
     """
     text = printable(line)
     click.echo(click.style(text, bold=True) if bold else text, err=err)

@@ -1,4 +1,4 @@
-"""What a process may lack when it starts, and what then is done about it."""
+"""Repairs or reports what a process may lack when it starts."""
 
 import locale
 import os
@@ -11,13 +11,13 @@ from mlx_dora.errors import DoRAError
 
 
 def settle_environment() -> None:
-    """Stand in for closed standard streams and a missing TMPDIR; check the folder.
+    """Replace closed standard streams and a missing TMPDIR; check the working folder.
 
-    MLX takes file 0 for a failure to open, so that no file may get that number; its
-    compiler needs a folder for temporary files; and it takes names in UTF-8 alone.
+    MLX treats file number 0 as a failure to open, so no data file may get that number.
+    Its compiler needs a folder for temporary files. MLX accepts only UTF-8 names.
 
     Raises:
-        DoRAError: If the working folder's name cannot be passed on to MLX.
+        DoRAError: If the working folder's name cannot be passed to MLX.
     """
     open_standard_streams()
     folder = os.environ.get("TMPDIR")
@@ -30,12 +30,12 @@ def settle_environment() -> None:
 
 
 def open_standard_streams() -> None:
-    """Give stdin, stdout and stderr the null device where the caller closed them."""
+    """Open the null device for stdin, stdout and stderr if the caller closed them."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             stream = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115 - stays
@@ -43,10 +43,10 @@ def open_standard_streams() -> None:
 
 
 def check_encodable(path: str) -> None:
-    """Refuse a path that is not text in UTF-8, as MLX needs it.
+    """Refuse a path that cannot be encoded in UTF-8, which MLX requires.
 
     Raises:
-        DoRAError: Saying whether the name or the locale is to blame.
+        DoRAError: If it cannot; says whether the name or the locale is the cause.
     """
     try:
         path.encode()

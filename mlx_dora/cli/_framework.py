@@ -1,6 +1,6 @@
-"""What every command shares: one-line errors, exit codes, OpenBLAS before MLX.
+"""Shared behavior of commands: one-line errors, exit codes, OpenBLAS before MLX.
 
-A command file is ``mlx_dora/cli/<verb>.py`` and holds one click command called
+A command file is ``mlx_dora/cli/<verb>.py`` and holds one click command named
 ``command``::
 
     from mlx_dora.adapters.config import DoRAConfig
@@ -16,10 +16,10 @@ A command file is ``mlx_dora/cli/<verb>.py`` and holds one click command called
         "Fine-tune a model with DoRA."  # the help text
         from mlx_dora.train.run.finetune import finetune  # mlx only from here on
 
-Nothing at module level may import mlx or mlx_lm, not even through a package: ``--help``
-stays quick, and OpenBLAS must be loaded before MLX. Results go to stdout with
-`mlx_dora.cli._echo.echo`, progress and warnings to stderr; what the library logs with a
-level of warning or above is shown on stderr too.
+Code at module level must not import mlx or mlx_lm, not even indirectly: ``--help`` must
+stay fast, and OpenBLAS must be loaded before MLX. Results go to stdout with
+`mlx_dora.cli._echo.echo`; progress, warnings and the library's log messages of level
+warning or above go to stderr.
 """
 
 import logging
@@ -44,11 +44,11 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 88}
 
 
 class _Stderr(logging.Handler):
-    """Shows the library's warnings on whatever stderr is at that moment."""
+    """Prints the library's warnings to the current `sys.stderr`."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Not click.echo, which looks behind `sys.stderr` for the terminal itself: live
-        # bars stand in its place to keep other lines above them.
+        # click.echo would bypass `sys.stderr`, which live progress bars replace to keep
+        # other lines above them.
         message = printable(record.getMessage(), MAX_LENGTH)
         sys.stderr.write(f"{record.levelname.lower()}: {message}\n")
 
@@ -67,16 +67,16 @@ def _describe(error: OSError) -> str:
 
 
 def _show_error(message: str, where: str = "") -> None:
-    # click lays some messages out over several lines.
+    # Some of click's messages span several lines.
     text = " ".join(line.strip() for line in message.split("\n"))
     echo(f"Error: {printable(text, MAX_LENGTH)}{where}", err=True)
 
 
 class Boundary(click.Command):
-    """Turns what a user can put right into one line on stderr and an exit code.
+    """Turns errors that a user can fix into one line on stderr and an exit code.
 
-    0: done. 1: `DoRAError` or `OSError`. 2: wrong usage. 130: Ctrl-C, 143: SIGTERM,
-    129: SIGHUP. Anything else is our bug and keeps its traceback.
+    0: success. 1: `DoRAError` or `OSError`. 2: wrong usage. 130: Ctrl-C. 143: SIGTERM.
+    129: SIGHUP. Any other exception is a bug and keeps its traceback.
     """
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
@@ -99,7 +99,7 @@ class Boundary(click.Command):
             _show_error(_describe(error))
             sys.exit(EXIT_BAD_INPUT)
         except (click.Abort, KeyboardInterrupt) as error:
-            # click puts an Abort in an interrupt's place.
+            # click replaces an interrupt with an Abort.
             cause = error.__cause__ if isinstance(error, click.Abort) else error
             stopped = isinstance(cause, Stopped)
             echo(f"{cause}." if stopped else "Interrupted.", err=True)
@@ -108,17 +108,17 @@ class Boundary(click.Command):
 
 
 def exit_code_of(interrupt: BaseException | None) -> int:
-    """128 and the signal's number, as a shell gives it for a killed process."""
+    """Return 128 plus the signal's number, the shell's code for a killed process."""
     return (
         128 + interrupt.number if isinstance(interrupt, Stopped) else EXIT_INTERRUPTED
     )
 
 
 class Verb(Boundary):
-    """A command that loads OpenBLAS before its body, and so before MLX."""
+    """A command that loads OpenBLAS before its body runs, and so before MLX."""
 
     unwinds = True
-    """Whether SIGTERM and SIGHUP unwind the command, so that it cleans up."""
+    """Whether SIGTERM and SIGHUP raise an exception, so that the command cleans up."""
 
     def invoke(self, ctx: click.Context) -> Any:
         _show_library_warnings()
@@ -128,13 +128,13 @@ class Verb(Boundary):
 
 
 class VerbGroup(Verb, click.Group):
-    """A verb with commands of its own: ``mlx_dora.merge adapters``."""
+    """A verb with subcommands, for example ``mlx_dora.merge adapters``."""
 
 
 class PassThrough(Verb):
-    """A command that leaves its whole argument list, ``--help`` too, in `ctx.args`.
+    """A command that keeps all its arguments, including ``--help``, in `ctx.args`.
 
-    Its host answers signals as it does by itself.
+    The host command handles signals itself.
     """
 
     unwinds = False
@@ -147,9 +147,9 @@ class PassThrough(Verb):
 def verb(
     name: str, cls: type[Verb] = Verb
 ) -> Callable[[Callable[..., Any]], click.Command]:
-    """Make a function the command `name`; its docstring becomes the help text.
+    """Turn a function into the command `name`; its docstring becomes the help text.
 
-    The function may return an int, which becomes the exit code.
+    If the function returns an int, it becomes the exit code.
 
     Args:
         name: The verb as typed after ``mlx_dora``.
@@ -159,5 +159,5 @@ def verb(
 
 
 def verb_group(name: str) -> Callable[[Callable[..., Any]], VerbGroup]:
-    """Make a function a verb that has commands, added by ``@command.command(...)``."""
+    """Turn a function into a verb; ``@command.command(...)`` adds subcommands."""
     return click.group(name, cls=VerbGroup, context_settings=_SETTINGS)

@@ -1,4 +1,4 @@
-"""The group ``mlx_dora <verb>``: imports a command's file when the verb is used."""
+"""The group ``mlx_dora <verb>``, which imports a command's file when it is used."""
 
 import difflib
 from importlib import import_module

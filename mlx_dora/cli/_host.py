@@ -1,4 +1,4 @@
-"""Running one of mlx-lm's own commands on our layers."""
+"""Runs a command of mlx-lm with mlx_dora's layers."""
 
 import argparse
 import contextlib
@@ -11,8 +11,8 @@ from pathlib import Path
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.foreign import foreign
 
-# An error raised in here is about the caller's model, adapter or arguments; one raised
-# in our own layers is our bug and keeps its traceback.
+# An error raised in these packages concerns the user's model, adapter or arguments. An
+# error raised in our own layers is our bug and keeps its traceback.
 _HOSTS = ("mlx_lm", "transformers", "huggingface_hub", "tokenizers", "mlx.nn")
 
 
@@ -30,15 +30,15 @@ _PATHS = ("--model", "--adapter-path", "--draft-model", "--prompt-cache-file")
 
 
 def _with_home(args: list[str]) -> list[str]:
-    """The arguments with ``~`` expanded where mlx-lm takes a path."""
+    """Return the arguments with ``~`` expanded where mlx-lm expects a path."""
     expanded = []
-    for before, one in zip(["", *args], args, strict=False):
-        flag, equals, value = one.partition("=")
+    for before, arg in zip(["", *args], args, strict=False):
+        flag, equals, value = arg.partition("=")
         if before in _PATHS:
-            one = os.path.expanduser(one)  # noqa: PTH111 - a Hub id must not be touched
+            arg = os.path.expanduser(arg)  # noqa: PTH111 - must not change a Hub id
         elif flag in _PATHS and equals:
-            one = f"{flag}={os.path.expanduser(value)}"  # noqa: PTH111
-        expanded.append(one)
+            arg = f"{flag}={os.path.expanduser(value)}"  # noqa: PTH111
+        expanded.append(arg)
     return expanded
 
 
@@ -47,7 +47,7 @@ def _is_unexpected(error: BaseException) -> bool:
 
 
 def _check_inputs(args: list[str]) -> None:
-    """Read the headers of a local model and adapter, which MLX would stumble over."""
+    """Check the headers of a local model and adapter before MLX reads them."""
     from mlx_dora.adapters.files import read_adapter
     from mlx_dora.adapters.hosting import model_folder
 
@@ -72,9 +72,9 @@ def run_host_command(
 
     Args:
         name: The module of mlx_lm that holds the command.
-        command_path: What mlx-lm's usage text calls the program.
-        args: The arguments as typed, ``--help`` included.
-        main: Called in place of mlx-lm's function.
+        command_path: Name of the program in mlx-lm's usage text.
+        args: The arguments as typed, including ``--help``.
+        main: Function to call instead of mlx-lm's.
 
     Raises:
         DoRAError: If mlx-lm refuses the model, the adapter or an argument's value.
@@ -87,12 +87,12 @@ def run_host_command(
     sys.argv = [command_path, *_with_home(args)]
     try:
         _check_inputs(args)
-        what = f"what mlx_lm.{name} was given"
+        what = f"the input of mlx_lm.{name}"
         with use_in_mlx_lm(), foreign(what, by=_is_unexpected):
             (main or import_module(f"mlx_lm.{name}").main)()
     except DoRAError:
         raise
-    except HFValidationError as error:  # a path that is not there, taken for a Hub id
+    except HFValidationError as error:  # a missing path, treated as a Hub id
         raise DoRAError(f"there is no such folder, and as a Hub id: {error}") from error
     except (ValueError, KeyError) as error:
         if not _raised_by_host(error):

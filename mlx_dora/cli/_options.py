@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of configuration dataclasses."""
+"""Makes command-line options from the fields of configuration dataclasses."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ _MISSING = dataclasses.MISSING
 
 
 class _Integer(click.ParamType):
-    """An integer; ``1e3`` is one (a YAML file may say so), ``1.5`` and ``true`` not."""
+    """An integer; accepts ``1e3``, as in YAML files, but not ``1.5`` or ``true``."""
 
     name = "integer"
 
@@ -40,16 +40,16 @@ class _Size(click.ParamType):
     name = "size"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        found = re.fullmatch(r"(\d+\.?\d*) *(|MB?|GB?)", str(value).strip().upper())
-        if found is None:
+        match = re.fullmatch(r"(\d+\.?\d*) *(|MB?|GB?)", str(value).strip().upper())
+        if match is None:
             raise click.BadParameter(
                 f"{value!r} is not a size such as 500MB.", ctx=ctx, param=param
             )
-        return int(float(found[1]) * {"": 1, "M": 10**6, "G": 10**9}[found[2][:1]])
+        return int(float(match[1]) * {"": 1, "M": 10**6, "G": 10**9}[match[2][:1]])
 
 
 class _Number(click.ParamType):
-    """A float that does not take ``true`` for 1."""
+    """A float; does not accept ``true`` as 1."""
 
     name = "float"
 
@@ -63,7 +63,7 @@ class _Number(click.ParamType):
 
 
 class _Text(click.ParamType):
-    """A string; a YAML list or number in its place is an error, not its printout."""
+    """A string; a YAML list or number is an error and is not converted to text."""
 
     name = "text"
 
@@ -111,10 +111,10 @@ class _Structure(click.ParamType):
 def _param_type(hint: Any) -> click.ParamType:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        found = [_param_type(kind) for kind in kinds]
-        # `dict | list` is one structure; any other real union is not supported.
-        if len({type(one) for one in found}) == 1:
-            return found[0]
+        params = [_param_type(kind) for kind in kinds]
+        # `dict | list` is a structure; no other union of several types is supported.
+        if len({type(param) for param in params}) == 1:
+            return params[0]
         raise TypeError(f"no option type for {hint!r}")
     if typing.get_origin(hint) is typing.Literal:
         return click.Choice([str(choice) for choice in typing.get_args(hint)])
@@ -142,7 +142,7 @@ class _Option:
         return self.settings.get("default", _MISSING)
 
     def is_left_to_class(self, value: Any) -> bool:
-        """Whether the config class shall take its own default."""
+        """Whether the config class should use its own default."""
         return value is None and isinstance(self.settings["type"], _Structure)
 
 
@@ -159,7 +159,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> _Option:
     if kind is click.BOOL:
         flag = f"{flag}/--no-{flag[2:]}"
     if isinstance(kind, _Structure):
-        settings["default"] = None  # click would print and read a mapping's text
+        settings["default"] = None  # click would print and parse a mapping as text
     elif field.default is not _MISSING:
         settings["default"] = field.default
         settings["show_default"] = not any(
@@ -176,22 +176,24 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> _Option:
 def dataclass_options(
     *, exclude: tuple[str, ...] = (), **configs: type
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command one option per field of each dataclass, and pass it the objects.
+    """Add an option for each field of each dataclass, and pass the objects on.
 
-    ``@dataclass_options(train=TrainConfig, dora=DoRAConfig)`` makes ``--batch-size``,
-    ``--rank`` and the rest, and calls the function with ``train=TrainConfig(...)`` and
-    ``dora=DoRAConfig(...)``. Names, defaults and help come from the fields (their
-    ``metadata={"help": ...}``, with ``"choices"``, ``"flags": ("-m",)`` or
-    ``"unit": "bytes"`` if wanted, ``"path": "local"`` or ``"or id"`` for a path): a
-    bool becomes ``--x/--no-x``, a `typing.Literal` a choice, a tuple of str takes
-    ``a,b``, a dict or list takes YAML, bytes take ``2GB``.
-    A field without a default is a required option. A field that two of the classes
-    share becomes one option and reaches both; its defaults must agree. Write it above
-    the function's other ``click.option`` decorators, below `config_file_option`.
+    ``@dataclass_options(train=TrainConfig, dora=DoRAConfig)`` adds ``--batch-size``,
+    ``--rank`` and the other options, and calls the function with
+    ``train=TrainConfig(...)`` and ``dora=DoRAConfig(...)``. Names, defaults and help
+    come from the fields. A field's ``metadata`` holds ``"help"`` and, optionally,
+    ``"choices"``, ``"flags": ("-m",)``, ``"unit": "bytes"``, or ``"path"`` with the
+    value ``"local"`` or ``"or id"``. A bool becomes ``--x/--no-x`` and a
+    `typing.Literal` a choice; a tuple of str accepts ``a,b``, a dict or list accepts
+    YAML, and a size in bytes accepts ``2GB``.
+
+    A field without a default is a required option. A field that two classes share
+    becomes one option, which sets both; the defaults must agree. Place the decorator
+    above the function's ``click.option`` decorators, below `config_file_option`.
 
     Args:
         exclude: Fields that get no option and keep their default.
-        **configs: Argument name of the function, and the dataclass it receives.
+        **configs: The dataclass for each argument of the function.
     """
     hints = {key: typing.get_type_hints(config) for key, config in configs.items()}
     options: dict[str, _Option] = {}
@@ -220,7 +222,7 @@ def dataclass_options(
             return function(**values)
 
         decorated = call
-        for option in reversed(options.values()):  # click shows the last one first
+        for option in reversed(options.values()):  # click shows the last option first
             decorated = click.option(*option.flags, **option.settings)(decorated)
         return decorated
 

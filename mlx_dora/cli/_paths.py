@@ -1,4 +1,4 @@
-"""The type of every option and argument that takes a path."""
+"""The type of every option and argument that accepts a path."""
 
 import os
 from pathlib import Path
@@ -10,11 +10,11 @@ from mlx_dora.cli._environment import check_encodable
 
 
 class PathType(click.ParamType):
-    """A path in which ``~`` is expanded, on the command line and in YAML alike.
+    """A path with ``~`` expanded, both on the command line and in YAML.
 
     Args:
-        or_id: Whether a Hub id may stand in its place; for the help alone.
-        as_path: Give a `Path`, not text.
+        or_id: Whether the help says that a Hub id is accepted too.
+        as_path: Return a `Path` instead of text.
     """
 
     name = "path"
@@ -25,7 +25,7 @@ class PathType(click.ParamType):
             self.name = "path or id"
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
-        """What the help shows for the value; an argument shows its name."""
+        """Return the help's placeholder for the value; for an argument, its name."""
         if isinstance(param, click.Argument):
             return None
         return self.name.upper().replace(" ", "_")

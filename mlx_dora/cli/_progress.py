@@ -1,4 +1,4 @@
-"""Progress on stderr: live bars on a terminal, plain lines or nothing elsewhere."""
+"""Shows progress on stderr: live bars on a terminal, lines or nothing elsewhere."""
 
 import sys
 from types import TracebackType
@@ -20,19 +20,19 @@ from mlx_dora.train.run.journal import StepReport
 
 
 def duration(seconds: float) -> str:
-    """Seconds as ``1:02:03`` or ``2:03``."""
+    """Format seconds as ``1:02:03`` or ``2:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def size(count: int) -> str:
-    """A number of bytes as MB or GB."""
+    """Format a number of bytes in MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def describe(report: StepReport, iters: int | None) -> str:
-    """One line for one report."""
+    """Format a training report as a line of text."""
     parts = [f"step {report.step}" + (f"/{iters}" if iters else "")]
     if report.val_loss is not None:
         return f"{parts[0]}  validation loss {report.val_loss:.4f}"
@@ -52,10 +52,10 @@ def describe(report: StepReport, iters: int | None) -> str:
 
 
 class WorkDisplay:
-    """Bars on a terminal, nothing elsewhere; a context manager.
+    """Context manager that shows progress bars on a terminal, nothing elsewhere.
 
     Args:
-        with_memory: Put the most memory that MLX has held beside the bars.
+        with_memory: Show MLX's peak memory beside the bars.
     """
 
     def __init__(self, *, with_memory: bool = False) -> None:
@@ -88,7 +88,7 @@ class WorkDisplay:
             self._bars.stop()
 
     def progress(self, phase: str, total: int, done: int) -> None:
-        """Take note of steps or rows done; a bar that is full goes away."""
+        """Advance a bar by `done` steps or rows; remove it when it is full."""
         if self._bars is None:
             return
         task = self._task(phase, total)
@@ -97,18 +97,18 @@ class WorkDisplay:
             import mlx.core as mx
 
             self.note(phase, total, f"peak {size(mx.get_peak_memory())}")
-        if all(one.finished for one in self._bars.tasks if one.id == task):
+        if all(bar.finished for bar in self._bars.tasks if bar.id == task):
             self._bars.remove_task(self._tasks.pop(phase))
 
     def say(self, line: str) -> None:
-        """Print a line, above the bars if there are any."""
+        """Print a line, above any bars."""
         if self._bars is None:
             echo(line, err=True)
         else:
             self._bars.console.print(printable(line), highlight=False, markup=False)
 
     def note(self, phase: str, total: int, text: str) -> None:
-        """Put a text beside a bar."""
+        """Show text beside a bar."""
         if self._bars is not None:
             self._bars.update(self._task(phase, total), note=printable(text))
 
@@ -122,10 +122,10 @@ class WorkDisplay:
 
 
 class TrainDisplay(WorkDisplay):
-    """Shows a training's reports too.
+    """Shows progress bars and training reports.
 
     Args:
-        iters: Steps of the training; None until `progress` tells.
+        iters: Number of training steps; if None, set by the first call of `progress`.
     """
 
     def __init__(self, iters: int | None) -> None:
@@ -133,13 +133,13 @@ class TrainDisplay(WorkDisplay):
         self._iters = iters
 
     def progress(self, phase: str, total: int, done: int) -> None:
-        """Take note of steps or rows done, and of how many steps there will be."""
+        """Advance a bar; for phase ``train``, also record the number of steps."""
         if phase == "train":
             self._iters = total
         super().progress(phase, total, done)
 
     def report(self, report: StepReport) -> None:
-        """Take a report of the training."""
+        """Print a training report."""
         self.say(describe(report, self._iters))
         iters = self._iters
         if iters and report.train_loss is not None and report.step < iters:

@@ -10,19 +10,19 @@ from mlx_dora.cli._echo import echo
 upload_option = click.option(
     "--upload-repo",
     metavar="ID",
-    help="Write a model card into the folder and upload it to this repository of the "
-    "Hugging Face Hub (made if there is none).",
+    help="Write a model card and upload the folder to this Hugging Face Hub "
+    "repository, which is created if missing.",
 )
 
 
 def command_line() -> list[str]:
-    """The words of the command as it was given."""
+    """Return the words of the command as typed."""
     name = click.get_current_context().command_path.split()[0]
     return [name, *sys.argv[1:]]
 
 
 def publish(folder: str | Path, card: str, repo: str) -> None:
-    """Write the card, upload the folder, and say where it is."""
+    """Write the model card, upload the folder, and print its address."""
     from mlx_dora.io.atomic import write_text
     from mlx_dora.publish.upload import upload_folder
 

@@ -1,6 +1,6 @@
-"""YAML as mlx-lm reads it: ``1e-5`` is a number; a key given twice is an error.
+"""Reads YAML from files and options as mlx-lm does: ``1e-5`` is a number.
 
-The one reader of YAML, from files and from options. Dates stay text: no option is one.
+A repeated key is an error. Dates stay text, because no option is a date.
 """
 
 import re
@@ -25,8 +25,8 @@ _FLOAT = re.compile(
 )
 _MAX_DEPTH = 50
 _MAX_VALUES = 1_000_000
-# What PyYAML's constructors raise for a tag that its value does not fit, as in
-# ``!!bool maybe`` (KeyError), ``!!int ''`` (IndexError), ``!!timestamp x``.
+# Raised by PyYAML's constructors if a value does not fit its tag, for example
+# ``!!bool maybe`` (KeyError), ``!!int ''`` (IndexError) or ``!!timestamp x``.
 _BAD_VALUE = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError)
 
 
@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
         self._checked: set[int] = set()
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        # Before ``<<`` mixes another mapping's keys in, which may be overridden.
+        # Check before ``<<`` adds another mapping's keys, which may be overridden.
         if id(node) not in self._checked:
             self._checked.add(id(node))
             self._refuse_twice(node)
@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                continue  # the parent class refuses it
+                continue  # refused by the parent class
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", node.start_mark
@@ -78,15 +78,15 @@ def parse_yaml(text: str, where: object) -> Any:
 
     Args:
         text: The document.
-        where: What the error names: a file, or an option.
+        where: The file or option that the error names.
 
     Raises:
-        DoRAError: If it is not YAML, nested too deeply, or its aliases repeat each
-            other without end; one line.
+        DoRAError: If the text is not YAML, is nested too deeply, or expands to too many
+            values through aliases.
     """
     try:
         _check_size(text)
-        # A SafeLoader with one more form of numbers and without dates.
+        # A SafeLoader that reads one more number format and no dates.
         return yaml.load(text.removeprefix("\ufeff"), Loader=_Loader)
     except ComposerError as error:
         if "single document" not in str(error):
@@ -107,8 +107,8 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file.
 
     Raises:
-        DoRAError: If it is not a YAML document in UTF-8.
-        OSError: If it cannot be read.
+        DoRAError: If the file is not a YAML document in UTF-8.
+        OSError: If the file cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -118,12 +118,13 @@ def read_yaml(path: Path) -> Any:
 
 
 def _check_size(text: str) -> None:
-    """Refuse deep nesting and aliases that grow, before anything recurses into them.
+    """Refuse deep nesting and exploding aliases before PyYAML recurses into them.
 
-    PyYAML's parser takes events one by one; its composer and constructor recurse.
+    PyYAML's parser yields events without recursion; its composer and constructor
+    recurse.
     """
-    sizes: dict[str, int] = {}  # of what an anchor names, its aliases spelled out
-    opened: list[tuple[str | None, int]] = []  # anchor, and values before it
+    sizes: dict[str, int] = {}  # values below each anchor, with aliases expanded
+    opened: list[tuple[str | None, int]] = []  # anchor and number of values before it
     total = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.CollectionEndEvent):
@@ -132,7 +133,7 @@ def _check_size(text: str) -> None:
                 sizes[anchor] = total - before
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in opened):
-                raise yaml.YAMLError(f"the alias {event.anchor!r:.60} holds itself")
+                raise yaml.YAMLError(f"the alias {event.anchor!r:.60} contains itself")
             total += sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent):
             total += 1

@@ -1,4 +1,4 @@
-"""``mlx_dora.analyze``: what fine-tuning did to magnitude and direction."""
+"""``mlx_dora.analyze``: shows how fine-tuning changed magnitude and direction."""
 
 import json
 from collections.abc import Callable
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 _MODEL = click.option(
     "--model",
     type=PATH_OR_ID,
-    help="The base; what the adapter says of its base if not given.",
+    help="The base model; by default, the base that the adapter records.",
 )
 _BY = click.option(
     "--by",
     type=click.Choice(["matrix", "layer", "module", "expert"]),
     default="matrix",
     show_default=True,
-    help="What a line of the table stands for; all experts of one layer's matrix are "
-    "one line, but for expert.",
+    help="What each line of the table shows. Except for 'expert', all experts of a "
+    "matrix share one line.",
 )
 _CHECK = click.option(
     "--check-base/--no-check-base",
     default=True,
-    help="Refuse an adapter that was trained on another model (the default).",
+    help="Refuse an adapter that was trained on a different model (the default).",
 )
 
 
@@ -44,13 +44,13 @@ def _output_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--report",
             type=FILE,
-            help="Write a report to open in a browser: one file, no network.",
+            help="Write a self-contained HTML report, which needs no network.",
         ),
         click.option(
             "--json",
             "json_file",
             type=FILE,
-            help="Write everything as JSON (schema: docs/analysis.md).",
+            help="Write all results as JSON (schema: docs/analysis.md).",
         ),
         click.option(
             "--top", type=click.IntRange(min=1), help="Show only this many lines."
@@ -62,7 +62,7 @@ def _output_options(function: Callable[..., None]) -> Callable[..., None]:
 
 @verb_group("analyze")
 def command() -> None:
-    """See what fine-tuning did to magnitude and direction."""
+    """Show how fine-tuning changed magnitude and direction."""
 
 
 @command.command("adapter")
@@ -81,17 +81,17 @@ def adapter_command(
     report: Path | None,
     overwrite: bool,
 ) -> None:
-    """Analyse a DoRA or LoRA adapter against its base, without a dense weight."""
+    """Analyze a DoRA or LoRA adapter against its base, without a dense weight."""
     from mlx_dora.analyze.adapter import analyze_adapter
     from mlx_dora.analyze.table import analysis_lines
 
     _check_outputs(json_file, report, overwrite, adapter, model)
     with WorkDisplay() as display:
-        found = analyze_adapter(
+        analysis = analyze_adapter(
             adapter, model, check_base=check_base, progress=display.progress
         )
-    _tell(analysis_lines(found, by=by, top=top))
-    _write(found, json_file, report, Path(adapter) / "log.jsonl")
+    _print(analysis_lines(analysis, by=by, top=top))
+    _write(analysis, json_file, report, Path(adapter) / "log.jsonl")
 
 
 @command.command("compare")
@@ -108,17 +108,17 @@ def compare_command(
     report: Path | None,
     overwrite: bool,
 ) -> None:
-    """Compare adapters of one base: where they agree and where they conflict."""
+    """Compare adapters of the same base: where they agree and where they conflict."""
     from mlx_dora.analyze.compare import compare_adapters
     from mlx_dora.analyze.table import comparison_lines
 
     _check_outputs(json_file, report, overwrite, *adapters, model)
     with WorkDisplay() as display:
-        found = compare_adapters(
+        comparison = compare_adapters(
             adapters, model, check_base=check_base, progress=display.progress
         )
-    _tell(comparison_lines(found, top=top))
-    _write(found, json_file, report, None)
+    _print(comparison_lines(comparison, top=top))
+    _write(comparison, json_file, report, None)
 
 
 @command.command("models")
@@ -127,7 +127,7 @@ def compare_command(
 @click.option(
     "--spectrum",
     is_flag=True,
-    help="Take the singular values of each update too: slow for large matrices.",
+    help="Also compute the singular values of each update; slow for large matrices.",
 )
 @_BY
 @_output_options
@@ -147,11 +147,11 @@ def models_command(
 
     _check_outputs(json_file, report, overwrite, base, tuned)
     with WorkDisplay() as display:
-        found = analyze_finetune(
+        analysis = analyze_finetune(
             base, tuned, spectrum=spectrum, progress=display.progress
         )
-    _tell(analysis_lines(found, by=by, top=top))
-    _write(found, json_file, report, None)
+    _print(analysis_lines(analysis, by=by, top=top))
+    _write(analysis, json_file, report, None)
 
 
 def _check_outputs(
@@ -165,13 +165,13 @@ def _check_outputs(
         check_output_file(report, inputs=(*inputs, json_file), overwrite=overwrite)
 
 
-def _tell(lines: list[str]) -> None:
+def _print(lines: list[str]) -> None:
     for line in lines:
         echo(line, bold="ΔM rel." in line)
 
 
 def _write(
-    found: "AdaptationAnalysis | AdapterComparison",
+    result: "AdaptationAnalysis | AdapterComparison",
     json_file: Path | None,
     report: Path | None,
     log: Path | None,
@@ -179,7 +179,7 @@ def _write(
     from mlx_dora.analyze.report import render_report
     from mlx_dora.io.atomic import write_text
 
-    content: dict[str, Any] = found.to_dict()
+    content: dict[str, Any] = result.to_dict()
     if json_file is not None:
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         write_text(json_file, text + "\n")

@@ -1,4 +1,4 @@
-"""``mlx_dora.chat``: mlx-lm's command of that name, argv unchanged."""
+"""``mlx_dora.chat``: runs mlx-lm's command of that name with the same arguments."""
 
 import click
 
@@ -10,5 +10,5 @@ from mlx_dora.cli._host import run_host_command
 @verb("chat", cls=PassThrough)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Chat with a model, as mlx_lm.chat does, on our layers."""
+    """Chat with a model, like mlx_lm.chat, using mlx_dora's layers."""
     run_host_command("chat", ctx.command_path, with_recorded_base(ctx.args))

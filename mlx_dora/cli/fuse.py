@@ -1,4 +1,4 @@
-"""``mlx_dora.fuse``: an adapted model as a plain one."""
+"""``mlx_dora.fuse``: fuses an adapter into its base model."""
 
 from dataclasses import replace
 
@@ -19,36 +19,37 @@ EXIT_NOT_VERIFIED = 3
 @click.option(
     "--model",
     type=PATH_OR_ID,
-    help="The base: a local model folder or Hub id; what the adapter records if not "
-    "given.",
+    help="The base model: a local folder or Hub id; by default, the base that the "
+    "adapter records.",
 )
 @click.option(
     "--adapter-path",
     type=PATH,
     default="adapters",
     show_default=True,
-    help="The trained adapter's folder.",
+    help="The folder of the trained adapter.",
 )
 @click.option(
     "--save-path",
     type=PATH,
     default="fused_model",
     show_default=True,
-    help="The folder to write the fused model to.",
+    help="The folder to which the fused model is written.",
 )
 @dataclass_options(config=FuseConfig)
 @click.option("--dequantize", is_flag=True, help="The same as --mode dequantize.")
 @click.option(
     "--verify",
     is_flag=True,
-    help="Let the unfused and the fused model say the same prompts and compare logits, "
+    help="Run the unfused and the fused model on the same prompts and compare logits, "
     "loss and greedy tokens; exit code 3 if they differ too much.",
 )
 @click.option(
     "--prompt",
     "prompts",
     multiple=True,
-    help="With --verify: a prompt to use in place of our own; may be repeated.",
+    help="With --verify: a prompt to use instead of the built-in prompts; may be "
+    "repeated.",
 )
 @dataclass_options(tolerance=FuseTolerance)
 @upload_option
@@ -56,12 +57,12 @@ EXIT_NOT_VERIFIED = 3
 @click.option(
     "--check-base/--no-check-base",
     default=True,
-    help="Refuse an adapter that was trained on another model (the default).",
+    help="Refuse an adapter that was trained on a different model (the default).",
 )
 @click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Run Python code that the model's folder brings along.",
+    help="Allow Python code in the model's folder to run.",
 )
 def command(
     model: str | None,
@@ -79,9 +80,9 @@ def command(
 ) -> int:
     """Fuse an adapter (DoRA, LoRA or full fine-tuning) into its base model.
 
-    Writes a folder that mlx-lm loads, complete or not at all, holding one tensor at a
-    time. A dense layer keeps its dtype and size. The report says what share of each
-    layer's update survived.
+    Writes a folder that mlx-lm loads; the folder appears only when it is complete. Only
+    one tensor is in memory at a time. A dense layer keeps its dtype and size. The
+    report shows what share of each layer's update survived.
     """
     from mlx_dora.adapters.fuse import fuse_model
     from mlx_dora.adapters.recorded_base import recorded_base
@@ -93,7 +94,7 @@ def command(
         check_upload(upload_repo)
     if model is None:
         model = recorded_base(adapter_path)
-        click.echo(f"Base: {model}, as the adapter records.", err=True)
+        click.echo(f"Base: {model}, as recorded by the adapter.", err=True)
     report = fuse_model(
         model,
         adapter_path,

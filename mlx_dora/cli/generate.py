@@ -1,4 +1,4 @@
-"""``mlx_dora.generate``: mlx-lm's command of that name, argv unchanged."""
+"""``mlx_dora.generate``: runs mlx-lm's command of that name with the same arguments."""
 
 import click
 
@@ -10,5 +10,5 @@ from mlx_dora.cli._host import run_host_command
 @verb("generate", cls=PassThrough)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Generate text, as mlx_lm.generate does, on our layers."""
+    """Generate text, like mlx_lm.generate, using mlx_dora's layers."""
     run_host_command("generate", ctx.command_path, with_recorded_base(ctx.args))

@@ -1,4 +1,4 @@
-"""``mlx_dora.server``: mlx-lm's command of that name, with every request checked."""
+"""``mlx_dora.server``: runs mlx-lm's server and checks every request."""
 
 import argparse
 from pathlib import Path
@@ -13,10 +13,10 @@ from mlx_dora.errors import DoRAError
 @verb("server", cls=PassThrough)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Serve a model over HTTP, as mlx_lm.server does, on our layers.
+    """Serve a model over HTTP, like mlx_lm.server, using mlx_dora's layers.
 
-    One option is added: `--adapter-root DIR`. A request may name models and adapters
-    by their folder below DIR, and no others.
+    Adds the option `--adapter-root DIR`: a request may name only models and adapters
+    in folders below DIR.
     """
     parser = _own_options(ctx.command_path)
     own, theirs = parser.parse_known_args(ctx.args)

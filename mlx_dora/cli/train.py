@@ -1,4 +1,4 @@
-"""``mlx_dora.train``: fine-tune a model, with ``mlx_lm.lora``'s options."""
+"""``mlx_dora.train``: fine-tunes a model, with the options of ``mlx_lm.lora``."""
 
 import logging
 from dataclasses import replace
@@ -29,7 +29,7 @@ HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
 @click.option(
     "--plan",
     is_flag=True,
-    help="Say how much memory the training would take, and do nothing.",
+    help="Predict the memory that training needs, and exit.",
 )
 @upload_option
 def command(
@@ -37,16 +37,16 @@ def command(
 ) -> int | None:
     """Fine-tune a model with DoRA (or LoRA, or in full).
 
-    Takes the flags and the YAML files of mlx_lm.lora; training is the default.
+    Accepts the flags and YAML files of mlx_lm.lora; trains by default.
 
     The data is a folder with train.jsonl (and valid.jsonl, test.jsonl), or a data set
-    on the Hugging Face Hub. The adapter's folder gets adapters.safetensors and
+    on the Hugging Face Hub. The adapter's folder receives adapters.safetensors and
     adapter_config.json, which mlx-lm loads, log.jsonl, and loss.png if matplotlib is
-    installed. Ctrl-C, SIGTERM and SIGHUP finish the step, save, and exit with 130, 143
-    and 129.
+    installed. On Ctrl-C, SIGTERM or SIGHUP, the command finishes the step, saves, and
+    exits with 130, 143 or 129.
     """
     if train.model is None:
-        echo(f"No model given: taking mlx-lm's, {HOST_DEFAULT_MODEL}.", err=True)
+        echo(f"No model given: using mlx-lm's default, {HOST_DEFAULT_MODEL}.", err=True)
         train = replace(train, model=HOST_DEFAULT_MODEL)
     if plan:
         from mlx_dora.train.plan.predict import plan_memory
@@ -100,7 +100,7 @@ def _publish_adapter(train: TrainConfig, repo: str) -> None:
 
 
 def _work_in_silence(train: TrainConfig, dora: DoRAConfig) -> int:
-    """Do a further process's share; the first one does the talking."""
+    """Train in a process other than the first, which prints for all processes."""
     from mlx_dora.train.group import SharedError
     from mlx_dora.train.job import run_job
 
@@ -115,7 +115,7 @@ def _work_in_silence(train: TrainConfig, dora: DoRAConfig) -> int:
 
 
 def describe_training(report: TrainReport) -> list[str]:
-    """Lines that sum up a training."""
+    """Summarize a training run as lines of text."""
     lines = [
         f"Trained {report.trainable_parameters / 1e6:.3f} M parameters in "
         f"{len(report.modules)} modules: {report.steps} steps, "
@@ -127,15 +127,15 @@ def describe_training(report: TrainReport) -> list[str]:
         lines.append(f"Validation loss {before:.4f} before, {after:.4f} after.")
     if report.rows_truncated or report.rows_skipped:
         lines.append(
-            f"Training rows cut: {report.rows_truncated}; left out for want of a "
-            f"target: {report.rows_skipped}."
+            f"Training rows cut: {report.rows_truncated}; skipped without a target: "
+            f"{report.rows_skipped}."
         )
     lines.append(f"Adapter: {report.adapter_path}")
     return lines
 
 
 def describe_plan(plan: "MemoryPlan") -> list[str]:
-    """Lines that tell a plan."""
+    """Format a memory plan as lines of text."""
     recomputed = ", blocks recomputed" if plan.grad_checkpoint else ""
     parts = {
         "weights": plan.weights,
@@ -166,7 +166,7 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
 
 
 def next_commands(train: TrainConfig) -> list[str]:
-    """Commands to go on with."""
+    """Return commands to run next."""
     words = ["--model", str(train.model), "--adapter-path", train.adapter_path]
     models = " ".join(quote(word) for word in words)
     fused = quote(train.adapter_path.rstrip("/") + "-fused")

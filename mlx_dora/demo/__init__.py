@@ -1,1 +1,1 @@
-"""The demo: a real small model, a small real data set, and the whole job on them."""
+"""The demo: the complete workflow on a small real model and a small data set."""

@@ -1,4 +1,4 @@
-"""What a DoRA adapter did to each matrix: to its rows' lengths and directions."""
+"""Measures how a DoRA adapter changed the length and direction of matrix rows."""
 
 import math
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from mlx_dora.layers import weight_of
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixChange:
-    """One adapted matrix (DoRA, arXiv:2402.09353, section 3.2).
+    """The change of an adapted matrix (DoRA, arXiv:2402.09353, section 3.2).
 
     Args:
-        path: Of its module.
+        path: Path of the module.
         delta_m: ΔM, the mean change of a row's length, in units of the weight.
-        delta_m_relative: ΔM over the mean length of the base's rows.
-        delta_d: ΔD, the mean over rows of one minus the cosine of the angle turned.
-        degrees: The mean angle.
+        delta_m_relative: ΔM divided by the mean length of the base's rows.
+        delta_d: ΔD, the mean over rows of 1 - cos(angle between old and new row).
+        degrees: The mean angle in degrees.
     """
 
     path: str
@@ -31,7 +31,7 @@ class MatrixChange:
 
 
 def matrix_changes(model: nn.Module) -> list[MatrixChange]:
-    """Every adapted matrix of a model, the one whose rows turned most first."""
+    """Return the changes of all adapted matrices, largest change of direction first."""
     changes = []
     for path, layer in dora_layers(model):
         lora_a, lora_b = layer.factors()

@@ -1,4 +1,4 @@
-"""Settings of the demo. Imports no MLX: the command's options are made from them."""
+"""Settings of the demo. Does not import MLX, because the command line imports it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,20 +8,20 @@ from mlx_dora.options import check_options, option
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What the demo may be asked to do differently."""
+    """Settings of the demo; the defaults are those of the documented run."""
 
     output: Path | None = option(
         None,
-        help="Folder to make for data, adapter and fused model; a fresh "
-        "mlx_dora_demo here if not given.",
+        help="Folder to create for data, adapter and fused model; by default, a new "
+        "folder mlx_dora_demo in the working folder.",
     )
     model: str | None = option(
         None,
-        help="Another model (folder or Hub id) in place of SmolLM2-135M.",
+        help="Model (folder or Hub id) to use instead of SmolLM2-135M.",
         path="or id",
     )
-    iters: int = option(40, help="Training steps, of 4 rows each.", least=1)
-    seed: int = option(0, help="Seed of adapter and data order.", least=0)
+    iters: int = option(40, help="Number of training steps, of 4 rows each.", least=1)
+    seed: int = option(0, help="Random seed for adapter and data order.", least=0)
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -1,8 +1,8 @@
-"""The demo's data: what Python's own standard library says its functions do.
+"""The demo's data: questions about Python's standard library, answered by docstrings.
 
-Questions and answers made from the docstrings of the running Python, so the set is
-real, free to use, and on every machine. The model is asked about ``textwrap.dedent``
-and should answer in one terse sentence, as that module's author did.
+The rows come from the docstrings of the running Python, so the data is real, free to
+use, and available on every machine. The model is asked, for example, what
+``textwrap.dedent`` does and should answer in one terse sentence, like the docstring.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from typing import Any
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import write_text
 
-# Quick to import, without side effects. A module that a platform lacks is left out.
+# Fast to import and without side effects. Modules missing on a platform are skipped.
 _NAMES = """
 argparse ast asyncio.events asyncio.locks asyncio.queues base64 bdb binascii bisect
 bz2 calendar cmath cmd code codecs codeop collections colorsys compileall
@@ -48,19 +48,19 @@ MODULES = tuple(_NAMES.split())
 
 _ANSWER_LENGTH = range(20, 141)  # characters
 _PARAMETERS_SHOWN = 5
-_ROWS_PER_MODULE = 12  # so that no large module drowns the others
+_ROWS_PER_MODULE = 12  # so that large modules do not dominate
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionAnswer:
-    """One row: which module it is from, what is asked, what the docstring answers."""
+    """A row: its module, the question, and the answer from the docstring."""
 
     module: str
     question: str
     answer: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The row in mlx-lm's chat format."""
+        """Return the row in mlx-lm's chat format."""
         return {
             "messages": [
                 {"role": "user", "content": self.question},
@@ -73,7 +73,7 @@ def write_demo_data(folder: str | Path) -> dict[str, int]:
     """Write train.jsonl, valid.jsonl and test.jsonl, in mlx-lm's chat format.
 
     Returns:
-        Rows in each.
+        The number of rows in each file.
 
     Raises:
         DoRAError: If this Python has no docstrings.
@@ -88,23 +88,26 @@ def write_demo_data(folder: str | Path) -> dict[str, int]:
 
 
 def demo_rows() -> dict[str, list[QuestionAnswer]]:
-    """The rows of ``train``, ``valid`` and ``test``; the same on every run of a Python.
+    """Return the rows of ``train``, ``valid`` and ``test``.
 
-    A module's rows all lie in one split, chosen by a hash of its name, and no answer
-    occurs twice, so nothing in ``valid`` or ``test`` was seen in training.
+    The rows are the same on every run of a Python version. All rows of a module are in
+    the same split, chosen by a hash of the module's name, and no answer occurs twice.
+    So nothing in ``valid`` or ``test`` is seen in training.
 
     Raises:
         DoRAError: If this Python has no docstrings (``-OO`` strips them).
     """
     if sys.flags.optimize > 1:
         raise DoRAError(
-            "the demo's data are docstrings, which this Python leaves out: start it "
+            "the demo's data are docstrings, which this Python strips: start it "
             "without -OO and PYTHONOPTIMIZE=2."
         )
     splits: dict[str, list[QuestionAnswer]] = {"train": [], "valid": [], "test": []}
     seen: set[str] = set()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # looking is not using
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # members are only inspected
         for name in sorted(MODULES):
             rows = [row for row in _rows(name) if row.answer not in seen]
             rows = sorted(rows, key=lambda row: _draw(row.question))[:_ROWS_PER_MODULE]
@@ -114,20 +117,20 @@ def demo_rows() -> dict[str, list[QuestionAnswer]]:
 
 
 def _split_of(module: str) -> str:
-    """Five modules in seven train, one validates, one tests."""
+    """Return a module's split: 5/7 for training, 1/7 for validation, 1/7 for tests."""
     return {0: "valid", 1: "test"}.get(_draw(module)[0] % 7, "train")
 
 
 def _draw(text: str) -> bytes:
-    """Chance that is the same on every run and every machine."""
+    """Return pseudo-random bytes that are the same on every run and every machine."""
     return hashlib.sha256(text.encode()).digest()
 
 
 def _rows(name: str) -> Iterator[QuestionAnswer]:
-    """A module's rows, each answer once."""
+    """Yield a module's rows without repeated answers."""
     try:
         module = importlib.import_module(name)
-    except ImportError:  # not on this platform, or left out of this build
+    except ImportError:  # missing on this platform or in this build
         return
     answers: set[str] = set()
     for path, member in _public_members(module):
@@ -140,7 +143,7 @@ def _rows(name: str) -> Iterator[QuestionAnswer]:
 
 
 def _public_members(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
-    """Functions, classes and methods defined here, by name; none from elsewhere."""
+    """Yield functions, classes and methods defined in this module, by name."""
     for name, member in sorted(vars(module).items()):
         if name.startswith("_") or _home(member) != module.__name__:
             continue
@@ -155,18 +158,19 @@ def _public_members(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
 
 
 def _home(member: Any) -> str | None:
-    """The module that defines it, where ``_bisect`` counts as ``bisect``."""
+    """Return the module that defines a member; ``_bisect`` counts as ``bisect``."""
     home = getattr(member, "__module__", None)
     return home.lstrip("_") if isinstance(home, str) else None
 
 
 def _parameters(member: Any) -> str:
-    """``(text, width)``: names without defaults, which may hold addresses.
+    """Return parameters as ``(text, width)``, without defaults.
 
-    Read off the code object: `inspect.signature` would evaluate annotations.
+    Defaults may contain memory addresses. The names come from the code object, because
+    `inspect.signature` would evaluate annotations.
     """
     code = getattr(member, "__code__", None)
-    if code is None:  # a class, or written in C
+    if code is None:  # a class, or a function written in C
         return ""
     count = code.co_argcount + code.co_kwonlyargcount
     names = [name for name in code.co_varnames[:count] if name != "self"]
@@ -175,7 +179,7 @@ def _parameters(member: Any) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    """The opening sentence on one line, or nothing when it is no plain sentence."""
+    """Return the first sentence on one line, or "" if it is not a plain sentence."""
     opening = " ".join(text.split("\n\n")[0].split())
     sentence = re.split(r"(?<=[a-z0-9)`'\"]\.)\s", opening, maxsplit=1)[0]
     is_signature = "->" in sentence or re.match(r"[\w.]+\(", sentence)

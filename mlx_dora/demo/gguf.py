@@ -1,4 +1,4 @@
-"""A llama model in a GGUF file, as mlx-lm's tensors and ``config.json``."""
+"""Reads a llama model from a GGUF file as mlx-lm's tensors and ``config.json``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,13 +45,13 @@ def read_gguf(path: Path, dtype: ModelDtype) -> GGUFModel:
 
     Args:
         path: The file.
-        dtype: What the weights become. ``"q4"`` keeps GGUF's own blocks: affine,
-            group size 32, 4 bits (8 where the file has 8). Scales and biases become
-            float32, which loses nothing and sets the model's arithmetic: on a CPU
-            MLX multiplies float16 blocks some forty times slower.
+        dtype: Dtype of the weights. ``"q4"`` keeps GGUF's blocks: affine, group size
+            32, 4 bits (8 where the file has 8). Scales and biases become float32, which
+            is exact and makes the model compute in float32: on a CPU, MLX multiplies
+            float16 blocks about forty times slower.
 
     Raises:
-        DoRAError: If the file is no GGUF, or holds another architecture.
+        DoRAError: If the file is not a GGUF file, or holds another architecture.
     """
     try:
         loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
@@ -99,7 +99,7 @@ def read_gguf(path: Path, dtype: ModelDtype) -> GGUFModel:
 
 
 def _plain(value: Any) -> Any:
-    """One-element arrays as Python numbers, the rest as lists or text."""
+    """Return an array with one element as a number, other values as list or text."""
     if not isinstance(value, mx.array):
         return value
     return value.item() if value.size == 1 else value.tolist()
@@ -115,8 +115,9 @@ def _module_name(stem: str) -> str:
 def _halves_order(rows: mx.array, heads: int) -> mx.array:
     """Undo llama.cpp's order of the rows of q and k.
 
-    Its rotary embedding turns neighbouring rows of a head, mlx-lm's turns row i with
-    row i + half. Rows move whole, so packed weights, scales and biases move alike.
+    Its rotary embedding rotates neighboring rows of a head; mlx-lm's rotates row i with
+    row i + half. Whole rows move, so packed weights, scales and biases move in the same
+    way.
     """
     out, rest = rows.shape[0], rows.shape[1:]
     pairs = rows.reshape(heads, out // heads // 2, 2, *rest)
@@ -157,7 +158,7 @@ def _config(
         "num_key_value_heads": llama["attention.head_count_kv"],
         "head_dim": llama["rope.dimension_count"],
         "hidden_act": "silu",
-        # Kept as float32 in the file: 1e-5 reads as 9.9999997e-06.
+        # The file stores float32, in which 1e-5 is 9.9999997e-06.
         "rms_norm_eps": float(f"{llama['attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_theta": llama["rope.freq_base"],
         "rope_scaling": None,
@@ -174,7 +175,7 @@ def _config(
 
 
 def _quantization(bits: Mapping[str, int]) -> dict[str, Any]:
-    """Mlx-lm's description: 4 bits, and the modules that differ by name."""
+    """Return mlx-lm's quantization config: 4 bits, and exceptions by module name."""
     if not bits:
         return {}
     main: dict[str, Any] = {"group_size": _BLOCK, "bits": 4, "mode": "affine"}

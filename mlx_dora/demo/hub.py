@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 def hub_model() -> Path | None:
-    """Folder of the original model, or None when it is neither cached nor reachable."""
+    """Return the original model's folder; None if neither cached nor reachable."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -33,7 +33,7 @@ def hub_model() -> Path | None:
         fetched = snapshot_download(
             REPOSITORY, allow_patterns=_FILES, etag_timeout=_TIMEOUT_SECONDS
         )
-    except OSError as error:  # what the Hub's own errors derive from
+    except OSError as error:  # base class of the Hub's own errors
         _log.info("the Hub answered, but the download failed: %s", error)
         return None
     return Path(fetched) if _complete(Path(fetched)) else None
@@ -44,7 +44,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _reachable() -> bool:
-    """Whether the Hub has the model for us, asked once and briefly."""
+    """Whether the Hub offers the model; asked once, with a short timeout."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:

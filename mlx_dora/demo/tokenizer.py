@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF's metadata, as the files that transformers reads."""
+"""Converts the tokenizer in a GGUF's metadata to files that transformers reads."""
 
 import json
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ _CONTROL = 3  # GGUF's token type of special tokens
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Text of ``tokenizer.json`` and ``tokenizer_config.json``, chat template included.
+    """Return ``tokenizer.json`` and ``tokenizer_config.json`` with the chat template.
 
     Raises:
-        DoRAError: If it is not SmolLM2's kind of tokenizer: byte-level BPE that splits
+        DoRAError: If the tokenizer is not of SmolLM2's kind, byte-level BPE that splits
             digits.
     """
     kind = tuple(metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))

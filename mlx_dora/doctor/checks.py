@@ -1,4 +1,4 @@
-"""Measurements: matrix-product speed, and our layers against NumPy in float64."""
+"""Measures matrix-product speed, and checks our layers against NumPy in float64."""
 
 import dataclasses
 import statistics
@@ -11,15 +11,15 @@ import numpy as np
 
 from mlx_dora.layers import DoRALinear
 
-# Floating-point operations of the product that is timed: (512, 2048) by (2048, 2048).
+# Floating-point operations of the timed product, (512, 2048) by (2048, 2048).
 _PRODUCT_FLOP = 2 * 512 * 2048 * 2048
-# MLX's reference BLAS reaches 2, OpenBLAS on two cores 195.
+# MLX's reference BLAS reaches 2, and OpenBLAS on two cores 195.
 SLOW_GFLOPS = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCheck:
-    """One kind of base: the layer's error, and its cost for one token."""
+    """A layer's error on one kind of base, and its time for one token."""
 
     name: str
     error: float
@@ -29,7 +29,7 @@ class LayerCheck:
 
     @property
     def is_right(self) -> bool:
-        """Whether the error is within the bound; a NaN is not."""
+        """Whether the error is within the bound; false for NaN."""
         return self.error <= self.bound
 
 
@@ -44,12 +44,12 @@ def _seconds(run: Callable[[], mx.array], repeats: int) -> float:
 
 
 def matmul_gflops(dtype: mx.Dtype = mx.float32) -> float:
-    """Speed of a (512, 2048) by (2048, 2048) product on the default device, GFLOP/s."""
+    """Return the GFLOP/s of a (512, 2048) by (2048, 2048) product on this device."""
     a = mx.random.normal((512, 2048), key=mx.random.key(0)).astype(dtype)
     b = mx.random.normal((2048, 2048), key=mx.random.key(1)).astype(dtype)
     mx.eval(a, b)
     first = _seconds(lambda: a @ b, 1)
-    # The reference BLAS takes seconds a product: once is enough to know it.
+    # The reference BLAS needs seconds per product, so a slow one is not repeated.
     return (
         _PRODUCT_FLOP
         / min(first, _seconds(lambda: a @ b, 5 if first < 0.5 else 1))
@@ -96,14 +96,14 @@ def _check(name: str, dtype: mx.Dtype, bits: int | None, bound: float) -> LayerC
 
 
 def check_layers() -> list[LayerCheck]:
-    """Run a DoRA layer on this device against float64 NumPy, per kind of base."""
-    # MLX's CUDA build multiplies float32 in TF32 unless told otherwise.
+    """Compare a DoRA layer on this device with float64 NumPy, per kind of base."""
+    # By default, MLX's CUDA build multiplies float32 in TF32.
     is_cuda = mx.default_device().type == mx.gpu and not mx.metal.is_available()
     single = 1e-3 if is_cuda else 1e-5
     return [
         _check("float32", mx.float32, None, single),
         _check("float16", mx.float16, None, 1e-3),
         _check("bfloat16", mx.bfloat16, None, 8e-3),
-        # In float32: on the CPU, MLX's own quantised product sums in half precision.
+        # Not in half precision, in which MLX's quantized product on the CPU would sum.
         _check("4-bit, float32", mx.float32, 4, single),
     ]

@@ -1,4 +1,4 @@
-"""The whole examination, as sections of label and value to print."""
+"""Runs all checks and returns sections of labels and values to print."""
 
 import dataclasses
 
@@ -17,10 +17,10 @@ from mlx_dora.doctor.traps import find_traps
 from mlx_dora.kernels.examine import examine
 
 UNVERIFIED = (
-    "The authors of mlx_dora have never run it on a Mac: everything they measured was "
-    "measured on Linux. Its kernels have run on no GPU, Apple's or NVIDIA's; they were "
-    "proved in a Linux model of the Metal language. On a GPU this table is news to "
-    "them; please paste it into an issue."
+    "The authors of mlx_dora have never run it on a Mac: they made all measurements on "
+    "Linux. Its kernels have run on no GPU, Apple's or NVIDIA's; they were tested in a "
+    "Linux model of the Metal language. If this machine has a GPU, this table is new "
+    "information; please paste it into an issue."
 )
 
 
@@ -34,7 +34,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Examine this machine; takes seconds, a minute where the BLAS is slow."""
+    """Examine this machine; takes seconds, or a minute if the BLAS is slow."""
     blas = openblas.preload()
     machine, memory = describe_machine(), describe_memory()
     gflops, half = matmul_gflops(), matmul_gflops(mx.bfloat16)
@@ -80,7 +80,7 @@ def _layer_row(check: LayerCheck) -> str:
 
 def _memory_rows(memory: Memory) -> list[tuple[str, str]]:
     def gib(size: int | None) -> str:
-        return "not told" if size is None else f"{size / 2**30:.1f} GiB"
+        return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
 
     rows = [
         ("total", gib(memory.total_bytes)),

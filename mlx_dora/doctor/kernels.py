@@ -1,21 +1,26 @@
-"""What the examination of the kernels says, as rows to print."""
+"""Formats the examination of the kernels as rows to print."""
 
 from mlx_dora.kernels.examine import Examination, KernelCheck, OpTiming
 
 
-def kernel_rows(found: Examination) -> list[tuple[str, str]]:
-    """Which kernels serve here and whether each is right."""
-    if found.device == "reference":
+def kernel_rows(examination: Examination) -> list[tuple[str, str]]:
+    """Return which kernels this device uses and whether each is correct."""
+    if examination.device == "reference":
         return [
             (
                 "all ops",
                 "plain MLX: it computes on the CPU here, where no kernel can run",
             )
         ]
-    rows = [("MLX_DORA_KERNELS", f"{found.chosen}; this device has {found.device}")]
-    names = dict.fromkeys(check.name for check in found.checks)
+    rows = [
+        (
+            "MLX_DORA_KERNELS",
+            f"{examination.chosen}; this device has {examination.device}",
+        )
+    ]
+    names = dict.fromkeys(check.name for check in examination.checks)
     for name in names:
-        checks = [check for check in found.checks if check.name == name]
+        checks = [check for check in examination.checks if check.name == name]
         rows.append((name, "; ".join(map(_verdict, checks))))
     return rows
 
@@ -26,15 +31,19 @@ def _verdict(check: KernelCheck) -> str:
     return f"{check.dtype} {'right' if check.is_right else 'WRONG'}, {check.error:.0e}"
 
 
-def timing_rows(found: Examination) -> list[tuple[str, str]]:
-    """Each op by its kernel and by plain MLX, and the bandwidth of a copy."""
-    rows = [("copy", f"{found.copy_gbps:.0f} GB/s")]
-    rows += [(timing.name, _timing(timing, found)) for timing in found.timings]
+def timing_rows(examination: Examination) -> list[tuple[str, str]]:
+    """Return each op's times by kernel and by plain MLX, and a copy's bandwidth."""
+    rows = [("copy", f"{examination.copy_gbps:.0f} GB/s")]
+    rows += [
+        (timing.name, _timing(timing, examination)) for timing in examination.timings
+    ]
     return rows
 
 
-def _timing(timing: OpTiming, found: Examination) -> str:
-    share = f"({timing.gbps:.0f} GB/s, {timing.gbps / found.copy_gbps:.0%} of copy)"
+def _timing(timing: OpTiming, examination: Examination) -> str:
+    share = (
+        f"({timing.gbps:.0f} GB/s, {timing.gbps / examination.copy_gbps:.0%} of copy)"
+    )
     compiled = f"compiled {timing.compiled_ms:.2f} ms"
     plain = f"plain MLX {timing.plain_ms:.2f} ms"
     if timing.kernel_ms is None:

@@ -1,4 +1,4 @@
-"""Device, memory and versions, as MLX and the operating system tell them."""
+"""Reports device, memory and versions, as seen by MLX and the operating system."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ _PACKAGES = ("mlx", "mlx-lm", "transformers", "safetensors", "numpy")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where MLX computes here."""
+    """The machine and device on which MLX computes."""
 
     device: str
     chip: str
@@ -29,7 +29,7 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Memory limits; None where the system does not tell."""
+    """Memory limits; None where the system does not report a value."""
 
     total_bytes: int | None
     recommended_bytes: int | None
@@ -40,7 +40,7 @@ class Memory:
 
 
 def describe_machine() -> Machine:
-    """Name the device that MLX uses by default, the chip and the system."""
+    """Return MLX's default device, the chip and the system."""
     device = mx.default_device()
     is_gpu = device.type == mx.gpu
     kind = "CPU"
@@ -68,7 +68,7 @@ def _usable_cores() -> int:
 
 
 def describe_memory() -> Memory:
-    """Total memory and the limits within which MLX allocates."""
+    """Return total memory and the limits within which MLX allocates."""
     info = mx.device_info(mx.default_device())
 
     def size(key: str) -> int | None:
@@ -92,15 +92,15 @@ def _system_memory() -> int | None:
 
 
 def _wired_limit_mb() -> int | None:
-    """What macOS lets the GPU wire down; 0 is the system's default."""
-    told = _ask_mac("/usr/sbin/sysctl", "-n", "iogpu.wired_limit_mb")
-    return int(told) if told.isdecimal() else None
+    """Return how much memory macOS lets the GPU wire; 0 is the system's default."""
+    answer = _ask_mac("/usr/sbin/sysctl", "-n", "iogpu.wired_limit_mb")
+    return int(answer) if answer.isdecimal() else None
 
 
 def _sleep_minutes() -> int | None:
-    """After how many idle minutes macOS sleeps, on the present power; 0 is never."""
-    found = re.search(r"^\s*sleep\s+(\d+)", _ask_mac("/usr/bin/pmset", "-g"), re.M)
-    return int(found[1]) if found else None
+    """Return the idle minutes until macOS sleeps on current power; 0 is never."""
+    match = re.search(r"^\s*sleep\s+(\d+)", _ask_mac("/usr/bin/pmset", "-g"), re.M)
+    return int(match[1]) if match else None
 
 
 def _ask_mac(*command: str) -> str:
@@ -111,7 +111,7 @@ def _ask_mac(*command: str) -> str:
 
 
 def installed_version(distribution: str) -> str | None:
-    """Version of an installed distribution, None if it is not installed."""
+    """Return the version of a distribution; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -119,6 +119,6 @@ def installed_version(distribution: str) -> str | None:
 
 
 def describe_versions() -> dict[str, str]:
-    """Versions of what decides a result here, MLX's builds included."""
-    found = {name: installed_version(name) for name in (*_PACKAGES, *_BUILDS)}
-    return {name: version for name, version in found.items() if version}
+    """Return the versions of packages that affect results, including MLX's builds."""
+    versions = {name: installed_version(name) for name in (*_PACKAGES, *_BUILDS)}
+    return {name: version for name, version in versions.items() if version}

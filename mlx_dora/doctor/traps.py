@@ -1,4 +1,4 @@
-"""What is known to go wrong on a machine like this one, and the cure."""
+"""Lists known problems of machines like this one, with remedies."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def find_traps(
     layers: list[LayerCheck],
     kernels: Sequence[KernelCheck] = (),
 ) -> list[str]:
-    """List warnings that apply here, worst first, one sentence or two each."""
+    """Return the warnings that apply to this machine, worst first."""
     traps = [
         f"WRONG RESULTS: the layer on a {check.name} base is off by {check.error:.1e} "
         f"(allowed: {check.bound:.0e}). Please report this table."
@@ -38,13 +38,13 @@ def find_traps(
         )
     if not machine.is_gpu:
         traps.append(
-            "On a CPU run models in float32: half precision does not profit from "
-            "OpenBLAS, and MLX's quantised product sums in it (measured error on a "
+            "On a CPU, run models in float32: half precision does not benefit from "
+            "OpenBLAS, and MLX's quantized product sums in it (measured error on a "
             "4-bit layer: 0.4 % in float16, 3.6 % in bfloat16)."
         )
     if machine.is_mac:
         traps += [
-            "macOS ends GPU commands that run for long while the display is on; "
+            "macOS stops long GPU commands while the display is on; "
             "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 is reported to help.",
             "Running out of Metal memory aborts the whole process without a Python "
             "error: lower --batch-size or --max-seq-length, or use --grad-checkpoint.",
@@ -58,19 +58,19 @@ def find_traps(
             after = f" after {memory.sleep_minutes} idle minutes"
             traps.append(
                 f"This Mac sleeps{after if memory.sleep_minutes else ' when idle'}, "
-                "and a training with it: start it as caffeinate -i mlx_dora.train ... "
-                "(a closed lid sleeps all the same without a display)."
+                "which pauses training: start it with caffeinate -i mlx_dora.train ... "
+                "(with the lid closed and no display, the Mac still sleeps)."
             )
     if machine.is_gpu:
         traps.append(
-            "MLX keeps freed buffers to use them again, up to its memory limit, and "
-            "other programs lack them. Training gives them back after every step "
-            "(--clear-cache-threshold 2GB keeps that much, for speed); elsewhere "
-            "mx.set_cache_limit bounds them."
+            "MLX keeps freed buffers for reuse, up to its memory limit, so other "
+            "programs cannot use this memory. Training releases it after every step "
+            "(--clear-cache-threshold 2GB keeps that much, for speed); elsewhere, "
+            "mx.set_cache_limit limits it."
         )
     traps.append(
-        "Stock mlx-lm cannot load DoRA on 3-, 5- and 6-bit bases or on quantised "
-        "embeddings, and fusing into 4 bits with it loses most of the update; "
+        "Stock mlx-lm cannot load DoRA on 3-, 5- and 6-bit bases or on quantized "
+        "embeddings, and its fusing into 4 bits loses most of the update; "
         "mlx_dora.generate, chat, server and fuse handle them."
     )
     return traps

@@ -1,1 +1,1 @@
-"""Files and arrays: strict headers, streaming reads, writes that cannot tear."""
+"""Files and arrays: strict headers, streaming reads and atomic writes."""

@@ -1,7 +1,7 @@
-"""Hidden folders beside an output, in which it is made and its predecessor kept.
+"""Hidden folders beside an output that hold the new version and the one it replaces.
 
-A holder is private to its user and locked by its writer: what a killed process left can
-be told from what a living one is writing.
+A holder is private to its user and locked by its writer. The lock distinguishes a
+folder in use from one that a killed process left behind.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def fresh_holder(target: Path) -> Iterator[Path]:
-    """Make and hold ``.<name>.<random>.partial`` beside `target`; delete it afterwards.
+    """Create and lock ``.<name>.<random>.partial`` beside `target`; delete it later.
 
     Yields the holder, with an empty folder ``new`` in it.
     """
@@ -31,7 +31,7 @@ def fresh_holder(target: Path) -> Iterator[Path]:
     while handle is None:
         holder = aside_of(target, ".partial")
         holder.mkdir(mode=0o700)
-        # None: another process cleaned up here before the lock was ours.
+        # None if another process removed the folder before it was locked.
         with contextlib.suppress(FileNotFoundError, BlockingIOError):
             handle = _lock(holder)
     try:
@@ -44,13 +44,14 @@ def fresh_holder(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def lasting_holder(target: Path, digest: str) -> Iterator[Path]:
-    """Make or take over ``.<name>.<digest>.resume`` beside `target`, and hold it.
+    """Create or reuse ``.<name>.<digest>.resume`` beside `target`, and lock it.
 
-    Yields the holder, with a folder ``new`` in it. An interrupt leaves it; any other
-    error and success delete it.
+    Yields the holder, with a folder ``new`` in it. An interrupt keeps the holder;
+    success and any other error delete it.
 
     Raises:
-        DoRAError: If another process holds it, or it is a link or another user's.
+        DoRAError: If another process has locked the holder, or the holder is a link or
+            belongs to another user.
     """
     holder = target.with_name(f".{target.name}.{digest}.resume")
     handle = None
@@ -59,7 +60,7 @@ def lasting_holder(target: Path, digest: str) -> Iterator[Path]:
             holder.mkdir(mode=0o700)
         if not _is_ours(holder):
             raise DoRAError(
-                f"{holder} is a link or belongs to another user; refusing to go on "
+                f"{holder} is a link or belongs to another user; refusing to resume "
                 "from it: remove it or choose another output."
             )
         try:
@@ -84,38 +85,39 @@ def lasting_holder(target: Path, digest: str) -> Iterator[Path]:
 
 
 def put_in_place(holder: Path, target: Path) -> None:
-    """Rename ``new`` of a holder to `target`; what is there moves to ``old`` first."""
+    """Rename the holder's ``new`` to `target`; an old target moves to ``old`` first."""
     if target.exists():
         target.rename(holder / OLD_NAME)
     (holder / NEW_NAME).rename(target)
 
 
 def put_back(holder: Path, target: Path) -> None:
-    """Undo the first rename of `put_in_place` if the second did not follow."""
+    """Restore the old target if `put_in_place` stopped between its two renames."""
     old = holder / OLD_NAME
     if old.exists() and not target.exists():
         old.rename(target)
 
 
 def discard(holder: Path, target: Path) -> None:
-    """Delete a holder; the old folder in it returns to `target` if that is missing."""
+    """Delete a holder, after restoring its old folder if `target` is missing."""
     put_back(holder, target)
     shutil.rmtree(holder, ignore_errors=True)
 
 
 def remove_leftovers(target: Path) -> None:
-    """Delete what killed processes left beside `target`, and put back what they moved.
+    """Delete what killed processes left beside `target`, and restore what they moved.
 
-    Folders that a living process holds, of other users, or with other names stay.
+    Keeps folders that a running process has locked, that belong to other users, or
+    that have other names.
     """
     pattern = re.compile(
         rf"\.{re.escape(target.name)}\.[0-9a-f]+\.(partial|resume)", re.DOTALL
     )
     try:
-        found = [p for p in target.parent.iterdir() if pattern.fullmatch(p.name)]
-    except PermissionError:  # a folder that may be written to but not listed
+        holders = [p for p in target.parent.iterdir() if pattern.fullmatch(p.name)]
+    except PermissionError:  # a folder that can be written to but not listed
         return
-    for holder in found:
+    for holder in holders:
         if not _is_ours(holder):
             continue
         try:
@@ -129,8 +131,8 @@ def remove_leftovers(target: Path) -> None:
             put_back(holder, target)
             if not had_target and target.exists():
                 logger.warning(
-                    "%s was being replaced when an earlier process was killed; the "
-                    "old folder is back in its place",
+                    "an earlier process was killed while replacing %s; the old folder "
+                    "has been restored",
                     target,
                 )
             if holder.suffix == ".partial":
@@ -140,16 +142,16 @@ def remove_leftovers(target: Path) -> None:
 
 
 def aside_of(path: Path, suffix: str) -> Path:
-    """Return a free hidden name beside `path`, on the same file system."""
+    """Return an unused hidden name beside `path`, on the same file system."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}{suffix}")
 
 
 def _is_ours(holder: Path) -> bool:
-    """Whether a name stands for a folder of this user's, not for a link."""
+    """Whether a path is missing or a folder of this user, and not a link."""
     try:
         state = holder.lstat()
     except FileNotFoundError:
-        return True  # the next step makes it, or notices
+        return True  # the next step creates it or reports the error
     return holder.is_dir() and not holder.is_symlink() and state.st_uid == os.geteuid()
 
 
@@ -157,8 +159,8 @@ def _lock(holder: Path) -> int | None:
     """Lock a holder until the handle is closed; None if it was deleted meanwhile.
 
     Raises:
-        BlockingIOError: If another process holds it.
-        FileNotFoundError: If there is no such folder.
+        BlockingIOError: If another process has locked it.
+        FileNotFoundError: If the folder does not exist.
     """
     path = holder / LOCK_NAME
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -1,4 +1,4 @@
-"""Writes that are complete or absent: aside first, flushed to disk, then renamed."""
+"""All-or-nothing writes: to a temporary path, flushed to disk, then renamed."""
 
 import contextlib
 import errno
@@ -34,7 +34,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)$")
 
 _WRITE_FAILED = "[write]"
-"""How MLX begins to tell that the system did not take all bytes."""
+"""How MLX's error starts when the system did not write all bytes."""
 
 
 @contextlib.contextmanager
@@ -43,17 +43,17 @@ def atomic_directory(
 ) -> Iterator[Path]:
     """Write a folder that appears complete or not at all.
 
-    Yields a fresh folder aside. When the block ends well, everything in it is flushed
-    to disk and the folder is renamed to `path`; when it raises, the folder is deleted
-    and `path` is as before. A process killed inside leaves at most a hidden
-    ``.<name>.*.partial`` folder beside it, which the next one with the same `path`
-    removes. If it was killed while replacing an old folder, that one returns.
+    Yields a new temporary folder. When the block succeeds, its content is flushed to
+    disk and the folder is renamed to `path`. When the block raises, the folder is
+    deleted and `path` is unchanged. A killed process leaves at most a hidden
+    ``.<name>.*.partial`` folder, which the next call with the same `path` removes. If
+    the process was killed while replacing an old folder, that call restores the folder.
 
     Args:
-        path: The folder to make. Its parents are made if missing.
-        inputs: All that is read to make it; see `check_output`.
-        overwrite: Replace an existing `path`: it is moved aside before the rename and
-            deleted last.
+        path: The folder to create. Missing parents are created.
+        inputs: All files and folders that are read; see `check_output`.
+        overwrite: Replace an existing `path`. The old folder is moved before the rename
+            and deleted last.
 
     Raises:
         DoRAError: If `path` must not be written; see `check_output`.
@@ -69,17 +69,17 @@ def atomic_directory(
         with fresh_holder(target) as holder:
             yield holder / NEW_NAME
             flush_tree(holder / NEW_NAME)
-            # Once more: the target may have appeared while the block ran.
+            # Check again: the target may have appeared while the block ran.
             check_output(path, inputs=inputs, overwrite=overwrite)
             put_in_place(holder, target)
             flush(target.parent)
 
 
 class full_disk_names:
-    """Make the error of a full disk name an output instead of some file aside.
+    """Make the error of a full disk name the output instead of a temporary file.
 
-    The tokenizers package has no class of its own for it: its error is an `Exception`
-    that ends with the system's number.
+    The tokenizers package has no error class for a full disk: it raises an `Exception`
+    whose text ends with the system's error number.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -96,8 +96,8 @@ class full_disk_names:
     ) -> None:
         if isinstance(error, OSError):
             number = error.errno
-        elif kind is Exception and (told := _OS_ERROR.search(str(error))):
-            number = int(told[1])
+        elif kind is Exception and (match := _OS_ERROR.search(str(error))):
+            number = int(match[1])
         else:
             return
         if number in _FULL:
@@ -106,7 +106,7 @@ class full_disk_names:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file at once: readers see the old text or the new, never a part."""
+    """Write a text file atomically: readers see the old text or the new one."""
     with _replacing(Path(path), suffix=".partial") as aside:
         aside.write_text(text, encoding="utf-8")
 
@@ -116,12 +116,12 @@ def write_tensors(
     tensors: Mapping[str, mx.array],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file at once; arrays lazily read from `path` stay valid.
+    """Write a safetensors file atomically; arrays read lazily from `path` stay valid.
 
     Args:
-        path: The file to make or replace.
-        tensors: Name to array.
-        metadata: Text kept in the file's header.
+        path: The file to create or replace.
+        tensors: The arrays by name.
+        metadata: Text to store in the file's header.
 
     Raises:
         OSError: If the disk is full.
@@ -137,11 +137,11 @@ def write_tensors(
                 raise
             raise OSError(
                 errno.ENOSPC,
-                "it could not be written whole; the disk is full, or a limit on the "
-                "size of files is reached",
+                "it could not be written whole; the disk is full, or a limit on "
+                "file size was reached",
                 str(path),
             ) from error
-        # A file that is cut short shows here, before the old one is gone.
+        # Detects a truncated file before the old one is replaced.
         read_header(aside)
 
 
@@ -160,7 +160,7 @@ def _replacing(path: Path, *, suffix: str) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Flush a file, or what a folder says of its files, to disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -169,7 +169,7 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Flush a folder and all that is in it to disk."""
+    """Flush a folder and everything in it to disk."""
     for path in folder.rglob("*"):
         if not path.is_symlink():
             flush(path)

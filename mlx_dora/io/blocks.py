@@ -1,4 +1,4 @@
-"""Rows of a tensor straight from its file, so that no matrix is in memory whole."""
+"""Rows of a tensor read from its file, so that no full matrix is in memory."""
 
 from collections.abc import Iterator
 
@@ -12,10 +12,10 @@ _BLOCK = 1 << 16  # elements
 
 
 def read_blocks(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
-    """Consecutive row blocks of a float matrix, as float32 (float64 stays).
+    """Yield consecutive row blocks of a float matrix as float32; float64 is kept.
 
     Raises:
-        DoRAError: If the tensor is not a matrix of one of `READABLE`.
+        DoRAError: If the tensor is not a matrix with a dtype in `READABLE`.
     """
     info = checkpoint.info(name)
     if len(info.shape) != 2 or info.dtype not in READABLE:

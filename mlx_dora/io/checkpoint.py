@@ -1,4 +1,4 @@
-"""A model folder's tensors over all its shards, one at a time, and their writer."""
+"""Reads a model folder's tensors one at a time across its shards, and writes them."""
 
 import json
 import logging
@@ -24,19 +24,19 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """The tensors of a model folder, indexed from checked headers, read lazily.
+    """The tensors of a model folder, indexed from checked headers and read lazily.
 
-    Shards are those of ``model.safetensors.index.json``, or else every
-    ``model*.safetensors`` (`mlx_dora.io.weight_files`).
+    The shards are the files in ``model.safetensors.index.json`` or, without an index,
+    every ``model*.safetensors`` (`mlx_dora.io.weight_files`).
 
     Args:
         folder: A local model folder.
-        all_weights: Take every tensor for a weight, whatever its name.
+        all_weights: Treat every tensor as a weight, whatever its name.
 
     Raises:
-        DoRAError: If there is no such folder or no weights, a shard is missing or
-            broken, a shard's name leads out of the folder, a tensor is listed twice
-            or not there, or its dtype is refused (`mlx_dora.io.gate`).
+        DoRAError: If the folder or its weights are missing, a shard is missing or
+            damaged, a shard's name leads out of the folder, a tensor is listed twice or
+            missing, or its dtype is refused (`mlx_dora.io.gate`).
     """
 
     def __init__(self, folder: str | Path, *, all_weights: bool = False) -> None:
@@ -45,7 +45,7 @@ class Checkpoint:
             raise DoRAError(f"{folder} is not a model folder.")
         self._infos: dict[str, TensorInfo] = {}
         self._shards: dict[str, Path] = {}
-        # Arrays not handed out yet; one that was is dropped, so that it can be freed.
+        # Arrays not returned yet. A returned array is dropped so that it can be freed.
         self._unread: dict[Path, dict[str, mx.array]] = {}
         index = self.folder / INDEX_NAME
         files = weight_files(self.folder)
@@ -54,7 +54,7 @@ class Checkpoint:
         else:
             self._read_shards()
         check_dtypes(folder, self._infos, all_weights=all_weights)
-        # MLX reads nothing of a shard that holds float64.
+        # MLX cannot read a shard that holds any float64.
         self._by_numpy = {
             self._shards[name]
             for name, info in self._infos.items()
@@ -67,7 +67,7 @@ class Checkpoint:
         return sorted(self._infos)
 
     def info(self, name: str) -> TensorInfo:
-        """Return dtype, shape and place of a tensor, from its shard's header."""
+        """Return a tensor's dtype, shape and byte range from its shard's header."""
         if name not in self._infos:
             raise DoRAError(f"{self.folder} has no tensor {name!r}.")
         return self._infos[name]
@@ -78,7 +78,7 @@ class Checkpoint:
         return self._shards[name]
 
     def tensor(self, name: str) -> mx.array:
-        """Return a lazy array: its bytes are read when it is evaluated."""
+        """Return a lazy array, whose bytes are read when it is evaluated."""
         path = self.shard(name)
         if path in self._by_numpy:
             return read_one(path, name, self._infos[name])
@@ -98,8 +98,8 @@ class Checkpoint:
         listing = weight_map(index)
         for shard in dict.fromkeys(listing.values()):
             path = self.folder / shard
-            # Symbolic links are fine (the Hub's cache is made of them): names are not
-            # allowed to climb.
+            # Names must not leave the folder. Symbolic links are allowed: the Hub's
+            # cache consists of them.
             if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard:
                 raise DoRAError(f"{index}: the shard {shard!r} is not a plain name.")
             if not path.is_file():
@@ -110,7 +110,9 @@ class Checkpoint:
                 raise DoRAError(f"{path} lacks {', '.join(missing)} of the index.")
             if extra := sorted(header.keys() - listed):
                 logger.warning(
-                    "%s: the index leaves out %s: not read.", path, ", ".join(extra)
+                    "%s: not read: %s, which the index does not list.",
+                    path,
+                    ", ".join(extra),
                 )
             for name in listed:
                 self._infos[name], self._shards[name] = header[name], path
@@ -128,28 +130,28 @@ class Checkpoint:
 
 
 def _is_stale(index: Path, files: list[Path]) -> bool:
-    """Whether an index was left behind: none of its files is there, but others are."""
+    """Whether an index is out of date: all its files are missing, but others exist."""
     listed = set(weight_map(index).values())
     climbs = any(Path(shard).name != shard for shard in listed)  # refused by name
     if climbs or not files or any(path.name in listed for path in files):
         return False
-    logger.warning("%s lists no file of this folder: not used.", index)
+    logger.warning("%s is ignored: it lists no file of this folder.", index)
     return True
 
 
 class ShardWriter:
-    """Writes tensors into a folder as mlx-lm's shards, holding a few blocks at a time.
+    """Writes tensors into a folder as mlx-lm's shards, with few blocks in memory.
 
-    Use as a context manager, inside `atomic_directory`: only a block that ends well
-    gets its final file names and the index. One shard is ``model.safetensors``,
-    several are ``model-00001-of-0000n.safetensors``.
+    Use it as a context manager inside `atomic_directory`. The final file names and the
+    index are written only if the block succeeds. A single shard is named
+    ``model.safetensors``; several are named ``model-00001-of-0000n.safetensors``.
 
     Args:
         folder: An existing folder.
-        max_shard_bytes: A shard is closed before it would grow past this, or its header
-            past the room there is for it; a larger tensor has one of its own.
-        resume: Go on with the shards that an earlier writer left in the folder, and
-            leave them there on failure (`mlx_dora.io.resumable`).
+        max_shard_bytes: Largest size of a shard. A new shard starts when a tensor would
+            exceed it or the header's reserved space; a larger tensor gets its own.
+        resume: Continue with the shards that an earlier writer left in the folder, and
+            keep them on failure (`mlx_dora.io.resumable`).
     """
 
     def __init__(
@@ -172,7 +174,7 @@ class ShardWriter:
 
     @property
     def written(self) -> frozenset[str]:
-        """The tensors that are in finished shards."""
+        """Names of the tensors in finished shards."""
         return frozenset(self._part_of)
 
     def _take_over(self) -> None:
@@ -186,7 +188,7 @@ class ShardWriter:
         return self._folder / f"model-{len(self._parts) + 1:05d}.part.safetensors"
 
     def add(self, name: str, tensor: mx.array) -> None:
-        """Compute a tensor and take it in; a full shard is closed first."""
+        """Compute and write a tensor; close a full shard first."""
         self.add_blocks(name, tensor.dtype, tensor.shape, [tensor])
 
     def add_blocks(
@@ -196,23 +198,23 @@ class ShardWriter:
         shape: tuple[int, ...],
         blocks: Iterable[mx.array],
     ) -> None:
-        """Take in a tensor as consecutive blocks of its elements, one after the other.
+        """Write a tensor from consecutive blocks of its elements.
 
         Args:
-            name: The tensor's name.
-            dtype: Of each block.
-            shape: Of the whole.
-            blocks: Arrays that hold its elements in order.
+            name: Name of the tensor.
+            dtype: Dtype of the tensor and of each block.
+            shape: Shape of the whole tensor.
+            blocks: Arrays that hold the tensor's elements in order.
 
         Raises:
-            DoRAError: If there is a tensor of this name.
+            DoRAError: If a tensor with this name was written already.
             OSError: If the disk is full.
         """
         if not self._is_usable:
-            raise RuntimeError("this ShardWriter failed or was closed")
+            raise RuntimeError("this ShardWriter has failed or is closed")
         begun = self._stream.names if self._stream is not None else set()
         if name in self._part_of or name in begun:
-            raise DoRAError(f"two tensors are called {name!r}.")
+            raise DoRAError(f"two tensors are named {name!r}.")
         try:
             stream = self._stream_for(name, dtype, shape)
             stream.begin(name, dtype, shape)
@@ -225,7 +227,7 @@ class ShardWriter:
     def _stream_for(
         self, name: str, dtype: mx.Dtype, shape: tuple[int, ...]
     ) -> TensorStream:
-        """The open shard, or a new one if it has no place for the tensor."""
+        """Return the open shard, or a new one if the tensor does not fit into it."""
         stream = self._stream
         if stream is not None:
             full = stream.nbytes + nbytes_of(dtype, shape) > self._max_shard_bytes
@@ -247,10 +249,10 @@ class ShardWriter:
         if kind is not None:
             self._discard()
         elif not self._is_usable:
-            raise RuntimeError("an earlier failure was swallowed; nothing is finalised")
+            raise RuntimeError("an earlier failure was suppressed; nothing is written")
         else:
             try:
-                self._finalise()
+                self._finalize()
             except BaseException:
                 self._discard()
                 raise
@@ -265,7 +267,7 @@ class ShardWriter:
         self._total_bytes += stream.nbytes
         self._parts.append(path)
 
-    def _finalise(self) -> None:
+    def _finalize(self) -> None:
         if self._stream is not None:
             self._close_part(self._stream)
         if not self._parts:

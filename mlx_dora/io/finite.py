@@ -1,4 +1,4 @@
-"""Whether what is about to be written, or was just computed, holds numbers."""
+"""Checks that arrays hold neither NaN nor infinity."""
 
 from collections.abc import Mapping
 
@@ -11,19 +11,19 @@ _BLOCK = 1 << 20  # elements
 
 
 def is_finite(block: mx.array) -> bool:
-    """Whether an array of floats holds neither NaN nor inf. Evaluates it."""
+    """Whether an array of floats holds neither NaN nor inf; evaluates the array."""
     values = block if block.dtype == mx.float16 else block.astype(mx.float32)
     mx.eval(values)
     seen = np.array(values, copy=False)
-    # They go through a sum, which is faster than every flag; a sum that overflows says
-    # nothing.
+    # Any NaN or inf makes the sum not finite, and a sum is faster than `isfinite` of
+    # every element. An overflowing sum decides nothing.
     with np.errstate(over="ignore", invalid="ignore"):
         total = seen.sum()
     return bool(np.isfinite(total)) or bool(np.isfinite(seen).all())
 
 
 def all_finite(tensor: mx.array) -> bool:
-    """`is_finite` of a tensor of any size or dtype, a block of it at a time."""
+    """Whether a tensor of any size or dtype is finite; evaluates it block by block."""
     if not mx.issubdtype(tensor.dtype, mx.floating):
         return True
     mx.eval(tensor)
@@ -36,11 +36,11 @@ def refuse_not_finite(tensors: Mapping[str, mx.array], what: str) -> None:
     """Refuse tensors that hold NaN or inf.
 
     Args:
-        tensors: Name to tensor, of any dtype.
-        what: What the message calls the whole, such as "the merged adapter".
+        tensors: The tensors by name, of any dtype.
+        what: Name of the whole for the message, for example "the merged adapter".
 
     Raises:
-        DoRAError: Naming the first such tensor and how many more there are.
+        DoRAError: If a tensor holds NaN or inf; names the first and counts the others.
     """
     names = [name for name, tensor in tensors.items() if not all_finite(tensor)]
     if names:

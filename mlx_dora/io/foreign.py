@@ -1,9 +1,9 @@
-"""The boundary to code of others that is given a user's file.
+"""The boundary to other libraries that read a user's file.
 
-mlx-lm, transformers, tokenizers, huggingface_hub and MLX raise whatever comes up when a
-file is damaged or hostile: a plain ``Exception`` (tokenizers), a ``RuntimeError``
-(MLX), an ``AttributeError`` or ``ZeroDivisionError`` (a config that no check of theirs
-covers). No list of kinds is complete, so this is the one place that catches all.
+mlx-lm, transformers, tokenizers, huggingface_hub and MLX raise many kinds of errors for
+a damaged or hostile file: a plain ``Exception`` (tokenizers), a ``RuntimeError`` (MLX),
+an ``AttributeError`` or ``ZeroDivisionError`` (a config that they do not check). No
+list of kinds is complete, so this is the only place that catches every exception.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from mlx_dora.errors import DoRAError
 def foreign(
     source: object, *, by: Callable[[BaseException], bool] | None = None
 ) -> Iterator[None]:
-    """Turn what foreign code raises on a file into one line that names the file.
+    """Turn an exception of another library into one line that names the user's file.
 
-    Keep the block to the foreign call alone: a mistake of ours in it would pass for a
-    damaged file. `DoRAError` and what the operating system says of a file pass through.
+    Put only the foreign call in the block: a bug of ours in it would be reported as a
+    damaged file. `DoRAError` and errors of the operating system pass through.
 
     Args:
-        source: What the error names: the file or folder that was handed over.
-        by: Says of an error whether foreign code raised it, where the block runs code
-            of ours too; an error that it denies passes through.
+        source: The file or folder that the error names.
+        by: Whether another library raised a given error; needed when the block also
+            runs our code. An error for which it returns false passes through.
 
     Raises:
         DoRAError: In place of any other exception.
@@ -45,7 +45,7 @@ def _reason(error: Exception) -> str:
     text = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, KeyError):
         return f"{text or 'a key'} is missing"
-    # The words of these are written for users; of the others the kind says more.
+    # These messages are written for users; the others need the name of the class.
     if isinstance(error, ValueError | OSError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,9 +1,10 @@
-"""Which tensors of a safetensors file may enter, decided by dtype before any is read.
+"""Accepts or refuses the tensors of a safetensors file by dtype, before reading any.
 
-float32, float16 and bfloat16 enter as they are, and so does what MLX packs: 32-bit
-words with their scales. float64, which MLX cannot read, is rounded to float32 with a
-note. Integers enter where they are no weight (positions, counters). Everything else is
-refused by name: MLX reads float8 as 8-bit integers, which would be computed with.
+float32, float16, bfloat16 and MLX's packed weights (32-bit words with scales) are
+accepted unchanged. float64, which MLX cannot read, is rounded to float32 with a
+warning. Integers are accepted where they are not weights (positions, counters).
+Everything else is refused by name: MLX would read float8 as 8-bit integers and compute
+with them.
 """
 
 import logging
@@ -19,12 +20,12 @@ from mlx_dora.io.foreign import foreign
 from mlx_dora.io.header import TensorInfo, read_header
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Dtypes of weights; F64 is rounded to float32."""
+"""Dtypes accepted for weights; F64 is rounded to float32."""
 
-# The last part of a name that holds a weight; every other tensor may be an integer.
+# Last parts of the names of weights; every other tensor may hold integers.
 _WEIGHTS = ("weight", "scales", "biases", "lora_a", "lora_b", "m")
 _LISTED = 3
-# How NumPy reads what is stored.
+# NumPy's dtype for each stored dtype.
 _NUMPY = {
     "BOOL": "?",
     "U8": "<u1",
@@ -51,17 +52,17 @@ def check_dtypes(
     all_weights: bool = False,
     host_unpacks: bool = False,
 ) -> None:
-    """Refuse tensors whose dtype cannot be computed with, and note float64.
+    """Refuse tensors whose dtype cannot be used in computation; warn about float64.
 
     Args:
         where: The file or folder, for messages.
-        infos: The headers of all its tensors.
-        all_weights: Take every tensor for a weight, as in an adapter.
-        host_unpacks: Let float8 with scales pass: mlx-lm turns it into floats for the
-            architectures that are published so. What it leaves must be looked at again.
+        infos: The header entries of all its tensors, by name.
+        all_weights: Treat every tensor as a weight, as in an adapter.
+        host_unpacks: Accept float8 with scales, which mlx-lm converts to floats for the
+            architectures published in float8. Check the model again after loading.
 
     Raises:
-        DoRAError: One line that names the tensors, their dtype and what to do.
+        DoRAError: If a dtype is refused; names the tensors, the dtype and the remedy.
     """
     refused: dict[str, list[str]] = {}
     for name, info in infos.items():
@@ -84,15 +85,15 @@ def read_tensors(
     all_weights: bool = False,
     infos: Mapping[str, TensorInfo] | None = None,
 ) -> dict[str, mx.array]:
-    """Read a safetensors file whose header and dtypes are checked first.
+    """Read a safetensors file after checking its header and dtypes.
 
     Args:
         path: The file.
-        all_weights: See `check_dtypes`.
-        infos: Its header, where it has been read and its dtypes checked already.
+        all_weights: Treat every tensor as a weight, as in an adapter.
+        infos: The file's header entries, if they were read and checked before.
 
     Returns:
-        Name to array; lazy, except where the file holds float64.
+        The arrays by name; lazy unless the file holds float64.
 
     Raises:
         DoRAError: If the file breaks a rule of the format, or a dtype is refused.
@@ -112,12 +113,12 @@ def read_tensors(
 
 
 def holds_float64(infos: Mapping[str, TensorInfo]) -> bool:
-    """Whether a file holds a tensor that keeps MLX from reading any of it."""
+    """Whether a file holds float64, which prevents MLX from reading any of it."""
     return any(info.dtype == "F64" for info in infos.values())
 
 
 def read_one(path: str | Path, name: str, info: TensorInfo) -> mx.array:
-    """Read one tensor by NumPy; float64 becomes float32.
+    """Read one tensor with NumPy; float64 is rounded to float32.
 
     Raises:
         DoRAError: If a float64 value is too large for float32.
@@ -132,7 +133,7 @@ def read_one(path: str | Path, name: str, info: TensorInfo) -> mx.array:
 
 
 def rounded(values: np.ndarray, name: str) -> np.ndarray:
-    """float64 as float32, in memory of its own.
+    """Return a float32 copy of float64 values.
 
     Raises:
         DoRAError: If a finite value is too large for float32.
@@ -149,13 +150,13 @@ def rounded(values: np.ndarray, name: str) -> np.ndarray:
 def _refusal(
     name: str, infos: Mapping[str, TensorInfo], all_weights: bool
 ) -> str | None:
-    """Why a tensor that holds no plain floats cannot enter; None if it can."""
+    """Return why a tensor without plain floats is refused; None if it is accepted."""
     dtype = infos[name].dtype
     if dtype.startswith("F8"):
         scale = next((s for s in _scales_of(name) if s in infos), None)
         how = f" with {scale}" if scale else ""
         return (
-            f"float8 ({dtype}), which is not computed with; dequantise the model to "
+            f"float8 ({dtype}), which is not supported; dequantize the model to "
             f"bfloat16, float16 or float32 first{how}"
         )
     if dtype not in _NUMPY:
@@ -171,7 +172,7 @@ def _refusal(
 
 
 def _is_packed(name: str, infos: Mapping[str, TensorInfo]) -> bool:
-    """Whether integers are packed weights of MLX (or BitNet's), or their scales."""
+    """Whether integers are packed weights of MLX or BitNet, or their scales."""
     stem, _, leaf = name.rpartition(".")
     dtype = infos[name].dtype
     if leaf == "weight":
@@ -184,7 +185,7 @@ def _is_packed(name: str, infos: Mapping[str, TensorInfo]) -> bool:
 
 
 def _has_scale(name: str, infos: Mapping[str, TensorInfo]) -> bool:
-    """Whether float8 that MLX reads has a scale beside it, or is one."""
+    """Whether a float8 tensor that MLX reads has a scale beside it, or is a scale."""
     if infos[name].dtype not in ("F8_E4M3", "F8_E8M0"):
         return False
     is_scale = "scale" in name.rpartition(".")[2]
@@ -203,7 +204,7 @@ def _some(names: list[str]) -> str:
 
 @lru_cache(maxsize=64)
 def _note_float64(where: str, names: tuple[str, ...]) -> None:
-    # Once for a folder: a command may look at it several times.
+    # Cached, so that a folder checked several times is reported once.
     logger.warning(
         "%s: float64 is rounded to float32 in %s.", where, _some(list(names))
     )

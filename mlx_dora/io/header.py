@@ -1,7 +1,7 @@
-"""The header of a safetensors file, checked before any tensor is read.
+"""Reads and checks the header of a safetensors file before any tensor is read.
 
-MLX's own reader accepts overlapping tensors, holes, trailing bytes and duplicate keys;
-the format's specification forbids all four.
+MLX's own reader accepts overlapping tensors, gaps, trailing bytes and duplicate keys.
+The format's specification forbids all four.
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 from mlx_dora.errors import DoRAError
 
 MAX_HEADER_BYTES = 100_000_000
-_TOO_LARGE = 2**63  # for a size or an offset
+_TOO_LARGE = 2**63  # sizes and offsets must be smaller
 
-# Bits per element. The types below a byte must still end on one.
+# Bits per element. A tensor of a dtype below 8 bits must still fill whole bytes.
 DTYPE_BITS = {
     "BOOL": 8,
     "F4": 4,
@@ -45,9 +45,13 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What a header says of one tensor; `start` and `end` count from the file's start.
+    """A tensor's entry in a header.
 
-    The dtype is spelled as in the file: ``"BF16"``.
+    Attributes:
+        dtype: Dtype as spelled in the file, for example ``"BF16"``.
+        shape: Shape of the tensor.
+        start: Offset of its first byte from the start of the file.
+        end: Offset after its last byte from the start of the file.
     """
 
     dtype: str
@@ -57,7 +61,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensor's data."""
+        """Size of the tensor's data in bytes."""
         return self.end - self.start
 
 
@@ -68,11 +72,11 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
         path: A safetensors file.
 
     Returns:
-        Each tensor's dtype, shape and place in the file, in the order of the header.
+        Dtype, shape and byte range of each tensor, by name in the header's order.
 
     Raises:
-        DoRAError: If the file breaks a rule of the format; one line that names the
-            file and, where one is to blame, the tensor.
+        DoRAError: If the file breaks a rule of the format; names the file and, where it
+            applies, the tensor.
     """
     return read_header_and_metadata(path)[0]
 
@@ -80,7 +84,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
 def read_header_and_metadata(
     path: str | Path,
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Like `read_header`, with the texts that the file carries beside its tensors."""
+    """Read and check a header; return its tensors' entries and its text metadata."""
     path = Path(path)
     text, data_start, file_bytes = _header_text(path)
     infos: dict[str, TensorInfo] = {}
@@ -96,7 +100,7 @@ def read_header_and_metadata(
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Return the free text that a safetensors file keeps beside its tensors."""
+    """Return the text metadata of a safetensors file."""
     path = Path(path)
     text, _, _ = _header_text(path)
     metadata = _parse(path, text).get("__metadata__")
@@ -151,7 +155,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _check_metadata(path: Path, entry: Any) -> None:
-    if entry is None:  # MLX writes null when there is none
+    if entry is None:  # MLX writes null for missing metadata
         return
     if not isinstance(entry, dict) or not all(
         isinstance(value, str) for value in entry.values()
@@ -169,7 +173,7 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
 
 
 def _short(number: int) -> str:
-    """Digits, or for a number of more than a line of them its size."""
+    """Return a number's digits or, if it is very large, its order of magnitude."""
     bits = number.bit_length()
     return str(number) if bits < 200 else f"2^{bits - 1} or more"
 
@@ -208,7 +212,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
 def _check_coverage(
     path: Path, infos: dict[str, TensorInfo], data_start: int, file_bytes: int
 ) -> None:
-    """Tensors must tile the data: no overlap, no hole, nothing behind the last."""
+    """Check that tensors tile the data: no overlap, no gap, nothing after the last."""
     reached = data_start
     for name, info in sorted(
         infos.items(), key=lambda item: (item[1].start, item[1].end)

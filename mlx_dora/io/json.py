@@ -1,4 +1,4 @@
-"""JSON files as everything here reads them: one line for whatever is wrong."""
+"""Reads JSON and reports any problem with it in one line."""
 
 import json
 import sys
@@ -14,12 +14,12 @@ def parse(text: str | bytes, where: object, *, max_number: float | None = None) 
 
     Args:
         text: The text; a byte order mark at its start is skipped.
-        where: What the error names: a file, or a file and line.
-        max_number: Refuse whole numbers beyond it.
+        where: The file, or file and line, that the error names.
+        max_number: Largest absolute value of an integer; None for no limit.
 
     Raises:
-        DoRAError: If it is not JSON, not UTF-8, nested too deeply, or holds a number
-            of thousands of digits.
+        DoRAError: If the text is not JSON, not UTF-8, nested too deeply, or holds a
+            number with thousands of digits.
     """
     try:
         if isinstance(text, bytes):
@@ -28,7 +28,7 @@ def parse(text: str | bytes, where: object, *, max_number: float | None = None) 
         return json.loads(text.removeprefix("\ufeff"), parse_int=whole)
     except RecursionError:
         raise DoRAError(f"{where} is not usable JSON: nested too deeply.") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
+    except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
         raise DoRAError(f"{where} is not JSON: {error}.") from error
 
 
@@ -40,11 +40,11 @@ def _whole(limit: float, digits: str) -> int:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """Read a file that must hold a JSON object; its numbers fit into a float.
+    """Read a file that must hold a JSON object whose integers fit into a float.
 
     Raises:
-        DoRAError: If it holds anything else; the message names the file.
-        OSError: If it cannot be read.
+        DoRAError: If the file holds anything else; the message names the file.
+        OSError: If the file cannot be read.
     """
     content = parse(Path(path).read_bytes(), path, max_number=sys.float_info.max)
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""Where a command may write: never over, round or into what it was given."""
+"""Checks where a command may write: never over, around or inside its inputs."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from mlx_dora.errors import DoRAError
 
 Inputs = Iterable[str | Path | None]
-"""Files and folders that a command reads. None and Hub ids are passed over."""
+"""Files and folders that a command reads. None and Hub ids are ignored."""
 
 _ADAPTER = {"adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"}
 _MARKERS = {
@@ -15,10 +15,10 @@ _MARKERS = {
     "optimizer.safetensors",
     "fisher.json",
 }
-"""Any of these files marks a folder as an output of ours."""
+"""Any of these files marks a folder as an output of mlx_dora."""
 
 _SUBFOLDERS = {"checkpoints", "best", "adapter", ".cache", "wandb", "swanlog"}
-"""Folders inside outputs: training's, the rest of a lossless fuse, the Hub's, logs."""
+"""Folders that outputs contain: training, lossless fuse, Hub cache and logs."""
 
 _LISTED = 5
 
@@ -26,22 +26,22 @@ _LISTED = 5
 def check_output(path: str | Path, *, inputs: Inputs, overwrite: bool = False) -> None:
     """Refuse an output folder that cannot or must not be written, before any work.
 
-    Paths are compared by what they lead to, through links and whatever their spelling.
+    Paths are compared after resolving links and alternative spellings.
 
     Args:
-        path: The folder to make.
-        inputs: All that is read to make it, ``()`` if nothing is.
-        overwrite: Allow replacing `path`, if it is empty or an output of mlx_dora.
+        path: The folder to create.
+        inputs: All files and folders that are read; ``()`` if none.
+        overwrite: Allow replacing `path` if it is empty or an output of mlx_dora.
 
     Raises:
-        DoRAError: If `path` is an input, holds one, lies inside one, or is a link; if
-            it exists and `overwrite` is false; or if overwriting it would delete the
-            working or home folder or a folder that mlx_dora did not make.
+        DoRAError: If `path` is an input, contains an input, lies inside an input, or is
+            a link; if it exists and `overwrite` is false; or if overwriting it would
+            delete the working or home folder or a folder not made by mlx_dora.
     """
     refuse_inputs(path, inputs)
-    given = Path(path).expanduser()
-    target = given.resolve()
-    if given.is_symlink():
+    output = Path(path).expanduser()
+    target = output.resolve()
+    if output.is_symlink():
         raise DoRAError(
             f"{path} is a link to {target}; name the folder itself or another output."
         )
@@ -49,7 +49,7 @@ def check_output(path: str | Path, *, inputs: Inputs, overwrite: bool = False) -
         return
     if not overwrite:
         raise DoRAError(
-            f"{path} already exists; choose another output or say overwrite "
+            f"{path} already exists; choose another output or set overwrite "
             "(--overwrite on the command line)."
         )
     if not target.is_dir():
@@ -61,31 +61,33 @@ def check_output(path: str | Path, *, inputs: Inputs, overwrite: bool = False) -
 
 
 def refuse_inputs(path: str | Path, inputs: Inputs) -> None:
-    """Refuse an output that is an input, holds one, or lies inside an input folder.
+    """Refuse an output that is an input, contains an input, or lies inside an input.
 
-    An input folder may hold the output if it also holds the working folder: whoever
-    works inside a folder of data and names a new folder there means it.
+    An input folder may contain the output if it also contains the working folder:
+    users who work inside a data folder may create a new folder there.
 
     Raises:
-        DoRAError: Naming the input; or if `path` cannot be an output at all.
+        DoRAError: If `path` conflicts with an input, or cannot be an output at all.
     """
     target = Path(path).expanduser().resolve()
     if not str(path) or not target.name:
         raise DoRAError(f"{str(path)!r} cannot be an output.")
     own = _identities(target)
     working = _identities(Path.cwd())
-    for one in inputs:
-        if one is None:
+    for source in inputs:
+        if source is None:
             continue
-        theirs = _identities(Path(one).expanduser())
-        if not theirs or not Path(one).expanduser().exists():
+        theirs = _identities(Path(source).expanduser())
+        if not theirs or not Path(source).expanduser().exists():
             continue
         if target.exists() and own[0] == theirs[0]:
-            raise DoRAError(f"{path} is the input {one}; choose another output.")
+            raise DoRAError(f"{path} is the input {source}; choose another output.")
         if target.exists() and own[0] in theirs:
-            raise DoRAError(f"{path} holds the input {one}; choose another output.")
+            raise DoRAError(f"{path} holds the input {source}; choose another output.")
         if theirs[0] in own and theirs[0] not in working:
-            raise DoRAError(f"{path} is inside the input {one}; choose another output.")
+            raise DoRAError(
+                f"{path} is inside the input {source}; choose another output."
+            )
 
 
 def check_output_file(
@@ -93,55 +95,56 @@ def check_output_file(
 ) -> None:
     """Refuse an output file that cannot or must not be written, before any work.
 
-    A new file may stand inside an input folder; there only an HTML report is replaced.
+    A new file may be written inside an input folder; of the existing files there, only
+    HTML reports may be replaced.
 
     Args:
         path: The file to write.
-        inputs: All that is read to make it, other outputs of the same command too.
+        inputs: All files and folders that are read, and the command's other outputs.
         overwrite: Allow replacing `path`.
 
     Raises:
-        DoRAError: If `path` is a folder, an input or a file of one, or if it exists
-            and `overwrite` is false.
+        DoRAError: If `path` is a folder, an input, or a file inside an input; or if it
+            exists and `overwrite` is false.
     """
     target = Path(path).expanduser().resolve()
     if target.is_dir():
         raise DoRAError(f"{path} is a folder, not a file; name a file to write.")
     own = _identities(target)
-    for one in inputs:
-        if one is None:
+    for source in inputs:
+        if source is None:
             continue
-        place = Path(one).expanduser()
+        place = Path(source).expanduser()
         if place.resolve() == target:
-            raise DoRAError(f"{path} is {one}, used already; choose another output.")
+            raise DoRAError(f"{path} is {source}, used already; choose another output.")
         theirs = _identities(place) if place.exists() else []
         if not theirs or not target.exists():
             continue
         if own[0] == theirs[0]:
-            raise DoRAError(f"{path} is the input {one}; choose another output.")
+            raise DoRAError(f"{path} is the input {source}; choose another output.")
         if theirs[0] in own and target.suffix != ".html":
             raise DoRAError(
-                f"{path} is a file of the input {one}; choose another output."
+                f"{path} is a file of the input {source}; choose another output."
             )
     if target.exists() and not overwrite:
         raise DoRAError(f"{path} exists; add --overwrite to replace it.")
 
 
 def _identities(path: Path) -> list[tuple[int, int]]:
-    """Device and inode of a path and of the folders above it, as far as they exist."""
-    found = []
+    """Return device and inode of a path and its parents, where they exist."""
+    identities = []
     resolved = path.resolve()
     for place in (resolved, *resolved.parents):
         try:
             state = place.stat()
         except OSError:
             continue
-        found.append((state.st_dev, state.st_ino))
-    return found
+        identities.append((state.st_dev, state.st_ino))
+    return identities
 
 
 def _refuse_foreign(path: str | Path, target: Path) -> None:
-    """Refuse to delete a folder that none of our commands would have made."""
+    """Refuse to delete a folder that mlx_dora did not make."""
     entries = sorted(target.iterdir())
     if not entries:
         return

@@ -1,4 +1,4 @@
-"""A folder whose writing goes on where a killed process stopped."""
+"""Writes a folder and continues where a killed process stopped."""
 
 import contextlib
 import hashlib
@@ -16,19 +16,19 @@ def resumable_directory(
 ) -> Iterator[Path]:
     """Write a folder that appears complete or not at all, and can be resumed.
 
-    Like `atomic_directory`, but the folder beside `path` is named after the job: a
-    process that is killed or interrupted leaves it, and the next with the same `path`
-    and `job` is given what is in it. An error in the block deletes it.
+    Works like `atomic_directory`, but names the temporary folder after the job. A
+    killed or interrupted process leaves this folder, and the next call with the same
+    `path` and `job` yields it with its content. An error in the block deletes it.
 
     Args:
-        path: The folder to make.
-        job: All that determines the output, as text.
-        inputs: All that is read to make it; see `check_output`.
+        path: The folder to create.
+        job: Text that contains everything that determines the output.
+        inputs: All files and folders that are read; see `check_output`.
         overwrite: Replace an existing `path`.
 
     Raises:
         DoRAError: If `path` must not be written (see `check_output`), another process
-            is writing the same, or what is to be resumed is a link or another user's.
+            is writing it, or the folder to resume is a link or belongs to another user.
         OSError: If the disk is full; the error names `path`.
     """
     inputs = tuple(inputs)
@@ -45,7 +45,7 @@ def resumable_directory(
                 leftover.unlink()
             yield work
             flush_tree(work)
-            # Once more: the target may have appeared while the block ran.
+            # Check again: the target may have appeared while the block ran.
             check_output(path, inputs=inputs, overwrite=overwrite)
             put_in_place(holder, target)
             flush(target.parent)

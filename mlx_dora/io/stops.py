@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP as exceptions, so that whatever is half-written is cleaned up."""
+"""Turns SIGTERM and SIGHUP into exceptions, so that partial output is cleaned up."""
 
 import signal
 import threading
@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 STOPS = (signal.SIGTERM, signal.SIGHUP)
-"""What clusters, containers and closed terminals send."""
+"""Signals that clusters, containers and closed terminals send."""
 
 
 class Stopped(KeyboardInterrupt):
-    """The process was asked to end; an interrupt like Ctrl-C, with its signal.
+    """Raised when the process was asked to end; an interrupt like Ctrl-C.
 
     Args:
-        number: Which signal.
+        number: Number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -24,26 +24,26 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def raising_stops() -> Iterator[None]:
-    """Raise `Stopped` where the main thread is when SIGTERM or SIGHUP comes.
+    """Raise `Stopped` in the main thread when SIGTERM or SIGHUP arrives.
 
-    A signal that is ignored (``nohup``) or handled already is left alone, and so is
-    everything outside the main thread, where Python delivers no signals. Further
-    signals do not disturb the cleaning up.
+    A signal that is ignored (``nohup``) or already handled is not changed. Outside the
+    main thread, where Python delivers no signals, nothing changes. Further signals do
+    not interrupt the cleanup.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    ours = [one for one in STOPS if signal.getsignal(one) is signal.SIG_DFL]
+    ours = [number for number in STOPS if signal.getsignal(number) is signal.SIG_DFL]
 
     def stop(number: int, _frame: Any) -> None:
-        for one in ours:
-            signal.signal(one, signal.SIG_IGN)
+        for handled in ours:
+            signal.signal(handled, signal.SIG_IGN)
         raise Stopped(number)
 
-    for one in ours:
-        signal.signal(one, stop)
+    for number in ours:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        for one in ours:
-            signal.signal(one, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""A tensor in its file, of which slices are read."""
+"""A tensor that stays in its file and is read slice by slice."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.gate import rounded
 from mlx_dora.io.header import DTYPE_BITS, TensorInfo
 
-# How NumPy reads what is stored, and what MLX then sees in the bits (None: the same).
+# NumPy's dtype for each stored dtype, and MLX's view of the bits (None: the same).
 _READ_AS: dict[str, tuple[str, mx.Dtype | None]] = {
     "F64": ("<f8", None),
     "F32": ("<f4", None),
@@ -21,22 +21,22 @@ _READ_AS: dict[str, tuple[str, mx.Dtype | None]] = {
     "BF16": ("<u2", mx.bfloat16),
 }
 STREAMED = tuple(_READ_AS)
-"""The dtypes it takes."""
+"""Dtypes that `StoredTensor` reads."""
 
 
 class _Owner:
-    """Keeps a file open as long as it lives."""
+    """Keeps a file open for as long as this object exists."""
 
 
 class StoredTensor:
-    """A float tensor in its file; slices along its first axis are read when asked for.
+    """A float tensor in its file; indexing reads a slice along the first axis.
 
-    Has what work in blocks needs of an `mx.array`: ``shape``, ``ndim``, ``size``,
-    ``reshape`` and slices.
+    Offers the part of `mx.array` that block-wise code needs: ``shape``, ``ndim``,
+    ``size``, ``reshape`` and slices.
 
     Args:
         path: A safetensors file whose header was checked.
-        info: The tensor's entry; its dtype is one of `STREAMED`.
+        info: The tensor's header entry; its dtype is in `STREAMED`.
 
     Raises:
         OSError: If the file cannot be opened.
@@ -46,26 +46,26 @@ class StoredTensor:
         self.shape = info.shape
         self._path, self._info = path, info
         self._file = os.open(path, os.O_RDONLY)
-        self._owner = _Owner()  # shared with what `reshape` makes
+        self._owner = _Owner()  # shared with the results of `reshape`
         weakref.finalize(self._owner, os.close, self._file)
 
     @property
     def ndim(self) -> int:
-        """How many axes."""
+        """Number of axes."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """How many elements."""
+        """Number of elements."""
         return self._info.nbytes * 8 // DTYPE_BITS[self._info.dtype]
 
     def reshape(self, shape: int | tuple[int, ...]) -> "StoredTensor":
-        """The same tensor in another shape; one size may be -1."""
+        """Return the tensor with another shape; one size may be -1."""
         sizes = (shape,) if isinstance(shape, int) else shape
-        known = math.prod(one for one in sizes if one != -1)
+        known = math.prod(size for size in sizes if size != -1)
         changed = copy.copy(self)
         changed.shape = tuple(
-            self.size // max(known, 1) if one == -1 else one for one in sizes
+            self.size // max(known, 1) if size == -1 else size for size in sizes
         )
         assert math.prod(changed.shape) == self.size
         return changed
@@ -74,7 +74,7 @@ class StoredTensor:
         """Read consecutive entries of the first axis.
 
         Raises:
-            DoRAError: If the file has become shorter.
+            DoRAError: If the file is now shorter than its header says.
         """
         first, end, step = index.indices(self.shape[0])
         assert step == 1

@@ -1,7 +1,7 @@
-"""A safetensors file written front to back, while its tensors are being computed.
+"""Writes a safetensors file front to back while its tensors are being computed.
 
-The header stands first in the file and is known last. Room is kept for it, and what it
-leaves is filled with spaces, as the format allows.
+The header comes first in the file but is known last. Space is reserved for it, and the
+rest of that space is filled with blanks, as the format allows.
 """
 
 import json
@@ -15,11 +15,11 @@ import mlx.core as mx
 
 from mlx_dora.io.header import DTYPE_BITS
 
-# With the eight bytes of its length the header fills whole pages.
+# The header and the eight bytes of its length together fill whole pages.
 HEADER_ROOM = (1 << 18) - 8
-# Bytes that may wait for the disk's turn. They are in memory.
+# Largest number of bytes in memory that wait to be written.
 _WAITING = 1 << 25
-# Flushed every so many bytes, beside the writing, so that little is left at the end.
+# Bytes between two flushes, which run during writing so that the last one is short.
 _FLUSH = 1 << 26
 
 _DTYPES = {
@@ -41,11 +41,11 @@ _DTYPES = {
 
 
 class TensorStream:
-    """Writes one safetensors file; two threads write and flush what it is given.
+    """Writes one safetensors file; two threads write and flush its blocks.
 
     Args:
-        path: The file to make.
-        room: Bytes kept for the header.
+        path: The file to create.
+        room: Bytes reserved for the header.
     """
 
     def __init__(self, path: Path, room: int = HEADER_ROOM) -> None:
@@ -63,21 +63,21 @@ class TensorStream:
 
     @property
     def names(self) -> set[str]:
-        """The tensors begun so far."""
+        """Names of the tensors begun so far."""
         return self._entries.keys() - {"__metadata__"}
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensors begun so far."""
+        """Size in bytes of the tensors begun so far."""
         return self._expected
 
     def has_room(self, name: str, dtype: mx.Dtype, shape: tuple[int, ...]) -> bool:
-        """Whether the header can take one more tensor."""
+        """Whether the header has space for one more tensor."""
         entry = self._entry(name, dtype, shape)
         return self._header_bytes + _length({name: entry}) <= self._room
 
     def begin(self, name: str, dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
-        """Announce the tensor that is written next; the one before must be whole."""
+        """Start the next tensor; the previous tensor must be complete."""
         self._check_whole()
         entry = self._entry(name, dtype, shape)
         self._header_bytes += _length({name: entry})
@@ -85,7 +85,7 @@ class TensorStream:
         self._expected += nbytes_of(dtype, shape)
 
     def write(self, block: mx.array) -> None:
-        """Take the next elements of the tensor, in its dtype; any shape.
+        """Write the next elements of the tensor, in its dtype and any shape.
 
         Raises:
             OSError: If this or an earlier block could not be written.
@@ -109,7 +109,7 @@ class TensorStream:
         """Write the header and flush the file.
 
         Raises:
-            OSError: If something could not be written.
+            OSError: If any data could not be written.
         """
         self._check_whole()
         while self._waiting:
@@ -139,7 +139,7 @@ class TensorStream:
 
     def _check_whole(self) -> None:
         if self._reached != self._expected:
-            raise RuntimeError(f"{self.path}: a tensor was announced and not written")
+            raise RuntimeError(f"{self.path}: a tensor was begun but not written")
 
     def _header(self) -> bytes:
         return json.dumps(self._entries, separators=(",", ":")).encode()
@@ -163,10 +163,10 @@ class TensorStream:
 
 
 def nbytes_of(dtype: mx.Dtype, shape: tuple[int, ...]) -> int:
-    """Size of a tensor in a file."""
+    """Return the size of a tensor in a file, in bytes."""
     return math.prod(shape) * DTYPE_BITS[_DTYPES[dtype]] // 8
 
 
 def _length(entry: dict[str, dict[str, object]]) -> int:
-    # The braces of an object of its own are worth a comma.
+    # The braces count two bytes, but in the header the entry adds only a comma.
     return len(json.dumps(entry, separators=(",", ":")).encode()) - 1

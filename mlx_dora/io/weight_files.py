@@ -1,4 +1,4 @@
-"""Which files of a model folder hold its weights: one rule for every command."""
+"""Finds the files of a model folder that hold its weights, for every command."""
 
 import functools
 import logging
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Read an index: tensor names to the files that hold them.
+    """Read an index, which maps each tensor's name to the file that holds it.
 
     Raises:
-        DoRAError: If it is not such an index, or lists nothing.
+        DoRAError: If the file is not an index of weights, or lists no tensors.
     """
     listing = read_object(index).get("weight_map")
     if not isinstance(listing, dict) or not all(
@@ -32,9 +32,9 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def stray_files(folder: Path) -> list[Path]:
-    """Return the ``model*.safetensors`` beside those that the index lists.
+    """Return the ``model*.safetensors`` that the index does not list.
 
-    Without an index, or where none of its files is there, there are no strays.
+    Returns an empty list if there is no index or none of its files exists.
 
     Raises:
         DoRAError: If the index cannot be read.
@@ -52,9 +52,9 @@ def stray_files(folder: Path) -> list[Path]:
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold the model: ``model*.safetensors`` without strays.
 
-    The index says what belongs together. mlx-lm itself reads every file, and what it
-    reads last wins; transformers prefers ``model.safetensors``. A warning names the
-    strays, once in a process.
+    The index decides which files belong to the model. mlx-lm reads every file, and the
+    file it reads last wins; transformers prefers ``model.safetensors``. Warns about
+    stray files once per process.
 
     Raises:
         DoRAError: If the index cannot be read.
@@ -68,7 +68,7 @@ def weight_files(folder: Path) -> list[Path]:
 @functools.cache
 def _warn(folder: str, names: str) -> None:
     logger.warning(
-        "%s: not read, since %s does not list it: %s. Delete it; or, if it is the "
+        "%s: not read because %s does not list it: %s. Delete it; or, if it is the "
         "model, delete the index and the files that the index lists.",
         folder,
         INDEX_NAME,
@@ -80,8 +80,8 @@ def _warn(folder: str, names: str) -> None:
 def without_strays(folder: Path) -> Iterator[Path]:
     """Yield a model folder for mlx-lm, which reads every ``model*.safetensors``.
 
-    Where there are strays, it is a temporary folder of links to everything else. Files
-    opened in it stay readable afterwards.
+    If there are stray files, yields a temporary folder with links to all other files.
+    Files opened there stay readable afterwards.
     """
     files = weight_files(folder)
     strays = set(folder.glob("model*.safetensors")) - set(files)

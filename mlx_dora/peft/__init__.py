@@ -1,4 +1,4 @@
-"""Adapters from and to Hugging Face PEFT: DoRA and LoRA on linear layers."""
+"""Converts adapters from and to Hugging Face PEFT: DoRA and LoRA on linear layers."""
 
 from mlx_dora.peft.convert import convert_adapter
 from mlx_dora.peft.reading import from_peft

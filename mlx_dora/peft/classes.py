@@ -1,15 +1,15 @@
-"""The table of names: what transformers calls the modules of mlx-lm's classes.
+"""Table that maps module names of mlx-lm's classes to those of transformers.
 
-As `AutoModelForCausalLM` of transformers 5 builds them (`AutoModelForImageTextToText`
-where that makes none). The table comes from building every class in both libraries and
-comparing the paths of their linear layers; `tests/compat/test_peft_names.py` does so
-again.
+The names are those of models that `AutoModelForCausalLM` of transformers 5 builds, or
+`AutoModelForImageTextToText` where it builds none. The table was made by building every
+class in both libraries and comparing the paths of their linear layers;
+`tests/compat/test_peft_names.py` repeats this comparison.
 """
 
 from dataclasses import dataclass
 
-# Transformers 5 keeps a router's matrix as a bare parameter, which PEFT's LoRA for
-# linear layers does not reach.
+# Transformers 5 stores a router's matrix as a bare parameter, which PEFT's LoRA for
+# linear layers cannot adapt.
 ROUTERS = (
     "mlp.gate",
     "mlp.gate.proj",
@@ -24,15 +24,15 @@ Pairs = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class ClassNames:
-    """How the paths of one of mlx-lm's model classes become those of transformers.
+    """How module paths of an mlx-lm model class map to those of transformers.
 
     Attributes:
-        starts: First parts in MLX and in transformers; the first pair that fits counts.
-        ends: Last parts in MLX and in transformers; the first pair that fits counts.
-        missing: Last parts of modules that are no linear layer in transformers, such
-            as two projections in one.
-        has_conv1d: Whether transformers stores the weights as (in, out).
-        refusal: Why no adapter of the class can be converted.
+        starts: Pairs of first parts, in MLX and in transformers; the first match wins.
+        ends: Pairs of last parts, in MLX and in transformers; the first match wins.
+        missing: Last parts of modules that are not linear layers in transformers, for
+            example two projections combined in one.
+        has_conv1d: Whether transformers stores weights with shape (in, out).
+        refusal: Why adapters of the class cannot be converted.
     """
 
     starts: Pairs = ()
@@ -42,17 +42,17 @@ class ClassNames:
     refusal: str | None = None
 
     def to_transformers(self, path: str) -> str:
-        """The path in transformers of a module at `path` in MLX."""
+        """Return the path in transformers of the module at `path` in MLX."""
         return _swapped(path, self.starts, self.ends)
 
     def to_mlx(self, path: str) -> str:
-        """The path in MLX of a module at `path` in transformers."""
+        """Return the path in MLX of the module at `path` in transformers."""
         back = tuple((theirs, ours) for ours, theirs in self.starts)
         ends = tuple((theirs, ours) for ours, theirs in self.ends)
         return _swapped(path, back, ends)
 
     def is_missing(self, path: str) -> bool:
-        """Whether the module at `path` in MLX is no linear layer in transformers."""
+        """Whether transformers has no linear layer for the module at `path` in MLX."""
         return any(path.endswith(f".{end}") for end in (*ROUTERS, *self.missing))
 
 
@@ -105,7 +105,7 @@ DIFFERENT: dict[str, ClassNames] = {
     ),
     "falcon_h1": ClassNames(
         refusal="mlx-lm multiplies its weights by the config's multipliers, which "
-        "transformers applies to the activations, so that the same adapter computes "
+        "transformers applies to the activations, so the same adapter would compute "
         "something else"
     ),
     "gemma3": _MULTIMODAL,
@@ -115,7 +115,7 @@ DIFFERENT: dict[str, ClassNames] = {
         starts=(("model.h", "gpt_neox.layers"), ("model.embed_out", "lm_head"))
     ),
     "gptj": ClassNames(starts=(("model.h", "transformer.h"),)),
-    # A model without experts has its shared projections in one.
+    # In a model without experts, the shared projections are combined in one module.
     "granitemoehybrid": ClassNames(
         ends=(("mlp.down_proj", "shared_mlp.output_linear"),),
         missing=("mlp.gate_proj", "mlp.up_proj"),

@@ -1,4 +1,4 @@
-"""What PEFT's ``adapter_config.json`` asks for, and which modules it means."""
+"""The settings in PEFT's ``adapter_config.json``, and the modules they select."""
 
 import math
 import re
@@ -11,7 +11,7 @@ _ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """What we need of a PEFT LoRA or DoRA config; the fields have PEFT's names."""
+    """The fields of a PEFT LoRA or DoRA config that we use, under PEFT's names."""
 
     r: int
     lora_alpha: float
@@ -27,19 +27,19 @@ class PeftConfig:
     base_model_name_or_path: str | None
 
     def rank_of(self, path: str) -> int:
-        """The rank that PEFT would give the module at `path`."""
+        """Return the rank that PEFT uses for the module at `path`."""
         return _matching(self.rank_pattern, path, self.r)
 
     def scale_of(self, path: str) -> float:
-        """The multiplier of the update at `path`: alpha / r, or alpha / √r."""
+        """Return the multiplier of the update at `path`: alpha / r, or alpha / √r."""
         rank = self.rank_of(path)
         alpha = _matching(self.alpha_pattern, path, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, path: str) -> bool:
-        """Whether PEFT would adapt the module at `path`, if it is of a fitting class.
+        """Whether PEFT adapts the module at `path`, if PEFT supports its class.
 
-        ``"all-linear"`` is taken to mean every module.
+        ``"all-linear"`` matches every module.
         """
         if _is_named(self.exclude_modules, path):
             return False
@@ -52,7 +52,7 @@ class PeftConfig:
 
     @property
     def names_targets(self) -> bool:
-        """Whether the config names modules, and does not leave them to PEFT."""
+        """Whether the config names modules instead of leaving the choice to PEFT."""
         return self.target_modules not in (None, _ALL_LINEAR)
 
     def _is_in_layers(self, path: str) -> bool:
@@ -60,23 +60,23 @@ class PeftConfig:
             return True
         patterns = [layer_expression(name) for name in self.layers_pattern]
         for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
-            if found := re.match(pattern, path):
-                return int(found[1]) in self.layers_to_transform
+            if match := re.match(pattern, path):
+                return int(match[1]) in self.layers_to_transform
         return False
 
 
 def key_expression(key: str) -> str:
-    """The regular expression that PEFT makes of a key of a pattern."""
+    """Return the regular expression that PEFT forms from a pattern's key."""
     return rf"(.*\.)?({key})$"
 
 
 def layer_expression(name: str) -> str:
-    """The regular expression that PEFT makes of an entry of ``layers_pattern``."""
+    """Return the regular expression that PEFT forms from a ``layers_pattern`` entry."""
     return rf"(?:^|.*?\.){name}\.(\d+)\."
 
 
 def _matching(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The entry of the first key that fits `path`, by PEFT's rule."""
+    """Return the entry of the first key that matches `path` by PEFT's rule."""
     for key, value in pattern.items():
         if re.match(key_expression(key), path):
             return value
@@ -84,7 +84,7 @@ def _matching(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
 
 
 def _is_named(names: Iterable[str] | str, path: str) -> bool:
-    """A text is a regular expression for the whole path, a list holds its endings."""
+    """Whether `names`, a regular expression or a list of endings, matches `path`."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)

@@ -1,4 +1,4 @@
-"""Reading PEFT's ``adapter_config.json``: every value checked, nothing ignored."""
+"""Reads PEFT's ``adapter_config.json`` and checks every value."""
 
 import logging
 import math
@@ -12,8 +12,8 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.json import read_object
 from mlx_dora.peft.config import PeftConfig, key_expression, layer_expression
 
-# What makes of a LoRA something else, or trains other parameters beside it. Each must
-# be off, absent or empty.
+# Settings that turn a LoRA into another method, or train other parameters beside it.
+# Each must be off, absent or empty.
 _REFUSED = {
     "modules_to_save": "whole modules trained beside the adapter",
     "trainable_token_indices": "single tokens trained beside the adapter",
@@ -29,7 +29,7 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA",
     "megatron_config": "Megatron's parallel layers",
 }
-# The others start by changing the base, and the adapter fits the changed base alone.
+# All other values change the base at the start, and the adapter fits only that base.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _READ = {
     "peft_type",
@@ -48,7 +48,7 @@ _READ = {
     "bias",
     "init_lora_weights",
 }
-# What changes nothing that a saved adapter computes.
+# Settings that do not affect the output of a saved adapter.
 _WITHOUT_EFFECT = {
     "task_type",
     "auto_mapping",
@@ -66,27 +66,28 @@ _WITHOUT_EFFECT = {
     "ensure_weight_tying",
     "unsloth_fixed",
 }
-# A repeated group with a repeat or a choice in it: matching can take forever.
+# A repeated group that contains a repeat or a choice; matching it can take forever.
 _ENDLESS = re.compile(r"\((?:[^()\\]|\\.)*[*+}|](?:[^()\\]|\\.)*\)[*+{]")
 
 logger = logging.getLogger(__name__)
 
 
 def read_peft_config(path: Path) -> PeftConfig:
-    """Read an ``adapter_config.json`` of PEFT.
+    """Read PEFT's ``adapter_config.json``.
 
-    A warning names keys that are not known here and have a value.
+    Warns about unknown keys that have a value.
 
     Raises:
-        DoRAError: If it is not a LoRA or DoRA config, asks for something that a plain
-            adapter cannot express, or has a bad value; one message that names all.
+        DoRAError: If the file is not a LoRA or DoRA config, requests something that a
+            plain adapter cannot express, or has bad values; names all problems.
     """
     content = read_object(path)
     if "peft_type" not in content:
         raise DoRAError(f"{path} is not a PEFT config: it has no peft_type.")
     if problems := list(_unsupported(content)):
         raise DoRAError(
-            f"{path} asks for what a plain adapter cannot hold: {'; '.join(problems)}."
+            f"{path} has settings that a plain adapter cannot express: "
+            f"{'; '.join(problems)}."
         )
     values = _Values(content)
     config = _parse(values)
@@ -116,8 +117,8 @@ def _unsupported(content: Mapping[str, Any]) -> Iterable[str]:
     for key, value in content.items():
         if key.startswith("use_") and value and not _is_known(key):
             yield (
-                f"{key} = {value!r:.80} (not known here; it may change what the "
-                "adapter computes)"
+                f"{key} = {value!r:.80} (unknown to mlx_dora; it may change the "
+                "adapter's output)"
             )
     if (content.get("bias") or "none") != "none":
         yield f"bias = {content['bias']!r:.40} (trained biases of the base)"
@@ -131,10 +132,10 @@ def _unsupported(content: Mapping[str, Any]) -> Iterable[str]:
 
 
 class _Values:
-    """The values of a config, each checked when it is asked for.
+    """The values of a config, each checked when it is read.
 
     Attributes:
-        problems: What is wrong with those asked for so far.
+        problems: Problems with the values read so far.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
@@ -151,7 +152,7 @@ class _Values:
         return value
 
     def number(self, key: str, value: Any, limit: float = math.inf) -> float:
-        """A finite number; with a limit, at least 0 and below it."""
+        """Return a finite number; with a limit, it must be at least 0 and below it."""
         is_number = type(value) is int or type(value) is float
         lowest = -math.inf if limit == math.inf else 0
         try:
@@ -176,12 +177,12 @@ class _Values:
         return value if isinstance(value, str) and value else None
 
     def get(self, key: str, default: Any) -> Any:
-        """The value; the default if the key is absent or null."""
+        """Return the value, or the default if the key is absent or null."""
         value = self._content.get(key)
         return default if value is None else value
 
     def names(self, key: str) -> tuple[str, ...] | str:
-        """A regular expression, or names; no names if the key is absent."""
+        """Return a regular expression or names; no names if the key is absent."""
         names = self._texts(key)
         if isinstance(names, str) and not self._is_expression(key, names, names):
             return ()
@@ -200,17 +201,17 @@ class _Values:
 
     def layers(self, key: str) -> tuple[int, ...]:
         value = self._content.get(key)
-        found = [value] if type(value) is int else value or []
-        if not isinstance(found, list) or any(type(n) is not int for n in found):
-            self._wrong(key, "a layer's number or a list of them", value)
+        layers = [value] if type(value) is int else value or []
+        if not isinstance(layers, list) or any(type(n) is not int for n in layers):
+            self._wrong(key, "a layer number or a list of layer numbers", value)
             return ()
-        return tuple(found)
+        return tuple(layers)
 
     def pattern(self, key: str) -> dict[str, Any]:
-        """A pattern's entries, whose keys are usable regular expressions."""
+        """Return a pattern's entries, whose keys must be usable regular expressions."""
         value = self._content.get(key) or {}
         if not isinstance(value, dict):
-            self._wrong(key, "an object (module name to value)", value)
+            self._wrong(key, "an object that maps module names to values", value)
             return {}
         return {
             name: entry
@@ -232,13 +233,13 @@ class _Values:
         except (re.error, RecursionError, OverflowError) as error:
             hint = f": write {'.*' + text[1:]!r:.60}" if text.startswith("*") else ""
             self.problems.append(
-                f"{key} {text!r:.60} is not a regular expression ({error}), and PEFT "
-                f"reads it as such{hint}"
+                f"{key} {text!r:.60} is not a regular expression ({error}), which PEFT "
+                f"requires{hint}"
             )
             return False
         if _ENDLESS.search(text):
             self.problems.append(
-                f"{key} {text!r:.60} repeats a group that holds a repeat or a choice; "
+                f"{key} {text!r:.60} repeats a group that contains a repeat or choice; "
                 "matching it could take forever"
             )
             return False

@@ -1,4 +1,4 @@
-"""Adapter folders between MLX's format and PEFT's."""
+"""Converts adapter folders between MLX's format and PEFT's."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,22 +28,22 @@ def convert_adapter(
     """Convert an adapter folder into the other format.
 
     Args:
-        source: A folder in the format that `to` is not.
-        target: The folder to make.
-        to: ``"mlx"`` reads PEFT's format and writes MLX's, ``"peft"`` the reverse.
-        model: The base, as a local MLX folder or Hub id. With it, modules get the
-            names that the other library has for them, and module names,
-            ``target_modules`` and shapes are checked.
-        base_model: What the output says of its base; the name in `model`, or what
-            `source` says, if None.
+        source: An adapter folder in the other format than `to`.
+        target: The folder to create.
+        to: ``"mlx"`` reads PEFT's format and writes MLX's; ``"peft"`` does the reverse.
+        model: The base model, as a local MLX folder or Hub id. Used to translate module
+            names to the other library's and to check names, ``target_modules`` and
+            shapes.
+        base_model: Name of the base model to record in the output. If None, the name in
+            `model` or else the name that `source` records.
         overwrite: Replace an existing folder.
 
     Returns:
         The adapter that was written.
 
     Raises:
-        DoRAError: If `source` cannot be read, holds what the other format cannot
-            express, or does not fit the model; or `target` exists.
+        DoRAError: If `source` cannot be read, contains something that the other format
+            cannot express, or does not fit the model; or if `target` exists.
     """
     inputs = (source, model)
     check_output(target, inputs=inputs, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Weights of the base that PEFT saved along: left out if the model has them anyway."""
+"""Handles base weights that PEFT saved with an adapter; drops equal copies."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from mlx_dora.adapters.keys import shortened
 from mlx_dora.peft.tensors import PREFIX
 
 HEADS = ("lm_head", "embed_out", "output")
-"""What models call their output layer; a model without it ties it to its embeddings."""
+"""Name of the output layer; a model without it uses its embeddings as output layer."""
 
 _DIFFERENT = "weights of the base that differ from the model's:"
 _PACKED = (
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def take_copies(raw: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Take the base's own weights out of PEFT's tensors, and return them."""
+    """Remove the base's own weights from PEFT's tensors and return them."""
     names = [n for n in raw if n.endswith(".weight") and "lora_" not in n]
     return {name: raw.pop(name) for name in names}
 
@@ -38,18 +38,18 @@ def copy_problems(
     model: nn.Module | None,
     path_of: Callable[[str], str],
 ) -> list[str]:
-    """Compare copies of the base's weights with the model's own.
+    """Compare copies of base weights with the model's own weights.
 
-    Those that are equal can go, and are logged. PEFT's ``save_embedding_layers`` saves
-    the head of a tied model too; it is compared with the embeddings.
+    Equal copies can be dropped and are logged. PEFT's ``save_embedding_layers`` also
+    saves the head of a tied model, which is compared with the embeddings.
 
     Args:
-        copies: PEFT's names to arrays.
-        model: The base; without it, no copy can be compared.
-        path_of: From PEFT's path of a module to the model's.
+        copies: The copies, by PEFT's names.
+        model: The base model; None if no copy can be compared.
+        path_of: Maps PEFT's path of a module to the model's path.
 
     Returns:
-        What is wrong; empty if every copy can be left out.
+        The problems; empty if every copy can be dropped.
     """
     if model is None:
         what = "weights of the base (give the model, to compare them with its own):"
@@ -87,7 +87,7 @@ def copy_problems(
 
 
 def _compared(copy: mx.array, own: mx.array) -> str:
-    """What keeps a copy from being left out; empty if nothing."""
+    """Return why a copy cannot be dropped; empty if it can."""
     if copy.shape != own.shape:
         return "weights of the base in another shape than the model's (resized?):"
     return "" if _is_equal(copy, own) else _DIFFERENT

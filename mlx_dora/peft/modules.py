@@ -1,4 +1,4 @@
-"""Which module of an MLX model each module of a PEFT adapter is."""
+"""Matches modules of a PEFT adapter to modules of an MLX model."""
 
 from collections.abc import Iterable
 
@@ -12,12 +12,12 @@ from mlx_dora.peft.copies import HEADS
 from mlx_dora.peft.names import class_of, names_of
 
 _LINEARS = (nn.Linear, nn.QuantizedLinear)
-# What transformers and mlx-lm put around the same blocks.
+# Prefixes that transformers and mlx-lm put before the same blocks.
 _CONTAINERS = {"model", "language_model", "text_model", "transformer", "backbone"}
 
 
 class ModelModules:
-    """The modules of a model, found by the paths that PEFT has for them."""
+    """The modules of a model, looked up by PEFT's paths."""
 
     def __init__(self, model: nn.Module) -> None:
         self.names = names_of(class_of(model)) or ClassNames()
@@ -27,7 +27,7 @@ class ModelModules:
             self._inside.setdefault(_within_containers(path), []).append(path)
 
     def candidates(self, peft_path: str) -> list[str]:
-        """The model's paths that PEFT's path can mean; best is one."""
+        """Return the model's paths that may correspond to PEFT's path."""
         for path in (self.names.to_mlx(peft_path), peft_path):
             if path in self._modules:
                 return [path]
@@ -37,27 +37,27 @@ class ModelModules:
         )
 
     def path_of(self, peft_path: str) -> str:
-        """The model's path, or PEFT's if it means no module or several."""
-        found = self.candidates(peft_path)
-        return found[0] if len(found) == 1 else peft_path
+        """Return the model's path, or PEFT's if it matches no or several modules."""
+        paths = self.candidates(peft_path)
+        return paths[0] if len(paths) == 1 else peft_path
 
     def match(
         self, config: PeftConfig, peft_paths: Iterable[str]
     ) -> tuple[dict[str, str], list[str]]:
-        """Return PEFT's path of each module to the model's, and all problems."""
+        """Return a map from PEFT's paths to the model's, and all problems."""
         names: dict[str, str] = {}
         problems = []
         for peft_path in peft_paths:
-            found = self.candidates(peft_path)
-            if len(found) != 1:
-                problems.append(self._unmatched(peft_path, len(found)))
-            elif not isinstance(self._modules[found[0]], _LINEARS):
-                kind = type(self._modules[found[0]]).__name__
-                problems.append(f"{found[0]} is of class {kind}, not a linear layer")
-            elif found[0] in names.values():
-                problems.append(f"{peft_path} and another module are both {found[0]}")
+            paths = self.candidates(peft_path)
+            if len(paths) != 1:
+                problems.append(self._unmatched(peft_path, len(paths)))
+            elif not isinstance(self._modules[paths[0]], _LINEARS):
+                kind = type(self._modules[paths[0]]).__name__
+                problems.append(f"{paths[0]} is of class {kind}, not a linear layer")
+            elif paths[0] in names.values():
+                problems.append(f"{peft_path} and another module are both {paths[0]}")
             else:
-                names[peft_path] = found[0]
+                names[peft_path] = paths[0]
         if problems or not config.names_targets:
             return names, problems
         matched = set(names.values())
@@ -72,19 +72,20 @@ class ModelModules:
 
     def _unmatched(self, peft_path: str, count: int) -> str:
         if count:
-            return f"{count} modules of the model can be {peft_path}"
+            return f"{count} modules of the model match {peft_path}"
         if peft_path.rpartition(".")[2] in HEADS:
             return (
-                f"{peft_path} has no place: this model ties its head to its embeddings"
+                f"{peft_path} does not exist: this model ties its head to its "
+                "embeddings"
             )
         theirs = [self.names.to_transformers(path) for path in self._modules]
         return (
-            f"no module of the model can be {peft_path}{near_names(peft_path, theirs)}"
+            f"no module of the model matches {peft_path}{near_names(peft_path, theirs)}"
         )
 
 
 def _within_containers(path: str) -> str:
-    """The path without the first parts that only wrap a language model."""
+    """Return the path without first parts that only wrap a language model."""
     parts = path.split(".")
     start = next((i for i, p in enumerate(parts) if p not in _CONTAINERS), 0)
     return ".".join(parts[start:])

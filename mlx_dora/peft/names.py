@@ -1,7 +1,7 @@
-"""Which names transformers has for the modules of a model, by the model's class.
+"""Looks up the names that transformers uses for the modules of a model class.
 
-PEFT finds a module by its path in the model that transformers makes. For most classes
-of mlx-lm the paths are the same; `classes` holds the others.
+PEFT identifies a module by its path in the model that transformers builds. For most
+classes of mlx-lm the paths are the same; `classes` lists the others.
 """
 
 import re
@@ -16,16 +16,17 @@ _HOST = "mlx_lm.models."
 
 
 def class_of(model: nn.Module) -> str | None:
-    """The name of mlx-lm's model class, that of its file; None for a foreign class."""
+    """Return the name of an mlx-lm class's file; None for other libraries' classes."""
     module = type(model).__module__
     return module.removeprefix(_HOST) if module.startswith(_HOST) else None
 
 
 def class_in_folder(folder: str | Path) -> str | None:
-    """The name of the class that mlx-lm would choose for a local model folder.
+    """Return the name of the class that mlx-lm chooses for a local model folder.
 
     Returns:
-        None if there is no such folder, or its config names no ``model_type``.
+        The name; None if the folder does not exist or its config has no
+        ``model_type``.
     """
     config = Path(folder).expanduser() / "config.json"
     kind = read_object(config).get("model_type") if config.is_file() else None
@@ -37,12 +38,12 @@ def class_in_folder(folder: str | Path) -> str | None:
 
 
 def names_of(kind: str | None) -> ClassNames | None:
-    """The names of a class of mlx-lm; None if those of transformers are not known."""
+    """Return the names for a class of mlx-lm; None if transformers' are unknown."""
     if kind in SAME:
         return ClassNames()
     return None if kind is None else DIFFERENT.get(kind)
 
 
 def look_plain(paths: list[str]) -> bool:
-    """Whether paths look like those that most classes have in both libraries."""
+    """Whether paths look like the paths that most classes have in both libraries."""
     return all(re.match(r"model\.layers\.\d+\.|lm_head$", path) for path in paths)

@@ -1,9 +1,9 @@
-"""Reading a folder of PEFT's as an adapter.
+"""Reads a folder in PEFT's format as an adapter.
 
 The formats differ in names, in the transposition of A and B, and in the multiplier,
-which PEFT writes as alpha / r. What only ours holds (the scale to the last bit, the
-base's fingerprint, the training summary) travels in the metadata of PEFT's tensor file,
-which PEFT does not read.
+which PEFT writes as alpha / r. Information that only MLX's format holds (the exact
+scale, the base's fingerprint, the training summary) is stored in the metadata of PEFT's
+tensor file, which PEFT does not read.
 """
 
 import logging
@@ -36,7 +36,7 @@ from mlx_dora.peft.names import class_of, look_plain, names_of
 from mlx_dora.peft.tensors import PEFT_TENSORS_NAME, our_tensors
 from mlx_dora.peft.writing import CLASS_KEY, OURS_KEY, to_peft  # noqa: F401 moves soon
 
-# Scales this close are one: s·r/r need not give s back.
+# Scales this close count as equal, because s·r/r may differ from s by rounding.
 _SAME_SCALE = 1e-12
 
 logger = logging.getLogger(__name__)
@@ -45,19 +45,19 @@ logger = logging.getLogger(__name__)
 def from_peft(path: str | Path, model: nn.Module | str | Path | None = None) -> Adapter:
     """Read a LoRA or DoRA adapter that PEFT saved.
 
-    Scales that differ by module are folded into ``lora_b``.
+    Scales that differ between modules are folded into ``lora_b``.
 
     Args:
         path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        model: The base in MLX, as a loaded model, a local folder or a Hub id. With it,
-            PEFT's module names are matched to the model's, ``target_modules`` is
-            resolved against it, shapes are checked, and its fingerprint is recorded.
-            Without it, the names are taken as they are (an adapter that `to_peft` wrote
-            gets its own back), and `attach_adapter` checks them later.
+        model: The base model in MLX, as a loaded model, a local folder or a Hub id. If
+            given, PEFT's module names and ``target_modules`` are matched to the model,
+            shapes are checked, and the model's fingerprint is recorded. If None, PEFT's
+            names are kept (an adapter written by `to_peft` gets its original names),
+            and `attach_adapter` checks them later.
 
     Raises:
-        DoRAError: If the folder is not in order, or the adapter is not a plain LoRA or
-            DoRA on linear layers; one message with all problems by name.
+        DoRAError: If the folder is invalid, or the adapter is not a plain LoRA or DoRA
+            on linear layers; lists all problems by name.
     """
     config, file = _files_of(Path(path))
     if isinstance(model, str | Path):
@@ -116,7 +116,7 @@ def _as_adapter(
     names: dict[str, str],
     ours: Adapter | None,
 ) -> Adapter:
-    """The adapter under the model's names, with one scale."""
+    """Return the adapter with the model's names and a single scale."""
     ranks = {new: config.rank_of(old) for old, new in names.items()}
     scales = {new: config.scale_of(old) for old, new in names.items()}
     scale = max(scales.values(), key=abs, default=1.0)
@@ -148,7 +148,7 @@ def _as_adapter(
 
 
 def _remembered(metadata: dict[str, str], file: Path) -> Adapter | None:
-    """What `to_peft` wrote beside the tensors, as an adapter without any."""
+    """Return what `to_peft` wrote into the metadata, as an adapter without tensors."""
     if OURS_KEY not in metadata:
         return None
     where = f"{file}: the metadata {OURS_KEY!r}"
@@ -161,7 +161,7 @@ def _remembered(metadata: dict[str, str], file: Path) -> Adapter | None:
 def _names_as_written(
     paths: Iterable[str], ours: Adapter | None, metadata: dict[str, str]
 ) -> dict[str, str]:
-    """PEFT's paths to those that `to_peft` translated; others stay as they are."""
+    """Map PEFT's paths to the names before `to_peft`; keep all other paths."""
     written = names_of(metadata.get(CLASS_KEY)) or ClassNames()
     keys = () if ours is None else ours.config.keys or ()
     back = {written.to_transformers(key): key for key in keys}
@@ -169,8 +169,8 @@ def _names_as_written(
     unknown = [path for path in names if path not in back]
     if not look_plain(unknown):
         logger.warning(
-            "without a model, modules keep the names that they have in PEFT, which may "
-            "differ from MLX's: %s",
+            "without a model, modules keep their names from PEFT, which may differ "
+            "from MLX's: %s",
             shortened(unknown),
         )
     return names

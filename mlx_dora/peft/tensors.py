@@ -1,4 +1,4 @@
-"""The tensors of PEFT's ``adapter_model.safetensors`` under our names."""
+"""Translates the tensors of PEFT's ``adapter_model.safetensors`` to our names."""
 
 import re
 
@@ -15,12 +15,11 @@ PEFT_LEAVES = {
     "m": "lora_magnitude_vector",
 }
 EMBEDDINGS = (
-    "PEFT's magnitude runs along the other axis, and its adapter leaves a tied head "
-    "alone"
+    "PEFT's magnitude uses the other axis, and its adapter does not change a tied head"
 )
 
-# DeepSpeed, accelerate and torch save a model's own state, in which the name of the
-# adapter stands before ``weight``; PEFT takes it out.
+# DeepSpeed, accelerate and torch save the model's state directly, in which the name of
+# the adapter precedes ``weight``; PEFT removes it.
 _LEAF = re.compile(
     r"(?P<path>.+)\.(?:"
     r"(?P<lora_a>lora_A)(?:\.(?P<of_a>[^.]+))?\.weight"
@@ -30,32 +29,32 @@ _LEAF = re.compile(
 
 
 def peft_name(path: str, leaf: str) -> str:
-    """PEFT's name of our tensor `leaf` of the module that PEFT finds at `path`."""
+    """Return PEFT's name of our tensor `leaf` for the module at PEFT's path `path`."""
     return f"{PREFIX}{path}.{PEFT_LEAVES[leaf]}"
 
 
 def our_tensors(raw: dict[str, mx.array]) -> tuple[dict[str, mx.array], list[str]]:
-    """Return PEFT's tensors in our names and layout, as float32, and all problems.
+    """Return PEFT's tensors with our names and layout, as float32, and all problems.
 
     Args:
-        raw: The tensors of adapted modules. The name of the adapter in theirs is
-            dropped if it is the same in all.
+        raw: The tensors of adapted modules. An adapter's name inside the tensors' names
+            is removed if all have the same.
 
     Returns:
-        ``<PEFT's module path>.<lora_a, lora_b or m>`` to arrays, and what is wrong.
+        The arrays by ``<PEFT's module path>.<lora_a, lora_b or m>``, and the problems.
     """
     tensors: dict[str, mx.array] = {}
     strange: dict[str, list[str]] = {}
     adapters: set[str] = set()
     for name in sorted(raw, key=natural_order):
-        found = _LEAF.fullmatch(name.removeprefix(PREFIX))
-        if found is None:
+        match = _LEAF.fullmatch(name.removeprefix(PREFIX))
+        if match is None:
             strange.setdefault(_what_is(name), []).append(name)
             continue
-        adapter = found["of_a"] or found["of_b"] or found["of_m"]
+        adapter = match["of_a"] or match["of_b"] or match["of_m"]
         adapters |= {adapter} if adapter else set()
-        leaf = next(leaf for leaf in PEFT_LEAVES if found[leaf])
-        ours = f"{found['path']}.{leaf}"
+        leaf = next(leaf for leaf in PEFT_LEAVES if match[leaf])
+        ours = f"{match['path']}.{leaf}"
         if raw[name].ndim > 2:
             strange.setdefault("convolutions do not convert:", []).append(name)
         elif ours in tensors and len(adapters) < 2:
@@ -64,9 +63,9 @@ def our_tensors(raw: dict[str, mx.array]) -> tuple[dict[str, mx.array], list[str
             tensors[ours] = mx.contiguous(raw[name].astype(mx.float32).T)
     problems = [p for what, names in strange.items() for p in listed(what, names)]
     if len(adapters) > 1:
-        one = sorted(adapters)[0]
+        first = sorted(adapters)[0]
         what = f"it holds {len(adapters)} adapters (save each on its own, with PEFT's "
-        what += f"save_pretrained(path, selected_adapters=[{one!r}])):"
+        what += f"save_pretrained(path, selected_adapters=[{first!r}])):"
         problems += listed(what, sorted(adapters))
     return tensors, problems
 

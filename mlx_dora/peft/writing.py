@@ -1,4 +1,4 @@
-"""Writing an adapter as a folder of PEFT's."""
+"""Writes an adapter as a folder in PEFT's format."""
 
 import json
 import logging
@@ -32,9 +32,9 @@ from mlx_dora.peft.names import (
 from mlx_dora.peft.tensors import EMBEDDINGS, PEFT_TENSORS_NAME, peft_name
 
 OURS_KEY = "mlx_dora"
-"""Metadata of the tensor file: our own config of the adapter."""
+"""Metadata key of the tensor file for our own config of the adapter."""
 CLASS_KEY = "mlx_dora_class"
-"""Metadata of the tensor file: the class of mlx-lm whose names were translated."""
+"""Metadata key of the tensor file for the mlx-lm class whose names were translated."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,30 +48,30 @@ def to_peft(
     overwrite: bool = False,
     inputs: Inputs = (),
 ) -> None:
-    """Write an adapter as a folder that PEFT loads, complete or not at all.
+    """Write an adapter as a folder that PEFT loads; all or nothing.
 
-    Module paths are written as transformers has them. Where they differ from those of
-    MLX depends on the model's class, which is taken from `model`, or from the base
-    that the adapter recorded if that is a local folder. A warning says when the names
-    of transformers are not known. `from_peft` gives the adapter back bit for bit.
+    Module paths are written as in transformers. Where they differ from MLX's depends on
+    the model's class, which comes from `model` or else from the adapter's recorded base
+    if that is a local folder. Warns if transformers' names are unknown. `from_peft`
+    restores the adapter exactly.
 
     Args:
-        adapter: An `Adapter`, or the folder of one.
-        path: The folder to make.
-        base_model_name_or_path: What PEFT is told of the base; what the adapter
-            recorded if None.
-        model: The base, as a loaded model or a local folder. Only its class counts.
+        adapter: An `Adapter`, or an adapter folder.
+        path: The folder to create.
+        base_model_name_or_path: Name of the base to record for PEFT; if None, the base
+            that the adapter records.
+        model: The base, as a loaded model or a local folder. Only its class is used.
         overwrite: Replace an existing folder.
-        inputs: Files and folders that the output must not replace, hold or lie in. An
-            adapter and a model given as folders count without being named here.
+        inputs: Files and folders that the output must not replace, contain or lie in.
+            `adapter` and `model` are included if they are folders.
 
     Raises:
-        DoRAError: If the adapter holds what PEFT cannot express: embeddings, experts,
-            modules that transformers does not have as linear layers, full fine-tuning
-            (all by name); or `path` exists.
+        DoRAError: If the adapter contains something that PEFT cannot express:
+            embeddings, experts, modules that are not linear layers in transformers, or
+            full fine-tuning (all by name); or if `path` exists.
     """
-    given = [one for one in (adapter, model) if isinstance(one, str | Path)]
-    inputs = (*given, *inputs)
+    folders = [item for item in (adapter, model) if isinstance(item, str | Path)]
+    inputs = (*folders, *inputs)
     check_output(path, inputs=inputs, overwrite=overwrite)
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
@@ -79,7 +79,9 @@ def to_peft(
     names = names_of(kind)
     problems = adapter_problems(adapter) or list(_not_in_peft(adapter, kind))
     if problems:
-        raise DoRAError(f"the adapter cannot go to PEFT: {'; '.join(problems)}.")
+        raise DoRAError(
+            f"the adapter cannot be converted to PEFT: {'; '.join(problems)}."
+        )
     _warn_of_zero_rows(adapter)
     if names is None:
         _warn_of_names(adapter, kind)
@@ -102,7 +104,7 @@ def to_peft(
 def peft_config_json(
     adapter: Adapter, names: ClassNames, base_model: str | None
 ) -> dict[str, Any]:
-    """The content of an ``adapter_config.json`` that PEFT reads."""
+    """Return the content of an ``adapter_config.json`` for PEFT."""
     config = adapter.config
     paths = {names.to_transformers(path): path for path in adapter.paths}
     ranks = {theirs: config.rank_of(ours) for theirs, ours in paths.items()}
@@ -110,7 +112,7 @@ def peft_config_json(
         theirs: config.scale_of(ours) * ranks[theirs] for theirs, ours in paths.items()
     }
     rank, alpha = max(ranks.values()), max(alphas.values(), key=abs)
-    # PEFT takes the first key that a path ends with: all paths, the longest first.
+    # PEFT uses the first key that a path ends with, so list all paths, longest first.
     longest_first = sorted(paths, key=len, reverse=True)
     differ = any(r != rank for r in ranks.values())
     differ = differ or any(a != alpha for a in alphas.values())
@@ -165,7 +167,7 @@ def _warn_of_names(adapter: Adapter, kind: str | None) -> None:
 
 
 def _not_in_peft(adapter: Adapter, kind: str | None) -> Iterable[str]:
-    """What of an adapter PEFT cannot express, by name."""
+    """Yield what PEFT cannot express in an adapter, by name."""
     if adapter.fine_tune_type == "full":
         yield "it is a full fine-tuning, not a DoRA or LoRA adapter"
         return
@@ -183,7 +185,7 @@ def _not_in_peft(adapter: Adapter, kind: str | None) -> Iterable[str]:
         elif names_of(kind) is not None and names.is_missing(path):
             missing.append(path)
     yield from listed(
-        "PEFT has no adapter like ours for experts or heads of latent attention:",
+        "PEFT has no such adapter for experts or heads of latent attention:",
         experts,
     )
     yield from listed(
@@ -195,7 +197,10 @@ def _not_in_peft(adapter: Adapter, kind: str | None) -> Iterable[str]:
 
 
 def _is_embedding(adapter: Adapter, path: str) -> bool:
-    """Told by the magnitude's length, one a token, or by the usual names."""
+    """Whether a module is an embedding, by its magnitude's length or its name.
+
+    An embedding's magnitude has one entry per token.
+    """
     magnitude = adapter.tensors.get(f"{path}.m")
     if magnitude is not None:
         return magnitude.shape != adapter.tensors[f"{path}.lora_b"].shape[1:]

@@ -1,4 +1,4 @@
-"""Model cards: what was trained on what, how, and what it did to the weights."""
+"""Writes model cards: the base, the training, and the change of the weights."""
 
 import json
 import shlex
@@ -15,20 +15,20 @@ from mlx_dora.analyze.table import describe
 from mlx_dora.publish.markdown import block, inline, is_local, name_of, without_folders
 
 _CHANGED = 5
-"""How many of the most changed matrices a card lists."""
+"""Number of the most changed matrices that a card lists."""
 
 
 def adapter_card(
     folder: str | Path, base: str, command: Sequence[str], data: str | None
 ) -> str:
-    """The card of a trained adapter, as Markdown.
+    """Return the card of a trained adapter in Markdown.
 
     Args:
         folder: The adapter's folder.
-        base: The model it was trained on, as it was named.
-        command: The words of the command that made it; paths of this machine are
-            shown by their last name.
-        data: What it was trained on, as it was named.
+        base: Name of the base model, as the user gave it.
+        command: The words of the command that made the adapter. Of local paths, only
+            the last name is shown.
+        data: Name of the training data, as the user gave it.
 
     Raises:
         DoRAError: If the adapter or its base cannot be read.
@@ -55,14 +55,14 @@ def fused_card(
     report: FuseReport,
     command: Sequence[str],
 ) -> str:
-    """The card of a model that an adapter was fused into, as Markdown.
+    """Return the card of a fused model in Markdown.
 
     Args:
         folder: The fused model's folder.
         adapter_path: The adapter's folder.
-        base: The adapter's base, as it was named.
-        report: What the fuse did.
-        command: The words of the command that fused.
+        base: Name of the adapter's base model, as the user gave it.
+        report: The report of the fuse.
+        command: The words of the command that fused the model.
 
     Raises:
         DoRAError: If the adapter or its base cannot be read.
@@ -88,7 +88,7 @@ def fused_card(
 
 
 def _front_matter(base: str, tags: Sequence[str]) -> str:
-    """What the Hub reads: only a Hub id may stand as the base there."""
+    """Return the card's metadata for the Hub; the base is listed only if a Hub id."""
     lines = ["---", "library_name: mlx", "pipeline_tag: text-generation"]
     if not _is_local(base):
         lines.append(f"base_model: {json.dumps(base)}")
@@ -131,28 +131,28 @@ def _cell(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, Mapping):
         return ", ".join(
-            f"{inline(str(key))} {_cell(one)}" for key, one in value.items()
+            f"{inline(str(key))} {_cell(item)}" for key, item in value.items()
         )
     return inline(str(value))
 
 
 def _changes(analysis: AdapterAnalysis) -> list[str]:
-    """ΔM and ΔD (DoRA, arXiv:2402.09353, section 3.2) of the whole and of the most."""
+    """Describe ΔM and ΔD (DoRA, arXiv:2402.09353, section 3.2), mean and largest."""
     layers = analysis.layers
     count = len(layers)
     means = [
-        sum(getattr(one, field) for one in layers) / count
+        sum(getattr(layer, field) for layer in layers) / count
         for field in ("delta_m", "delta_m_relative", "delta_d")
     ]
     text = (
         f"Mean over {count} matrices: ΔM {means[0]:.3g} ({means[1]:.2%} of the rows' "
         f"length), ΔD {means[2]:.3g}. {describe(analysis.association)}."
     )
-    most = sorted(layers, key=lambda one: one.delta_d, reverse=True)[:_CHANGED]
+    most = sorted(layers, key=lambda layer: layer.delta_d, reverse=True)[:_CHANGED]
     rows = [
-        f"| {inline(one.name)} | {one.delta_m:.3g} | {one.delta_d:.3g} | "
-        f"{one.classification} |"
-        for one in most
+        f"| {inline(layer.name)} | {layer.delta_m:.3g} | {layer.delta_d:.3g} | "
+        f"{layer.classification} |"
+        for layer in most
     ]
     head = ["| most turned | ΔM | ΔD | rows are mostly |", "| --- | --- | --- | --- |"]
     return ["## What it changed", text, "\n".join([*head, *rows])]

@@ -1,4 +1,4 @@
-"""Text of files and of this machine in Markdown that goes out to the world."""
+"""Makes text from files and from this machine safe for public Markdown."""
 
 import re
 import shlex
@@ -7,18 +7,18 @@ from pathlib import Path
 from mlx_dora.errors import printable
 
 _MAX = 300
-# What Markdown or HTML would act on inside a line.
+# Characters with a meaning in Markdown or HTML inside a line.
 _ACTIVE = re.compile(r"([\\`*\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_]))")
 _INNER_PATH = re.compile(r"(?<![\w:/.])(?:~|/[^/\s'\",=:]+)(?:/[^/\s'\",=:]+)+/?")
 
 
 def inline(text: str) -> str:
-    """A name as plain text inside a line or a table's cell, whatever is in it."""
+    """Escape a name so that it is plain text inside a line or a table cell."""
     return _ACTIVE.sub(r"\\\1", printable(text, _MAX))
 
 
 def block(text: str) -> str:
-    """Lines as a fenced block that nothing in them ends."""
+    """Return lines as a fenced block that their content cannot end."""
     lines = [printable(line) for line in text.split("\n")]
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -26,17 +26,17 @@ def block(text: str) -> str:
 
 
 def without_folders(words: list[str]) -> str:
-    """A command line with paths of this machine by their last name alone."""
+    """Join a command line, reducing local paths to their last name."""
     return shlex.join(_word(word) for word in words)
 
 
 def name_of(path: str) -> str:
-    """The last name of a local path; anything else as it is."""
+    """Return the last name of a local path; return any other text unchanged."""
     return Path(path.rstrip("/")).name or path if is_local(path) else path
 
 
 def is_local(text: str) -> bool:
-    """Whether a text is a path on this machine, not a Hub id."""
+    """Whether a text is a local path, not a Hub id."""
     if not text or "\0" in text or len(text) > 4096:
         return False
     path = Path(text)
@@ -50,4 +50,4 @@ def _word(word: str) -> str:
         return f"{flag}={name_of(value)}"
     if is_local(word) and not re.match(r"\w+://", word):
         return name_of(word)
-    return _INNER_PATH.sub(lambda found: name_of(found[0]), word)
+    return _INNER_PATH.sub(lambda match: name_of(match[0]), word)

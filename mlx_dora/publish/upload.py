@@ -1,22 +1,22 @@
-"""Uploading a folder to the Hugging Face Hub."""
+"""Uploads a folder to the Hugging Face Hub."""
 
 import shlex
 from pathlib import Path
 
 from mlx_dora.errors import DoRAError
 
-# What a training keeps for itself beside the adapter.
+# Files beside the adapter that only training uses.
 _PRIVATE = ("checkpoints/*", "best/*", ".*")
 
 
 def check_upload(repo: str) -> None:
-    """Refuse an upload that cannot succeed, before anything slow is done.
+    """Refuse an upload that cannot succeed, before any slow work.
 
     Args:
         repo: Hub id, ``name`` or ``owner/name``.
 
     Raises:
-        DoRAError: If the id is not one, or nobody is logged in.
+        DoRAError: If `repo` is not a Hub id, or no user is logged in.
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
@@ -26,7 +26,7 @@ def check_upload(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         reason = " ".join(str(error).split())
-        raise DoRAError(f"--upload-repo {repo!r} is no Hub id: {reason}") from error
+        raise DoRAError(f"--upload-repo {repo!r} is not a Hub id: {reason}") from error
     if get_token() is None:
         raise DoRAError(
             f"cannot upload to {repo}: not logged in to the Hugging Face Hub; run "
@@ -35,17 +35,17 @@ def check_upload(repo: str) -> None:
 
 
 def upload_folder(folder: str | Path, repo: str) -> str:
-    """Upload a folder's files; checkpoints stay here.
+    """Upload a folder's files, without checkpoints.
 
     Args:
-        folder: An adapter or a model, with its card.
-        repo: Hub id; the repository is made if there is none.
+        folder: Folder of an adapter or a model, with its card.
+        repo: Hub id; the repository is created if it does not exist.
 
     Returns:
         The address of the repository.
 
     Raises:
-        DoRAError: If the Hub refuses or cannot be reached; the folder is as it was.
+        DoRAError: If the Hub refuses or cannot be reached; the folder is unchanged.
     """
     from huggingface_hub import HfApi
 
@@ -69,11 +69,11 @@ def upload_folder(folder: str | Path, repo: str) -> str:
 
 
 def _transport_error() -> type[BaseException]:
-    """What a failed connection raises: an error of the client that the hub's code uses.
+    """Return the class of errors that a failed connection raises.
 
-    That client has been requests, httpx and httpx2; its `HTTPError` is above the error
-    that huggingface_hub itself raises for an answer.
+    It belongs to the HTTP client of huggingface_hub, which has been requests, httpx and
+    httpx2. The client's `HTTPError` is a base class of huggingface_hub's own error.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    return next(one for one in HfHubHTTPError.__mro__ if one.__name__ == "HTTPError")
+    return next(cls for cls in HfHubHTTPError.__mro__ if cls.__name__ == "HTTPError")

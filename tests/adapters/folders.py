@@ -1,4 +1,4 @@
-"""Looking into adapter folders, and damaging them."""
+"""Inspects and damages adapter folders."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def edit_tensors(folder: Path, **changes: mx.array | None) -> None:
-    """Change tensors of a saved adapter; None deletes."""
+    """Change tensors of a saved adapter; None deletes a tensor."""
     path = str(folder / "adapters.safetensors")
     tensors = mx.load(path)
     assert isinstance(tensors, dict)

@@ -86,7 +86,7 @@ TOKENS = mx.array([[(7 * i + 3 * j) % 64 for j in range(24)] for i in range(4)])
 
 
 def make_model(kind: str, bits: int | None = None) -> nn.Module:
-    """A random model in eval mode, packed in groups of 32 if `bits` says so."""
+    """Return a random model in eval mode, packed in groups of 32 if `bits` is set."""
     module = importlib.import_module(f"mlx_lm.models.{kind}")
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict(MODELS[kind]))
@@ -97,7 +97,7 @@ def make_model(kind: str, bits: int | None = None) -> nn.Module:
 
 
 def write_folder(folder: Path, kind: str, bits: int | None = None) -> Path:
-    """The same model as a folder that `mlx_lm.load` reads."""
+    """Write the same model as a folder that `mlx_lm.load` reads."""
     folder.mkdir()
     weights: Any = dict(tree_flatten(make_model(kind, bits).parameters()))
     file = str(folder / "model.safetensors")
@@ -119,7 +119,10 @@ def make_adapter(
     scale: float = 2.0,
     kind: FineTuneType = "dora",
 ) -> Adapter:
-    """An adapter as if trained, every matrix in its own way; the model is left."""
+    """Return an adapter as if trained, with different values for each matrix.
+
+    The model is unchanged.
+    """
     mx.random.seed(seed)
     model.eval()
     config = DoRAConfig(rank=rank, scale=scale, num_layers=-1, keys=keys)
@@ -135,7 +138,7 @@ def make_adapter(
 
 
 def dense_stack(model: nn.Module, adapter: Adapter, path: str) -> np.ndarray:
-    """W' of every matrix of a stack, by Eq. 5 of DoRA in float64."""
+    """Return W' of every matrix in a stack, by Eq. 5 of DoRA in float64."""
     rows = dense_weight(dict(model.named_modules())[path])
     if f"{path}.lora_a" not in adapter.tensors:
         return rows

@@ -16,7 +16,7 @@ Make = Callable[..., nn.Module]
 Q0 = "model.layers.0.self_attn.q_proj"
 
 
-def test_everything_that_does_not_fit_is_one_message(
+def test_all_misfits_are_reported_in_one_message(
     make_tiny_model: Make, saved: Path
 ) -> None:
     adapter = load_adapter(saved)
@@ -49,7 +49,7 @@ def test_keys_and_tensors_must_agree(make_tiny_model: Make, saved: Path) -> None
         attach_adapter(make_tiny_model(), load_adapter(saved))
     more = "model.layers.0.mlp.up_proj"
     edit_config(saved, lora_parameters={**config, "keys": [*config["keys"], more]})
-    with pytest.raises(DoRAError, match=f"what has no tensors: {more}"):
+    with pytest.raises(DoRAError, match=f"modules that have no tensors: {more}"):
         attach_adapter(make_tiny_model(), load_adapter(saved))
 
 

@@ -1,4 +1,4 @@
-"""A fuse carries along what mlx-lm's text model leaves out of a checkpoint."""
+"""A fuse copies the tensors of a checkpoint that mlx-lm's text model drops."""
 
 import json
 import logging
@@ -65,7 +65,7 @@ KEYS = ("self_attn.q_proj", "mlp.up_proj")
 def write_model(
     folder: Path, config: dict[str, Any], extra: dict[str, mx.array]
 ) -> Path:
-    """A random model of one of mlx-lm's classes, with tensors that it drops."""
+    """Write a random model of an mlx-lm class, with tensors that the class drops."""
     module = import_module(f"mlx_lm.models.{config['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(config))
     mx.random.seed(0)
@@ -95,9 +95,9 @@ def adapt(base: Path, adapter: Path, config: DoRAConfig | None = None) -> mx.arr
 
 
 @pytest.mark.parametrize(
-    "config", [GEMMA3, MISTRAL3, QWEN3_VL], ids=lambda one: one["model_type"]
+    "config", [GEMMA3, MISTRAL3, QWEN3_VL], ids=lambda config: config["model_type"]
 )
-def test_vision_tower_is_carried_along__mtplx_263__mlx_lm_89(
+def test_vision_tower_is_copied__mtplx_263__mlx_lm_89(
     tmp_path: Path, config: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     extra = tower(config["model_type"])
@@ -115,7 +115,7 @@ def test_vision_tower_is_carried_along__mtplx_263__mlx_lm_89(
     assert_close(stock(TOKENS), to_numpy(expected))
 
 
-def test_fuse_in_memory_carries_them_too(tmp_path: Path) -> None:
+def test_fuse_in_memory_copies_them_too(tmp_path: Path) -> None:
     extra = tower("gemma3")
     base = write_model(tmp_path / "base", {**GEMMA3, **VISION}, extra)
     adapt(base, tmp_path / "a")
@@ -154,7 +154,7 @@ def test_packed_tower_becomes_dense_with_the_model(tmp_path: Path) -> None:
         assert mx.array_equal(fused.tensor(name), unpacked)
 
 
-def test_stacked_experts_are_not_taken_for_dropped(tmp_path: Path) -> None:
+def test_stacked_experts_are_not_treated_as_dropped(tmp_path: Path) -> None:
     config = {
         "model_type": "qwen3_moe", **TEXT, "num_experts": 4, "num_experts_per_tok": 2,
         "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 32,
@@ -181,7 +181,7 @@ def test_stacked_experts_are_not_taken_for_dropped(tmp_path: Path) -> None:
     assert_close(stock(TOKENS), to_numpy(expected))
 
 
-def test_tower_nested_under_model_is_carried_under_its_earlier_name(
+def test_tower_nested_under_model_is_copied_under_its_earlier_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = write_model(tmp_path / "base", {**QWEN3_VL, **VISION}, {})
@@ -196,7 +196,7 @@ def test_tower_nested_under_model_is_carried_under_its_earlier_name(
     expected = adapt(base, tmp_path / "a")
     with caplog.at_level(logging.WARNING, logger="mlx_dora"):
         fuse_model(base, tmp_path / "a", tmp_path / "fused")
-    assert "1 tensors of the base are carried along without their leading" in (
+    assert "1 tensors of the base are copied without their leading 'model.'" in (
         caplog.text
     )
     fused = Checkpoint(tmp_path / "fused")
@@ -205,7 +205,7 @@ def test_tower_nested_under_model_is_carried_under_its_earlier_name(
     assert_close(stock(TOKENS), to_numpy(expected))
 
 
-def test_copy_of_a_tied_head_stays_behind(tmp_path: Path) -> None:
+def test_copy_of_a_tied_head_is_dropped(tmp_path: Path) -> None:
     config = {"model_type": "llama", **TEXT, "tie_word_embeddings": True}
     buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
     extra = {"lm_head.weight": mx.ones((320, 32)), buffer: mx.ones(4)}
@@ -217,10 +217,10 @@ def test_copy_of_a_tied_head_stays_behind(tmp_path: Path) -> None:
     assert buffer in names
 
 
-def test_what_would_change_the_model_is_left_out_aloud(
+def test_tensors_that_would_change_the_model_are_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some models' sanitize adds 1 to every norm where there are prediction heads."""
+    """Some models' sanitize adds 1 to every norm if prediction heads are present."""
     from mlx_lm.models import llama
 
     def sanitize(self: object, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -243,7 +243,7 @@ def test_what_would_change_the_model_is_left_out_aloud(
     assert_close(mlx_lm.load(str(tmp_path / "fused"))[0](TOKENS), to_numpy(expected))
 
 
-def test_files_of_processors_travel(tmp_path: Path) -> None:
+def test_files_of_processors_are_copied(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", {**GEMMA3, **VISION}, tower("gemma3"))
     travelling = {
         "preprocessor_config.json": '{"size": 28}',

@@ -33,7 +33,7 @@ from mlx_dora.errors import DoRAError
             "variant must be dora, doran, doran-aux, map, prediag, magnitude, adap",
         ),
         ({"init": "svd"}, "init must be lora or pissa, got 'svd'."),
-        ({"init": "pissa", "variant": "map"}, "is a start of variant dora, got"),
+        ({"init": "pissa", "variant": "map"}, "init pissa needs variant dora, got"),
         ({"init": "pissa", "scale": -1.0}, "must be above 0; got -1.0."),
         ({"variant": "map", "scale": 0}, "low-rank part by the scale, which is 0."),
         ({"variant": "edora", "scale": 0}, "low-rank part by the scale, which is 0."),
@@ -71,7 +71,7 @@ def test_longest_pattern_wins() -> None:
     assert config.rank_of("model.layers.1.self_attn.k_proj") == 8  # no dot before proj
 
 
-def test_rslora_divides_by_the_root_of_each_rank() -> None:
+def test_rslora_divides_by_the_square_root_of_each_rank() -> None:
     config = DoRAConfig(scale=8, rank=4, rank_pattern={"q": 16}, use_rslora=True)
     assert config.scale_of("k") == 4
     assert config.scale_of("q") == 2

@@ -1,4 +1,4 @@
-"""Whole models with experts: adapted, trained, saved, loaded, fused, compared."""
+"""Complete models with experts: adapted, trained, saved, loaded, fused, compared."""
 
 import json
 from dataclasses import replace
@@ -52,7 +52,7 @@ DORA = DoRAConfig(rank=3, scale=2.0, num_layers=2)
 
 
 def trained(model: nn.Module, folder: Path, dora: DoRAConfig = DORA) -> list[float]:
-    """Train on counting, and give the losses."""
+    """Train on counting, and return the losses."""
     losses: list[float] = []
     finetune(
         model,
@@ -64,7 +64,7 @@ def trained(model: nn.Module, folder: Path, dora: DoRAConfig = DORA) -> list[flo
         ),
         dora=dora,
         adapter_path=folder,
-        callback=lambda one: losses.append(one.train_loss or 0.0),
+        callback=lambda report: losses.append(report.train_loss or 0.0),
     )
     return losses
 
@@ -78,7 +78,9 @@ def test_trains_saves_loads_and_fuses(
     base = model(TOKENS)
     losses = trained(model, tmp_path / "adapter")
     assert losses[-1] < losses[0] - 0.5
-    experts = [p for p, one in adapter_layers(model) if type(one) is DoRASwitchLinear]
+    experts = [
+        p for p, layer in adapter_layers(model) if type(layer) is DoRASwitchLinear
+    ]
     assert len(experts) == 6  # gate, up and down of two blocks
     model.eval()
     adapted = to_numpy(model(TOKENS))
@@ -89,7 +91,7 @@ def test_trains_saves_loads_and_fuses(
     with disabled(again):
         assert mx.array_equal(again(TOKENS), base)
     report = fuse_dora(again, dequantize=True)
-    assert {one.path for one in report.layers} >= set(experts)
+    assert {layer.path for layer in report.layers} >= set(experts)
     assert report.total.kept == pytest.approx(1, abs=1e-3)
     assert_close(again(TOKENS), adapted, bound=1e-4)
 
@@ -120,7 +122,7 @@ def test_streamed_fuse_equals_the_one_in_memory(
         assert mx.allclose(written[name], value, rtol=1e-5, atol=1e-6), name
 
 
-def test_packed_experts_get_bits_until_enough_is_kept(tmp_path: Path) -> None:
+def test_packed_experts_get_more_bits_until_enough_is_kept(tmp_path: Path) -> None:
     trained(make_model("qwen3_moe", 2), tmp_path / "adapter")
     adapter = load_adapter(tmp_path / "adapter")
     written: dict[str, mx.array] = {}
@@ -130,7 +132,7 @@ def test_packed_experts_get_bits_until_enough_is_kept(tmp_path: Path) -> None:
         FuseConfig(keep=0.95),
         lambda name, value: written.update({name: mx.array(value)}),
     )
-    layers = {one.path: one for one in fused.layers}
+    layers = {layer.path: layer for layer in fused.layers}
     stacks = [path for path in layers if "switch_mlp" in path]
     assert stacks
     for path in stacks:
@@ -175,8 +177,8 @@ def test_the_folder_holds_mlx_lm_s_layout(
         if name.rpartition(".")[2] in ("lora_a", "lora_b")
         and isinstance(value, mx.array)
     }
-    found = {n: v.shape for n, v in tensors.items() if not n.endswith(".m")}
-    assert found == shapes
+    written = {n: v.shape for n, v in tensors.items() if not n.endswith(".m")}
+    assert written == shapes
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -188,7 +190,7 @@ def test_heads_of_latent_attention_train_where_they_are_named(
     losses = trained(model, tmp_path / "adapter", replace(DORA, keys=HEADS))
     assert losses[-1] < losses[0]
     assert "stock mlx-lm cannot run DoRA on" in caplog.text
-    assert {type(one) for _, one in adapter_layers(model)} == {DoRAMultiLinear}
+    assert {type(layer) for _, layer in adapter_layers(model)} == {DoRAMultiLinear}
     model.eval()
     adapted = to_numpy(model(TOKENS))
     again = make_model("deepseek_v3", bits)
@@ -239,7 +241,7 @@ def test_lossless_fuse_folds_g_into_the_scales_of_each_expert(
     for path in adapter.paths:
         if "q_proj" in path:
             continue
-        old, new = (dict(one.named_modules())[path] for one in (base, fused))
+        old, new = (dict(folder.named_modules())[path] for folder in (base, fused))
         assert mx.array_equal(old["weight"], new["weight"])
         truth = dense_stack(base, adapter, path)
         assert_close(dense_stack(fused, beside, path), truth, bound=1e-6)
@@ -269,9 +271,9 @@ def test_packed_heads_fuse_into_a_folder(mode: Any, tmp_path: Path) -> None:
         folder, tmp_path / "adapter", tmp_path / "fused",
         config=FuseConfig(mode=mode, keep=0.99),
     )  # fmt: skip
-    assert all(one.survival.survives(0.99) for one in report.layers)
-    found = mlx_lm.load(str(tmp_path / "fused"))[0](TOKENS)
-    assert_close(found, expected, bound=0.1 if mode == "requantize" else 1e-4)
+    assert all(layer.survival.survives(0.99) for layer in report.layers)
+    output = mlx_lm.load(str(tmp_path / "fused"))[0](TOKENS)
+    assert_close(output, expected, bound=0.1 if mode == "requantize" else 1e-4)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -280,30 +282,31 @@ def test_named_adapters_swap_and_blend(
 ) -> None:
     model = make_model("deepseek_v3", bits)
     keys = (*EXPERTS["deepseek_v3"], "mlp.down_proj")
-    two = [make_adapter(model, 1, keys), make_adapter(model, 2, keys[:2], rank=5)]
+    adapters = [make_adapter(model, 1, keys), make_adapter(model, 2, keys[:2], rank=5)]
     alone = []
-    for one in two:
-        attach_adapter(model, one)
+    for adapter in adapters:
+        attach_adapter(model, adapter)
         alone.append(to_numpy(model(TOKENS)))
         remove_dora(model)
     shelf = NamedAdapters(model)
-    shelf.add("one", two[0])
-    shelf.add("two", two[1])
-    for name, expected in zip(("one", "two"), alone, strict=True):
+    shelf.add("first", adapters[0])
+    shelf.add("second", adapters[1])
+    for name, expected in zip(("first", "second"), alone, strict=True):
         shelf.set_adapter(name)
         assert_close(model(TOKENS), expected)
     path = "model.layers.1.mlp.switch_mlp.gate_proj"
     shelf.set_adapter(None)
     before, first, second = (
-        dense_stack(model, one, path) for one in (replace(two[0], tensors={}), *two)
+        dense_stack(model, adapter, path)
+        for adapter in (replace(adapters[0], tensors={}), *adapters)
     )
-    shelf.set_adapter({"one": 0.7, "two": 0.5})
+    shelf.set_adapter({"first": 0.7, "second": 0.5})
     monkeypatch.setattr(_stack, "stack_norms", None)  # the norms are known
     layer: Any = dict(model.named_modules())[path]
     layer.gain()
-    found = layer.fuse(dequantize=True)["weight"]
+    weight = layer.fuse(dequantize=True)["weight"]
     blended = before + 0.7 * (first - before) + 0.5 * (second - before)
-    assert_close(found, blended)
+    assert_close(weight, blended)
     gain = layer.m / layer.norm()
     assert_close(layer.gain(), to_numpy(gain))
 
@@ -340,6 +343,6 @@ def test_fuse_makes_no_float32_array_as_large_as_the_experts(
         remove_dora(model)
         fuse_config = FuseConfig(mode=mode, keep=0.0)
         stream_fused(model, adapter, fuse_config, lambda _, value: mx.eval(value))
-    # The fused experts, once more while they are put together, and blocks of one.
+    # The fused experts, a second copy while they are stacked, and blocks of an expert.
     own = 64 * 256 * 256 * (2 if bits is None else 5 / 8)
     assert mx.get_peak_memory() - before < 2.7 * own

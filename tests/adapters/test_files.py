@@ -187,7 +187,7 @@ def test_adapter_without_tensors_is_refused(saved: Path) -> None:
         ({"lora_parameters": {"rank": 0, "scale": 1.0}}, "at least 1, got 0"),
         ({"lora_parameters": {"rank": 8, "scale": float("nan")}}, "finite"),
         ({"num_layers": "two"}, "num_layers must be"),
-        ({"mlx_dora": {"version": 2}}, "newer than this mlx_dora knows"),
+        ({"mlx_dora": {"version": 2}}, "newer than this mlx_dora supports"),
         ({"mlx_dora": {"version": 1, "variant": "map"}}, "variant must be 'dora'"),
         ({"mlx_dora": {"version": 1, "rank_pattern": {"q": 0}}}, "at least 1, got 0"),
         ({"mlx_dora": {"version": 1, "base": 3}}, "base must be an object"),
@@ -204,7 +204,7 @@ def test_bad_config_is_refused(
     assert "adapter_config.json" in str(caught.value)
 
 
-def test_folder_that_is_no_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
+def test_folder_that_is_not_an_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(DoRAError, match="there is no such folder"):
         load_adapter(tmp_path / "none")
     (saved / "adapter_config.json").write_text("{")
@@ -240,7 +240,7 @@ def test_bad_values_are_not_saved(tiny_model: nn.Module, tmp_path: Path) -> None
     layer.m = layer.m * float("nan")
     with pytest.raises(DoRAError, match="a is not written: NaN or inf in"):
         save_adapter(tiny_model, tmp_path / "a")
-    with pytest.raises(DoRAError, match="left as it was: NaN or inf in"):
+    with pytest.raises(DoRAError, match="is unchanged: NaN or inf in"):
         write_adapter_files(tiny_model, tmp_path / "live")
     assert names(tmp_path) == ["live"]
     assert (tmp_path / "live" / "adapters.safetensors").read_bytes() == before
@@ -289,7 +289,7 @@ def warnings_of_saving(
     return caplog.text
 
 
-def test_saving_warns_of_what_stock_cannot_load(
+def test_saving_warns_about_modules_that_stock_mlx_lm_cannot_load(
     make_tiny_model: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_tiny_model()
@@ -300,7 +300,7 @@ def test_saving_warns_of_what_stock_cannot_load(
     text = warnings_of_saving(three, tmp_path / "three", caplog)
     assert "bit bases; use mlx_dora.load" in text
     assert "model.layers.1.self_attn.q_proj" in text
-    assert "quantised embeddings" in text
+    assert "quantized embeddings" in text
     zero = make_tiny_model()
     zero["model"]["layers"][1].self_attn.q_proj.weight[3] = 0
     train(zero)

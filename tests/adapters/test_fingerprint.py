@@ -15,7 +15,9 @@ Make = Callable[..., nn.Module]
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("kind", ["dora", "lora"])
-def test_adapters_do_not_count(make_tiny_model: Make, bits: int, kind: str) -> None:
+def test_adapters_do_not_affect_the_fingerprint(
+    make_tiny_model: Make, bits: int, kind: str
+) -> None:
     model = make_tiny_model(bits=bits)
     before = fingerprint(model)
     names = base_tensors(model).keys()
@@ -27,10 +29,10 @@ def test_adapters_do_not_count(make_tiny_model: Make, bits: int, kind: str) -> N
 
 
 def test_same_model_has_the_same_fingerprint(make_tiny_model: Make) -> None:
-    found = fingerprint(make_tiny_model(seed=3))
-    assert fingerprint(make_tiny_model(seed=3)) == found
-    assert found.startswith("sha256:")
-    assert len(found) == 71
+    value = fingerprint(make_tiny_model(seed=3))
+    assert fingerprint(make_tiny_model(seed=3)) == value
+    assert value.startswith("sha256:")
+    assert len(value) == 71
 
 
 @pytest.mark.parametrize(
@@ -43,11 +45,13 @@ def test_same_model_has_the_same_fingerprint(make_tiny_model: Make) -> None:
         {"num_hidden_layers": 3},
     ],
 )
-def test_another_model_has_another(make_tiny_model: Make, other: dict) -> None:
+def test_another_model_has_another_fingerprint(
+    make_tiny_model: Make, other: dict
+) -> None:
     assert fingerprint(make_tiny_model(**other)) != fingerprint(make_tiny_model())
 
 
-def test_changed_values_show(tiny_model: nn.Module) -> None:
+def test_changed_values_change_the_fingerprint(tiny_model: nn.Module) -> None:
     before = fingerprint(tiny_model)
     tiny_model["model"]["layers"][1].mlp.down_proj.weight *= 1.001
     assert fingerprint(tiny_model) != before

@@ -77,7 +77,7 @@ def test_unknown_model_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_folder_that_is_no_model_is_one_line(
+def test_folder_that_is_not_a_model_is_one_line(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     cases: list[tuple[str, str, str]] = [
@@ -140,12 +140,12 @@ def test_a_damaged_model_is_one_line_that_names_it(
     assert "\n" not in str(caught.value)
 
 
-def test_adapter_in_place_of_the_model_is_recognised(adapter: Path) -> None:
+def test_adapter_in_place_of_the_model_is_recognized(adapter: Path) -> None:
     with pytest.raises(DoRAError, match="It is an adapter: give its base"):
         load(adapter)
 
 
-def test_broken_adapter_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_broken_adapter_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(DoRAError, match="is not an adapter folder"):
         load("/no/such/model", tmp_path)
 
@@ -212,7 +212,7 @@ def test_strict_loading_inside_mlx_lm(adapter: Path) -> None:
     mx.eval(kept)
     mx.save_safetensors(path, kept)
     base = str(adapter.parent / "base")
-    mlx_lm.load(base, adapter_path=str(adapter))  # stock takes it in silence
+    mlx_lm.load(base, adapter_path=str(adapter))  # stock mlx-lm accepts it silently
     with use_in_mlx_lm(), pytest.raises(DoRAError, match=r"missing: .*q_proj.m"):
         mlx_lm.load(base, adapter_path=str(adapter))
 

@@ -1,4 +1,4 @@
-"""A process killed with no chance to clean up leaves no half-written output."""
+"""A process that is killed without cleanup leaves no partial output."""
 
 import signal
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import Adapter, load_adapter, save_adapter
 
-# Writes the adapter again and again, and says each time that it starts.
+# Writes the adapter repeatedly and prints a line at each start.
 LOOP = """
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ while True:
 
 @pytest.mark.parametrize("way", ["folder", "live"])
 @pytest.mark.parametrize("saves", [1, 3])
-def test_kill_leaves_nothing_half_written(tmp_path: Path, way: str, saves: int) -> None:
+def test_kill_leaves_no_partial_output(tmp_path: Path, way: str, saves: int) -> None:
     tensors = {
         f"m.{i}.{leaf}": mx.ones(shape)
         for i in range(8)
@@ -51,7 +51,7 @@ def test_kill_leaves_nothing_half_written(tmp_path: Path, way: str, saves: int) 
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
-    # Between its two renames, overwriting leaves the old folder whole in a hidden one.
+    # Between the two renames of an overwrite, the old folder is in a hidden folder.
     old = list(target.parent.glob(f".{target.name}.*.partial/old"))
     complete = [target] if target.exists() else old
     if way == "live":
@@ -60,6 +60,6 @@ def test_kill_leaves_nothing_half_written(tmp_path: Path, way: str, saves: int) 
         assert complete
     for folder in complete:
         assert load_adapter(folder).tensors.keys() == tensors.keys()
-    # And the next save is not in the way of what was left.
+    # The leftovers do not prevent the next save.
     save_adapter(load_adapter(source), target, overwrite=True)
     assert load_adapter(target).tensors.keys() == tensors.keys()

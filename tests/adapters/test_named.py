@@ -28,16 +28,16 @@ Q1 = "model.layers.1.self_attn.q_proj"
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
-    found = {}
+    adapters = {}
     for seed, (name, config) in enumerate(CONFIGS.items()):
         train(model, config)
         perturb(model, 0.01 * (seed + 1))
-        found[name] = take_adapter(model)
+        adapters[name] = take_adapter(model)
         remove_dora(model)
     train(model, CONFIGS["poet"], kind="lora")
-    found["plain"] = take_adapter(model)
+    adapters["plain"] = take_adapter(model)
     remove_dora(model)
-    return found
+    return adapters
 
 
 def alone(model: nn.Module, adapter: Adapter) -> mx.array:
@@ -52,7 +52,7 @@ def alone(model: nn.Module, adapter: Adapter) -> mx.array:
 
 
 def weights_of(model: nn.Module, path: str) -> np.ndarray:
-    """The adapted weight of a module in float64."""
+    """Return the adapted weight of a module in float64."""
     layer = dict(model.named_modules())[path]
     if "m" not in layer:
         return to_numpy(layer["weight"])
@@ -64,28 +64,30 @@ def weights_of(model: nn.Module, path: str) -> np.ndarray:
 
 @pytest.fixture
 def shelf(tiny_model: nn.Module) -> NamedAdapters:
-    found = adapters_of(tiny_model)
+    adapters = adapters_of(tiny_model)
     named = NamedAdapters(tiny_model)
-    for name, adapter in found.items():
+    for name, adapter in adapters.items():
         named.add(name, adapter)
     return named
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_each_is_what_it_is_alone(make_tiny_model: Make, bits: int | None) -> None:
+def test_each_adapter_computes_the_same_as_alone(
+    make_tiny_model: Make, bits: int | None
+) -> None:
     model = make_tiny_model(bits=bits)
     model.eval()
     base = model(TOKENS)
-    found = adapters_of(model)
-    expected = {name: alone(model, adapter) for name, adapter in found.items()}
+    adapters = adapters_of(model)
+    expected = {name: alone(model, adapter) for name, adapter in adapters.items()}
     named = NamedAdapters(model)
-    for name, adapter in found.items():
+    for name, adapter in adapters.items():
         named.add(name, adapter)
         assert mx.array_equal(model(TOKENS), base)
     for name in ("poet", "coder", "plain", "poet", "plain"):
         named.set_adapter(name)
         assert named.active == {name: 1.0}
-        # mlx-lm's own LoRA layer adds up in another order.
+        # mlx-lm's own LoRA layer sums in a different order.
         assert_close(model(TOKENS), to_numpy(expected[name]))
     named.set_adapter(None)
     assert mx.array_equal(model(TOKENS), base)
@@ -116,11 +118,11 @@ def test_blend_is_the_weighted_sum_of_the_changes(
             expected[path] = expected[path] + weight * change
     shelf.set_adapter(weights)
     for path in paths:
-        found = weights_of(tiny_model, path)
+        blended = weights_of(tiny_model, path)
         change = expected[path] - base[path]
-        error = np.linalg.norm(found - expected[path])
+        error = np.linalg.norm(blended - expected[path])
         assert error <= 1e-5 * max(np.linalg.norm(change), np.linalg.norm(base[path]))
-    # And the model computes with those weights.
+    # The model also computes with those weights.
     logits = tiny_model(TOKENS)
     fuse_dora(tiny_model)
     assert_close(logits, to_numpy(tiny_model(TOKENS)))
@@ -150,7 +152,7 @@ def test_swapping_reads_the_base_once(
         mx.eval(tiny_model(TOKENS))
 
 
-def test_known_norms_are_forgotten_with_what_they_are_of(
+def test_cached_norms_are_removed_with_their_adapter(
     tiny_model: nn.Module, shelf: NamedAdapters
 ) -> None:
     shelf.set_adapter("poet")
@@ -178,7 +180,7 @@ def test_a_blend_is_an_adapter_to_save(
     assert mx.array_equal(tiny_model(TOKENS), base)
 
 
-def test_bad_calls_leave_what_was_active(
+def test_bad_calls_keep_the_active_adapter(
     tiny_model: nn.Module, shelf: NamedAdapters, make_tiny_model: Make
 ) -> None:
     shelf.set_adapter("coder")
@@ -186,10 +188,10 @@ def test_bad_calls_leave_what_was_active(
     other = make_tiny_model(seed=4)
     train(other, CONFIGS["poet"])
     cases = [
-        (lambda: shelf.set_adapter("nobody"), "no adapter called 'nobody'; there are:"),
-        (lambda: shelf.add("poet", "somewhere"), "called 'poet' already"),
+        (lambda: shelf.set_adapter("nobody"), "no adapter named 'nobody'; there are:"),
+        (lambda: shelf.add("poet", "somewhere"), "named 'poet' already"),
         (lambda: shelf.remove("coder"), "'coder' is active"),
-        (lambda: shelf.remove("nobody"), "no adapter called"),
+        (lambda: shelf.remove("nobody"), "no adapter named"),
         (lambda: shelf.add("new", take_adapter(other)), "new does not fit the model"),
         (lambda: NamedAdapters(tiny_model), "adapted layers already"),
     ]
@@ -236,7 +238,7 @@ def test_zero_rows_stay_zero_in_a_blend(tiny_model: nn.Module) -> None:
     assert out[0, 3].item() == 0
 
 
-def test_rows_that_nearly_cancel_are_taken_densely() -> None:
+def test_rows_that_nearly_cancel_are_computed_densely() -> None:
     from mlx_dora.adapters.blend import Part, blend
     from mlx_dora.factored import factored_terms
 
@@ -247,7 +249,7 @@ def test_rows_that_nearly_cancel_are_taken_densely() -> None:
     down, scale = -(mx.linalg.pinv(up.T, stream=mx.cpu) @ w).T, 1.0
     terms = factored_terms(w, down, up, scale)
     m = terms.norm
-    found = blend(w, [(0.999, Part(down=down, up=up, m=m, terms=terms))])
-    dense = to_numpy(w) + to_numpy(found.up).T @ to_numpy(found.down).T
+    blended = blend(w, [(0.999, Part(down=down, up=up, m=m, terms=terms))])
+    dense = to_numpy(w) + to_numpy(blended.up).T @ to_numpy(blended.down).T
     exact = np.linalg.norm(dense, axis=1)
-    np.testing.assert_allclose(to_numpy(found.norm), exact, rtol=2e-3)
+    np.testing.assert_allclose(to_numpy(blended.norm), exact, rtol=2e-3)

@@ -1,4 +1,4 @@
-"""Tensors and config of an adapter are of one save, or refused."""
+"""Tensors and config of an adapter must come from the same save."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ from mlx_dora.adapters.files import load_adapter, save_adapter, write_adapter_fi
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import read_header_and_metadata
 
-# Writes two adapters in turn, whose tensors hold their scale.
+# Writes two adapters in turn; each holds its scale in its tensors.
 WRITER = """
 import sys
 from tests.adapters.test_one_save import scaled
@@ -25,11 +25,11 @@ from mlx_dora.adapters.files import save_adapter, write_adapter_files
 way, target = sys.argv[1:]
 adapters = scaled(1.0), scaled(2.0)
 while True:
-    for one in adapters:
+    for adapter in adapters:
         if way == "folder":
-            save_adapter(one, target, overwrite=True)
+            save_adapter(adapter, target, overwrite=True)
         else:
-            write_adapter_files(one, target)
+            write_adapter_files(adapter, target)
 """
 KILLED = """
 import os, signal, sys
@@ -47,7 +47,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def scaled(scale: float) -> Adapter:
-    """An adapter that holds its scale in every tensor."""
+    """Return an adapter that holds its scale in every tensor."""
     shapes = {"lora_a": (8, 2), "lora_b": (2, 8), "m": (8,)}
     tensors = {f"l.{leaf}": mx.full(shape, scale) for leaf, shape in shapes.items()}
     config = DoRAConfig(rank=2, scale=scale, keys=("l",), num_layers=-1)
@@ -55,10 +55,10 @@ def scaled(scale: float) -> Adapter:
 
 
 def scales(folder: Path) -> set[float]:
-    """Every scale that the adapter of a folder says."""
+    """Return every scale in the config and tensors of an adapter folder."""
     adapter = load_adapter(folder)
-    found = {float(v) for t in adapter.tensors.values() for v in (t.min(), t.max())}
-    return {adapter.config.scale, *found}
+    values = {float(v) for t in adapter.tensors.values() for v in (t.min(), t.max())}
+    return {adapter.config.scale, *values}
 
 
 @pytest.mark.parametrize("way", ["folder", "live"])
@@ -73,12 +73,12 @@ def test_a_reader_beside_a_writer_gets_one_save(tmp_path: Path, way: str) -> Non
         end = time.monotonic() + 60  # for a machine under load; 300 reads take seconds
         for _ in range(300):
             try:
-                found = scales(target)
-            except DoRAError:  # the one exception that is allowed, and is to be rare
+                read = scales(target)
+            except DoRAError:  # the only allowed exception, which must be rare
                 refused += 1
                 continue
-            assert len(found) == 1, found
-            seen |= found
+            assert len(read) == 1, read
+            seen |= read
             if time.monotonic() > end:
                 break
         while len(seen) < 2 and time.monotonic() < end:
@@ -121,7 +121,7 @@ def test_a_kill_over_an_adapter_without_an_id_leaves_no_mix(
 
 
 def forget_the_id(folder: Path, by: str) -> None:
-    """Rewrite an adapter as one that knows no ids writes it."""
+    """Rewrite an adapter like a program that does not know ids."""
     tensors = mx.load(str(folder / "adapters.safetensors"))
     assert isinstance(tensors, dict)
     mx.eval(tensors)

@@ -1,4 +1,4 @@
-"""Making an adapter of a rank above min(out, in) is refused; loading one is not."""
+"""A rank above min(out, in) is refused for new adapters, not for loaded adapters."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -62,22 +62,24 @@ def test_pissa_has_the_same_limit_for_each_half(tiny_model: nn.Module) -> None:
         tiny_model, DoRAConfig(rank=16, num_layers=layers, keys=keys, init="pissa")
     )
     layers = dict(dora_layers(tiny_model))
-    (layer,) = [one for path, one in layers.items() if path.endswith("k_proj")]
+    (layer,) = [layer for path, layer in layers.items() if path.endswith("k_proj")]
     lora_a, _ = layer.factors()
     assert lora_a.shape == (32, 32)
 
 
-def test_the_limit_itself_and_a_magnitude_alone_are_fine(tiny_model: nn.Module) -> None:
+def test_the_limit_itself_and_a_magnitude_without_factors_are_accepted(
+    tiny_model: nn.Module,
+) -> None:
     config = DoRAConfig(
         rank=32, num_layers=1, keys=("self_attn.q_proj",), magnitude_keys=(K,)
     )
     assert len(apply_dora(tiny_model, config)) == 2
 
 
-def test_a_small_module_among_all_takes_the_rank_of_the_rest(
+def test_a_small_module_among_all_gets_the_rank_of_the_others(
     tiny_model: nn.Module,
 ) -> None:
-    # As the gate with one output of Qwen2-MoE: nobody named it.
+    # Like the gate with one output of Qwen2-MoE, which the user did not name.
     assert apply_dora(tiny_model, DoRAConfig(rank=20, num_layers=1))
 
 

@@ -23,7 +23,7 @@ ALL_IN_BLOCK = 7
 
 
 def perturb(model: nn.Module) -> None:
-    """Give every adapter a real update, as if it had been trained."""
+    """Give every adapter a nonzero update, as if trained."""
     mx.random.seed(7)
     for _, layer in dora_layers(model):
         layer.lora_b = mx.random.normal(layer.lora_b.shape) * 0.1
@@ -43,7 +43,7 @@ def test_default_adapts_every_linear_of_the_last_blocks(tiny_model: nn.Module) -
     assert len(apply_dora(tiny_model, DoRAConfig(num_layers=-1))) == 2 * ALL_IN_BLOCK
 
 
-def test_no_layers_adapts_none(tiny_model: nn.Module) -> None:
+def test_zero_layers_adapt_nothing(tiny_model: nn.Module) -> None:
     assert apply_dora(tiny_model, DoRAConfig(num_layers=0)) == []
     assert apply_dora(tiny_model, DoRAConfig(num_layers=0, keys=QV)) == []
     assert dora_layers(tiny_model) == []
@@ -132,7 +132,9 @@ def test_unknown_experts_are_refused_not_skipped(tiny_model: nn.Module) -> None:
         apply_dora(tiny_model, DoRAConfig(num_layers=1))
 
 
-def test_a_refused_class_is_told_once_with_its_modules(tiny_model: nn.Module) -> None:
+def test_a_refused_class_is_reported_once_with_its_modules(
+    tiny_model: nn.Module,
+) -> None:
     from mlx_lm.models.afm7 import FusedLinear
 
     for block in tiny_model["model"]["layers"]:
@@ -155,7 +157,7 @@ def test_packed_linears_that_only_their_class_reads_are_refused_not_skipped(
     tiny_model["model"]["layers"][1].mlp.up_proj = BitLinear(32, 64, bias=False)
     with pytest.raises(DoRAError, match=r"layers.1.mlp.up_proj: .*BitLinear cannot"):
         apply_dora(tiny_model, DoRAConfig(num_layers=1))
-    # Not in a block that is asked for, or not asked for at all.
+    # Accepted in a block that is not selected, or if the keys do not select it.
     keys = ("self_attn.q_proj",)
     assert len(apply_dora(tiny_model, DoRAConfig(num_layers=1, keys=keys))) == 1
     remove_dora(tiny_model)
@@ -165,7 +167,7 @@ def test_packed_linears_that_only_their_class_reads_are_refused_not_skipped(
 
 
 @pytest.mark.parametrize("way", ["dora", "lora", "full"])
-def test_a_class_that_forgets_to_start_its_module_is_refused(way: str) -> None:
+def test_a_class_that_does_not_initialize_its_module_is_refused(way: str) -> None:
     class Forgetful(nn.Module):
         def __init__(self) -> None:
             self.layers = [nn.Linear(4, 4)]
@@ -233,7 +235,7 @@ def test_rslora_scales_by_rank(tiny_model: nn.Module) -> None:
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_base_comes_back_bit_for_bit(
+def test_base_is_restored_bit_for_bit(
     make_tiny_model: Callable[..., nn.Module], bits: int | None, dtype: mx.Dtype
 ) -> None:
     model = make_tiny_model(bits=bits, dtype=dtype)
@@ -253,8 +255,8 @@ def test_base_comes_back_bit_for_bit(
     again = dict(model.named_modules())
     assert modules.keys() == again.keys()
     assert all(again[path] is module for path, module in modules.items())
-    found = dict(tree_flatten(model.parameters()))
-    assert all(found[name] is value for name, value in values.items())
+    restored = dict(tree_flatten(model.parameters()))
+    assert all(restored[name] is value for name, value in values.items())
 
 
 def test_disabled_restores_after_an_exception(tiny_model: nn.Module) -> None:
@@ -313,9 +315,9 @@ def test_order_is_natural(make_tiny_model: Callable[..., nn.Module]) -> None:
     assert all(isinstance(layer, DoRALinear) for _, layer in dora_layers(model))
 
 
-def test_full_fine_tuning_of_a_quantised_model_is_refused(
+def test_full_fine_tuning_of_a_quantized_model_is_refused(
     make_tiny_model: Callable[..., nn.Module],
 ) -> None:
     model = make_tiny_model(bits=4)
-    with pytest.raises(DoRAError, match=r"must not be quantised as in model.layers.1"):
+    with pytest.raises(DoRAError, match=r"must not be quantized as in model.layers.1"):
         apply_layers(model, DoRAConfig(num_layers=1), "full")

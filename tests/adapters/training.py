@@ -1,4 +1,4 @@
-"""A stand-in for training, shared by the adapters' tests."""
+"""Replaces training in tests of adapters."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,7 +11,7 @@ QV = ("self_attn.q_proj", "self_attn.v_proj")
 
 
 def perturb(model: nn.Module, size: float = 0.02) -> None:
-    """Give every adapter a real update, as if it had been trained."""
+    """Give every adapter a nonzero update, as if trained."""
     mx.random.seed(7)
     for _, layer in adapter_layers(model):
         layer.lora_b = size * mx.random.normal(layer.lora_b.shape)
@@ -22,7 +22,7 @@ def perturb(model: nn.Module, size: float = 0.02) -> None:
 def train(
     model: nn.Module, config: DoRAConfig | None = None, kind: str = "dora"
 ) -> mx.array:
-    """Adapt a model and return what it then says of `TOKENS`, in eval mode."""
+    """Adapt a model and return its output for `TOKENS` in eval mode."""
     model.eval()
     mx.random.seed(3)
     apply_layers(model, config or DoRAConfig(num_layers=2, keys=QV), kind)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""One of everything that a command reads, tiny, in one folder."""
+"""Tiny examples of every input that commands read, in one folder."""
 
 import json
 from pathlib import Path
@@ -21,8 +21,8 @@ def make_material(folder: Path, *, fisher: bool = True) -> Path:
     """Make models ``m0`` and ``m1``, adapters ``a1`` and ``a2`` of ``m0``, and so on.
 
     Args:
-        folder: Made; any name.
-        fisher: Make the folders of Fisher information ``f0`` and ``f1`` too.
+        folder: The folder to create; any name.
+        fisher: Also make the folders of Fisher information ``f0`` and ``f1``.
 
     Returns:
         `folder`.

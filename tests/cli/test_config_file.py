@@ -65,7 +65,7 @@ lora_parameters:
 """
 
 
-def test_a_file_in_mlx_lms_form_sets_the_options(fit: Any) -> None:
+def test_a_file_in_mlx_lms_format_sets_the_options(fit: Any) -> None:
     assert fit(MLX_LM_CONFIG) == (0, "")
     schedule = {
         "name": "cosine_decay",
@@ -84,7 +84,7 @@ def test_a_file_in_mlx_lms_form_sets_the_options(fit: Any) -> None:
     assert seen == [expected, "org/model", True]
 
 
-def test_a_flag_beats_the_file(fit: Any) -> None:
+def test_a_flag_overrides_the_file(fit: Any) -> None:
     fit(MLX_LM_CONFIG, "--rank", "2", "--no-grad-checkpoint", "--model", "other")
     assert (seen[0].rank, seen[0].grad_checkpoint, seen[1]) == (2, False, "other")
 
@@ -99,7 +99,7 @@ def test_dashes_in_keys_are_underscores(fit: Any) -> None:
     assert seen[0].learning_rate == 0.5
 
 
-def test_unknown_keys_are_all_named_with_near_ones(fit: Any) -> None:
+def test_all_unknown_keys_are_named_with_similar_names(fit: Any) -> None:
     code, output = fit("model: m\nlearning_rat: 1\nlora_parameters: {rnak: 3}\nzzz: 1")
     assert code == 1
     assert output.count("\n") == 1
@@ -109,12 +109,12 @@ def test_unknown_keys_are_all_named_with_near_ones(fit: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "told"),
+    ("text", "code", "reason"),
     [
         ("model: [a", 1, "not valid YAML"),
         ("- a\n- b", 1, "must hold"),
         ("model: m\nmodel: n", 1, "twice"),
-        ("model: m\nrank: 2\nlora_parameters: {rank: 3}", 1, "one option"),
+        ("model: m\nrank: 2\nlora_parameters: {rank: 3}", 1, "set the same option"),
         ("model: m\nlora_parameters: 3", 1, "must be a mapping"),
         ("model: m\niters: 1.5", 2, "whole number"),
         ("model: m\niters: true", 2, "whole number"),
@@ -126,11 +126,11 @@ def test_unknown_keys_are_all_named_with_near_ones(fit: Any) -> None:
         ("", 2, "--model"),
     ],
 )
-def test_a_bad_file_is_one_line(fit: Any, text: str, code: int, told: str) -> None:
+def test_a_bad_file_is_one_line(fit: Any, text: str, code: int, reason: str) -> None:
     got, output = fit(text)
     assert got == code
     assert output.count("\n") == 1
-    assert told in output
+    assert reason in output
 
 
 def test_a_missing_file_is_one_line() -> None:
@@ -152,7 +152,7 @@ def test_numbers_are_read_as_mlx_lm_reads_them(text: str) -> None:
 
 
 def test_mlx_lms_own_defaults_are_all_keys_of_train(tmp_path: Path) -> None:
-    """An mlx_lm YAML works unchanged, whatever of its keys it sets."""
+    """Any YAML file of mlx_lm works unchanged, whichever keys it sets."""
     import yaml
     from mlx_lm.lora import CONFIG_DEFAULTS
 

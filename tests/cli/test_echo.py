@@ -23,7 +23,7 @@ def run(body) -> tuple[str, str]:
     return result.stdout, result.stderr
 
 
-def test_what_a_terminal_would_obey_is_escaped_and_our_own_style_kept() -> None:
+def test_control_characters_are_escaped_and_our_own_style_is_kept() -> None:
     stdout, _ = run(lambda: echo(HOSTILE, bold=True))
     assert stdout == f"\x1b[1m{SHOWN}\x1b[0m\n"
 

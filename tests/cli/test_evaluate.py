@@ -37,25 +37,29 @@ def invoke(*args: object) -> Result:
 def test_base_adapter_and_fused_side_by_side(
     tiny_model_folder: Path, adapter: Path, data: Path, tmp_path: Path
 ) -> None:
-    fused, found = tmp_path / "fused", tmp_path / "found.json"
+    fused, report = tmp_path / "fused", tmp_path / "report.json"
     fuse_model(str(tiny_model_folder), adapter, fused)
     models = ["--model", tiny_model_folder, "--adapter-path", adapter]
     result = invoke(
-        *models, "--fused-path", fused, "--data", data, "--json", found, "--samples", 2
+        *models, "--fused-path", fused, "--data", data, "--json", report, "--samples", 2
     )
     assert result.exit_code == 0, result.output
-    told = json.loads(found.read_text())
-    base, adapted, plain = told["results"]
-    assert [one["name"] for one in told["results"]] == ["base", "adapter", "fused"]
-    assert told["split"] == "valid"
+    comparison = json.loads(report.read_text())
+    base, adapted, plain = comparison["results"]
+    assert [entry["name"] for entry in comparison["results"]] == [
+        "base",
+        "adapter",
+        "fused",
+    ]
+    assert comparison["split"] == "valid"
     assert base["loss"]["loss"] != pytest.approx(adapted["loss"]["loss"], rel=1e-3)
     assert plain["loss"]["perplexity"] == pytest.approx(
         adapted["loss"]["perplexity"], rel=1e-3
     )
-    assert told["agreement"]["relative_logit_difference"] < 1e-4
-    assert told["agreement"]["max_logit_difference"] > 0
+    assert comparison["agreement"]["relative_logit_difference"] < 1e-4
+    assert comparison["agreement"]["max_logit_difference"] > 0
     assert adapted["labels"]["labels"] == {"even": 4, "odd": 4}
-    assert len(told["prompts"]) == len(adapted["samples"]) == 2
+    assert len(comparison["prompts"]) == len(adapted["samples"]) == 2
     for part in ("base", "adapter", "fused", "perplexity", "accuracy", "sample 2"):
         assert part in result.stdout
 
@@ -66,10 +70,10 @@ def test_base_alone_with_json_on_stdout(tiny_model_folder: Path, data: Path) -> 
         *("--samples", 0, "--no-labels", "--num-batches", 1, "--batch-size", 3),
     )
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert [one["loss"]["rows"] for one in told["results"]] == [3]
-    assert told["results"][0]["labels"] is None
-    assert told["agreement"] is None
+    comparison = json.loads(result.stdout)
+    assert [entry["loss"]["rows"] for entry in comparison["results"]] == [3]
+    assert comparison["results"][0]["labels"] is None
+    assert comparison["agreement"] is None
 
 
 def test_test_data_is_preferred(
@@ -103,17 +107,17 @@ def test_bad_input_is_one_line(tiny_model_folder: Path, data: Path, name: str) -
     assert result.stdout == ""
 
 
-def test_base_that_the_adapter_records_is_taken(
+def test_the_base_recorded_by_the_adapter_is_used(
     tiny_model_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     model, _ = load(tiny_model_folder)
     train(model)
     save_adapter(model, tmp_path / "adapter", base_model=str(tiny_model_folder))
     words = ("--adapter-path", tmp_path / "adapter", "--data", data, "--samples", "0")
-    found = invoke(*words)
-    assert found.exit_code == 0, found.output
+    recorded = invoke(*words)
+    assert recorded.exit_code == 0, recorded.output
     given = invoke(*words, "--model", tiny_model_folder)
-    assert found.stdout == given.stdout
+    assert recorded.stdout == given.stdout
 
 
 def test_model_or_adapter_is_required(data: Path) -> None:

@@ -49,7 +49,7 @@ def raising(error: BaseException) -> Callable[[], None]:
         (KeyboardInterrupt(), 130, "Interrupted."),
     ],
 )
-def test_what_a_user_can_put_right_is_one_line(
+def test_an_error_that_a_user_can_fix_is_one_line(
     error: BaseException, code: int, line: str
 ) -> None:
     result = CliRunner().invoke(command_that(raising(error)), [])
@@ -78,7 +78,7 @@ def test_library_warnings_go_to_stderr() -> None:
     assert (result.stdout, result.stderr) == ("done\n", "warning: 3 rows are zero\n")
 
 
-def test_openblas_comes_before_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openblas_is_loaded_before_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(openblas, "preload", lambda: calls.append("openblas"))
     CliRunner().invoke(command_that(lambda: calls.append("body")), [])
@@ -108,7 +108,7 @@ def test_group_lists_the_verbs() -> None:
 @pytest.mark.parametrize(
     "args", [["trian"], ["--no-such"], ["generat", "--model", "x"]]
 )
-def test_group_refuses_what_it_does_not_know(args: list[str]) -> None:
+def test_group_refuses_unknown_arguments(args: list[str]) -> None:
     result = CliRunner().invoke(group, args)
     assert result.exit_code == 2
     assert len(result.output.strip().splitlines()) == 1

@@ -91,7 +91,7 @@ def test_usage_error_exits_with_2() -> None:
     assert run("--nonsense").exit_code == 2
 
 
-def test_base_that_the_adapter_records_is_taken(
+def test_the_base_recorded_by_the_adapter_is_used(
     make_trained: Callable[..., Path],
 ) -> None:
     at = make_trained()
@@ -99,7 +99,7 @@ def test_base_that_the_adapter_records_is_taken(
     save_adapter(model, at / "with-base", base_model=str(at / "base"))
     named = run("--adapter-path", at / "with-base", "--save-path", at / "out")
     assert named.exit_code == 0, named.output
-    assert named.stderr == f"Base: {at / 'base'}, as the adapter records.\n"
+    assert named.stderr == f"Base: {at / 'base'}, as recorded by the adapter.\n"
     silent = run("--adapter-path", at / "adapter", "--save-path", at / "out2")
     assert silent.exit_code == 1
     assert "does not say what its base is; give the model (--model)" in silent.stderr

@@ -1,4 +1,4 @@
-"""mlx-lm's own commands on our layers; each starts one process, so few tests do."""
+"""mlx-lm's own commands with our layers. Few tests, since each starts a process."""
 
 import importlib
 import json
@@ -55,8 +55,8 @@ def test_generate_runs_an_adapter_on_our_layers(
     assert ran
 
 
-def test_arguments_reach_mlx_lm_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    # `mlx_lm.generate` is the function; the module of that name is what runs.
+def test_arguments_reach_mlx_lm_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `mlx_lm.generate` is a function, but the command runs the module of that name.
     module = importlib.import_module("mlx_lm.generate")
     seen: list[list[str]] = []
     monkeypatch.setattr(module, "main", lambda: seen.append(sys.argv))
@@ -68,7 +68,7 @@ def test_arguments_reach_mlx_lm_untouched(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("spelling", ["apart", "joined"])
-def test_base_that_the_adapter_records_is_taken(
+def test_the_base_recorded_by_the_adapter_is_used(
     tiny_model_folder: Path, tmp_path: Path, spelling: str
 ) -> None:
     from mlx_dora.cli._base_model import with_recorded_base
@@ -128,7 +128,7 @@ def test_a_truncated_model_is_one_line(tiny_model_folder: Path, file: str) -> No
     assert len(errors.strip().splitlines()) == 1
 
 
-def test_our_own_mistakes_keep_their_traceback(
+def test_bugs_in_our_layers_keep_their_traceback(
     tiny_model_folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlx_dora import DoRALinear

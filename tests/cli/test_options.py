@@ -128,7 +128,7 @@ def test_a_value_the_config_refuses_is_one_line_and_exit_code_1() -> None:
     )
 
 
-def test_help_shows_what_the_fields_say() -> None:
+def test_help_comes_from_the_fields() -> None:
     code, output = fit("--help")
     assert code == 0
     assert "--batch-size INTEGER" in output
@@ -136,7 +136,7 @@ def test_help_shows_what_the_fields_say() -> None:
     assert "-r, --rank" in output or "--rank, -r" in output
 
 
-def test_two_defaults_for_one_option_are_a_mistake() -> None:
+def test_two_defaults_for_an_option_are_an_error() -> None:
     @dataclasses.dataclass
     class Other:
         rank: int = 16
@@ -145,7 +145,7 @@ def test_two_defaults_for_one_option_are_a_mistake() -> None:
         dataclass_options(dora=Adapter, other=Other)
 
 
-def test_a_type_without_an_option_is_a_mistake() -> None:
+def test_a_type_without_an_option_is_an_error() -> None:
     @dataclasses.dataclass
     class Other:
         value: complex = 0j

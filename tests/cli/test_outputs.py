@@ -1,4 +1,4 @@
-"""No command writes over, around or into what it was given."""
+"""No command writes over, around or into its inputs."""
 
 import hashlib
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Command:
-    """A command that writes a folder: names in `words` that begin with @ are inputs."""
+    """A command that writes a folder; words in `words` that start with @ are inputs."""
 
     words: str
     output: str = "--save-path"
     overwrites: bool = True
     in_place: tuple[str, ...] = ()
-    """Inputs in whose own folder the command goes on, unless told to overwrite."""
+    """Inputs whose own folder the command continues, unless it overwrites."""
 
     @property
     def inputs(self) -> list[str]:
@@ -88,7 +88,7 @@ FILES = {
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """A hash of every file."""
+    """Return a hash of every file."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -97,7 +97,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def near(path: Path, scratch: Path) -> Iterator[Path]:
-    """A path itself, its parent, a child, and links to it and to its parent."""
+    """Yield a path, its parent, a child, and links to the path and its parent."""
     number = len(list(scratch.iterdir()))
     link, above = scratch / f"link{number}", scratch / f"above{number}"
     link.symlink_to(path)
@@ -113,40 +113,42 @@ def refuse(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", list(FOLDERS))
-def test_no_input_is_an_output_folder(
+def test_inputs_are_refused_as_output_folders(
     name: str, material: Path, tmp_path: Path
 ) -> None:
     command = FOLDERS[name]
     before = digest(material)
-    for one in command.inputs:
-        for output in near(material / one, tmp_path):
-            is_own = output.resolve() == (material / one).resolve()
+    for source in command.inputs:
+        for output in near(material / source, tmp_path):
+            is_own = output.resolve() == (material / source).resolve()
             for overwrite in (False, True)[: 1 + command.overwrites]:
-                if is_own and one in command.in_place and not overwrite:
+                if is_own and source in command.in_place and not overwrite:
                     continue
                 refuse(command.line(material, output, overwrite))
-                assert digest(material) == before, (one, output, overwrite)
+                assert digest(material) == before, (source, output, overwrite)
 
 
 @pytest.mark.parametrize("name", list(FILES))
-def test_no_input_is_an_output_file(name: str, material: Path, tmp_path: Path) -> None:
+def test_inputs_are_refused_as_output_files(
+    name: str, material: Path, tmp_path: Path
+) -> None:
     command = Command(FILES[name])
     before = digest(material)
     options = ("--json",) if name == "evaluate" else ("--json", "--report")
     flags = [[]] if name == "evaluate" else [[], ["--overwrite"]]
-    for one in command.inputs:
-        file = next(path for path in (material / one).iterdir() if path.is_file())
-        link = tmp_path / f"{one}-link"
+    for source in command.inputs:
+        file = next(path for path in (material / source).iterdir() if path.is_file())
+        link = tmp_path / f"{source}-link"
         link.symlink_to(file)
-        for output in (material / one, material, file, link):
+        for output in (material / source, material, file, link):
             for option in options:
                 for more in flags:
                     words = command.line(material, "", False)[:-2]
                     refuse([*words, option, str(output), *more])
-                    assert digest(material) == before, (one, output)
+                    assert digest(material) == before, (source, output)
 
 
-def test_two_reports_are_not_one_file(material: Path, tmp_path: Path) -> None:
+def test_two_reports_cannot_share_a_file(material: Path, tmp_path: Path) -> None:
     both = str(tmp_path / "out")
     words = ["analyze", "adapter", str(material / "a1"), "--json", both]
     refuse([*words, "--report", both])
@@ -154,7 +156,7 @@ def test_two_reports_are_not_one_file(material: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["fuse", "merge models"])
-def test_overwrite_takes_outputs_of_ours_alone(
+def test_overwrite_replaces_only_outputs_of_mlx_dora(
     name: str, material: Path, tmp_path: Path
 ) -> None:
     command = FOLDERS[name]

@@ -1,4 +1,4 @@
-"""Every option that takes a path expands ``~`` and takes any character."""
+"""Every option that accepts a path expands ``~`` and accepts any character."""
 
 import json
 import shlex
@@ -26,21 +26,21 @@ TEXTS = {
     "merge fisher": {"keys"},
     "merge models": {"weights"},
 }
-"""Options that take free text which is no path; the features are data sets' columns."""
+"""Options that accept free text but no path; the features name data set columns."""
 FEATURES = {
     "prompt_feature", "completion_feature", "text_feature", "chat_feature"
 }  # fmt: skip
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
-    """Every command that has options of ours, by its words."""
+    """Yield every command that defines its own options, with the words that call it."""
     context = click.Context(group)
     for verb in VERBS:
         command = group.get_command(context, verb)
         assert command is not None
         if isinstance(command, click.Group):
-            for name, one in command.commands.items():
-                yield f"{verb} {name}", one
+            for name, subcommand in command.commands.items():
+                yield f"{verb} {name}", subcommand
         elif not isinstance(command, PassThrough):
             yield verb, command
 
@@ -54,7 +54,7 @@ def path_options() -> set[tuple[str, str]]:
     }
 
 
-def test_text_options_are_known_to_be_no_paths() -> None:
+def test_text_options_are_not_paths() -> None:
     for words, command in commands():
         free = {
             str(param.name)
@@ -113,7 +113,7 @@ def run(words: list[str]) -> Result:
     return result
 
 
-def test_every_path_option_takes_home_space_quote_and_newline(
+def test_every_path_option_accepts_home_space_quote_and_newline(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(home))
@@ -126,7 +126,7 @@ def test_every_path_option_takes_home_space_quote_and_newline(
             f"~/{FOLDER}/{word[1:]}" if word[0] == "@" else word
             for word in line.split()
         ]
-        name = next(one for one in known if line.startswith(f"{one} "))
+        name = next(command for command in known if line.startswith(f"{command} "))
         context = known[name].make_context(name, words[len(name.split()) :])
         tried |= {
             (name, option)
@@ -135,12 +135,12 @@ def test_every_path_option_takes_home_space_quote_and_newline(
         }
         tried |= {(name, "config")} if " -c " in line else set()
         run(words)
-    # The demo takes minutes: what it is given is enough here.
+    # The demo takes minutes, so only its parsed options are checked.
     demo = known["demo"].make_context("demo", ["--output", "~/o", "--model", "~/m"])
     assert str(demo.params["output"]) == f"{home}/o"
     assert demo.params["model"] == f"{home}/m"
     assert path_options() - tried == {("demo", "output"), ("demo", "model")}
-    assert list(tmp_path.iterdir()) == []  # no folder called ~
+    assert list(tmp_path.iterdir()) == []  # no folder named ~
     for name in ("trained", "fused", "to-peft", "fisher", "mixed", "extracted"):
         assert (home / FOLDER / name).is_dir()
     json.loads((home / FOLDER / "two.json").read_text())
@@ -152,25 +152,25 @@ def test_the_next_commands_work_as_printed(
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
     line = f"train -c {shlex.quote(f'~/{FOLDER}/settings/train.yaml')} --val-batches 0"
-    found = run([*shlex.split(line), "--adapter-path", f"~/{FOLDER}/next"])
-    lines = found.stdout.partition("Next:")[2]
+    result = run([*shlex.split(line), "--adapter-path", f"~/{FOLDER}/next"])
+    lines = result.stdout.partition("Next:")[2]
     shown = ["bash", "-c", "printf '%s\\0' " + " ".join(lines.split("\n"))]
     words = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
     words = words.split("\0")[:-1]
     starts = [i for i, word in enumerate(words) if word.startswith("mlx_dora.")]
     said = [words[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
-    verbs = [one[0].removeprefix("mlx_dora.") for one in said]
+    verbs = [line[0].removeprefix("mlx_dora.") for line in said]
     assert verbs == ["generate", "evaluate", "fuse"]
-    for verb, one in zip(verbs, said, strict=True):
-        assert f"{home}/{FOLDER}/next" in one
+    for verb, line in zip(verbs, said, strict=True):
+        assert f"{home}/{FOLDER}/next" in line
         if verb != "generate":
             more = ["--samples", "0"] if verb == "evaluate" else []
-            run([verb, *one[1:], *more])
+            run([verb, *line[1:], *more])
     assert (home / FOLDER / "next-fused" / "config.json").exists()
 
 
 @pytest.mark.parametrize("value", ["~nobody-of-this-name/x", "a\0b"])
-def test_a_path_that_cannot_be_is_wrong_usage(value: str) -> None:
+def test_an_impossible_path_is_wrong_usage(value: str) -> None:
     result = CliRunner().invoke(group, ["extract", value, "m1", "--save-path", "o"])
     assert result.exit_code == 2
     assert "Invalid value for 'BASE'" in result.stderr

@@ -99,7 +99,7 @@ with TrainDisplay(10) as display:
 """
 
 
-def test_a_warning_has_a_line_of_its_own_above_the_bars() -> None:
+def test_a_warning_has_its_own_line_above_the_bars() -> None:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", WARNS_WHILE_TRAINING],
@@ -111,7 +111,7 @@ def test_a_warning_has_a_line_of_its_own_above_the_bars() -> None:
     while True:
         try:
             part = os.read(ours, 4096)
-        except OSError:  # the terminal is gone: Linux's end of file
+        except OSError:  # Linux's end of file: the terminal was closed
             break
         if not part:
             break

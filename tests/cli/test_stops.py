@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP, and processes that start without what they should have."""
+"""SIGTERM and SIGHUP, and processes that start without streams or a TMPDIR."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def test_a_stopped_command_cleans_up(
     assert result.stderr.splitlines()[-1] == f"Stopped by {number.name}."
     assert signal.getsignal(number) == before
     left = [path.suffix for path in tmp_path.iterdir()]
-    # A merge of models is resumed by the next that is given the same.
+    # An interrupted merge of models is resumed by the next merge with the same input.
     assert left == ([".resume"] if name == "merge models" else [])
 
 
@@ -62,7 +62,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
     def command() -> None:
         os.kill(os.getpid(), signal.SIGHUP)
 
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as with nohup
     try:
         assert CliRunner().invoke(command, []).exit_code == 0
     finally:
@@ -101,7 +101,7 @@ def test_a_stopped_training_saves_first(
 
 
 def run(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell line, where MLX_DORA stands for the command."""
+    """Run a shell line in which MLX_DORA stands for the command."""
     line = line.replace("MLX_DORA", f"'{sys.executable}' -m mlx_dora")
     return subprocess.run(
         ["bash", "-c", line],
@@ -120,24 +120,24 @@ def test_closed_streams_and_a_missing_temporary_folder_do_not_matter(
         f"MLX_DORA train --model {material}/m0 --data {material}/data --iters 1 "
         f"--rank 2 --num-layers 1 --val-batches 0 --adapter-path {tmp_path}/a"
     )
-    found = run(f"{line} <&- >&-", TMPDIR=f"{tmp_path}/none")
-    assert found.returncode == 0, found.stderr
-    assert f"TMPDIR '{tmp_path}/none' is not a folder" in found.stderr
+    result = run(f"{line} <&- >&-", TMPDIR=f"{tmp_path}/none")
+    assert result.returncode == 0, result.stderr
+    assert f"TMPDIR '{tmp_path}/none' is not a folder" in result.stderr
     assert (tmp_path / "a" / "adapters.safetensors").exists()
-    found = run(f"MLX_DORA analyze adapter {tmp_path}/a <&- >&- 2>&-")
-    assert found.returncode == 0
+    result = run(f"MLX_DORA analyze adapter {tmp_path}/a <&- >&- 2>&-")
+    assert result.returncode == 0
 
 
 def test_a_name_that_the_locale_cannot_write_is_refused_in_one_line(
     tmp_path: Path,
 ) -> None:
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    found = run(f"MLX_DORA fuse --model '{tmp_path}/ä' --save-path o", **plain)
-    assert found.returncode == 1
-    assert len(found.stderr.splitlines()) == 1
-    assert "set PYTHONUTF8=1" in found.stderr
+    result = run(f"MLX_DORA fuse --model '{tmp_path}/ä' --save-path o", **plain)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "set PYTHONUTF8=1" in result.stderr
     (tmp_path / "ö").mkdir()
-    found = run(f"cd '{tmp_path}/ö'; MLX_DORA fuse --model m", **plain)
-    assert found.returncode == 1
-    assert len(found.stderr.splitlines()) == 1
-    assert "set PYTHONUTF8=1" in found.stderr
+    result = run(f"cd '{tmp_path}/ö'; MLX_DORA fuse --model m", **plain)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "set PYTHONUTF8=1" in result.stderr

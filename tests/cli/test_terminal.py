@@ -1,4 +1,4 @@
-"""What files bring, on a real terminal: shown, and never obeyed."""
+"""Text from files on a real terminal is shown, never interpreted."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SHOWN = rb"\x1b]0;TITLE\x07\x1b[2J\x1b[31m"
 
 
 def on_a_terminal(folder: Path, *args: str) -> bytes:
-    """What a command sends to a terminal, stdout and stderr together."""
+    """Return what a command sends to a terminal through stdout and stderr."""
     own, theirs = os.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
     process = subprocess.Popen(
@@ -34,7 +34,7 @@ def on_a_terminal(folder: Path, *args: str) -> bytes:
     try:
         while data := os.read(own, 65536):
             output += data
-    except OSError:  # how Linux tells that the other end is closed
+    except OSError:  # Linux's sign that the other end is closed
         pass
     finally:
         os.close(own)
@@ -44,7 +44,7 @@ def on_a_terminal(folder: Path, *args: str) -> bytes:
 
 @pytest.fixture
 def place(tiny_model_folder: Path, tmp_path: Path) -> Path:
-    """A folder with a model ``tiny`` and an adapter ``a``."""
+    """Return a folder with a model ``tiny`` and an adapter ``a``."""
     model = load(str(tiny_model_folder))[0]
     apply_dora(model, DoRAConfig(rank=2, num_layers=-1))
     save_adapter(model, tmp_path / "a")

@@ -14,7 +14,7 @@ from mlx_dora.cli.train import command, describe_training, next_commands
 from mlx_dora.train import TrainConfig, TrainReport
 from tests.cli.training_data import write_data
 
-# As in mlx-lm's own example, with its comments gone and small numbers.
+# mlx-lm's own example without its comments and with small numbers.
 HOST_YAML = """
 model: "{model}"
 train: true
@@ -62,7 +62,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small(tiny_model_folder: Path, data: Path, tmp_path: Path) -> list[str]:
-    """Options of a training that takes a second."""
+    """Return options for a training run that takes a second."""
     return [
         *("--model", str(tiny_model_folder), "--data", str(data), "--iters", "3"),
         *("--rank", "2", "--adapter-path", str(tmp_path / "out"), "--num-layers", "1"),
@@ -159,7 +159,7 @@ def test_results_go_to_stdout_and_progress_to_stderr(
     assert (tmp_path / "out" / "loss.png").exists() == can_plot()
 
 
-def test_without_matplotlib_it_says_so(
+def test_a_missing_matplotlib_is_reported(
     small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlx_dora.train import plot
@@ -169,7 +169,9 @@ def test_without_matplotlib_it_says_so(
     assert "No loss plot: pip install 'mlx_dora[report]'" in result.stdout
 
 
-def test_test_alone_measures_an_adapter(small: list[str], tmp_path: Path) -> None:
+def test_test_without_training_measures_an_adapter(
+    small: list[str], tmp_path: Path
+) -> None:
     result = invoke("--test", *small)
     assert result.exit_code == 1
     assert "set train too" in result.stderr
@@ -183,7 +185,7 @@ def test_test_alone_measures_an_adapter(small: list[str], tmp_path: Path) -> Non
     assert (tmp_path / "out" / "adapters.safetensors").read_bytes() == before
 
 
-def test_an_adapter_is_replaced_only_when_told(small: list[str]) -> None:
+def test_an_adapter_is_replaced_only_with_overwrite(small: list[str]) -> None:
     assert invoke(*small).exit_code == 0
     refused = invoke(*small)
     assert refused.exit_code == 1
@@ -191,7 +193,7 @@ def test_an_adapter_is_replaced_only_when_told(small: list[str]) -> None:
     assert invoke(*small, "--overwrite").exit_code == 0
 
 
-def test_missing_validation_data_is_told(small: list[str], data: Path) -> None:
+def test_missing_validation_data_is_reported(small: list[str], data: Path) -> None:
     (data / "valid.jsonl").unlink()
     result = invoke(*small)
     assert result.exit_code == 0
@@ -199,7 +201,7 @@ def test_missing_validation_data_is_told(small: list[str], data: Path) -> None:
     assert "validation loss" not in result.output
 
 
-def test_cache_threshold_takes_sizes(small: list[str]) -> None:
+def test_cache_threshold_accepts_sizes(small: list[str]) -> None:
     assert invoke(*small, "--clear-cache-threshold", "1.5GB").exit_code == 0
     bad = invoke(*small, "--clear-cache-threshold", "much")
     assert bad.exit_code == 2
@@ -267,7 +269,9 @@ def test_data_cut_before_its_targets_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_key_of_the_yaml_is_told(small: list[str], tmp_path: Path) -> None:
+def test_an_unknown_key_in_the_yaml_is_reported(
+    small: list[str], tmp_path: Path
+) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("learning_rte: 1e-5\n")
     result = invoke("-c", str(path), *small)
@@ -326,7 +330,7 @@ def report(**extra: Any) -> TrainReport:
     )
 
 
-def test_summary_says_what_was_done() -> None:
+def test_summary_reports_the_training() -> None:
     lines = describe_training(
         report(first_val_loss=2.0, val_loss=1.5, rows_truncated=3)
     )
@@ -334,7 +338,7 @@ def test_summary_says_what_was_done() -> None:
         "Trained 1.500 M parameters in 2 modules: 7 steps, 12,345 tokens, 1:02:05, "
         "peak memory 2.50 GB.",
         "Validation loss 2.0000 before, 1.5000 after.",
-        "Training rows cut: 3; left out for want of a target: 0.",
+        "Training rows cut: 3; skipped without a target: 0.",
         "Adapter: out",
     ]
     assert len(describe_training(report())) == 2

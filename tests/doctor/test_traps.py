@@ -27,12 +27,12 @@ MEMORY = Memory(
 MISSING = OpenBLASStatus(state="missing", message="It is not installed.")
 
 
-def test_slow_products_on_a_cpu_come_with_the_cure() -> None:
+def test_slow_products_on_a_cpu_come_with_the_remedy() -> None:
     traps = find_traps(LINUX, MEMORY, MISSING, gflops=2.0, layers=[])
     assert "LD_PRELOAD=libopenblas.so.0" in traps[0]
 
 
-def test_quick_products_are_no_trap_whatever_the_status_says() -> None:
+def test_fast_products_are_not_a_trap_whatever_the_status_is() -> None:
     traps = find_traps(LINUX, MEMORY, MISSING, gflops=150.0, layers=[])
     assert not any("LD_PRELOAD" in trap for trap in traps)
 
@@ -46,23 +46,23 @@ def test_wrong_results_come_first() -> None:
 def test_mac_traps_are_for_macs() -> None:
     mac = dataclasses.replace(LINUX, is_mac=True, is_gpu=True)
     memory = dataclasses.replace(MEMORY, wired_limit_mb=0)
-    told = " ".join(find_traps(mac, memory, MISSING, gflops=2.0, layers=[]))
-    assert "AGX_RELAX_CDM_CTXSTORE_TIMEOUT" in told
-    assert "iogpu.wired_limit_mb" in told
-    assert "--clear-cache-threshold" in told
-    assert "This Mac sleeps when idle" in told
-    assert "LD_PRELOAD" not in told
+    warnings = " ".join(find_traps(mac, memory, MISSING, gflops=2.0, layers=[]))
+    assert "AGX_RELAX_CDM_CTXSTORE_TIMEOUT" in warnings
+    assert "iogpu.wired_limit_mb" in warnings
+    assert "--clear-cache-threshold" in warnings
+    assert "This Mac sleeps when idle" in warnings
+    assert "LD_PRELOAD" not in warnings
 
 
 def test_a_mac_that_never_sleeps_needs_no_caffeine() -> None:
     mac = dataclasses.replace(LINUX, is_mac=True, is_gpu=True)
 
-    def told(minutes: int) -> str:
+    def warnings_for(minutes: int) -> str:
         memory = dataclasses.replace(MEMORY, sleep_minutes=minutes)
         return " ".join(find_traps(mac, memory, MISSING, gflops=2.0, layers=[]))
 
-    assert "caffeinate" not in told(0)
-    assert "sleeps after 10 idle minutes" in told(10)
+    assert "caffeinate" not in warnings_for(0)
+    assert "sleeps after 10 idle minutes" in warnings_for(10)
 
 
 def test_the_sleep_setting_is_read_from_pmset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ def names(folder: Path) -> list[str]:
 
 
 def old_output(folder: Path) -> Path:
-    """A folder that looks like an output of ours."""
+    """Return a folder that looks like an output of mlx_dora."""
     folder.mkdir()
     (folder / "adapters.safetensors").touch()
     return folder
@@ -108,7 +108,7 @@ def test_overwrite_never_deletes_the_working_directory(
 
 
 @pytest.mark.parametrize("suffix", ["partial", "resume"])
-def test_what_a_killed_overwrite_moved_away_returns(
+def test_the_folder_that_a_killed_overwrite_moved_is_restored(
     tmp_path: Path, suffix: str
 ) -> None:
     holder = tmp_path / f".o.0123456789ab.{suffix}"
@@ -116,20 +116,20 @@ def test_what_a_killed_overwrite_moved_away_returns(
     old_output(holder / "old")
     remove_leftovers(tmp_path / "o")
     assert names(tmp_path / "o") == ["adapters.safetensors"]
-    # The half-written part of a merge is what the next one goes on with.
+    # The next merge resumes from the partial output.
     assert holder.exists() == (suffix == "resume")
 
 
-def test_leftovers_of_a_killed_process_go_with_the_next_write(tmp_path: Path) -> None:
+def test_the_next_write_removes_leftovers_of_a_killed_process(tmp_path: Path) -> None:
     (tmp_path / ".o.0123456789ab.partial" / "new").mkdir(parents=True)
-    (tmp_path / ".p.0123456789ab.partial").mkdir()  # another output's
-    (tmp_path / ".o.notes.partial").mkdir()  # not a name of ours
+    (tmp_path / ".p.0123456789ab.partial").mkdir()  # belongs to another output
+    (tmp_path / ".o.notes.partial").mkdir()  # not a temporary name of mlx_dora
     with atomic_directory(tmp_path / "o", inputs=()):
         pass
     assert names(tmp_path) == [".o.notes.partial", ".p.0123456789ab.partial", "o"]
 
 
-def test_what_a_living_process_writes_is_no_leftover(tmp_path: Path) -> None:
+def test_the_output_of_a_running_process_is_not_a_leftover(tmp_path: Path) -> None:
     with (
         pytest.raises(DoRAError, match="already exists"),
         atomic_directory(tmp_path / "o", inputs=()) as first,
@@ -140,7 +140,7 @@ def test_what_a_living_process_writes_is_no_leftover(tmp_path: Path) -> None:
     assert names(tmp_path) == ["o"]
 
 
-def test_a_planted_link_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
+def test_a_planted_link_is_not_treated_as_a_leftover(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").touch()
     link = tmp_path / ".o.0123456789ab.partial"
@@ -176,7 +176,7 @@ def test_a_stop_between_the_two_renames_keeps_the_old_folder(
     "error",
     [
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "source/tokenizer.json"),
-        # As the tokenizers package has it.
+        # The error of the tokenizers package.
         Exception(f"No space left on device (os error {errno.ENOSPC})"),
     ],
 )
@@ -190,7 +190,7 @@ def test_a_full_disk_names_the_output(tmp_path: Path, error: Exception) -> None:
     assert names(tmp_path) == []
 
 
-def test_text_is_replaced_at_once(tmp_path: Path) -> None:
+def test_text_is_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "f.json"
     write_text(path, "old")
     write_text(path, "new")

@@ -17,7 +17,7 @@ def write_shards(folder: Path, count: int = 4) -> dict[str, mx.array]:
     return tensors
 
 
-def test_shards_and_index_come_back(tmp_path: Path) -> None:
+def test_shards_and_index_are_read_back(tmp_path: Path) -> None:
     tensors = write_shards(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "model-00001-of-00002.safetensors",
@@ -26,12 +26,12 @@ def test_shards_and_index_come_back(tmp_path: Path) -> None:
     ]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 160
-    found = Checkpoint(tmp_path)
-    assert found.names == sorted(tensors)
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.names == sorted(tensors)
     for name, tensor in tensors.items():
-        assert mx.array_equal(found.tensor(name), tensor)
-        assert mx.array_equal(found.tensor(name), tensor)  # and once more
-        assert found.info(name).shape == (10,)
+        assert mx.array_equal(checkpoint.tensor(name), tensor)
+        assert mx.array_equal(checkpoint.tensor(name), tensor)  # and again
+        assert checkpoint.info(name).shape == (10,)
 
 
 def test_one_shard_has_no_number(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_tensor_over_the_limit_has_its_own_shard(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
-def test_nothing_is_finalised_after_a_failure(tmp_path: Path) -> None:
+def test_nothing_is_finalized_after_a_failure(tmp_path: Path) -> None:
     with pytest.raises(OSError), ShardWriter(tmp_path, max_shard_bytes=40) as writer:
         writer.add("a", mx.ones(10))
         writer.add("b", mx.ones(10))
@@ -56,14 +56,14 @@ def test_nothing_is_finalised_after_a_failure(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_swallowed_failure_is_not_finalised_either(
+def test_nothing_is_finalized_after_a_suppressed_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError("disk full")
 
     with (
-        pytest.raises(RuntimeError, match="swallowed"),
+        pytest.raises(RuntimeError, match="suppressed"),
         ShardWriter(tmp_path, max_shard_bytes=40) as writer,
     ):
         writer.add("a", mx.ones(10))
@@ -73,7 +73,7 @@ def test_swallowed_failure_is_not_finalised_either(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_tensors_with_the_same_name_are_refused(tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         writer.add("a", mx.ones(3))
         with pytest.raises(DoRAError, match="'a'"):

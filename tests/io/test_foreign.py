@@ -17,9 +17,7 @@ from mlx_dora.io.foreign import foreign
         (OSError("Can't load tokenizer"), "cannot load m: Can't load tokenizer."),
     ],
 )
-def test_whatever_foreign_code_raises_names_the_file(
-    error: Exception, line: str
-) -> None:
+def test_any_error_of_foreign_code_names_the_file(error: Exception, line: str) -> None:
     with pytest.raises(DoRAError) as caught, foreign("m"):
         raise error
     assert str(caught.value).startswith(line)
@@ -29,7 +27,7 @@ def test_whatever_foreign_code_raises_names_the_file(
 @pytest.mark.parametrize(
     "error", [DoRAError("ours"), OSError(errno.ENOSPC, "No space"), KeyboardInterrupt()]
 )
-def test_what_says_enough_already_passes_through(error: BaseException) -> None:
+def test_an_error_that_is_clear_already_passes_through(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, foreign("m"):
         raise error
     assert caught.value is error

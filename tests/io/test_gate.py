@@ -1,4 +1,4 @@
-"""Which dtypes enter, by role, and what is said of the others."""
+"""Dtypes that are accepted, by role of the tensor, and messages about the others."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ def as_raw(name: str, value: mx.array) -> tuple[str, tuple[int, ...], bytes]:
 
 @pytest.mark.parametrize("dtype", REFUSED)
 @pytest.mark.parametrize("name", ["model.a.weight", "model.rope.inv_freq"])
-def test_a_dtype_that_is_not_computed_with_is_refused_by_name(
+def test_an_unsupported_dtype_is_refused_by_name(
     tmp_path: Path, dtype: str, name: str
 ) -> None:
     path = write_raw(tmp_path / "model.safetensors", {name: zeros(dtype)})
@@ -73,17 +73,17 @@ def test_integers_in_the_place_of_a_weight_are_refused(
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_integers_that_are_no_weights_enter_untouched(
+def test_integers_that_are_not_weights_are_accepted_unchanged(
     tmp_path: Path, dtype: str
 ) -> None:
     values = bytes(8 * [1, 0, 0, 0, 0, 0, 0, 0])[: DTYPE_BITS[dtype]]
     names = "model.position_ids", "model.bn.num_batches_tracked", "h.0.attn.bias"
-    one: tuple[str, tuple[int, ...], bytes] = dtype, (8,), values
-    tensors = dict.fromkeys(map(str, names), one)
-    found = read_tensors(write_raw(tmp_path / "a.safetensors", tensors))
+    entry: tuple[str, tuple[int, ...], bytes] = dtype, (8,), values
+    tensors = dict.fromkeys(map(str, names), entry)
+    loaded = read_tensors(write_raw(tmp_path / "a.safetensors", tensors))
     plain = mx.load(str(tmp_path / "a.safetensors"))
     assert isinstance(plain, dict)
-    assert all(mx.array_equal(found[name], plain[name]) for name in names)
+    assert all(mx.array_equal(loaded[name], plain[name]) for name in names)
     with pytest.raises(DoRAError, match=r"attn\.bias: integers"):
         read_tensors(tmp_path / "a.safetensors", all_weights=True)
 
@@ -92,18 +92,18 @@ def test_integers_that_are_no_weights_enter_untouched(
     ("mode", "bits", "group_size"),
     [("affine", 4, 32), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)],
 )
-def test_what_mlx_packs_enters(
+def test_packed_weights_of_mlx_are_accepted(
     tmp_path: Path, mode: str, bits: int, group_size: int
 ) -> None:
     packed = mx.quantize(mx.random.normal((8, 64)), group_size, bits, mode)
     parts = dict(zip(("weight", "scales", "biases"), packed, strict=False))
     tensors = {f"x.{leaf}": value for leaf, value in parts.items()}
     mx.save_safetensors(str(tmp_path / "a.safetensors"), tensors)
-    found = read_tensors(tmp_path / "a.safetensors")
-    assert all(mx.array_equal(found[name], tensors[name]) for name in tensors)
+    loaded = read_tensors(tmp_path / "a.safetensors")
+    assert all(mx.array_equal(loaded[name], tensors[name]) for name in tensors)
 
 
-def test_float64_is_rounded_once_and_said(
+def test_float64_is_rounded_once_and_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     exact = np.random.default_rng(0).standard_normal((2, 4))
@@ -120,11 +120,11 @@ def test_float64_is_rounded_once_and_said(
     caplog.set_level(logging.WARNING)
     files = Checkpoint(tmp_path)
     one_by_one = {name: files.tensor(name) for name in files.names}
-    for found in (read_tensors(tmp_path / "model.safetensors"), one_by_one):
-        assert found["x.weight"].dtype == mx.float32
-        assert np.array_equal(np.array(found["x.weight"]), exact.astype(np.float32))
-        assert mx.array_equal(found["y.weight"], half)
-        assert found["ids"].tolist() == [3, -4]
+    for tensors in (read_tensors(tmp_path / "model.safetensors"), one_by_one):
+        assert tensors["x.weight"].dtype == mx.float32
+        assert np.array_equal(np.array(tensors["x.weight"]), exact.astype(np.float32))
+        assert mx.array_equal(tensors["y.weight"], half)
+        assert tensors["ids"].tolist() == [3, -4]
     assert "float64 is rounded to float32 in x.weight" in caplog.text
     stored = Checkpoint(tmp_path).stored("x.weight")
     assert np.array_equal(np.array(stored[1:]), exact[1:].astype(np.float32))
@@ -151,12 +151,12 @@ def adapter_folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_an_adapter_in_float64_loads_as_its_rounding(adapter_folder: Path) -> None:
+def test_an_adapter_in_float64_is_rounded_when_loaded(adapter_folder: Path) -> None:
     wanted = load_adapter(adapter_folder).tensors
     raw = {name: as_raw("F64", value) for name, value in wanted.items()}
     write_raw(adapter_folder / "adapters.safetensors", raw)
-    found = load_adapter(adapter_folder).tensors
-    assert all(mx.array_equal(found[name], wanted[name]) for name in wanted)
+    tensors = load_adapter(adapter_folder).tensors
+    assert all(mx.array_equal(tensors[name], wanted[name]) for name in wanted)
 
 
 def test_a_peft_adapter_of_integers_is_refused(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_peft_adapter_of_integers_is_refused(tmp_path: Path) -> None:
         from_peft(tmp_path)
 
 
-def test_a_float64_model_is_loaded_and_merged_as_its_rounding(
+def test_a_float64_model_is_rounded_when_loaded_and_merged(
     make_tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     base, wide = make_tiny_folder("base"), make_tiny_folder("wide")
@@ -193,7 +193,7 @@ def test_a_float64_model_is_loaded_and_merged_as_its_rounding(
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_float8_that_mlx_lm_would_take_for_integers_is_refused(
+def test_float8_that_mlx_lm_would_read_as_integers_is_refused(
     make_tiny_folder: Callable[..., Path], scaled: bool
 ) -> None:
     folder = make_tiny_folder("model")
@@ -207,7 +207,7 @@ def test_float8_that_mlx_lm_would_take_for_integers_is_refused(
         raw[f"{name}_scale_inv"] = "F32", (1, 1), struct.pack("<f", 1.0)
     write_raw(folder / "model.safetensors", raw)
     for read in (load, lambda path: Checkpoint(path)):
-        with pytest.raises(DoRAError, match=rf"{name}.*float8.*dequantise"):
+        with pytest.raises(DoRAError, match=rf"{name}.*float8.*dequantize"):
             read(folder)
     with use_in_mlx_lm(), pytest.raises(DoRAError, match="float8"):
         import mlx_lm
@@ -215,7 +215,9 @@ def test_float8_that_mlx_lm_would_take_for_integers_is_refused(
         mlx_lm.load(str(folder))
 
 
-def test_float8_with_scales_passes_where_the_host_unpacks_it(tmp_path: Path) -> None:
+def test_float8_with_scales_is_accepted_where_the_host_unpacks_it(
+    tmp_path: Path,
+) -> None:
     tensors = {"x.weight": zeros("F8_E4M3"), "x.weight_scale_inv": zeros("F32")}
     infos = read_header(write_raw(tmp_path / "a.safetensors", tensors))
     check_dtypes(tmp_path, infos, host_unpacks=True)

@@ -32,7 +32,7 @@ def test_a_size_beyond_any_file_is_refused(tmp_path: Path, size: int) -> None:
         read_header(path)
 
 
-def test_reads_what_mlx_writes(tmp_path: Path) -> None:
+def test_reads_files_that_mlx_writes(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     mx.save_safetensors(
         str(path),
@@ -98,9 +98,9 @@ def test_refuses_in_one_line(
 
 
 def test_refuses_a_name_that_appears_twice(tmp_path: Path) -> None:
-    one = json.dumps(entry(0, 4))
-    two = json.dumps(entry(4, 8))
-    path = write(tmp_path / "x", f'{{"a": {one}, "a": {two}}}'.encode(), bytes(8))
+    first = json.dumps(entry(0, 4))
+    second = json.dumps(entry(4, 8))
+    path = write(tmp_path / "x", f'{{"a": {first}, "a": {second}}}'.encode(), bytes(8))
     with pytest.raises(DoRAError, match="'a' appears twice"):
         read_header(path)
 

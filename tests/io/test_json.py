@@ -14,7 +14,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
     [b"", b"{", b"[" * 100_000, b"\xff\xfe{", b'{"a": ' + b"9" * 5000 + b"}"],
     ids=["empty", "cut", "deep", "not-utf8", "long-number"],
 )
-def test_what_is_not_json_is_refused_with_the_file(tmp_path, content):
+def test_content_that_is_not_json_is_refused_by_file_name(tmp_path, content):
     path = tmp_path / "c.json"
     path.write_bytes(content)
     with pytest.raises(DoRAError, match=r"c\.json is not"):

@@ -1,4 +1,4 @@
-"""Where outputs may go, and what may be replaced."""
+"""Where outputs may be written, and which files they may replace."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from mlx_dora.io.output import check_output, check_output_file
 
 @pytest.fixture
 def given(tmp_path: Path) -> Path:
-    """An input that looks like an output, so that nothing else protects it."""
+    """Return an input that looks like an output, so that only its role protects it."""
     folder = tmp_path / "all" / "given"
     folder.mkdir(parents=True)
     (folder / "adapters.safetensors").write_text("precious")
@@ -18,7 +18,7 @@ def given(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_an_input_is_no_output_by_whatever_name(
+def test_an_input_is_refused_as_output_under_any_name(
     given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
     (tmp_path / "link").symlink_to(given)
@@ -42,7 +42,7 @@ def test_an_input_is_no_output_by_whatever_name(
         check_output("all", inputs=(given / "adapters.safetensors",), overwrite=True)
 
 
-def test_a_new_folder_beside_or_above_the_inputs_is_an_output(
+def test_a_new_folder_beside_or_above_the_inputs_is_accepted(
     given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_output(given.parent / "new", inputs=(given, None, "org/model"))
@@ -63,7 +63,7 @@ def test_links_and_files_are_not_replaced(given: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["a.txt", "train.jsonl", "config.json", ".git/"])
-def test_a_folder_that_is_not_ours_is_not_replaced(
+def test_a_folder_not_made_by_mlx_dora_is_not_replaced(
     tmp_path: Path, content: str
 ) -> None:
     (tmp_path / "o").mkdir()
@@ -87,7 +87,7 @@ def test_a_folder_that_is_not_ours_is_not_replaced(
         "fisher.json",
     ],
 )
-def test_outputs_of_ours_are_replaced(tmp_path: Path, marker: str) -> None:
+def test_outputs_of_mlx_dora_are_replaced(tmp_path: Path, marker: str) -> None:
     (tmp_path / "o").mkdir()
     for name in (marker, "README.md", "config.json"):
         (tmp_path / "o" / name).touch()
@@ -99,7 +99,7 @@ def test_outputs_of_ours_are_replaced(tmp_path: Path, marker: str) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_root_home_and_working_folder_are_no_outputs(
+def test_root_home_and_working_folder_are_refused_as_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
     home = tmp_path / "home" / "me"
@@ -113,7 +113,7 @@ def test_root_home_and_working_folder_are_no_outputs(
             check_output(path, inputs=(), overwrite=overwrite)
 
 
-def test_an_output_file_replaces_no_input(given: Path, tmp_path: Path) -> None:
+def test_an_output_file_does_not_replace_an_input(given: Path, tmp_path: Path) -> None:
     report, tensors = tmp_path / "report.html", given / "adapters.safetensors"
     check_output_file(report, inputs=(given,))
     check_output_file(given / "report.html", inputs=(given,))

@@ -27,21 +27,23 @@ def write(path: Path, tensors: dict[str, mx.array], step: int = 7) -> None:
     written.close()
 
 
-def test_mlx_and_the_header_check_read_what_came_in_blocks(tmp_path: Path) -> None:
+def test_a_file_written_in_blocks_is_read_by_mlx_and_the_header_check(
+    tmp_path: Path,
+) -> None:
     tensors = {f"a.{dtype}": VALUES.astype(dtype) for dtype in DTYPES}
     tensors |= {"ä": mx.array(1.5), "none": mx.zeros((0, 4)), "t": VALUES.T}
     write(tmp_path / "x.safetensors", tensors)
     infos = read_header(tmp_path / "x.safetensors")
     assert list(infos) == list(tensors)
-    found = mx.load(str(tmp_path / "x.safetensors"))
-    assert isinstance(found, dict)
+    loaded = mx.load(str(tmp_path / "x.safetensors"))
+    assert isinstance(loaded, dict)
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert found[name].shape == tensor.shape
-        assert mx.array_equal(found[name], tensor)
+        assert loaded[name].dtype == tensor.dtype
+        assert loaded[name].shape == tensor.shape
+        assert mx.array_equal(loaded[name], tensor)
 
 
-def test_a_tensor_must_come_whole_and_no_more(tmp_path: Path) -> None:
+def test_a_tensor_must_be_written_completely_and_no_further(tmp_path: Path) -> None:
     short = TensorStream(tmp_path / "a")
     short.begin("a", mx.float32, (3,))
     short.write(mx.ones(2))
@@ -55,7 +57,7 @@ def test_a_tensor_must_come_whole_and_no_more(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_blocks_wait_in_bounded_memory(
+def test_waiting_blocks_use_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "_WAITING", 64)
@@ -66,11 +68,11 @@ def test_blocks_wait_in_bounded_memory(
         written.write(mx.arange(first, first + 10).astype(mx.float32))
         assert sum(size for size, _ in written._waiting) <= 64
     written.close()
-    found = StoredTensor(tmp_path / "a", read_header(tmp_path / "a")["a"])
-    assert mx.array_equal(found[:], mx.arange(1000).astype(mx.float32))
+    stored = StoredTensor(tmp_path / "a", read_header(tmp_path / "a")["a"])
+    assert mx.array_equal(stored[:], mx.arange(1000).astype(mx.float32))
 
 
-def test_a_full_header_opens_the_next_shard(
+def test_a_full_header_starts_the_next_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = functools.partial(TensorStream, room=256)
@@ -80,11 +82,11 @@ def test_a_full_header_opens_the_next_shard(
             writer.add(f"t{i}", mx.full((10,), i))
     shards = list(tmp_path.glob("*.safetensors"))
     assert len(shards) == 3
-    found = Checkpoint(tmp_path)
-    assert [found.tensor(name)[0].item() for name in found.names] == list(range(7))
+    reader = Checkpoint(tmp_path)
+    assert [reader.tensor(name)[0].item() for name in reader.names] == list(range(7))
 
 
-def test_a_full_disk_is_told_and_nothing_stays(
+def test_a_full_disk_is_reported_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> int:
@@ -103,12 +105,12 @@ def test_a_full_disk_is_told_and_nothing_stays(
 def test_slices_of_a_stored_tensor(tmp_path: Path, dtype: mx.Dtype) -> None:
     value = VALUES.astype(dtype)
     write(tmp_path / "model.safetensors", {"first": mx.ones(3), "a": value})
-    found = Checkpoint(tmp_path).stored("a")
-    assert (found.shape, found.ndim, found.size) == ((6, 10), 2, 60)
+    stored = Checkpoint(tmp_path).stored("a")
+    assert (stored.shape, stored.ndim, stored.size) == ((6, 10), 2, 60)
     for tensor, whole in (
-        (found, value),
-        (found.reshape(-1), value.reshape(-1)),
-        (found.reshape((-1, 5)), value.reshape(-1, 5)),
+        (stored, value),
+        (stored.reshape(-1), value.reshape(-1)),
+        (stored.reshape((-1, 5)), value.reshape(-1, 5)),
     ):
         assert tensor.shape == whole.shape
         for index in (slice(0, 4), slice(3, 99), slice(2, 2), slice(None)):
@@ -118,8 +120,8 @@ def test_slices_of_a_stored_tensor(tmp_path: Path, dtype: mx.Dtype) -> None:
 
 def test_a_file_that_became_shorter_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "model.safetensors", {"a": VALUES.astype(mx.float32)})
-    found = Checkpoint(tmp_path).stored("a")
-    os.truncate(tmp_path / "model.safetensors", found._info.end - 4)
-    assert found[:5].shape == (5, 10)
+    stored = Checkpoint(tmp_path).stored("a")
+    os.truncate(tmp_path / "model.safetensors", stored._info.end - 4)
+    assert stored[:5].shape == (5, 10)
     with pytest.raises(DoRAError, match="became shorter"):
-        found[4:]
+        stored[4:]

@@ -26,7 +26,7 @@ MakeFolder = Callable[..., Path]
 
 @pytest.fixture
 def folders(make_tiny_folder: MakeFolder, tmp_path: Path) -> tuple[Path, Path]:
-    """A model in shards, and the same with another model's file beside them."""
+    """Return a model in shards, and a copy with another model's file beside them."""
     base, other = make_tiny_folder("base"), make_tiny_folder("other", seed=9)
     single = Checkpoint(base)
     tensors = {name: single.tensor(name) for name in single.names}
@@ -49,7 +49,7 @@ def test_every_reader_follows_the_index__mlx_vlm_1329(
     with caplog.at_level(logging.WARNING, logger="mlx_dora"):
         assert_close(load(both)[0](TOKENS), expected)
     assert "index.json does not list it: model.safetensors." in caplog.text
-    # Read when first used, after the load is over.
+    # Tensors are read on first use, after loading has finished.
     assert_close(load_lazily(both)(TOKENS), expected)
     with use_in_mlx_lm():
         assert_close(mlx_lm.load(str(both))[0](TOKENS), expected)
@@ -58,8 +58,8 @@ def test_every_reader_follows_the_index__mlx_vlm_1329(
     assert whole.names == shards.names
     for name in shards.names:
         assert mx.array_equal(whole.tensor(name), shards.tensor(name))
-    found = analyze_finetune(base, both)
-    assert {layer.delta_d for layer in found.layers} <= {0.0}
+    analysis = analyze_finetune(base, both)
+    assert {layer.delta_d for layer in analysis.layers} <= {0.0}
 
     model, _ = load(base)
     adapted = to_numpy(train(model))
@@ -81,7 +81,7 @@ def test_index_without_its_files_is_not_used(
     assert_close(load(folder)[0](TOKENS), expected)
     with caplog.at_level(logging.WARNING, logger="mlx_dora"):
         assert "model.norm.weight" in Checkpoint(folder).names
-    assert "lists no file of this folder: not used" in caplog.text
+    assert "is ignored: it lists no file of this folder" in caplog.text
 
 
 def test_damaged_index_is_refused(make_tiny_folder: MakeFolder) -> None:
@@ -91,7 +91,7 @@ def test_damaged_index_is_refused(make_tiny_folder: MakeFolder) -> None:
         load(folder)
 
 
-def test_folder_without_strays_is_itself(make_tiny_folder: MakeFolder) -> None:
+def test_folder_without_strays_is_used_directly(make_tiny_folder: MakeFolder) -> None:
     folder = make_tiny_folder("base")
     with without_strays(folder) as seen:
         assert seen == folder

@@ -1,4 +1,4 @@
-"""What an ``adapter_config.json`` of PEFT may say: each bad value is one line."""
+"""Values in PEFT's ``adapter_config.json``: each bad value is reported in one line."""
 
 import logging
 import re
@@ -21,7 +21,7 @@ PATH = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """PEFT's folder of a LoRA of rank 4 on one module."""
+    """Return PEFT's folder of a LoRA with rank 4 on one module."""
     tensors = {f"{PATH}.lora_a": mx.ones((32, 4)), f"{PATH}.lora_b": mx.ones((4, 32))}
     config = DoRAConfig(rank=4, scale=2.0, keys=(PATH,))
     adapter = Adapter(config=config, tensors=tensors, fine_tune_type="lora")
@@ -70,7 +70,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"layers_pattern": ["("]}, "layers_pattern .* is not a regular expression"),
     ({"peft_type": ["LORA"]}, "LORA is supported"),
     ({"bias": "lora_only"}, "trained biases"),
-    ({"use_new_thing": True}, "use_new_thing = True .not known here"),
+    ({"use_new_thing": True}, "use_new_thing = True .unknown to mlx_dora"),
 ]
 
 
@@ -84,7 +84,7 @@ def test_report_20_a_bad_value_is_named(
 
 
 @pytest.mark.parametrize(("change", "message"), REPORT_20, ids=repr)
-def test_report_20_the_command_says_it_in_one_line(
+def test_report_20_the_command_reports_it_in_one_line(
     folder: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     edit_config(folder, **change)
@@ -105,7 +105,7 @@ def test_all_bad_values_are_named_at_once(folder: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "null", "{", "[" * 9999, '{"a": 1}', "\xff"]
 )
-def test_a_file_that_is_no_config_is_refused(folder: Path, text: str) -> None:
+def test_a_file_that_is_not_a_config_is_refused(folder: Path, text: str) -> None:
     (folder / "adapter_config.json").write_text(text, encoding="latin-1")
     with pytest.raises(DoRAError, match=r"adapter_config\.json"):
         from_peft(folder)
@@ -133,7 +133,7 @@ def test_a_byte_order_mark_is_skipped(folder: Path) -> None:
     ],
     ids=repr,
 )
-def test_what_peft_takes_is_read(
+def test_values_that_peft_accepts_are_read(
     folder: Path, change: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     edit_config(folder, **change)

@@ -1,4 +1,4 @@
-"""Names of modules: transformers' on PEFT's side, mlx-lm's on ours."""
+"""Module names: PEFT uses those of transformers, and we use those of mlx-lm."""
 
 import logging
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_report_18_and_19_names_are_those_of_transformers_both_ways(
         assert all(mx.array_equal(again.tensors[n], v) for n, v in adapter.tensors.items())  # fmt: skip  # noqa: E501
 
 
-def test_ranks_of_modules_stand_under_transformers_names(tmp_path: Path) -> None:
+def test_ranks_of_modules_are_written_under_transformers_names(tmp_path: Path) -> None:
     model = build("gpt2")
     adapter = adapter_of(model, "attn.c_attn", "mlp.c_fc")
     wide = "model.h.3.mlp.c_fc"
@@ -81,13 +81,13 @@ def test_ranks_of_modules_stand_under_transformers_names(tmp_path: Path) -> None
     config = DoRAConfig(rank=5, scale=2.0, keys=tuple(ranks), rank_pattern=ranks)
     adapter = Adapter(config=config, tensors=adapter.tensors)
     to_peft(adapter, tmp_path / "peft", model=model)
-    found = read_config(tmp_path / "peft")["rank_pattern"]
-    assert found["transformer.h.3.mlp.c_fc"] == 5
-    assert found["transformer.h.3.attn.c_attn"] == 3
+    pattern = read_config(tmp_path / "peft")["rank_pattern"]
+    assert pattern["transformer.h.3.mlp.c_fc"] == 5
+    assert pattern["transformer.h.3.attn.c_attn"] == 3
     assert from_peft(tmp_path / "peft").config == config
 
 
-def test_the_recorded_base_tells_the_class(tmp_path: Path) -> None:
+def test_the_recorded_base_determines_the_class(tmp_path: Path) -> None:
     adapter = adapter_of(build("gpt_neox"), "attention.dense")
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text('{"model_type": "gpt_neox"}')
@@ -126,10 +126,10 @@ def test_names_read_without_a_model_are_kept_with_a_warning(
     mx.eval(tensors)
     with caplog.at_level(logging.WARNING, logger="mlx_dora"):
         assert from_peft(tmp_path / "peft").paths == adapter.paths
-        assert caplog.text == ""  # our own metadata gives the names back
+        assert caplog.text == ""  # our own metadata restores the names
         mx.save_safetensors(path, tensors)
-        found = from_peft(tmp_path / "peft")
-    assert found.paths[0] == "gpt_neox.layers.0.attention.dense"
+        loaded = from_peft(tmp_path / "peft")
+    assert loaded.paths[0] == "gpt_neox.layers.0.attention.dense"
     assert "without a model" in caplog.text
 
 
@@ -153,7 +153,7 @@ def test_plain_names_need_no_model(
         ("falcon_h1", "self_attn.q_proj", "falcon_h1 do not convert .*multipliers"),
     ],
 )
-def test_what_transformers_does_not_have_is_refused(
+def test_modules_missing_in_transformers_are_refused(
     tmp_path: Path, kind: str, key: str, message: str
 ) -> None:
     model = build(kind)
@@ -169,7 +169,7 @@ def test_an_adapter_of_weights_that_mlx_lm_scales_is_refused(tmp_path: Path) -> 
         from_peft(tmp_path / "peft", model)
 
 
-def test_the_table_holds_classes_of_mlx_lm_and_each_once() -> None:
+def test_the_table_lists_each_class_of_mlx_lm_once() -> None:
     classes = {name for name, is_model in model_files().items() if is_model}
     assert classes >= SAME | DIFFERENT.keys()
     assert not SAME & DIFFERENT.keys()
@@ -190,7 +190,7 @@ def test_each_name_has_one_inverse(kind: str) -> None:
             assert names.to_mlx(f"{theirs}.0.{their_end}") == path
 
 
-def test_a_name_near_to_an_unknown_one_is_given(tmp_path: Path) -> None:
+def test_an_unknown_name_gets_a_similar_name_as_hint(tmp_path: Path) -> None:
     model = build("gpt_neox")
     to_peft(adapter_of(model, "attention.dense"), tmp_path / "peft", model=model)
     path = str(tmp_path / "peft" / PEFT_TENSORS_NAME)

@@ -1,4 +1,4 @@
-"""PEFT's format without PEFT; `tests/compat/test_peft.py` asks PEFT itself."""
+"""PEFT's format without PEFT; `tests/compat/test_peft.py` compares with PEFT itself."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def adapted(make: Make, kind: str = "dora", **config: Any) -> Adapter:
 
 
 def edit(folder: Path, **changes: mx.array | None) -> None:
-    """Change PEFT's tensors; None deletes."""
+    """Change PEFT's tensors; None deletes a tensor."""
     path = str(folder / PEFT_TENSORS_NAME)
     tensors = mx.load(path)
     assert isinstance(tensors, dict)
@@ -46,7 +46,7 @@ def edit(folder: Path, **changes: mx.array | None) -> None:
 
 @pytest.mark.parametrize("kind", ["dora", "lora"])
 @pytest.mark.parametrize("scale", [20.0, 0.1, 1 / 3])
-@pytest.mark.parametrize("pattern", [None, {"v_proj": 7}], ids=["one", "pattern"])
+@pytest.mark.parametrize("pattern", [None, {"v_proj": 7}], ids=["uniform", "pattern"])
 def test_round_trip_is_bit_identical(
     make_tiny_model: Make,
     tmp_path: Path,
@@ -90,21 +90,21 @@ def test_scales_that_differ_fold_into_lora_b(
     adapter = adapted(make_tiny_model, scale=2.0)
     to_peft(adapter, tmp_path / "peft")
     edit_config(tmp_path / "peft", alpha_pattern={"v_proj": 3.0}, use_rslora=True)
-    found = from_peft(tmp_path / "peft")
-    assert found.config.scale == pytest.approx(6 / 3**0.5)
+    loaded = from_peft(tmp_path / "peft")
+    assert loaded.config.scale == pytest.approx(6 / 3**0.5)
     for path in adapter.paths:
         share = 0.5 if path.endswith("v_proj") else 1.0
         name = f"{path}.lora_b"
         expected = share * to_numpy(adapter.tensors[name])
-        assert to_numpy(found.tensors[name]) == pytest.approx(expected, rel=1e-6)
+        assert to_numpy(loaded.tensors[name]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_half_precision_is_widened(make_tiny_model: Make, tmp_path: Path) -> None:
     to_peft(adapted(make_tiny_model), tmp_path / "peft")
     m = mx.arange(1, 33).astype(mx.bfloat16)
     edit(tmp_path / "peft", **{f"{LAYER}.lora_magnitude_vector": m})
-    found = from_peft(tmp_path / "peft")
-    magnitude = found.tensors["model.layers.1.self_attn.q_proj.m"]
+    loaded = from_peft(tmp_path / "peft")
+    magnitude = loaded.tensors["model.layers.1.self_attn.q_proj.m"]
     assert magnitude.dtype == mx.float32
     assert mx.array_equal(magnitude, mx.arange(1, 33).astype(mx.float32))
 
@@ -124,8 +124,8 @@ def test_other_first_parts_of_names_are_matched(
     }  # fmt: skip
     mx.save_safetensors(str(tmp_path / "peft" / PEFT_TENSORS_NAME), swapped)
     edit_config(tmp_path / "peft", target_modules=["q_proj", "v_proj"])
-    found = from_peft(tmp_path / "peft", make_tiny_model())
-    assert found.paths == adapter.paths
+    loaded = from_peft(tmp_path / "peft", make_tiny_model())
+    assert loaded.paths == adapter.paths
 
 
 REFUSED_CONFIGS = {
@@ -143,7 +143,7 @@ REFUSED_CONFIGS = {
 
 
 @pytest.mark.parametrize("message", REFUSED_CONFIGS)
-def test_what_cannot_be_expressed_is_refused(
+def test_settings_that_cannot_be_expressed_are_refused(
     make_tiny_model: Make, tmp_path: Path, message: str
 ) -> None:
     to_peft(adapted(make_tiny_model), tmp_path / "peft")
@@ -180,7 +180,7 @@ def test_a_model_that_does_not_fit_is_refused(
     edit_config(tmp_path / "peft", target_modules=["q_proj", "v_proj", "o_proj"])
     with pytest.raises(DoRAError, match=r"has no tensors: .*layers\.0\.self_attn\.o_"):
         from_peft(tmp_path / "peft", make_tiny_model())
-    with pytest.raises(DoRAError, match=r"no module of the model can be .*layers\.1"):
+    with pytest.raises(DoRAError, match=r"no module of the model matches .*layers\.1"):
         from_peft(tmp_path / "peft", make_tiny_model(num_hidden_layers=1))
 
 
@@ -190,7 +190,7 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
         from_peft(tmp_path)
 
 
-def test_embeddings_and_full_fine_tuning_do_not_go_to_peft(
+def test_embeddings_and_full_fine_tuning_are_not_converted_to_peft(
     make_tiny_model: Make, tmp_path: Path
 ) -> None:
     for kind in ("dora", "lora"):
@@ -209,7 +209,7 @@ def test_embeddings_and_full_fine_tuning_do_not_go_to_peft(
     assert names(tmp_path) == []
 
 
-def test_zero_rows_are_told(
+def test_zero_rows_are_reported(
     make_tiny_model: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapter = adapted(make_tiny_model)
@@ -219,7 +219,7 @@ def test_zero_rows_are_told(
     assert "NaN where a row of the base is zero: model.layers.1.self_" in caplog.text
 
 
-def test_the_command_goes_both_ways(
+def test_the_command_converts_both_ways(
     make_tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = make_tiny_folder("base")

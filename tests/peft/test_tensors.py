@@ -1,4 +1,4 @@
-"""Names that PEFT's tensors have besides the usual, and weights saved along."""
+"""Unusual names of PEFT's tensors, and base weights saved with an adapter."""
 
 import logging
 from collections.abc import Callable
@@ -51,14 +51,14 @@ def with_adapter(name: str, adapter: str) -> str:
 
 
 @pytest.mark.parametrize("given", ["default", "my-adapter", "0"])
-def test_report_21_the_adapters_name_is_taken_out(
+def test_report_21_the_adapters_name_is_removed(
     adapter: Adapter, tmp_path: Path, given: str
 ) -> None:
     to_peft(adapter, tmp_path / "peft")
     rename(tmp_path / "peft", lambda name: with_adapter(name, given))
-    found = from_peft(tmp_path / "peft")
-    assert found.tensors.keys() == adapter.tensors.keys()
-    assert all(mx.array_equal(found.tensors[n], v) for n, v in adapter.tensors.items())
+    loaded = from_peft(tmp_path / "peft")
+    assert loaded.tensors.keys() == adapter.tensors.keys()
+    assert all(mx.array_equal(loaded.tensors[n], v) for n, v in adapter.tensors.items())
 
 
 def test_report_21_several_adapters_are_named(adapter: Adapter, tmp_path: Path) -> None:
@@ -94,14 +94,14 @@ def test_report_25_copies_of_tied_embeddings_are_left_out(
     to_peft(adapter, tmp_path / "peft")
     add(tmp_path / "peft", **{EMBEDDINGS: own, HEAD: own})
     with caplog.at_level(logging.WARNING, logger="mlx_dora"):
-        found = from_peft(tmp_path / "peft", base)
-    assert found.tensors.keys() == adapter.tensors.keys()
+        loaded = from_peft(tmp_path / "peft", base)
+    assert loaded.tensors.keys() == adapter.tensors.keys()
     assert "left out" in caplog.text
     assert "lm_head.weight" in caplog.text
     assert "embed_tokens.weight" in caplog.text
 
 
-def test_copies_that_are_not_the_models_are_refused_for_their_own_reason(
+def test_copies_that_differ_from_the_model_are_refused_with_the_reason(
     adapter: Adapter, make_tiny_model: Make, tmp_path: Path
 ) -> None:
     tied, untied = make_tiny_model(), make_tiny_model(tie_word_embeddings=False)
@@ -124,7 +124,7 @@ def test_copies_that_are_not_the_models_are_refused_for_their_own_reason(
             from_peft(folder, base)
 
 
-def test_an_adapter_of_a_tied_head_is_refused_as_such(
+def test_an_adapter_of_a_tied_head_is_refused_with_the_reason(
     adapter: Adapter, make_tiny_model: Make, tmp_path: Path
 ) -> None:
     base = make_tiny_model()
@@ -146,7 +146,7 @@ def test_an_adapter_of_a_tied_head_is_refused_as_such(
     assert "differ" not in str(caught.value)
 
 
-def test_a_folder_or_a_loaded_model_are_the_same_base(
+def test_a_folder_and_a_loaded_model_are_the_same_base(
     adapter: Adapter, make_tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     from mlx_dora.adapters.hosting import load
@@ -156,7 +156,7 @@ def test_a_folder_or_a_loaded_model_are_the_same_base(
     edit_config(tmp_path / "peft", target_modules=["q_proj", "v_proj"])
     expected = from_peft(tmp_path / "peft", load(base)[0])
     for given in (base, str(base)):
-        found = from_peft(tmp_path / "peft", given)
-        assert (found.config, found.base) == (expected.config, expected.base)
+        loaded = from_peft(tmp_path / "peft", given)
+        assert (loaded.config, loaded.base) == (expected.config, expected.base)
     with pytest.raises(DoRAError, match="there is no model folder"):
         from_peft(tmp_path / "peft", tmp_path / "none")

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on loopback that takes what is uploaded to it."""
+"""A Hugging Face Hub on loopback that accepts uploads."""
 
 import base64
 import json
@@ -9,7 +9,7 @@ from threading import Thread
 
 
 class Hub(ThreadingHTTPServer):
-    """Keeps the files of every commit by path; refuses all if `is_closed`."""
+    """Stores the files of every commit by path; refuses uploads if `is_closed`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
@@ -19,7 +19,7 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """What HF_ENDPOINT must be."""
+        """The value for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -36,8 +36,8 @@ class _Answers(BaseHTTPRequestHandler):
             self._answer(200, {"url": f"{self.server.address}/{name}"})
         elif "/preupload/" in self.path:
             files = [
-                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for one in json.loads(body)["files"]
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
             ]
             self._answer(200, {"files": files})
         elif "/commit/" in self.path:
@@ -71,7 +71,7 @@ class _Answers(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A hub while the block runs."""
+    """Run a hub during the block."""
     hub = Hub()
     thread = Thread(target=hub.serve_forever, daemon=True)
     thread.start()

@@ -14,7 +14,7 @@ def test_a_name_is_plain_text_in_a_table() -> None:
     assert inline("*a* `b` _c_ max_seq") == r"\*a\* \`b\` \_c\_ max_seq"
 
 
-def test_nothing_inside_ends_a_block() -> None:
+def test_the_content_of_a_block_cannot_end_it() -> None:
     text = block("mlx_dora.train\n```\n# Title\x1b[2J")
     lines = text.split("\n")
     assert lines[0] == lines[-1] == "````"
@@ -49,7 +49,7 @@ def test_a_folder_that_exists_is_a_path(
 
 
 @pytest.mark.parametrize("base", ['org/a"\nlicense: mit', "org/a: b", "org/#x", "- x"])
-def test_the_base_is_one_value_of_the_front_matter(base: str) -> None:
+def test_the_base_is_a_single_value_in_the_front_matter(base: str) -> None:
     head = yaml.safe_load(_front_matter(base, ["dora"]).strip("-\n"))
     assert head["base_model"] == base
     assert "license" not in head

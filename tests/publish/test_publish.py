@@ -1,4 +1,4 @@
-"""Cards and uploads, through the real commands and a hub on loopback."""
+"""Cards and uploads, with the real commands and a hub on loopback."""
 
 import os
 import subprocess
@@ -20,8 +20,8 @@ MakeFolder = Callable[..., Path]
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    with serving() as found:
-        yield found
+    with serving() as server:
+        yield server
 
 
 def run(
@@ -64,14 +64,14 @@ def test_a_trained_and_a_fused_folder_arrive_with_their_cards(
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "mlx"
     assert head["tags"] == ["mlx", "dora", "mlx_dora"]
-    assert "base_model" not in head  # a local folder is no Hub id
+    assert "base_model" not in head  # a local folder is not a Hub id
     assert "mlx_dora.train --model" in card
     assert "| rank | 2 |" in card
     assert "| iters | 2 |" in card
     assert "| data | data |" in card
     assert str(tmp_path) not in card
     layers = analyze_adapter(load_adapter(adapter), tiny_model_folder).layers
-    mean = sum(one.delta_m for one in layers) / len(layers)
+    mean = sum(layer.delta_m for layer in layers) / len(layers)
     assert f"Mean over {len(layers)} matrices: ΔM {mean:.3g} (" in card
 
     hub.files.clear()
@@ -86,31 +86,31 @@ def test_a_trained_and_a_fused_folder_arrive_with_their_cards(
     assert mx.load(str(tmp_path / "m.safetensors"))
 
 
-def test_what_cannot_succeed_is_refused_before_the_work(
+def test_an_upload_that_cannot_succeed_is_refused_before_the_work(
     hub: Hub, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     args = ("--model", tiny_model_folder, "--adapter-path", tmp_path / "none")
     bad = run(hub, "train", *args, "--upload-repo", "a/b/c")
     assert bad.returncode == 1
-    assert "is no Hub id" in bad.stderr
+    assert "is not a Hub id" in bad.stderr
     anonymous = run(hub, "fuse", *args, "--upload-repo", "a/b", token="")
     assert anonymous.returncode == 1
     assert "hf auth login" in anonymous.stderr
     assert not (tmp_path / "none").exists()
 
 
-def test_a_refused_upload_leaves_the_folder_and_says_how_to_go_on(
+def test_a_refused_upload_keeps_the_folder_and_says_how_to_continue(
     hub: Hub, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     hub.is_closed = True
     data = write_data(tmp_path / "data", train=8, valid=4, test=0)
-    found = run(
+    result = run(
         hub, "train", "--model", tiny_model_folder, "--data", data,
         "--adapter-path", tmp_path / "adapter", "--iters", 1, "--num-layers", 1,
         "--batch-size", 2, "--upload-repo", "someone/adapter",
     )  # fmt: skip
-    assert found.returncode == 1
-    last = found.stderr.splitlines()[-1]
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
     assert "is complete, but uploading it to someone/adapter failed" in last
     assert load_adapter(tmp_path / "adapter").tensors
 
@@ -132,14 +132,14 @@ def test_an_upload_without_a_network_is_one_line_and_keeps_the_folder(
         "HF_TOKEN": "hf_x",
         "HF_HUB_OFFLINE": "0",
     }
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script, str(folder)],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("DoRAError ")
-    assert f"{folder} is complete, but uploading it" in found.stdout
-    assert f"try again with `hf upload someone/adapter '{folder}'`" in found.stdout
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("DoRAError ")
+    assert f"{folder} is complete, but uploading it" in result.stdout
+    assert f"try again with `hf upload someone/adapter '{folder}'`" in result.stdout
