@@ -1,7 +1,7 @@
 """The layering of the design, read from every import; see docs in CONTRIBUTING.md.
 
 cli > demo | doctor | publish > train | analyze | merge > evaluate > adapters > layers >
-decomposition > geometry > factored > kernels | io > errors | openblas
+decomposition > kernels | io > matrix > errors | openblas
 
 Imports point right; packages joined by | never import each other.
 """
@@ -26,6 +26,7 @@ LAYERS = (
     ("geometry",),
     ("factored",),
     ("kernels", "io"),
+    ("matrix",),
     ("errors", "openblas"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -192,7 +193,7 @@ def test_file_keeps_the_architecture(name: str) -> None:
         ("factored.py", "from mlx_dora.decomposition import x", "upwards"),
         ("io/a.py", "from mlx_dora.fuse import x", "no layer holds"),
         ("layers/a.py", "from . import x", "relative"),
-        ("layers/a.py", "from mlx_dora.kernels._launch import x", "private"),
+        ("layers/a.py", "from mlx_dora.kernels._source import x", "private"),
         ("layers/a.py", "import mlx_lm", "module level"),
         ("layers/a.py", "from transformers import x", "module level"),
         ("layers/a.py", "class A:\n    import mlx_lm.utils", "module level"),

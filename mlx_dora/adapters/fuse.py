@@ -16,7 +16,7 @@ from mlx_dora.adapters.attach import fit_problems, other_base
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint_of
 from mlx_dora.adapters.fuse_config import FuseConfig
-from mlx_dora.adapters.fuse_layer import Update, dtype_of, survival
+from mlx_dora.adapters.fuse_layer import survival
 from mlx_dora.adapters.fuse_report import FusedLayer, FuseReport, sum_survivals
 from mlx_dora.adapters.fuse_stream import stream_fused
 from mlx_dora.adapters.hosting import load_lazily, load_with_config, model_folder
@@ -29,9 +29,8 @@ from mlx_dora.adapters.surgery import (
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
-from mlx_dora.kernels import QuantizedWeight
-from mlx_dora.kernels.rows import matrices
 from mlx_dora.layers import DoRALayer, weight_of
+from mlx_dora.matrix.weight import as_packed, dense_dtype, matrices
 
 REST_NAME = "adapter"
 """The folder in a losslessly fused model that holds the low-rank rest."""
@@ -223,16 +222,16 @@ def _check_fit(
 def _describe(path: str, layer: DoRALayer, module: nn.Module) -> FusedLayer:
     """Compare a DoRA layer with the plain module it was fused into."""
     before, after = weight_of(layer.base), weight_of(module)
+    adapted = layer.adapted().matrices()
     found = [
-        survival(old, new, Update.of(adapted))
-        for old, new, adapted in zip(
-            matrices(before), matrices(after), layer.matrices(), strict=True
-        )
+        survival(*parts)
+        for parts in zip(matrices(before), matrices(after), adapted, strict=True)
     ]
+    packed = as_packed(after)
     return FusedLayer(
         path=path,
-        dtype=str(dtype_of(after)).rpartition(".")[2],
-        bits=after.bits if isinstance(after, QuantizedWeight) else None,
+        dtype=str(dense_dtype(after)).rpartition(".")[2],
+        bits=None if packed is None else packed.bits,
         bytes_before=_nbytes(layer.base),
         bytes_after=_nbytes(module),
         survival=sum_survivals(found),

@@ -18,9 +18,9 @@ from mlx_dora.adapters.keys import (
 )
 from mlx_dora.adapters.refusals import check_classes, check_started
 from mlx_dora.errors import DoRAError
-from mlx_dora.layers import DoRALayer
-from mlx_dora.layers.variants import layer_class
-from mlx_dora.layers.variants.doran_aux import DoRANAuxLinear, share_first_layers
+from mlx_dora.layers import DoRALayer, adapt
+from mlx_dora.layers.variants import VariantLinear
+from mlx_dora.layers.variants.doran_aux import DoRANAux, share_first_layers
 
 FineTuneType = Literal["dora", "lora", "full"]
 
@@ -88,8 +88,9 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
     model.freeze()
     layers: list[tuple[str, nn.Module]] = []
     for path in paths:
-        layer = layer_class(modules[path], chosen[path]).from_base(
+        layer = adapt(
             modules[path],
+            chosen[path],
             r=config.rank_of(path),
             dropout=config.dropout,
             scale=config.scale_of(path),
@@ -105,7 +106,7 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
 def variants_of(
     model: nn.Module, config: DoRAConfig, paths: list[str]
 ) -> dict[str, str]:
-    """The name that `layer_class` takes for each of the modules at `paths`."""
+    """The variant, for `mlx_dora.layers.adapt`, of each of the modules at `paths`."""
     general = "pissa" if config.init == "pissa" else config.variant
     alone: set[str] = set()
     if config.magnitude_keys is not None:
@@ -240,9 +241,9 @@ def _share_in_blocks(
 ) -> None:
     """Join what variant doran-aux shares; outside the blocks each is for itself."""
     places = [f"{path}." for path, _ in blocks(model)]
-    groups: dict[str, list[DoRANAuxLinear]] = {}
+    groups: dict[str, list[VariantLinear]] = {}
     for path, layer in layers:
-        if isinstance(layer, DoRANAuxLinear):
+        if isinstance(layer, VariantLinear) and layer.variant == DoRANAux.name:
             place = next((p for p in places if path.startswith(p)), path)
             groups.setdefault(place, []).append(layer)
     for group in groups.values():

@@ -1,6 +1,6 @@
 """What the examination of the kernels says, as rows to print."""
 
-from mlx_dora.kernels.examine import Examination, KernelCheck, OpTiming
+from mlx_dora.doctor.examine import Examination, KernelCheck, OpTiming
 
 
 def kernel_rows(found: Examination) -> list[tuple[str, str]]:

@@ -1,51 +1,51 @@
 """A DoRA layer as a plain module again."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.kernels import QuantizedWeight, fused_weight
-from mlx_dora.kernels.rows import Weight, matrices, stacked
+from mlx_dora.kernels.fusing import dense_fused, packed_fused
 from mlx_dora.layers._base import weight_of
-from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.matrix.low_rank import Adapted
+from mlx_dora.matrix.weight import Weight, as_packed, dense_dtype, matrices, stacked
 
 
-def fused_module(layer: DoRALayer, dequantize: bool) -> Any:
-    """The base of `layer` with the adapter in its weight.
+def fused_module(
+    base: nn.Module,
+    adapted: Sequence[Adapted],
+    dense_type: type[nn.Module],
+    dequantize: bool,
+) -> Any:
+    """A module like `base` with the adapter in its weight.
 
     Args:
-        layer: The DoRA layer.
+        base: The frozen module.
+        adapted: The adapter of each matrix of its weight.
+        dense_type: Class of a module like `base` with a dense weight.
         dequantize: Return a dense module for a packed base too.
 
     Returns:
         A module of the base's class (dense if `dequantize`) in the base's dtype. Rows
         that the adapter leaves as they were keep their packed values.
     """
-    base = layer.base
     weight = weight_of(base)
     fused: list[Weight] = []
-    for one, adapted in zip(matrices(weight), layer.matrices(), strict=True):
-        update, m = adapted.update, adapted.m
-        assert m is not None
-        dense = fused_weight(one, update.lora_a, update.lora_b, update.scale, m)
-        mx.eval(dense)  # one at a time
-        if isinstance(one, QuantizedWeight) and not dequantize:
-            fused.append(_packed_again(one, dense))
+    for one, adapter in zip(matrices(weight), adapted, strict=True):
+        packed = as_packed(one)
+        if packed is None or dequantize:
+            fused.append(dense_fused(one, adapter, dense_dtype(one)))
         else:
-            fused.append(dense)
+            fused.append(packed_fused(packed, adapter, **packed.form))
     after = fused[0] if len(weight.shape) == 2 else stacked(fused)
-    kind = type(base)
+    packed = as_packed(after)
     settings: dict[str, object] = {}
-    parts: dict[str, mx.array | None]
-    if isinstance(after, QuantizedWeight):
-        parts = {n: getattr(after, n) for n in ("weight", "scales", "biases")}
+    parts: dict[str, object] = {"weight": after}
+    kind = type(base) if packed or not as_packed(weight) else dense_type
+    if packed is not None:
+        parts = {**packed.parts, "biases": packed.biases}
         # group_size, bits, mode and an embedding's sizes: plain attributes.
         settings = {k: v for k, v in vars(base).items() if not k.startswith("_")}
-    else:
-        parts = {"weight": after}
-        if isinstance(weight, QuantizedWeight):
-            kind = layer.base_types[0]  # the dense one
     if "bias" in base:
         parts["bias"] = base["bias"]
     module = kind.__new__(kind)
@@ -53,23 +53,3 @@ def fused_module(layer: DoRALayer, dequantize: bool) -> Any:
     for name, value in (settings | parts).items():
         setattr(module, name, value)
     return module
-
-
-def _packed_again(weight: QuantizedWeight, fused: mx.array) -> QuantizedWeight:
-    packed, scales, *biases = mx.quantize(
-        fused, group_size=weight.group_size, bits=weight.bits, mode=weight.mode
-    )
-    changed = (fused != weight.dequantize()).any(axis=1, keepdims=True)
-    packed = mx.where(changed, packed, weight.weight)
-    scales = mx.where(changed, scales, weight.scales)
-    before = weight.biases
-    bias = None if before is None else mx.where(changed, biases[0], before)
-    mx.eval(packed, scales, bias)
-    return QuantizedWeight(
-        weight=packed,
-        scales=scales,
-        biases=bias,
-        group_size=weight.group_size,
-        bits=weight.bits,
-        mode=weight.mode,
-    )

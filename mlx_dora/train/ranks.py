@@ -15,7 +15,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.surgery import dora_layers
-from mlx_dora.layers.variants.adaptive import AdaptiveLinear
+from mlx_dora.layers import DoRALayer
+from mlx_dora.layers.variants import VariantLinear
+from mlx_dora.layers.variants.adaptive import Adaptive
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def reallocate(model: nn.Module, gradient: Any) -> dict[str, int]:
     """Move ranks from where they are worth little to where they are worth much.
 
     Args:
-        model: With `AdaptiveLinear` layers, changed in place.
+        model: A model with `Adaptive` layers, changed in place.
         gradient: Of the loss (any multiple of it), a tree like the trainable
             parameters.
 
@@ -56,7 +58,9 @@ def reallocate(model: nn.Module, gradient: Any) -> dict[str, int]:
         The ranks afterwards, by path; empty without such layers.
     """
     layers = {
-        p: one for p, one in dora_layers(model) if isinstance(one, AdaptiveLinear)
+        path: layer
+        for path, layer in dora_layers(model)
+        if isinstance(layer, VariantLinear) and layer.variant == Adaptive.name
     }
     if not layers:
         return {}
@@ -66,14 +70,14 @@ def reallocate(model: nn.Module, gradient: Any) -> dict[str, int]:
     }
     deal(holders)
     for path, layer in layers.items():
-        layer.activate(holders[path].active)
+        layer.kind.activate(layer, holders[path].active)
     mx.eval([layer.parameters() for layer in layers.values()])
     ranks = {path: int(one.active.sum()) for path, one in holders.items()}
     logger.info("ranks are now %d to %d", min(ranks.values()), max(ranks.values()))
     return ranks
 
 
-def _holder(layer: AdaptiveLinear, gradient: Any) -> Holder:
+def _holder(layer: DoRALayer, gradient: Any) -> Holder:
     a, b = (np.array(factor, np.float64) for factor in layer.factors())
     # How far the loss would change to first order if the whole update went.
     contribution = abs((np.array(gradient, np.float64) * b).sum())

@@ -14,8 +14,9 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.surgery import apply_layers, dora_layers, variants_of
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import read_header
-from mlx_dora.layers.variants import layer_class
-from mlx_dora.layers.variants.doran_aux import DoRANAuxLinear
+from mlx_dora.layers import check_adaptable
+from mlx_dora.layers.variants.doran_aux import DoRANAux
+from mlx_dora.layers.wrap import is_adapted_as
 from mlx_dora.train.checkpoint import WEIGHTS_NAME, has_checkpoints
 from mlx_dora.train.config import FineTuneType, TrainConfig
 from mlx_dora.train.update import B_NAME, is_up_factor
@@ -47,11 +48,11 @@ def make_trainable(
     if present:
         wanted = variants_of(model, config, [path for path, _ in present])
         for path, layer in present:
-            kind = layer_class(layer.base, wanted[path])
-            if type(layer) is not kind:
+            check_adaptable(layer.base, wanted[path])
+            if not is_adapted_as(layer, wanted[path]):
                 raise DoRAError(
-                    f"the model's layer {path} is a {type(layer).__name__}, the config "
-                    f"means a {kind.__name__}."
+                    f"the model's layer {path} is adapted as {layer.variant}, the "
+                    f"config means {wanted[path]}."
                 )
             if "lora_b" not in layer:  # the magnitude alone
                 continue
@@ -63,7 +64,7 @@ def make_trainable(
                     f"the model's DoRA layer {path} has rank and scale {found}, the "
                     f"config says {expected}."
                 )
-            if isinstance(layer, DoRANAuxLinear) and layer.room != config.aux_width:
+            if layer.variant == DoRANAux.name and layer.room != config.aux_width:
                 raise DoRAError(
                     f"the model's layer {path} has aux_width {layer.room}, the config "
                     f"says {config.aux_width}."

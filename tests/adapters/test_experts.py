@@ -34,7 +34,7 @@ from mlx_dora.adapters.fuse_stream import stream_fused
 from mlx_dora.adapters.named import NamedAdapters
 from mlx_dora.adapters.peft import to_peft
 from mlx_dora.adapters.surgery import adapter_layers
-from mlx_dora.layers import _stack
+from mlx_dora.layers import _layer
 from mlx_dora.train import TrainConfig, finetune
 from tests.adapters.stacks import (
     EXPERTS,
@@ -298,7 +298,7 @@ def test_named_adapters_swap_and_blend(
         dense_stack(model, one, path) for one in (replace(two[0], tensors={}), *two)
     )
     shelf.set_adapter({"one": 0.7, "two": 0.5})
-    monkeypatch.setattr(_stack, "stack_norms", None)  # the norms are known
+    monkeypatch.setattr(_layer, "exact_terms", None)  # the norms are known
     layer: Any = dict(model.named_modules())[path]
     layer.gain()
     found = layer.fuse(dequantize=True)["weight"]

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dora.kernels import traffic as formulas
+from mlx_dora.doctor import traffic as formulas
 from tests.metal_host import traffic
 from tests.metal_host.host import Host
 

@@ -240,7 +240,7 @@ def test_settings_that_make_no_sense_are_refused(
         run(magnitude_keys=["mlp.upproj"])
     model = make_tiny_model()
     apply_dora(model, DoRAConfig(rank=4, scale=2.0, num_layers=-1))
-    with pytest.raises(DoRAError, match="is a DoRALinear, the config means a MAPLin"):
+    with pytest.raises(DoRAError, match="is adapted as dora, the config means map"):
         run(model=model, variant="map")
     for settings in ({"variant": "magnitude"}, {"variant": "edora"}):
         with pytest.raises(DoRAError, match="nothing called lora_b is trained"):

@@ -1,0 +1,186 @@
+"""How far each row of a weight moved, in length and in angle, without W'.
+
+From the factored terms of an adapter, or from two weights read side by side
+(`docs/method.md`, "Factored terms"); what analysis and the demo share.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.matrix.low_rank import Adapted
+from mlx_dora.matrix.terms import Terms, cancels
+from mlx_dora.matrix.weight import Weight, base_products, float32_rows, row_blocks
+
+# Elements of a float64 block of rows that are taken densely.
+_BLOCK = 1 << 18
+# Two float64 blocks of this size are alive when two weights are compared.
+_PAIR_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowGeometry:
+    """How far each output row moved, in length and in direction. ``(out,)`` float64.
+
+    Attributes:
+        base_norm: ‖W0‖.
+        delta_m: Change of length, in units of the weight.
+        angle: Between the base's row and the adapted one, in radians, 0 to π.
+        recomputed: Rows taken densely because the factored sums cancel.
+    """
+
+    base_norm: np.ndarray
+    delta_m: np.ndarray
+    angle: np.ndarray
+    recomputed: int = 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no row holds NaN or inf, before or after."""
+        return all(
+            bool(np.isfinite(values).all())
+            for values in (self.base_norm, self.delta_m, self.angle)
+        )
+
+    @property
+    def mean_delta_m(self) -> float:
+        """ΔM of DoRA's section 3.2: mean of |Δm| over rows."""
+        return float(np.abs(self.delta_m).mean())
+
+    @property
+    def mean_delta_d(self) -> float:
+        """ΔD of DoRA's section 3.2: mean of 1 − cos(angle) over rows."""
+        return float((2 * np.sin(self.angle / 2) ** 2).mean())
+
+
+def row_geometry(weight: Weight, adapted: Adapted) -> RowGeometry:
+    r"""Length and angle of every adapted row against its base row, W0 read once.
+
+    .. math:: \tan\theta = s\sqrt{q_0 p - c^2} \, / \, (q_0 + s c)
+
+    The arctangent keeps small angles that :math:`1 - \cos\theta` would lose; a negative
+    magnitude turns the row round, so its angle is :math:`\pi - \theta`. W0·A is
+    float32, all sums are float64: a length that changes by a thousandth keeps five
+    digits of the change. Rows in which a sum cancels are taken densely.
+
+    Args:
+        weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
+        adapted: The adapter of this matrix; without magnitudes the length of a row is
+            ‖W0 + s·BA‖.
+
+    Returns:
+        The geometry; a row that is zero before or after has angle 0.
+
+    Raises:
+        DoRAError: If the shapes do not fit together.
+    """
+    update = adapted.update
+    update.check_fits(weight.shape)
+    q0, products = base_products(weight, update.lora_a, exact_squares=True)
+    own = update.float64()
+    c = (np.array(products, np.float64) * own.b).sum(1)
+    p = np.maximum(own.inner(own), 0.0)
+    terms = Terms(q0=q0, c=c, p=p, scale=1.0)  # s is in B
+    squared = np.maximum(terms.squared, 0.0)
+    inside, across = q0 + c, np.maximum(q0 * p - c * c, 0.0)
+    inexact = terms.cancelled | cancels(across, q0 * p)
+    rows = np.flatnonzero(inexact & (q0 > 0) & (p > 0))
+    for index in np.array_split(rows, -(-rows.size * weight.shape[1] // _BLOCK) or 1):
+        if index.size:
+            base = np.array(float32_rows(weight, mx.array(index)), np.float64)
+            delta = own.rows(index)
+            squared[index] = np.square(base + delta).sum(1)
+            c[index] = (base * delta).sum(1)
+            inside[index] = q0[index] + c[index]
+            share = c[index] / np.square(base).sum(1)
+            away = delta - share[:, None] * base
+            across[index] = q0[index] * np.square(away).sum(1)
+    base_norm = np.sqrt(q0)
+    norm = np.where(squared > 0, np.sqrt(squared), 0.0)
+    angle = np.arctan2(np.sqrt(across), inside)
+    if adapted.m is None:
+        length = norm
+        # (n² − q0)/(n + ‖W0‖): the difference of the roots, without cancellation.
+        both = norm + base_norm
+        delta_m = np.divide(2 * c + p, both, out=np.zeros_like(both), where=both > 0)
+        delta_m = np.where(norm > 0, delta_m, -base_norm)
+    else:
+        magnitude = np.array(adapted.m.astype(mx.float32), np.float64)
+        length = np.where(norm > 0, np.abs(magnitude), 0.0)
+        delta_m = length - base_norm
+        angle = np.where(magnitude < 0, np.pi - angle, angle)
+    return RowGeometry(
+        base_norm=base_norm,
+        delta_m=delta_m,
+        angle=np.where((base_norm > 0) & (length > 0), angle, 0.0),
+        recomputed=int(rows.size),
+    )
+
+
+def pair_geometry(base: Weight, adapted: Weight) -> RowGeometry:
+    """Length and angle of every row of one weight against another's, both read once.
+
+    From the difference of the two rows and its part across the base's, in float64, row
+    block by row block: neither a tiny angle nor a tiny change of length cancels.
+
+    Args:
+        base: Weight before. Shape ``(out, in)``, any float dtype or packed.
+        adapted: Weight after, of the same shape.
+
+    Raises:
+        DoRAError: If the shapes differ.
+    """
+    if base.shape != adapted.shape:
+        raise DoRAError(
+            f"the weights have shapes {tuple(base.shape)} and {tuple(adapted.shape)}; "
+            "they must be the same."
+        )
+    pairs = zip(
+        row_blocks(base, _PAIR_BLOCK), row_blocks(adapted, _PAIR_BLOCK), strict=True
+    )
+    return blocks_geometry(
+        (np.array(before.astype(mx.float32)), np.array(after.astype(mx.float32)))
+        for (_, before), (_, after) in pairs
+    )
+
+
+def blocks_geometry(
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]],
+) -> RowGeometry:
+    """`pair_geometry` of rows that come block by block, before and after."""
+    norms, changes, angles = [], [], []
+    for before, after in pairs:
+        full = before.astype(np.float64)
+        delta = after.astype(np.float64)
+        delta -= full
+        q0 = np.einsum("ij,ij->i", full, full)
+        c = np.einsum("ij,ij->i", full, delta)
+        p = np.einsum("ij,ij->i", delta, delta)
+        share = np.divide(c, q0, out=np.zeros_like(c), where=q0 > 0)
+        full *= share[:, None]
+        delta -= full
+        away = np.sqrt(np.einsum("ij,ij->i", delta, delta) * q0)
+        # Where 2c + p cancels, the row all but vanished: its share of the base's row
+        # and what lies across it are what is left.
+        norm = np.hypot((1 + share) * np.sqrt(q0), np.sqrt(_across(away, q0, p)))
+        base_norm = np.sqrt(q0)
+        both = norm + base_norm
+        norms.append(base_norm)
+        changes.append(
+            np.divide(2 * c + p, both, out=np.zeros_like(both), where=both != 0)
+        )
+        has_angle = (q0 != 0) & (norm != 0)  # NaN goes through
+        angles.append(np.where(has_angle, np.arctan2(away, q0 + c), 0.0))
+    return RowGeometry(
+        base_norm=np.concatenate(norms),
+        delta_m=np.concatenate(changes),
+        angle=np.concatenate(angles),
+    )
+
+
+def _across(away: np.ndarray, q0: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """Squared length of the change across the base's row; all of it for a zero row."""
+    return np.divide(np.square(away), q0, out=p.copy(), where=q0 > 0)

@@ -1,0 +1,205 @@
+"""A frozen weight W0, dense or packed: its rows, its blocks, its products.
+
+Everything else in the package treats a dense array and a `QuantizedWeight` alike
+through these functions; here stands the one loop that reads W0 block by block.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.matrix.packed import QuantizedWeight
+
+Weight = mx.array | QuantizedWeight
+"""A matrix ``(out, in)``, or a stack of them ``(n, out, in)``."""
+
+# Elements of one block: its float32 copy takes 4 MB.
+_BLOCK = 1 << 20
+# Elements of a block that is copied to float64 as well.
+_SMALL_BLOCK = 1 << 18
+
+
+def weight_from(parts: Mapping[str, Any], packing: Any) -> Weight:
+    """The weight of a module, from its arrays.
+
+    Args:
+        parts: ``weight`` and, if packed, ``scales`` and ``biases``.
+        packing: The module itself, for ``group_size``, ``bits`` and ``mode``.
+
+    Raises:
+        DoRAError: If it is packed with a global scale.
+    """
+    if "scales" not in parts:
+        return parts["weight"]
+    if parts.get("global_scale") is not None:
+        raise DoRAError(
+            f"{type(packing).__name__} has weights with a global scale, which cannot "
+            "take DoRA."
+        )
+    return QuantizedWeight(
+        weight=parts["weight"],
+        scales=parts["scales"],
+        biases=parts.get("biases"),
+        group_size=cast(int, packing.group_size),
+        bits=cast(int, packing.bits),
+        mode=cast(str, packing.mode),
+    )
+
+
+def as_packed(weight: Weight) -> QuantizedWeight | None:
+    """The weight if it is packed, None if it is dense."""
+    return weight if isinstance(weight, QuantizedWeight) else None
+
+
+def take_rows(weight: Weight, index: slice | mx.array) -> Weight:
+    """Some output rows, packed as they are."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.rows(index)
+    return weight[index]
+
+
+def dense(weight: Weight) -> mx.array:
+    """The whole weight, unpacked in its own dtype."""
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+
+
+def dense_dtype(weight: Weight) -> mx.Dtype:
+    """The dtype of a weight, unpacked."""
+    return dense(take_rows(weight, slice(0, 1))).dtype
+
+
+def float32_rows(weight: Weight, index: slice | mx.array) -> mx.array:
+    """Some output rows in float32. Shape ``(len(index), in)``."""
+    return dense(take_rows(weight, index)).astype(mx.float32)
+
+
+def exact_float32_rows(weight: Weight, index: slice) -> mx.array:
+    """Some output rows in float32, not rounded to the dtype of packed scales first."""
+    rows = take_rows(weight, index)
+    if isinstance(rows, QuantizedWeight) and rows.biases is not None:
+        rows = replace(
+            rows,
+            scales=rows.scales.astype(mx.float32),
+            biases=rows.biases.astype(mx.float32),
+        )
+    return dense(rows).astype(mx.float32)
+
+
+def row_blocks(
+    weight: Weight, elements: int | None = None
+) -> Iterator[tuple[slice, mx.array]]:
+    """Consecutive row blocks, unpacked in the dtype of the weight, with slices.
+
+    Args:
+        weight: Dense or packed. Shape ``(out, in)``.
+        elements: Greatest number of elements of a block; None for about one million.
+    """
+    out, width = weight.shape
+    step = max(1, (elements or _BLOCK) // max(width, 1))
+    for start in range(0, out, step):
+        index = slice(start, min(start + step, out))
+        yield index, dense(take_rows(weight, index))
+
+
+def row_squares(weight: Weight) -> mx.array:
+    """‖W0‖² of each output row, accumulated in float32. Shape ``(..., out)``."""
+    if len(weight.shape) > 2:
+        squares = [row_squares(one) for one in matrices(weight)]
+        mx.eval(squares)
+        return mx.stack(squares)
+    parts = [squared_rows(block) for _, block in row_blocks(weight)]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def squared_rows(block: mx.array) -> mx.array:
+    """Sum of squares over each row, in float32: one number per output."""
+    return mx.square(block.astype(mx.float32)).sum(axis=-1)
+
+
+def product(weight: Weight, lora_a: mx.array) -> mx.array:
+    """U = W0·A for training: differentiable code may trace it, nothing is evaluated.
+
+    A dense weight is multiplied in its own dtype (a float32 A would make a float32 copy
+    of W0), a packed one without being unpacked as a whole on a GPU.
+
+    Args:
+        weight: Shape ``(..., out, in)``.
+        lora_a: Shape ``(..., in, r)``.
+
+    Returns:
+        Shape ``(..., out, r)``, float32.
+    """
+    if isinstance(weight, QuantizedWeight):
+        rows = lora_a.astype(mx.float32).swapaxes(-1, -2)
+        multiply = weight.matmul if lora_a.ndim == 2 else weight.packed_matmul
+        return multiply(rows).astype(mx.float32).swapaxes(-1, -2)
+    return (weight @ lora_a.astype(weight.dtype)).astype(mx.float32)
+
+
+def base_products(
+    weight: Weight, lora_a: mx.array, *, exact_squares: bool = False
+) -> tuple[Any, mx.array]:
+    """‖W0‖² of each row and U = W0·A, in float32, reading W0 once, block by block.
+
+    No float32 copy of W0 is held; each block is evaluated before the next is read.
+
+    Args:
+        weight: Shape ``(out, in)``, any float dtype or packed.
+        lora_a: Shape ``(in, R)``.
+        exact_squares: Sum the squares in float64 (to 1e-9 of the sum) and give them as
+            a NumPy array.
+
+    Returns:
+        Shapes ``(out,)`` and ``(out, R)``.
+    """
+    a = lora_a.astype(mx.float32)
+    squares: list[Any] = []
+    products: list[mx.array] = []
+    for _, block in row_blocks(weight, _SMALL_BLOCK if exact_squares else None):
+        full = block.astype(mx.float32)
+        products.append(full @ a)
+        if exact_squares:
+            values = np.array(full, copy=False)
+            squares.append(np.square(values).sum(axis=1, dtype=np.float64))
+        else:
+            squares.append(squared_rows(full))
+            mx.eval(squares[-1])
+        mx.eval(products[-1])
+        del full, block
+    join = np.concatenate if exact_squares else mx.concatenate
+    return join(squares), mx.concatenate(products)
+
+
+def matrices(weight: Weight) -> list[Weight]:
+    """The matrices of a stack ``(n, out, in)``, sharing its memory; or the matrix."""
+    if len(weight.shape) == 2:
+        return [weight]
+    if not isinstance(weight, QuantizedWeight):
+        return list(_slices(weight))
+    none = [None] * weight.shape[0]
+    biases = none if weight.biases is None else _slices(weight.biases)
+    parts = zip(_slices(weight.weight), _slices(weight.scales), biases, strict=True)
+    return [replace(weight, weight=w, scales=s, biases=b) for w, s, b in parts]
+
+
+def _slices(stack: mx.array) -> list[mx.array]:
+    # Not stack[i], which copies: a list of those would be the stack once more.
+    return [stack[i : i + 1].squeeze(0) for i in range(stack.shape[0])]
+
+
+def stacked(weights: Sequence[Weight]) -> Weight:
+    """The opposite of `matrices`: a stack of matrices of the same form."""
+    packed = [one for one in weights if isinstance(one, QuantizedWeight)]
+    if not packed:
+        return mx.stack([one for one in weights if isinstance(one, mx.array)])
+    biases = [one.biases for one in packed if one.biases is not None]
+    return replace(
+        packed[0],
+        weight=mx.stack([one.weight for one in packed]),
+        scales=mx.stack([one.scales for one in packed]),
+        biases=mx.stack(biases) if biases else None,
+    )
