@@ -1,9 +1,18 @@
 """Norms of the adapted rows, the denominator of DoRA's Eq. 5."""
 
+import os
+
 import mlx.core as mx
 
 from mlx_dora.kernels import plain
-from mlx_dora.kernels.dispatch import KERNELS, relative_error, run, takes_kernel
+from mlx_dora.kernels.dispatch import (
+    KERNELS,
+    SWITCH,
+    backend_of,
+    relative_error,
+    run,
+    takes_kernel,
+)
 from mlx_dora.kernels.plans import plan_adapted_norm, plan_adapted_norm_packed
 from mlx_dora.matrix.low_rank import LowRank
 from mlx_dora.matrix.packed import QuantizedWeight
@@ -45,7 +54,9 @@ def adapted_norm(
         DoRAError: If the shapes do not fit together.
     """
     LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale).check_fits(weight.shape)
-    if len(weight.shape) == 2 and _takes(weight, lora_a.shape[1]):
+    backend = backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
+    is_matrix = len(weight.shape) == 2
+    if backend != "reference" and is_matrix and _takes(weight, lora_a.shape[1]):
         return mx.stop_gradient(launched(weight, lora_a, lora_b, scale))
     return plain.adapted_norm(weight, lora_a, lora_b, scale, squared_base=squared_base)
 

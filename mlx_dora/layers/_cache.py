@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 
 import mlx.core as mx
 
@@ -29,8 +30,7 @@ class EvalCache:
 
     def is_of(self, sources: Sources) -> bool:
         """Whether these are the arrays that this was made from."""
-        pairs = zip(self.sources, sources, strict=True)
-        return all(own is other for own, other in pairs)
+        return all(map(is_, self.sources, sources))
 
 
 @dataclass(frozen=True, kw_only=True)

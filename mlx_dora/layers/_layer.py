@@ -8,13 +8,13 @@ import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import adapted_norm
-from mlx_dora.layers._base import bias_offset, weight_of
+from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._cache import Epilogue, EvalCache, Sources, is_traced
 from mlx_dora.layers._fuse import fused_module
 from mlx_dora.layers.layout import LINEAR, Layout
 from mlx_dora.matrix.low_rank import Adapted, LowRank
 from mlx_dora.matrix.terms import exact_terms, row_gain
-from mlx_dora.matrix.weight import matrices, row_squares
+from mlx_dora.matrix.weight import matrices, row_squares, weight_from
 
 
 def unsupported(module: nn.Module, known: tuple[type[nn.Module], ...]) -> DoRAError:
@@ -192,8 +192,9 @@ class DoRALayer(nn.Module):
         """Norm ‖W0 + s·BA‖ of every row, float32, without a gradient."""
         if "_norm" in self:
             return self["_norm"]
+        base = self[self.base_name]
         return adapted_norm(
-            weight_of(self.base),
+            weight_from(base, base),
             *self.factors(),
             self.scale,
             squared_base=self["_squared_base"],
@@ -204,7 +205,12 @@ class DoRALayer(nn.Module):
         if not self.training and (cache := self.eval_cache()) is not None:
             assert cache.gain is not None
             return cache.gain
-        return row_gain(self["m"], self.norm())
+        return row_gain(self["m"], self["_norm"] if "_norm" in self else self.norm())
+
+    def bias_offset(self, gain: mx.array) -> mx.array | None:
+        """Shift by (1 − g)·b: in g∘(W0x + b + …) b has been multiplied by g."""
+        bias = self[self.base_name].get("bias")
+        return None if bias is None else (1 - gain) * bias.astype(mx.float32)
 
     def hold_norm(self) -> None:
         """Compute the norm now and use it until `release_norm`."""
@@ -257,7 +263,7 @@ class DoRALayer(nn.Module):
             lora_a=lora_a.astype(dtype),
             up=self.scale * lora_b.astype(mx.float32),
             gain=cache.gain,
-            offset=bias_offset(self.base, cache.gain),
+            offset=self.bias_offset(cache.gain),
         )
         mx.eval(made.lora_a, made.up, made.offset)
         self._cache = EvalCache(
@@ -267,8 +273,7 @@ class DoRALayer(nn.Module):
 
     def _sources(self) -> Sources:
         base = self.base
-        own = (self[name] for name in self.cached)
-        return (*own, base["weight"], base.get("bias"))
+        return (*map(self.get, self.cached), base["weight"], base.get("bias"))
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)

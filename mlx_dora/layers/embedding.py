@@ -6,9 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.kernels.rescale import rescale
-from mlx_dora.layers._base import project
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers.layout import EMBEDDING
+from mlx_dora.layers.linear import project
 from mlx_dora.matrix.low_rank import LowRank
 from mlx_dora.matrix.terms import floored_norm, row_gain, terms_of
 

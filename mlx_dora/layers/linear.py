@@ -6,9 +6,30 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.kernels.rescale import rescale
-from mlx_dora.layers._base import bias_offset, project
+from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.matrix.low_rank import Adapted
+from mlx_dora.matrix.packed import unpacks
+from mlx_dora.matrix.weight import as_packed
+
+_PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+
+
+def project(base: nn.Module, x: mx.array) -> mx.array:
+    """The base's linear map with its bias, in the dtype of `x`.
+
+    The base's own op, so that an untrained adapter changes no bit, except where a
+    packed weight is slow on the CPU (`QuantizedWeight.matmul`).
+    """
+    packed = as_packed(weight_of(base)) if isinstance(base, _PACKED) else None
+    if packed is not None and unpacks(x, packed.shape):
+        y = packed.matmul(x)
+        y = y + base["bias"] if "bias" in base else y
+    elif isinstance(base, nn.Embedding | nn.QuantizedEmbedding):
+        y = base.as_linear(x)
+    else:
+        y = base(x)
+    return y if y.dtype == x.dtype else y.astype(x.dtype)
 
 
 class DoRALinear(DoRALayer):
@@ -109,4 +130,4 @@ class DoRALinear(DoRALayer):
         h = self.dropout(x) @ self.lora_a.astype(x.dtype)
         up = self.scale * self.lora_b.astype(mx.float32)
         # g∘(W0·x + b + s·B(Ax)) + (1 − g)∘b
-        return rescale(y, h, up, g, bias_offset(self.linear, g))
+        return rescale(y, h, up, g, self.bias_offset(g))

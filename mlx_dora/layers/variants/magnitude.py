@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from mlx_dora.layers._base import bias_offset, weight_of
+from mlx_dora.layers._base import weight_of
 from mlx_dora.layers.variants.parametrisation import (
     Parametrisation,
     VariantLinear,
@@ -41,7 +41,7 @@ class Magnitude(Parametrisation):
     def output(self, layer: VariantLinear, x: mx.array, y: mx.array) -> mx.array:
         """The output for input `x`, given the base's."""
         g = self.gain(layer)
-        return scaled_sum(y, g, offset=bias_offset(layer.linear, g))
+        return scaled_sum(y, g, offset=layer.bias_offset(g))
 
     def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
         """The same as plain DoRA of rank 1."""

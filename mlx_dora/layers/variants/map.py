@@ -3,7 +3,6 @@
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.layers._base import bias_offset
 from mlx_dora.layers.variants.parametrisation import (
     Parametrisation,
     VariantLinear,
@@ -52,7 +51,7 @@ class MAP(Parametrisation):
         g = self.gain(layer)
         low = layer.dropout(x) @ layer.lora_a.astype(x.dtype)
         up = (layer.scale * layer["beta"] / _update_length(layer)) * layer.lora_b
-        return scaled_sum(y, g, low, up, bias_offset(layer.linear, g))
+        return scaled_sum(y, g, low, up, layer.bias_offset(g))
 
     def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
         """The same as plain DoRA of the same rank.

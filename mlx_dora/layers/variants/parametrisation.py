@@ -8,9 +8,9 @@ import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels.rescale import rescale
-from mlx_dora.layers._base import bias_offset, project, weight_of
+from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._layer import DoRALayer
-from mlx_dora.layers.linear import DoRALinear
+from mlx_dora.layers.linear import DoRALinear, project
 from mlx_dora.matrix.low_rank import Adapted, LowRank
 from mlx_dora.matrix.terms import exact_terms, row_gain
 
@@ -60,8 +60,8 @@ class Parametrisation(ABC):
         a, b = self.factors(layer)
         g = self.gain(layer)
         h = layer.dropout(x) @ a.astype(x.dtype)
-        offset = bias_offset(layer.linear, g)
-        return rescale(y, h, layer.scale * b.astype(mx.float32), g, offset)
+        up = layer.scale * b.astype(mx.float32)
+        return rescale(y, h, up, g, layer.bias_offset(g))
 
     @abstractmethod
     def export(self, layer: "VariantLinear") -> tuple[mx.array, mx.array, mx.array]:

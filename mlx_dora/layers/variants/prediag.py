@@ -3,7 +3,6 @@
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.layers._base import bias_offset
 from mlx_dora.layers.variants.parametrisation import (
     Parametrisation,
     VariantLinear,
@@ -41,7 +40,7 @@ class PreDiag(Parametrisation):
         d = self.gain(layer)
         low = layer.dropout(x) @ layer.lora_a.astype(x.dtype)
         up = layer.scale * layer.lora_b
-        return scaled_sum(y, d, low, up, bias_offset(layer.linear, d))
+        return scaled_sum(y, d, low, up, layer.bias_offset(d))
 
     def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
         """The same as plain DoRA of the same rank.
