@@ -33,7 +33,7 @@ from mlx_dora.adapters.surgery import (  # noqa: E402 - OpenBLAS first
 )
 from mlx_dora.demo.data import demo_rows  # noqa: E402 - OpenBLAS first
 from mlx_dora.demo.model import demo_model  # noqa: E402 - OpenBLAS first
-from mlx_dora.geometry import RowGeometry, pair_geometry, row_geometry  # noqa: E402 - OpenBLAS first
+from mlx_dora.matrix import RowGeometry, pair_geometry, row_geometry  # noqa: E402 - OpenBLAS first
 from mlx_dora.train import StepReport, TrainConfig, finetune  # noqa: E402
 
 METHODS = ("full", "lora", "dora")

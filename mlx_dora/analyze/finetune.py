@@ -12,9 +12,9 @@ from mlx_dora.analyze.adapter import Progress
 from mlx_dora.analyze.metrics import MatrixAnalysis, measure
 from mlx_dora.analyze.result import AdaptationAnalysis
 from mlx_dora.errors import DoRAError
-from mlx_dora.geometry import blocks_geometry
 from mlx_dora.io.blocks import READABLE, read_blocks
 from mlx_dora.io.checkpoint import Checkpoint
+from mlx_dora.matrix.geometry import blocks_geometry
 
 Weights = Mapping[str, mx.array] | str | Path
 """Named arrays, or a model folder."""
