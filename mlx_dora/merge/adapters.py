@@ -21,11 +21,10 @@ from mlx_dora.adapters.matrices import (
 )
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.batches import Examples
-from mlx_dora.factored import AdaptedMatrix
 from mlx_dora.io.atomic import check_output
-from mlx_dora.kernels.quantized import QuantizedWeight
-from mlx_dora.kernels.rows import Weight
 from mlx_dora.layers import weight_of
+from mlx_dora.matrix import Adapted, Weight
+from mlx_dora.matrix.weight import dense
 from mlx_dora.merge.cut_error import add_logit_errors
 from mlx_dora.merge.dense import Options, factor, merge_apart, row_norm
 from mlx_dora.merge.factored import MergedMatrix, merge_matrix
@@ -233,7 +232,7 @@ def _check_fit(
 
 def _merge_matrix(
     weight: Weight,
-    inputs: Sequence[AdaptedMatrix],
+    inputs: Sequence[Adapted],
     shares: np.ndarray,
     method: str,
     rank: int | None,
@@ -265,12 +264,11 @@ def _merge_matrix(
         )
     if np.ptp(shares, axis=0).any():
         raise DoRAError(f"{method} takes one weight an adapter, not one a row.")
-    base = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
-    base = base.astype(mx.float32)
+    base = dense(weight).astype(mx.float32)
     directions, magnitudes = [], []
     for one in inputs:
         update = one.update
-        directions.append(base + update.scale * (update.lora_a @ update.lora_b).T)
+        directions.append(base + update.rows(slice(None)))
         magnitudes.append(row_norm(directions[-1]) if one.m is None else one.m)
     direction, magnitude = merge_apart(
         method, base, directions, magnitudes, [float(v) for v in shares[0]], options

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.io.stored import STREAMED
-from mlx_dora.kernels.quantized import QuantizedWeight
+from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.merge.blockwise import Tensor
 
 _DTYPES = {

@@ -3,7 +3,7 @@ r"""Merging rows by magnitude and direction: coefficients from inner products al
 Every method here returns a row that is a combination of the rows it merges,
 :math:`W'_j = \sum_i \beta_{ij} V_{ij}`. The β need only the N×N inner products of the
 rows, so the same functions serve dense weights and DoRA adapters, whose inner products
-are factored (`mlx_dora.factored.row_grams`); see ``docs/merging.md``. All in float64.
+are factored (`mlx_dora.matrix.row_grams`); see ``docs/merging.md``. All in float64.
 
 ``gram`` is that of the unit directions, shape ``(rows, N, N)``; ``weights`` is
 ``(rows, N)`` and sums to 1 over the N.
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.matrix.grams import gram_norm
+from mlx_dora.matrix.terms import cancels
 from mlx_dora.merge.names import SUMS
 
 # A mean of directions shorter than this share of its parts has no sure direction.
@@ -23,8 +25,6 @@ _KARCHER_STEPS = 100
 _KARCHER_TOLERANCE = 3e-8  # under float32 rounding
 # Below this angle sin(tθ)/sin θ is t to the last bit.
 _SAME_DIRECTION = 1e-9
-# A sum whose square is below this share of its parts' is noise in factored form.
-_CANCELS = 2.0**-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ def combine(
     Raises:
         DoRAError: If the method does not take so many inputs, or needs a base.
     """
-    norm = np.sqrt(np.maximum(np.einsum("jii->ji", inner), 0.0))
+    norm = gram_norm(inner)
     has_direction = norm > 0
     sign = np.where(magnitude < 0, -1.0, 1.0)
     to_unit = np.where(has_direction, sign / np.where(has_direction, norm, 1.0), 0.0)
@@ -173,7 +173,7 @@ def combine(
             coefficients=alpha * to_unit,
             length=total,
             opposed=np.zeros(len(alpha), bool),
-            cancelled=(np.square(total) < _CANCELS * parts) & (parts > 0),
+            cancelled=cancels(np.square(total), parts) & (parts > 0),
         )
     if method == "magnitude_weighted":
         if base_norm is None:

@@ -18,9 +18,8 @@ from mlx_dora.adapters.matrices import adapter_tensors, named_matrices
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.kernels import fused_weight
-from mlx_dora.kernels.quantized import QuantizedWeight
-from mlx_dora.kernels.rows import Weight, matrices
 from mlx_dora.layers import dora_class, weight_of
+from mlx_dora.matrix.weight import dense, matrices
 from mlx_dora.merge.dense import factor, row_norm
 
 Progress = Callable[[str, int, int], None]
@@ -170,7 +169,7 @@ def _extract(
     layers, parts = [], []
     pairs = zip(named_matrices(path, base), matrices(tuned), strict=True)
     for (name, old), new in pairs:
-        weight, goal = _dense(old), _dense(new)
+        weight, goal = dense(old).astype(mx.float32), dense(new).astype(mx.float32)
         if not mx.isfinite(goal).all() or not mx.isfinite(weight).all():
             raise DoRAError(f"{name} holds NaN or inf.")
         change = mx.sqrt(mx.square(goal - weight).sum())
@@ -192,12 +191,6 @@ def _extract(
     if layers:
         tensors |= adapter_tensors(path, before, base, parts)
     return layers
-
-
-def _dense(weight: Weight) -> mx.array:
-    if isinstance(weight, QuantizedWeight):
-        weight = weight.dequantize()
-    return weight.astype(mx.float32)
 
 
 def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> list[str]:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.factored import AdaptedMatrix, Update, float32_rows, row_grams
-from mlx_dora.kernels.rows import Weight
+from mlx_dora.matrix import Adapted, LowRank, Weight, row_grams
+from mlx_dora.matrix.low_rank import Factors, side_by_side
+from mlx_dora.matrix.weight import float32_rows
 from mlx_dora.merge.directions import Combination, combine, heaviest
 
 # Where the β cancel more than this, W0's share is gone and W0 + BA cannot express it.
@@ -56,7 +57,7 @@ class MergedMatrix:
 
 def merge_matrix(
     weight: Weight,
-    inputs: Sequence[AdaptedMatrix],
+    inputs: Sequence[Adapted],
     weights: np.ndarray,
     *,
     method: str,
@@ -78,13 +79,13 @@ def merge_matrix(
     """
     if method == "task_arithmetic":  # W0 + Σ w_i (W_i − W0): the base is an input too
         width, out = inputs[0].update.lora_a.shape[0], inputs[0].update.lora_b.shape[1]
-        nothing = Update(
+        nothing = LowRank(
             lora_a=mx.zeros((width, 0)), lora_b=mx.zeros((0, out)), scale=0.0
         )
-        inputs = [*inputs, AdaptedMatrix(update=nothing, m=None)]
+        inputs = [*inputs, Adapted(update=nothing, m=None)]
         weights = np.concatenate([weights, 1 - weights.sum(1, keepdims=True)], axis=1)
     grams = row_grams(weight, [one.update for one in inputs])
-    norm = np.sqrt(np.maximum(np.einsum("jii->ji", grams.inner), 0.0))
+    norm = grams.norm
     magnitude = np.stack(
         [
             norm[:, i] if one.m is None else np.array(one.m, np.float64)
@@ -99,19 +100,19 @@ def merge_matrix(
     is_zero = np.abs(beta).sum(1) == 0
     beta = np.where(is_zero[:, None], heaviest(weights), beta)
     share = np.where(is_zero, 1.0, share)
-    lora_a, up = _stack(inputs, beta / share[:, None])
+    merged = _side_by_side(inputs, beta / share[:, None])
     if rows := np.flatnonzero(found.cancelled & ~opposed).tolist():
         dense = np.array(float32_rows(weight, mx.array(rows)), np.float64)
-        dense = share[rows, None] * (dense + up[rows] @ lora_a.T)
+        dense = share[rows, None] * (dense + merged.rows(np.array(rows)))
         length[rows] = np.linalg.norm(dense, axis=1)
     discarded = 0.0
-    if rank is not None and rank < lora_a.shape[1]:
+    if rank is not None and rank < merged.a.shape[1]:
         safe = np.where(is_zero, 1.0, np.abs(share))
-        lora_a, up, discarded = cut_rank(lora_a, up, rank, safe)
+        merged, discarded = merged.cut(rank, safe)
     m = np.sign(share) * length
     return MergedMatrix(
-        lora_a=mx.array(lora_a.astype(np.float32)),
-        lora_b=mx.array(np.ascontiguousarray((up / scale).T).astype(np.float32)),
+        lora_a=mx.array(merged.a.astype(np.float32)),
+        lora_b=mx.array(np.ascontiguousarray((merged.b / scale).T).astype(np.float32)),
         m=mx.array(m.astype(np.float32)),
         scale=scale,
         opposed=int(opposed.sum()),
@@ -135,51 +136,12 @@ def _keep_base(
     return beta, length, found.opposed | lost
 
 
-def _stack(
-    inputs: Sequence[AdaptedMatrix], shares: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _side_by_side(inputs: Sequence[Adapted], shares: np.ndarray) -> Factors:
     """All A side by side and the row-scaled s·B to match; an equal A appears once."""
-    downs: list[np.ndarray] = []
-    ups: list[np.ndarray] = []
-    for i, one in enumerate(inputs):
-        down = np.array(one.update.lora_a.astype(mx.float32), np.float64)
-        up = np.array(one.update.lora_b.astype(mx.float32), np.float64).T
-        up = one.update.scale * shares[:, i : i + 1] * up
-        for known, other in enumerate(downs):
-            if other.shape == down.shape and np.array_equal(other, down):
-                ups[known] = ups[known] + up
-                break
-        else:
-            downs.append(down)
-            ups.append(up)
-    return np.concatenate(downs, axis=1), np.concatenate(ups, axis=1)
-
-
-def cut_rank(
-    lora_a: np.ndarray, up: np.ndarray, rank: int, row_weight: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, float]:
-    r"""Best update of a smaller rank: QR of both factors, SVD of the small core.
-
-    .. math:: D\,B A = Q_b (R_b R_a^\top) Q_a^\top
-
-    with D the row weights: the Frobenius error of D·BA is the least possible (Eckart
-    and Young, 1936).
-
-    Args:
-        lora_a: Shape ``(in, R)``, float64.
-        up: s·Bᵀ. Shape ``(out, R)``, float64.
-        rank: The rank to keep.
-        row_weight: How much each row counts, above 0. Shape ``(out,)``.
-
-    Returns:
-        Factors of that rank, and the share of the squared norm that is lost.
-    """
-    q_a, r_a = np.linalg.qr(lora_a)
-    q_b, r_b = np.linalg.qr(up * row_weight[:, None])
-    left, sizes, right = np.linalg.svd(r_b @ r_a.T)
-    total = float(np.square(sizes).sum())
-    root = np.sqrt(sizes[:rank])
-    new_up = (q_b @ left[:, :rank]) * root / row_weight[:, None]
-    new_a = (q_a @ right[:rank].T) * root
-    lost = float(np.square(sizes[rank:]).sum())
-    return new_a, new_up, lost / total if total else 0.0
+    factors = [adapted.update.float64() for adapted in inputs]
+    return side_by_side(
+        [
+            Factors(a=one.a, b=shares[:, i : i + 1] * one.b)
+            for i, one in enumerate(factors)
+        ]
+    )

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import ShardWriter
-from mlx_dora.kernels.quantized import QuantizedWeight
+from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.merge.blockwise import BLOCK, Tensor, held, joined
 from mlx_dora.merge.checkpoint import ModelTensors, Packing
 from mlx_dora.merge.informed import merge_informed_tensor

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.matrix.grams import gram_norm
 from mlx_dora.merge import blockwise, methods
 from mlx_dora.merge.blockwise import Tensor
 from mlx_dora.merge.directions import combine
@@ -211,7 +212,7 @@ def _merge_rows(
             if not np.isfinite(inner).all():
                 yield mx.full(values[0].shape, mx.nan)
                 continue
-            length = np.sqrt(np.einsum("jii->ji", inner))
+            length = gram_norm(inner)
             found = combine(method, inner, length, shares[index], base_norm)
             merged.opposed += int(found.opposed.sum())
             one = _combined(values, found.coefficients)
@@ -246,7 +247,7 @@ def _merge_whole(
     elif method == "slerp":
         coefficients = _plain_slerp(inner, shares)
     else:
-        length = np.sqrt(np.einsum("jii->ji", inner))
+        length = gram_norm(inner)
         found = combine(method, inner, length, shares)
         coefficients, opposed = found.coefficients, int(found.opposed.sum())
     betas = [float(one) for one in coefficients[0]]
