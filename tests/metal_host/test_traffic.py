@@ -9,7 +9,7 @@ from tests.metal_host.host import Host
 
 HALF = mx.float16
 LARGE = {"weight", "rescaled", "fused", "y", "composed", "dy", "o", "scaled"}
-REREAD = {"lora_a", "lora_b", "h"}
+REREAD = {"lora_a", "lora_b", "up", "h"}
 
 
 def check(counted: traffic.Counted, formula: formulas.Traffic, passes: int = 1) -> None:

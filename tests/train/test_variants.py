@@ -166,8 +166,8 @@ def test_only_projections_of_one_block_share(
         *(f"model.layers.{i}.self_attn.q_proj.first.{x}" for i in (0, 1) for x in "ab"),
     ]
     first, last = (block.self_attn for block in model.model.layers)
-    assert first.v_proj._first is first.q_proj.first
-    assert last.v_proj._first is last.q_proj.first is not first.q_proj.first
+    assert first.v_proj.kind.first is first.q_proj.first
+    assert last.v_proj.kind.first is last.q_proj.first is not first.q_proj.first
     remove_dora(model)
     assert not [n for n, _ in tree_flatten(model.parameters()) if "first" in n]
 
