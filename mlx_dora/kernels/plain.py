@@ -70,15 +70,18 @@ def _rounded_once(
     return (out if offset is None else out + offset).astype(y.dtype)
 
 
-@mx.custom_function
-def _rescale(
+def compose(
     y: mx.array, h: mx.array, up: mx.array, gain: mx.array, offset: mx.array | None
 ) -> mx.array:
+    """``g∘(y + h·up) + offset`` as `rescale` gives it, with MLX's own gradients."""
     h = h.astype(mx.float32)
     if y.dtype != mx.float32:
         return _rounded_once(y, h @ up, gain, offset)
     out = gain * mx.addmm(y, h, up)  # the sum costs no pass of its own
     return out if offset is None else out + offset
+
+
+_rescale = mx.custom_function(compose)
 
 
 @_rescale.vjp

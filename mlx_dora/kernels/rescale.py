@@ -60,6 +60,20 @@ def rescale(
     return launched(y, h, up, gain, offset)
 
 
+def compose(
+    y: mx.array,
+    h: mx.array,
+    up: mx.array,
+    gain: mx.array,
+    offset: mx.array | None = None,
+) -> mx.array:
+    """`rescale` for inference: a gradient may flow, but memory is not saved for it."""
+    backend = backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
+    if backend == "reference" or not _takes(y, up.shape[0]):
+        return plain.compose(y, h, up, gain, offset)
+    return launched(y, h, up, gain, offset)
+
+
 def dora_scale(
     y: mx.array,
     h: mx.array,

@@ -6,7 +6,7 @@ from operator import is_
 
 import mlx.core as mx
 
-from mlx_dora.kernels.rescale import rescale
+from mlx_dora.kernels.rescale import compose
 
 Sources = tuple[mx.array | None, ...]
 
@@ -51,7 +51,7 @@ class Epilogue:
 
     def apply(self, y: mx.array, x: mx.array) -> mx.array:
         """Output for base output `y` ``(..., out)`` and input `x` ``(..., in)``."""
-        return rescale(y, x @ self.lora_a, self.up, self.gain, self.offset)
+        return compose(y, x @ self.lora_a, self.up, self.gain, self.offset)
 
 
 def is_traced(arrays: Sequence[mx.array | None]) -> bool:

@@ -272,7 +272,7 @@ class DoRALayer(nn.Module):
         return made
 
     def _sources(self) -> Sources:
-        base = self.base
+        base = self[self.base_name]
         return (*map(self.get, self.cached), base["weight"], base.get("bias"))
 
     def __setattr__(self, key: str, value: Any) -> None:
