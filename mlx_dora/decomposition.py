@@ -4,6 +4,7 @@ import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import normalize_rows
+from mlx_dora.matrix.weight import row_norms
 
 
 def dora_decompose(W: mx.array, eps: float = 0.0) -> tuple[mx.array, mx.array]:
@@ -62,7 +63,7 @@ def dora_merge(W0: mx.array, delta_m: mx.array, delta_V: mx.array) -> mx.array:
             f"of shape {W0.shape}; expected {W0.shape[:1]} and {W0.shape}."
         )
     full = W0.astype(mx.float32)
-    m = mx.sqrt(mx.square(full).sum(axis=1)) + delta_m.astype(mx.float32)
+    m = row_norms(full) + delta_m.astype(mx.float32)
     merged, _ = normalize_rows(full + delta_V.astype(mx.float32), m)
     return merged.astype(W0.dtype)
 

@@ -19,6 +19,7 @@ from mlx_dora.matrix.weight import (
     dense_dtype,
     exact_float32_rows,
     row_blocks,
+    row_norms,
 )
 
 # Elements of a block; its dozen float32 copies are small next to a large tensor.
@@ -96,8 +97,8 @@ def survival(
         if rest is not None:
             fused = fused + (update.scale * rest[:, index].T) @ a
         exact, left = full - base, fused - base
-        length = mx.sqrt(mx.square(full).sum(axis=1))
-        off = mx.sqrt(mx.square(fused).sum(axis=1)) - length
+        length = row_norms(full)
+        off = row_norms(fused) - length
         # A zero row has no length to be off from.
         off = mx.where(length > 0, off / mx.where(length > 0, length, 1), 0)
         sums = [exact * exact, exact * left, left * left, mx.square(off)]

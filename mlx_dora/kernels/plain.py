@@ -14,8 +14,8 @@ from mlx_dora.matrix.weight import (
     Weight,
     product,
     row_blocks,
+    row_norms,
     row_squares,
-    squared_rows,
 )
 
 
@@ -23,7 +23,7 @@ def normalize_rows(
     weight: mx.array, magnitude: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """m·W/‖W‖ and ‖W‖ of each row."""
-    norm = mx.sqrt(squared_rows(weight))
+    norm = row_norms(weight)
     target = mx.ones_like(norm) if magnitude is None else magnitude
     gain = row_gain(target, norm)
     return (gain[:, None] * weight.astype(mx.float32)).astype(weight.dtype), norm

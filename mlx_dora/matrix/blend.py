@@ -85,16 +85,16 @@ def blend(weight: Weight, parts: Sequence[tuple[float, Measured]]) -> Measured:
             f"these weights cancel {lost} rows of the base, and no adapter can say "
             "that; choose others."
         )
-    downs, ups = [], []
+    all_a, all_b = [], []
     cross = mx.zeros_like(gain)
     for (w, part), g in zip(parts, gains, strict=True):
         share = part.update.scale * (w * g / gain)
-        downs.append(part.update.lora_a)
-        ups.append(share * part.update.lora_b)
+        all_a.append(part.update.lora_a)
+        all_b.append(share * part.update.lora_b)
         cross = cross + share * part.terms.c
     update = LowRank(
-        lora_a=mx.concatenate(downs, axis=1),
-        lora_b=mx.concatenate(ups),
+        lora_a=mx.concatenate(all_a, axis=1),
+        lora_b=mx.concatenate(all_b),
         scale=1.0,
     )
     a, b = update.lora_a, update.lora_b.T

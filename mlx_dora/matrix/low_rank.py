@@ -196,17 +196,17 @@ class Factors:
 
 def side_by_side(updates: Sequence[Factors]) -> Factors:
     """The sum of several updates as a single one; an equal A appears once."""
-    downs: list[np.ndarray] = []
-    ups: list[np.ndarray] = []
+    all_a: list[np.ndarray] = []
+    all_b: list[np.ndarray] = []
     for update in updates:
-        for known, a in enumerate(downs):
+        for known, a in enumerate(all_a):
             if a.shape == update.a.shape and np.array_equal(a, update.a):
-                ups[known] = ups[known] + update.b
+                all_b[known] = all_b[known] + update.b
                 break
         else:
-            downs.append(update.a)
-            ups.append(update.b)
-    return Factors(a=np.concatenate(downs, axis=1), b=np.concatenate(ups, axis=1))
+            all_a.append(update.a)
+            all_b.append(update.b)
+    return Factors(a=np.concatenate(all_a, axis=1), b=np.concatenate(all_b, axis=1))
 
 
 def _named(stack: Sequence[int], *axes: int | str) -> str:

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.matrix.low_rank import Adapted, Array, LowRank, row_inner
-from mlx_dora.matrix.weight import Weight, base_products, float32_rows
+from mlx_dora.matrix.weight import Weight, base_products, float32_rows, row_norms
 
 # Under this share of its parts a factored sum may be off by more than 1e-5.
 _CANCELS = 2.0**-6
@@ -150,7 +150,7 @@ def with_exact_norm(
     if rows.size:
         index = mx.array(rows)
         full = float32_rows(weight, index) + update.rows(index)
-        norm[index] = mx.sqrt(mx.square(full).sum(axis=1))
+        norm[index] = row_norms(full)
         mx.eval(norm)
     return ExactTerms(
         q0=terms.q0,

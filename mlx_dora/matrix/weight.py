@@ -120,6 +120,11 @@ def squared_rows(block: mx.array) -> mx.array:
     return mx.square(block.astype(mx.float32)).sum(axis=-1)
 
 
+def row_norms(block: mx.array) -> mx.array:
+    """Length of each row, in float32: the norm of Eq. 2 and Eq. 5 of a dense weight."""
+    return mx.sqrt(squared_rows(block))
+
+
 def product(weight: Weight, lora_a: mx.array) -> mx.array:
     """U = W0·A for training: differentiable code may trace it, nothing is evaluated.
 

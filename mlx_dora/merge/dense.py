@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.matrix.weight import row_norms
 from mlx_dora.merge import methods
 from mlx_dora.merge.factored import MergedMatrix
 from mlx_dora.merge.names import ELEMENTWISE
@@ -196,6 +197,6 @@ def _truncate(
 
 def row_norm(weight: mx.array) -> mx.array:
     """Length of each output row, evaluated. Shape ``(out,)``, float32."""
-    norm = mx.sqrt(mx.square(weight.astype(mx.float32)).sum(axis=1))
+    norm = row_norms(weight)
     mx.eval(norm)
     return norm

@@ -63,32 +63,35 @@ def principal_factors(weight: Weight, rank: int) -> tuple[mx.array, mx.array]:
         rank: How many.
 
     Returns:
-        Down ``(in, rank)`` and up ``(rank, out)``, float32, evaluated. Where the
+        A ``(in, rank)`` and B ``(rank, out)``, float32, evaluated. Where the
         matrix has fewer directions than `rank`, zeros.
     """
     out, width = weight.shape
     count = min(rank + _SPARE, out, width)
     basis = np.array(mx.random.normal((width, count)))
     for _ in range(_PASSES):
-        turned = mx.array(_orthogonal(basis))
+        directions = mx.array(_orthogonal(basis))
         total = mx.zeros((width, count))
         for _, block in row_blocks(weight):
             full = block.astype(mx.float32)
-            total = total + full.T @ (full @ turned)
+            total = total + full.T @ (full @ directions)
             mx.eval(total)
         basis = np.array(total)
     right = _orthogonal(basis)
-    turned = mx.array(right)
-    parts = [block.astype(mx.float32) @ turned for _, block in row_blocks(weight)]
+    directions = mx.array(right)
+    parts = [block.astype(mx.float32) @ directions for _, block in row_blocks(weight)]
     left, sizes, mixed = np.linalg.svd(
         np.array(mx.concatenate(parts), np.float64), full_matrices=False
     )
     root = np.sqrt(sizes[:rank])
-    down = (right @ mixed.T)[:, :rank] * root
-    up = (left[:, :rank] * root).T
+    lora_a = (right @ mixed.T)[:, :rank] * root
+    lora_b = (left[:, :rank] * root).T
     lacking = rank - root.size
-    down, up = np.pad(down, ((0, 0), (0, lacking))), np.pad(up, ((0, lacking), (0, 0)))
-    found = mx.array(down.astype(np.float32)), mx.array(up.astype(np.float32))
+    lora_a, lora_b = (
+        np.pad(lora_a, ((0, 0), (0, lacking))),
+        np.pad(lora_b, ((0, lacking), (0, 0))),
+    )
+    found = mx.array(lora_a.astype(np.float32)), mx.array(lora_b.astype(np.float32))
     mx.eval(*found)
     return found
 
