@@ -106,7 +106,7 @@ class DoRALinear(DoRALayer):
         layer.linear = linear
         layer._measure_base(squared_base)
         update = adapted.update
-        update.check_fits((layer["_squared_base"].size, update.lora_a.shape[0]))
+        update.check_fits(weight_of(linear).shape)
         layer.dropout = nn.Dropout(p=0.0) if dropout is None else dropout
         layer.scale = update.scale
         layer.enabled = True

@@ -25,6 +25,24 @@ NAMES = sorted(VARIANTS)
 SCALE = 2.0
 
 
+# As in checkpoints: renaming one breaks the resuming of earlier runs.
+TRAINED = {
+    "adaptive": {"lora_a", "lora_b", "m"},
+    "doran": {"lora_a", "lora_b", "m", "t"},
+    "doran-aux": {"lora_a", "lora_b", "m", "t", "first.a", "first.b"},
+    "edora": {"core", "m"},
+    "magnitude": {"m"},
+    "map": {"lora_a", "lora_b", "alpha", "beta"},
+    "pissa": {"lora_a", "lora_b", "m"},
+    "prediag": {"lora_a", "lora_b", "d"},
+}
+FIXED = {
+    "adaptive": {"active"},
+    "edora": {"lora_a", "lora_b"},
+    "pissa": {"start_a", "start_b"},
+}
+
+
 def wrap(name: str, base: Any, r: int = 3, **settings: Any) -> Any:
     mx.random.seed(1)
     return adapt(base, name, r=r, scale=SCALE, **settings)
@@ -117,6 +135,22 @@ def test_an_untrained_layer_is_its_base(name: str, dtype: mx.Dtype) -> None:
         else:
             assert mx.array_equal(call(x), base(x))
         assert call(x).dtype == dtype
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_keep_the_names_of_checkpoints(name: str) -> None:
+    layer = wrap(name, linear())
+    assert set(trained(layer)) == TRAINED[name]
+    assert set(layer.fixed) == FIXED.get(name, set())
+    base = {"linear.weight", "linear.bias"}
+    everything = TRAINED[name] | FIXED.get(name, set()) | base
+    assert set(arrays(layer.parameters())) == everything
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_variant_takes_no_other_base(name: str) -> None:
+    with pytest.raises(DoRAError, match="cannot take another base"):
+        wrap(name, linear()).set_base(linear())
 
 
 @pytest.mark.parametrize("name", NAMES)
