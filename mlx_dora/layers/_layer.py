@@ -251,7 +251,7 @@ class DoRALayer(nn.Module):
         return self._cache
 
     def epilogue(self, dtype: mx.Dtype) -> Epilogue | None:
-        """All of eval mode's constants for activations of `dtype`; None as above."""
+        """All of eval mode's constants for activations of `dtype`, if there is a cache."""
         cache = self.eval_cache()
         if cache is None or cache.gain is None:
             return None

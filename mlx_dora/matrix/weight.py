@@ -168,12 +168,13 @@ def base_products(
         full = block.astype(mx.float32)
         products.append(full @ a)
         if exact_squares:
+            mx.eval(full, products[-1])
             values = np.array(full, copy=False)
             squares.append(np.square(values).sum(axis=1, dtype=np.float64))
+            del values
         else:
             squares.append(squared_rows(full))
-            mx.eval(squares[-1])
-        mx.eval(products[-1])
+            mx.eval(squares[-1], products[-1])
         del full, block
     join = np.concatenate if exact_squares else mx.concatenate
     return join(squares), mx.concatenate(products)
