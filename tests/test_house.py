@@ -70,6 +70,16 @@ def test_only_the_matrix_looks_at_the_packing() -> None:
     assert len([name for name in looks if not name.startswith("matrix/")]) <= 3
 
 
+@pytest.mark.parametrize("room", ["matrix", "kernels", "layers"])
+def test_a_function_fits_on_a_screen(room: str) -> None:
+    long = [
+        name
+        for name, node in functions()
+        if name.startswith(room) and (node.end_lineno or 0) - node.lineno >= 60
+    ]
+    assert long == []
+
+
 def depth(name: str, bases: dict[str, list[str]]) -> int:
     """How far below `nn.Module` a class is; 0 for one that is no module."""
     if name in ("nn.Module", "Module"):

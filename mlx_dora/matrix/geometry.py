@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.matrix.low_rank import Adapted
+from mlx_dora.matrix.low_rank import Adapted, Factors
 from mlx_dora.matrix.terms import Terms, cancels
 from mlx_dora.matrix.weight import Weight, base_products, float32_rows, row_blocks
 
@@ -88,16 +88,9 @@ def row_geometry(weight: Weight, adapted: Adapted) -> RowGeometry:
     inside, across = q0 + c, np.maximum(q0 * p - c * c, 0.0)
     inexact = terms.cancelled | cancels(across, q0 * p)
     rows = np.flatnonzero(inexact & (q0 > 0) & (p > 0))
-    for index in np.array_split(rows, -(-rows.size * weight.shape[1] // _BLOCK) or 1):
-        if index.size:
-            base = np.array(float32_rows(weight, mx.array(index)), np.float64)
-            delta = own.rows(index)
-            squared[index] = np.square(base + delta).sum(1)
-            c[index] = (base * delta).sum(1)
-            inside[index] = q0[index] + c[index]
-            share = c[index] / np.square(base).sum(1)
-            away = delta - share[:, None] * base
-            across[index] = q0[index] * np.square(away).sum(1)
+    squared[rows], c[rows], across[rows] = _dense_terms(weight, own, rows)
+    across[rows] *= q0[rows]
+    inside[rows] = q0[rows] + c[rows]
     base_norm = np.sqrt(q0)
     norm = np.where(squared > 0, np.sqrt(squared), 0.0)
     angle = np.arctan2(np.sqrt(across), inside)
@@ -118,6 +111,23 @@ def row_geometry(weight: Weight, adapted: Adapted) -> RowGeometry:
         angle=np.where((base_norm > 0) & (length > 0), angle, 0.0),
         recomputed=int(rows.size),
     )
+
+
+def _dense_terms(weight: Weight, own: Factors, rows: np.ndarray) -> np.ndarray:
+    """n², c and ‖the update across the base's row‖² of some rows, taken densely."""
+    found = np.empty((3, rows.size))
+    chunks = -(-rows.size * own.a.shape[0] // _BLOCK) or 1
+    for places in np.array_split(np.arange(rows.size), chunks):
+        if not places.size:
+            continue
+        index = rows[places]
+        base = np.array(float32_rows(weight, mx.array(index)), np.float64)
+        delta = own.rows(index)
+        c = (base * delta).sum(1)
+        away = delta - (c / np.square(base).sum(1))[:, None] * base
+        squared = np.square(base + delta).sum(1)
+        found[:, places] = squared, c, np.square(away).sum(1)
+    return found
 
 
 def pair_geometry(base: Weight, adapted: Weight) -> RowGeometry:
