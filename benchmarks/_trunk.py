@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_dora.evaluate.batches import pad_batch
+from mlx_dora.data.batches import pad_batch
+from mlx_dora.data.schedule import Schedule
 from mlx_dora.evaluate.loss import Loss, eval_mode
-from mlx_dora.evaluate.schedule import Schedule
 
 Row = tuple[list[int], int]
 """Tokens of a row, and the number of its first target."""

@@ -20,13 +20,13 @@ import numpy as np
 from _machine import describe_machine
 
 from mlx_dora import DoRAConfig, apply_dora, load
+from mlx_dora.data.batches import Batch
+from mlx_dora.data.config import DataConfig
+from mlx_dora.data.loading import load_datasets
+from mlx_dora.data.schedule import Schedule
 from mlx_dora.demo.data import write_demo_data
 from mlx_dora.demo.model import demo_model
-from mlx_dora.evaluate.batches import Batch
-from mlx_dora.evaluate.config import DataConfig
-from mlx_dora.evaluate.data import load_datasets
 from mlx_dora.evaluate.loss import loss_fn
-from mlx_dora.evaluate.schedule import Schedule
 
 SHORT = (6, 40)  # tokens of an example in the packing case
 

@@ -37,12 +37,12 @@ from _trunk import Row, Trunk, measure, target_loss
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.hosting import load
+from mlx_dora.data.loading import load_datasets
 from mlx_dora.demo.model import demo_model
-from mlx_dora.evaluate.data import load_datasets
 from mlx_dora.evaluate.labels import find_labels
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.loop import finetune
-from mlx_dora.train.reports import StepReport, TrainReport
+from mlx_dora.train.run.finetune import finetune
+from mlx_dora.train.run.journal import StepReport, TrainReport
 
 TUNING_SEED = 1000
 BASE = "base"  # measured as it is

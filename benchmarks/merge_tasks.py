@@ -36,11 +36,12 @@ from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.files import load_adapter
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.surgery import remove_dora
-from mlx_dora.evaluate.config import DataConfig
-from mlx_dora.evaluate.data import Dataset, make_datasets
+from mlx_dora.data.config import DataConfig
+from mlx_dora.data.dataset import Dataset
+from mlx_dora.data.loading import make_datasets
+from mlx_dora.data.splits import read_splits
 from mlx_dora.evaluate.labels import find_labels, label_accuracy
 from mlx_dora.evaluate.loss import evaluate_loss
-from mlx_dora.evaluate.rows import read_splits
 from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.merge.adapters import merge_adapters_report
 from mlx_dora.merge.dense import Options

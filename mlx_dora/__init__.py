@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from mlx_dora.adapters.files import Adapter, load_adapter, save_adapter
     from mlx_dora.adapters.fuse import fuse_dora
     from mlx_dora.adapters.hosting import load, use_in_mlx_lm
+    from mlx_dora.adapters.named import NamedAdapters
     from mlx_dora.adapters.surgery import apply_dora, disabled, remove_dora
     from mlx_dora.decomposition import dora_decompose, dora_merge
     from mlx_dora.errors import DoRAError
     from mlx_dora.layers import DoRAEmbedding, DoRALinear
     from mlx_dora.layers.multi import DoRAMultiLinear
     from mlx_dora.layers.switch import DoRASwitchLinear
+    from mlx_dora.peft import from_peft, to_peft
 
 __version__ = "0.1.0"
 
@@ -29,15 +31,18 @@ _HOME = {
     "DoRALinear": "mlx_dora.layers",
     "DoRAMultiLinear": "mlx_dora.layers.multi",
     "DoRASwitchLinear": "mlx_dora.layers.switch",
+    "NamedAdapters": "mlx_dora.adapters.named",
     "apply_dora": "mlx_dora.adapters.surgery",
     "disabled": "mlx_dora.adapters.surgery",
     "dora_decompose": "mlx_dora.decomposition",
     "dora_merge": "mlx_dora.decomposition",
+    "from_peft": "mlx_dora.peft",
     "fuse_dora": "mlx_dora.adapters.fuse",
     "load": "mlx_dora.adapters.hosting",
     "load_adapter": "mlx_dora.adapters.files",
     "remove_dora": "mlx_dora.adapters.surgery",
     "save_adapter": "mlx_dora.adapters.files",
+    "to_peft": "mlx_dora.peft",
     "use_in_mlx_lm": "mlx_dora.adapters.hosting",
 }
 
@@ -49,15 +54,18 @@ __all__ = [
     "DoRALinear",
     "DoRAMultiLinear",
     "DoRASwitchLinear",
+    "NamedAdapters",
     "apply_dora",
     "disabled",
     "dora_decompose",
     "dora_merge",
+    "from_peft",
     "fuse_dora",
     "load",
     "load_adapter",
     "remove_dora",
     "save_adapter",
+    "to_peft",
     "use_in_mlx_lm",
 ]
 

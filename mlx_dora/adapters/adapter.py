@@ -13,6 +13,7 @@ from mlx_dora.adapters.fingerprint import fingerprint
 from mlx_dora.adapters.keys import blocks, natural_order, shortened
 from mlx_dora.adapters.surgery import FineTuneType, exported_layers
 from mlx_dora.errors import DoRAError
+from mlx_dora.layers import DoRALayer
 
 LEAVES = {"dora": ("lora_a", "lora_b", "m"), "lora": ("lora_a", "lora_b")}
 
@@ -80,8 +81,9 @@ def take_adapter(
         training: Summary to record.
 
     Raises:
-        DoRAError: If there is nothing to take, DoRA and LoRA are mixed, or a variant
-            is where no DoRA adapter can follow.
+        DoRAError: If there is nothing to take, DoRA and LoRA are mixed, a variant is
+            where no DoRA adapter can follow, or the norms of a layer are not finite:
+            it computes nothing of use, though its values may be numbers.
     """
     if fine_tune_type == "full":
         return _take_full(model, base or BaseModel(), training)
@@ -96,6 +98,12 @@ def take_adapter(
     tensors: dict[str, mx.array] = {}
     ranks = {}
     for path, layer in layers:
+        if isinstance(layer, DoRALayer) and not mx.isfinite(layer.norm()).all():
+            raise DoRAError(
+                f"{path}: the norms of the adapted rows are not finite: the base holds "
+                "NaN or inf, or the adapter's values have grown too large (lower the "
+                "learning rate or the scale)."
+            )
         for leaf in LEAVES[kind]:
             value = layer[leaf].astype(mx.float32)
             if leaf == "lora_b" and layer.scale != scale:

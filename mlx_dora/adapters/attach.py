@@ -14,7 +14,7 @@ from mlx_dora.adapters.adapter import (
     rank_of,
 )
 from mlx_dora.adapters.fingerprint import fingerprint
-from mlx_dora.adapters.keys import natural_order, resolve_keys
+from mlx_dora.adapters.keys import blocks, natural_order, resolve_keys
 from mlx_dora.adapters.surgery import adapter_layers, apply_layers
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import dora_class
@@ -49,9 +49,8 @@ def attach_adapter(
         model.load_weights(list(adapter.tensors.items()), strict=False)
         return list(adapter.tensors)
     paths = adapter.paths
-    apply_layers(
-        model, replace(adapter.config, keys=tuple(paths)), adapter.fine_tune_type
-    )
+    config = replace(adapter.config, keys=tuple(paths))
+    apply_layers(model, config, adapter.fine_tune_type, any_rank=True)
     for path, layer in adapter_layers(model):
         for leaf in LEAVES[adapter.fine_tune_type]:
             layer[leaf] = adapter.tensors[f"{path}.{leaf}"].astype(mx.float32)
@@ -99,20 +98,28 @@ def other_base(adapter: Adapter) -> str:
 
 
 def _key_problems(model: nn.Module, adapter: Adapter) -> list[str]:
-    """The config's keys and the tensors must name the same modules."""
+    """The config's keys and the tensors must name the same modules.
+
+    Without keys the tensors decide: mlx-lm up to 0.28.1 adapted a few modules of each
+    block by default and recorded no keys.
+    """
     config, paths = adapter.config, set(adapter.paths)
     named = paths.intersection(config.keys or ())
     others = None
     if config.keys is not None:
         others = [key for key in config.keys if key not in paths]
     if others is None or others:
+        # In a folder that mlx-lm wrote, 0, -1 and more than there are all mean every
+        # block.
+        depth = config.num_layers or -1
+        if depth > len(blocks(model)):
+            depth = -1
         try:
-            # 0 and -1 both mean every block in a folder that mlx-lm wrote.
-            named.update(resolve_keys(model, others, config.num_layers or -1))
+            named.update(resolve_keys(model, others, depth))
         except DoRAError as error:
             return [str(error).rstrip(".")]
     extra = sorted(paths - named, key=natural_order)
-    without = sorted(named - paths, key=natural_order)
+    without = sorted(named - paths, key=natural_order) if config.keys else []
     return listed("the config does not adapt:", extra) + listed(
         "the config adapts what has no tensors:", without
     )

@@ -4,11 +4,12 @@ Imports no MLX, so that the command line can make its options from the fields.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.options import check_options, option
 
 _LORA_PARAMETERS = ("rank", "scale", "dropout", "keys")
 
@@ -28,96 +29,52 @@ Init = Literal["lora", "pissa"]
 
 @dataclass(frozen=True, kw_only=True)
 class DoRAConfig:
-    """How a model is adapted; field for field what each option means.
+    """How a model is adapted. The help text of each field describes it.
 
-    Attributes:
-        rank: Rank of the low-rank update.
-        scale: Multiplier s of the update (mlx-lm's spelling; alpha / rank elsewhere).
-        dropout: Dropout on the low-rank branch's input while training.
-        keys: Names of the modules to adapt; None takes every linear layer and
-            embedding of the chosen blocks.
-        num_layers: How many blocks, counted from the last.
-        variant: How the adapter is parametrised in training (docs/variants.md); what
-            is saved is plain DoRA.
-        rank_pattern: Ranks of single modules, by full path or by its end.
-        use_rslora: Divide the scale by the square root of each module's rank.
-        init: Where A and B start: at random and 0, or at the base's largest
-            directions (PiSSA).
-        magnitude_keys: Names of modules whose magnitude alone is trained, besides
-            `keys`; where no keys are given, of those they are taken out.
-        aux_width: Hidden units of ``doran-aux``'s networks, in multiples of the rank.
+    ``scale`` is the multiplier s of the update, as mlx-lm spells it (alpha / rank
+    elsewhere). What is saved is plain DoRA, whatever the variant (docs/variants.md).
     """
 
-    rank: int = field(default=8, metadata={"help": "Rank of the low-rank update."})
-    scale: float = field(
-        default=20.0, metadata={"help": "Multiplier of the low-rank update."}
+    rank: int = option(8, help="Rank of the low-rank update.", least=1)
+    scale: float = option(20.0, help="Multiplier of the low-rank update.")
+    dropout: float = option(
+        0.0, help="Dropout on the low-rank branch in training.", least=0, below=1
     )
-    dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the low-rank branch in training."}
+    keys: tuple[str, ...] | None = option(
+        None,
+        help="Modules to adapt, relative to a block (self_attn.q_proj) or as "
+        "full paths; all linear layers and embeddings of the blocks if not given.",
     )
-    keys: tuple[str, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "Modules to adapt, relative to a block (self_attn.q_proj) or as "
-            "full paths; all linear layers and embeddings of the blocks if not given."
-        },
+    num_layers: int = option(
+        16, help="Blocks to adapt, from the last; -1 for all, 0 for none.", least=-1
     )
-    num_layers: int = field(
-        default=16,
-        metadata={"help": "Blocks to adapt, from the last; -1 for all, 0 for none."},
+    variant: Variant = option(
+        "dora",
+        help="Parametrisation of the adapter in training; what is saved is plain DoRA.",
     )
-    variant: Variant = field(
-        default="dora",
-        metadata={
-            "help": "Parametrisation of the adapter in training; what is saved is "
-            "plain DoRA."
-        },
+    rank_pattern: dict[str, int] | None = option(
+        None, help="Ranks of single modules: full path, or its end, to rank."
     )
-    rank_pattern: dict[str, int] | None = field(
-        default=None,
-        metadata={
-            "help": "Ranks of single modules: full path, or its end, to rank.",
-        },
+    use_rslora: bool = option(
+        False, help="Divide the scale by the square root of the rank (rsLoRA)."
     )
-    use_rslora: bool = field(
-        default=False,
-        metadata={"help": "Divide the scale by the square root of the rank (rsLoRA)."},
+    init: Init = option(
+        "lora",
+        help="Start of A and B: random and 0, or the base's largest directions; "
+        "pissa is saved at twice the rank.",
     )
-    init: Init = field(
-        default="lora",
-        metadata={
-            "help": "Start of A and B: random and 0, or the base's largest directions; "
-            "pissa is saved at twice the rank."
-        },
+    magnitude_keys: tuple[str, ...] | None = option(
+        None, help="Modules whose magnitude alone is trained, besides keys."
     )
-    magnitude_keys: tuple[str, ...] | None = field(
-        default=None,
-        metadata={"help": "Modules whose magnitude alone is trained, besides keys."},
-    )
-    aux_width: int = field(
-        default=1,
-        metadata={
-            "help": "Variant doran-aux: hidden units of the networks for each rank."
-        },
+    aux_width: int = option(
+        1,
+        help="Variant doran-aux: hidden units of the networks for each rank.",
+        least=1,
+        variant="doran-aux",
     )
 
     def __post_init__(self) -> None:
-        _check_whole("rank", self.rank)
-        if not _is_number(self.scale) or not math.isfinite(self.scale):
-            raise DoRAError(f"scale must be a finite number, got {self.scale!r}.")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise DoRAError(
-                f"dropout must be at least 0 and below 1, got {self.dropout!r}."
-            )
-        if type(self.num_layers) is not int or self.num_layers < -1:
-            raise DoRAError(
-                "num_layers must be -1 (all), 0 (none) or a number of blocks, got "
-                f"{self.num_layers!r}."
-            )
-        if type(self.use_rslora) is not bool:
-            raise DoRAError(
-                f"use_rslora must be true or false, got {self.use_rslora!r}."
-            )
+        check_options(self)
         self._check_keys("keys")
         self._check_keys("magnitude_keys")
         self._check_rank_pattern()
@@ -127,9 +84,8 @@ class DoRAConfig:
         keys = getattr(self, name)
         if keys is None:
             return
-        if isinstance(keys, str) or not all(
-            isinstance(key, str) and key for key in keys
-        ):
+        is_list = isinstance(keys, Iterable) and not isinstance(keys, str | Mapping)
+        if not is_list or not all(isinstance(key, str) and key for key in keys):
             raise DoRAError(f"{name} must be a list of module names, got {keys!r}.")
         if not keys:
             raise DoRAError(
@@ -138,10 +94,6 @@ class DoRAConfig:
         object.__setattr__(self, name, tuple(dict.fromkeys(keys)))
 
     def _check_variant(self) -> None:
-        for name, kinds in (("variant", Variant), ("init", Init)):
-            value, known = getattr(self, name), get_args(kinds)
-            if value not in known:
-                raise DoRAError(f"{name} must be {', '.join(known)}; got {value!r}.")
         if self.init == "pissa" and self.variant != "dora":
             raise DoRAError(
                 f"init pissa is a start of variant dora, got variant {self.variant}."
@@ -167,7 +119,6 @@ class DoRAConfig:
                     "variant magnitude trains no low-rank part: leave out "
                     f"{', '.join(useless)}."
                 )
-        _check_whole("aux_width", self.aux_width)
         if self.aux_width > 1 and self.variant != "doran-aux":
             raise DoRAError(
                 f"aux_width belongs to variant doran-aux, got variant {self.variant}."
@@ -186,10 +137,6 @@ class DoRAConfig:
     def _check_rank_pattern(self) -> None:
         if self.rank_pattern is None:
             return
-        if not isinstance(self.rank_pattern, Mapping):
-            raise DoRAError(
-                f"rank_pattern must map modules to ranks, got {self.rank_pattern!r}."
-            )
         for name, rank in self.rank_pattern.items():
             if not isinstance(name, str) or not name:
                 raise DoRAError(f"rank_pattern: {name!r} is not a module name.")
@@ -251,10 +198,6 @@ class DoRAConfig:
             )
         given = {key: value for key, value in parameters.items() if value is not None}
         return DoRAConfig(num_layers=num_layers, **given)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_whole(what: str, value: object) -> None:

@@ -1,6 +1,5 @@
 """Adapter folders in mlx-lm's format, with what it leaves out under ``mlx_dora``."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,11 +16,15 @@ from mlx_dora.adapters.adapter import (
     take_adapter,
 )
 from mlx_dora.adapters.attach import attach_adapter
-from mlx_dora.adapters.format import config_json, pad_rank, parse_config, strip_rank
+from mlx_dora.adapters.format import config_json, pad_rank, strip_rank
+from mlx_dora.adapters.one_save import (
+    read_one_save,
+    write_one_save,
+)
 from mlx_dora.adapters.surgery import FineTuneType, base_of, dora_layers
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
-from mlx_dora.io.header import read_header
+from mlx_dora.io.atomic import atomic_directory
+from mlx_dora.io.output import Inputs
 
 __all__ = [
     "Adapter",
@@ -33,9 +36,6 @@ __all__ = [
     "write_adapter_files",
 ]
 
-TENSORS_NAME = "adapters.safetensors"
-CONFIG_NAME = "adapter_config.json"
-
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +45,7 @@ def save_adapter(
     *,
     overwrite: bool = False,
     base_model: str | None = None,
+    inputs: Inputs = (),
 ) -> None:
     """Write an adapter folder that stock mlx-lm loads, complete or not at all.
 
@@ -55,17 +56,21 @@ def save_adapter(
         path: The folder to make.
         overwrite: Replace an existing folder.
         base_model: Path or Hub id of the base, to be recorded.
+        inputs: Files and folders that the output must not replace, hold or lie in. The
+            base that is recorded is never replaced.
 
     Raises:
-        DoRAError: If `path` exists and `overwrite` is false, or the adapter has NaN or
-            inf or is otherwise unfit; nothing is written then.
+        DoRAError: If `path` must not be written, exists and `overwrite` is false, or
+            the adapter has NaN or inf or is otherwise unfit; nothing is written then.
     """
     adapter = _adapter_of(model_or_adapter)
     if base_model is not None:
         adapter = replace(adapter, base=replace(adapter.base, model=base_model))
     _refuse_problems(adapter, f"{path} is not written: ")
     _warn_of_stock(model_or_adapter, adapter)
-    with atomic_directory(path, overwrite=overwrite) as folder:
+    if overwrite:
+        inputs = (*inputs, adapter.base.model)
+    with atomic_directory(path, inputs=inputs, overwrite=overwrite) as folder:
         _write_files(adapter, folder)
 
 
@@ -137,19 +142,7 @@ def read_adapter(path: str | Path) -> Adapter:
 
     For `attach_adapter`, which checks them together with what the model needs.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise DoRAError(f"{path} is not an adapter folder: there is no such folder.")
-    for name in (CONFIG_NAME, TENSORS_NAME):
-        if not (folder / name).is_file():
-            hint = ""
-            if (folder / "adapter_model.safetensors").is_file():
-                hint = " It looks like a PEFT adapter, which has to be converted."
-            raise DoRAError(f"{path} is not an adapter folder: it has no {name}.{hint}")
-    adapter = _read_config(folder / CONFIG_NAME)
-    header = read_header(folder / TENSORS_NAME)
-    tensors = mx.load(str(folder / TENSORS_NAME)) if header else {}
-    assert isinstance(tensors, dict)
+    adapter, tensors = read_one_save(Path(path))
     return replace(adapter, tensors=strip_rank(tensors, adapter.config))
 
 
@@ -171,24 +164,7 @@ def _write_files(adapter: Adapter, folder: Path) -> None:
             name: pad_rank(name, value.astype(mx.float32), adapter.config.rank)
             for name, value in tensors.items()
         }
-    # Tensors first: a folder with a config is a folder with an adapter.
-    write_tensors(folder / TENSORS_NAME, tensors)
-    write_text(folder / CONFIG_NAME, json.dumps(config_json(adapter), indent=4))
-
-
-def _read_config(path: Path) -> Adapter:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DoRAError(
-            f"{path} is not JSON: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(content, dict):
-        raise DoRAError(f"{path} must hold a JSON object, got {content!r:.60}.")
-    try:
-        return parse_config(content)
-    except DoRAError as error:
-        raise DoRAError(f"{path}: {error}") from error
+    write_one_save(folder, config_json(adapter), tensors)
 
 
 def _warn_of_stock(model_or_adapter: nn.Module | Adapter, adapter: Adapter) -> None:

@@ -1,5 +1,6 @@
 """What an adapter folder says in JSON, and how ranks are padded there."""
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,9 @@ import mlx.core as mx
 
 from mlx_dora.adapters.adapter import Adapter, BaseModel, rank_axis, rank_of
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.errors import DoRAError
+from mlx_dora.errors import DoRAError, printable
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 PLAIN = "dora"
@@ -37,22 +40,37 @@ def config_json(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def parse_config(content: dict[str, Any]) -> Adapter:
+def parse_config(
+    content: dict[str, Any], where: object = "adapter_config.json"
+) -> Adapter:
     """Read ``adapter_config.json``, ours or mlx-lm's, into an adapter without tensors.
+
+    Configs of mlx-lm up to 0.18 say ``lora_layers`` and ``use_dora`` where later ones
+    say ``num_layers`` and ``fine_tune_type``.
+
+    Args:
+        content: The JSON object.
+        where: What a warning names, such as the file.
 
     Raises:
         DoRAError: If a value is missing or bad.
     """
-    kind = content.get("fine_tune_type", "lora")  # mlx-lm's default
+    # LoRA is mlx-lm's default. Where both names stand, it reads the later one.
+    early = "dora" if content.get("use_dora") is True else "lora"
+    kind = content.get("fine_tune_type", early)
     if kind not in ("dora", "lora", "full"):
         raise DoRAError(f"fine_tune_type must be dora, lora or full, got {kind!r}.")
     ours = content.get("mlx_dora")
     if ours is not None and not isinstance(ours, dict):
         raise DoRAError(f"mlx_dora must be an object, got {ours!r:.60}.")
-    parameters = {} if kind == "full" else _lora_parameters(content, ours is None)
+    parameters: dict[str, Any] = {}
+    if kind != "full":
+        parameters = _lora_parameters(content, ours is None)
     config = DoRAConfig.from_lora_parameters(
-        parameters, num_layers=content.get("num_layers", -1)
+        parameters, num_layers=content.get("num_layers", content.get("lora_layers", -1))
     )
+    if ours is None and kind != "full":
+        _warn_of_alpha(content["lora_parameters"], config, where)
     if ours is None:
         model = content.get("model")
         base = BaseModel(model=model if isinstance(model, str) else None)
@@ -67,6 +85,11 @@ def parse_config(content: dict[str, Any]) -> Adapter:
     for name, value in (("base", base), ("training", training or {})):
         if not isinstance(value, dict):
             raise DoRAError(f"mlx_dora.{name} must be an object, got {value!r:.60}.")
+    for name in ("model", "fingerprint"):
+        if not isinstance(base.get(name), str | None):
+            raise DoRAError(
+                f"mlx_dora.base.{name} must be text, got {base[name]!r:.60}."
+            )
     if ours.get("variant", PLAIN) != PLAIN:
         raise DoRAError(
             f"mlx_dora.variant must be {PLAIN!r}, got {ours['variant']!r:.60}."
@@ -95,6 +118,31 @@ def _lora_parameters(content: dict[str, Any], is_host: bool) -> dict[str, Any]:
     if missing and "alpha" not in parameters:
         raise DoRAError(f"lora_parameters lacks {' and '.join(missing)}.")
     return parameters
+
+
+def _warn_of_alpha(
+    parameters: dict[str, Any], config: DoRAConfig, where: object
+) -> None:
+    """Say that a dead or meaningful ``alpha`` beside ``scale`` is not applied.
+
+    mlx-lm up to 0.14.1 multiplied by scale * alpha / rank; since then it ignores alpha,
+    which configs kept all the same. A file does not say which of the two made it.
+    """
+    alpha = parameters.get("alpha")
+    if alpha is None or alpha == config.rank:
+        return
+    early = ""
+    if isinstance(alpha, int | float):
+        early = f" = {config.scale * alpha / config.rank:g}"
+    logger.warning(
+        "%s: alpha %s is ignored, the update is multiplied by scale %g. mlx-lm up to "
+        "0.14.1 multiplied by scale * alpha / rank%s: for an adapter that it trained, "
+        "set scale to that and remove alpha.",
+        where,
+        printable(repr(alpha), 60),
+        config.scale,
+        early,
+    )
 
 
 def pad_rank(name: str, tensor: mx.array, rank: int) -> mx.array:

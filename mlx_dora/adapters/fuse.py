@@ -13,13 +13,15 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import fit_problems, other_base
+from mlx_dora.adapters.carried import carried_along, carried_tensors
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint_of
 from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.fuse_layer import survival
 from mlx_dora.adapters.fuse_report import FusedLayer, FuseReport, sum_survivals
-from mlx_dora.adapters.fuse_stream import stream_fused
+from mlx_dora.adapters.fuse_stream import model_dtype, stream_fused
 from mlx_dora.adapters.hosting import load_lazily, load_with_config, model_folder
+from mlx_dora.adapters.recorded_base import recorded_base
 from mlx_dora.adapters.surgery import (
     adapter_layers,
     dora_layers,
@@ -29,11 +31,27 @@ from mlx_dora.adapters.surgery import (
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
-from mlx_dora.layers import DoRALayer, weight_of
+from mlx_dora.io.finite import all_finite
+from mlx_dora.io.foreign import foreign
+from mlx_dora.layers import DoRALayer, fused_module, weight_of
 from mlx_dora.matrix.weight import as_packed, dense_dtype, matrices
 
 REST_NAME = "adapter"
 """The folder in a losslessly fused model that holds the low-rank rest."""
+
+_TRAVELLING = (
+    "*.json",
+    "*.jinja",
+    "*.py",
+    "*.model",
+    "*.tiktoken",
+    "*.txt",
+    "LICENSE*",
+)
+"""Files of the base that a fuse copies where it writes none of that name: settings of
+processors, templates, vocabularies, code, the licence."""
+_REPLACED = ("config.json", "adapter_config.json", "hf_quant_config.json")
+"""Those that would contradict the fused model."""
 
 logger = logging.getLogger(__name__)
 
@@ -52,31 +70,51 @@ def fuse_dora(model: nn.Module, dequantize: bool = False) -> FuseReport:
             does: nothing of the update is lost but one rounding.
 
     Raises:
-        DoRAError: If the model has no DoRA layers, or LoRA layers.
+        DoRAError: If the model has no DoRA layers, or LoRA layers, or an adapted
+            weight is not finite: layers before it are fused then.
     """
     layers = dora_layers(model)
     others = len(adapter_layers(model)) - len(layers)
     if others:
         raise DoRAError(
             f"the model has {others} of mlx-lm's own adapter layers; fuse a LoRA "
-            "adapter with mlx_lm.fuse."
+            "adapter from its folder, with mlx_dora.fuse (or mlx_lm.fuse)."
         )
     if not layers:
         raise DoRAError("the model has no DoRA layers to fuse.")
     export_variants(model)
-    fused = []
+    fused, own = [], model_dtype(model)
     for path, layer in dora_layers(model):
-        module = layer.fuse(dequantize=dequantize)
+        try:
+            module = fused_module(
+                layer.base,
+                layer.adapted().matrices(),
+                layer.base_types[0],
+                dequantize,
+                own,
+            )
+        except DoRAError as error:
+            raise DoRAError(f"{path}: {error}") from error
         mx.eval(module.parameters())
         fused.append(_describe(path, layer, module))
         put_modules(model, [(path, module)])
     if dequantize and any("scales" in module for module in model.modules()):
         from mlx_lm.utils import dequantize_model
 
+        bytes_scaled = [
+            path for path, module in model.named_modules() if _has_byte_scales(module)
+        ]
         dequantize_model(model)
+        modules = dict(model.named_modules())
+        for path in bytes_scaled:
+            modules[path].weight = modules[path].weight.astype(own)
     report = FuseReport(layers=tuple(fused))
     _warn_of_loss(report)
     return report
+
+
+def _has_byte_scales(module: nn.Module) -> bool:
+    return "scales" in module and "biases" not in module
 
 
 def _warn_of_loss(report: FuseReport) -> None:
@@ -96,7 +134,7 @@ def _warn_of_loss(report: FuseReport) -> None:
 
 
 def fuse_model(
-    model: str | Path,
+    model: str | Path | None,
     adapter_path: str | Path,
     save_path: str | Path,
     *,
@@ -106,15 +144,20 @@ def fuse_model(
     trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> FuseReport:
-    """Fuse a DoRA adapter into its base and write the result as a folder.
+    """Fuse an adapter into its base and write the result as a folder.
+
+    DoRA, LoRA and full fine-tuning, ours or mlx-lm's.
 
     The base is read, fused and written tensor by tensor, in float32 with one rounding;
-    a dense layer keeps its dtype. What becomes of a packed layer, `FuseConfig` says: a
-    lossless fuse leaves the low-rank rest as a LoRA adapter in the folder ``adapter``
-    inside, and where packing needs more bits, the config says so of each such layer.
+    a dense layer keeps its dtype. Tensors that mlx-lm's text model leaves out (a vision
+    tower, a projector) are copied as they are. What becomes of a packed layer,
+    `FuseConfig` says: a lossless fuse leaves the low-rank rest as a LoRA adapter in the
+    folder ``adapter`` inside, and where packing needs more bits, the config says so of
+    each such layer.
 
     Args:
-        model: A local model folder, or a Hub id.
+        model: A local model folder, or a Hub id; the base that the adapter records if
+            None.
         adapter_path: The adapter.
         save_path: The folder to make.
         config: What to do with packed weights.
@@ -128,29 +171,30 @@ def fuse_model(
             exists.
     """
     config = config or FuseConfig()
-    check_output(save_path, overwrite=overwrite)
+    given = (model, adapter_path)
+    check_output(save_path, inputs=given, overwrite=overwrite)
     adapter = load_adapter(adapter_path)
-    if adapter.fine_tune_type != "dora":
-        raise DoRAError(
-            f"{adapter_path} is no DoRA adapter but {adapter.fine_tune_type}; fuse it "
-            "with mlx_lm.fuse."
-        )
-    folder = model_folder(model)
-    _keep_inputs(save_path, folder, Path(adapter_path))
+    folder = model_folder(recorded_base(adapter_path) if model is None else model)
     _check_fit(folder, adapter, adapter_path, check_base, trust_remote_code)
     base, tokenizer, content = load_with_config(
         folder, lazy=True, trust_remote_code=trust_remote_code
     )
+    packing = content.get("quantization") if config.mode == "dequantize" else None
     content = _plain_config(content, config.mode == "dequantize")
-    has_vision = _has_vision(base)
-    with atomic_directory(save_path, overwrite=overwrite) as out:
+    carried = carried_along(folder, trust_remote_code=trust_remote_code)
+    has_vision = _has_vision(base) or not carried.left_out
+    inputs = (folder, *given)
+    with atomic_directory(save_path, inputs=inputs, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             fused = stream_fused(base, adapter, config, writer.add)
+            for name, value in carried_tensors(folder, carried, packing):
+                writer.add(name, value)
         if fused.packing:
             content["quantization"] |= fused.packing
         if fused.rest is not None:
             save_adapter(fused.rest, out / REST_NAME, base_model=Path(save_path).name)
         _write_rest(out, content, tokenizer, folder, has_vision)
+    carried.warn()
     report = FuseReport(layers=fused.layers)
     _warn_of_loss(report)
     return report
@@ -172,7 +216,8 @@ def save_fused(
         model: A model without adapters.
         tokenizer: mlx-lm's tokenizer wrapper.
         source: The folder or Hub id the base came from: its config (if `config` is not
-            given), generation config and Python files are taken over.
+            given), other files and the tensors that mlx-lm's model leaves out are
+            taken over.
         save_path: The folder to make.
         config: The config mlx-lm loaded the base with.
         overwrite: Replace an existing folder.
@@ -186,16 +231,29 @@ def save_fused(
 
     if adapted := adapter_layers(model):
         raise DoRAError(f"{adapted[0][0]} is still adapted; fuse the model first.")
-    check_output(save_path, overwrite=overwrite)
+    check_output(save_path, inputs=(source,), overwrite=overwrite)
     folder = model_folder(source)
-    _keep_inputs(save_path, folder)
     is_dense = not any("scales" in module for module in model.modules())
-    content = _plain_config(load_config(folder) if config is None else config, is_dense)
-    with atomic_directory(save_path, overwrite=overwrite) as out:
+    if config is None:
+        with foreign(folder):
+            config = load_config(folder)
+    content = dict(config)
+    packing = content.get("quantization") if is_dense else None
+    content = _plain_config(content, is_dense)
+    # The model runs already, and so does the code that its folder brought along.
+    is_custom = type(model).__module__ == "custom_model"
+    carried = carried_along(folder, trust_remote_code=is_custom)
+    has_vision = _has_vision(model) or not carried.left_out
+    with atomic_directory(save_path, inputs=(folder,), overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             for name, value in tree_flatten(model.parameters()):
+                if not all_finite(cast(mx.array, value)):
+                    raise DoRAError(f"{name} holds NaN or inf: nothing is written.")
                 writer.add(name, cast(mx.array, value))
-        _write_rest(out, content, tokenizer, folder, _has_vision(model))
+            for name, value in carried_tensors(folder, carried, packing):
+                writer.add(name, value)
+        _write_rest(out, content, tokenizer, folder, has_vision)
+    carried.warn()
 
 
 def _check_fit(
@@ -264,16 +322,9 @@ def _write_rest(
     from mlx_lm.utils import save_config
 
     tokenizer.save_pretrained(str(out))
-    for pattern in ("generation_config.json", "*.py"):
-        for file in source.glob(pattern):
-            shutil.copyfile(file, out / file.name)
+    for pattern in _TRAVELLING:
+        for file in sorted(source.glob(pattern)):
+            is_theirs = file.name in _REPLACED or file.name.endswith(".index.json")
+            if file.is_file() and not is_theirs and not (out / file.name).exists():
+                shutil.copyfile(file, out / file.name)
     save_config(content, out / "config.json", keep_vision_config=has_vision)
-
-
-def _keep_inputs(save_path: str | Path, *inputs: Path) -> None:
-    target = Path(save_path).resolve()
-    for path in inputs:
-        if path.resolve().is_relative_to(target):
-            raise DoRAError(
-                f"{save_path} holds the input {path}; choose another output."
-            )

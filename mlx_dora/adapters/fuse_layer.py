@@ -3,12 +3,14 @@
 `mlx_dora.adapters.fuse_stream` walks over a model with these functions.
 """
 
+import math
 from collections.abc import Iterator
 from typing import cast
 
 import mlx.core as mx
 
 from mlx_dora.adapters.fuse_report import Survival
+from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels import normalize_rows
 from mlx_dora.kernels.fusing import dense_fused, packed_fused
 from mlx_dora.matrix.low_rank import Adapted
@@ -20,6 +22,7 @@ from mlx_dora.matrix.weight import (
     exact_float32_rows,
     row_blocks,
     row_norms,
+    unpacked_dtype,
 )
 
 # Elements of a block; its dozen float32 copies are small next to a large tensor.
@@ -28,13 +31,23 @@ _BLOCK = 1 << 16
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 
 
+def why_not_finite(weight: Weight) -> str:
+    """What to say of a fused weight with NaN or inf, given its base."""
+    if not all(all_finite(block) for _, block in row_blocks(weight)):
+        return "the weight of the base holds NaN or inf."
+    return (
+        "the fused weight is not finite, though base and adapter are: the adapter's "
+        f"values are too large for {dense_dtype(weight)}."
+    ).replace("mlx.core.", "")
+
+
 def requantized(
-    weight: QuantizedWeight, adapted: Adapted, keep: float
+    weight: QuantizedWeight, adapted: Adapted, keep: float, own: mx.Dtype
 ) -> tuple[Weight, Survival, Survival | None]:
     """Pack an adapted weight with the fewest bits at which its update survives.
 
     Tries the base's own packing, then more bits, then a dense weight in the dtype of
-    the base's scales, then float32.
+    the base's scales (of the model, `own`, where scales are bytes), then float32.
 
     Returns:
         The weight, how much of its update it kept, and how much the base's own packing
@@ -50,7 +63,7 @@ def requantized(
             return packed, found, plain
         plain = plain or found
         del packed
-    dense = dense_fused(weight, adapted, dense_dtype(weight))
+    dense = dense_fused(weight, adapted, unpacked_dtype(weight, own))
     found = survival(weight, dense, adapted)
     if not found.survives(keep):
         dense = dense_fused(weight, adapted, mx.float32)
@@ -78,37 +91,49 @@ def survival(
     Args:
         before: The base weight.
         after: The fused weight.
-        adapted: The DoRA adapter that was to be fused.
+        adapted: The DoRA or LoRA adapter that was to be fused.
         rest: An up projection ``(r, out)`` of the low-rank part that stays beside the
             fused weight, with A and s of the update.
     """
     found = Survival()
-    update, magnitude = adapted.update, adapted.m
-    assert magnitude is not None
+    update = adapted.update
     a = update.lora_a.astype(mx.float32).T
     for index, block in row_blocks(before, _BLOCK):
         # The layer's norms are those of the unpacked rows in their own dtype; what that
         # dtype rounds off belongs to W0 all the same, and grows with the row.
         rounded, base = block.astype(mx.float32), exact_float32_rows(before, index)
-        m = magnitude[index].astype(mx.float32)
-        full, norm = normalize_rows(rounded + update.rows(index), m)
-        full = full + row_gain(m, norm)[:, None] * (base - rounded)
+        if adapted.m is None:
+            full = base + update.rows(index)
+        else:
+            m = adapted.m[index].astype(mx.float32)
+            full, norm = normalize_rows(rounded + update.rows(index), m)
+            full = full + row_gain(m, norm)[:, None] * (base - rounded)
         fused = exact_float32_rows(after, index)
         if rest is not None:
             fused = fused + (update.scale * rest[:, index].T) @ a
-        exact, left = full - base, fused - base
-        length = row_norms(full)
-        off = row_norms(fused) - length
-        # A zero row has no length to be off from.
-        off = mx.where(length > 0, off / mx.where(length > 0, length, 1), 0)
-        sums = [exact * exact, exact * left, left * left, mx.square(off)]
-        values = mx.stack([value.sum() for value in sums]).tolist()
-        exact_square, product, kept_square, row_square = cast(list[float], values)
-        found += Survival(
-            exact_square=exact_square,
-            product=product,
-            kept_square=kept_square,
-            row_square=row_square,
-            rows=block.shape[0],
-        )
+        found += _survival_of(base, full, fused)
     return found
+
+
+def _survival_of(base: mx.array, adapted: mx.array, fused: mx.array) -> Survival:
+    """How much of adapted − base is in fused − base; all float32 ``(rows, in)``."""
+    exact, left = adapted - base, fused - base
+    length = row_norms(adapted)
+    off = row_norms(fused) - length
+    # A zero row has no length to be off from.
+    off = mx.where(length > 0, off / mx.where(length > 0, length, 1), 0)
+    size = float(mx.maximum(mx.abs(exact).max(), mx.abs(left).max()))
+    # Squares of the largest and smallest changes are beyond float32, not float64.
+    is_extreme = 0 < size < 1e-15 or 1e15 < size < math.inf
+    unit = size if is_extreme else 1.0
+    exact, left = exact / unit, left / unit
+    sums = [exact * exact, exact * left, left * left]
+    values = mx.stack([value.sum() for value in (*sums, mx.square(off))]).tolist()
+    exact_square, product, kept_square, row_square = cast(list[float], values)
+    return Survival(
+        exact_square=exact_square * unit**2,
+        product=product * unit**2,
+        kept_square=kept_square * unit**2,
+        row_square=row_square,
+        rows=base.shape[0],
+    )

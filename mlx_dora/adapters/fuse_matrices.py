@@ -1,5 +1,6 @@
 """A module's adapted matrices as plain ones: one, or a stack, one after the other."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,10 +9,18 @@ import mlx.core as mx
 from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.fuse_layer import requantized, survival
 from mlx_dora.adapters.fuse_report import Survival, sum_survivals
+from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels.fusing import dense_fused, packed_fused, scaled_packing
 from mlx_dora.matrix.low_rank import Adapted
 from mlx_dora.matrix.terms import exact_gain
-from mlx_dora.matrix.weight import Weight, as_packed, dense_dtype, matrices, stacked
+from mlx_dora.matrix.weight import (
+    Weight,
+    as_packed,
+    dense_dtype,
+    matrices,
+    stacked,
+    unpacked_dtype,
+)
 
 _SCALES = {"float32": mx.float32, "float16": mx.float16}
 
@@ -33,17 +42,29 @@ class FusedMatrices:
     plain: Survival | None
     rest: list[dict[str, mx.array]]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether what stays beside, and how much survived, are numbers."""
+        sizes = (self.survival.exact_square, self.survival.kept_square)
+        return all(map(math.isfinite, sizes)) and all(
+            all_finite(value) for one in self.rest for value in one.values()
+        )
+
 
 def fuse_matrices(
-    weight: Weight, adapted: Sequence[Adapted], config: FuseConfig
+    weight: Weight,
+    adapted: Sequence[Adapted],
+    config: FuseConfig,
+    own: mx.Dtype = mx.bfloat16,
 ) -> FusedMatrices:
     """Fuse every matrix of one module.
 
     Args:
         weight: ``(out, in)``, or a stack; dense or packed.
-        adapted: The DoRA adapter of each matrix.
+        adapted: The DoRA or LoRA adapter of each matrix.
         config: What to do with packed weights; a whole stack gets the bits of the
             matrix that needs most.
+        own: The model's dtype, see `unpacked_dtype`.
 
     Raises:
         DoRAError: If a packing without scales for magnitudes is to be fused losslessly.
@@ -56,7 +77,7 @@ def fuse_matrices(
     for before, adapter in zip(befores, adapted, strict=True):
         plain, packed = None, as_packed(before)
         if packed is None or config.mode == "dequantize":
-            after = dense_fused(before, adapter, dense_dtype(before))
+            after = dense_fused(before, adapter, unpacked_dtype(before, own))
             found = survival(before, after, adapter)
         elif config.mode == "lossless":
             gain = exact_gain(before, adapter)
@@ -65,7 +86,7 @@ def fuse_matrices(
             found = survival(before, after, adapter, up)
             rest.append({"lora_a": adapter.update.lora_a, "lora_b": up})
         else:
-            after, found, plain = requantized(packed, adapter, config.keep)
+            after, found, plain = requantized(packed, adapter, config.keep, own)
         afters.append(after)
         kept.append(found)
         plains.append(plain)

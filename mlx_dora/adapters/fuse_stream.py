@@ -1,6 +1,6 @@
 """A model's tensors fused one after the other, each dropped once it is written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -11,13 +11,23 @@ from mlx.utils import tree_flatten
 from mlx_dora.adapters.adapter import Adapter, BaseModel
 from mlx_dora.adapters.fingerprint import digest_of, sample_of, tensor_line
 from mlx_dora.adapters.fuse_config import FuseConfig
+from mlx_dora.adapters.fuse_full import replace_parts
+from mlx_dora.adapters.fuse_layer import why_not_finite
 from mlx_dora.adapters.fuse_matrices import fuse_matrices
 from mlx_dora.adapters.fuse_report import FusedLayer
 from mlx_dora.adapters.keys import takes_lora
 from mlx_dora.adapters.matrices import adapted_matrices, adapter_tensors
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.finite import all_finite
+from mlx_dora.layers import DoRALayer
 from mlx_dora.matrix.packed import QuantizedWeight
-from mlx_dora.matrix.weight import as_packed, dense, dense_dtype, weight_from
+from mlx_dora.matrix.weight import (
+    as_packed,
+    dense,
+    dense_dtype,
+    unpacked_dtype,
+    weight_from,
+)
 
 Parts = dict[str, mx.array]
 """The arrays of one module, by the name they have in it."""
@@ -50,32 +60,31 @@ def stream_fused(
 
     Args:
         model: The base, nothing of it evaluated; its parameters are taken out.
-        adapter: A DoRA adapter that fits it.
+        adapter: An adapter that fits it: DoRA, LoRA, or full fine-tuning.
         config: What to do with packed weights.
         write: Takes each tensor; it alone holds it afterwards.
 
     Raises:
         DoRAError: If a packed weight is to be fused losslessly that has no scale for a
-            magnitude, or whose low-rank rest mlx-lm has no LoRA layer for.
+            magnitude, or whose low-rank rest mlx-lm has no LoRA layer for, or by a LoRA
+            adapter, which has no magnitudes; or a tensor of the base or of the result
+            holds NaN or inf.
     """
     modules = dict(model.named_modules())
-    adapted = set(adapter.paths)
+    is_full = adapter.fine_tune_type == "full"
+    adapted = set() if is_full else set(adapter.paths)
     if config.mode == "lossless":
-        packed = [path for path in adapter.paths if "scales" in modules[path]]
-        if beyond := [path for path in packed if not takes_lora(modules[path])]:
-            raise DoRAError(
-                f"mlx-lm has no LoRA layer for {', '.join(beyond)}, which could hold "
-                "the low-rank rest of a lossless fuse; fuse with requantize or "
-                "dequantize."
-            )
+        _check_lossless(adapter, {path: modules[path] for path in sorted(adapted)})
     layers: list[FusedLayer] = []
     packing: dict[str, dict[str, Any] | bool] = {}
     rest: Parts = {}
-    seen = _Fingerprint()
+    seen, own = _Fingerprint(), model_dtype(model)
     for path, parts in _taken_out(model):
         module = modules[path]
+        if is_full:
+            layers += replace_parts(path, parts, adapter.tensors)
         if path in adapted:
-            result = _fuse_module(path, module, parts, adapter, config)
+            result = _fuse_module(path, module, parts, adapter, config, own)
             layers.append(result.layer)
             rest |= result.rest
             if result.packing is not None:
@@ -84,10 +93,16 @@ def stream_fused(
             parts |= result.parts
             del result
         elif config.mode == "dequantize" and "scales" in parts:
-            parts = {"weight": dense(weight_from(parts, module)), **_others(parts)}
+            weight = weight_from(parts, module)
+            full = dense(weight).astype(unpacked_dtype(weight, own))
+            del weight
+            parts = {"weight": full, **_others(parts)}
+            del full
         while parts:
             leaf = next(iter(parts))
             name = f"{path}.{leaf}" if path else leaf
+            if not all_finite(parts[leaf]):
+                raise DoRAError(f"{name} of the base holds NaN or inf.")
             write(name, parts[leaf])
             if config.mode == "lossless":
                 seen.add(name, parts[leaf])
@@ -96,6 +111,37 @@ def stream_fused(
     if rest:
         beside = _rest_adapter(adapter, rest, seen.digest())
     return Fused(layers=tuple(layers), packing=packing, rest=beside)
+
+
+def model_dtype(model: nn.Module) -> mx.Dtype:
+    """The dtype of most of a model's floats, but for packed weights and adapters."""
+    sizes: dict[mx.Dtype, int] = {}
+    for module in model.modules():
+        if isinstance(module, DoRALayer):
+            continue
+        for leaf, value in module.items():
+            is_packed = "scales" in module and leaf in _WEIGHT
+            if not isinstance(value, mx.array) or is_packed:
+                continue
+            if mx.issubdtype(value.dtype, mx.floating):
+                sizes[value.dtype] = sizes.get(value.dtype, 0) + value.size
+    return max(sizes, key=lambda dtype: sizes[dtype], default=mx.bfloat16)
+
+
+def _check_lossless(adapter: Adapter, adapted: Mapping[str, nn.Module]) -> None:
+    packed = {path: one for path, one in adapted.items() if "scales" in one}
+    if packed and adapter.fine_tune_type == "lora":
+        raise DoRAError(
+            "a LoRA adapter has no magnitudes that a lossless fuse could multiply into "
+            "the scales: it would give the base and the adapter back. Fuse with "
+            "requantize or dequantize, or use the adapter unfused."
+        )
+    if beyond := [path for path, one in packed.items() if not takes_lora(one)]:
+        raise DoRAError(
+            f"mlx-lm has no LoRA layer for {', '.join(beyond)}, which could hold "
+            "the low-rank rest of a lossless fuse; fuse with requantize or "
+            "dequantize."
+        )
 
 
 @dataclass
@@ -128,18 +174,21 @@ def _fuse_module(
     parts: Parts,
     adapter: Adapter,
     config: FuseConfig,
+    own: mx.Dtype,
 ) -> _Result:
     weight = weight_from(parts, module)
-    found = fuse_matrices(weight, adapted_matrices(adapter, path, module), config)
+    found = fuse_matrices(weight, adapted_matrices(adapter, path, module), config, own)
     after, packing = found.weight, None
     before, packed = as_packed(weight), as_packed(after)
+    new = {"weight": cast(mx.array, after)} if packed is None else packed.parts
+    if not all(map(all_finite, new.values())) or not found.is_finite:
+        raise DoRAError(f"{path}: {why_not_finite(weight)}")
     if before is not None and config.mode == "requantize":
         packing = _packing(before, packed)
     rest: Parts = {}
     if found.rest:
         rest = adapter_tensors(path, module, weight, found.rest)
-    own = {"weight": cast(mx.array, after)} if packed is None else packed.parts
-    fused = own | _others(parts)
+    fused = new | _others(parts)
     layer = FusedLayer(
         path=path,
         dtype=str(dense_dtype(after)).rpartition(".")[2],

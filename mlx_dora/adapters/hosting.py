@@ -1,20 +1,28 @@
 """mlx-lm's models on our layers: `load`, and mlx-lm itself made to use them."""
 
-import contextlib
+import codecs
 import importlib
-import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.files import read_adapter
+from mlx_dora.adapters.model_view import (
+    check_loaded,
+    gated_loader,
+    headers_of,
+    model_view,
+)
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.header import read_header
+from mlx_dora.io.foreign import foreign
+from mlx_dora.io.gate import check_dtypes
+from mlx_dora.io.json import read_object
 from mlx_dora.layers import DoRAEmbedding, DoRALinear
 
 
@@ -79,15 +87,22 @@ def load_with_config(
     from mlx_lm.utils import load as host_load
 
     settings = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
-    with _host_refusals(model):
+    with model_view(folder) as seen, foreign(model):
         loaded, tokenizer, config = host_load(  # pyright: ignore[reportAssignmentType]
-            str(folder),
+            str(seen),
             tokenizer_config=settings,
             model_config=dict(model_config or {}),
-            lazy=lazy,
+            lazy=True,
             return_config=True,
             trust_remote_code=trust_remote_code,
         )
+        # Some settings are looked at only when they are used. Shapes that do not fit
+        # together show when the graph is made; nothing is computed.
+        tokenizer.encode("a")
+        loaded(mx.array([[0, 0]]))
+    check_loaded(folder, loaded)
+    if not lazy:
+        mx.eval(loaded.parameters())
     if adapter is not None:
         name = str(adapter_path)
         attach_adapter(loaded, adapter, check_base=check_base, name=name)
@@ -100,19 +115,10 @@ def load_lazily(model: str | Path, *, trust_remote_code: bool = False) -> nn.Mod
     folder = model_folder(model)
     from mlx_lm.utils import load_model
 
-    with _host_refusals(model):
-        loaded, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+    with model_view(folder) as seen, foreign(model):
+        loaded, _ = load_model(seen, lazy=True, trust_remote_code=trust_remote_code)
+    check_loaded(folder, loaded)
     return loaded
-
-
-@contextlib.contextmanager
-def _host_refusals(model: str | Path) -> Iterator[None]:
-    """Turn what mlx-lm raises for a model it cannot load into one line."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        text = f"misses {error}" if isinstance(error, KeyError) else str(error)
-        raise DoRAError(f"cannot load {model}: {' '.join(text.split())}") from error
 
 
 def model_folder(model: str | Path, *, revision: str | None = None) -> Path:
@@ -133,15 +139,13 @@ def model_folder(model: str | Path, *, revision: str | None = None) -> Path:
         if (folder / "adapter_config.json").is_file():
             hint = " It is an adapter: give its base as the model."
         raise DoRAError(f"{model} has no config.json: not a model folder.{hint}")
-    try:
-        is_object = isinstance(json.loads(config.read_text(encoding="utf-8")), dict)
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise DoRAError(f"{config} is not JSON: {reason}") from error
-    if not is_object:
-        raise DoRAError(f"{config} must hold a JSON object.")
-    for shard in sorted(folder.glob("model*.safetensors")):
-        read_header(shard)
+    read_object(config)
+    if config.read_bytes().startswith(codecs.BOM_UTF8):
+        raise DoRAError(
+            f"{config} starts with a byte order mark, which mlx-lm cannot read; save "
+            "it as plain UTF-8."
+        )
+    check_dtypes(folder, headers_of(folder), host_unpacks=True)
     return folder
 
 
@@ -194,10 +198,12 @@ class Hosting:
     def __init__(self) -> None:
         dora = importlib.import_module("mlx_lm.tuner.dora")
         tuner = importlib.import_module("mlx_lm.tuner.utils")
+        utils = importlib.import_module("mlx_lm.utils")
         self._swaps: list[tuple[Any, Any]] = [
             (dora.DoRALinear, DoRALinear),
             (dora.DoRAEmbedding, DoRAEmbedding),
             (tuner.load_adapters, load_adapters),
+            (utils.load_model, gated_loader(utils.load_model)),
         ]
         # Nothing to do, and nothing to undo, where ours are in place already.
         self._swaps = [

@@ -15,10 +15,15 @@ _EXPERTS = "mlx_lm.models.switch_layers"
 _LISTED = 10
 
 
+def is_index(part: str) -> bool:
+    """Whether a part of a path is a number; `str.isdigit` takes ``²`` for one too."""
+    return part.isdecimal() and len(part) < 19
+
+
 def natural_order(path: str) -> list[tuple[int, int, str]]:
     """Sort key that puts ``layers.2`` before ``layers.10``."""
     return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        (0, int(part), "") if is_index(part) else (1, 0, part)
         for part in path.split(".")
     ]
 

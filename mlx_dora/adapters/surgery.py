@@ -16,7 +16,12 @@ from mlx_dora.adapters.keys import (
     passed_over,
     resolve_keys,
 )
-from mlx_dora.adapters.refusals import check_classes, check_started
+from mlx_dora.adapters.refusals import (
+    check_classes,
+    check_dense,
+    check_ranks,
+    check_started,
+)
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import DoRALayer, adapt
 from mlx_dora.layers.variants import VariantLinear
@@ -71,10 +76,15 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
 
     Raises:
         DoRAError: If a key or an entry of `rank_pattern` matches nothing, a module
-            cannot take DoRA or the variant (all of them by name), there are fewer
-            blocks than `num_layers`, or the model has adapters already. The model is
-            unchanged.
+            cannot take DoRA or the variant (all of them by name), a rank is above
+            min(out, in), there are fewer blocks than `num_layers`, or the model has
+            adapters already. The model is unchanged.
     """
+    return _adapt(model, config, any_rank=False)
+
+
+def _adapt(model: nn.Module, config: DoRAConfig, any_rank: bool) -> list[str]:
+    """`apply_dora`; with `any_rank` for an adapter that is there already."""
     paths = adaptable_paths(model, config)
     modules = dict(model.named_modules())
     chosen = variants_of(model, config, paths)
@@ -85,6 +95,9 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
     else:
         check_classes(modules, chosen, "")
     check_started(model)
+    if not any_rank:
+        low_rank = [path for path in paths if chosen[path] != "magnitude"]
+        _check_ranks(modules, config, low_rank)
     model.freeze()
     layers: list[tuple[str, nn.Module]] = []
     for path in paths:
@@ -101,6 +114,15 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
     _share_in_blocks(model, layers, config.aux_width)
     put_modules(model, layers)
     return paths
+
+
+def _check_ranks(
+    modules: dict[str, nn.Module], config: DoRAConfig, paths: list[str]
+) -> None:
+    patterned = {p: config.rank_of(p) for p in paths if config.pattern_for(p)}
+    others = {path: config.rank for path in paths if path not in patterned}
+    check_ranks(modules, patterned, are_named=True)
+    check_ranks(modules, others, are_named=config.keys is not None)
 
 
 def variants_of(
@@ -140,7 +162,11 @@ def exported_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def apply_layers(
-    model: nn.Module, config: DoRAConfig, fine_tune_type: FineTuneType
+    model: nn.Module,
+    config: DoRAConfig,
+    fine_tune_type: FineTuneType,
+    *,
+    any_rank: bool = False,
 ) -> list[str]:
     """Make a model trainable the way `fine_tune_type` says.
 
@@ -149,6 +175,8 @@ def apply_layers(
         config: Which modules; for ``"full"``, `num_layers` alone counts.
         fine_tune_type: ``"dora"`` is `apply_dora`; ``"lora"`` puts mlx-lm's LoRA layers
             on the same modules; ``"full"`` unfreezes the last blocks.
+        any_rank: Take ranks above min(out, in) too, of an adapter that was made
+            elsewhere.
 
     Returns:
         The full paths of the adapted modules, or of the unfrozen blocks.
@@ -156,8 +184,8 @@ def apply_layers(
     Raises:
         DoRAError: As `apply_dora`, or for an unknown `fine_tune_type`.
     """
-    ways: dict[str, Callable[[nn.Module, DoRAConfig], list[str]]] = {
-        "dora": apply_dora,
+    ways: dict[str, Callable[[nn.Module, DoRAConfig, bool], list[str]]] = {
+        "dora": _adapt,
         "lora": _apply_lora,
         "full": _unfreeze_blocks,
     }
@@ -165,7 +193,7 @@ def apply_layers(
         raise DoRAError(
             f"fine_tune_type must be {', '.join(ways)}; got {fine_tune_type!r}."
         )
-    return ways[fine_tune_type](model, config)
+    return ways[fine_tune_type](model, config, any_rank)
 
 
 def remove_dora(model: nn.Module) -> list[str]:
@@ -250,11 +278,13 @@ def _share_in_blocks(
         share_first_layers(group, width)
 
 
-def _apply_lora(model: nn.Module, config: DoRAConfig) -> list[str]:
+def _apply_lora(model: nn.Module, config: DoRAConfig, any_rank: bool) -> list[str]:
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     paths = adaptable_paths(model, config)
     check_started(model)
+    if not any_rank:
+        _check_ranks(dict(model.named_modules()), config, paths)
     model.freeze()
     settings: dict[tuple[int, float], list[str]] = {}
     for path in paths:
@@ -277,9 +307,12 @@ def _apply_lora(model: nn.Module, config: DoRAConfig) -> list[str]:
     return paths
 
 
-def _unfreeze_blocks(model: nn.Module, config: DoRAConfig) -> list[str]:
+def _unfreeze_blocks(
+    model: nn.Module, config: DoRAConfig, _any_rank: bool
+) -> list[str]:
     chosen = last_blocks(model, config.num_layers)
     check_started(model)
+    check_dense(chosen)
     model.freeze()
     for _, block in chosen:
         block.unfreeze()

@@ -1,5 +1,6 @@
 """`DoRADecomposition`: weights as magnitude and direction, and how they changed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import mlx.core as mx
 
 from mlx_dora.analyze.finetune import Weights, analyze_finetune
 from mlx_dora.analyze.result import AdaptationAnalysis
-from mlx_dora.decomposition import dora_decompose
+from mlx_dora.decomposition import as_array, dora_decompose
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import Checkpoint
 
@@ -51,9 +52,14 @@ class DoRADecomposition:
         if isinstance(weights, str | Path):
             files = Checkpoint(weights)
             arrays = {name: files.tensor(name) for name in files.names}
-        assert not isinstance(arrays, str | Path)
+        if not isinstance(arrays, Mapping):
+            raise TypeError(
+                "weights must map names to arrays, or be a model folder, got "
+                f"{type(arrays).__name__}."
+            )
         magnitudes, directions = {}, {}
-        for name, value in arrays.items():
+        for name, given in arrays.items():
+            value = as_array(name, given)
             if value.ndim == 2 and mx.issubdtype(value.dtype, mx.floating):
                 magnitudes[name], directions[name] = dora_decompose(value, self.eps)
                 mx.eval(magnitudes[name], directions[name])

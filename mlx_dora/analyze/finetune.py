@@ -11,13 +11,14 @@ from mlx_dora.adapters.keys import natural_order
 from mlx_dora.analyze.adapter import Progress
 from mlx_dora.analyze.metrics import MatrixAnalysis, measure
 from mlx_dora.analyze.result import AdaptationAnalysis
+from mlx_dora.decomposition import Array, as_array
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.blocks import READABLE, read_blocks
 from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.matrix.geometry import blocks_geometry
 
-Weights = Mapping[str, mx.array] | str | Path
-"""Named arrays, or a model folder."""
+Weights = Mapping[str, Array] | str | Path
+"""Named arrays, MLX's or NumPy's, or a model folder."""
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +77,16 @@ class _Source:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.deeper: list[str] = []  # of more than two axes
         if isinstance(weights, Mapping):
-            self._arrays = weights
-            for key, value in weights.items():
+            self._arrays = {k: as_array(k, value) for k, value in weights.items()}
+            for key, value in self._arrays.items():
                 if mx.issubdtype(value.dtype, mx.floating):
                     self._take(key, value.shape)
             packed = [key for key in weights if key.endswith(".scales")]
+        elif not isinstance(weights, str | Path):
+            raise TypeError(
+                f"{name}: weights must map names to arrays, or be a model folder, got "
+                f"{type(weights).__name__}."
+            )
         else:
             self._files = files = Checkpoint(weights)
             for key in files.names:
@@ -95,6 +101,8 @@ class _Source:
             )
 
     def _take(self, name: str, shape: tuple[int, ...]) -> None:
+        if 0 in shape:  # nothing to compare
+            return
         if len(shape) == 2:
             self.shapes[name] = shape
         elif len(shape) > 2:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_dora.adapters.keys import is_index
 from mlx_dora.analyze.spectrum import effective_rank, rank_holding
 from mlx_dora.analyze.statistics import Correlation, correlate, pearson
 from mlx_dora.matrix import RowGeometry
@@ -59,7 +60,7 @@ class MatrixAnalysis:
     @property
     def layer(self) -> int | None:
         """Depth of the block it is in; None outside blocks."""
-        numbers = [int(part) for part in self.name.split(".") if part.isdigit()]
+        numbers = [int(part) for part in self.name.split(".") if is_index(part)]
         return numbers[0] if numbers else None
 
     @property

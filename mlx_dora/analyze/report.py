@@ -1,11 +1,16 @@
 """The report: one HTML file that needs nothing else, with the analysis inside."""
 
+import base64
+import hashlib
 import json
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.json import parse
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -26,17 +31,48 @@ def render_report(content: Mapping[str, Any], log: Path | None = None) -> str:
     text = json.dumps(page, ensure_ascii=False, allow_nan=False)
     # So that no name in the data can end the script element.
     text = text.replace("<", "\\u003c")
-    return _TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", text)
+    template = _TEMPLATE.read_text(encoding="utf-8")
+    return template.replace("@POLICY@", _policy(template)).replace("@DATA@", text)
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
+    """Steps and losses of a log; a loss that was not finite is a gap in the curve."""
     found = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DoRAError(f"{path}, line {i} is not JSON ({error}).") from error
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        row = parse(line, where)
         if not isinstance(row, dict):
-            raise DoRAError(f"{path}, line {i} is not a JSON object.")
-        found.append({k: row.get(k) for k in ("step", "train_loss", "val_loss")})
+            raise DoRAError(f"{where} must hold a JSON object, got {row!r:.40}.")
+        step = row.get("step")
+        if type(step) is not int or not 0 <= step < 2**53:
+            raise DoRAError(f"{where}: step must be a whole number, got {step!r:.40}.")
+        losses = {}
+        for name in ("train_loss", "val_loss"):
+            value = row.get(name)
+            if value is not None and type(value) not in (int, float):
+                raise DoRAError(f"{where}: {name} must be a number, got {value!r:.40}.")
+            is_point = value is not None and abs(value) <= sys.float_info.max
+            losses[name] = value if is_point else None
+        found.append({"step": step, **losses})
     return found
+
+
+def _policy(page: str) -> str:
+    """What the page may do: run its own script, use its own style, and no more.
+
+    A name that got into the page as markup in spite of everything would have neither a
+    script nor an address to call. The bars and dots have ``style`` attributes.
+    """
+    hashes = []
+    for element in ("script", "style"):
+        (content,) = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        hashes.append(f"'sha256-{digest}'")
+    script, style = hashes
+    return (
+        f"default-src 'none'; script-src {script}; style-src-elem {style}; "
+        "style-src-attr 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
-from mlx_dora.cli._yaml import load_yaml
+from mlx_dora.cli._paths import FILE
+from mlx_dora.cli._yaml import read_yaml
 from mlx_dora.errors import DoRAError
 
 # Their keys are options of ours; everything else that nests is one option's value.
@@ -26,11 +26,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     Raises:
         DoRAError: If the file is not YAML or holds something else than a mapping.
     """
-    try:
-        loaded = load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise DoRAError(f"{path} is not valid YAML: {reason}") from error
+    loaded = read_yaml(path)
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -114,7 +110,7 @@ def config_file_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "-c",
         "--config",
-        type=click.Path(path_type=Path),
+        type=FILE,
         is_eager=True,
         expose_value=False,
         callback=_use_file,

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_dora.cli._progress import TrainDisplay, duration, size
-from mlx_dora.train.reports import StepReport, TrainReport
+from mlx_dora.errors import printable
+from mlx_dora.train.run.journal import StepReport, TrainReport
 
 if TYPE_CHECKING:  # they import MLX
     from mlx_dora.demo.changes import MatrixChange
@@ -53,7 +54,7 @@ class DemoView:
 
     def note(self, text: str) -> None:
         """Say one line within a part."""
-        self._console.print(Text(f"   {text}", style="dim"), soft_wrap=True)
+        self._console.print(Text(f"   {printable(text)}", style="dim"), soft_wrap=True)
 
     def step(self, report: StepReport) -> None:
         """Show a report of the training."""
@@ -111,7 +112,7 @@ class DemoView:
                 ("docstring", sample.expected),
             )
             for who, text in answers:
-                plain = " ".join(text.split())
+                plain = printable(" ".join(text.split()))
                 grid.add_row("    ", Text(who, style="dim"), Text(plain or "(nothing)"))
             self._console.print(grid)
 
@@ -137,7 +138,7 @@ class DemoView:
         )
         self._console.print("\nTry next, with the model that is there:")
         for command in _commands(report):
-            self._console.print(f"  {command}", soft_wrap=True)
+            self._console.print(f"  {printable(command)}", soft_wrap=True)
         self._console.print("\nand with your own model and data:")
         for command in _OWN:
             self._console.print(f"  {command}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from inspect import cleandoc
 from pathlib import Path
 
 import click
@@ -24,7 +25,17 @@ stdout, progress and warnings to stderr.
 | 1 | bad input or a file that cannot be read or written: one line on stderr |
 | 2 | wrong usage |
 | 3 | `fuse --verify`: the fused model is outside the tolerance |
-| 130 | interrupted |
+| 129 | stopped by SIGHUP (a closed terminal), after cleaning up |
+| 130 | interrupted by Ctrl-C, after cleaning up |
+| 143 | stopped by SIGTERM (`kill`, a cluster, `docker stop`), after cleaning up |
+
+In `train`, each of these three finishes the step and saves first; a second one stops at
+once. `generate`, `chat` and `server` answer signals as mlx-lm does.
+
+`~` stands for the home folder in every path, on the command line and in config files.
+No command writes over, around or into what it was given, `--overwrite` or not, and
+`--overwrite` replaces only an empty folder or one that a command here has made. Working
+inside an input folder (`--data .`), you may name a new folder there.
 
 A config file (`-c`) is YAML in mlx-lm's form: option names as keys, with underscores,
 and `lora_parameters` nesting `rank`, `scale`, `dropout` and `keys`. A flag beats the
@@ -34,8 +45,8 @@ file, the file beats the default; an unknown key is an error.
 _HOSTED = """\
 {text}
 
-The arguments are mlx-lm's, passed on untouched: `mlx_dora.{verb} --help` prints the
-help of the `mlx_lm.{verb}` that is installed.
+The arguments are mlx-lm's, passed on untouched but for a `~` in paths:
+`mlx_dora.{verb} --help` prints the help of the `mlx_lm.{verb}` that is installed.
 """
 
 
@@ -57,7 +68,7 @@ def render() -> str:
         command: click.Command = import_module(f"mlx_dora.cli.{verb}").command
         parts.append(f"## mlx_dora.{verb}\n")
         if isinstance(command, PassThrough):
-            parts.append(_HOSTED.format(text=command.help, verb=verb))
+            parts.append(_HOSTED.format(text=cleandoc(command.help or ""), verb=verb))
         else:
             parts.append(f"```\n{_help(command, f'mlx_dora.{verb}')}\n```\n")
         if isinstance(command, VerbGroup):

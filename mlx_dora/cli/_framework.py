@@ -14,23 +14,27 @@ A command file is ``mlx_dora/cli/<verb>.py`` and holds one click command called
     @dataclass_options(train=TrainConfig, dora=DoRAConfig)
     def command(train: TrainConfig, dora: DoRAConfig) -> None:
         "Fine-tune a model with DoRA."  # the help text
-        from mlx_dora.train.finetune import finetune  # mlx only from here on
+        from mlx_dora.train.run.finetune import finetune  # mlx only from here on
 
 Nothing at module level may import mlx or mlx_lm, not even through a package: ``--help``
 stays quick, and OpenBLAS must be loaded before MLX. Results go to stdout with
-``click.echo``, progress and warnings to stderr; what the library logs with a level of
-warning or above is shown on stderr too.
+`mlx_dora.cli._echo.echo`, progress and warnings to stderr; what the library logs with a
+level of warning or above is shown on stderr too.
 """
 
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import click
 
 from mlx_dora import openblas
-from mlx_dora.errors import DoRAError
+from mlx_dora.cli._echo import echo
+from mlx_dora.cli._environment import settle_environment
+from mlx_dora.errors import MAX_LENGTH, DoRAError, printable
+from mlx_dora.io.stops import Stopped, raising_stops
 
 EXIT_BAD_INPUT = 1
 EXIT_USAGE = 2
@@ -45,7 +49,8 @@ class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # Not click.echo, which looks behind `sys.stderr` for the terminal itself: live
         # bars stand in its place to keep other lines above them.
-        sys.stderr.write(f"{record.levelname.lower()}: {record.getMessage()}\n")
+        message = printable(record.getMessage(), MAX_LENGTH)
+        sys.stderr.write(f"{record.levelname.lower()}: {message}\n")
 
 
 def _show_library_warnings() -> None:
@@ -61,44 +66,65 @@ def _describe(error: OSError) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _show_error(message: str, where: str = "") -> None:
+    # click lays some messages out over several lines.
+    text = " ".join(line.strip() for line in message.split("\n"))
+    echo(f"Error: {printable(text, MAX_LENGTH)}{where}", err=True)
+
+
 class Boundary(click.Command):
     """Turns what a user can put right into one line on stderr and an exit code.
 
-    0: done. 1: `DoRAError` or `OSError`. 2: wrong usage. 130: Ctrl-C. Anything else is
-    our bug and keeps its traceback.
+    0: done. 1: `DoRAError` or `OSError`. 2: wrong usage. 130: Ctrl-C, 143: SIGTERM,
+    129: SIGHUP. Anything else is our bug and keeps its traceback.
     """
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
         try:
+            settle_environment()
             result = super().main(*args, standalone_mode=False, **extra)
         except click.UsageError as error:
             where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-            click.echo(f"Error: {error.format_message()}{where}", err=True)
+            _show_error(error.format_message(), where)
             sys.exit(EXIT_USAGE)
         except click.ClickException as error:
-            click.echo(f"Error: {error.format_message()}", err=True)
+            _show_error(error.format_message())
             sys.exit(error.exit_code)
         except DoRAError as error:
-            click.echo(f"Error: {error}", err=True)
+            _show_error(str(error))
             sys.exit(EXIT_BAD_INPUT)
         except OSError as error:
-            click.echo(f"Error: {_describe(error)}", err=True)
+            _show_error(_describe(error))
             sys.exit(EXIT_BAD_INPUT)
-        except (click.Abort, KeyboardInterrupt):
-            click.echo("Interrupted.", err=True)
-            sys.exit(EXIT_INTERRUPTED)
+        except (click.Abort, KeyboardInterrupt) as error:
+            # click puts an Abort in an interrupt's place.
+            cause = error.__cause__ if isinstance(error, click.Abort) else error
+            stopped = isinstance(cause, Stopped)
+            echo(f"{cause}." if stopped else "Interrupted.", err=True)
+            sys.exit(exit_code_of(cause))
         sys.exit(result if isinstance(result, int) else 0)
+
+
+def exit_code_of(interrupt: BaseException | None) -> int:
+    """128 and the signal's number, as a shell gives it for a killed process."""
+    return (
+        128 + interrupt.number if isinstance(interrupt, Stopped) else EXIT_INTERRUPTED
+    )
 
 
 class Verb(Boundary):
     """A command that loads OpenBLAS before its body, and so before MLX."""
 
+    unwinds = True
+    """Whether SIGTERM and SIGHUP unwind the command, so that it cleans up."""
+
     def invoke(self, ctx: click.Context) -> Any:
         _show_library_warnings()
         openblas.preload()
-        return super().invoke(ctx)
+        with raising_stops() if self.unwinds else nullcontext():
+            return super().invoke(ctx)
 
 
 class VerbGroup(Verb, click.Group):
@@ -106,7 +132,12 @@ class VerbGroup(Verb, click.Group):
 
 
 class PassThrough(Verb):
-    """A command that leaves its whole argument list, ``--help`` too, in `ctx.args`."""
+    """A command that leaves its whole argument list, ``--help`` too, in `ctx.args`.
+
+    Its host answers signals as it does by itself.
+    """
+
+    unwinds = False
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.args = list(args)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
-from mlx_dora.cli._yaml import load_yaml
+from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
+from mlx_dora.cli._yaml import parse_yaml
+from mlx_dora.errors import DoRAError
 
 _MISSING = dataclasses.MISSING
 
@@ -56,7 +57,7 @@ class _Number(click.ParamType):
         try:
             if not isinstance(value, bool):
                 return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
         raise click.BadParameter(f"{value!r} is not a number.", ctx=ctx, param=param)
 
@@ -95,8 +96,8 @@ class _Structure(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if isinstance(value, str):
             try:
-                value = load_yaml(value)
-            except yaml.YAMLError as error:
+                value = parse_yaml(value, "it")
+            except DoRAError as error:
                 raise click.BadParameter(
                     f"{value!r} is not valid YAML.", ctx=ctx, param=param
                 ) from error
@@ -123,7 +124,7 @@ def _param_type(hint: Any) -> click.ParamType:
     if hint is bool:
         return click.BOOL
     if hint is Path:
-        return click.Path(path_type=Path)
+        return FILE
     if typing.get_origin(hint) in (tuple, list) and typing.get_args(hint)[0] is str:
         return _Names()
     if (typing.get_origin(hint) or hint) in (dict, list, tuple):
@@ -150,6 +151,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> _Option:
     kind = _param_type(hint)
     if field.metadata.get("unit") == "bytes":
         kind = _Size()
+    if "path" in field.metadata and isinstance(kind, _Text):
+        kind = PATH_OR_ID if field.metadata["path"] == "or id" else PATH
     if field.metadata.get("choices"):
         kind = click.Choice(field.metadata["choices"])
     settings: dict[str, Any] = {"help": field.metadata.get("help"), "type": kind}
@@ -179,8 +182,9 @@ def dataclass_options(
     ``--rank`` and the rest, and calls the function with ``train=TrainConfig(...)`` and
     ``dora=DoRAConfig(...)``. Names, defaults and help come from the fields (their
     ``metadata={"help": ...}``, with ``"choices"``, ``"flags": ("-m",)`` or
-    ``"unit": "bytes"`` if wanted): a bool becomes ``--x/--no-x``, a `typing.Literal` a
-    choice, a tuple of str takes ``a,b``, a dict or list takes YAML, bytes take ``2GB``.
+    ``"unit": "bytes"`` if wanted, ``"path": "local"`` or ``"or id"`` for a path): a
+    bool becomes ``--x/--no-x``, a `typing.Literal` a choice, a tuple of str takes
+    ``a,b``, a dict or list takes YAML, bytes take ``2GB``.
     A field without a default is a required option. A field that two of the classes
     share becomes one option and reaches both; its defaults must agree. Write it above
     the function's other ``click.option`` decorators, below `config_file_option`.

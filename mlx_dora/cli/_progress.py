@@ -3,7 +3,6 @@
 import sys
 from types import TracebackType
 
-import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,7 +14,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mlx_dora.train.reports import StepReport
+from mlx_dora.cli._echo import echo
+from mlx_dora.errors import printable
+from mlx_dora.train.run.journal import StepReport
 
 
 def duration(seconds: float) -> str:
@@ -63,12 +64,12 @@ class WorkDisplay:
         self._bars: Progress | None = None
         if sys.stderr.isatty():
             self._bars = Progress(
-                TextColumn("{task.description:<9}"),
+                TextColumn("{task.description:<9}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=Console(stderr=True),
             )
 
@@ -102,19 +103,21 @@ class WorkDisplay:
     def say(self, line: str) -> None:
         """Print a line, above the bars if there are any."""
         if self._bars is None:
-            click.echo(line, err=True)
+            echo(line, err=True)
         else:
-            self._bars.console.print(line, highlight=False, markup=False)
+            self._bars.console.print(printable(line), highlight=False, markup=False)
 
     def note(self, phase: str, total: int, text: str) -> None:
         """Put a text beside a bar."""
         if self._bars is not None:
-            self._bars.update(self._task(phase, total), note=text)
+            self._bars.update(self._task(phase, total), note=printable(text))
 
     def _task(self, phase: str, total: int) -> TaskID:
         assert self._bars is not None
         if phase not in self._tasks:
-            self._tasks[phase] = self._bars.add_task(phase, total=total, note="")
+            self._tasks[phase] = self._bars.add_task(
+                printable(phase), total=total, note=""
+            )
         return self._tasks[phase]
 
 

@@ -1,10 +1,11 @@
 """The ``--upload-repo`` option."""
 
-import shlex
 import sys
 from pathlib import Path
 
 import click
+
+from mlx_dora.cli._echo import echo
 
 upload_option = click.option(
     "--upload-repo",
@@ -14,10 +15,10 @@ upload_option = click.option(
 )
 
 
-def command_line() -> str:
-    """The command as it was given."""
+def command_line() -> list[str]:
+    """The words of the command as it was given."""
     name = click.get_current_context().command_path.split()[0]
-    return shlex.join([name, *sys.argv[1:]])
+    return [name, *sys.argv[1:]]
 
 
 def publish(folder: str | Path, card: str, repo: str) -> None:
@@ -26,4 +27,4 @@ def publish(folder: str | Path, card: str, repo: str) -> None:
     from mlx_dora.publish.upload import upload_folder
 
     write_text(Path(folder) / "README.md", card)
-    click.echo(f"Uploaded to {upload_folder(folder, repo)}")
+    echo(f"Uploaded to {upload_folder(folder, repo)}")

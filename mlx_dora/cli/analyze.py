@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb_group
+from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
 from mlx_dora.cli._progress import WorkDisplay
 
 if TYPE_CHECKING:
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
     from mlx_dora.analyze.result import AdaptationAnalysis
 
 _MODEL = click.option(
-    "--model", help="The base; what the adapter says of its base if not given."
+    "--model",
+    type=PATH_OR_ID,
+    help="The base; what the adapter says of its base if not given.",
 )
 _BY = click.option(
     "--by",
@@ -39,13 +43,13 @@ def _output_options(function: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--report",
-            type=click.Path(path_type=Path, dir_okay=False),
+            type=FILE,
             help="Write a report to open in a browser: one file, no network.",
         ),
         click.option(
             "--json",
             "json_file",
-            type=click.Path(path_type=Path, dir_okay=False),
+            type=FILE,
             help="Write everything as JSON (schema: docs/analysis.md).",
         ),
         click.option(
@@ -62,7 +66,7 @@ def command() -> None:
 
 
 @command.command("adapter")
-@click.argument("adapter")
+@click.argument("adapter", type=PATH)
 @_MODEL
 @_BY
 @_CHECK
@@ -81,7 +85,7 @@ def adapter_command(
     from mlx_dora.analyze.adapter import analyze_adapter
     from mlx_dora.analyze.table import analysis_lines
 
-    _refuse_existing(json_file, report, overwrite)
+    _check_outputs(json_file, report, overwrite, adapter, model)
     with WorkDisplay() as display:
         found = analyze_adapter(
             adapter, model, check_base=check_base, progress=display.progress
@@ -91,7 +95,7 @@ def adapter_command(
 
 
 @command.command("compare")
-@click.argument("adapters", nargs=-1, required=True, metavar="A B ...")
+@click.argument("adapters", type=PATH, nargs=-1, required=True, metavar="A B ...")
 @_MODEL
 @_CHECK
 @_output_options
@@ -108,7 +112,7 @@ def compare_command(
     from mlx_dora.analyze.compare import compare_adapters
     from mlx_dora.analyze.table import comparison_lines
 
-    _refuse_existing(json_file, report, overwrite)
+    _check_outputs(json_file, report, overwrite, *adapters, model)
     with WorkDisplay() as display:
         found = compare_adapters(
             adapters, model, check_base=check_base, progress=display.progress
@@ -118,8 +122,8 @@ def compare_command(
 
 
 @command.command("models")
-@click.argument("base")
-@click.argument("tuned")
+@click.argument("base", type=PATH_OR_ID)
+@click.argument("tuned", type=PATH_OR_ID)
 @click.option(
     "--spectrum",
     is_flag=True,
@@ -141,7 +145,7 @@ def models_command(
     from mlx_dora.analyze.finetune import analyze_finetune
     from mlx_dora.analyze.table import analysis_lines
 
-    _refuse_existing(json_file, report, overwrite)
+    _check_outputs(json_file, report, overwrite, base, tuned)
     with WorkDisplay() as display:
         found = analyze_finetune(
             base, tuned, spectrum=spectrum, progress=display.progress
@@ -150,17 +154,20 @@ def models_command(
     _write(found, json_file, report, None)
 
 
-def _refuse_existing(
-    json_file: Path | None, report: Path | None, overwrite: bool
+def _check_outputs(
+    json_file: Path | None, report: Path | None, overwrite: bool, *inputs: str | None
 ) -> None:
-    for path in (json_file, report):
-        if path is not None and path.exists() and not overwrite:
-            raise click.ClickException(f"{path} exists; add --overwrite to replace it.")
+    from mlx_dora.io.output import check_output_file
+
+    if json_file is not None:
+        check_output_file(json_file, inputs=inputs, overwrite=overwrite)
+    if report is not None:
+        check_output_file(report, inputs=(*inputs, json_file), overwrite=overwrite)
 
 
 def _tell(lines: list[str]) -> None:
     for line in lines:
-        click.echo(click.style(line, bold=True) if "ΔM rel." in line else line)
+        echo(line, bold="ΔM rel." in line)
 
 
 def _write(
@@ -176,7 +183,7 @@ def _write(
     if json_file is not None:
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         write_text(json_file, text + "\n")
-        click.echo(f"Saved {json_file}")
+        echo(f"Saved {json_file}")
     if report is not None:
         write_text(report, render_report(content, log))
-        click.echo(f"Saved {report}")
+        echo(f"Saved {report}")

@@ -4,12 +4,14 @@ from typing import Literal
 
 import click
 
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
+from mlx_dora.cli._paths import PATH, PATH_OR_ID
 
 
 @verb("convert")
-@click.argument("source", metavar="IN")
-@click.argument("target", metavar="OUT")
+@click.argument("source", metavar="IN", type=PATH)
+@click.argument("target", metavar="OUT", type=PATH)
 @click.option(
     "--to",
     type=click.Choice(["mlx", "peft"]),
@@ -18,11 +20,13 @@ from mlx_dora.cli._framework import verb
 )
 @click.option(
     "--model",
-    help="The base as an MLX folder or Hub id: module names and shapes are checked "
-    "against it.",
+    type=PATH_OR_ID,
+    help="The base as an MLX folder or Hub id: modules get the names that the other "
+    "library has for them, and names and shapes are checked.",
 )
 @click.option(
     "--base-model",
+    type=PATH_OR_ID,
     help="What OUT says of its base; the name given as --model, or what IN says, if "
     "not given.",
 )
@@ -41,13 +45,13 @@ def command(
     express (adapters of embeddings, experts, modules trained beside the adapter) is
     refused by name.
     """
-    from mlx_dora.adapters.convert import convert_adapter
+    from mlx_dora.peft import convert_adapter
 
     adapter = convert_adapter(
         source, target, to, model=model, base_model=base_model, overwrite=overwrite
     )
-    click.echo(
+    echo(
         f"Converted {len(adapter.paths)} modules ({adapter.fine_tune_type}, rank "
         f"{adapter.config.rank}, scale {adapter.config.scale:g})"
     )
-    click.echo(f"Saved to {target}")
+    echo(f"Saved to {target}")

@@ -1,7 +1,6 @@
 """``mlx_dora.doctor``: is this machine set up well, and does our code work on it."""
 
-import click
-
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
 
 
@@ -15,11 +14,11 @@ def command() -> int:
 
     diagnosis = diagnose()
     for title, rows in diagnosis.sections.items():
-        click.echo(title)
+        echo(title)
         for label, value in rows:
-            click.echo(f"  {label:<24} {value}")
-    click.echo("Known traps")
+            echo(f"  {label:<24} {value}")
+    echo("Known traps")
     for trap in diagnosis.traps:
-        click.echo(f"  - {trap}")
-    click.echo(UNVERIFIED)
+        echo(f"  - {trap}")
+    echo(UNVERIFIED)
     return 0 if diagnosis.is_healthy else 1

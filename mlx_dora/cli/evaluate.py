@@ -7,8 +7,10 @@ from typing import Any
 import click
 
 from mlx_dora.cli._config_file import config_file_option
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._options import dataclass_options
+from mlx_dora.cli._paths import PATH
 from mlx_dora.cli._progress import WorkDisplay
 from mlx_dora.evaluate.config import EvaluateConfig
 
@@ -19,10 +21,10 @@ from mlx_dora.evaluate.config import EvaluateConfig
 @click.option(
     "--json",
     "json_file",
-    type=click.File("w", lazy=True, atomic=True),
+    type=PATH,
     help="Write all results to this file too; - prints them alone.",
 )
-def command(config: EvaluateConfig, json_file: Any) -> None:
+def command(config: EvaluateConfig, json_file: str | None) -> None:
     """Compare a model with its adapter, and with the fused model, on data.
 
     Shows loss and perplexity, accuracy where the answers are labels, a few
@@ -30,15 +32,26 @@ def command(config: EvaluateConfig, json_file: Any) -> None:
     adapter's.
     """
     from mlx_dora.evaluate.comparison import compare_models
+    from mlx_dora.io.atomic import write_text
+    from mlx_dora.io.output import check_output_file
 
+    if config.model is None and config.adapter_path is None:
+        raise click.UsageError(
+            "give --model, or --adapter-path with an adapter that records its base"
+        )
+    if json_file is not None and json_file != "-":
+        inputs = (config.model, config.adapter_path, config.fused_path, config.data)
+        check_output_file(json_file, inputs=inputs, overwrite=True)
     with WorkDisplay() as display:
         comparison = compare_models(config, display.progress)
     if json_file is not None:
-        json_file.write(json.dumps(comparison.to_dict(), indent=2) + "\n")
-        if json_file.name == "-":
+        text = json.dumps(comparison.to_dict(), indent=2) + "\n"
+        if json_file == "-":
+            click.echo(text, nl=False)
             return
+        write_text(json_file, text)
     for line in describe(comparison):
-        click.echo(line)
+        echo(line)
 
 
 def describe(comparison: Any) -> list[str]:

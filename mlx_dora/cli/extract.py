@@ -2,13 +2,15 @@
 
 import click
 
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
+from mlx_dora.cli._paths import PATH, PATH_OR_ID
 from mlx_dora.cli._progress import WorkDisplay
 
 
 @verb("extract")
-@click.argument("base")
-@click.argument("tuned")
+@click.argument("base", type=PATH_OR_ID)
+@click.argument("tuned", type=PATH_OR_ID)
 @click.option(
     "--rank", type=click.IntRange(min=1), help="Rank of the updates, or the largest."
 )
@@ -20,7 +22,9 @@ from mlx_dora.cli._progress import WorkDisplay
     help="A module to cover (self_attn.q_proj, or a full path); all linear layers of "
     "the blocks if not given.",
 )
-@click.option("--save-path", required=True, help="The adapter folder to make.")
+@click.option(
+    "--save-path", type=PATH, required=True, help="The adapter folder to make."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 def command(
     base: str,
@@ -52,5 +56,5 @@ def command(
             progress=display.progress,
         )
     for line in found.lines():
-        click.echo(line)
-    click.echo(f"Saved to {save_path}")
+        echo(line)
+    echo(f"Saved to {save_path}")

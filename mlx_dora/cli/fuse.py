@@ -5,8 +5,10 @@ from dataclasses import replace
 import click
 
 from mlx_dora.adapters.fuse_config import FuseConfig
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._options import dataclass_options
+from mlx_dora.cli._paths import PATH, PATH_OR_ID
 from mlx_dora.cli._publish import command_line, publish, upload_option
 from mlx_dora.evaluate.tolerance import FuseTolerance
 
@@ -15,16 +17,21 @@ EXIT_NOT_VERIFIED = 3
 
 @verb("fuse")
 @click.option(
-    "--model", required=True, help="The base: a local model folder or Hub id."
+    "--model",
+    type=PATH_OR_ID,
+    help="The base: a local model folder or Hub id; what the adapter records if not "
+    "given.",
 )
 @click.option(
     "--adapter-path",
+    type=PATH,
     default="adapters",
     show_default=True,
     help="The trained adapter's folder.",
 )
 @click.option(
     "--save-path",
+    type=PATH,
     default="fused_model",
     show_default=True,
     help="The folder to write the fused model to.",
@@ -57,7 +64,7 @@ EXIT_NOT_VERIFIED = 3
     help="Run Python code that the model's folder brings along.",
 )
 def command(
-    model: str,
+    model: str | None,
     adapter_path: str,
     save_path: str,
     config: FuseConfig,
@@ -70,19 +77,23 @@ def command(
     check_base: bool,
     trust_remote_code: bool,
 ) -> int:
-    """Fuse a DoRA adapter into its base model.
+    """Fuse an adapter (DoRA, LoRA or full fine-tuning) into its base model.
 
     Writes a folder that mlx-lm loads, complete or not at all, holding one tensor at a
     time. A dense layer keeps its dtype and size. The report says what share of each
     layer's update survived.
     """
     from mlx_dora.adapters.fuse import fuse_model
+    from mlx_dora.adapters.recorded_base import recorded_base
     from mlx_dora.evaluate.fused import PROMPTS, verify_fused
 
     if upload_repo is not None:
         from mlx_dora.publish.upload import check_upload
 
         check_upload(upload_repo)
+    if model is None:
+        model = recorded_base(adapter_path)
+        click.echo(f"Base: {model}, as the adapter records.", err=True)
     report = fuse_model(
         model,
         adapter_path,
@@ -93,8 +104,8 @@ def command(
         trust_remote_code=trust_remote_code,
     )
     for line in report.lines():
-        click.echo(line)
-    click.echo(f"Saved to {save_path}")
+        echo(line)
+    echo(f"Saved to {save_path}")
     if verify:
         checked = verify_fused(
             model,
@@ -105,10 +116,10 @@ def command(
             check_base=check_base,
             trust_remote_code=trust_remote_code,
         )
-        click.echo(checked.line())
+        echo(checked.line())
         if checked.problems:
             problems = "; ".join(checked.problems)
-            click.echo(f"Error: not verified: {problems}", err=True)
+            echo(f"Error: not verified: {problems}", err=True)
             return EXIT_NOT_VERIFIED
     if upload_repo is not None:
         from mlx_dora.publish.card import fused_card

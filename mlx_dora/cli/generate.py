@@ -2,6 +2,7 @@
 
 import click
 
+from mlx_dora.cli._base_model import with_recorded_base
 from mlx_dora.cli._framework import PassThrough, verb
 from mlx_dora.cli._host import run_host_command
 
@@ -10,4 +11,4 @@ from mlx_dora.cli._host import run_host_command
 @click.pass_context
 def command(ctx: click.Context) -> None:
     """Generate text, as mlx_lm.generate does, on our layers."""
-    run_host_command("generate", ctx.command_path, ctx.args)
+    run_host_command("generate", ctx.command_path, with_recorded_base(ctx.args))

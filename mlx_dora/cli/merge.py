@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
+from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._options import dataclass_options
+from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
 from mlx_dora.cli._progress import WorkDisplay
-from mlx_dora.cli._yaml import load_yaml
+from mlx_dora.cli._yaml import parse_yaml, read_yaml
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.fisher_config import FisherConfig
 from mlx_dora.merge.names import ADAPTER_METHODS, FISHER, MODEL_METHODS
@@ -26,8 +27,8 @@ def _read_weights(
     if value is None:
         return None
     try:
-        found = load_yaml(value if value[:1] in "[{" else f"[{value}]")
-    except yaml.YAMLError as error:
+        found = parse_yaml(value if value[:1] in "[{" else f"[{value}]", repr(value))
+    except DoRAError as error:
         raise click.BadParameter(f"{value!r} is not a list of weights.") from error
     if not isinstance(found, list | dict):
         raise click.BadParameter(f"{value!r} is not a list of weights.")
@@ -37,6 +38,7 @@ def _read_weights(
 def _fisher_option(whose: str) -> Callable[[Any], Any]:
     return click.option(
         "--fisher",
+        type=PATH,
         multiple=True,
         help=f"For --method fisher: a folder that `fisher` made, once {whose} and in "
         "their order.",
@@ -49,11 +51,15 @@ def command() -> None:
 
 
 @command.command("adapters")
-@click.argument("adapters", nargs=-1, required=True, metavar="A1 A2 ...")
+@click.argument("adapters", type=PATH, nargs=-1, required=True, metavar="A1 A2 ...")
 @click.option(
-    "--model", help="The base; what the first adapter says of its base if not given."
+    "--model",
+    type=PATH_OR_ID,
+    help="The base; what the first adapter says of its base if not given.",
 )
-@click.option("--save-path", required=True, help="The adapter folder to make.")
+@click.option(
+    "--save-path", type=PATH, required=True, help="The adapter folder to make."
+)
 @click.option(
     "--method",
     type=click.Choice([*ADAPTER_METHODS, AUTO]),
@@ -71,6 +77,7 @@ def command() -> None:
 @click.option("--rank", type=click.IntRange(min=1), help="Cut the update to this rank.")
 @click.option(
     "--logit-error",
+    type=PATH_OR_ID,
     metavar="DATA",
     help="With --rank: on a few rows of this data, say of each layer how far its cut "
     "moves the logits.",
@@ -94,6 +101,7 @@ def command() -> None:
 @_fisher_option("an adapter")
 @click.option(
     "--data",
+    type=PATH_OR_ID,
     multiple=True,
     help="Data of an adapter, in the adapters' order: --method fisher estimates its "
     "information there, as `fisher` does if told nothing else. Say it once an adapter.",
@@ -118,8 +126,9 @@ def adapters_command(
 
     Ranks, scales and modules may differ. The result is an ordinary adapter folder.
     """
+    from mlx_dora.adapters.recorded_base import recorded_base
     from mlx_dora.io.atomic import check_output
-    from mlx_dora.merge.adapters import base_name, merge_adapters_report
+    from mlx_dora.merge.adapters import merge_adapters_report
     from mlx_dora.merge.cut_error import open_probe
     from mlx_dora.merge.dense import Options
     from mlx_dora.merge.estimate import estimate_on_data
@@ -128,8 +137,10 @@ def adapters_command(
         raise click.UsageError("--data is for --method fisher without --fisher")
     if logit_error and rank is None:
         raise click.UsageError("--logit-error is for --rank")
-    check_output(save_path, overwrite=overwrite)  # before what takes long
-    base = model or base_name(adapters[0])
+    base = model or recorded_base(adapters[0])
+    inputs = (*adapters, base, logit_error, *fisher, *data)
+    # Before what takes long.
+    check_output(save_path, inputs=inputs, overwrite=overwrite)
     if method == AUTO:
         method, suggested = _suggested_merge(adapters, base, check_base)
         weights = weights or suggested
@@ -152,11 +163,12 @@ def adapters_command(
             options=Options(density=density, seed=seed, scale=scale),
             fisher=known,
             probe=probe,
+            inputs=inputs,
             progress=display.progress,
         )
     for line in report.lines():
-        click.echo(line)
-    click.echo(f"Saved to {save_path}")
+        echo(line)
+    echo(f"Saved to {save_path}")
 
 
 def _suggested_merge(
@@ -170,21 +182,25 @@ def _suggested_merge(
             adapters, base, check_base=check_base, progress=display.progress
         )
     for advice in comparison.guidance:
-        click.echo(advice.sentence)
+        echo(advice.sentence)
     found = next((one for one in comparison.guidance if one.method), None)
     if found is None or found.method is None:
         raise DoRAError(
             "the comparison suggests no way to merge these adapters; to merge them "
             "anyway, name a --method and --weights."
         )
-    click.echo(f"Method: {found.method}")
+    echo(f"Method: {found.method}")
     return found.method, found.weights
 
 
 @command.command("fisher")
 @dataclass_options(config=FisherConfig, exclude=("mask_prompt", "all_turns"))
-@click.option("--model", required=True, help="The model, or the adapter's base.")
-@click.option("--adapter-path", help="The adapter whose information is wanted.")
+@click.option(
+    "--model", type=PATH_OR_ID, required=True, help="The model, or the adapter's base."
+)
+@click.option(
+    "--adapter-path", type=PATH, help="The adapter whose information is wanted."
+)
 @click.option(
     "--key",
     "keys",
@@ -192,7 +208,7 @@ def _suggested_merge(
     help="A module to look at (self_attn.q_proj, or a full path); the adapter's, or "
     "all linear layers of the blocks, if not given.",
 )
-@click.option("--save-path", required=True, help="The folder to make.")
+@click.option("--save-path", type=PATH, required=True, help="The folder to make.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 def fisher_command(
     config: FisherConfig,
@@ -219,17 +235,17 @@ def fisher_command(
             overwrite=overwrite,
             progress=display.progress,
         )
-    click.echo(
+    echo(
         f"Information by {facts.granularity} from {facts.tokens:,} targets "
         f"({facts.labels}) in {facts.rows} rows."
     )
-    click.echo(f"Saved to {save_path}")
+    echo(f"Saved to {save_path}")
 
 
 @command.command("models")
-@click.argument("models", nargs=-1, metavar="[M1 M2 ...]")
-@click.option("--save-path", required=True, help="The model folder to make.")
-@click.option("--base", help="The model that changes are relative to.")
+@click.argument("models", type=PATH_OR_ID, nargs=-1, metavar="[M1 M2 ...]")
+@click.option("--save-path", type=PATH, required=True, help="The model folder to make.")
+@click.option("--base", type=PATH_OR_ID, help="The model that changes are relative to.")
 @click.option(
     "--method",
     type=click.Choice(MODEL_METHODS),
@@ -266,7 +282,7 @@ def fisher_command(
 @click.option(
     "-c",
     "--config",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=FILE,
     help="A mergekit YAML file, in place of models and method.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
@@ -299,7 +315,7 @@ def models_command(
     if (config is None) == (not models):
         raise click.UsageError("give either models or --config")
     if config is not None:
-        plan = read_mergekit(_read_yaml(config))
+        plan = read_mergekit(read_yaml(config))
     else:
         given = {"density": density, "lambda": scale, "normalize": normalize}
         parameters = {key: value for key, value in given.items() if value is not None}
@@ -319,17 +335,12 @@ def models_command(
         )
     with WorkDisplay(with_memory=True) as display:
         report = run_merge(
-            plan, save_path, overwrite=overwrite, progress=display.progress
+            plan,
+            save_path,
+            inputs=(config,),
+            overwrite=overwrite,
+            progress=display.progress,
         )
     for line in report.lines():
-        click.echo(line)
-    click.echo(f"Saved to {save_path}")
-
-
-def _read_yaml(path: Path) -> object:
-    try:
-        return load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DoRAError(
-            f"{path} is not YAML: {' '.join(str(error).split())}"
-        ) from error
+        echo(line)
+    echo(f"Saved to {save_path}")

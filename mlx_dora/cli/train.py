@@ -9,15 +9,16 @@ import click
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.cli._config_file import config_file_option
-from mlx_dora.cli._framework import EXIT_BAD_INPUT, EXIT_INTERRUPTED, verb
+from mlx_dora.cli._echo import echo
+from mlx_dora.cli._framework import EXIT_BAD_INPUT, exit_code_of, verb
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._progress import TrainDisplay, duration, size
 from mlx_dora.cli._publish import command_line, publish, upload_option
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.reports import TrainReport
+from mlx_dora.train.run.journal import TrainReport
 
 if TYPE_CHECKING:
-    from mlx_dora.train.plan import MemoryPlan
+    from mlx_dora.train.plan.predict import MemoryPlan
 
 HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
 
@@ -41,16 +42,17 @@ def command(
     The data is a folder with train.jsonl (and valid.jsonl, test.jsonl), or a data set
     on the Hugging Face Hub. The adapter's folder gets adapters.safetensors and
     adapter_config.json, which mlx-lm loads, log.jsonl, and loss.png if matplotlib is
-    installed. Ctrl-C finishes the step, saves, and exits with 130.
+    installed. Ctrl-C, SIGTERM and SIGHUP finish the step, save, and exit with 130, 143
+    and 129.
     """
     if train.model is None:
-        click.echo(f"No model given: taking mlx-lm's, {HOST_DEFAULT_MODEL}.", err=True)
+        echo(f"No model given: taking mlx-lm's, {HOST_DEFAULT_MODEL}.", err=True)
         train = replace(train, model=HOST_DEFAULT_MODEL)
     if plan:
-        from mlx_dora.train.plan import plan_memory
+        from mlx_dora.train.plan.predict import plan_memory
 
         for line in describe_plan(plan_memory(train, dora)):
-            click.echo(line)
+            echo(line)
         return None
     import mlx.core as mx
 
@@ -69,21 +71,21 @@ def command(
         )
     if result.train is not None:
         for line in describe_training(result.train):
-            click.echo(line)
+            echo(line)
         if result.plot is not None:
-            click.echo(f"Loss plot: {result.plot}")
+            echo(f"Loss plot: {result.plot}")
         else:
-            click.echo("No loss plot: pip install 'mlx_dora[report]' to get one.")
+            echo("No loss plot: pip install 'mlx_dora[report]' to get one.")
     if result.test is not None:
         loss, perplexity = result.test.loss, result.test.perplexity
         tokens = f"{result.test.tokens:,} tokens"
-        click.echo(f"Test loss {loss:.4f}, perplexity {perplexity:.3f} ({tokens}).")
+        echo(f"Test loss {loss:.4f}, perplexity {perplexity:.3f} ({tokens}).")
     if result.train is not None:
         if upload_repo is not None:
             _publish_adapter(train, upload_repo)
-        click.echo("Next:")
+        echo("Next:")
         for line in next_commands(train):
-            click.echo(f"  {line}")
+            echo(f"  {line}")
     return None
 
 
@@ -105,8 +107,8 @@ def _work_in_silence(train: TrainConfig, dora: DoRAConfig) -> int:
         run_job(train, dora)
     except SharedError:
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        return exit_code_of(interrupt)
     return 0
 
 

@@ -20,6 +20,8 @@ from mlx_dora.demo.gguf import ModelDtype, read_gguf
 from mlx_dora.demo.tokenizer import tokenizer_files
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
+from mlx_dora.io.foreign import foreign
+from mlx_dora.io.json import read_object
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -101,7 +103,7 @@ def _is_model(folder: Path) -> bool:
 
 def _write(folder: Path, fill: Callable[[Path], None]) -> Path:
     try:
-        with atomic_directory(folder) as work:
+        with atomic_directory(folder, inputs=()) as work:
             fill(work)
     except DoRAError:
         if not _is_model(folder):  # else: another process was quicker
@@ -129,10 +131,11 @@ def _from_gguf(gguf: Path, work: Path, dtype: ModelDtype) -> None:
 
 
 def _from_hub(original: Path, work: Path, dtype: ModelDtype) -> None:
-    config = json.loads((original / "config.json").read_text(encoding="utf-8"))
+    config = read_object(original / "config.json")
     tensors: dict[str, mx.array] = {}
     for shard in sorted(original.glob("*.safetensors")):
-        loaded = mx.load(str(shard))
+        with foreign(shard):
+            loaded = mx.load(str(shard))
         assert isinstance(loaded, dict)
         tensors |= {k: v.astype(getattr(mx, dtype)) for k, v in loaded.items()}
     write_tensors(work / "model.safetensors", tensors)

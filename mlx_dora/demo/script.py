@@ -19,13 +19,14 @@ from mlx_dora.adapters.fuse import fuse_dora, save_fused
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.keys import blocks
 from mlx_dora.adapters.surgery import disabled
+from mlx_dora.data.dataset import Dataset
+from mlx_dora.data.loading import load_datasets
 from mlx_dora.demo.changes import MatrixChange, matrix_changes
 from mlx_dora.demo.config import DemoConfig
 from mlx_dora.demo.data import write_demo_data
 from mlx_dora.demo.model import demo_model
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.agreement import Agreement, compare_probe, take_probe
-from mlx_dora.evaluate.data import Dataset, load_datasets
 from mlx_dora.evaluate.generation import Prompt, generate_samples, sample_prompts
 from mlx_dora.io.atomic import check_output
 from mlx_dora.train import StepReport, TrainConfig, TrainReport, finetune
@@ -111,7 +112,7 @@ def run_demo(config: DemoConfig, audience: Audience | None = None) -> DemoReport
     told = audience or Audience()
     started = time.perf_counter()
     output = config.output or _fresh_folder(Path(DEFAULT_OUTPUT))
-    check_output(output)
+    check_output(output, inputs=(config.model,))
 
     name = config.model or "SmolLM2-135M-Instruct, a small language model"
     told.stage("Model", f"{name}.")

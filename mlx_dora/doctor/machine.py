@@ -94,7 +94,7 @@ def _system_memory() -> int | None:
 def _wired_limit_mb() -> int | None:
     """What macOS lets the GPU wire down; 0 is the system's default."""
     told = _ask_mac("/usr/sbin/sysctl", "-n", "iogpu.wired_limit_mb")
-    return int(told) if told.isdigit() else None
+    return int(told) if told.isdecimal() else None
 
 
 def _sleep_minutes() -> int | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.evaluate.batches import Batch, Examples, batches_once
+from mlx_dora.data.batches import Batch, Examples, batches_once
 from mlx_dora.evaluate.loss import eval_mode, target_mask
 
 

@@ -13,14 +13,16 @@ import mlx.nn as nn
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load, model_folder
+from mlx_dora.adapters.recorded_base import recorded_base
+from mlx_dora.data.dataset import Dataset
+from mlx_dora.data.loading import make_datasets
+from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.agreement import Agreement, compare_probe, take_probe
 from mlx_dora.evaluate.config import EvaluateConfig
-from mlx_dora.evaluate.data import Dataset, make_datasets
 from mlx_dora.evaluate.generation import Prompt, generate_samples, sample_prompts
 from mlx_dora.evaluate.labels import LabelAccuracy, find_labels, label_accuracy
 from mlx_dora.evaluate.loss import LossResult, evaluate_loss
-from mlx_dora.evaluate.rows import read_splits
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,11 @@ def compare_models(
     if config.fused_path is not None:
         model_folder(config.fused_path)
     split, splits = _read_split(config)
-    model, tokenizer = load(config.model, trust_remote_code=config.trust_remote_code)
+    if (name := config.model) is None:
+        if config.adapter_path is None:
+            raise DoRAError("model is not given: name a folder or a Hugging Face id.")
+        name = recorded_base(config.adapter_path)
+    model, tokenizer = load(name, trust_remote_code=config.trust_remote_code)
     data = make_datasets(splits, tokenizer)[split]
     assert data is not None
     prompts = sample_prompts(

@@ -5,8 +5,8 @@ from typing import Any
 
 import mlx.nn as nn
 
+from mlx_dora.data.dataset import Dataset
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.data import Dataset
 from mlx_dora.evaluate.loss import eval_mode
 
 TEXT_PROMPT = 32

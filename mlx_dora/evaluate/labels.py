@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_dora.data.batches import pad_batch
+from mlx_dora.data.dataset import Dataset, Parts
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import pad_batch
-from mlx_dora.evaluate.data import Dataset, Parts
 from mlx_dora.evaluate.loss import eval_mode, target_mask
 
 MAX_LABELS = 20

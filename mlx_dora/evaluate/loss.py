@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dora.data.batches import Examples, batches_once
+from mlx_dora.data.counts import RowCounts
+from mlx_dora.data.documents import document_caches
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import Examples, RowCounts, batches_once
 from mlx_dora.evaluate.cross_entropy import summed_loss
-from mlx_dora.evaluate.documents import document_caches
 
 Loss = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
 """(model, tokens, lengths) -> (mean loss of the target tokens, their number)."""

@@ -1,75 +1,107 @@
 """Writes that are complete or absent: aside first, flushed to disk, then renamed."""
 
 import contextlib
+import errno
 import os
-import secrets
-import shutil
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 
 import mlx.core as mx
 
-from mlx_dora.errors import DoRAError
+from mlx_dora.io.aside import (
+    NEW_NAME,
+    aside_of,
+    fresh_holder,
+    put_in_place,
+    remove_leftovers,
+)
 from mlx_dora.io.header import read_header
+from mlx_dora.io.output import Inputs, check_output
+
+__all__ = [
+    "atomic_directory",
+    "check_output",
+    "flush",
+    "flush_tree",
+    "write_tensors",
+    "write_text",
+]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)$")
 
 _WRITE_FAILED = "[write]"
 """How MLX begins to tell that the system did not take all bytes."""
 
 
-def check_output(path: str | Path, *, overwrite: bool = False) -> None:
-    """Refuse an output folder that cannot or must not be written, before any work.
-
-    Raises:
-        DoRAError: If `path` exists and `overwrite` is false, or overwriting it would
-            delete the working or home directory, or it has no name.
-    """
-    target = Path(path).resolve()
-    if not target.name:
-        raise DoRAError(f"{path} cannot be an output folder.")
-    if not target.exists():
-        return
-    if not overwrite:
-        raise DoRAError(
-            f"{path} already exists; choose another output or say overwrite "
-            "(--overwrite on the command line)."
-        )
-    for kept in (Path.cwd(), Path.home()):
-        if kept.resolve().is_relative_to(target):
-            raise DoRAError(f"{path} holds {kept}; refusing to overwrite it.")
-
-
 @contextlib.contextmanager
-def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    path: str | Path, *, inputs: Inputs, overwrite: bool = False
+) -> Iterator[Path]:
     """Write a folder that appears complete or not at all.
 
-    Yields a fresh folder beside `path`. When the block ends well, everything in it is
-    flushed to disk and the folder is renamed to `path`; when it raises, the folder is
-    deleted and `path` is as before. A process killed inside leaves at most a hidden
-    ``.<name>.*.partial`` folder beside it; one killed while it overwrites may leave the
-    old folder in ``.<name>.*.old``.
+    Yields a fresh folder aside. When the block ends well, everything in it is flushed
+    to disk and the folder is renamed to `path`; when it raises, the folder is deleted
+    and `path` is as before. A process killed inside leaves at most a hidden
+    ``.<name>.*.partial`` folder beside it, which the next one with the same `path`
+    removes. If it was killed while replacing an old folder, that one returns.
 
     Args:
         path: The folder to make. Its parents are made if missing.
+        inputs: All that is read to make it; see `check_output`.
         overwrite: Replace an existing `path`: it is moved aside before the rename and
             deleted last.
 
     Raises:
-        DoRAError: If `path` exists and `overwrite` is false.
+        DoRAError: If `path` must not be written; see `check_output`.
+        OSError: If the disk is full; the error names `path`.
     """
-    check_output(path, overwrite=overwrite)
-    target = Path(path).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = aside_of(target, ".partial")
-    work.mkdir()
-    try:
-        yield work
-        flush_tree(work)
-        # Once more: the target may have appeared while the block ran.
-        check_output(path, overwrite=overwrite)
-        put_in_place(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    inputs = tuple(inputs)
+    check_output(path, inputs=inputs, overwrite=overwrite)
+    target = Path(path).expanduser().resolve()
+    with full_disk_names(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target)
+        check_output(path, inputs=inputs, overwrite=overwrite)
+        with fresh_holder(target) as holder:
+            yield holder / NEW_NAME
+            flush_tree(holder / NEW_NAME)
+            # Once more: the target may have appeared while the block ran.
+            check_output(path, inputs=inputs, overwrite=overwrite)
+            put_in_place(holder, target)
+            flush(target.parent)
+
+
+class full_disk_names:
+    """Make the error of a full disk name an output instead of some file aside.
+
+    The tokenizers package has no class of its own for it: its error is an `Exception`
+    that ends with the system's number.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = str(path)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, OSError):
+            number = error.errno
+        elif kind is Exception and (told := _OS_ERROR.search(str(error))):
+            number = int(told[1])
+        else:
+            return
+        if number in _FULL:
+            raise OSError(number, os.strerror(number), self._path) from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -103,8 +135,10 @@ def write_tensors(
             if not str(error).startswith(_WRITE_FAILED):
                 raise
             raise OSError(
-                f"{path} could not be written whole; the disk is full, or a limit on "
-                "the size of files is reached."
+                errno.ENOSPC,
+                "it could not be written whole; the disk is full, or a limit on the "
+                "size of files is reached",
+                str(path),
             ) from error
         # A file that is cut short shows here, before the old one is gone.
         read_header(aside)
@@ -124,27 +158,6 @@ def _replacing(path: Path, *, suffix: str) -> Iterator[Path]:
     flush(path.parent)
 
 
-def put_in_place(work: Path, target: Path) -> None:
-    """Rename a complete folder to `target`; an old one goes aside first, then away."""
-    if not target.exists():
-        work.rename(target)
-        flush(target.parent)
-        return
-    # An empty folder of its own holds the old one, so that no other name is hit.
-    holder = aside_of(target, ".old")
-    holder.mkdir()
-    old = holder / target.name
-    target.rename(old)
-    try:
-        work.rename(target)
-    except BaseException:
-        old.rename(target)
-        holder.rmdir()
-        raise
-    flush(target.parent)
-    shutil.rmtree(holder)
-
-
 def flush(path: Path) -> None:
     """Flush a file, or what a folder says of its files, to disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -160,8 +173,3 @@ def flush_tree(folder: Path) -> None:
         if not path.is_symlink():
             flush(path)
     flush(folder)
-
-
-def aside_of(path: Path, suffix: str) -> Path:
-    """Return a free hidden name beside `path`, on the same file system."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}{suffix}")

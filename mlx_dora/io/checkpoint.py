@@ -5,17 +5,19 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.atomic import aside_of, flush, write_text
+from mlx_dora.io.aside import aside_of
+from mlx_dora.io.atomic import flush, write_text
+from mlx_dora.io.foreign import foreign
+from mlx_dora.io.gate import check_dtypes, read_one
 from mlx_dora.io.header import TensorInfo, read_header
 from mlx_dora.io.stored import StoredTensor
 from mlx_dora.io.stream import TensorStream, nbytes_of
+from mlx_dora.io.weight_files import INDEX_NAME, weight_files, weight_map
 
-INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
 
 logger = logging.getLogger(__name__)
@@ -25,18 +27,19 @@ class Checkpoint:
     """The tensors of a model folder, indexed from checked headers, read lazily.
 
     Shards are those of ``model.safetensors.index.json``, or else every
-    ``model*.safetensors``, as mlx-lm takes them.
+    ``model*.safetensors`` (`mlx_dora.io.weight_files`).
 
     Args:
         folder: A local model folder.
+        all_weights: Take every tensor for a weight, whatever its name.
 
     Raises:
         DoRAError: If there is no such folder or no weights, a shard is missing or
-            broken, a shard's name leads out of the folder, or a tensor is listed twice
-            or not there.
+            broken, a shard's name leads out of the folder, a tensor is listed twice
+            or not there, or its dtype is refused (`mlx_dora.io.gate`).
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, all_weights: bool = False) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise DoRAError(f"{folder} is not a model folder.")
@@ -45,10 +48,18 @@ class Checkpoint:
         # Arrays not handed out yet; one that was is dropped, so that it can be freed.
         self._unread: dict[Path, dict[str, mx.array]] = {}
         index = self.folder / INDEX_NAME
-        if index.exists():
+        files = weight_files(self.folder)
+        if index.exists() and not _is_stale(index, files):
             self._read_index(index)
         else:
             self._read_shards()
+        check_dtypes(folder, self._infos, all_weights=all_weights)
+        # MLX reads nothing of a shard that holds float64.
+        self._by_numpy = {
+            self._shards[name]
+            for name, info in self._infos.items()
+            if info.dtype == "F64"
+        }
 
     @property
     def names(self) -> list[str]:
@@ -69,9 +80,12 @@ class Checkpoint:
     def tensor(self, name: str) -> mx.array:
         """Return a lazy array: its bytes are read when it is evaluated."""
         path = self.shard(name)
+        if path in self._by_numpy:
+            return read_one(path, name, self._infos[name])
         unread = self._unread.get(path, {})
         if name not in unread:
-            loaded = mx.load(str(path))
+            with foreign(path):
+                loaded = mx.load(str(path))
             assert isinstance(loaded, dict)
             self._unread[path] = unread = loaded
         return unread.pop(name)
@@ -81,8 +95,8 @@ class Checkpoint:
         return StoredTensor(self.shard(name), self.info(name))
 
     def _read_index(self, index: Path) -> None:
-        weight_map = _weight_map(index)
-        for shard in dict.fromkeys(weight_map.values()):
+        listing = weight_map(index)
+        for shard in dict.fromkeys(listing.values()):
             path = self.folder / shard
             # Symbolic links are fine (the Hub's cache is made of them): names are not
             # allowed to climb.
@@ -91,7 +105,7 @@ class Checkpoint:
             if not path.is_file():
                 raise DoRAError(f"{index}: the shard {shard!r} is not in the folder.")
             header = read_header(path)
-            listed = {name for name, file in weight_map.items() if file == shard}
+            listed = {name for name, file in listing.items() if file == shard}
             if missing := sorted(listed - header.keys()):
                 raise DoRAError(f"{path} lacks {', '.join(missing)} of the index.")
             if extra := sorted(header.keys() - listed):
@@ -113,19 +127,14 @@ class Checkpoint:
                 self._infos[name], self._shards[name] = info, path
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        content: Any = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DoRAError(f"{index} is not JSON ({error}).") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
-        raise DoRAError(f"{index} has no weight_map from tensors to files.")
-    if not weight_map:
-        raise DoRAError(f"{index} lists no tensors.")
-    return weight_map
+def _is_stale(index: Path, files: list[Path]) -> bool:
+    """Whether an index was left behind: none of its files is there, but others are."""
+    listed = set(weight_map(index).values())
+    climbs = any(Path(shard).name != shard for shard in listed)  # refused by name
+    if climbs or not files or any(path.name in listed for path in files):
+        return False
+    logger.warning("%s lists no file of this folder: not used.", index)
+    return True
 
 
 class ShardWriter:

@@ -6,6 +6,7 @@ the format's specification forbids all four.
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 from mlx_dora.errors import DoRAError
 
 MAX_HEADER_BYTES = 100_000_000
+_TOO_LARGE = 2**63  # for a size or an offset
 
 # Bits per element. The types below a byte must still end on one.
 DTYPE_BITS = {
@@ -72,16 +74,34 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
         DoRAError: If the file breaks a rule of the format; one line that names the
             file and, where one is to blame, the tensor.
     """
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(
+    path: str | Path,
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Like `read_header`, with the texts that the file carries beside its tensors."""
     path = Path(path)
     text, data_start, file_bytes = _header_text(path)
     infos: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
     for name, entry in _parse(path, text).items():
         if name == "__metadata__":
             _check_metadata(path, entry)
+            metadata = dict(entry or {})
         else:
             infos[name] = _tensor_info(path, name, entry, data_start)
     _check_coverage(path, infos, data_start, file_bytes)
-    return infos
+    return infos, metadata
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the free text that a safetensors file keeps beside its tensors."""
+    path = Path(path)
+    text, _, _ = _header_text(path)
+    metadata = _parse(path, text).get("__metadata__")
+    _check_metadata(path, metadata)
+    return metadata or {}
 
 
 def _refuse(path: Path, reason: str) -> NoReturn:
@@ -90,7 +110,7 @@ def _refuse(path: Path, reason: str) -> NoReturn:
 
 def _header_text(path: Path) -> tuple[bytes, int, int]:
     with path.open("rb") as file:
-        file_bytes = path.stat().st_size
+        file_bytes = os.fstat(file.fileno()).st_size
         if file_bytes == 0:
             _refuse(path, "it is empty (0 bytes)")
         start = file.read(8)
@@ -140,13 +160,23 @@ def _check_metadata(path: Path, entry: Any) -> None:
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
-    """Return a list of non-negative integers as a tuple, None for anything else."""
-    if isinstance(value, list) and all(type(n) is int and n >= 0 for n in value):
+    """Return a list of sizes as a tuple, None for anything else."""
+    if isinstance(value, list) and all(
+        type(n) is int and 0 <= n < _TOO_LARGE for n in value
+    ):
         return tuple(value)
     return None
 
 
+def _short(number: int) -> str:
+    """Digits, or for a number of more than a line of them its size."""
+    bits = number.bit_length()
+    return str(number) if bits < 200 else f"2^{bits - 1} or more"
+
+
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        _refuse(path, f"the name {name!r} holds half a surrogate pair")
     if not isinstance(entry, dict):
         _refuse(path, f"the header of {name!r} must be an object, got {entry!r:.60}")
     if set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -165,7 +195,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         _refuse(
             path,
             f"{name!r} has dtype {entry['dtype']} and shape {shape}, which need "
-            f"{math.prod(shape) * bits / 8:.0f} bytes, but spans {end - start}",
+            f"{_short(math.prod(shape) * bits // 8)} bytes, but spans {end - start}",
         )
     return TensorInfo(
         dtype=entry["dtype"],

@@ -10,10 +10,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.gate import rounded
 from mlx_dora.io.header import DTYPE_BITS, TensorInfo
 
 # How NumPy reads what is stored, and what MLX then sees in the bits (None: the same).
 _READ_AS: dict[str, tuple[str, mx.Dtype | None]] = {
+    "F64": ("<f8", None),
     "F32": ("<f4", None),
     "F16": ("<f2", None),
     "BF16": ("<u2", mx.bfloat16),
@@ -86,5 +88,7 @@ class StoredTensor:
             if not got:
                 raise DoRAError(f"{self._path} became shorter while it was read.")
             place, rest = place + got, rest[got:]
+        if self._info.dtype == "F64":
+            block = rounded(block, str(self._path))
         array = mx.array(block)
         return array if seen is None else array.view(seen)

@@ -4,6 +4,7 @@ Pure functions from a base weight and its adapter to the fused weight, row block
 block; fusing in memory and fusing a checkpoint tensor by tensor both stand on them.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
@@ -28,17 +29,32 @@ def dense_fused(weight: Weight, adapted: Adapted, dtype: mx.Dtype) -> mx.array:
 
 
 def packed_fused(
-    weight: QuantizedWeight, adapted: Adapted, *, group_size: int, bits: int, mode: str
+    weight: QuantizedWeight,
+    adapted: Adapted,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+    check: Callable[[mx.array], None] = lambda _rows: None,
 ) -> QuantizedWeight:
     """The adapted weight packed again, scales in the dtype of the base's.
 
     Rows that the update leaves as they were keep their packed values, where group size,
     bits and mode are those of the base.
+
+    Args:
+        weight: The base weight. Shape ``(out, in)``.
+        adapted: Its adapter.
+        group_size: Columns that share a scale.
+        bits: Bits of a packed value.
+        mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
+        check: Called with each block of adapted rows before it is packed.
     """
     form = {"group_size": group_size, "bits": bits, "mode": mode}
     parts: list[list[mx.array]] = []
     for index, block in row_blocks(weight, _BLOCK):
         fused = _fused_rows(block, adapted, index).astype(block.dtype)
+        check(fused)
         packed = list(mx.quantize(fused, group_size=group_size, bits=bits, mode=mode))
         if form == weight.form:
             changed = (fused != block).any(axis=1, keepdims=True)
@@ -84,9 +100,11 @@ def scaled_packing(
 def _fused_rows(block: mx.array, adapted: Adapted, index: slice) -> mx.array:
     """The adapted rows `index`, whose base rows are `block`, in float32."""
     update, m = adapted.update, adapted.m
-    assert m is not None
+    full = block.astype(mx.float32)
+    if m is None:  # LoRA: rows keep their own length
+        return full + update.rows(index)
     return fused_weight(
-        block.astype(mx.float32),
+        full,
         update.lora_a,
         update.lora_b[:, index],
         update.scale,

@@ -8,6 +8,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import plain
 from mlx_dora.kernels.dispatch import KERNELS, relative_error, run, takes_kernel
 from mlx_dora.kernels.plans import plan_normalize_rows
+from mlx_dora.matrix.weight import are_ordinary
 
 _KERNEL = KERNELS["normalize_rows"]
 
@@ -27,7 +28,8 @@ def normalize_rows(
 
     Returns:
         The rescaled weight, ``(out, in)`` in the dtype of `weight`, rounded once, and
-        the row norms, ``(out,)`` float32. A zero row stays zero.
+        the row norms, ``(out,)`` float32, right for every finite row (inf only where
+        the norm itself is beyond float32). A zero row stays zero.
 
     Raises:
         DoRAError: If `magnitude` does not have one entry a row.
@@ -47,7 +49,11 @@ def normalize_rows(
         return plain.normalize_rows(weight, magnitude)
     if magnitude is None:
         magnitude = mx.ones(weight.shape[:1])
-    return launched(weight, magnitude.astype(mx.float32))
+    rescaled, norm = launched(weight, magnitude.astype(mx.float32))
+    if are_ordinary(mx.square(norm)):
+        return rescaled, norm
+    # The kernel squares values as they are.
+    return plain.normalize_rows(weight, magnitude)
 
 
 def launched(weight: mx.array, magnitude: mx.array) -> tuple[mx.array, mx.array]:

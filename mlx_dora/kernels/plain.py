@@ -9,12 +9,15 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_dora.matrix.low_rank import LowRank
-from mlx_dora.matrix.terms import floored_norm, row_gain, terms_of
+from mlx_dora.matrix.terms import Terms, floored_norm, row_gain, terms_of
 from mlx_dora.matrix.weight import (
     Weight,
+    are_ordinary,
+    matrices,
+    measured_rows,
+    near_one,
     product,
     row_blocks,
-    row_norms,
     row_squares,
 )
 
@@ -23,10 +26,11 @@ def normalize_rows(
     weight: mx.array, magnitude: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """m·W/‖W‖ and ‖W‖ of each row."""
-    norm = row_norms(weight)
+    full, norm, power = measured_rows(weight)
     target = mx.ones_like(norm) if magnitude is None else magnitude
     gain = row_gain(target, norm)
-    return (gain[:, None] * weight.astype(mx.float32)).astype(weight.dtype), norm
+    rescaled = (gain[:, None] * full).astype(weight.dtype)
+    return rescaled, norm if power is None else norm * power
 
 
 def adapted_norm(
@@ -46,7 +50,38 @@ def adapted_norm(
     )
     q0 = row_squares(weight) if squared_base is None else squared_base
     terms = terms_of(q0, product(weight, update.lora_a), update)
+    if squared_base is None:  # nobody vouches for the squares
+        largest = mx.square(mx.abs(update.lora_a).astype(mx.float32).max(axis=-2))
+        sizes = [one.reshape(-1) for one in (q0, largest, terms.parts)]
+        if not are_ordinary(mx.concatenate(sizes)):
+            pairs = zip(matrices(weight), update.matrices(), strict=True)
+            norms = [_scaled_norm(*pair) for pair in pairs]
+            norm = norms[0] if len(weight.shape) == 2 else mx.stack(norms)
+            return mx.stop_gradient(norm)
     return mx.stop_gradient(floored_norm(terms))
+
+
+def _scaled_norm(weight: Weight, update: LowRank) -> mx.array:
+    """`adapted_norm` with every row of W and BA, and column of A, brought near 1."""
+    scaled = update.near_one()
+    up, up_power = near_one(update.scale * scaled.lora_b.swapaxes(-1, -2), axis=-1)
+    blocks = [measured_rows(block) for _, block in row_blocks(weight)]
+    q0 = mx.concatenate([mx.square(norm) for _, norm, _ in blocks])
+    products = mx.concatenate([full @ scaled.lora_a for full, _, _ in blocks])
+    power = mx.concatenate(
+        [mx.ones_like(norm) if one is None else one for _, norm, one in blocks]
+    )
+    unit = LowRank(lora_a=scaled.lora_a, lora_b=up.swapaxes(-1, -2), scale=1.0)
+    terms = terms_of(q0, products, unit)
+    larger = mx.maximum(power, up_power[:, 0])
+    share, up_share = power / larger, up_power[:, 0] / larger
+    shared = Terms(
+        q0=terms.q0 * share * share,
+        c=terms.c * share * up_share,
+        p=terms.p * up_share * up_share,
+        scale=1.0,
+    )
+    return floored_norm(shared) * larger
 
 
 def fused_weight(

@@ -1,6 +1,7 @@
 """Drop-in layers for MLX models: a frozen base, a low-rank direction, a magnitude."""
 
 from mlx_dora.layers._base import weight_of
+from mlx_dora.layers._fuse import fused_module
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers.embedding import DoRAEmbedding
 from mlx_dora.layers.linear import DoRALinear
@@ -14,6 +15,7 @@ __all__ = [
     "adapt",
     "check_adaptable",
     "dora_class",
+    "fused_module",
     "held_norms",
     "weight_of",
 ]

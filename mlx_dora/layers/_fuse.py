@@ -3,12 +3,21 @@
 from collections.abc import Sequence
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels.fusing import dense_fused, packed_fused
 from mlx_dora.layers._base import weight_of
 from mlx_dora.matrix.low_rank import Adapted
-from mlx_dora.matrix.weight import Weight, as_packed, dense_dtype, matrices, stacked
+from mlx_dora.matrix.weight import (
+    Weight,
+    as_packed,
+    matrices,
+    stacked,
+    unpacked_dtype,
+)
 
 
 def fused_module(
@@ -16,6 +25,7 @@ def fused_module(
     adapted: Sequence[Adapted],
     dense_type: type[nn.Module],
     dequantize: bool,
+    own: mx.Dtype = mx.bfloat16,
 ) -> Any:
     """A module like `base` with the adapter in its weight.
 
@@ -24,19 +34,29 @@ def fused_module(
         adapted: The adapter of each matrix of its weight.
         dense_type: Class of a module like `base` with a dense weight.
         dequantize: Return a dense module for a packed base too.
+        own: The model's dtype, of a dense module from a base whose packing has none
+            (mxfp4, mxfp8, nvfp4); MLX's is bfloat16.
 
     Returns:
         A module of the base's class (dense if `dequantize`) in the base's dtype. Rows
         that the adapter leaves as they were keep their packed values.
+
+    Raises:
+        DoRAError: If the adapted weight holds NaN or inf.
     """
     weight = weight_of(base)
     fused: list[Weight] = []
     for one, adapter in zip(matrices(weight), adapted, strict=True):
         packed = as_packed(one)
         if packed is None or dequantize:
-            fused.append(dense_fused(one, adapter, dense_dtype(one)))
+            full = dense_fused(one, adapter, unpacked_dtype(one, own))
+            _refuse_not_finite(full)
+            fused.append(full)
         else:
-            fused.append(packed_fused(packed, adapter, **packed.form))
+            again = packed_fused(
+                packed, adapter, **packed.form, check=_refuse_not_finite
+            )
+            fused.append(again)
     after = fused[0] if len(weight.shape) == 2 else stacked(fused)
     packed = as_packed(after)
     settings: dict[str, object] = {}
@@ -53,3 +73,11 @@ def fused_module(
     for name, value in (settings | parts).items():
         setattr(module, name, value)
     return module
+
+
+def _refuse_not_finite(fused: mx.array) -> None:
+    if not all_finite(fused):
+        raise DoRAError(
+            "the adapted weight holds NaN or inf: the base does, or the adapter's "
+            f"values are too large for {str(fused.dtype).rpartition('.')[2]}."
+        )

@@ -140,6 +140,9 @@ class DoRALayer(nn.Module):
 
         Returns:
             A module of the base's class (dense if `dequantize`), in the base's dtype.
+
+        Raises:
+            DoRAError: If the adapted weight holds NaN or inf.
         """
         adapted = self.adapted().matrices()
         return fused_module(self.base, adapted, self.base_types[0], dequantize)
@@ -251,7 +254,7 @@ class DoRALayer(nn.Module):
         return self._cache
 
     def epilogue(self, dtype: mx.Dtype) -> Epilogue | None:
-        """All of eval mode's constants for activations of `dtype`, if there is a cache."""
+        """Eval mode's constants for activations of `dtype`, if there is a cache."""
         cache = self.eval_cache()
         if cache is None or cache.gain is None:
             return None

@@ -14,7 +14,7 @@ from mlx_dora.matrix.terms import (
     row_gain,
     with_exact_norm,
 )
-from mlx_dora.matrix.weight import Weight
+from mlx_dora.matrix.weight import Weight, are_ordinary
 
 # Where less of W0 than this is left in a row, what remains is noise.
 _LEAST_SHARE = 2.0**-10
@@ -98,9 +98,10 @@ def blend(weight: Weight, parts: Sequence[tuple[float, Measured]]) -> Measured:
         scale=1.0,
     )
     a, b = update.lora_a, update.lora_b.T
-    p = row_inner(b, a.T @ a, b)
+    p = row_inner(a, b, a, b)
     terms = Terms(q0=parts[0][1].terms.q0, c=cross, p=p, scale=1.0)
-    if mx.any(terms.cancelled):  # the known products are rounded: read W0 again
+    # The known products are rounded, or beyond float32: read W0 again.
+    if mx.any(terms.cancelled) or not are_ordinary(terms.parts):
         exact = exact_terms(weight, update)
     else:
         exact = with_exact_norm(weight, update, terms)

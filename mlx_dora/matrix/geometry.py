@@ -79,9 +79,9 @@ def row_geometry(weight: Weight, adapted: Adapted) -> RowGeometry:
     """
     update = adapted.update
     update.check_fits(weight.shape)
-    q0, products = base_products(weight, update.lora_a, exact_squares=True)
+    q0, product = base_products(weight, update.lora_a, in_float64=True)
     own = update.float64()
-    c = (np.array(products, np.float64) * own.b).sum(1)
+    c = (product * own.b).sum(1)
     p = np.maximum(own.inner(own), 0.0)
     terms = Terms(q0=q0, c=c, p=p, scale=1.0)  # s is in B
     squared = np.maximum(terms.squared, 0.0)

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.matrix.weight import near_one
 
 # Singular values under this share of the largest are rounding.
 _RANK_TOLERANCE = 1e-6
@@ -15,23 +16,29 @@ _RANK_TOLERANCE = 1e-6
 Array = TypeVar("Array", mx.array, np.ndarray)
 
 
-def row_inner(first: Array, gram: Array, second: Array) -> Array:
+def row_inner(a1: Array, b1: Array, a2: Array, b2: Array) -> Array:
     r"""Inner product of each row of two updates, from the Gram of their A's.
 
     .. math:: \langle B_1 A_1, B_2 A_2 \rangle_j = B_{1j}^\top (A_1^\top A_2) B_{2j}
 
     Section 3 of "Scaling DoRA" (arXiv:2603.22276): only ``(out, r)`` and ``(r, r)``
-    arrays are built.
+    arrays are built, but for ranks above the width, whose Gram would be the larger.
 
     Args:
-        first: B1ᵀ. Shape ``(..., out, r1)``.
-        gram: A1ᵀ·A2. Shape ``(..., r1, r2)``.
-        second: B2ᵀ. Shape ``(..., out, r2)``.
+        a1: A1. Shape ``(..., in, r1)``.
+        b1: B1ᵀ. Shape ``(..., out, r1)``.
+        a2: A2. Shape ``(..., in, r2)``.
+        b2: B2ᵀ. Shape ``(..., out, r2)``.
 
     Returns:
         Shape ``(..., out)``.
     """
-    inner: Any = ((first @ gram) * second).sum(-1)
+    inner: Any
+    if min(a1.shape[-1], a2.shape[-1]) > a1.shape[-2]:
+        inner = ((b1 @ a1.swapaxes(-1, -2)) * (b2 @ a2.swapaxes(-1, -2))).sum(-1)
+    else:
+        gram = a1.swapaxes(-1, -2) @ a2
+        inner = ((b1 @ gram) * b2).sum(-1)
     return inner
 
 
@@ -75,6 +82,12 @@ class LowRank:
             return [self]
         factors = zip(self.lora_a, self.lora_b, strict=True)
         return [replace(self, lora_a=a, lora_b=b) for a, b in factors]
+
+    def near_one(self) -> "LowRank":
+        """The same update in float32, columns of A near 1: their Gram cannot vanish."""
+        a, powers = near_one(self.lora_a.astype(mx.float32), axis=-2)
+        b = self.lora_b.astype(mx.float32) * powers.swapaxes(-1, -2)
+        return replace(self, lora_a=a, lora_b=b)
 
     def rows(self, index: slice | mx.array) -> mx.array:
         """Rows of s·BA, dense, in float32. Shape ``(len(index), in)``."""
@@ -139,7 +152,7 @@ class Factors:
 
     def inner(self, other: "Factors") -> np.ndarray:
         """Inner product of each row with another update's. Shape ``(out,)``."""
-        return row_inner(self.b, self.a.T @ other.a, other.b)
+        return row_inner(self.a, self.b, other.a, other.b)
 
     def rows(self, index: np.ndarray) -> np.ndarray:
         """Rows of the update, dense. Shape ``(len(index), in)``."""

@@ -14,12 +14,20 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.matrix.low_rank import Adapted, Array, LowRank, row_inner
-from mlx_dora.matrix.weight import Weight, base_products, float32_rows, row_norms
+from mlx_dora.matrix.weight import (
+    Weight,
+    are_ordinary,
+    base_products,
+    beyond_squares,
+    float32_rows,
+)
 
 # Under this share of its parts a factored sum may be off by more than 1e-5.
 _CANCELS = 2.0**-6
 # Under this share of ‖W0‖² + s²‖BA‖² a factored n² is rounding noise.
 _NOISE = 2.0**-20
+# Elements of a float64 block of rows that are taken densely.
+_BLOCK = 1 << 18
 
 
 def cancels(total: Array, parts: Array) -> Array:
@@ -99,7 +107,7 @@ def terms_of(q0: mx.array, product: mx.array, update: LowRank) -> Terms[mx.array
     """
     a = update.lora_a.astype(mx.float32)
     b = update.lora_b.astype(mx.float32).swapaxes(-1, -2)  # (..., out, r)
-    p = row_inner(b, a.swapaxes(-1, -2) @ a, b)
+    p = row_inner(a, b, a, b)
     return Terms(q0=q0, c=(product * b).sum(-1), p=p, scale=update.scale)
 
 
@@ -113,7 +121,8 @@ class ExactTerms(Terms[mx.array]):
     """Terms with an exact norm, for inference, fuse, analysis and merging.
 
     Attributes:
-        norm: n = ‖W0 + s·BA‖.
+        norm: n = ‖W0 + s·BA‖, right for every finite row; the other terms are squares,
+            which over- or underflow outside norms of about 1e-19 to 1e19.
         recomputed: Rows that nearly cancel, whose norm was taken from the dense row.
     """
 
@@ -136,21 +145,26 @@ def exact_terms(weight: Weight, update: LowRank) -> ExactTerms:
         DoRAError: If the shapes do not fit together.
     """
     update.check_fits(weight.shape)
-    q0, product = base_products(weight, update.lora_a)
-    return with_exact_norm(weight, update, terms_of(q0, product, update))
+    scaled = update.near_one()
+    q0, product = base_products(weight, scaled.lora_a)
+    return with_exact_norm(weight, update, terms_of(q0, product, scaled))
 
 
 def with_exact_norm(
     weight: Weight, update: LowRank, terms: Terms[mx.array]
 ) -> ExactTerms:
-    """Add the norm to the terms of an update; only rows that cancel are read."""
+    """Add the norm to the terms of an update.
+
+    Only rows that cancel, or whose squares are beyond float32, are read.
+    """
     norm, cancelled = mx.sqrt(mx.maximum(terms.squared, 0.0)), terms.cancelled
-    mx.eval(terms.q0, terms.c, terms.p, norm, cancelled)
-    rows = np.flatnonzero(np.array(cancelled))
+    inexact = cancelled | mx.isnan(terms.squared)
+    if not are_ordinary(terms.parts):
+        inexact = inexact | beyond_squares(terms.parts)
+    mx.eval(terms.q0, terms.c, terms.p, norm, cancelled, inexact)
+    rows = np.flatnonzero(np.array(inexact))
     if rows.size:
-        index = mx.array(rows)
-        full = float32_rows(weight, index) + update.rows(index)
-        norm[index] = row_norms(full)
+        norm[mx.array(rows)] = mx.array(_dense_norms(weight, update, rows))
         mx.eval(norm)
     return ExactTerms(
         q0=terms.q0,
@@ -158,8 +172,19 @@ def with_exact_norm(
         p=terms.p,
         scale=terms.scale,
         norm=norm,
-        recomputed=int(rows.size),
+        recomputed=int(cancelled.sum()),
     )
+
+
+def _dense_norms(weight: Weight, update: LowRank, rows: np.ndarray) -> np.ndarray:
+    """‖W0 + s·BA‖ of some rows, summed in float64. Shape ``(len(rows),)``, float32."""
+    own = update.float64()
+    found = []
+    for index in np.array_split(rows, -(-rows.size * own.a.shape[0] // _BLOCK) or 1):
+        base = np.array(float32_rows(weight, mx.array(index)), np.float64)
+        found.append(np.linalg.norm(base + own.rows(index), axis=1))
+    with np.errstate(over="ignore"):
+        return np.concatenate(found).astype(np.float32)
 
 
 def exact_gain(weight: Weight, adapted: Adapted) -> mx.array:

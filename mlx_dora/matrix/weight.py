@@ -21,6 +21,9 @@ Weight = mx.array | QuantizedWeight
 _BLOCK = 1 << 20
 # Elements of a block that is copied to float64 as well.
 _SMALL_BLOCK = 1 << 18
+# Between these a sum of squares has lost nothing to under- or overflow.
+_LEAST_SQUARE = 2.0**-60
+_LARGEST_SQUARE = 2.0**120
 
 
 def weight_from(parts: Mapping[str, Any], packing: Any) -> Weight:
@@ -72,6 +75,17 @@ def dense_dtype(weight: Weight) -> mx.Dtype:
     return dense(take_rows(weight, slice(0, 1))).dtype
 
 
+def unpacked_dtype(weight: Weight, own: mx.Dtype) -> mx.Dtype:
+    """The dtype of a weight made dense, in a model of dtype `own`.
+
+    Scales of mode affine are in the model's dtype; those of the others are bytes, and
+    MLX unpacks them to bfloat16 whatever the model is in.
+    """
+    if isinstance(weight, QuantizedWeight) and weight.biases is None:
+        return own
+    return dense_dtype(weight)
+
+
 def float32_rows(weight: Weight, index: slice | mx.array) -> mx.array:
     """Some output rows in float32. Shape ``(len(index), in)``."""
     return dense(take_rows(weight, index)).astype(mx.float32)
@@ -121,8 +135,73 @@ def squared_rows(block: mx.array) -> mx.array:
 
 
 def row_norms(block: mx.array) -> mx.array:
-    """Length of each row, in float32: the norm of Eq. 2 and Eq. 5 of a dense weight."""
-    return mx.sqrt(squared_rows(block))
+    """Length of each row: the norm of Eq. 2 and Eq. 5 of a dense weight.
+
+    Right for every finite row. Shape ``(..., out)``, float32; inf only where the norm
+    itself is beyond float32.
+    """
+    _, norm, power = measured_rows(block)
+    return norm if power is None else norm * power
+
+
+def measured_rows(block: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Rows in float32 with their lengths, brought near 1 where squares might not do.
+
+    Args:
+        block: Shape ``(..., out, in)``, any float dtype.
+
+    Returns:
+        The rows, their lengths ``(..., out)``, and the powers of two, ``(..., out)``,
+        that give both back; None if the rows are as they were.
+    """
+    full = block.astype(mx.float32)
+    squares = squared_rows(full)
+    if not full.size or are_ordinary(squares):
+        return full, mx.sqrt(squares), None
+    full, power = near_one(full, axis=-1)
+    return full, mx.sqrt(squared_rows(full)), power[..., 0]
+
+
+def are_ordinary(squares: mx.array) -> bool:
+    """Whether sums of squares are far from where float32 ends; False while traced.
+
+    Evaluates them. Rows of norm 1e-9 to 1e18 are ordinary; a zero row is not.
+    """
+    try:
+        return not beyond_squares(squares).any()
+    except ValueError:  # a placeholder of `mx.compile` or `mx.vmap`, without a value
+        return False
+
+
+def beyond_squares(squares: mx.array) -> mx.array:
+    """Which sums of squares may have over- or underflowed, zeros and NaN among them."""
+    return ~((squares >= _LEAST_SQUARE) & (squares <= _LARGEST_SQUARE))
+
+
+def near_one(values: mx.array, axis: int) -> tuple[mx.array, mx.array]:
+    """Bring rows (or columns) near 1 by powers of two, which rounds nothing.
+
+    Squares of what is beyond about 1e18 overflow float32, and those of what is below
+    1e-20 vanish; squares of the scaled values do neither.
+
+    Args:
+        values: Shape ``(..., out, in)``, float32.
+        axis: The axis along which all share a factor: -1 for rows, -2 for columns.
+
+    Returns:
+        The scaled values, whose largest is in 1 to 4 (below 1 where all of them are
+        subnormal), and the powers of two that give `values` back, with `axis` kept.
+    """
+    fixed = mx.stop_gradient(values)
+    largest = mx.maximum(
+        mx.max(fixed, axis=axis, keepdims=True),
+        -mx.min(fixed, axis=axis, keepdims=True),
+    )
+    # The exponent's bits alone are the power of two below a number. Both ends are cut
+    # to where the inverse is a normal number too.
+    power = (largest.view(mx.uint32) & 0x7F800000).view(mx.float32)
+    power = mx.clip(power, 2.0**-126, 2.0**126)
+    return values * (1 / power), power
 
 
 def product(weight: Weight, lora_a: mx.array) -> mx.array:
@@ -146,38 +225,46 @@ def product(weight: Weight, lora_a: mx.array) -> mx.array:
 
 
 def base_products(
-    weight: Weight, lora_a: mx.array, *, exact_squares: bool = False
-) -> tuple[Any, mx.array]:
-    """‖W0‖² of each row and U = W0·A, in float32, reading W0 once, block by block.
+    weight: Weight, lora_a: mx.array, *, in_float64: bool = False
+) -> tuple[Any, Any]:
+    """‖W0‖² of each row and U = W0·A, reading W0 once, block by block.
 
     No float32 copy of W0 is held; each block is evaluated before the next is read.
 
     Args:
         weight: Shape ``(out, in)``, any float dtype or packed.
         lora_a: Shape ``(in, R)``.
-        exact_squares: Sum the squares in float64 (to 1e-9 of the sum) and give them as
-            a NumPy array.
+        in_float64: Give NumPy's float64: squares summed to 1e-9 of the sum, products in
+            float32 but of rows and columns near 1, so that nothing over- or underflows.
 
     Returns:
-        Shapes ``(out,)`` and ``(out, R)``.
+        Shapes ``(out,)`` and ``(out, R)``, float32 unless `in_float64`.
     """
-    a = lora_a.astype(mx.float32)
+    a, columns = lora_a.astype(mx.float32), None
+    if in_float64:
+        a, columns = near_one(a, axis=-2)
     squares: list[Any] = []
-    products: list[mx.array] = []
-    for _, block in row_blocks(weight, _SMALL_BLOCK if exact_squares else None):
-        full = block.astype(mx.float32)
-        products.append(full @ a)
-        if exact_squares:
-            mx.eval(full, products[-1])
-            values = np.array(full, copy=False)
-            squares.append(np.square(values).sum(axis=1, dtype=np.float64))
-            del values
-        else:
-            squares.append(squared_rows(full))
-            mx.eval(squares[-1], products[-1])
+    products: list[Any] = []
+    for _, block in row_blocks(weight, _SMALL_BLOCK if in_float64 else None):
+        full, power = block.astype(mx.float32), None
+        square = squared_rows(full)
+        if in_float64 and not are_ordinary(square):
+            full, power = near_one(full, axis=-1)
+        product = full @ a
+        mx.eval(full, square, product)
+        if in_float64:
+            square = np.square(np.array(full, copy=False)).sum(1, dtype=np.float64)
+            product = np.array(product, np.float64)
+        if power is not None:
+            factor = np.array(power, np.float64)
+            square, product = square * factor[:, 0] ** 2, product * factor
+        squares.append(square)
+        products.append(product)
         del full, block
-    join = np.concatenate if exact_squares else mx.concatenate
-    return join(squares), mx.concatenate(products)
+    if columns is None:
+        return mx.concatenate(squares), mx.concatenate(products)
+    whole = np.concatenate(products) * np.array(columns, np.float64)
+    return np.concatenate(squares), whole
 
 
 def matrices(weight: Weight) -> list[Weight]:

@@ -19,15 +19,18 @@ from mlx_dora.adapters.matrices import (
     adapter_tensors,
     named_matrices,
 )
+from mlx_dora.adapters.refusals import check_cut
+from mlx_dora.data.batches import Examples
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import Examples
 from mlx_dora.io.atomic import check_output
+from mlx_dora.io.finite import all_finite, refuse_not_finite
+from mlx_dora.io.output import Inputs
 from mlx_dora.layers import weight_of
 from mlx_dora.matrix import Adapted, Weight
 from mlx_dora.matrix.weight import dense
 from mlx_dora.merge.cut_error import add_logit_errors
 from mlx_dora.merge.dense import Options, factor, merge_apart, row_norm
-from mlx_dora.merge.factored import MergedMatrix, merge_matrix
+from mlx_dora.merge.factored import NOT_FINITE, MergedMatrix, merge_matrix
 from mlx_dora.merge.fisher import Fisher, check_fishers, check_paths
 from mlx_dora.merge.informed import merge_informed
 from mlx_dora.merge.names import ADAPTER_METHODS, ELEMENTWISE, FISHER, NORMALIZED
@@ -114,18 +117,22 @@ def merge_adapters_report(
     options: Options | None = None,
     fisher: Sequence[Fisher | str | Path] | None = None,
     probe: Examples | None = None,
+    inputs: Inputs = (),
     progress: Progress | None = None,
 ) -> AdapterMerge:
     """`merge_adapters`, with what was done to each matrix.
 
     With `rank` and a `probe`, of rows of data, also with how far cutting the rank moves
-    the logits on some of these.
+    the logits on some of these. `inputs` are further files and folders that the output
+    must not replace, hold or lie in.
     """
     options = options or Options()
     _check_arguments(adapters, method, weights, rank)
     fishers = check_fishers(method, fisher, len(adapters))
+    given = [*adapters, model, *(fisher or ())]
+    inputs = (*inputs, *(one for one in given if isinstance(one, str | Path)))
     if save_path is not None:
-        check_output(save_path, overwrite=overwrite)
+        check_output(save_path, inputs=inputs, overwrite=overwrite)
     names = [one if isinstance(one, str | Path) else "" for one in adapters]
     loaded = [
         one if isinstance(one, Adapter) else load_adapter(one) for one in adapters
@@ -135,6 +142,8 @@ def merge_adapters_report(
     paths = sorted({p for one in loaded for p in one.paths}, key=natural_order)
     modules = dict(base.named_modules())
     check_paths(fishers, modules)
+    if rank is not None:
+        check_cut(modules, paths, rank)
     target = next((one.config.scale for one in loaded if one.config.scale), 1.0)
 
     def merged_at(rank: int | None) -> AdapterMerge:
@@ -149,9 +158,12 @@ def merge_adapters_report(
             named = named_matrices(path, weight)
             for (name, matrix), *inputs in zip(named, *columns, strict=True):
                 known = [one.read(path, matrix.shape) for one in fishers]
-                merged = _merge_matrix(
-                    matrix, inputs, shares, method, rank, target, options, known
-                )
+                try:
+                    merged = _merge_matrix(
+                        matrix, inputs, shares, method, rank, target, options, known
+                    )
+                except DoRAError as error:
+                    raise DoRAError(f"{name}: {error}") from error
                 parts.append({n: getattr(merged, n) for n in LEAVES["dora"]})
                 layers.append(_report(path, name, merged, loaded))
             tensors |= adapter_tensors(path, modules[path], weight, parts)
@@ -171,8 +183,9 @@ def merge_adapters_report(
     only = _only_one(loaded, weights, paths)
     if only is not None and rank is None and method in NORMALIZED:
         found = replace(found, adapter=only)
+    refuse_not_finite(found.adapter.tensors, "the merged adapter")
     if save_path is not None:
-        save_adapter(found.adapter, save_path, overwrite=overwrite)
+        save_adapter(found.adapter, save_path, inputs=inputs, overwrite=overwrite)
     return found
 
 
@@ -269,6 +282,8 @@ def _merge_matrix(
     for one in inputs:
         update = one.update
         directions.append(base + update.rows(slice(None)))
+        if not all_finite(directions[-1]):
+            raise DoRAError(NOT_FINITE)
         magnitudes.append(row_norm(directions[-1]) if one.m is None else one.m)
     direction, magnitude = merge_apart(
         method, base, directions, magnitudes, [float(v) for v in shares[0]], options
@@ -327,15 +342,3 @@ def _common_base(bases: set[BaseModel]) -> BaseModel:
         model=models.pop() if len(models) == 1 else None,
         fingerprint=fingerprints.pop() if len(fingerprints) == 1 else None,
     )
-
-
-def base_name(adapter: str | Path) -> str:
-    """The base that an adapter folder names.
-
-    Raises:
-        DoRAError: If it names none.
-    """
-    name = load_adapter(adapter).base.model
-    if name is None:
-        raise DoRAError(f"{adapter} does not say what its base is; give the model.")
-    return name

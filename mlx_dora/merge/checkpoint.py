@@ -1,6 +1,5 @@
 """The tensors of a model folder as a merge sees them: packed weights count as dense."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,13 @@ import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import Checkpoint
+from mlx_dora.io.json import read_object
 from mlx_dora.io.stored import STREAMED
 from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.merge.blockwise import Tensor
 
 _DTYPES = {
+    "F64": mx.float32,
     "F32": mx.float32,
     "F16": mx.float16,
     "BF16": mx.bfloat16,
@@ -45,9 +46,13 @@ class ModelTensors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._checkpoint = Checkpoint(folder)
-        self.config: dict[str, Any] = json.loads(
-            (folder / "config.json").read_text(encoding="utf-8")
-        )
+        self.config: dict[str, Any] = read_object(folder / "config.json")
+        tokens = self.config.get("vocab_size", 1)
+        if type(tokens) is not int or tokens < 1:
+            raise DoRAError(
+                f"{folder / 'config.json'}: vocab_size must be a whole number of at "
+                f"least 1, got {tokens!r:.60}."
+            )
         names = set(self._checkpoint.names)
         self._packed = {
             name: self._packing(name.removesuffix(".scales"))

@@ -11,12 +11,12 @@ from mlx_dora.adapters.adapter import LEAVES, Adapter
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.surgery import adapter_layers, remove_dora
+from mlx_dora.data.batches import Examples
+from mlx_dora.data.config import DataConfig
+from mlx_dora.data.loading import make_datasets
+from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.agreement import compare_probe, take_probe
-from mlx_dora.evaluate.batches import Examples
-from mlx_dora.evaluate.config import DataConfig
-from mlx_dora.evaluate.data import make_datasets
-from mlx_dora.evaluate.rows import read_splits
 from mlx_dora.merge.report import AdapterMerge
 
 Progress = Callable[[str, int, int], None]

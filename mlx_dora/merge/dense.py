@@ -9,7 +9,7 @@ import numpy as np
 from mlx_dora.errors import DoRAError
 from mlx_dora.matrix.weight import row_norms
 from mlx_dora.merge import methods
-from mlx_dora.merge.factored import MergedMatrix
+from mlx_dora.merge.factored import NOT_FINITE, MergedMatrix, single
 from mlx_dora.merge.names import ELEMENTWISE
 
 # Below this share of ‖W0‖ the new direction leans too far from W0 to be scaled to it.
@@ -130,6 +130,8 @@ def factor(
         raise DoRAError("give a rank or an energy to keep.")
     start = np.array(base.astype(mx.float32), np.float64)
     unit = np.array(direction.astype(mx.float32), np.float64)
+    if not all(np.isfinite(one).all() for one in (start, unit)):
+        raise DoRAError(NOT_FINITE)
     norm = np.linalg.norm(unit, axis=1)
     unit /= np.where(norm > 0, norm, 1.0)[:, None]
     m = np.where(norm > 0, np.array(magnitude.astype(mx.float32), np.float64), 0.0)
@@ -156,9 +158,9 @@ def factor(
         if discarded > 0.99 * before or discarded < 1e-12:
             break
     return MergedMatrix(
-        lora_a=mx.array(lora_a.astype(np.float32)),
-        lora_b=mx.array(np.ascontiguousarray((up / scale).T).astype(np.float32)),
-        m=mx.array(m.astype(np.float32)),
+        lora_a=single(lora_a),
+        lora_b=single((up / scale).T),
+        m=single(m),
         scale=scale,
         zero=int((m == 0).sum()),
         discarded=discarded,

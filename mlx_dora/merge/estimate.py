@@ -19,10 +19,11 @@ from mlx_dora.adapters.files import load_adapter
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.keys import blocks, natural_order, resolve_keys
 from mlx_dora.adapters.surgery import adapter_layers, remove_dora
+from mlx_dora.data.batches import Examples
+from mlx_dora.data.dataset import Dataset, TokenDataset
+from mlx_dora.data.loading import make_datasets
+from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import Examples
-from mlx_dora.evaluate.data import Dataset, TokenDataset, make_datasets
-from mlx_dora.evaluate.rows import read_splits
 from mlx_dora.io.atomic import check_output
 from mlx_dora.merge.fisher import Fisher, FisherFacts, save_fisher, squared, with_norm
 from mlx_dora.merge.fisher_config import FisherConfig
@@ -87,7 +88,8 @@ def write_fisher(
     Raises:
         DoRAError: If the model, the adapter or the data cannot be used.
     """
-    check_output(save_path, overwrite=overwrite)
+    inputs = (model, adapter, config.data)
+    check_output(save_path, inputs=inputs, overwrite=overwrite)
     loaded, tokenizer = load(model, adapter)
     chosen = None if keys is None else resolve_keys(loaded, keys, -1)
     data = read_targets(config, tokenizer)
@@ -99,7 +101,9 @@ def write_fisher(
         adapter=None if adapter is None else str(adapter),
         data=config.data,
     )
-    return save_fisher(save_path, facts, found.matrices(), overwrite=overwrite)
+    return save_fisher(
+        save_path, facts, found.matrices(), inputs=inputs, overwrite=overwrite
+    )
 
 
 def estimate_on_data(

@@ -7,6 +7,7 @@ from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_dora.adapters.adapter import Adapter, BaseModel, rank_of
 from mlx_dora.adapters.config import DoRAConfig
@@ -15,8 +16,10 @@ from mlx_dora.adapters.fingerprint import base_tensors, fingerprint
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.keys import natural_order, resolve_keys
 from mlx_dora.adapters.matrices import adapter_tensors, named_matrices
+from mlx_dora.adapters.refusals import check_cut
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
+from mlx_dora.io.finite import refuse_not_finite
 from mlx_dora.kernels import fused_weight
 from mlx_dora.layers import dora_class, weight_of
 from mlx_dora.matrix.weight import dense, matrices
@@ -89,7 +92,8 @@ def extract_adapter(
     Args:
         base: Folder or Hub id of the base, which the adapter will belong to.
         tuned: Of the fine-tuned model.
-        rank: Rank of the updates, or the largest one with `energy`.
+        rank: Rank of the updates, or the largest one with `energy`. A matrix that is
+            smaller gets min(out, in).
         energy: Share of each update's squared norm to keep, above 0 and at most 1.
         keys: Modules to cover, as in `DoRAConfig`; every linear layer and embedding of
             the blocks if None. Unchanged ones are left out.
@@ -108,12 +112,14 @@ def extract_adapter(
     if energy is not None and not 0 < energy <= 1:
         raise DoRAError(f"energy must be above 0 and at most 1, got {energy!r}.")
     if save_path is not None:
-        check_output(save_path, overwrite=overwrite)
+        check_output(save_path, inputs=(base, tuned), overwrite=overwrite)
     start, end = load(base, lazy=True)[0], load(tuned, lazy=True)[0]
     before, after = dict(start.named_modules()), dict(end.named_modules())
     paths = resolve_keys(start, keys, -1)
     if missing := [path for path in paths if path not in after]:
         raise DoRAError(f"{tuned} lacks {', '.join(missing[:10])}.")
+    if rank is not None and paths:
+        check_cut(before, paths, rank)
     tensors: dict[str, mx.array] = {}
     layers = []
     for path in paths:
@@ -141,8 +147,9 @@ def extract_adapter(
         base=BaseModel(model=str(base), fingerprint=fingerprint(start)),
         training={"extracted": {"tuned": str(tuned), "rank": rank, "energy": energy}},
     )
+    refuse_not_finite(tensors, "the extracted adapter")
     if save_path is not None:
-        save_adapter(adapter, save_path, overwrite=overwrite)
+        save_adapter(adapter, save_path, inputs=(base, tuned), overwrite=overwrite)
     return Extraction(
         adapter=adapter,
         layers=tuple(layers),
@@ -172,7 +179,7 @@ def _extract(
         weight, goal = dense(old).astype(mx.float32), dense(new).astype(mx.float32)
         if not mx.isfinite(goal).all() or not mx.isfinite(weight).all():
             raise DoRAError(f"{name} holds NaN or inf.")
-        change = mx.sqrt(mx.square(goal - weight).sum())
+        change = _length(goal - weight)
         magnitude = row_norm(goal)
         if not change:  # among experts that have changed
             zeros = mx.zeros((weight.shape[1], 1)), mx.zeros((1, weight.shape[0]))
@@ -181,16 +188,21 @@ def _extract(
             continue
         made = factor(weight, goal, magnitude, scale=1.0, rank=rank, energy=energy)
         adapted = fused_weight(weight, made.lora_a, made.lora_b, 1.0, made.m)
-        error = mx.sqrt(mx.square(adapted - goal).sum()) / change
+        error = _length(adapted - goal) / change
         parts.append({n: getattr(made, n) for n in ("lora_a", "lora_b", "m")})
         layers.append(
             ExtractedLayer(
-                path=name, rank=made.rank, discarded=made.discarded, error=float(error)
+                path=name, rank=made.rank, discarded=made.discarded, error=error
             )
         )
     if layers:
         tensors |= adapter_tensors(path, before, base, parts)
     return layers
+
+
+def _length(matrix: mx.array) -> float:
+    """Frobenius norm, of every size that float32 holds."""
+    return float(np.linalg.norm(np.array(row_norm(matrix), np.float64)))
 
 
 def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_dora.errors import DoRAError
 from mlx_dora.matrix import Adapted, LowRank, Weight, row_grams
 from mlx_dora.matrix.low_rank import Factors, side_by_side
 from mlx_dora.matrix.weight import float32_rows
@@ -21,6 +22,10 @@ from mlx_dora.merge.directions import Combination, combine, heaviest
 
 # Where the β cancel more than this, W0's share is gone and W0 + BA cannot express it.
 _BASE_SHARE = 1e-3
+NOT_FINITE = (
+    "the adapted rows are not finite: the base holds NaN or inf, or an adapter's "
+    "values are too large for float32."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,9 @@ def merge_matrix(
         scale: Multiplier that the merged update is written for; not 0.
         rank: Cut the update to this rank, if it is larger.
 
+    Raises:
+        DoRAError: If the base holds NaN or inf, or an adapted row is beyond float32.
+
     Returns:
         The adapter, exact to float32 but for `rank`. Inputs with the same A share it.
     """
@@ -86,6 +94,8 @@ def merge_matrix(
         weights = np.concatenate([weights, 1 - weights.sum(1, keepdims=True)], axis=1)
     grams = row_grams(weight, [one.update for one in inputs])
     norm = grams.norm
+    if not (norm <= np.finfo(np.float32).max).all():
+        raise DoRAError(NOT_FINITE)
     magnitude = np.stack(
         [
             norm[:, i] if one.m is None else np.array(one.m, np.float64)
@@ -107,19 +117,27 @@ def merge_matrix(
         length[rows] = np.linalg.norm(dense, axis=1)
     discarded = 0.0
     if rank is not None and rank < merged.a.shape[1]:
+        if not (np.isfinite(merged.a).all() and np.isfinite(merged.b).all()):
+            raise DoRAError(NOT_FINITE)
         safe = np.where(is_zero, 1.0, np.abs(share))
         merged, discarded = merged.cut(rank, safe)
     m = np.sign(share) * length
     return MergedMatrix(
-        lora_a=mx.array(merged.a.astype(np.float32)),
-        lora_b=mx.array(np.ascontiguousarray((merged.b / scale).T).astype(np.float32)),
-        m=mx.array(m.astype(np.float32)),
+        lora_a=single(merged.a),
+        lora_b=single((merged.b / scale).T),
+        m=single(m),
         scale=scale,
         opposed=int(opposed.sum()),
         recomputed=grams.recomputed + len(rows),
         zero=int((length == 0).sum()),
         discarded=discarded,
     )
+
+
+def single(values: np.ndarray) -> mx.array:
+    """As float32; what is beyond it becomes inf, for whoever takes it to refuse."""
+    with np.errstate(over="ignore"):
+        return mx.array(np.ascontiguousarray(values).astype(np.float32))
 
 
 def _keep_base(

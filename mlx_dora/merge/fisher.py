@@ -7,7 +7,8 @@ says what it means.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from mlx_dora.adapters.adapter import listed
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, write_text
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, Checkpoint, ShardWriter
+from mlx_dora.io.json import read_object
+from mlx_dora.io.output import Inputs
 from mlx_dora.merge.names import FISHER
 
 FACTS_NAME = "fisher.json"
@@ -104,6 +107,7 @@ def save_fisher(
     facts: FisherFacts,
     tensors: Iterable[tuple[str, mx.array]],
     *,
+    inputs: Inputs,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> FisherFacts:
@@ -113,6 +117,7 @@ def save_fisher(
         path: The folder to make.
         facts: Where it is from; the norm is taken from the tensors.
         tensors: Module path to array; taken one at a time.
+        inputs: All that was read to make it; see `check_output`.
         overwrite: Replace an existing folder.
         max_shard_bytes: A shard is closed before it would grow past this.
 
@@ -123,7 +128,7 @@ def save_fisher(
         DoRAError: If the folder exists, or there is no information at all.
     """
     square = 0.0
-    with atomic_directory(path, overwrite=overwrite) as out:
+    with atomic_directory(path, inputs=inputs, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             for name, tensor in tensors:
                 square += squared(tensor)
@@ -144,15 +149,39 @@ def load_fisher(path: str | Path) -> Fisher:
         raise DoRAError(
             f"{path} has no {FACTS_NAME}: `mlx_dora.merge fisher` makes it."
         )
-    try:
-        content: Any = json.loads(facts.read_text(encoding="utf-8"))
-        found = FisherFacts(**content)
-        is_good = found.granularity in ("row", "element") and float(found.norm) > 0
-    except (ValueError, TypeError, RecursionError) as error:
-        raise DoRAError(f"{facts} is not what was written there: {error}.") from error
-    if not is_good:
-        raise DoRAError(f"{facts} is not what was written there.")
-    return Fisher(found, Checkpoint(path), str(path))
+    checkpoint = Checkpoint(path, all_weights=True)
+    return Fisher(_facts_of(read_object(facts), facts), checkpoint, str(path))
+
+
+def _facts_of(content: Mapping[str, Any], path: Path) -> FisherFacts:
+    """The facts that a file holds, each of its type and in its range."""
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and value >= 0
+
+    checks: dict[str, Callable[[Any], bool]] = {
+        "granularity": lambda value: value in ("row", "element"),
+        "labels": lambda value: value in ("sampled", "data"),
+        "rows": is_count,
+        "tokens": is_count,
+        "norm": lambda value: isinstance(value, int | float) and 0 < value < math.inf,
+    }
+    names = dict.fromkeys(("model", "adapter", "data"), None)
+    lacking = [name for name in checks if name not in content]
+    unknown = [name for name in content if name not in {**checks, **names}]
+    bad = [
+        f"{name} is {content[name]!r:.60}"
+        for name in {**checks, **names}
+        if name in content
+        and not checks.get(name, lambda value: isinstance(value, str | None))(
+            content[name]
+        )
+    ]
+    bad += [f"{name} is missing" for name in lacking]
+    bad += [f"{name} is unknown" for name in unknown]
+    if bad:
+        raise DoRAError(f"{path} is not what was written there: {'; '.join(bad)}.")
+    return FisherFacts(**content)
 
 
 def squared(tensor: mx.array) -> float:

@@ -44,7 +44,7 @@ def read_mergekit(content: Any) -> MergePlan:
         raise DoRAError(f"a merge config must be a mapping, got {content!r:.60}.")
     _refuse_unknown("the merge config", content, _TOP)
     name = content.get("merge_method")
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise DoRAError(
             f"merge_method {name!r} is not one that is understood here: "
             f"{', '.join(_METHODS)}."

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import ShardWriter
+from mlx_dora.io.finite import all_finite, is_finite
 from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.merge.blockwise import BLOCK, Tensor, held, joined
 from mlx_dora.merge.checkpoint import ModelTensors, Packing
@@ -153,18 +153,6 @@ class _Look:
         )
 
 
-def is_finite(block: mx.array) -> bool:
-    """Whether a block holds neither NaN nor inf."""
-    values = block if block.dtype == mx.float16 else block.astype(mx.float32)
-    mx.eval(values)
-    seen = np.array(values, copy=False)
-    # They go through a sum, which is faster than every flag; a sum that overflows says
-    # nothing.
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = seen.sum()
-    return bool(np.isfinite(total)) or bool(np.isfinite(seen).all())
-
-
 def _all_finite(tensor: Tensor) -> bool:
     flat = tensor.reshape(-1)
     starts = range(0, flat.size, BLOCK)
@@ -179,6 +167,11 @@ def _pack(
         merged.astype(kept), packing.group_size, packing.bits, packing.mode
     )
     path = name.removesuffix(".weight")
+    if not all(all_finite(one) for one in (scales, *biases)):
+        raise DoRAError(
+            f"{name}: the merged tensor is too large for scales in {kept}, though no "
+            "model holds NaN or inf."
+        )
     back = QuantizedWeight(
         weight=packed,
         scales=scales,

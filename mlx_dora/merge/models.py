@@ -17,6 +17,7 @@ from mlx_dora.adapters.keys import natural_order
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
+from mlx_dora.io.output import Inputs
 from mlx_dora.io.resumable import resumable_directory
 from mlx_dora.merge.checkpoint import ModelTensors
 from mlx_dora.merge.fisher import Fisher, check_fishers, check_paths
@@ -98,46 +99,56 @@ def run_merge(
     plan: MergePlan,
     save_path: str | Path,
     *,
+    inputs: Inputs = (),
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Carry out a plan; see `merge_models`."""
+    """Carry out a plan; see `merge_models`.
+
+    Args:
+        plan: Names the models and what is done with them.
+        save_path: The folder to make.
+        inputs: What the plan was read from; the models and Fisher folders count anyway.
+        overwrite: Replace an existing folder.
+        max_shard_bytes: Size of the weight files.
+        progress: Called as the work goes on.
+    """
     started = time.perf_counter()
-    check_output(save_path, overwrite=overwrite)
+    given = [*plan.models, plan.base, *(plan.fisher or ()), *inputs]
+    check_output(save_path, inputs=given, overwrite=overwrite)
     fishers = check_fishers(plan.method, plan.fisher, len(plan.models))
     folders = [model_folder(one) for one in plan.models]
     base_folder = None if plan.base is None else model_folder(plan.base)
     every = folders if base_folder is None else [*folders, base_folder]
-    for folder in every:
-        if folder.resolve().is_relative_to(Path(save_path).resolve()):
-            raise DoRAError(f"{save_path} holds the input {folder}.")
+    given += every
+    check_output(save_path, inputs=given, overwrite=overwrite)
     opened = {folder: ModelTensors(folder) for folder in every}
-    inputs = [opened[one] for one in folders]
+    sources = [opened[one] for one in folders]
     base = None if base_folder is None else opened[base_folder]
-    pattern = base or inputs[0]
-    _check_fit(pattern, inputs, plan.pad)
+    pattern = base or sources[0]
+    _check_fit(pattern, sources, plan.pad)
     names = sorted(pattern.names, key=natural_order)
     check_paths(fishers, [name.removesuffix(".weight") for name in names])
     blocks = count_blocks(names)
     mx.reset_peak_memory()
     told: list[MergedTensor] = []
     job = _job(plan, opened.values(), fishers)
-    with resumable_directory(save_path, job, overwrite=overwrite) as out:
+    with resumable_directory(save_path, job, inputs=given, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes, resume=True) as writer:
             resumed = writer.written
             for name in names:
                 if name not in resumed:
                     known = _known(name, pattern, fishers)
                     one = merge_one(
-                        writer, name, plan, pattern, base, inputs, blocks, known
+                        writer, name, plan, pattern, base, sources, blocks, known
                     )
                     told.append(one)
                     if mx.get_cache_memory() > _KEPT:
                         mx.clear_cache()
                 if progress is not None:
                     progress("merge", len(names), 1)
-        _copy_files(pattern, out, plan.dtype, names, inputs)
+        _copy_files(pattern, out, plan.dtype, names, sources)
     return MergeReport(
         method=plan.method,
         models=plan.models,

@@ -153,9 +153,11 @@ def plan_models(
             f"{', '.join(PARAMETERS)}."
         )
     seed, pad = given.pop("seed", 0), given.pop("pad", False)
-    if type(seed) is not int or type(pad) is not bool:
+    is_seed = type(seed) is int and 0 <= seed < 2**64
+    if not is_seed or type(pad) is not bool:
         raise DoRAError(
-            f"seed must be a whole number and pad true or false, got {seed!r}, {pad!r}."
+            f"seed must be a whole number of at least 0 and pad true or false, got "
+            f"{seed!r}, {pad!r}."
         )
     return MergePlan(
         models=tuple(str(one) for one in models),

@@ -6,6 +6,7 @@ which the first whose text is in the tensor's name counts.
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ def check_setting(what: str, setting: Any) -> None:
             isinstance(one, Mapping)
             and "value" in one
             and {*one} <= {"value", "filter"}
+            and isinstance(one.get("filter"), str | None)
             for one in setting
         ):
             for one in setting:
@@ -87,4 +89,4 @@ def resolve(setting: Any, name: str, depth: float) -> float | bool | None:
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, bool | int | float)
+    return isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max

@@ -16,7 +16,8 @@ import mlx.nn as nn
 
 from mlx_dora.adapters.keys import blocks
 from mlx_dora.adapters.surgery import put_modules
-from mlx_dora.evaluate.batches import Batch, Examples, RowCounts, batches_once
+from mlx_dora.data.batches import Batch, Examples, batches_once
+from mlx_dora.data.counts import RowCounts
 from mlx_dora.evaluate.cross_entropy import sample_targets, summed_loss
 from mlx_dora.evaluate.loss import eval_mode, marked_targets
 from mlx_dora.layers import weight_of

@@ -1,6 +1,7 @@
 """Model cards: what was trained on what, how, and what it did to the weights."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,22 @@ from mlx_dora.adapters.fuse_report import FuseReport
 from mlx_dora.analyze.adapter import analyze_adapter
 from mlx_dora.analyze.result import AdapterAnalysis
 from mlx_dora.analyze.table import describe
+from mlx_dora.publish.markdown import block, inline, is_local, name_of, without_folders
 
 _CHANGED = 5
 """How many of the most changed matrices a card lists."""
 
 
-def adapter_card(folder: str | Path, base: str, command: str, data: str | None) -> str:
+def adapter_card(
+    folder: str | Path, base: str, command: Sequence[str], data: str | None
+) -> str:
     """The card of a trained adapter, as Markdown.
 
     Args:
         folder: The adapter's folder.
         base: The model it was trained on, as it was named.
-        command: The command that made it.
+        command: The words of the command that made it; paths of this machine are
+            shown by their last name.
         data: What it was trained on, as it was named.
 
     Raises:
@@ -33,13 +38,14 @@ def adapter_card(folder: str | Path, base: str, command: str, data: str | None) 
     kind = name[adapter.fine_tune_type]
     parts = [
         _front_matter(base, [adapter.fine_tune_type, "mlx_dora"]),
-        f"# {Path(folder).resolve().name}: {kind} for {_shown(base)}",
+        f"# {inline(Path(folder).resolve().name)}: {kind} for {inline(_shown(base))}",
         *_training(adapter, command, data),
     ]
     if adapter.fine_tune_type != "full":
         parts += _changes(analyze_adapter(adapter, base))
-    use = f"mlx_lm.generate --model {_shown(base)} --adapter-path FOLDER --prompt ..."
-    return "\n\n".join([*parts, "## Use", f"```\n{use}\n```"]) + "\n"
+    model = shlex.quote(_shown(base))
+    use = f"mlx_lm.generate --model {model} --adapter-path FOLDER --prompt ..."
+    return "\n\n".join([*parts, "## Use", block(use)]) + "\n"
 
 
 def fused_card(
@@ -47,7 +53,7 @@ def fused_card(
     adapter_path: str | Path,
     base: str,
     report: FuseReport,
-    command: str,
+    command: Sequence[str],
 ) -> str:
     """The card of a model that an adapter was fused into, as Markdown.
 
@@ -56,7 +62,7 @@ def fused_card(
         adapter_path: The adapter's folder.
         base: The adapter's base, as it was named.
         report: What the fuse did.
-        command: The command that fused.
+        command: The words of the command that fused.
 
     Raises:
         DoRAError: If the adapter or its base cannot be read.
@@ -70,14 +76,15 @@ def fused_card(
     )
     parts = [
         _front_matter(base, [adapter.fine_tune_type, "mlx_dora"]),
-        f"# {Path(folder).resolve().name}: {_shown(base)} with a "
+        f"# {inline(Path(folder).resolve().name)}: {inline(_shown(base))} with a "
         f"{adapter.fine_tune_type} adapter fused in",
         fused,
         *_training(adapter, command, None),
-        *_changes(analyze_adapter(adapter, base)),
     ]
+    if adapter.fine_tune_type != "full":
+        parts += _changes(analyze_adapter(adapter, base))
     use = "mlx_lm.generate --model FOLDER --prompt ..."
-    return "\n\n".join([*parts, "## Use", f"```\n{use}\n```"]) + "\n"
+    return "\n\n".join([*parts, "## Use", block(use)]) + "\n"
 
 
 def _front_matter(base: str, tags: Sequence[str]) -> str:
@@ -90,14 +97,14 @@ def _front_matter(base: str, tags: Sequence[str]) -> str:
 
 
 def _is_local(base: str) -> bool:
-    return Path(base).expanduser().exists() or base.count("/") > 1
+    return is_local(base) or Path(base).expanduser().exists()
 
 
 def _shown(base: str) -> str:
-    return Path(base).name if _is_local(base) else base
+    return Path(base).expanduser().resolve().name if _is_local(base) else base
 
 
-def _training(adapter: Adapter, command: str, data: str | None) -> list[str]:
+def _training(adapter: Adapter, command: Sequence[str], data: str | None) -> list[str]:
     settings: dict[str, Any] = dict(adapter.training or {})
     if adapter.fine_tune_type != "full":
         config = adapter.config
@@ -109,10 +116,12 @@ def _training(adapter: Adapter, command: str, data: str | None) -> list[str]:
             **settings,
         }
     if data is not None:
-        settings = {"data": data, **settings}
-    parts = ["## How it was made", f"```\n{command}\n```"]
+        settings = {"data": name_of(data), **settings}
+    parts = ["## How it was made", block(without_folders(list(command)))]
     if settings:
-        rows = [f"| {key} | {_cell(value)} |" for key, value in settings.items()]
+        rows = [
+            f"| {inline(key)} | {_cell(value)} |" for key, value in settings.items()
+        ]
         parts.append("\n".join(["| setting | value |", "| --- | --- |", *rows]))
     return parts
 
@@ -121,8 +130,10 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_cell(one)}" for key, one in value.items())
-    return str(value).replace("|", "\\|").replace("\n", " ")
+        return ", ".join(
+            f"{inline(str(key))} {_cell(one)}" for key, one in value.items()
+        )
+    return inline(str(value))
 
 
 def _changes(analysis: AdapterAnalysis) -> list[str]:
@@ -139,7 +150,8 @@ def _changes(analysis: AdapterAnalysis) -> list[str]:
     )
     most = sorted(layers, key=lambda one: one.delta_d, reverse=True)[:_CHANGED]
     rows = [
-        f"| {one.name} | {one.delta_m:.3g} | {one.delta_d:.3g} | {one.classification} |"
+        f"| {inline(one.name)} | {one.delta_m:.3g} | {one.delta_d:.3g} | "
+        f"{one.classification} |"
         for one in most
     ]
     head = ["| most turned | ΔM | ΔD | rows are mostly |", "| --- | --- | --- | --- |"]

@@ -1,5 +1,6 @@
 """Uploading a folder to the Hugging Face Hub."""
 
+import shlex
 from pathlib import Path
 
 from mlx_dora.errors import DoRAError
@@ -57,12 +58,22 @@ def upload_folder(folder: str | Path, repo: str) -> str:
             commit_message="Upload by mlx_dora",
             ignore_patterns=list(_PRIVATE),
         )
-    # What huggingface_hub raises: HTTP and connection errors are OSErrors or of httpx.
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, _transport_error()) as error:
         reason = " ".join(str(error).split())
         raise DoRAError(
             f"{folder} is complete, but uploading it to {repo} failed "
             f"({type(error).__name__}: {reason:.200}); try again with "
-            f"`hf upload {repo} {folder}`."
+            f"`{shlex.join(['hf', 'upload', repo, str(folder)])}`."
         ) from error
     return str(address)
+
+
+def _transport_error() -> type[BaseException]:
+    """What a failed connection raises: an error of the client that the hub's code uses.
+
+    That client has been requests, httpx and httpx2; its `HTTPError` is above the error
+    that huggingface_hub itself raises for an answer.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(one for one in HfHubHTTPError.__mro__ if one.__name__ == "HTTPError")

@@ -5,7 +5,7 @@ BiDoRA (arXiv:2410.09758). What is the paper's and what ours: `docs/variants.md`
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -16,11 +16,12 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
+from mlx_dora.data.batches import Batch, Examples
+from mlx_dora.data.targets import Example
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import Batch, Example, Examples
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.optimizers import build_optimizer
-from mlx_dora.train.update import (
+from mlx_dora.train.stepper import (
     Gradient,
     Stepper,
     is_direction,
@@ -53,33 +54,7 @@ class Subset:
         return self._data[self._places[index]]
 
 
-def split_rows(data: Examples, train: TrainConfig) -> tuple[Subset, Subset]:
-    """The examples that train the directions, and those that train the magnitudes.
-
-    Drawn by the seed; ``magnitude_share`` says how many.
-
-    Raises:
-        DoRAError: If either would have none.
-    """
-    count = round(train.magnitude_share * len(data))
-    if not 0 < count < len(data):
-        raise DoRAError(
-            "variant bidora needs rows for directions and for magnitudes: "
-            f"magnitude_share {train.magnitude_share} of {len(data)} rows is {count}."
-        )
-    order = np.random.default_rng(train.seed).permutation(len(data)).tolist()
-    return Subset(data, sorted(order[count:])), Subset(data, sorted(order[:count]))
-
-
-def bilevel_optimizer(train: TrainConfig) -> optim.MultiOptimizer:
-    """The configured optimizer twice: for the magnitudes, and for all else."""
-    return optim.MultiOptimizer(
-        [build_optimizer(train), build_optimizer(train)],
-        [lambda name, _: is_magnitude(name)],
-    )
-
-
-class BilevelStepper:
+class BilevelStepper(Stepper):
     r"""A `Stepper` whose updates have two levels.
 
     With V the directions' parameters, L their loss and L' the held-out rows':
@@ -97,34 +72,57 @@ class BilevelStepper:
 
     with ξ the learning rate, whatever the optimizer. Four gradients make an update.
 
-    Args:
-        model: In train mode whenever this is used.
-        make: A `Stepper` from an optimizer.
-        optimizer: From `bilevel_optimizer`, initialised for the model or restored.
-        held_out: Batches of the magnitudes' rows, one for each of the others'.
+    The first level of `levels` trains the directions, the held-out rows of the second
+    the magnitudes: one batch of them for each batch of the others.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        make: Callable[[optim.Optimizer], Stepper],
         optimizer: optim.Optimizer,
-        held_out: Iterator[Batch],
+        held_out: Sequence[Iterator[Batch]] = (),
+        **parts: Any,
     ) -> None:
         assert isinstance(optimizer, optim.MultiOptimizer)
         upper, lower = optimizer.optimizers
-        self._model = model
-        self._upper, self._lower = make(upper), make(lower)
-        self._optimizer = lower
-        self._source = held_out
+        super().__init__(model, lower, **parts)
+        self._upper = Stepper(model, upper, **parts)
+        (self._source,) = held_out
         self._rows: Sequence[Batch] = ()
         self._held_out: Sequence[Batch] = ()
+
+    @staticmethod
+    def levels(data: Examples, settings: TrainConfig) -> Sequence[Examples]:
+        """The examples that train the directions, and those for the magnitudes.
+
+        Drawn by the seed; ``magnitude_share`` says how many.
+
+        Raises:
+            DoRAError: If either would have none.
+        """
+        count = round(settings.magnitude_share * len(data))
+        if not 0 < count < len(data):
+            raise DoRAError(
+                "variant bidora needs rows for directions and for magnitudes: "
+                f"magnitude_share {settings.magnitude_share} of {len(data)} rows is "
+                f"{count}."
+            )
+        order = np.random.default_rng(settings.seed).permutation(len(data)).tolist()
+        return Subset(data, sorted(order[count:])), Subset(data, sorted(order[:count]))
+
+    @staticmethod
+    def make_optimizer(settings: TrainConfig) -> optim.Optimizer:
+        """The configured optimizer twice: for the magnitudes, and for all else."""
+        return optim.MultiOptimizer(
+            [build_optimizer(settings), build_optimizer(settings)],
+            [lambda name, _: is_magnitude(name)],
+        )
 
     def gradient(self, window: Sequence[Batch]) -> Gradient:
         """Gradient of the loss of `window`; takes as many held-out batches."""
         self._rows = window
         self._held_out = list(islice(self._source, len(window)))
-        return self._lower.gradient(window)
+        return super().gradient(window)
 
     def apply(self, gradient: Gradient) -> None:
         """Change the directions, then the magnitudes.
@@ -132,12 +130,12 @@ class BilevelStepper:
         The magnitudes stay where their loss or gradient is not finite, or the held-out
         rows have no target; that is logged.
         """
-        self._lower.apply(self._lower.part(gradient, is_direction))
-        ahead = self._lower.gradient(self._held_out)
+        super().apply(self.part(gradient, is_direction))
+        ahead = super().gradient(self._held_out)
         if ahead.tokens and math.isfinite(ahead.loss) and math.isfinite(ahead.norm):
-            found = self.hypergradient(ahead)
-            if math.isfinite(found.norm):
-                self._upper.apply(found)
+            total = self.hypergradient(ahead)
+            if math.isfinite(total.norm):
+                self._upper.apply(total)
                 return
         logger.warning("magnitudes stay: no finite gradient on the held-out rows")
 
@@ -147,11 +145,11 @@ class BilevelStepper:
         Args:
             ahead: Of that loss by all parameters, at the new directions.
         """
-        model, stepper = self._model, self._lower
-        first = _mean(stepper.part(ahead, is_magnitude))
-        toward = stepper.part(ahead, is_direction)
+        model = self._model
+        first = _mean(self.part(ahead, is_magnitude))
+        toward = self.part(ahead, is_direction)
         if toward.norm == 0:
-            return stepper.part(ahead, is_magnitude)
+            return self.part(ahead, is_magnitude)
         size, v = _STEP / toward.norm, _mean(toward)
         here = select(model.trainable_parameters(), is_direction)
         seed = int(mx.random.randint(0, 2**31 - 1))
@@ -159,13 +157,13 @@ class BilevelStepper:
         for step in (size, -size):
             model.update(tree_map(lambda p, g, s=step: p + s * g, here, v))
             mx.random.seed(seed)  # both sides drop the same
-            side = stepper.gradient(self._rows)
-            sides.append(_mean(stepper.part(side, is_magnitude)))
+            side = super().gradient(self._rows)
+            sides.append(_mean(self.part(side, is_magnitude)))
         model.update(here)
         rate = self._optimizer.learning_rate / (2 * size)
         total = tree_map(lambda g, a, b: g - rate * (a - b), first, *sides)
         whole = replace(ahead, total=total, scale=mx.array(1.0))
-        return stepper.part(whole, is_magnitude)
+        return self.part(whole, is_magnitude)
 
 
 def _mean(gradient: Gradient) -> Any:

@@ -55,7 +55,7 @@ def _measure(layer: DoRALayer) -> mx.array:
     base, norm, m = mx.sqrt(layer["_squared_base"]), layer.norm(), layer["m"]
     a, b = (factor.astype(mx.float32) for factor in layer.factors())
     b = b.swapaxes(-1, -2)
-    update = row_inner(b, a.swapaxes(-1, -2) @ a, b)  # ‖BA‖² of each row
+    update = row_inner(a, b, a, b)  # ‖BA‖² of each row
     moved = one_minus_cosine(base, norm, abs(layer.scale) * mx.sqrt(update))
     moved = mx.where(m < 0, 2 - moved, moved)
     lives = norm > 0  # a zero row stays zero, whatever its m

@@ -21,11 +21,11 @@ class SharedError(DoRAError):
     """What went wrong in one process or more; every process of the group raises it."""
 
 
-def agree(wish: bool, group: mx.distributed.Group) -> bool:
-    """Whether any process of the group wishes it, so that all do the same."""
+def greatest(number: int, group: mx.distributed.Group) -> int:
+    """The greatest of the processes' numbers, so that all do the same."""
     if group.size() == 1:
-        return wish
-    return bool(mx.distributed.all_max(mx.array(int(wish)), group=group).item())
+        return number
+    return int(mx.distributed.all_max(mx.array(number), group=group))
 
 
 @contextmanager

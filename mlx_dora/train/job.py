@@ -11,18 +11,20 @@ import mlx.core as mx
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load, model_folder
+from mlx_dora.data.loading import make_datasets
+from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.data import make_datasets
 from mlx_dora.evaluate.loss import LossResult, evaluate_loss
-from mlx_dora.evaluate.rows import read_splits
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import together
-from mlx_dora.train.loop import Progress, finetune
 from mlx_dora.train.optimizers import build_optimizer
+from mlx_dora.train.peers import watched_peers
 from mlx_dora.train.plot import PLOT_NAME, can_plot, plot_losses
-from mlx_dora.train.reports import StepReport, TrainReport
-from mlx_dora.train.services import check_services
-from mlx_dora.train.start import check_folder
+from mlx_dora.train.run.finetune import finetune
+from mlx_dora.train.run.journal import StepReport, TrainReport
+from mlx_dora.train.run.run import Progress
+from mlx_dora.train.run.start import check_folder
+from mlx_dora.train.services import HostCallback, check_services
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def run_job(
     train: TrainConfig,
     dora: DoRAConfig,
     *,
-    callback: Callable[[StepReport], None] | None = None,
+    callback: Callable[[StepReport], None] | HostCallback | None = None,
     progress: Progress | None = None,
 ) -> JobResult:
     """Do what ``mlx_dora.train`` does: train, and test if asked to.
@@ -62,7 +64,7 @@ def run_job(
     Args:
         train: Names the model, the data and the adapter's folder.
         dora: Which modules are adapted and how.
-        callback: Called with each report.
+        callback: Called with each report; or an object of mlx-lm's kind.
         progress: Called after every step and during validations and the test.
 
     Raises:
@@ -70,30 +72,9 @@ def run_job(
         KeyboardInterrupt: After Ctrl-C, when the step is done and the adapter saved.
     """
     group = mx.distributed.init()
-    folder = Path(train.adapter_path).expanduser()
     try:
-        with together(group):
-            model, tokenizer, data = _load(train, folder, is_first=group.rank() == 0)
-        report, plot = None, None
-        if train.trains:
-            report = finetune(
-                model,
-                tokenizer,
-                data["train"],
-                data["valid"],
-                train=train,
-                dora=dora,
-                adapter_path=folder,
-                callback=callback,
-                progress=progress,
-            )
-            with together(group):
-                if can_plot() and group.rank() == 0:
-                    plot = folder / PLOT_NAME
-                    plot_losses(report.history, plot)
-        test = (
-            _test(model, data["test"], train, progress, group) if train.test else None
-        )
+        with watched_peers(group):
+            return _run(train, dora, group, callback, progress)
     except RuntimeError as error:
         if group.size() == 1 or _PEER_LOST not in str(error):
             raise
@@ -101,6 +82,36 @@ def run_job(
             f"another process of this training has ended ({error}): see what it said; "
             "--resume goes on from the last checkpoint."
         ) from error
+
+
+def _run(
+    train: TrainConfig,
+    dora: DoRAConfig,
+    group: mx.distributed.Group,
+    callback: Callable[[StepReport], None] | HostCallback | None,
+    progress: Progress | None,
+) -> JobResult:
+    folder = Path(train.adapter_path).expanduser()
+    with together(group):
+        model, tokenizer, data = _load(train, folder, is_first=group.rank() == 0)
+    report, plot = None, None
+    if train.trains:
+        report = finetune(
+            model,
+            tokenizer,
+            data["train"],
+            data["valid"],
+            train=train,
+            dora=dora,
+            adapter_path=folder,
+            callback=callback,
+            progress=progress,
+        )
+        with together(group):
+            if can_plot() and group.rank() == 0:
+                plot = folder / PLOT_NAME
+                plot_losses(report.history, plot)
+    test = _test(model, data["test"], train, progress, group) if train.test else None
     return JobResult(train=report, test=test, plot=plot)
 
 
@@ -116,7 +127,8 @@ def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any
         if not train.adapter_path:
             raise DoRAError("adapter_path is empty: name a folder for the adapter.")
         if is_first:
-            check_folder(folder, train)
+            data = train.data if train.hf_dataset is None else None
+            check_folder(folder, train, inputs=(data,))
             check_services(train)
         build_optimizer(train)
     elif tested is not None:

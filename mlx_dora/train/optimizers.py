@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules in mlx-lm's spelling."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import mlx.optimizers as optim
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.errors import DoRAError
+from mlx_dora.options import names_with
 from mlx_dora.train.config import TrainConfig
 
 Schedule = Callable[[mx.array], mx.array]
@@ -46,15 +48,40 @@ def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
         raise DoRAError(
             f"optimizer_config.{config.optimizer} must be a mapping, got {settings!r}."
         )
-    known = list(inspect.signature(OPTIMIZERS[config.optimizer]).parameters)
-    known.remove("learning_rate")
+    signature = inspect.signature(OPTIMIZERS[config.optimizer]).parameters
+    known = {
+        name: parameter.default
+        for name, parameter in signature.items()
+        if name != "learning_rate"
+    }
     unknown = [str(name) for name in settings if name not in known]
     if unknown:
         raise DoRAError(
             f"optimizer_config.{config.optimizer}: unknown {', '.join(unknown)}; "
             f"known are {', '.join(known)}."
         )
+    for name, value in settings.items():
+        if not _is_like(value, known[name]):
+            raise DoRAError(
+                f"optimizer_config.{config.optimizer}.{name} must be like "
+                f"{known[name]!r}, got {value!r:.60}."
+            )
     return settings
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Whether a setting is of the kind of an optimizer's own default."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if type(default) is int:
+        return type(value) is int and _is_number(value)
+    if isinstance(default, list | tuple):
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(default)
+            and all(map(_is_number, value))
+        )
+    return (default is None and value is None) or _is_number(value)
 
 
 def build_optimizer(config: TrainConfig) -> optim.Optimizer:
@@ -82,44 +109,24 @@ def describe_training(config: TrainConfig) -> dict[str, Any]:
         for name, parameter in signature.items()
         if name != "learning_rate"
     }
-    kept = (
-        "fine_tune_type",
-        "optimizer",
-        "learning_rate",
-        "lr_schedule",
-        "batch_size",
-        "grad_accumulation_steps",
-        "max_grad_norm",
-        "lora_plus_ratio",
-        "iters",
-        "max_seq_length",
-        "packing",
-        "mask_prompt",
-        "all_turns",
-        "seed",
-    )
     return {
-        **{name: getattr(config, name) for name in kept},
+        **{name: getattr(config, name) for name in names_with(config, "recorded")},
         "optimizer_config": {**settings, **optimizer_settings(config)},
     }
 
 
 def describe_variant(dora: DoRAConfig, train: TrainConfig) -> dict[str, Any]:
-    """The same of the adapter, whose files do not tell; empty for plain DoRA."""
+    """Variant settings to record with the adapter; empty for plain DoRA."""
     if dora.is_plain:
         return {}
-    kept = ("variant", "init", "rank", "magnitude_keys")
-    own: dict[str, dict[str, Any]] = {
-        "adaptive": {
-            "rank_every": train.rank_every,
-            "rank_rounds": train.rank_rounds,
-        },
-        "bidora": {"magnitude_share": train.magnitude_share},
-        "doran-aux": {"aux_width": dora.aux_width},
-    }
+    names = ("variant", "init", "rank", "magnitude_keys")
     return {
-        **{name: getattr(dora, name) for name in kept},
-        **own.get(dora.variant, {}),
+        **{name: getattr(dora, name) for name in names},
+        **{
+            name: getattr(config, name)
+            for config in (train, dora)
+            for name in names_with(config, "variant", dora.variant)
+        },
     }
 
 
@@ -141,7 +148,7 @@ def build_schedule(settings: dict[str, Any]) -> Schedule:
             f"lr_schedule: unknown {', '.join(unknown)}; known are {', '.join(known)}."
         )
     name, arguments = settings.get("name"), settings.get("arguments")
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise DoRAError(
             f"lr_schedule: name must be {', '.join(SCHEDULES)}; got {name!r}."
         )
@@ -158,16 +165,25 @@ def build_schedule(settings: dict[str, Any]) -> Schedule:
         )
     try:
         schedule = SCHEDULES[name](*arguments)
-        if not warmup:
-            return schedule
-        rising = optim.linear_schedule(start, arguments[0], warmup)
-        return optim.join_schedules([rising, schedule], [warmup + 1])
-    except (ValueError, TypeError) as error:
+        if warmup:
+            rising = optim.linear_schedule(start, arguments[0], warmup)
+            schedule = optim.join_schedules([rising, schedule], [warmup + 1])
+        rates = [float(schedule(mx.array(step))) for step in (0, 1, warmup + 1)]
+    # RuntimeError: MLX casts steps to 32 bits.
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         wanted = inspect.signature(SCHEDULES[name])
         raise DoRAError(
             f"lr_schedule: {name}{wanted} does not take {arguments!r}: {error}"
         ) from error
+    if not all(map(math.isfinite, rates)):
+        raise DoRAError(
+            f"lr_schedule: {name} of {arguments!r} gives a rate that is not finite."
+        )
+    return schedule
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value is a number that MLX takes: finite, and an int of 32 bits."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**31
+    return isinstance(value, float) and math.isfinite(value)

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.train.reports import StepReport
+from mlx_dora.train.run.journal import StepReport
 
 PLOT_NAME = "loss.png"
 

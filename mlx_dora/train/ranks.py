@@ -5,19 +5,23 @@ public; what is done here is stated in `docs/variants.md`.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.surgery import dora_layers
+from mlx_dora.data.batches import Batch
 from mlx_dora.layers import DoRALayer
 from mlx_dora.layers.variants import VariantLinear
 from mlx_dora.layers.variants.adaptive import Adaptive
+from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.stepper import Gradient, Stepper, is_due
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,28 @@ class Holder:
     def least(self) -> int:
         """The active rank that is worth least."""
         return int(np.argmin(np.where(self.active, self.worth, np.inf)))
+
+
+class AdaptiveStepper(Stepper):
+    """Moves ranks between layers every ``rank_every`` steps, ``rank_rounds`` times."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        held_out: Sequence[Iterator[Batch]] = (),
+        *,
+        settings: TrainConfig,
+        **parts: Any,
+    ) -> None:
+        super().__init__(model, optimizer, held_out, settings=settings, **parts)
+        self._every, self._rounds = settings.rank_every, settings.rank_rounds
+
+    def after_update(self, gradient: Gradient, before: int, step: int) -> None:
+        """Move ranks if a round is due."""
+        is_over = step >= (self._rounds + 1) * self._every
+        if not is_over and is_due(self._every, before, step):
+            reallocate(self._model, gradient.total)
 
 
 def reallocate(model: nn.Module, gradient: Any) -> dict[str, int]:

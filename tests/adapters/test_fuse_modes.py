@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
-from mlx_dora.adapters.fuse import REST_NAME, fuse_model
+from mlx_dora.adapters.fuse import REST_NAME, fuse_dora, fuse_model
 from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.surgery import apply_dora, dora_layers
@@ -132,19 +132,60 @@ def test_lossless_scales_keep_a_small_magnitude(
     assert report.layers[0].kept == pytest.approx(kept, abs=5e-3)
 
 
+def pack_base(folder: Path, mode: str) -> None:
+    """Pack a model on disk in a mode whose scales are bytes."""
+    base, _ = load(folder)
+    size = {"group_size": 16 if mode == "nvfp4" else 32, "mode": mode}
+    nn.quantize(base, **size)
+    tensors = dict(tree_flatten(base.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization"] = {**size, "bits": 8 if mode == "mxfp8" else 4}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_dequantize_of_byte_scales_keeps_the_models_dtype(
+    make_trained: Callable[..., Trained], tmp_path: Path, mode: str, dtype: mx.Dtype
+) -> None:
+    trained = make_trained(dtype=dtype)
+    pack_base(trained.base, mode)
+    report = fuse_model(
+        trained.base, trained.adapter, tmp_path / "f",
+        config=FuseConfig(mode="dequantize"), check_base=False,
+    )  # fmt: skip
+    unfused, _ = load(trained.base, trained.adapter, check_base=False)
+    adapter, modules = load_adapter(trained.adapter), dict(unfused.named_modules())
+    in_memory, _ = load(trained.base, trained.adapter, check_base=False)
+    fuse_dora(in_memory, dequantize=True)
+    streamed, _ = load(tmp_path / "f")
+    for fused in (streamed, in_memory):
+        for name, value in dict(tree_flatten(fused.parameters())).items():
+            assert value.dtype == dtype, name
+        for layer in report.layers:
+            base = modules[layer.path].base
+            w0 = to_numpy(
+                mx.dequantize(
+                    base.weight, base.scales, None,
+                    base.group_size, base.bits, base.mode,
+                )
+            )  # fmt: skip
+            parts = (adapter.tensors[f"{layer.path}.{x}"] for x in ("lora_a", "lora_b"))
+            a, b = map(to_numpy, parts)
+            turned = w0 + adapter.config.scale * (a @ b).T
+            m = to_numpy(adapter.tensors[f"{layer.path}.m"])[:, None]
+            exact = m * turned / np.linalg.norm(turned, axis=1, keepdims=True)
+            weight = dict(fused.named_modules())[layer.path].weight
+            assert_close(weight, exact, dtype)
+
+
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_lossless_refuses_scales_that_take_no_magnitude(
     make_trained: Callable[..., Trained], tmp_path: Path, mode: str
 ) -> None:
     trained = make_trained()
-    base, _ = load(trained.base)
-    nn.quantize(base, group_size=16 if mode == "nvfp4" else 32, mode=mode)
-    tensors = dict(tree_flatten(base.parameters()))
-    mx.save_safetensors(str(trained.base / "model.safetensors"), tensors)
-    content = json.loads((trained.base / "config.json").read_text())
-    size = {"group_size": 16 if mode == "nvfp4" else 32, "mode": mode}
-    content["quantization"] = {**size, "bits": 8 if mode == "mxfp8" else 4}
-    (trained.base / "config.json").write_text(json.dumps(content))
+    pack_base(trained.base, mode)
 
     def fuse(out: str, config: FuseConfig) -> None:
         fuse_model(
@@ -246,19 +287,6 @@ def test_streamed_fuse_equals_the_one_in_memory(
     assert report == expected
     streamed, _ = load(tmp_path / "f")
     assert mx.array_equal(streamed(TOKENS), model(TOKENS))
-
-
-def test_lora_adapter_is_refused(
-    make_tiny_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    from tests.adapters.training import train
-
-    base = make_tiny_folder("base")
-    model, _ = load(base)
-    train(model, kind="lora")
-    save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(DoRAError, match="no DoRA adapter but lora"):
-        fuse_model(base, tmp_path / "adapter", tmp_path / "f")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -103,6 +104,40 @@ def test_folder_that_is_no_model_is_one_line(
     (tmp_path / "e").mkdir()
     with pytest.raises(DoRAError, match=r"no config.json: not a model folder\.$"):
         load(tmp_path / "e")
+
+
+def damage_json(**values: Any) -> Callable[[bytes], bytes]:
+    return lambda content: json.dumps({**json.loads(content), **values}).encode()
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("tokenizer.json", lambda content: b"{}"),
+        ("tokenizer.json", lambda content: content[: len(content) // 2]),
+        ("tokenizer.json", damage_json(model={"type": "x"})),
+        ("tokenizer_config.json", damage_json(tool_parser_type="os")),
+        ("tokenizer_config.json", damage_json(tokenizer_class=5)),
+        ("tokenizer_config.json", damage_json(model_max_length="x")),
+        ("tokenizer_config.json", lambda content: b"[" * 100_000),
+        ("config.json", damage_json(num_attention_heads=0)),
+        ("config.json", damage_json(num_attention_heads=3)),  # does not divide 32
+        ("config.json", damage_json(rope_theta="x")),
+        ("config.json", damage_json(hidden_size=10**400)),
+        ("config.json", damage_json(quantization={"bits": "x"})),
+        ("config.json", lambda content: b"\xef\xbb\xbf" + content),
+        ("model.safetensors", lambda content: content[:-4]),
+    ],
+)
+def test_a_damaged_model_is_one_line_that_names_it(
+    tiny_model_folder: Path, file: str, damage: Callable[[bytes], bytes]
+) -> None:
+    path = tiny_model_folder / file
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DoRAError) as caught:
+        load(tiny_model_folder)
+    assert str(tiny_model_folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_adapter_in_place_of_the_model_is_recognised(adapter: Path) -> None:

@@ -52,7 +52,7 @@ def test_kill_leaves_nothing_half_written(tmp_path: Path, way: str, saves: int) 
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
     # Between its two renames, overwriting leaves the old folder whole in a hidden one.
-    old = list(target.parent.glob(f".{target.name}.*.old/{target.name}"))
+    old = list(target.parent.glob(f".{target.name}.*.partial/old"))
     complete = [target] if target.exists() else old
     if way == "live":
         complete = [f for f in complete if (f / "adapter_config.json").exists()]

@@ -68,7 +68,7 @@ def test_keys_are_relative_or_full(tiny_model: nn.Module) -> None:
 def test_full_paths_need_no_blocks() -> None:
     model = nn.Module()
     model.head = nn.Linear(4, 4)
-    assert apply_dora(model, DoRAConfig(keys=("head",))) == ["head"]
+    assert apply_dora(model, DoRAConfig(rank=4, keys=("head",))) == ["head"]
     remove_dora(model)
     with pytest.raises(DoRAError, match=r"no blocks in .layers"):
         apply_dora(model, DoRAConfig())
@@ -76,7 +76,8 @@ def test_full_paths_need_no_blocks() -> None:
 
 def test_blocks_may_be_the_layers_themselves() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    assert apply_dora(model, DoRAConfig(num_layers=-1)) == ["layers.0", "layers.2"]
+    config = DoRAConfig(rank=4, num_layers=-1)
+    assert apply_dora(model, config) == ["layers.0", "layers.2"]
 
 
 @pytest.mark.parametrize(
@@ -310,3 +311,11 @@ def test_order_is_natural(make_tiny_model: Callable[..., nn.Module]) -> None:
     assert paths == [f"model.layers.{i}.mlp.up_proj" for i in range(12)]
     assert [path for path, _ in dora_layers(model)] == paths
     assert all(isinstance(layer, DoRALinear) for _, layer in dora_layers(model))
+
+
+def test_full_fine_tuning_of_a_quantised_model_is_refused(
+    make_tiny_model: Callable[..., nn.Module],
+) -> None:
+    model = make_tiny_model(bits=4)
+    with pytest.raises(DoRAError, match=r"must not be quantised as in model.layers.1"):
+        apply_layers(model, DoRAConfig(num_layers=1), "full")

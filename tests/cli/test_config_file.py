@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from mlx_dora.cli._config_file import config_file_option
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._options import dataclass_options
-from mlx_dora.cli._yaml import load_yaml
+from mlx_dora.cli._yaml import parse_yaml
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ def test_numbers_are_read_as_mlx_lm_reads_them(text: str) -> None:
     import yaml
     from mlx_lm.lora import yaml_loader
 
-    ours = load_yaml(text)
+    ours = parse_yaml(text, "it")
     theirs = yaml.load(text, yaml_loader)
     assert (ours, type(ours)) == (theirs, type(theirs))
 

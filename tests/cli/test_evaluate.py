@@ -7,7 +7,8 @@ from click.testing import CliRunner, Result
 from mlx_dora import DoRAConfig, apply_dora, load, save_adapter
 from mlx_dora.adapters.fuse import fuse_model
 from mlx_dora.cli.evaluate import command
-from mlx_dora.train.start import trainable_tensors
+from mlx_dora.train.run.start import trainable_tensors
+from tests.adapters.training import train
 from tests.cli.training_data import write_data
 
 
@@ -102,7 +103,20 @@ def test_bad_input_is_one_line(tiny_model_folder: Path, data: Path, name: str) -
     assert result.stdout == ""
 
 
-def test_model_is_required(data: Path) -> None:
+def test_base_that_the_adapter_records_is_taken(
+    tiny_model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    model, _ = load(tiny_model_folder)
+    train(model)
+    save_adapter(model, tmp_path / "adapter", base_model=str(tiny_model_folder))
+    words = ("--adapter-path", tmp_path / "adapter", "--data", data, "--samples", "0")
+    found = invoke(*words)
+    assert found.exit_code == 0, found.output
+    given = invoke(*words, "--model", tiny_model_folder)
+    assert found.stdout == given.stdout
+
+
+def test_model_or_adapter_is_required(data: Path) -> None:
     result = invoke("--data", data)
     assert result.exit_code == 2
     assert "--model" in result.stderr

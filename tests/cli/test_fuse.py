@@ -89,7 +89,20 @@ def test_refusals_are_one_line(
 
 def test_usage_error_exits_with_2() -> None:
     assert run("--nonsense").exit_code == 2
-    assert run().exit_code == 2
+
+
+def test_base_that_the_adapter_records_is_taken(
+    make_trained: Callable[..., Path],
+) -> None:
+    at = make_trained()
+    model, _ = load(at / "base", at / "adapter")
+    save_adapter(model, at / "with-base", base_model=str(at / "base"))
+    named = run("--adapter-path", at / "with-base", "--save-path", at / "out")
+    assert named.exit_code == 0, named.output
+    assert named.stderr == f"Base: {at / 'base'}, as the adapter records.\n"
+    silent = run("--adapter-path", at / "adapter", "--save-path", at / "out2")
+    assert silent.exit_code == 1
+    assert "does not say what its base is; give the model (--model)" in silent.stderr
 
 
 def test_runs_as_a_module() -> None:

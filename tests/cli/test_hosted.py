@@ -67,6 +67,27 @@ def test_arguments_reach_mlx_lm_untouched(monkeypatch: pytest.MonkeyPatch) -> No
     assert sys.argv is before
 
 
+@pytest.mark.parametrize("spelling", ["apart", "joined"])
+def test_base_that_the_adapter_records_is_taken(
+    tiny_model_folder: Path, tmp_path: Path, spelling: str
+) -> None:
+    from mlx_dora.cli._base_model import with_recorded_base
+
+    model = load(str(tiny_model_folder))[0]
+    apply_dora(model, DoRAConfig(rank=2, num_layers=-1))
+    adapter, base = str(tmp_path / "known"), str(tiny_model_folder)
+    save_adapter(model, adapter, base_model=base)
+    named = {
+        "apart": ["--adapter-path", adapter],
+        "joined": [f"--adapter-path={adapter}"],
+    }[spelling]
+    assert with_recorded_base([*named, "--prompt", "x"]) == [
+        "--model", base, *named, "--prompt", "x"
+    ]  # fmt: skip
+    assert with_recorded_base([*named, "--model=b"]) == [*named, "--model=b"]
+    assert with_recorded_base(["--prompt", "x"]) == ["--prompt", "x"]
+
+
 def test_help_is_mlx_lms_own() -> None:
     code, output, _ = generate("--help")
     assert code == 0
@@ -94,6 +115,16 @@ def test_bad_input_is_one_line(tiny_model_folder: Path, adapter: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-4])
     code, _, errors = generate(*model, "--adapter-path", str(adapter), "--prompt", "a")
     assert code == 1
+    assert len(errors.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_truncated_model_is_one_line(tiny_model_folder: Path, file: str) -> None:
+    path = tiny_model_folder / file
+    path.write_bytes(path.read_bytes()[:-40])
+    code, output, errors = generate("--model", str(tiny_model_folder), "--prompt", "a")
+    assert (code, output) == (1, "")
+    assert errors.startswith("Error: ")
     assert len(errors.strip().splitlines()) == 1
 
 

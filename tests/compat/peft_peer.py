@@ -6,7 +6,11 @@ neither mlx nor mlx_dora, so that the interpreter may be another one.
 # pyright: reportMissingImports=false
 # torch and peft belong to the extra `peers`, which few machines install.
 
+# Where PEFT is not installed, pyright takes tests/peft for it.
+# pyright: reportAttributeAccessIssue=false
+
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +27,49 @@ def load_base(path: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def make(job: dict[str, Any], given: Tensors) -> Tensors:
+    """Save random models of configurations, as transformers writes them."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    for name, settings in job["configs"].items():
+        torch.manual_seed(0)
+        settings = dict(settings)
+        config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
+        model = AutoModelForCausalLM.from_config(config).float()
+        model.save_pretrained(Path(job["out"]) / name)
+    return given
+
+
+def linears(job: dict[str, Any], given: Tensors) -> Tensors:
+    """Write the paths of the linear layers of classes, layers' numbers left out."""
+    from transformers import (
+        CONFIG_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+    from transformers.pytorch_utils import Conv1D
+
+    found = {}
+    for name, settings in job["classes"].items():
+        settings = dict(settings)
+        config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
+        with torch.device("meta"):
+            try:
+                model = AutoModelForCausalLM.from_config(config)
+            except ValueError:  # it has no class for the language model alone
+                model = AutoModelForImageTextToText.from_config(config)
+        found[name] = sorted(
+            {
+                re.sub(r"\.\d+(?=\.|$)", ".#", path)
+                for path, module in model.named_modules()
+                if isinstance(module, torch.nn.Linear | Conv1D)
+                or "Linear" in type(module).__name__  # grouped ones of latent attention
+            }
+        )
+    Path(job["out"]).write_text(json.dumps(found))
+    return given
 
 
 def logits(job: dict[str, Any], given: Tensors) -> Tensors:
@@ -101,7 +148,14 @@ def combine(job: dict[str, Any], given: Tensors) -> Tensors:
 def main() -> None:
     folder = Path(sys.argv[2])
     job = json.loads((folder / "job.json").read_text())
-    jobs = {"logits": logits, "train": train, "layer": layer, "combine": combine}
+    jobs = {
+        "make": make,
+        "linears": linears,
+        "logits": logits,
+        "train": train,
+        "layer": layer,
+        "combine": combine,
+    }
     found = jobs[sys.argv[1]](job, load_file(folder / "in.safetensors"))
     save_file({k: v.contiguous() for k, v in found.items()}, folder / "out.safetensors")
 

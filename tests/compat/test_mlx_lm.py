@@ -117,7 +117,7 @@ def test_we_load_what_mlx_lm_writes(
         )
 
 
-def test_module_missing_from_mlx_lms_adapter_is_refused(
+def test_module_that_keys_name_must_have_tensors(
     make_tiny_folder: MakeFolder, tmp_path: Path
 ) -> None:
     folder = make_tiny_folder("base")
@@ -125,9 +125,13 @@ def test_module_missing_from_mlx_lms_adapter_is_refused(
     path = tmp_path / "a" / "adapter_config.json"
     config = json.loads(path.read_text())
     del config["mlx_dora"], config["lora_parameters"]["keys"]
-    path.write_text(json.dumps(config))
-    assert load(folder, tmp_path / "a")[0].layers
     config["num_layers"] = 2
+    path.write_text(json.dumps(config))
+    assert_close(
+        load(folder, tmp_path / "a")[0](TOKENS),
+        to_numpy(host_load(folder, tmp_path / "a")(TOKENS)),
+    )
+    config["lora_parameters"]["keys"] = ["mlp.up_proj", "mlp.down_proj"]
     path.write_text(json.dumps(config))
     with pytest.raises(DoRAError, match=r"what has no tensors: model.layers.0.mlp"):
         load(folder, tmp_path / "a")

@@ -12,9 +12,9 @@ from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.hosting import load
-from mlx_dora.adapters.peft import from_peft, to_peft
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import DoRALinear
+from mlx_dora.peft import from_peft, to_peft
 from tests.adapters.training import QV, TOKENS, train
 from tests.checks import assert_close, to_numpy
 from tests.compat.peer_process import run_peer

@@ -9,11 +9,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_dora import DoRAConfig, apply_dora
+from mlx_dora.data.batches import pad_batch
 from mlx_dora.evaluate import cross_entropy
-from mlx_dora.evaluate.batches import pad_batch
 from mlx_dora.evaluate.cross_entropy import summed_loss
 from mlx_dora.evaluate.loss import loss_fn
-from mlx_dora.train.start import trainable_tensors
+from mlx_dora.train.run.start import trainable_tensors
 from tests.checks import assert_close, to_numpy
 
 BATCH = pad_batch([(list(range(3, 40)), 0), (list(range(50, 71)), 6)], 64)

@@ -5,9 +5,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_dora.data.config import DataConfig
+from mlx_dora.data.loading import as_dataset
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.config import DataConfig
-from mlx_dora.evaluate.data import as_dataset
 from mlx_dora.evaluate.generation import generate_samples, sample_prompts
 
 

@@ -7,9 +7,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_dora.data.config import DataConfig
+from mlx_dora.data.dataset import Dataset
+from mlx_dora.data.loading import as_dataset
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.config import DataConfig
-from mlx_dora.evaluate.data import Dataset, as_dataset
 from mlx_dora.evaluate.labels import find_labels, label_accuracy
 from tests.evaluate.test_loss import summed
 

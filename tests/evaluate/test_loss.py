@@ -7,8 +7,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_dora.data.batches import pad_batch
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.batches import pad_batch
 from mlx_dora.evaluate.loss import evaluate_loss, loss_fn, target_mask
 from tests.checks import assert_close, to_numpy
 

@@ -95,7 +95,7 @@ def test_climbing_shard_names_are_refused(tmp_path: Path, shard: str) -> None:
     ("index", "reason"),
     [
         ("{", "is not JSON"),
-        ("[]", "no weight_map"),
+        ("[]", "must hold a JSON object"),
         ('{"weight_map": {"a": 3}}', "no weight_map"),
         ('{"weight_map": {}}', "lists no tensors"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "not in the folder"),

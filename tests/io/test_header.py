@@ -19,6 +19,19 @@ def entry(start: int, end: int, shape: object = None, dtype: str = "F32") -> dic
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
+def test_a_name_with_half_a_surrogate_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", {"a\ud800": entry(0, 4)}, bytes(4))
+    with pytest.raises(DoRAError, match="half a surrogate pair"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("size", [2**63, 10**4000])
+def test_a_size_beyond_any_file_is_refused(tmp_path: Path, size: int) -> None:
+    path = write(tmp_path / "a.safetensors", {"a": entry(0, 4, [size])}, bytes(4))
+    with pytest.raises(DoRAError, match="bad shape"):
+        read_header(path)
+
+
 def test_reads_what_mlx_writes(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     mx.save_safetensors(

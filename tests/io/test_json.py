@@ -17,7 +17,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
 def test_what_is_not_json_is_refused_with_the_file(tmp_path, content):
     path = tmp_path / "c.json"
     path.write_bytes(content)
-    with pytest.raises(DoRAError, match="c.json is not"):
+    with pytest.raises(DoRAError, match=r"c\.json is not"):
         read_object(path)
 
 
@@ -28,5 +28,5 @@ def test_an_object_is_expected(tmp_path):
 
 
 def test_the_error_names_a_line():
-    with pytest.raises(DoRAError, match="rows.jsonl, line 3 is not JSON"):
+    with pytest.raises(DoRAError, match=r"rows\.jsonl, line 3 is not JSON"):
         parse("{", "rows.jsonl, line 3")

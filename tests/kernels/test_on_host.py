@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_dora import DoRAConfig, DoRALinear, apply_dora, fuse_dora, kernels
 from mlx_dora.kernels import dispatch, plain
 from mlx_dora.matrix.weight import row_blocks
-from mlx_dora.train.start import trainable_tensors
+from mlx_dora.train.run.start import trainable_tensors
 from tests.checks import assert_close, to_numpy
 from tests.metal_host.build import COMPILER, Builder
 from tests.metal_host.host import Host, launched

@@ -24,7 +24,7 @@ TENSORS = {"a.proj": mx.array([3.0, 0.0]), "b.proj": mx.array([0.0, 4.0, 12.0])}
 
 
 def test_a_folder_gives_back_what_it_took_over_its_norm(tmp_path: Path) -> None:
-    facts = save_fisher(tmp_path / "f", FACTS, TENSORS.items())
+    facts = save_fisher(tmp_path / "f", FACTS, TENSORS.items(), inputs=())
     assert facts.norm == pytest.approx(13.0)
     found = load_fisher(tmp_path / "f")
     assert found.facts == facts
@@ -34,22 +34,25 @@ def test_a_folder_gives_back_what_it_took_over_its_norm(tmp_path: Path) -> None:
     assert_close(one, np.array([0.0, 4.0, 12.0]) / 13)
     assert found.read("c.proj", (3, 7)) is None
     with pytest.raises(DoRAError, match="already exists"):
-        save_fisher(tmp_path / "f", FACTS, TENSORS.items())
+        save_fisher(tmp_path / "f", FACTS, TENSORS.items(), inputs=())
 
 
 def test_values_whose_squares_overflow(tmp_path: Path) -> None:
     large = {"a.proj": mx.array([3e30, 4e30])}
-    assert save_fisher(tmp_path / "f", FACTS, large.items()).norm == pytest.approx(5e30)
+    assert save_fisher(
+        tmp_path / "f", FACTS, large.items(), inputs=()
+    ).norm == pytest.approx(5e30)
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
-    save_fisher(tmp_path / "f", FACTS, TENSORS.items())
+    save_fisher(tmp_path / "f", FACTS, TENSORS.items(), inputs=())
     facts = tmp_path / "f" / "fisher.json"
     content = json.loads(facts.read_text())
     no_norm, other = {**content, "norm": 0}, {**content, "granularity": "cell"}
     for text in ("{", "[]", '{"rows": 1}', json.dumps(no_norm), json.dumps(other)):
         facts.write_text(text)
-        with pytest.raises(DoRAError, match="not what was written") as caught:
+        reason = "not what was written|is not JSON|must hold a JSON object"
+        with pytest.raises(DoRAError, match=reason) as caught:
             load_fisher(tmp_path / "f")
         assert "\n" not in str(caught.value)
     facts.unlink()
@@ -59,7 +62,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
 
 def test_nothing_known_at_all_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DoRAError, match="tells nothing"):
-        save_fisher(tmp_path / "f", FACTS, {"a": mx.zeros(3)}.items())
+        save_fisher(tmp_path / "f", FACTS, {"a": mx.zeros(3)}.items(), inputs=())
     assert not list(tmp_path.iterdir())
 
 
@@ -102,3 +105,27 @@ def test_weights_of_rows() -> None:
     found, unknown = informed_weights(weights, known)
     assert unknown == 1
     np.testing.assert_allclose(found, [[0.25, 0.75], [1, 0], [0.25, 0.75]])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("rows", "2", "rows is '2'"),
+        ("tokens", -1, "tokens is -1"),
+        ("norm", float("nan"), "norm is nan"),
+        ("norm", float("inf"), "norm is inf"),
+        ("norm", [], r"norm is \[\]"),
+        ("labels", ["data"], r"labels is \['data'\]"),
+        ("model", 5, "model is 5"),
+        ("strange", 5, "strange is unknown"),
+        ("norm", None, "norm is None"),
+    ],
+)
+def test_each_fact_is_checked(
+    tmp_path: Path, name: str, value: object, reason: str
+) -> None:
+    save_fisher(tmp_path / "f", FACTS, TENSORS.items(), inputs=())
+    facts = tmp_path / "f" / "fisher.json"
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), name: value}))
+    with pytest.raises(DoRAError, match=reason):
+        load_fisher(tmp_path / "f")

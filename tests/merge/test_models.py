@@ -98,9 +98,8 @@ def known_of(folder: Path, count: int, granularity: str = "row") -> list[Path]:
     for i in range(count):
         value = np.random.default_rng(i).uniform(1, 9, shape).astype(np.float32)
         path = folder / f"fisher_{granularity}_{i}"
-        save_fisher(
-            path, facts, {MATRIX.removesuffix(".weight"): mx.array(value)}.items()
-        )
+        tensors = {MATRIX.removesuffix(".weight"): mx.array(value)}
+        save_fisher(path, facts, tensors.items(), inputs=())
         made.append(path)
     return made
 
@@ -321,4 +320,4 @@ def test_the_command(three: list[Path], tmp_path: Path) -> None:
     assert_close(mx.array(read(tmp_path / "two", MATRIX)), expected)
     assert CliRunner().invoke(command, [*args, a]).exit_code == 2
     config.write_text("merge_method: [")
-    assert "is not YAML" in CliRunner().invoke(command, args).stderr
+    assert "is not valid YAML" in CliRunner().invoke(command, args).stderr

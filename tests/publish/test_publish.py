@@ -68,7 +68,8 @@ def test_a_trained_and_a_fused_folder_arrive_with_their_cards(
     assert "mlx_dora.train --model" in card
     assert "| rank | 2 |" in card
     assert "| iters | 2 |" in card
-    assert f"| data | {data} |" in card
+    assert "| data | data |" in card
+    assert str(tmp_path) not in card
     layers = analyze_adapter(load_adapter(adapter), tiny_model_folder).layers
     mean = sum(one.delta_m for one in layers) / len(layers)
     assert f"Mean over {len(layers)} matrices: ΔM {mean:.3g} (" in card
@@ -112,3 +113,33 @@ def test_a_refused_upload_leaves_the_folder_and_says_how_to_go_on(
     last = found.stderr.splitlines()[-1]
     assert "is complete, but uploading it to someone/adapter failed" in last
     assert load_adapter(tmp_path / "adapter").tensors
+
+
+def test_an_upload_without_a_network_is_one_line_and_keeps_the_folder(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "my adapter"
+    folder.mkdir()
+    (folder / "README.md").write_text("x")
+    script = (
+        "import sys; from mlx_dora.publish.upload import upload_folder\n"
+        "try: upload_folder(sys.argv[1], 'someone/adapter')\n"
+        "except ValueError as error: print(type(error).__name__, error)"
+    )
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": "http://127.0.0.1:9",  # the port of `discard`: closed
+        "HF_TOKEN": "hf_x",
+        "HF_HUB_OFFLINE": "0",
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", script, str(folder)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("DoRAError ")
+    assert f"{folder} is complete, but uploading it" in found.stdout
+    assert f"try again with `hf upload someone/adapter '{folder}'`" in found.stdout

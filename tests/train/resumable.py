@@ -20,7 +20,8 @@ from mlx_lm.models import llama
 
 from mlx_dora import DoRAConfig
 from mlx_dora.io import atomic
-from mlx_dora.train import TrainConfig, checkpoint, finetune
+from mlx_dora.train import TrainConfig, finetune
+from mlx_dora.train.run import checkpoint
 from tests.train.conftest import EXAMPLES
 
 SETTINGS: dict[str, Any] = {

@@ -10,7 +10,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from mlx_dora.train.start import trainable_tensors
+from mlx_dora.train.run.start import trainable_tensors
 from tests.checks import assert_close, to_numpy
 from tests.train.conftest import EXAMPLES
 from tests.train.saved import tensors

@@ -1,6 +1,5 @@
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -10,12 +9,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_dora.data.schedule import Schedule
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.schedule import Schedule
 from mlx_dora.layers import DoRALinear
 from mlx_dora.train import TrainConfig
-from mlx_dora.train.bilevel import BilevelStepper, bilevel_optimizer, split_rows
-from mlx_dora.train.update import Stepper
+from mlx_dora.train.bilevel import BilevelStepper
 from tests.checks import assert_close, to_numpy
 from tests.layers.variants.oracle import Params, numeric_gradients, row_norms, update
 from tests.train.conftest import EXAMPLES
@@ -65,10 +63,17 @@ def batch(data: Data) -> Any:
 
 
 def stepper_for(model: One, held_out: list[Data]) -> BilevelStepper:
-    optimizer = bilevel_optimizer(TrainConfig(optimizer="sgd", learning_rate=RATE))
+    settings = TrainConfig(optimizer="sgd", learning_rate=RATE)
+    optimizer = BilevelStepper.make_optimizer(settings)
     optimizer.init(model.trainable_parameters())
-    make = partial(Stepper, model, loss=squares, group=mx.distributed.init())
-    return BilevelStepper(model, make, optimizer, map(batch, iter(held_out)))
+    return BilevelStepper(
+        model,
+        optimizer,
+        [map(batch, iter(held_out))],
+        loss=squares,
+        group=mx.distributed.init(),
+        settings=settings,
+    )
 
 
 def flat(model: One) -> Params:
@@ -137,7 +142,8 @@ def test_a_bad_held_out_batch_leaves_the_magnitudes(
 
 def test_each_optimizer_keeps_its_own_moments() -> None:
     model = One()
-    optimizer = bilevel_optimizer(TrainConfig(optimizer="adam"))
+    optimizer = BilevelStepper.make_optimizer(TrainConfig(optimizer="adam"))
+    assert isinstance(optimizer, optim.MultiOptimizer)
     optimizer.init(model.trainable_parameters())
     magnitudes, others = (dict(tree_flatten(one.state)) for one in optimizer.optimizers)
     assert {n.split(".")[1] for n in magnitudes if n.startswith("layer")} == {"m"}
@@ -150,7 +156,7 @@ def test_each_optimizer_keeps_its_own_moments() -> None:
 
 def test_rows_are_split_by_the_seed() -> None:
     data = [([1, n, 2], 0) for n in range(50)]
-    parts = [split_rows(data, TrainConfig(seed=seed)) for seed in (0, 0, 1)]
+    parts = [BilevelStepper.levels(data, TrainConfig(seed=seed)) for seed in (0, 0, 1)]
     told = [
         [
             [one[0][1] for one in map(half.__getitem__, range(len(half)))]
@@ -166,7 +172,7 @@ def test_rows_are_split_by_the_seed() -> None:
 
 def test_each_level_sees_its_own_rows(run: Run) -> None:
     """Other held-out rows change m alone in a step, other rows at first A and B."""
-    lower, upper = split_rows(EXAMPLES, TrainConfig(magnitude_share=0.4))
+    lower, upper = BilevelStepper.levels(EXAMPLES, TrainConfig(magnitude_share=0.4))
     held = [upper[index] for index in range(len(upper))]
     settings = {"variant": "bidora", "magnitude_share": 0.4, "iters": 1}
     _, one = run("one", **settings)
@@ -198,7 +204,9 @@ def test_batches_of_ones_own_are_made_for_each_level(run: Run) -> None:
 
 def test_what_cannot_be_split_is_refused(run: Run, tmp_path: Any) -> None:
     for share in (0.0, 1.0, 1, "half"):
-        with pytest.raises(DoRAError, match="magnitude_share must be above 0 and belo"):
+        with pytest.raises(
+            DoRAError, match=r"magnitude_share must .*above 0 and below 1"
+        ):
             TrainConfig(magnitude_share=share)  # pyright: ignore[reportArgumentType]
     for share, count in ((0.01, 0), (0.99, 12)):
         with pytest.raises(DoRAError, match=rf"share {share} of 12 rows is {count}\."):

@@ -5,9 +5,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_dora import DoRAConfig
+from mlx_dora.data.config import DataConfig
+from mlx_dora.data.loading import load_datasets
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.config import DataConfig
-from mlx_dora.evaluate.data import load_datasets
 from mlx_dora.evaluate.loss import evaluate_loss
 from mlx_dora.train import TrainConfig, job
 from mlx_dora.train.job import run_job

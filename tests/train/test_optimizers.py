@@ -80,6 +80,11 @@ def test_the_schedule_beats_the_learning_rate() -> None:
             {"name": "cosine_decay", "arguments": [1]},
             r"cosine_decay\(init.* does not take \[1\]",
         ),
+        ({"name": {"": []}, "arguments": [1]}, "name must be cosine_decay"),
+        ({"name": "cosine_decay", "arguments": [1, 2**64]}, "a list of numbers"),
+        ({"name": "cosine_decay", "arguments": [float("nan"), 2]}, "a list of numbers"),
+        ({"name": "cosine_decay", "arguments": [1, 0]}, "does not take|not finite"),
+        ({"name": "step_decay", "arguments": [1e300, 1e300, 1]}, "not finite"),
         ({"name": "cosine_decay", "arguments": [1, 2], "warmpu": 3}, "unknown warmpu"),
         (
             {"name": "cosine_decay", "arguments": [1, 2], "warmup": -1},
@@ -98,6 +103,11 @@ def test_bad_schedules_are_told(settings: dict[str, Any], message: str) -> None:
         ({"adam": {"momentum": 1}}, "unknown momentum; known are betas"),
         ({"adamx": {}}, "no optimizer adamx"),
         ({"adam": 5}, r"optimizer_config\.adam must be a mapping"),
+        ({"adam": {"betas": "ab"}}, r"adam\.betas must be like \[0\.9, 0\.999\]"),
+        ({"adam": {"betas": [0.9]}}, r"adam\.betas must be like"),
+        ({"adam": {"eps": "~"}}, r"adam\.eps must be like"),
+        ({"adam": {"eps": float("nan")}}, r"adam\.eps must be like"),
+        ({"adam": {"bias_correction": 1}}, r"adam\.bias_correction must be like"),
     ],
 )
 def test_bad_settings_are_told(settings: dict[str, Any], message: str) -> None:

@@ -13,8 +13,8 @@ import pytest
 from tests.checks import assert_close, to_numpy
 from tests.cli.training_data import write_data
 from tests.train import ring
+from tests.train.run.test_resume import assert_same_run
 from tests.train.saved import log, tensors
-from tests.train.test_resume import assert_same_run
 
 Run = Callable[..., Any]
 
@@ -139,6 +139,24 @@ def test_what_fails_in_one_ends_all_with_one_line(
     assert (one, two, silence) == (1, 1, "")
     assert errors.startswith("Error: adapter_path ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_process_ends_the_other_after_the_stated_time(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_DORA_PEER_TIMEOUT", "4")
+    endless = [*arguments, "--adapter-path", str(tmp_path / "out"), "--iters", "100000"]
+    with ring.started(tmp_path, endless, endless) as (one, two):
+        assert one.stderr is not None
+        while not one.stderr.readline().startswith("step "):
+            assert one.poll() is None
+        two.send_signal(signal.SIGSTOP)
+        _, errors = one.communicate(timeout=60)
+        two.send_signal(signal.SIGCONT)
+    assert one.returncode == 1
+    last = errors.splitlines()[-1]
+    assert "process 1 of this training has given no sign of life for 4 seconds" in last
+    assert "--resume" in last
 
 
 def test_ctrl_c_in_one_ends_all_and_saves(arguments: list[str], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mlx_dora.adapters.surgery import dora_layers, remove_dora
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import DoRALinear
 from mlx_dora.train import TrainConfig, plan_memory
-from mlx_dora.train.checkpoint import newest_checkpoint
+from mlx_dora.train.run.checkpoint import newest_checkpoint
 from tests.checks import assert_close, to_numpy
 from tests.train.conftest import EXAMPLES
 from tests.train.saved import config, log, same_bits, tensors

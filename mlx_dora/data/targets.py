@@ -1,0 +1,32 @@
+"""Which tokens of a row may be targets."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Spans = tuple[tuple[int, int], ...]
+Example = tuple[list[int], int | Spans]
+"""Tokens, and which of them may be targets: all from a position on, or some spans."""
+
+
+class IncompleteSpans(Spans):
+    """Spans of a row in which the template does not show every answer."""
+
+
+def target_spans(targets: int | Spans, length: int) -> Spans:
+    """The spans ``[start, end)`` of targets among the first `length` tokens.
+
+    A row's very first token is never a target: nothing comes before it.
+    """
+    spans = ((targets, length),) if isinstance(targets, int) else targets
+    cut = ((max(start, 1), min(end, length)) for start, end in spans)
+    return tuple((start, end) for start, end in cut if start < end)
+
+
+def token_row(row: Any) -> Example:
+    """Take a row of token ids, alone or in a pair with its targets."""
+    if len(row) != 2 or not isinstance(row[0], Sequence):
+        return list(row), 0
+    tokens, targets = row
+    if isinstance(targets, Sequence):
+        return list(tokens), tuple((int(a), int(b)) for a, b in targets)
+    return list(tokens), int(targets)

@@ -1,0 +1,180 @@
+"""Reading a folder of PEFT's as an adapter.
+
+The formats differ in names, in the transposition of A and B, and in the multiplier,
+which PEFT writes as alpha / r. What only ours holds (the scale to the last bit, the
+base's fingerprint, the training summary) travels in the metadata of PEFT's tensor file,
+which PEFT does not read.
+"""
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dora.adapters.adapter import Adapter, BaseModel, adapter_problems, listed
+from mlx_dora.adapters.attach import fit_problems
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.fingerprint import fingerprint
+from mlx_dora.adapters.format import parse_config
+from mlx_dora.adapters.hosting import load_lazily
+from mlx_dora.adapters.keys import natural_order, shortened
+from mlx_dora.adapters.one_save import CONFIG_NAME
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.gate import read_tensors
+from mlx_dora.io.header import read_metadata
+from mlx_dora.io.json import parse
+from mlx_dora.peft.classes import ClassNames
+from mlx_dora.peft.config import PeftConfig
+from mlx_dora.peft.config_file import read_peft_config
+from mlx_dora.peft.copies import copy_problems, take_copies
+from mlx_dora.peft.modules import ModelModules
+from mlx_dora.peft.names import class_of, look_plain, names_of
+from mlx_dora.peft.tensors import PEFT_TENSORS_NAME, our_tensors
+from mlx_dora.peft.writing import CLASS_KEY, OURS_KEY, to_peft  # noqa: F401 moves soon
+
+# Scales this close are one: s·r/r need not give s back.
+_SAME_SCALE = 1e-12
+
+logger = logging.getLogger(__name__)
+
+
+def from_peft(path: str | Path, model: nn.Module | str | Path | None = None) -> Adapter:
+    """Read a LoRA or DoRA adapter that PEFT saved.
+
+    Scales that differ by module are folded into ``lora_b``.
+
+    Args:
+        path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: The base in MLX, as a loaded model, a local folder or a Hub id. With it,
+            PEFT's module names are matched to the model's, ``target_modules`` is
+            resolved against it, shapes are checked, and its fingerprint is recorded.
+            Without it, the names are taken as they are (an adapter that `to_peft` wrote
+            gets its own back), and `attach_adapter` checks them later.
+
+    Raises:
+        DoRAError: If the folder is not in order, or the adapter is not a plain LoRA or
+            DoRA on linear layers; one message with all problems by name.
+    """
+    config, file = _files_of(Path(path))
+    if isinstance(model, str | Path):
+        model = load_lazily(model)
+    raw, metadata = read_tensors(file, all_weights=True), read_metadata(file)
+    ours = _remembered(metadata, file)
+    copies = take_copies(raw)
+    tensors, problems = our_tensors(raw)
+    paths = sorted({n.rpartition(".")[0] for n in tensors}, key=natural_order)
+    unnamed = [path for path in paths if not config.targets(path)]
+    problems += listed("tensors of modules outside target_modules:", unnamed)
+    if model is None:
+        names = _names_as_written(paths, ours, metadata)
+        problems += copy_problems(copies, None, str)
+    else:
+        modules = ModelModules(model)
+        if refusal := modules.names.refusal:
+            problems.append(f"adapters of {class_of(model)} do not convert ({refusal})")
+        problems += copy_problems(copies, model, modules.path_of)
+        names, unmatched = modules.match(config, paths)
+        problems += unmatched
+    if problems:
+        raise DoRAError(f"{path}: {'; '.join(problems)}.")
+    adapter = _as_adapter(config, tensors, names, ours)
+    problems = adapter_problems(adapter)
+    if model is not None:
+        adapter = replace(
+            adapter, base=replace(adapter.base, fingerprint=fingerprint(model))
+        )
+        problems += fit_problems(model, adapter)
+    if problems:
+        raise DoRAError(f"{path}: {'; '.join(problems)}.")
+    return adapter
+
+
+def _files_of(folder: Path) -> tuple[PeftConfig, Path]:
+    if not folder.is_dir():
+        raise DoRAError(f"{folder} is not a PEFT adapter: there is no such folder.")
+    file = folder / PEFT_TENSORS_NAME
+    if not file.is_file():
+        hint = ""
+        if (folder / "adapter_model.bin").is_file():
+            hint = (
+                " Its adapter_model.bin is a pickle, which can run code and is never "
+                "read: save it again with safe_serialization=True."
+            )
+        raise DoRAError(f"{folder} has no {PEFT_TENSORS_NAME}.{hint}")
+    if not (folder / CONFIG_NAME).is_file():
+        raise DoRAError(f"{folder} has no {CONFIG_NAME}.")
+    return read_peft_config(folder / CONFIG_NAME), file
+
+
+def _as_adapter(
+    config: PeftConfig,
+    tensors: dict[str, mx.array],
+    names: dict[str, str],
+    ours: Adapter | None,
+) -> Adapter:
+    """The adapter under the model's names, with one scale."""
+    ranks = {new: config.rank_of(old) for old, new in names.items()}
+    scales = {new: config.scale_of(old) for old, new in names.items()}
+    scale = max(scales.values(), key=abs, default=1.0)
+    if ours is not None and _is_same(ours.config.scale, scale):
+        scale = ours.config.scale
+    renamed = {}
+    for name, value in tensors.items():
+        old, _, leaf = name.rpartition(".")
+        path = names[old]
+        if leaf == "lora_b" and not _is_same(scales[path], scale):
+            value = value * (scales[path] / scale)
+        renamed[f"{path}.{leaf}"] = value
+    dora = DoRAConfig(
+        rank=max(ranks.values(), default=config.r),
+        scale=scale,
+        dropout=config.lora_dropout,
+        keys=tuple(sorted(ranks, key=natural_order)) or None,
+        num_layers=-1 if ours is None else ours.config.num_layers,
+        rank_pattern=ranks if len(set(ranks.values())) > 1 else None,
+    )
+    base = BaseModel(model=config.base_model_name_or_path)
+    return Adapter(
+        config=dora,
+        tensors=renamed,
+        base=base if ours is None else ours.base,
+        fine_tune_type="dora" if config.use_dora else "lora",
+        training=None if ours is None else ours.training,
+    )
+
+
+def _remembered(metadata: dict[str, str], file: Path) -> Adapter | None:
+    """What `to_peft` wrote beside the tensors, as an adapter without any."""
+    if OURS_KEY not in metadata:
+        return None
+    where = f"{file}: the metadata {OURS_KEY!r}"
+    content = parse(metadata[OURS_KEY], where)
+    if not isinstance(content, dict):
+        raise DoRAError(f"{where} must be a JSON object, got {content!r:.60}.")
+    return parse_config(content)
+
+
+def _names_as_written(
+    paths: Iterable[str], ours: Adapter | None, metadata: dict[str, str]
+) -> dict[str, str]:
+    """PEFT's paths to those that `to_peft` translated; others stay as they are."""
+    written = names_of(metadata.get(CLASS_KEY)) or ClassNames()
+    keys = () if ours is None else ours.config.keys or ()
+    back = {written.to_transformers(key): key for key in keys}
+    names = {path: back.get(path, path) for path in paths}
+    unknown = [path for path in names if path not in back]
+    if not look_plain(unknown):
+        logger.warning(
+            "without a model, modules keep the names that they have in PEFT, which may "
+            "differ from MLX's: %s",
+            shortened(unknown),
+        )
+    return names
+
+
+def _is_same(scale: float, other: float) -> bool:
+    return math.isclose(scale, other, rel_tol=_SAME_SCALE)

@@ -1,0 +1,231 @@
+"""mlx-lm's server with our checks in front of its generation thread.
+
+Imported by a function, since mlx_lm takes a second to import.
+"""
+
+import io
+import json
+import logging
+import sys
+import time
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import server
+from mlx_lm.models.cache import LRUPromptCache
+
+from mlx_dora.errors import DoRAError, printable
+from mlx_dora.io.json import parse
+from mlx_dora.serve.paths import NotServedError, ServedPaths
+from mlx_dora.serve.request import check_for_vocabulary, check_request
+
+MAX_BYTES = 64 * 2**20
+"""Greatest size of a request; images travel inside it."""
+
+COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
+
+
+class Provider(server.ModelProvider):
+    """Loads the model of a request, of those that the server gives."""
+
+    def __init__(self, cli_args: Any, root: Path | None) -> None:
+        super().__init__(cli_args)
+        self.vocabulary = 0
+        self.paths = ServedPaths(
+            model=cli_args.model,
+            adapter=cli_args.adapter_path,
+            draft=cli_args.draft_model,
+            root=root,
+        )
+
+    def load(
+        self,
+        model_path: str,
+        adapter_path: str | None = None,
+        draft_model_path: str | None = None,
+    ) -> tuple[Any, Any]:
+        """Load what a request names. mlx-lm's own ignores its adapter without a model.
+
+        Raises:
+            NotServedError: If the request may not have it.
+        """
+        key = self.paths.choose(model_path, adapter_path, draft_model_path)
+        if self.model_key != key:
+            self._load(*key)
+        return self.model, self.tokenizer
+
+    def _load(
+        self,
+        model_path: str,
+        adapter_path: str | None = None,
+        draft_model_path: str | None = None,
+    ) -> None:
+        super()._load(model_path, adapter_path, draft_model_path)
+        model: Any = self.model
+        # Shapes are known before anything is computed, and nothing here is.
+        self.vocabulary = model(mx.array([[0]])).shape[-1]
+
+
+class Generator(server.ResponseGenerator):
+    """Generates in a thread of its own, and remembers what that thread died of."""
+
+    model_provider: Provider
+    failure: BaseException | None = None
+
+    def _run_generate(self) -> None:
+        with _Outcome(self):
+            self._generate()
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        check_for_vocabulary(
+            self.model_provider.vocabulary,
+            logit_bias=args.logits.logit_bias,
+            top_k=args.sampling.top_k,
+            top_logprobs=args.top_logprobs,
+        )
+        for word in args.stop_words:
+            if not tokenizer.encode(word, add_special_tokens=False):
+                raise DoRAError(f"stop holds {word!r}, which has no tokens.")
+        found = super()._tokenize(tokenizer, request, args)
+        if not found[0]:
+            raise DoRAError("the prompt has no tokens.")
+        return found
+
+    def raise_failure(self) -> None:
+        """Raise what the thread died of, if it did."""
+        error = self.failure
+        if isinstance(error, DoRAError | OSError):
+            raise error
+        if error is not None:
+            text = printable(str(error), 300)
+            raise DoRAError(
+                f"the generation thread died of {type(error).__name__}: {text} "
+                "(--log-level DEBUG shows where)."
+            ) from error
+
+
+class _Outcome:
+    """Keeps the error that ends a generation thread; the main thread raises it."""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if error is not None:
+            logging.debug("the generation thread died", exc_info=error)
+            self._generator.failure = error
+            self._generator._generation_failed = True
+        return True
+
+
+class Handler(server.APIHandler):
+    """Answers a request that is not right with an error, before mlx-lm sees it."""
+
+    response_generator: Generator
+    _headers_buffer: list[bytes]  # what is not sent yet
+
+    def do_POST(self) -> None:
+        """Check the body of a request, then hand it to mlx-lm."""
+        length = self.headers.get("Content-Length", "")
+        if self.path not in COMPLETIONS or not length.isdecimal():
+            if length.startswith("-"):
+                self._refuse(400, "Content-Length must not be negative.")
+            else:
+                super().do_POST()  # refuses it
+            return
+        if len(length) > 12 or int(length) > MAX_BYTES:
+            self._refuse(413, f"a request may have at most {MAX_BYTES} bytes.")
+            return
+        try:
+            body = parse(self.rfile.read(int(length)), "the request")
+            body = check_request(body, is_chat="chat" in self.path)
+            self.response_generator.model_provider.paths.choose(
+                body.get("model", "default_model"),
+                body.get("adapters"),
+                body.get("draft_model", "default_model"),
+            )
+        except DoRAError as error:
+            self._refuse(_status(error), str(error))
+            return
+        content = json.dumps(body).encode()
+        self.headers.replace_header("Content-Length", str(len(content)))
+        self.rfile = io.BytesIO(content)
+        self._headers_buffer = []
+        try:
+            super().do_POST()
+        except (RuntimeError, TypeError, ValueError) as error:  # while it generated
+            if not self._headers_buffer:
+                raise  # part of the answer is sent already
+            self._headers_buffer.clear()
+            is_alive = self.response_generator.generation_available()
+            self._refuse(_status(error) if is_alive else 503, str(error))
+
+    def _refuse(self, status: int, message: str) -> None:
+        self._set_completion_headers(status)
+        self.end_headers()
+        self.wfile.write(json.dumps({"error": message}).encode())
+
+    def _set_completion_headers(self, status_code: int = 200) -> None:
+        error = sys.exc_info()[1]
+        if status_code == 404 and error is not None:  # mlx-lm's answer to any error
+            status_code = _status(error)
+            if not self.response_generator.generation_available():
+                status_code = 503
+        super()._set_completion_headers(status_code)
+
+
+def _status(error: BaseException) -> int:
+    return 404 if isinstance(error, NotServedError) else 400
+
+
+def run(host: str, port: int, model_provider: Any, root: Path | None) -> None:
+    """Serve until interrupted; stands in for mlx-lm's function of this name.
+
+    Raises:
+        DoRAError: If the generation thread died.
+        OSError: If the port cannot be had.
+    """
+    cli_args = model_provider.cli_args
+    generator = Generator(
+        Provider(cli_args, root), LRUPromptCache(cli_args.prompt_cache_size)
+    )
+
+    class Server(ThreadingHTTPServer):
+        def service_actions(self) -> None:
+            if generator.failure is not None:
+                time.sleep(1.5)  # those who wait for an answer get an error first
+                generator.raise_failure()
+
+    if mx.distributed.init().rank() == 0:
+        try:
+            server._run_http_server(host, port, generator, Server, Handler)
+        finally:
+            generator.stop_and_join()
+    else:
+        generator.join()
+    generator.raise_failure()
+
+
+def main(root: Path | None) -> None:
+    """Run mlx-lm's server command on ``sys.argv``.
+
+    Args:
+        root: Folder that holds the models and adapters that requests may name.
+    """
+    theirs = server.run
+    server.run = lambda host, port, provider: run(host, port, provider, root)
+    try:
+        server.main()
+    finally:
+        server.run = theirs

@@ -1,0 +1,1 @@
+"""How much memory a training needs, calculated before any weight is read."""

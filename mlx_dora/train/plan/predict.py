@@ -1,0 +1,196 @@
+"""What a training will need of memory, before any weight is read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.errors import DoRAError
+from mlx_dora.evaluate.cross_entropy import chunk_size
+from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
+
+# Arrays of chunk's size, or of a block's width, that MLX has in flight at a time: it
+# allocates ahead of what is computed, by ten tasks. See docs/memory.md.
+_IN_FLIGHT = 10
+_BLOCK_IN_FLIGHT = 8
+_RECOMPUTED_IN_FLIGHT = 12
+# Scores of one block in its backward pass besides those it kept.
+_SCORES_IN_FLIGHT = 2
+# Copies of the trained parameters that an optimizer keeps.
+_OPTIMIZER_COPIES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes of a training step at its peak, calculated.
+
+    Args:
+        batch_size: Rows in a batch.
+        length: Tokens in a row.
+        grad_checkpoint: Whether blocks are recomputed.
+        weights: The model as stored.
+        adapter: What is trained, in float32 (a part of the weights in full training).
+        optimizer: Its state.
+        gradients: Of what is trained.
+        activations: Kept for the backward pass, scores apart, and in flight there.
+        scores: Of the attention, kept and in flight. MLX materialises them in training
+            on every device; Apple's fused attention serves validation alone.
+        logits: Of the chunks in flight.
+        peak: Of the whole: activations and logits do not peak together.
+        limit: What MLX may use on this machine.
+        longest: Tokens a row that would fit at this batch size; 0 for none.
+        largest_batch: Rows that would fit at this length; 0 for none.
+        advice: Flags that would make it fit, the least costly first.
+    """
+
+    batch_size: int
+    length: int
+    grad_checkpoint: bool
+    weights: int
+    adapter: int
+    optimizer: int
+    gradients: int
+    activations: int
+    scores: int
+    logits: int
+    peak: int
+    limit: int
+    longest: int
+    largest_batch: int
+    advice: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the limit."""
+        return self.peak <= self.limit
+
+
+def plan_memory(
+    train: TrainConfig, dora: DoRAConfig, *, limit: int | None = None
+) -> MemoryPlan:
+    """Calculate the peak memory of a training whose rows all have the maximum length.
+
+    From the config and the headers of the model's files alone.
+
+    Args:
+        train: Names the model; batch size, maximum length, optimizer, accumulation and
+            checkpointing count.
+        dora: Which modules are adapted, at which rank.
+        limit: Bytes to fit into; by default this machine's.
+
+    Raises:
+        DoRAError: If there is no such model, its blocks are not of attention and one
+            dense MLP, or `dora` does not fit it.
+    """
+    if train.model is None:
+        raise DoRAError("model is not given: name a folder or a Hugging Face id.")
+    if not dora.is_plain:
+        raise DoRAError(
+            "no memory plan for variants, init pissa or magnitude_keys: planned are "
+            "DoRA, LoRA and full fine-tuning."
+        )
+    shapes = read_shapes(Path(train.model), dora, train.fine_tune_type)
+    limit = memory_limit() if limit is None else limit
+    plan = predict(shapes, train, limit)
+    return replace(plan, advice=() if plan.fits else _advise(shapes, train, limit))
+
+
+def memory_limit() -> int:
+    """Bytes to stay within here: an Apple GPU's working set, else MLX's limit."""
+    info = mx.device_info()
+    found = info.get("max_recommended_working_set_size") or info.get("memory_size")
+    return min(int(found), mx.get_memory_limit()) if found else mx.get_memory_limit()
+
+
+def predict(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan:
+    """The plan of a model's training, without advice."""
+
+    def fitting(change: Callable[[int], TrainConfig], most: int) -> int:
+        least = 0
+        while least < most:  # the greatest that fits
+            middle = (least + most + 1) // 2
+            if _peak(shapes, change(middle), limit).peak <= limit:
+                least = middle
+            else:
+                most = middle - 1
+        return least
+
+    plan = _peak(shapes, train, limit)
+    longest = fitting(lambda n: replace(train, max_seq_length=8 * max(n, 1)), 1 << 17)
+    rows = fitting(lambda n: replace(train, batch_size=max(n, 1)), 1 << 14)
+    return replace(plan, longest=8 * longest, largest_batch=rows)
+
+
+def _peak(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan:
+    length = train.max_seq_length
+    tokens = train.batch_size * (length - 1)
+    size = shapes.element_bytes
+    # 1. What is there all the time.
+    is_full = train.fine_tune_type == "full"
+    trained = shapes.trainable * (size if is_full else 4)
+    optimizer = trained * _OPTIMIZER_COPIES[train.optimizer]
+    gradients = trained + 4 * shapes.trainable * (train.grad_accumulation_steps > 1)
+    always = shapes.weight_bytes + (0 if is_full else trained) + optimizer + gradients
+    # 2. What the forward pass keeps.
+    score = train.batch_size * shapes.heads * (length - 1) ** 2 * size
+    stream = tokens * shapes.hidden * size
+    block = tokens * max(shapes.block_elements, default=0) * size
+    count = len(shapes.block_elements)
+    widest = tokens * shapes.block_width * size
+    if train.grad_checkpoint:
+        kept, kept_scores = count * stream, 0
+        working = block + _RECOMPUTED_IN_FLIGHT * widest
+        working_scores = 1 + _SCORES_IN_FLIGHT
+    else:
+        kept, kept_scores = tokens * sum(shapes.block_elements) * size, count
+        working, working_scores = _BLOCK_IN_FLIGHT * widest, _SCORES_IN_FLIGHT
+    # 3. Either the head is at work, or a block's backward pass.
+    chunk = min(tokens, chunk_size(shapes.vocabulary))
+    chunks = min(_IN_FLIGHT, 3 * -(-tokens // chunk))
+    wide = 4 if mx.default_device() == mx.cpu else size
+    logits = chunks * chunk * shapes.vocabulary * wide
+    backward = working + working_scores * score
+    return MemoryPlan(
+        batch_size=train.batch_size,
+        length=length,
+        grad_checkpoint=train.grad_checkpoint,
+        weights=shapes.weight_bytes,
+        adapter=trained,
+        optimizer=optimizer,
+        gradients=gradients,
+        activations=kept + working,
+        scores=(kept_scores + working_scores) * score,
+        logits=logits,
+        peak=always + kept + kept_scores * score + max(logits, backward),
+        limit=limit,
+        longest=0,
+        largest_batch=0,
+    )
+
+
+def _advise(shapes: ModelShapes, train: TrainConfig, limit: int) -> tuple[str, ...]:
+    """Flags that make it fit: alone if one does, else added up."""
+    advice = []
+    if not train.grad_checkpoint:
+        train = replace(train, grad_checkpoint=True)
+        advice.append("--grad-checkpoint")
+    while _peak(shapes, train, limit).peak > limit and train.batch_size > 1:
+        half = train.batch_size // 2
+        steps = train.grad_accumulation_steps * train.batch_size // half
+        train = replace(train, batch_size=half, grad_accumulation_steps=steps)
+    if train.grad_accumulation_steps > 1:
+        advice.append(
+            f"--batch-size {train.batch_size} --grad-accumulation-steps "
+            f"{train.grad_accumulation_steps}"
+        )
+    plan = predict(shapes, train, limit)
+    if not plan.fits:
+        if plan.longest < 8:
+            return (
+                "a smaller or quantised model: this one does not fit at any length",
+            )
+        advice.append(f"--max-seq-length {plan.longest}")
+    return tuple(advice)

@@ -1,0 +1,234 @@
+"""A model's shapes from its config and the headers of its files, no weight read."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.hosting import model_folder
+from mlx_dora.adapters.keys import blocks, last_blocks, takes_lora
+from mlx_dora.adapters.surgery import adaptable_paths
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.checkpoint import Checkpoint
+from mlx_dora.io.foreign import foreign
+from mlx_dora.layers import DoRAEmbedding, dora_class
+from mlx_dora.train.config import FineTuneType
+
+# How many experts a token goes to.
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+# Projections that read the same input.
+_SHARED_INPUT = {
+    "k_proj": "q_proj",
+    "v_proj": "q_proj",
+    "up_proj": "gate_proj",
+    "expert up_proj": "expert gate_proj",
+}
+# Those whose output the block needs in the backward pass whether adapted or not.
+_KEPT_ANYWAY = ("v_proj", "gate_proj", "up_proj")
+# Arrays of an expert's width that its DoRA layer keeps.
+_RESCALED = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShapes:
+    """What the memory of a training depends on.
+
+    Args:
+        name: The architecture.
+        weight_bytes: Of all tensors.
+        element_bytes: Of one activation.
+        vocabulary: Tokens.
+        hidden: Width of the residual stream.
+        heads: Query heads.
+        block_width: Numbers a token of the widest activation in a block's MLP.
+        block_elements: Per trained block, numbers a token that it keeps for the
+            backward pass, the attention's scores apart.
+        trainable: Numbers that are trained.
+    """
+
+    name: str
+    weight_bytes: int
+    element_bytes: int
+    vocabulary: int
+    hidden: int
+    heads: int
+    block_width: int
+    block_elements: tuple[int, ...]
+    trainable: int
+
+
+def read_shapes(
+    model: str | Path, dora: DoRAConfig, fine_tune_type: FineTuneType
+) -> ModelShapes:
+    """Read the shapes of a model that is to be trained.
+
+    Args:
+        model: Folder or Hugging Face id of the model.
+        dora: Which modules are adapted.
+        fine_tune_type: How they are trained.
+
+    Raises:
+        DoRAError: If the model's blocks are not made of attention and an MLP, dense or
+            of experts, or `dora` does not fit the model.
+    """
+    from mlx_lm.utils import _get_classes, load_config
+
+    folder = model_folder(model)
+    with foreign(folder):
+        config = load_config(folder)
+    text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise _unplanned(config, "its text_config is not an object")
+    wanted = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    if missing := [key for key in wanted if not isinstance(text.get(key), int)]:
+        raise _unplanned(config, f"its config lacks {', '.join(missing)}")
+    if text.get("kv_lora_rank"):
+        raise _unplanned(config, "its attention is latent (kv_lora_rank)")
+    with foreign(folder):
+        kind, arguments = _get_classes(config)
+        # MLX makes arrays when they are needed.
+        empty = kind(arguments.from_dict(config))
+    checkpoint = Checkpoint(folder)
+    infos = [checkpoint.info(name) for name in checkpoint.names]
+    # The norms' weights have the dtype of the activations, on a packed base too.
+    norm = next(i for n, i in zip(checkpoint.names, infos, strict=True) if "norm" in n)
+    mlps = _mlps(empty, config, text)
+    if fine_tune_type == "full" and any(one.chosen for one in mlps.values()):
+        raise _unplanned(config, "experts are planned with adapters alone")
+    kept, trainable = _kept(empty, text, mlps, dora, fine_tune_type)
+    return ModelShapes(
+        name=str(config.get("model_type")),
+        weight_bytes=sum(info.nbytes for info in infos),
+        element_bytes=4 if norm.dtype == "F32" else 2,
+        vocabulary=text["vocab_size"],
+        hidden=text["hidden_size"],
+        heads=text["num_attention_heads"],
+        block_width=max(one.width for one in mlps.values()),
+        block_elements=tuple(kept),
+        trainable=trainable,
+    )
+
+
+def _unplanned(config: dict[str, Any], reason: str) -> DoRAError:
+    return DoRAError(
+        f"no memory plan for {config.get('model_type')}: {reason}; planned are models "
+        "of attention and an MLP a block, dense or of experts (mlx-lm's SwitchGLU)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MLP:
+    """A block's MLP: numbers a token of its hidden layer, of all experts it goes to."""
+
+    hidden: int
+    width: int
+    chosen: int = 0  # experts a token goes to; 0 in a dense block
+    mixed: int = 0  # outputs of the experts before they are weighed and added
+
+
+def _mlps(
+    model: nn.Module, config: dict[str, Any], text: dict[str, Any]
+) -> dict[str, _MLP]:
+    """The MLP of each block, by the block's path."""
+    found = {}
+    dense = text["intermediate_size"]
+    for name, block in blocks(model):
+        modules = [(path, one) for path, one in block.named_modules() if path]
+        stacks = [path for path, one in modules if _is_stack(one)]
+        if not stacks:
+            found[name] = _MLP(hidden=dense, width=dense)
+            continue
+        homes = {path.rpartition(".")[0] for path in stacks}
+        kinds = {type(one).__name__ for path, one in modules if path in homes}
+        chosen = next((text[key] for key in _CHOSEN if text.get(key)), 0)
+        if kinds != {"SwitchGLU"} or len(homes) > 1 or not chosen:
+            told = f"{name} has {', '.join(stacks)}"
+            raise _unplanned(
+                config, told if chosen else f"none of {', '.join(_CHOSEN)}"
+            )
+        (home,) = homes
+        _, out, width = dict(modules)[f"{home}.down_proj"]["weight"].shape
+        # Experts that every token goes to stand beside the others as dense MLPs.
+        shared = sum(
+            one["weight"].shape[1]
+            for path, one in modules
+            if path.endswith("down_proj") and not _is_stack(one)
+        )
+        found[name] = _MLP(
+            hidden=chosen * width + shared,
+            width=chosen * max(width, out),
+            chosen=chosen,
+            mixed=chosen * out,
+        )
+    return found
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return "weight" in module and module["weight"].ndim == 3 and takes_lora(module)
+
+
+def _kept(
+    model: nn.Module,
+    config: dict[str, Any],
+    mlps: dict[str, _MLP],
+    dora: DoRAConfig,
+    kind: FineTuneType,
+) -> tuple[list[int], int]:
+    names = [path for path, _ in blocks(model)]
+    modules = dict(model.named_modules())
+    if kind == "full":
+        trained = [block for _, block in last_blocks(model, dora.num_layers)]
+        sizes = [v.size for b in trained for _, v in tree_flatten(b.parameters())]  # pyright: ignore[reportAttributeAccessIssue] - arrays
+        width = config["intermediate_size"]
+        dense = _MLP(hidden=width, width=width)
+        each = _always(config, dense) + 5 * config["hidden_size"] + width
+        return [each] * len(trained), sum(sizes)
+    paths = adaptable_paths(model, dora)
+    trainable = 0
+    own: dict[str, list[tuple[str, int, int, bool]]] = {name: [] for name in names}
+    is_below = False  # whether gradients go through every block
+    for path in paths:
+        *stack, out, width = modules[path]["weight"].shape
+        layer = dora_class(modules[path])
+        each = dora.rank_of(path) * (out + width) + out * (kind == "dora")
+        trainable += math.prod(stack) * each
+        found = [name for name in names if path.startswith(f"{name}.")]
+        is_below |= issubclass(layer, DoRAEmbedding)
+        if found:
+            leaf = path.rsplit(".", 1)[-1]
+            if stack:  # as often as experts are chosen, and not shared with others
+                times, leaf = mlps[found[0]].chosen, f"expert {leaf}"
+                out, width = times * out, times * width
+            own[found[0]].append((leaf, out, width, bool(stack)))
+    first = next((i for i, name in enumerate(names) if own[name]), len(names))
+    if is_below:
+        first = 0
+    kept = []
+    for name in names[first:]:
+        inputs = {
+            _SHARED_INPUT.get(leaf, leaf): width for leaf, _, width, _ in own[name]
+        }
+        outputs = [
+            # Of experts also what was rescaled, and each output's factor.
+            out * (_RESCALED if is_stack else 1)
+            for leaf, out, _, is_stack in own[name]
+            if kind == "dora" and leaf not in _KEPT_ANYWAY
+        ]
+        kept.append(_always(config, mlps[name]) + sum(inputs.values()) + sum(outputs))
+    return kept, trainable
+
+
+def _always(config: dict[str, Any], mlp: _MLP) -> int:
+    """Numbers a token that any block keeps, adapted or not.
+
+    Two residuals; queries and keys, rotated and laid out for the product; values; of a
+    gated MLP both halves, the gate's activation and its sigmoid; what experts gave.
+    """
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    pairs = config.get("num_key_value_heads") or heads
+    return 2 * hidden + 2 * heads * head + 3 * pairs * head + 4 * mlp.hidden + mlp.mixed

@@ -1,0 +1,1 @@
+"""A training run: prepare, resume, loop, and what is reported and written."""

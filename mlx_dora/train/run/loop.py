@@ -1,0 +1,86 @@
+"""The training loop.
+
+What one update does is in `stepper`, what is reported and written in `run`.
+"""
+
+from itertools import islice
+
+from mlx_dora.train.group import greatest
+from mlx_dora.train.memory import trim_cache, wired_memory
+from mlx_dora.train.recompute import recomputed_blocks
+from mlx_dora.train.run.interrupt import delayed_interrupt
+from mlx_dora.train.run.run import Run
+from mlx_dora.train.run.start import train_mode
+from mlx_dora.train.stepper import is_due, seed_step
+
+
+def loop(run: Run) -> int:
+    """Train to the last step, to an early stop, or until interrupted.
+
+    Afterwards the adapter is written and the model is in eval mode.
+
+    Returns:
+        The signal that interrupted the run, in any of the processes; 0 for none.
+    """
+    with (
+        wired_memory(),
+        train_mode(run.model),
+        recomputed_blocks(run.model, run.train.grad_checkpoint),
+        delayed_interrupt() as stopped,
+    ):
+        if run.progress is not None and run.step:
+            run.progress("train", run.train.iters, min(run.step, run.train.iters))
+        if run.step == 0:
+            run.validate()
+        interrupted = 0
+        while run.step < run.train.iters and not (interrupted or run.best.is_enough):
+            before = run.step
+            _update(run)
+            saves = is_due(run.train.save_every, before, run.step)
+            if saves or is_due(run.train.steps_per_report, before, run.step):
+                run.report(with_layers=saves)
+            if _evaluates(run, before):
+                run.validate()
+            interrupted = greatest(stopped(), run.group)
+            # Checkpoint before the final report, so that a resumed, longer run writes
+            # the same log.
+            ends = interrupted or run.best.is_enough or run.step >= run.train.iters
+            if saves or ends:
+                run.checkpoint()
+            if saves:
+                run.save(run.folder)
+        if not run.journal.has("learning_rate", run.step):
+            run.report(with_layers=True)
+        if not interrupted:
+            run.validate()
+        run.save(run.folder, warn=True)
+    return interrupted
+
+
+def _update(run: Run) -> None:
+    """One update of the weights, from a window of batches."""
+    train, before = run.train, run.step
+    count = min(train.grad_accumulation_steps, train.iters - before)
+    window = list(islice(run.source, count))
+    run.meter.start_step()
+    seed_step(train.seed, before, run.group.rank())
+    run.step = before + len(window)
+    gradient = run.stepper.gradient(window)
+    with run.together():
+        passes = run.guard.passes(
+            run.step, gradient.loss, gradient.norm, gradient.tokens
+        )
+    if passes:
+        run.stepper.apply(gradient)
+        run.stepper.after_update(gradient, before, run.step)
+        run.meter.add(gradient.loss, gradient.tokens)
+    run.meter.end_step(len(window))
+    trim_cache(train.clear_cache_threshold)
+    if run.progress is not None:
+        run.progress("train", train.iters, len(window))
+
+
+def _evaluates(run: Run, before: int) -> bool:
+    if run.epoch_ends is None:
+        return is_due(run.train.steps_per_eval, before, run.step)
+    return any(before < end <= run.step for end in run.epoch_ends)

@@ -1,0 +1,207 @@
+"""One update of the weights: gradients of a few batches, from every process."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+
+from mlx_dora.data.batches import Batch, Examples
+from mlx_dora.evaluate.loss import Loss
+from mlx_dora.layers import held_norms
+from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.optimizers import build_optimizer
+
+B_NAME = "lora_b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """Gradients of one update, summed over the batches and processes; evaluated.
+
+    Args:
+        total: Of the sum of the losses, a float32 tree; of their mean if `scale` is 1.
+        scale: What `total` is to be divided by.
+        loss: Sum of the losses.
+        tokens: Number of targets.
+        norm: Of the mean gradient, over all parameters.
+    """
+
+    total: Any
+    scale: mx.array
+    loss: float
+    tokens: int
+    norm: float
+
+
+def is_up_factor(name: str) -> bool:
+    """Whether a parameter is a layer's B."""
+    return name.rpartition(".")[2] == B_NAME
+
+
+def is_magnitude(name: str) -> bool:
+    """Whether a parameter is a layer's magnitude."""
+    return name.rpartition(".")[2] == "m"
+
+
+def is_direction(name: str) -> bool:
+    """Whether a parameter is anything else."""
+    return not is_magnitude(name)
+
+
+def select(tree: Any, keep: Callable[[str], bool]) -> Any:
+    """The part of a tree whose names `keep` says yes to."""
+    flat = cast(list[tuple[str, Any]], tree_flatten(tree))
+    return tree_unflatten([(name, value) for name, value in flat if keep(name)])
+
+
+class Stepper:
+    """Computes gradients and applies them; a variant that trains otherwise subclasses.
+
+    Args:
+        model: In train mode whenever this is used; its trainable parameters learn.
+        optimizer: From `make_optimizer`, initialised for the model or restored.
+        held_out: Batches of the further levels of `levels`; plain training has none.
+        loss: Mean loss of a batch and its number of targets.
+        group: The processes that share each batch.
+        settings: Settings of the training.
+    """
+
+    @staticmethod
+    def levels(data: Examples, settings: TrainConfig) -> Sequence[Examples]:
+        """The examples of each level: one level, all examples."""
+        return [data]
+
+    @staticmethod
+    def make_optimizer(settings: TrainConfig) -> optim.Optimizer:
+        """The configured optimizer."""
+        return build_optimizer(settings)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        held_out: Sequence[Iterator[Batch]] = (),
+        *,
+        loss: Loss,
+        group: mx.distributed.Group,
+        settings: TrainConfig,
+    ) -> None:
+        self._model = model
+        self._group = group
+        self._optimizer = optimizer
+        ratio = settings.lora_plus_ratio
+        value_and_grad = nn.value_and_grad(model, loss)
+        forward = [model.state, mx.random.state]
+        changed = [model.state, optimizer.state]
+
+        @partial(mx.compile, inputs=forward, outputs=forward)
+        def differentiate(batch: mx.array, lengths: mx.array) -> tuple[Any, ...]:
+            (value, tokens), gradient = value_and_grad(model, batch, lengths)
+            return _weighted(value, tokens), tokens, gradient
+
+        @mx.compile
+        def measure(total: Any, scale: mx.array) -> mx.array:
+            squares = mx.array(0.0)
+            for value in dict(tree_flatten(total)).values():
+                squares = squares + mx.square(value.astype(mx.float32)).sum()
+            return mx.sqrt(squares) / scale
+
+        @partial(mx.compile, inputs=changed, outputs=changed)
+        def apply(total: Any, scale: mx.array) -> None:
+            before = model.trainable_parameters()
+            mean = tree_map(lambda g, w: (g / scale).astype(w.dtype), total, before)
+            optimizer.update(model, mean)
+            if ratio != 1:
+                after = model.trainable_parameters()
+                model.update(tree_map_with_path(_stretch, before, after))
+
+        def _stretch(name: str, old: mx.array, new: mx.array) -> mx.array:
+            # Every optimizer's change is proportional to its learning rate.
+            stretches = is_up_factor(name)
+            return old + ratio * (new - old) if stretches else new
+
+        self._differentiate = differentiate
+        self._measure = measure
+        self._apply = apply
+        self._limit = settings.max_grad_norm
+
+    def gradient(self, window: Sequence[Batch]) -> Gradient:
+        """Gradient of the mean loss over the targets of `window`, on all processes."""
+        loss, count, total = mx.array(0.0), mx.array(0), None
+        is_weighted = len(window) > 1 or self._group.size() > 1
+        with held_norms(self._model):  # they stay the same until the weights change
+            for batch, lengths in window:
+                value, tokens, gradient = self._differentiate(batch, lengths)
+                loss, count = loss + value, count + tokens
+                if is_weighted:
+                    new = tree_map(lambda g, n=tokens: _weighted(g, n), gradient)
+                    total = new if total is None else tree_map(mx.add, total, new)
+                    mx.eval(total, loss, count)
+                else:
+                    total = gradient
+                mx.eval(mx.random.state)
+        if self._group.size() > 1:
+            total = nn.average_gradients(total, self._group)
+            total = tree_map(lambda g: g * self._group.size(), total)
+            loss = mx.distributed.all_sum(loss, group=self._group)
+            count = mx.distributed.all_sum(count, group=self._group)
+        scale = (
+            mx.maximum(count, 1).astype(mx.float32) if is_weighted else mx.array(1.0)
+        )
+        norm = self._measure(total, scale)
+        mx.eval(total, scale, loss, count, norm)
+        return Gradient(
+            total=total,
+            scale=scale,
+            loss=float(loss),
+            tokens=int(count),
+            norm=float(norm),
+        )
+
+    def part(self, gradient: Gradient, keep: Callable[[str], bool]) -> Gradient:
+        """Of some parameters alone, chosen by name."""
+        total = select(gradient.total, keep)
+        norm = self._measure(total, gradient.scale)
+        return replace(gradient, total=total, norm=float(norm))
+
+    def apply(self, gradient: Gradient) -> None:
+        """Let the optimizer change the weights, once."""
+        scale = gradient.scale
+        if self._limit is not None and gradient.norm > self._limit:
+            scale = scale * (gradient.norm / self._limit)
+        self._apply(gradient.total, scale)
+        mx.eval(self._model.state, self._optimizer.state)
+
+    def after_update(self, gradient: Gradient, before: int, step: int) -> None:
+        """What a variant does once the weights have changed; here nothing.
+
+        Args:
+            gradient: The gradient that was applied.
+            before: Batches done before the update.
+            step: Batches done after it.
+        """
+
+
+def is_due(every: int, before: int, step: int) -> bool:
+    """Whether a multiple of `every` lies after `before` and not after `step`."""
+    return step // every > before // every
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make what a step draws a function of these three alone.
+
+    So a run that was stopped draws the same when it goes on, and each process its own.
+    """
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    mx.random.seed(int(state[0]))
+
+
+def _weighted(mean: mx.array, tokens: mx.array) -> mx.array:
+    # A batch without a target has a mean of 0 / 0 with mlx-lm's loss.
+    return mx.where(tokens > 0, mean.astype(mx.float32) * tokens, 0.0)

@@ -1,0 +1,172 @@
+"""Every option that takes a path expands ``~`` and takes any character."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from mlx_dora.cli._framework import PassThrough
+from mlx_dora.cli._group import VERBS, group
+from mlx_dora.cli._options import _Text
+from mlx_dora.cli._paths import PathType
+from tests.cli.material import make_material
+
+FOLDER = "a b'c\nd"
+TEXTS = {
+    "train": {"project_name", "report_to", "upload_repo"},
+    "fuse": {"upload_repo", "prompts"},
+    "extract": {"keys"},
+    "merge adapters": {"weights"},
+    "merge fisher": {"keys"},
+    "merge models": {"weights"},
+}
+"""Options that take free text which is no path; the features are data sets' columns."""
+FEATURES = {
+    "prompt_feature", "completion_feature", "text_feature", "chat_feature"
+}  # fmt: skip
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    """Every command that has options of ours, by its words."""
+    context = click.Context(group)
+    for verb in VERBS:
+        command = group.get_command(context, verb)
+        assert command is not None
+        if isinstance(command, click.Group):
+            for name, one in command.commands.items():
+                yield f"{verb} {name}", one
+        elif not isinstance(command, PassThrough):
+            yield verb, command
+
+
+def path_options() -> set[tuple[str, str]]:
+    return {
+        (words, str(param.name))
+        for words, command in commands()
+        for param in command.params
+        if isinstance(param.type, PathType)
+    }
+
+
+def test_text_options_are_known_to_be_no_paths() -> None:
+    for words, command in commands():
+        free = {
+            str(param.name)
+            for param in command.params
+            if param.type is click.STRING or isinstance(param.type, _Text)
+        }
+        assert free - FEATURES == TEXTS.get(words, set()), words
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home") / "me"
+    make_material(folder / FOLDER)
+    settings = {
+        "model": f"~/{FOLDER}/m0",
+        "data": f"~/{FOLDER}/data",
+        "iters": 1,
+        "num_layers": -1,
+        "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0},
+    }
+    path = folder / FOLDER / "settings" / "train.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return folder
+
+
+LINES = """
+train -c @settings/train.yaml --model @m0 --data @data --adapter-path @trained
+    --resume-adapter-file @a1 --keys self_attn.q_proj,mlp.up_proj --num-layers -1
+    --batch-size 2 --val-batches 0
+fuse --model @m0 --adapter-path @a1 --save-path @fused
+convert @a1 @to-peft --to peft --model @m0 --base-model @m0
+evaluate -c @settings/evaluate.yaml --model @m0 --adapter-path @a1
+    --fused-path @fused --data @data --samples 0 --num-batches 1 --json @evaluated.json
+extract @m0 @fused --rank 2 --save-path @extracted
+merge adapters @a1 @a2 --model @m0 --rank 2 --logit-error @data --save-path @both
+merge adapters @a1 @a2 --method fisher --data @data --data @data --save-path @by-data
+merge adapters @a1 @a1 --method fisher --fisher @f0 --fisher @f0 --save-path @by-fisher
+merge fisher --model @m0 --adapter-path @a1 --data @data --num-batches 1
+    --save-path @fisher
+merge models @m0 @m1 --method fisher --fisher @f0 --fisher @f1 --save-path @by-rows
+merge models @m1 --base @m0 --method task_arithmetic --save-path @added
+merge models --config @settings/merge.yaml --save-path @mixed
+analyze adapter @a1 --model @m0 --json @one.json --report @one.html
+analyze compare @a1 @a2 --model @m0 --json @two.json --report @two.html
+analyze models @m0 @fused --json @three.json --report @three.html
+""".strip().replace("\n    ", " ").splitlines()  # fmt: skip
+OUTPUTS = (
+    *("--save-path", "--adapter-path", "--json", "--report"),
+    "@to-peft",
+)
+
+
+def run(words: list[str]) -> Result:
+    result = CliRunner().invoke(group, words)
+    assert result.exit_code == 0, (words, result.output, result.exception)
+    return result
+
+
+def test_every_path_option_takes_home_space_quote_and_newline(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    (home / FOLDER / "settings" / "evaluate.yaml").write_text("batch_size: 2\n")
+    known = dict(commands())
+    tried: set[tuple[str, str]] = set()
+    for line in LINES:
+        words = [
+            f"~/{FOLDER}/{word[1:]}" if word[0] == "@" else word
+            for word in line.split()
+        ]
+        name = next(one for one in known if line.startswith(f"{one} "))
+        context = known[name].make_context(name, words[len(name.split()) :])
+        tried |= {
+            (name, option)
+            for option, value in context.params.items()
+            if str(home) in str(value)
+        }
+        tried |= {(name, "config")} if " -c " in line else set()
+        run(words)
+    # The demo takes minutes: what it is given is enough here.
+    demo = known["demo"].make_context("demo", ["--output", "~/o", "--model", "~/m"])
+    assert str(demo.params["output"]) == f"{home}/o"
+    assert demo.params["model"] == f"{home}/m"
+    assert path_options() - tried == {("demo", "output"), ("demo", "model")}
+    assert list(tmp_path.iterdir()) == []  # no folder called ~
+    for name in ("trained", "fused", "to-peft", "fisher", "mixed", "extracted"):
+        assert (home / FOLDER / name).is_dir()
+    json.loads((home / FOLDER / "two.json").read_text())
+
+
+def test_the_next_commands_work_as_printed(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    line = f"train -c {shlex.quote(f'~/{FOLDER}/settings/train.yaml')} --val-batches 0"
+    found = run([*shlex.split(line), "--adapter-path", f"~/{FOLDER}/next"])
+    words = shlex.split(found.stdout.partition("Next:")[2])
+    starts = [i for i, word in enumerate(words) if word.startswith("mlx_dora.")]
+    said = [words[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
+    verbs = [one[0].removeprefix("mlx_dora.") for one in said]
+    assert verbs == ["generate", "evaluate", "fuse"]
+    for verb, one in zip(verbs, said, strict=True):
+        assert f"{home}/{FOLDER}/next" in one
+        if verb != "generate":
+            more = ["--samples", "0"] if verb == "evaluate" else []
+            run([verb, *one[1:], *more])
+    assert (home / FOLDER / "next-fused" / "config.json").exists()
+
+
+@pytest.mark.parametrize("value", ["~nobody-of-this-name/x", "a\0b"])
+def test_a_path_that_cannot_be_is_wrong_usage(value: str) -> None:
+    result = CliRunner().invoke(group, ["extract", value, "m1", "--save-path", "o"])
+    assert result.exit_code == 2
+    assert "Invalid value for 'BASE'" in result.stderr

@@ -1,0 +1,127 @@
+import logging
+from itertools import chain, islice
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_dora.data.batches import padded_width
+from mlx_dora.data.counts import RowCounts
+from mlx_dora.data.schedule import Schedule, best_fit
+from mlx_dora.data.targets import Example
+from mlx_dora.errors import DoRAError
+
+LENGTHS = np.random.default_rng(0).integers(2, 500, size=131).tolist()
+
+
+def rows_of(lengths: list[int]) -> list[Example]:
+    return [([i + 1] * length, 0) for i, length in enumerate(lengths)]
+
+
+def firsts(tokens: mx.array) -> list[int]:
+    return np.array(tokens)[:, 0].tolist()
+
+
+def test_only_batches_between_two_buckets_mix_lengths() -> None:
+    schedule = Schedule(rows_of(LENGTHS), 4, 2048, seed=1)
+    mixed = 0
+    for batch in schedule.epoch(0):
+        widths = {padded_width(LENGTHS[i], 2048) for (i,) in batch}
+        mixed += len(widths) > 1
+    buckets = len({padded_width(n, 2048) for n in LENGTHS})
+    assert mixed <= buckets
+    tokens, targets = 0, 0
+    for batch, found in islice(schedule.batches(), len(schedule.epoch(0))):
+        tokens += batch[:, 1:].size
+        targets += int((found[:, 1] - 1).sum())
+    assert targets == sum(LENGTHS) - len(LENGTHS)
+    assert targets / tokens > 0.95
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_epoch_has_every_example_once_and_the_next_other_batches(
+    packing: bool,
+) -> None:
+    schedule = Schedule(rows_of(LENGTHS), 4, 600, seed=7, packing=packing)
+    epochs = [schedule.epoch(number) for number in range(2)]
+    for epoch in epochs:
+        examples = list(chain.from_iterable(chain.from_iterable(epoch)))
+        assert sorted(examples) == list(range(len(LENGTHS)))
+    together = [{frozenset(chain(*batch)) for batch in epoch} for epoch in epochs]
+    assert len(together[0] & together[1]) < len(together[0]) / 2
+    again = Schedule(rows_of(LENGTHS), 4, 600, seed=7, packing=packing)
+    assert again.epoch(1) == epochs[1]
+    other = Schedule(rows_of(LENGTHS), 4, 600, seed=8, packing=packing)
+    assert other.epoch(1) != epochs[1]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_batches_start_anywhere(packing: bool) -> None:
+    schedule = Schedule(rows_of(LENGTHS), 4, 600, seed=2, packing=packing)
+    total = schedule.length(2)
+    assert total == len(schedule.epoch(0)) + len(schedule.epoch(1))
+    whole = [tokens.tolist() for tokens, _ in islice(schedule.batches(), total + 2)]
+    first = schedule.length(1)
+    for start in (0, 1, first - 1, first, first + 3, total):
+        tokens, _ = next(schedule.batches(start))
+        assert tokens.tolist() == whole[start]
+
+
+def test_processes_share_the_rows_of_each_batch() -> None:
+    data = rows_of([4] * 9)
+    schedule = Schedule(data, 4, 64)
+    whole = [sorted(firsts(t)) for t, _ in islice(schedule.batches(), 3)]
+    shared = [
+        list(islice(schedule.batches(rank=rank, ranks=2), 3)) for rank in range(2)
+    ]
+    for batch, (one, _), (two, found) in zip(whole, *shared, strict=True):
+        if len(batch) == 1:
+            assert firsts(one) == batch
+            assert found.tolist() == [[2, 2]]  # no target
+        else:
+            assert sorted(firsts(one) + firsts(two)) == batch
+
+
+def test_packed_rows_are_nearly_full_and_within_the_length() -> None:
+    schedule = Schedule(rows_of(LENGTHS), 4, 600, packing=True)
+    rows = list(chain.from_iterable(schedule.epoch(0)))
+    used = [sum(LENGTHS[i] for i in row) for row in rows]
+    assert max(used) <= 600
+    assert sum(used) / (600 * len(rows)) > 0.95
+
+
+def test_best_fit_is_that_of_a_plain_search() -> None:
+    lengths = sorted(LENGTHS, reverse=True)[:60] + LENGTHS[:40]
+    room: list[int] = []
+    for length in lengths:
+        fitting = [r for r in room if r >= length]
+        if fitting:
+            room[room.index(min(fitting))] -= length
+        else:
+            room.append(600 - length)
+    boxes = best_fit(lengths, 600)
+    assert sorted(chain(*boxes)) == list(range(len(lengths)))
+    assert sorted(600 - sum(lengths[i] for i in box) for box in boxes) == sorted(room)
+
+
+def test_fewer_rows_than_a_batch_are_enough() -> None:
+    tokens, _ = next(Schedule(rows_of([5, 6]), 8, 2048).batches())
+    assert tokens.shape == (2, 9)
+
+
+def test_cut_and_left_out_rows_are_counted_and_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data: list[Example] = [*rows_of([10, 80, 90]), ([9] * 70, 68), ([9], 0)]
+    counts = RowCounts()
+    with caplog.at_level(logging.WARNING):
+        list(islice(Schedule(data, 2, 64, counts=counts).batches(), 10))
+    assert counts == RowCounts(rows=5, truncated=3, skipped=2, longest=90)
+    assert len(caplog.records) == 1
+    assert "3 of 5 rows are longer than max_seq_length 64" in caplog.text
+    assert "2 of 5 rows have no target token" in caplog.text
+
+
+def test_data_without_any_target_is_refused() -> None:
+    with pytest.raises(DoRAError, match="no row has a target token"):
+        Schedule([([1, 2, 3], 3)], 2, 64)

@@ -1,0 +1,177 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from mlx.utils import tree_flatten
+
+from mlx_dora import DoRAConfig, apply_dora, load
+from mlx_dora.adapters.surgery import FineTuneType, apply_layers
+from mlx_dora.cli.train import command
+from mlx_dora.errors import DoRAError
+from mlx_dora.train import TrainConfig, plan_memory
+from mlx_dora.train.plan.predict import predict
+from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
+from mlx_dora.train.run.start import trainable_tensors
+from tests.adapters.stacks import write_folder
+
+MiB = 1 << 20
+BIG = ModelShapes(
+    name="llama",
+    weight_bytes=4 << 30,
+    element_bytes=2,
+    vocabulary=150_000,
+    hidden=4096,
+    heads=32,
+    block_width=12_288,
+    block_elements=(110_000,) * 32,
+    trainable=20_000_000,
+)
+
+
+def config(model: Path, **settings: Any) -> TrainConfig:
+    return TrainConfig(**{"model": str(model), "max_seq_length": 65, **settings})
+
+
+@pytest.mark.parametrize("kind", ["dora", "lora", "full"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_weights_and_trained_numbers_are_those_of_the_model(
+    make_tiny_folder: Callable[..., Path], kind: FineTuneType, bits: int | None
+) -> None:
+    if kind == "full" and bits:
+        return  # packed weights do not train
+    folder = make_tiny_folder(bits=bits)
+    dora = DoRAConfig(rank=4, num_layers=1)
+    shapes = read_shapes(folder, dora, kind)
+    model, _ = load(str(folder))
+    stored = sum(value.nbytes for _, value in tree_flatten(model.parameters()))  # pyright: ignore[reportAttributeAccessIssue] - arrays
+    assert shapes.weight_bytes == stored
+    apply_layers(model, dora, kind)
+    trained = sum(value.size for value in trainable_tensors(model).values())
+    assert shapes.trainable == trained
+    assert len(shapes.block_elements) == 1
+
+
+def test_an_adapted_embedding_takes_every_block_along(
+    tiny_model_folder: Path,
+) -> None:
+    dora = DoRAConfig(rank=4, num_layers=1, keys=("model.embed_tokens",))
+    shapes = read_shapes(tiny_model_folder, dora, "dora")
+    assert len(shapes.block_elements) == 2
+    model, _ = load(str(tiny_model_folder))
+    apply_dora(model, dora)
+    trained = sum(value.size for value in trainable_tensors(model).values())
+    assert shapes.trainable == trained
+
+
+def test_no_weight_is_read(tiny_model_folder: Path) -> None:
+    file = tiny_model_folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    content[8 + length :] = b"\xff" * (len(content) - 8 - length)  # all NaN
+    file.write_bytes(content)
+    plan = plan_memory(config(tiny_model_folder), DoRAConfig(num_layers=-1))
+    assert plan.weights < plan.peak < 100 * MiB
+
+
+def test_terms_grow_as_they_must() -> None:
+    limit = 64 << 30
+    train = TrainConfig(model="x", batch_size=2, max_seq_length=1025)
+    one = predict(BIG, train, limit)
+    long = predict(BIG, replace(train, max_seq_length=2049), limit)
+    wide = predict(BIG, replace(train, batch_size=4), limit)
+    assert long.activations == wide.activations == 2 * one.activations
+    assert long.scores == 2 * wide.scores == 4 * one.scores
+    assert one.scores == (32 + 2) * 2 * 32 * 1024**2 * 2
+    assert long.logits == one.logits  # chunks, however long the batch
+    light = predict(BIG, replace(train, grad_checkpoint=True), limit)
+    assert light.activations < one.activations / 8
+    sgd = predict(BIG, replace(train, optimizer="sgd"), limit)
+    assert one.optimizer == 2 * sgd.optimizer == 2 * one.adapter
+
+
+def test_what_would_fit_fits_and_one_more_does_not() -> None:
+    limit = 40 << 30
+    train = TrainConfig(model="x", batch_size=2, max_seq_length=1025)
+    plan = predict(BIG, train, limit)
+    for field, found, step in (
+        ("max_seq_length", plan.longest, 8),
+        ("batch_size", plan.largest_batch, 1),
+    ):
+        assert predict(BIG, replace(train, **{field: found}), limit).fits
+        assert not predict(BIG, replace(train, **{field: found + step}), limit).fits
+
+
+def test_advice_makes_it_fit(tiny_model_folder: Path) -> None:
+    train = config(tiny_model_folder, batch_size=16, max_seq_length=2048)
+    dora = DoRAConfig(rank=4, num_layers=-1)
+    whole = plan_memory(train, dora, limit=1 << 40)
+    assert whole.fits
+    assert whole.advice == ()
+    light = replace(train, grad_checkpoint=True)
+    limit = plan_memory(light, dora, limit=1 << 40).peak
+    assert plan_memory(train, dora, limit=limit).advice == ("--grad-checkpoint",)
+    tight = plan_memory(train, dora, limit=limit // 3)
+    assert not tight.fits
+    assert tight.advice[1].startswith("--batch-size ")
+    rows, steps = (int(word) for word in tight.advice[1].split()[1::2])
+    assert rows * steps == 16
+    smaller = replace(light, batch_size=rows, grad_accumulation_steps=steps)
+    assert plan_memory(smaller, dora, limit=limit // 3).fits
+    assert "smaller or quantised" in plan_memory(train, dora, limit=1000).advice[0]
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_experts_are_planned(kind: str, bits: int | None, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "moe", kind, bits)
+    dora = DoRAConfig(rank=4, num_layers=1)
+    shapes = read_shapes(folder, dora, "dora")
+    model, _ = load(str(folder))
+    stored = sum(value.nbytes for _, value in tree_flatten(model.parameters()))  # pyright: ignore[reportAttributeAccessIssue] - arrays
+    assert shapes.weight_bytes == stored
+    paths = apply_dora(model, dora)
+    trained = sum(value.size for value in trainable_tensors(model).values())
+    assert shapes.trainable == trained
+    # Two experts a token: the hidden layers of both, and what both give.
+    inner = 2 * (32 if kind == "qwen3_moe" else 64)
+    assert shapes.block_width == max(inner, 2 * 64)
+    attention = 2 * 64 + 2 * 4 * 16 + 3 * 2 * 16
+    own = 64 + 64 + (4 * 16 + 2 * 16 + 64)  # inputs of qkv and o; outputs of q, k and o
+    router = 64 + 4
+    stacks = 2 * 64 + inner + 2 * (2 * inner + 2 * 64)
+    assert len(paths) == 8
+    assert shapes.block_elements == (
+        attention + 4 * inner + 2 * 64 + own + router + stacks,
+    )
+
+
+def test_what_is_not_planned_is_refused_by_name(tmp_path: Path) -> None:
+    latent = write_folder(tmp_path / "latent", "deepseek_v3")
+    with pytest.raises(DoRAError, match="its attention is latent"):
+        plan_memory(config(latent), DoRAConfig())
+    moe = write_folder(tmp_path / "moe", "mixtral")
+    with pytest.raises(DoRAError, match="experts are planned with adapters alone"):
+        plan_memory(config(moe, fine_tune_type="full"), DoRAConfig())
+    path = moe / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"num_experts_per_tok": 0}))
+    with pytest.raises(DoRAError, match="none of num_experts_per_tok, "):
+        plan_memory(config(moe), DoRAConfig())
+
+
+def test_the_command_tells_and_trains_nothing(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model", str(tiny_model_folder), "--num-layers", "-1", "--plan"]
+    out = tmp_path / "adapter"
+    arguments += ["--adapter-path", str(out), "--max-seq-length", "64"]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0, result.output
+    assert "batches of 4 rows of 64 tokens:" in result.stdout
+    assert "fits into this machine's" in result.stdout
+    assert "attention scores" in result.stdout
+    assert not out.exists()

@@ -1,0 +1,314 @@
+"""Runs that are killed and go on, beside one that is not."""
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.train.run.checkpoint import newest_checkpoint
+from tests.train.conftest import EXAMPLES
+from tests.train.saved import log, same_bits, tensors
+
+ROOT = Path(__file__).parents[3]
+# What a clock or an allocator says differs between any two runs.
+TIMES = {
+    "seconds", "val_seconds", "tokens_per_second", "steps_per_second",
+    "peak_memory_bytes",
+}  # fmt: skip
+Run = Callable[..., Any]
+
+
+def start(folder: Path, **settings: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.train.resumable", folder, json.dumps(settings)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(folder: Path, **settings: Any) -> str:
+    process = start(folder, **settings)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    kept = [name for name in log(folder)[0] if name not in TIMES]
+    assert kept
+    return [
+        {name: value for name, value in line.items() if name not in TIMES}
+        for line in log(folder)
+    ]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert same_bits(tensors(one), tensors(two))
+    assert same_bits(tensors(one / "best"), tensors(two / "best"))
+    assert lines(one) == lines(two)
+    states = [newest_checkpoint(path, multiple_of=2) for path in (one, two)]
+    assert states[0] is not None
+    assert states[1] is not None
+    assert states[0].state.step == states[1].state.step
+    assert same_bits(states[0].optimizer, states[1].optimizer)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "adapter"
+    finish(folder)
+    return folder
+
+
+def kill_at_step(folder: Path, step: int, wait: float) -> None:
+    process = start(folder, resume=True)
+    assert process.stdout is not None
+    for _ in range(step):
+        if not process.stdout.readline():
+            break
+    try:
+        process.wait(wait)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_kills_at_random_moments_change_nothing(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    chance = random.Random(0)
+    for step in (3, 4):
+        kill_at_step(folder, step, chance.uniform(0, 0.05))
+    finish(folder, resume=True)
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_many_kills_at_random_moments_change_nothing(
+    whole: Path, tmp_path: Path, seed: int
+) -> None:
+    folder = tmp_path / "adapter"
+    chance = random.Random(seed)
+    for _ in range(3):
+        kill_at_step(folder, chance.randrange(1, 8), chance.uniform(0, 0.1))
+    finish(folder, resume=True)
+    assert_same_run(whole, folder)
+
+
+MOMENTS = (
+    "weights written",
+    "before state",
+    "before rename",
+    "after rename",
+    "before prune",
+)
+
+
+@pytest.mark.parametrize(
+    ("moment", "count"),
+    [
+        pytest.param(moment, count, marks=[pytest.mark.slow] if count != 3 else [])
+        for moment in MOMENTS
+        for count in (1, 3)
+        if (moment, count) not in {("after rename", 3), ("before prune", 3)}
+    ],
+)
+def test_a_kill_inside_a_write_changes_nothing(
+    whole: Path, tmp_path: Path, moment: str, count: int
+) -> None:
+    folder = tmp_path / "adapter"
+    process = start(folder, die=[moment, count])
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    finish(folder, resume=True)
+    assert_same_run(whole, folder)
+    left = [p.name for p in (folder / "checkpoints").iterdir() if p.name != ".lock"]
+    assert sorted(left) == ["20", "24"]
+
+
+def test_a_run_made_longer_is_the_longer_run(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    finish(folder, iters=13)  # its last update is of one batch, not of two
+    finish(folder, resume=True)
+    assert_same_run(whole, folder)
+
+
+def test_resuming_what_is_done_changes_nothing(run: Run, tmp_path: Path) -> None:
+    _, report = run(iters=6, save_every=3, valid=EXAMPLES)
+    before, text = tensors(report.adapter_path), lines(report.adapter_path)
+    mx.eval(before)
+    _, again = run(iters=6, save_every=3, valid=EXAMPLES, resume=True)
+    assert again.steps == 6
+    assert same_bits(before, tensors(again.adapter_path))
+    assert lines(again.adapter_path) == text
+
+
+def test_other_settings_are_refused_with_a_list(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"iters": 4, "save_every": 2}
+    run(**settings)
+    changed = {**settings, "iters": 8, "learning_rate": 1e-3, "rank": 2}
+    with pytest.raises(DoRAError) as caught:
+        run(**changed, resume=True)
+    text = str(caught.value)
+    assert "learning_rate was 0.01, is 0.001" in text
+    assert "adapter.rank was 4, is 2" in text
+    assert "iters" not in text
+    with pytest.raises(DoRAError, match="training data was"):
+        run(**settings, data=EXAMPLES[:-1], resume=True)
+    _, report = run(
+        **{**settings, "iters": 8, "learning_rate": 1e-3}, resume=True, force=True
+    )
+    assert report.steps == 8
+    assert "going on with other settings than before" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, whole = run("whole", iters=8, save_every=2)
+    _, report = run(iters=6, save_every=2)
+    broken = report.adapter_path / "checkpoints" / "6" / "optimizer.safetensors"
+    content = bytearray(broken.read_bytes())
+    content[-3] ^= 1
+    broken.write_bytes(content)
+    _, again = run(iters=8, save_every=2, resume=True)
+    assert "checkpoints/6 is damaged" in caplog.text
+    assert same_bits(tensors(whole.adapter_path), tensors(again.adapter_path))
+    assert lines(whole.adapter_path) == lines(again.adapter_path)
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{}", '{"version": 9}', "[]", "[" * 100_000, '{"version": 1}']
+)
+def test_a_damaged_state_is_passed_over(
+    run: Run, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    _, report = run(iters=4, save_every=2)
+    (report.adapter_path / "checkpoints" / "4" / "state.json").write_text(damage)
+    found = newest_checkpoint(report.adapter_path, multiple_of=1)
+    assert found is not None
+    assert found.state.step == 2
+    assert "checkpoints/4 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["²", "007", "9" * 30, "x", ".4"])
+def test_what_is_no_checkpoint_by_name_is_left_alone(run: Run, name: str) -> None:
+    _, report = run(iters=2, save_every=2)
+    other = report.adapter_path / "checkpoints" / name
+    other.mkdir()
+    found = newest_checkpoint(report.adapter_path, multiple_of=1)
+    assert found is not None
+    assert found.state.step == 2
+
+
+def replace_file(checkpoint: Path, name: str, content: bytes) -> None:
+    """Replace a tensor file and its digest, as one who means harm would."""
+    (checkpoint / name).write_bytes(content)
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["sha256"][name] = hashlib.sha256(content).hexdigest()
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("name", ["adapters.safetensors", "optimizer.safetensors"])
+def test_a_file_that_mlx_cannot_read_is_passed_over(
+    run: Run, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    _, report = run(iters=4, save_every=2)
+    replace_file(report.adapter_path / "checkpoints" / "4", name, b"not tensors")
+    found = newest_checkpoint(report.adapter_path, multiple_of=1)
+    assert found is not None
+    assert found.state.step == 2
+    assert "is not a valid safetensors file" in caplog.text
+
+
+def test_weights_that_are_not_finite_are_passed_over(
+    run: Run, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    _, report = run(iters=4, save_every=2)
+    checkpoint = report.adapter_path / "checkpoints" / "4"
+    weights = mx.load(str(checkpoint / "adapters.safetensors"))
+    assert isinstance(weights, dict)
+    broken = {name: value * mx.nan for name, value in weights.items()}
+    mx.save_safetensors(str(tmp_path / "w.safetensors"), broken)
+    content = (tmp_path / "w.safetensors").read_bytes()
+    replace_file(checkpoint, "adapters.safetensors", content)
+    found = newest_checkpoint(report.adapter_path, multiple_of=1)
+    assert found is not None
+    assert found.state.step == 2
+    assert "holds NaN or inf" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda log: log[:50] + b"\xff" + log[51:], "line 1 is not JSON"),
+        (lambda log: b"\0" * 64 + log[64:], "line 1 is not JSON"),
+        (lambda log: b"null\n" * (len(log) // 5 + 1), "must hold a JSON object"),
+        (lambda log: log.replace(b'"step"', b'"stop"'), "'stop' is unknown; step is"),
+        (lambda log: log.replace(b'"step": ', b'"step": -'), "step must be"),
+    ],
+)
+def test_a_damaged_log_is_named_with_its_line(
+    run: Run, damage: Callable[[bytes], bytes], reason: str
+) -> None:
+    _, report = run(iters=4, save_every=2)
+    log = report.adapter_path / "log.jsonl"
+    log.write_bytes(damage(log.read_bytes()))
+    with pytest.raises(DoRAError, match=reason) as caught:
+        run(iters=6, save_every=2, resume=True)
+    assert "log.jsonl, line 1" in str(caught.value)
+
+
+def test_a_second_training_in_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    process = start(folder, iters=100_000, save_every=2)
+    try:
+        assert process.stdout is not None
+        while not (folder / "checkpoints" / "2").exists():
+            assert process.stdout.readline()
+        second = start(folder, iters=100_000, save_every=2, resume=True)
+        _, errors = second.communicate(timeout=60)
+        assert second.returncode == 1
+        assert "another training is going on" in errors
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_training_in_a_used_folder_is_refused_or_begins_anew(run: Run) -> None:
+    _, report = run(iters=4, save_every=2)
+    with pytest.raises(DoRAError, match="resume it"):
+        run(iters=4)
+    (report.adapter_path / "adapters.safetensors").unlink()
+    with pytest.raises(DoRAError, match="holds checkpoints of a training"):
+        run(iters=4)
+    run(iters=3, overwrite=True)
+    names = {path.name for path in (report.adapter_path / "checkpoints").iterdir()}
+    assert names == {"3", ".lock"}
+
+
+def test_resume_without_a_checkpoint_says_so(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, report = run(iters=2, resume=True)
+    assert report.steps == 2
+    assert "has no checkpoint: training starts at step 0" in caplog.text
+    for path in (report.adapter_path / "checkpoints").iterdir():
+        if path.is_dir():
+            path.rename(tmp_path / path.name)
+    with pytest.raises(DoRAError, match="no checkpoint to resume from"):
+        run(iters=2, resume=True)

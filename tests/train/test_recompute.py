@@ -1,0 +1,160 @@
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_dora import DoRAConfig, apply_dora
+from mlx_dora.data.batches import pad_batch
+from mlx_dora.errors import DoRAError
+from mlx_dora.evaluate.loss import loss_fn
+from mlx_dora.train.recompute import recomputed_blocks
+from mlx_dora.train.run.start import trainable_tensors
+from tests.adapters.stacks import make_model
+from tests.checks import assert_close, to_numpy
+from tests.train.conftest import EXAMPLES
+
+BATCH = pad_batch(EXAMPLES[:4], 2048)
+
+
+def adapted(make: Callable[..., nn.Module], dropout: float = 0.0, **kind: Any) -> Any:
+    model = make(**kind)
+    mx.random.seed(1)
+    apply_dora(model, DoRAConfig(rank=4, scale=2.0, num_layers=-1, dropout=dropout))
+    for name, value in trainable_tensors(model).items():
+        if name.endswith("lora_b"):
+            update = mx.random.normal(value.shape) * 0.1
+            model.load_weights([(name, update)], strict=False)
+    model.train()
+    return model
+
+
+def gradients(model: nn.Module, seed: int = 0) -> tuple[mx.array, dict[str, mx.array]]:
+    mx.random.seed(seed)
+    (loss, _), gradient = nn.value_and_grad(model, loss_fn)(model, *BATCH)
+    return loss, dict(tree_flatten(gradient))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_gradients_are_those_without_checkpointing(
+    make_tiny_model: Callable[..., nn.Module], bits: int | None
+) -> None:
+    model = adapted(make_tiny_model, bits=bits)
+    loss, expected = gradients(model)
+    with recomputed_blocks(model):
+        again, found = gradients(model)
+    assert_close(again, to_numpy(loss))
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert_close(value, to_numpy(expected[name]), bound=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_blocks_called_with_positions_alone_and_with_experts(kind: str) -> None:
+    """mlx-lm calls a block with keywords in some models, without in others."""
+    model = adapted(make_model, kind=kind)
+    loss, expected = gradients(model)
+    with recomputed_blocks(model):
+        again, found = gradients(model)
+    assert_close(again, to_numpy(loss))
+    for name, value in found.items():
+        assert_close(value, to_numpy(expected[name]), bound=1e-5)
+
+
+def test_gradients_fit_the_dropout_of_the_forward_pass(
+    make_tiny_model: Callable[..., nn.Module],
+) -> None:
+    model = adapted(make_tiny_model, dropout=0.5)
+    block = model.model.layers[0].mlp.up_proj
+    start = block.lora_b
+    direction = mx.random.normal(start.shape, key=mx.random.key(5))
+    block.hold_norm()  # a constant in the backward pass
+    losses = []
+    with recomputed_blocks(model):
+        _, gradient = gradients(model)
+        for step in (-1e-2, 1e-2):
+            block.lora_b = start + step * direction
+            losses.append(gradients(model)[0])
+    slope = (gradient["model.layers.0.mlp.up_proj.lora_b"] * direction).sum()
+    measured = float(losses[1] - losses[0]) / 2e-2
+    assert measured == pytest.approx(float(slope), rel=0.02)
+
+
+def test_dropout_changes_from_step_to_step_and_repeats_with_the_seed(
+    make_tiny_model: Callable[..., nn.Module],
+) -> None:
+    model = adapted(make_tiny_model, dropout=0.5)
+    with recomputed_blocks(model):
+        mx.random.seed(3)
+        first, second = (float(loss_fn(model, *BATCH)[0]) for _ in range(2))
+        mx.random.seed(3)
+        assert float(loss_fn(model, *BATCH)[0]) == first
+    assert first != second
+
+
+def test_classes_are_untouched_and_everything_is_put_back(
+    make_tiny_model: Callable[..., nn.Module],
+) -> None:
+    model, other = adapted(make_tiny_model, dropout=0.1), make_tiny_model()
+    block = model.model.layers[0]
+    kind, call = type(block), type(block).__call__
+    kinds = [type(module) for module in model.modules()]
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    with pytest.raises(RuntimeError, match="inside"), recomputed_blocks(model):
+        assert type(block) is not kind
+        assert isinstance(block, kind)
+        assert type(other.layers[0]) is kind  # pyright: ignore[reportOptionalSubscript, reportAttributeAccessIssue]
+        assert kind.__call__ is call
+        gradients(model)
+        raise RuntimeError("inside")
+    assert kind.__call__ is call
+    assert [type(module) for module in model.modules()] == kinds
+    assert [name for name, _ in tree_flatten(model.parameters())] == names
+
+
+def test_it_costs_less_memory(make_tiny_model: Callable[..., nn.Module]) -> None:
+    model = adapted(make_tiny_model, num_hidden_layers=8)
+    batch = pad_batch([([i % 300 for i in range(256)], 0)] * 8, 2048)
+
+    def peak() -> int:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        mx.eval(nn.value_and_grad(model, loss_fn)(model, *batch))
+        return mx.get_peak_memory()
+
+    plain = peak()
+    with recomputed_blocks(model):
+        assert peak() < 0.6 * plain
+
+
+def test_a_block_more_costs_its_input_alone(
+    make_tiny_model: Callable[..., nn.Module], run: Callable[..., Any]
+) -> None:
+    rows, length = 8, 65
+
+    def peak(blocks: int) -> int:
+        model = make_tiny_model(num_hidden_layers=blocks, hidden_size=64)
+        _, report = run(
+            f"{blocks}",
+            model=model,
+            data=[([1 + i % 60 for i in range(length)], 0)] * rows,
+            batch_size=rows,
+            iters=2,
+            grad_checkpoint=True,
+        )
+        held = sum(value.nbytes for _, value in tree_flatten(model.parameters()))  # pyright: ignore[reportAttributeAccessIssue] - arrays
+        # With the two moments and the gradient of what is trained.
+        return report.peak_memory_bytes - held - 12 * report.trainable_parameters
+
+    stream = rows * (length - 1) * 64 * 4
+    assert peak(20) - peak(4) < 3 * 16 * stream  # with `mx.checkpoint` over 6
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with (
+        pytest.raises(DoRAError, match="Linear has none"),
+        recomputed_blocks(nn.Linear(2, 2)),
+    ):
+        pass
