@@ -1,11 +1,13 @@
 """DoRA (weight-decomposed low-rank adaptation, arXiv:2402.09353) for MLX.
 
-The public names are loaded on first use, so importing this package imports neither
-mlx nor mlx_lm: OpenBLAS must come before MLX (`mlx_dora.openblas`).
+Importing it loads OpenBLAS where MLX computes on a Linux CPU (`mlx_dora.openblas`), so
+import it before mlx there. The public names are loaded on first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from mlx_dora.openblas import preload
 
 if TYPE_CHECKING:
     from mlx_dora.adapters.config import DoRAConfig
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from mlx_dora.layers.multi import DoRAMultiLinear
     from mlx_dora.layers.switch import DoRASwitchLinear
     from mlx_dora.peft import from_peft, to_peft
+
+preload()
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 import unicodedata
 
-MAX_LENGTH = 600
+MAX_LENGTH = 800
 """Characters of an error line; what is longer is cut, since names come from files."""
 
 

@@ -100,7 +100,7 @@ def import_problems(path: PurePosixPath, tree: ast.Module) -> Iterator[str]:
         top, *rest = target.split(".")
         if top in LAZY_ONLY and node in eager and str(path) not in MAY_IMPORT_EAGERLY:
             yield f"imports {top} at module level"
-        if top == "mlx" and node in eager and own in ("", "cli", "openblas", "errors"):
+        if top == "mlx" and node in eager and own in ("", "openblas", "errors"):
             yield "imports mlx at module level"
         if top == "click" and own != "cli":
             yield "imports click outside cli"
@@ -133,7 +133,9 @@ def init_problems(tree: ast.Module) -> Iterator[str]:
         is_table = isinstance(node, ast.Assign | ast.AnnAssign) and not any(
             isinstance(inner, ast.Call) for inner in ast.walk(node)
         )
-        if not (isinstance(node, plain) or is_doc or is_types or is_lazy or is_table):
+        is_preload = ast.unparse(node) == "preload()"  # the BLAS, before MLX
+        known = is_doc or is_types or is_lazy or is_table or is_preload
+        if not (isinstance(node, plain) or known):
             yield f"has logic in __init__.py, line {node.lineno}"
 
 
@@ -206,7 +208,6 @@ def test_file_keeps_the_architecture(name: str) -> None:
         ("layers/a.py", "from transformers import x", "module level"),
         ("layers/a.py", "class A:\n    import mlx_lm.utils", "module level"),
         ("layers/a.py", "try:\n    import mlx_lm\nfinally:\n    pass", "module level"),
-        ("cli/a.py", "import mlx.core as mx", "module level"),
         ("__init__.py", "import mlx.core", "module level"),
         ("train/a.py", "def f():\n    import click", "click"),
         ("io/utils.py", "", "says nothing"),
@@ -233,7 +234,7 @@ def test_checker_finds_a_planted_violation(
     [
         ("cli/a.py", "import click\nfrom mlx_dora.train.config import x"),
         ("cli/a.py", "from mlx_dora.cli._options import x"),
-        ("cli/a.py", "def f():\n    import mlx.core"),
+        ("cli/a.py", "import mlx.core as mx"),
         ("train/a.py", "from mlx_dora.evaluate.loss import x"),
         ("io/a.py", "from mlx_dora.errors import DoRAError\nimport mlx.core as mx"),
         ("io/a.py", "from mlx_dora import DoRAError, __version__"),

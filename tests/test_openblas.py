@@ -81,11 +81,18 @@ def test_the_wheel_serves_where_the_system_has_no_openblas(tmp_path: Path) -> No
     pytest.importorskip("scipy_openblas32")
     if openblas.preload().state == "not needed":
         pytest.skip("this build of MLX needs no OpenBLAS")
-    code = (
-        "from mlx_dora import openblas; openblas.LIBRARY = 'libno-such-blas.so.0';"
-        "openblas._status = None; print(openblas.preload().message);"
-        "from mlx_dora.doctor.checks import matmul_gflops; print(matmul_gflops())"
-    )
+    # Alone, since the package itself would load the system's library first.
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("openblas", {openblas.__file__!r})
+alone = importlib.util.module_from_spec(spec)
+sys.modules["openblas"] = alone
+spec.loader.exec_module(alone)
+alone.LIBRARY = "libno-such-blas.so.0"
+print(alone.preload().message)
+from mlx_dora.doctor.checks import matmul_gflops
+print(matmul_gflops())
+"""
     message, gflops = run(code, XDG_CACHE_HOME=str(tmp_path)).splitlines()
     (copy,) = (tmp_path / "mlx_dora").iterdir()
     assert message == f"scipy-openblas32 was loaded before mlx.core: {copy}."

@@ -46,7 +46,10 @@ class DoRAConfig:
         "full paths; all linear layers and embeddings of the blocks if not given.",
     )
     num_layers: int = option(
-        16, help="Blocks to adapt, from the last; -1 for all, 0 for none.", least=-1
+        16,
+        help="Blocks to adapt, from the last; -1 for all, 0 for none.",
+        least=0,
+        special=(-1,),
     )
     variant: Variant = option(
         "dora",

@@ -1,6 +1,5 @@
 """How the demo looks: headings and tables on a terminal, plain text elsewhere."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_dora.cli._progress import TrainDisplay, duration, size
+from mlx_dora.cli._shell import quote
 from mlx_dora.errors import printable
 from mlx_dora.train.run.journal import StepReport, TrainReport
 
@@ -152,7 +152,7 @@ _OWN = (
 
 def _commands(report: "DemoReport") -> list[str]:
     model, adapter, fused, data = (
-        shlex.quote(str(path))
+        quote(str(path))
         for path in (report.model, report.adapter, report.fused, report.data)
     )
     prompt = '"What does Python\'s textwrap.dedent(text) do?"'

@@ -1,7 +1,6 @@
 """``mlx_dora.train``: fine-tune a model, with ``mlx_lm.lora``'s options."""
 
 import logging
-import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from mlx_dora.cli._framework import EXIT_BAD_INPUT, exit_code_of, verb
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._progress import TrainDisplay, duration, size
 from mlx_dora.cli._publish import command_line, publish, upload_option
+from mlx_dora.cli._shell import quote
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.run.journal import TrainReport
 
@@ -166,10 +166,10 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
 def next_commands(train: TrainConfig) -> list[str]:
     """Commands to go on with."""
     words = ["--model", str(train.model), "--adapter-path", train.adapter_path]
-    models = " ".join(shlex.quote(word) for word in words)
-    fused = shlex.quote(train.adapter_path.rstrip("/") + "-fused")
+    models = " ".join(quote(word) for word in words)
+    fused = quote(train.adapter_path.rstrip("/") + "-fused")
     lines = [f"mlx_dora.generate {models} --prompt 'Hello'"]
     if train.hf_dataset is None:
-        lines.append(f"mlx_dora.evaluate {models} --data {shlex.quote(train.data)}")
+        lines.append(f"mlx_dora.evaluate {models} --data {quote(train.data)}")
     lines.append(f"mlx_dora.fuse {models} --save-path {fused}")
     return lines

@@ -176,8 +176,9 @@ class _Values:
         return value if isinstance(value, str) and value else None
 
     def get(self, key: str, default: Any) -> Any:
-        """The value; the default if the key is absent."""
-        return self._content.get(key, default)
+        """The value; the default if the key is absent or null."""
+        value = self._content.get(key)
+        return default if value is None else value
 
     def names(self, key: str) -> tuple[str, ...] | str:
         """A regular expression, or names; no names if the key is absent."""

@@ -216,8 +216,14 @@ def test_existing_output_is_refused_before_any_work(
     (tmp_path / "f" / "mine").touch()
     with pytest.raises(DoRAError, match="already exists"):
         fuse_model("/no/such/model", trained[1], tmp_path / "f")
+    with pytest.raises(DoRAError, match="is not an output of mlx_dora"):
+        fuse_model("/no/such/model", trained[1], tmp_path / "f", overwrite=True)
+    assert (tmp_path / "f" / "mine").exists()
+    (tmp_path / "f" / "mine").unlink()
     fuse_model(*trained, tmp_path / "f", overwrite=True)
-    assert "mine" not in names(tmp_path / "f")
+    (tmp_path / "f" / "config.json").write_text("old")
+    fuse_model(*trained, tmp_path / "f", overwrite=True)
+    assert (tmp_path / "f" / "config.json").read_text() != "old"
 
 
 def test_inputs_are_never_overwritten(
@@ -225,7 +231,7 @@ def test_inputs_are_never_overwritten(
 ) -> None:
     for target in trained:
         before = names(target)
-        with pytest.raises(DoRAError, match="holds the input"):
+        with pytest.raises(DoRAError, match="is the input"):
             fuse_model(*trained, target, overwrite=True)
         assert names(target) == before
 

@@ -19,7 +19,6 @@ from mlx_dora.adapters.fuse import fuse_model
 from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.recorded_base import recorded_base
-from mlx_dora.adapters.surgery import apply_layers
 from mlx_dora.errors import DoRAError
 from tests.adapters.folders import edit_config
 from tests.adapters.training import QV, TOKENS, train
@@ -46,7 +45,8 @@ def save_full(base: Path, adapter: Path) -> None:
     """Move every parameter of the last block that is not packed by a few percent."""
     model, _ = load(base)
     before = BaseModel(fingerprint=fingerprint(model))
-    apply_layers(model, DoRAConfig(num_layers=1), "full")
+    model.freeze()  # as mlx-lm does, which does not refuse packed weights
+    model.layers[-1].unfreeze()
     for module in model.modules():
         if "scales" in module:
             module.freeze()

@@ -13,7 +13,7 @@ from mlx_dora.adapters.fuse import fuse_dora, fuse_model, save_fused
 from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.fuse_layer import survival
 from mlx_dora.adapters.hosting import load
-from mlx_dora.adapters.surgery import apply_dora, dora_layers
+from mlx_dora.adapters.surgery import apply_dora
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels.fusing import dense_fused
 from mlx_dora.matrix import Adapted, LowRank
@@ -29,10 +29,15 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         model, _ = load(base)
         apply_dora(model, DoRAConfig(num_layers=2, keys=QV, rank=4))
         perturb(model, 0.01)
-        for path, layer in dora_layers(model):
-            for leaf, value in leaves.items() if path == Q0 else ():
-                layer[leaf] = mx.full(layer[leaf].shape, value)
         save_adapter(model, tmp_path / "adapter")
+        # Saving refuses what overflows, so that the file is changed afterwards.
+        file = str(tmp_path / "adapter" / "adapters.safetensors")
+        tensors = mx.load(file)
+        assert isinstance(tensors, dict)
+        for leaf, value in leaves.items():
+            tensors[f"{Q0}.{leaf}"] = mx.full(tensors[f"{Q0}.{leaf}"].shape, value)
+        mx.eval(tensors)
+        mx.save_safetensors(file, tensors)
         return tmp_path / "adapter"
 
     return make

@@ -106,14 +106,14 @@ def test_kill_leaves_no_folder_that_loads(
         deadline = time.monotonic() + 60
         want = (0, 1, 4, 8)[step]
         while time.monotonic() < deadline and process.poll() is None:
-            parts = list(out.parent.glob(".fused.*.partial/*.safetensors"))
+            parts = list(out.parent.glob(".fused.*.partial/new/*.safetensors"))
             if len(parts) >= want:
                 break
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        left = list(out.parent.glob(".fused.*.partial"))
+        left = list(out.parent.glob(".fused.*.partial/new"))
         seen.update(len(list(folder.glob("*.safetensors"))) for folder in left)
         for folder in left:
             with pytest.raises(DoRAError):

@@ -326,7 +326,8 @@ def test_the_command_writes_table_json_and_report(make_tiny_folder, tmp_path):
     assert content["kind"] == "adapter"
     assert {"name", "delta_m", "delta_d", "correlation"} <= set(content["layers"][0])
     text = page.read_text()
-    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in text
     again = CliRunner().invoke(command, ["adapter", str(tmp_path / "a"), *flags])
     assert again.exit_code == 1
     assert "--overwrite" in again.output

@@ -89,7 +89,7 @@ BAD = {
     "no split": (["--split", "train"], 1, "has no train data"),
     "bad split": (["--split", "dev"], 2, "dev"),
     "no batches": (["--num-batches", "0"], 1, "num_batches must be -1 or at least 1"),
-    "bad samples": (["--samples", "-1"], 1, "samples must be a whole number"),
+    "bad samples": (["--samples", "-1"], 1, "samples must be at least 0, got -1"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,7 +153,10 @@ def test_the_next_commands_work_as_printed(
     monkeypatch.chdir(tmp_path)
     line = f"train -c {shlex.quote(f'~/{FOLDER}/settings/train.yaml')} --val-batches 0"
     found = run([*shlex.split(line), "--adapter-path", f"~/{FOLDER}/next"])
-    words = shlex.split(found.stdout.partition("Next:")[2])
+    lines = found.stdout.partition("Next:")[2]
+    shown = ["bash", "-c", "printf '%s\\0' " + " ".join(lines.split("\n"))]
+    words = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
+    words = words.split("\0")[:-1]
     starts = [i for i, word in enumerate(words) if word.startswith("mlx_dora.")]
     said = [words[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
     verbs = [one[0].removeprefix("mlx_dora.") for one in said]

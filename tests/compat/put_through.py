@@ -94,6 +94,11 @@ def _refusal(model: nn.Module) -> str:
     return ""
 
 
+def _is_narrow(module: nn.Module) -> bool:
+    weight = module.get("weight")
+    return isinstance(weight, mx.array) and weight.ndim == 2 and weight.shape[0] < 2
+
+
 def _what_can_be(name: str, model: nn.Module) -> tuple[list[str], str]:
     """All in the blocks that can be adapted; what else is meant by default, and why."""
     default = {*adaptable_paths(model, ALL), *passed_over(model, -1)}
@@ -132,7 +137,10 @@ def _adapted(name: str, bits: int | None, keys: list[str], model: Any) -> Outcom
         base = _logits(model)
     except Exception as error:
         stop = f"the plain model does not run: {_told(error)}"
-    paths = apply_dora(model, replace(ALL, keys=tuple(keys)))
+    # A gate with one output takes no more than rank 1.
+    narrow = {path: 1 for path, module in model.named_modules() if _is_narrow(module)}
+    config = replace(ALL, keys=tuple(keys), rank_pattern=narrow or None)
+    paths = apply_dora(model, config)
     if base is not None:
         stop = _training_problem(model, base)
     if stop:

@@ -108,12 +108,14 @@ def test_what_is_not_covered_is_named(make_tuned, tmp_path: Path) -> None:
 
 def test_refusals(make_tuned, tmp_path: Path) -> None:
     base, tuned, _ = make_tuned()
+    (tmp_path / "there").mkdir()
     cases: list[tuple[dict[str, Any], str]] = [
         ({}, "give a rank or an energy"),
         ({"rank": 0}, "rank must be"),
         ({"energy": 1.5}, "energy must be"),
         ({"rank": 2, "keys": ["q_pro"]}, "no module is called 'q_pro'"),
-        ({"rank": 2, "save_path": tmp_path / "tuned"}, "already exists"),
+        ({"rank": 2, "save_path": tmp_path / "there"}, "already exists"),
+        ({"rank": 2, "save_path": tmp_path / "tuned"}, "is the input"),
     ]
     for kw, message in cases:
         with pytest.raises(DoRAError, match=message):

@@ -220,6 +220,8 @@ def test_unlike_vocabularies_need_pad(
 def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
     a, b, c = three
     out = tmp_path / "out"
+    there = tmp_path / "there"
+    there.mkdir()
     cases: list[tuple[list[Path], dict[str, Any], str]] = [
         ([a, b, c], {}, "slerp takes two models, got 3"),
         ([a, b], {"method": "ties"}, "ties needs a base"),
@@ -229,7 +231,8 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
         ([a, b], {"dtype": "int8"}, "dtype must be"),
         ([a, b], {"weights": [-1, 2]}, "at least 0"),
         ([a, tmp_path / "none"], {}, "no model folder"),
-        ([a, b], {"save_path": a.parent}, "already exists"),
+        ([a, b], {"save_path": a.parent}, "holds the input"),
+        ([a, b], {"save_path": there}, "already exists"),
     ]
     for models, kw, message in cases:
         with pytest.raises(DoRAError, match=message):
@@ -262,7 +265,8 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
     with pytest.raises(DoRAError, match="is a qwen2 model"):
         merge_models([a, c], save_path=out)
     names = [path.name for path in tmp_path.iterdir()]
-    assert sorted(names) == ["m0", "m1", "m2"]  # nothing left, hidden or not
+    # Nothing is left, hidden or not.
+    assert sorted(names) == ["m0", "m1", "m2", "there"]
 
 
 def overlapping(whole: bytes) -> bytes:

@@ -47,7 +47,7 @@ def test_a_value_of_a_wrong_type_or_range_is_named(
 
 
 def test_a_number_that_no_float_holds_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DoRAError, match="too large a number"):
+    with pytest.raises(DoRAError, match=r"is not JSON: 1000+"):
         read(tmp_path, lora_alpha=10**400)
 
 

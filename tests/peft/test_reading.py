@@ -243,7 +243,7 @@ def test_the_command_goes_both_ways(
     assert load_adapter(tmp_path / "b").base.model == "org/name"
     cases = [
         (tmp_path / "a", tmp_path / "p", "--to", "peft", "already exists"),
-        (tmp_path / "a", tmp_path / "a", "--to", "peft", "already exists"),
+        (tmp_path / "a", tmp_path / "a", "--to", "peft", "is the input"),
         (tmp_path / "p", tmp_path / "c", "--to", "peft", "looks like a PEFT adapter"),
         (tmp_path / "a", tmp_path / "c", "--to", "mlx", "has no adapter_model"),
     ]
@@ -254,5 +254,5 @@ def test_the_command_goes_both_ways(
         assert said.count("\n") == 1
     code, said = run(tmp_path / "a", tmp_path / "a", "--to", "peft", "--overwrite")
     assert code == 1
-    assert "holds the input" in said
+    assert "is the input" in said
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())

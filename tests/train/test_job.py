@@ -95,6 +95,7 @@ def test_a_lost_process_is_told(
 
     monkeypatch.setattr(mx.distributed, "init", Two)
     monkeypatch.setattr(job, "together", lambda _group: nullcontext())
+    monkeypatch.setattr(job, "watched_peers", lambda _group: nullcontext())
     monkeypatch.setattr(job, "finetune", lose)
     with pytest.raises(DoRAError, match="another process of this training has ended"):
         run_job(TrainConfig(**settings), DORA)  # pyright: ignore[reportArgumentType]
