@@ -3,9 +3,9 @@
     python benchmarks/bench_merge.py [--rank 16] [--adapters 2] [--smoke]
 
 One matrix, N DoRA adapters of rank r, merged by the normalised mean of directions
-(slerp's middle for two). ``ours`` is `merge.factored.merge_matrix` at rank N·r, exact.
-``dense + SVD`` builds each adapted weight, merges length and direction of its
-rows in NumPy float32, and goes back to rank N·r by NumPy's SVD; the two merges are
+(slerp's middle for two). ``ours`` is `merge.adapters.factored.merge_matrix` at rank
+N·r, exact. ``dense + SVD`` builds each adapted weight, merges length and direction of
+its rows in NumPy float32, and goes back to rank N·r by NumPy's SVD; the two merges are
 compared first. Memory of NumPy arrays is in neither figure.
 """
 
@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.kernels import fused_weight
-from mlx_dora.matrix import LowRank
-from mlx_dora.merge.factored import Adapted, merge_matrix
+from mlx_dora.matrix import Adapted, LowRank
+from mlx_dora.merge.adapters.factored import merge_matrix
 
 SHAPES = {"q_proj": (2048, 2048), "down_proj": (2048, 8192)}
 SMOKE = {"tiny": (64, 96)}

@@ -42,8 +42,8 @@ from pathlib import Path
 import yaml
 from mlx_dora import openblas
 openblas.preload()
-from mlx_dora.merge.mergekit import read_mergekit
-from mlx_dora.merge.models import run_merge
+from mlx_dora.merge.models.mergekit import read_mergekit
+from mlx_dora.merge.models.merge import run_merge
 started, cpu = time.perf_counter(), time.process_time()
 run_merge(read_mergekit(yaml.safe_load(Path(sys.argv[1]).read_text())), sys.argv[2])
 told = {

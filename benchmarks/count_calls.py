@@ -1,63 +1,212 @@
-"""Python calls and files of one forward through a DoRALinear, by `sys.setprofile`.
+"""Count the Python calls and files of three journeys through the package.
 
     python benchmarks/count_calls.py
 
-Counts the functions of mlx_dora alone. "step" is a forward within a training step,
-whose norms are held; "alone" computes them too; "eval" has its cache filled.
+- ``merge``: one matrix of a slerp of two adapters: what a merge of two matrices has
+  more than a merge of one. ``merge_folders`` is a whole merge of one matrix from two
+  folders into a third, with all reading, checking and writing.
+- ``layer``: one forward of a `DoRALinear`: ``step`` within a training step, whose norms
+  are held; ``alone`` computes them too; ``eval`` has its cache filled.
+- ``rank``: files of ``mlx_dora.train --rank`` that hold the rank while it travels from
+  the command to the layer: a function of theirs has it as an argument, or a config that
+  has it.
+
+Calls are those of functions in this package as `sys.setprofile` sees them, generator
+expressions included. One JSON line.
 """
 
+import contextlib
+import json
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
+from mlx_dora import openblas
 
-import mlx_dora
-from mlx_dora.layers import DoRALinear, held_norms
+openblas.preload()  # before MLX
 
-PACKAGE = str(Path(mlx_dora.__file__).parent)
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+
+ROOT = Path(openblas.__file__).parent
+RANK = 37
+"""A rank that nothing else in a training equals."""
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 320,
+}
 
 
-def counted(run: Callable[[], Any]) -> list[tuple[str, str]]:
-    """File and name of every function of the package that a call enters, in order."""
-    calls: list[tuple[str, str]] = []
+def counted(
+    work: Callable[[], Any], counts: Callable[[FrameType], bool] = lambda _: True
+) -> Counter[CodeType]:
+    """Run some work and count the calls of the package's functions.
 
-    def watch(frame: FrameType, event: str, _: Any) -> None:
+    Args:
+        work: What is run.
+        counts: Whether a call counts.
+    """
+    seen: Counter[CodeType] = Counter()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(PACKAGE):
-            file = code.co_filename.removeprefix(PACKAGE).lstrip("/")
-            calls.append((file, code.co_name))
+        if event == "call" and code.co_filename.startswith(str(ROOT)) and counts(frame):
+            seen[code] += 1
 
-    run()
-    sys.setprofile(watch)
+    sys.setprofile(note)
     try:
-        run()
+        work()
     finally:
         sys.setprofile(None)
-    return calls
+    return seen
+
+
+def summary(seen: Counter[CodeType]) -> dict[str, Any]:
+    """Calls and files of a count."""
+    return {"calls": seen.total(), "files": sorted({_file_of(code) for code in seen})}
+
+
+def _file_of(code: CodeType) -> str:
+    return Path(code.co_filename).relative_to(ROOT).as_posix()
+
+
+def make_model() -> nn.Module:
+    """A random Llama of two blocks."""
+    from mlx_lm.models import llama
+
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
+    mx.eval(model.parameters())
+    return model
+
+
+def make_adapter(blocks: int, seed: int) -> Any:
+    """An adapter of one matrix in each of some blocks."""
+    from mlx_dora import Adapter, DoRAConfig
+
+    mx.random.seed(seed)
+    tensors: dict[str, mx.array] = {}
+    for block in range(blocks):
+        path = f"model.layers.{block}.self_attn.q_proj"
+        tensors[f"{path}.lora_a"] = mx.random.normal((64, 4))
+        tensors[f"{path}.lora_b"] = mx.random.normal((4, 64))
+        tensors[f"{path}.m"] = mx.abs(mx.random.normal((64,)))
+    paths = tuple(f"model.layers.{block}.self_attn.q_proj" for block in range(blocks))
+    return Adapter(
+        config=DoRAConfig(rank=4, keys=paths, num_layers=-1), tensors=tensors
+    )
+
+
+def count_merge() -> dict[str, Any]:
+    """One matrix of a merge, and a whole merge of folders."""
+    from mlx_dora import save_adapter
+    from mlx_dora.merge import merge_adapters
+
+    model = make_model()
+    found = []
+    for blocks in (1, 2):
+        pair = [make_adapter(blocks, seed) for seed in (1, 2)]
+        merge_adapters(pair, model=model)  # what is loaded once does not count
+        found.append(counted(lambda pair=pair: merge_adapters(pair, model=model)))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/a{seed}" for seed in (1, 2)]
+        for seed, path in enumerate(paths, 1):
+            save_adapter(make_adapter(1, seed), path)
+        merge_adapters(paths, model=model, save_path=f"{folder}/warm")
+        whole = counted(
+            lambda: merge_adapters(paths, model=model, save_path=f"{folder}/out")
+        )
+    return {"merge": summary(found[1] - found[0]), "merge_folders": summary(whole)}
 
 
 def forward_calls() -> dict[str, list[tuple[str, str]]]:
-    """The calls of a forward by how it is made."""
+    """File and name of every function that a forward of a layer enters.
+
+    Returns:
+        By how the forward is made, in the order of the first call.
+    """
+    from mlx_dora.layers import DoRALinear, held_norms
+
     layer = DoRALinear.from_base(nn.Linear(64, 32), r=4)
     x = mx.ones((3, 64))
-    found = {"alone": counted(lambda: layer(x))}
+
+    def calls() -> list[tuple[str, str]]:
+        layer(x)
+        seen = counted(lambda: layer(x)).elements()
+        return [(_file_of(code), code.co_name) for code in seen]
+
+    found = {"alone": calls()}
     with held_norms(layer):
-        found["step"] = counted(lambda: layer(x))
+        found["step"] = calls()
     layer.eval()
-    return found | {"eval": counted(lambda: layer(x))}
+    return found | {"eval": calls()}
 
 
-def main() -> None:
-    for name, calls in forward_calls().items():
-        files = {file for file, _ in calls}
-        print(f"{name}: {len(calls)} calls in {len(files)} files")
-        for file, function in calls:
-            print(f"    {file}: {function}")
+def count_layer() -> dict[str, Any]:
+    """A forward of a layer, by how it is made."""
+    return {
+        how: {"calls": len(calls), "files": sorted({file for file, _ in calls})}
+        for how, calls in forward_calls().items()
+    }
+
+
+def count_rank() -> list[str]:
+    """Files that hold the rank of a training."""
+    from mlx_dora.cli.train import command
+
+    def holds(frame: FrameType) -> bool:
+        values = list(frame.f_locals.values())
+        values += [v for one in values if isinstance(one, dict) for v in one.values()]
+        values += [vars(one).get("rank") for one in values if hasattr(one, "__dict__")]
+        return any(type(one) is int and one == RANK for one in values)
+
+    with tempfile.TemporaryDirectory() as folder:
+        model, data = Path(folder, "model"), Path(folder, "data")
+        _write_model(model)
+        data.mkdir()
+        (data / "train.jsonl").write_text('{"text": "the quick brown fox"}\n' * 4)
+        args = ["--model", str(model), "--data", str(data), "--rank", str(RANK)]
+        args += ["--adapter-path", f"{folder}/out", "--iters", "1", "--batch-size", "1"]
+        args += ["--num-layers", "1"]
+
+        def train() -> None:
+            with contextlib.redirect_stdout(sys.stderr):
+                command.main(args, standalone_mode=False)
+
+        seen = [
+            Path(code.co_filename).relative_to(ROOT) for code in counted(train, holds)
+        ]
+    files = list(dict.fromkeys(map(str, seen)))  # in the order of the first call
+    is_layer = [name.startswith("layers/") for name in files]
+    return files[: is_layer.index(True) + 1]
+
+
+def _write_model(folder: Path) -> None:
+    from mlx.utils import tree_flatten
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder.mkdir()
+    weights = dict(tree_flatten(make_model().parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate([*alphabet, "<end>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue] - a property in the stubs
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps({**count_merge(), "layer": count_layer(), "rank": count_rank()}))

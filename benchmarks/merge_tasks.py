@@ -43,19 +43,13 @@ from mlx_dora.data.splits import read_splits
 from mlx_dora.evaluate.labels import find_labels, label_accuracy
 from mlx_dora.evaluate.loss import evaluate_loss
 from mlx_dora.io.checkpoint import Checkpoint
-from mlx_dora.merge.adapters import merge_adapters_report
-from mlx_dora.merge.dense import Options
-from mlx_dora.merge.estimate import estimate_fisher, read_targets
-from mlx_dora.merge.fisher import Fisher
-from mlx_dora.merge.fisher_config import FisherConfig
-from mlx_dora.merge.names import ADAPTER_METHODS, FISHER
+from mlx_dora.merge.adapters.dense import Options
+from mlx_dora.merge.adapters.merge import merge_adapters_report
+from mlx_dora.merge.fisher.config import FisherConfig
+from mlx_dora.merge.fisher.estimate import estimate_fisher, read_targets
+from mlx_dora.merge.fisher.information import Fisher
+from mlx_dora.merge.methods import METHODS
 
-# Defaults of the papers where a method has a setting.
-OPTIONS = {
-    "ties": Options(density=0.2),
-    "dare": Options(density=0.5),
-    "dare_ties": Options(density=0.5),
-}
 GRANULARITIES = ("row", "element")
 
 
@@ -274,7 +268,7 @@ def main(
             method=method,
             rank=rank,
             check_base=False,
-            options=OPTIONS.get(method, Options()),
+            options=Options(),
             **kw,
         ).adapter
 
@@ -286,13 +280,13 @@ def main(
 
     def informed(granularity: str) -> Adapter:
         known = fishers(base, tokenizer, tasks, whole, max_seq_length, granularity)
-        return merged(FISHER, adapters, fisher=known)
+        return merged("fisher", adapters, fisher=known)
 
     study.adapter("base", lambda: None)
     for (name, _, _), adapter in zip(tasks, adapters, strict=True):
         study.adapter(f"adapter {name}", lambda adapter=adapter: adapter)
-    for method in methods or ADAPTER_METHODS:
-        if method == FISHER:
+    for method in methods or METHODS:
+        if METHODS[method].needs_fisher:
             for one in GRANULARITIES:
                 study.adapter(f"fisher by {one}", lambda one=one: informed(one))
         elif method == "slerp":

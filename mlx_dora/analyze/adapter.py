@@ -1,6 +1,6 @@
 """An adapter against its base, from the factored terms alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.nn as nn
@@ -16,9 +16,7 @@ from mlx_dora.analyze.result import AdapterAnalysis
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import weight_of
 from mlx_dora.matrix import row_geometry
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, total, newly done)."""
+from mlx_dora.progress import Progress
 
 
 def analyze_adapter(

@@ -13,7 +13,6 @@ from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.keys import natural_order
 from mlx_dora.adapters.matrices import adapted_matrices, named_matrices
 from mlx_dora.analyze.adapter import (
-    Progress,
     check_fit,
     load_base,
     named_adapter,
@@ -28,6 +27,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.layers import weight_of
 from mlx_dora.matrix import Adapted, Factors, Spectrum, Weight, row_grams
 from mlx_dora.matrix.low_rank import side_by_side
+from mlx_dora.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.adapters.keys import natural_order
-from mlx_dora.analyze.adapter import Progress
 from mlx_dora.analyze.metrics import MatrixAnalysis, measure
 from mlx_dora.analyze.result import AdaptationAnalysis
 from mlx_dora.decomposition import Array, as_array
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.blocks import READABLE, read_blocks
 from mlx_dora.io.checkpoint import Checkpoint
+from mlx_dora.io.derived import head_and_embedding
 from mlx_dora.matrix.geometry import blocks_geometry
+from mlx_dora.progress import Progress
 
 Weights = Mapping[str, Array] | str | Path
 """Named arrays, MLX's or NumPy's, or a model folder."""
@@ -111,6 +112,14 @@ class _Source:
     def __str__(self) -> str:
         return self._name
 
+    def is_copied_head(self, name: str) -> bool:
+        """Whether a matrix is the output head and equals the input embedding."""
+        pair = head_and_embedding(self.shapes)
+        if pair is None or pair[0] != name or len({*map(self.shapes.get, pair)}) > 1:
+            return False
+        both = zip(*map(self.blocks, pair), strict=True)
+        return all(np.array_equal(head, embedding) for head, embedding in both)
+
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         if self._files is not None:
             yield from read_blocks(self._files, name)
@@ -126,6 +135,10 @@ def _shared(before: _Source, after: _Source) -> list[str]:
     problems = []
     for one, other in ((before, after), (after, before)):
         missing = [name for name in one.shapes if name not in other.shapes]
+        for name in [name for name in missing if one.is_copied_head(name)]:
+            logger.warning("passed over %s of %s: a copy of the embedding", name, one)
+            missing.remove(name)
+            del one.shapes[name]
         if missing:
             more = f" and {len(missing) - _LISTED} more" * (len(missing) > _LISTED)
             problems.append(f"{other} lacks {', '.join(missing[:_LISTED])}{more}")

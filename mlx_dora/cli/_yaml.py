@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from mlx_dora.errors import DoRAError
 
@@ -87,9 +88,19 @@ def parse_yaml(text: str, where: object) -> Any:
         _check_size(text)
         # A SafeLoader with one more form of numbers and without dates.
         return yaml.load(text.removeprefix("\ufeff"), Loader=_Loader)
+    except ComposerError as error:
+        if "single document" not in str(error):
+            raise _invalid(where, error) from error
+        raise DoRAError(
+            f"{where} holds several YAML documents (---): put each in a file of its "
+            "own."
+        ) from error
     except _BAD_VALUE as error:
-        reason = " ".join(str(error).split())
-        raise DoRAError(f"{where} is not valid YAML: {reason}") from error
+        raise _invalid(where, error) from error
+
+
+def _invalid(where: object, error: Exception) -> DoRAError:
+    return DoRAError(f"{where} is not valid YAML: {' '.join(str(error).split())}")
 
 
 def read_yaml(path: Path) -> Any:

@@ -40,7 +40,7 @@ def command(
     Magnitudes are exact, directions come from a truncated SVD; the error of each matrix
     is printed. Give --rank, --energy or both.
     """
-    from mlx_dora.merge.extract import extract_adapter
+    from mlx_dora.merge.adapters.extract import extract_adapter
 
     if rank is None and energy is None:
         raise click.UsageError("give --rank, --energy or both")

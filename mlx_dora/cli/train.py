@@ -84,8 +84,10 @@ def command(
         if upload_repo is not None:
             _publish_adapter(train, upload_repo)
         echo("Next:")
-        for line in next_commands(train):
-            echo(f"  {line}")
+        for one in next_commands(train):
+            # A line end in a quoted path stays one, so that the command works.
+            for line in f"  {one}".split("\n"):
+                echo(line)
     return None
 
 

@@ -23,11 +23,9 @@ from mlx_dora.evaluate.config import EvaluateConfig
 from mlx_dora.evaluate.generation import Prompt, generate_samples, sample_prompts
 from mlx_dora.evaluate.labels import LabelAccuracy, find_labels, label_accuracy
 from mlx_dora.evaluate.loss import LossResult, evaluate_loss
+from mlx_dora.progress import Progress
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, total rows, rows newly done)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_dora.merge.adapters import merge_adapters
-    from mlx_dora.merge.estimate import estimate_fisher
-    from mlx_dora.merge.models import merge_models
+    from mlx_dora.merge.adapters.merge import merge_adapters
+    from mlx_dora.merge.fisher.estimate import estimate_fisher
+    from mlx_dora.merge.models.merge import merge_models
 
 _HOME = {
-    "estimate_fisher": "mlx_dora.merge.estimate",
-    "merge_adapters": "mlx_dora.merge.adapters",
-    "merge_models": "mlx_dora.merge.models",
+    "estimate_fisher": "mlx_dora.merge.fisher.estimate",
+    "merge_adapters": "mlx_dora.merge.adapters.merge",
+    "merge_models": "mlx_dora.merge.models.merge",
 }
 
 __all__ = ["estimate_fisher", "merge_adapters", "merge_models"]

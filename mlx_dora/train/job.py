@@ -15,6 +15,7 @@ from mlx_dora.data.loading import make_datasets
 from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import LossResult, evaluate_loss
+from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import together
 from mlx_dora.train.optimizers import build_optimizer
@@ -22,7 +23,6 @@ from mlx_dora.train.peers import watched_peers
 from mlx_dora.train.plot import PLOT_NAME, can_plot, plot_losses
 from mlx_dora.train.run.finetune import finetune
 from mlx_dora.train.run.journal import StepReport, TrainReport
-from mlx_dora.train.run.run import Progress
 from mlx_dora.train.run.start import check_folder
 from mlx_dora.train.services import HostCallback, check_services
 

@@ -16,7 +16,7 @@ from mlx_dora.adapters.files import save_adapter
 from mlx_dora.adapters.surgery import apply_dora, apply_layers, dora_layers
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.adapters import merge_adapters
-from mlx_dora.merge.extract import extract_adapter
+from mlx_dora.merge.adapters.extract import extract_adapter
 from tests.adapters.training import TOKENS
 from tests.checks import assert_close, to_numpy
 

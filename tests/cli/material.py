@@ -10,8 +10,8 @@ from mlx_lm.models import llama
 
 from mlx_dora import DoRAConfig, apply_dora, save_adapter
 from mlx_dora.layers import DoRALinear
-from mlx_dora.merge.estimate import write_fisher
-from mlx_dora.merge.fisher_config import FisherConfig
+from mlx_dora.merge.fisher.config import FisherConfig
+from mlx_dora.merge.fisher.estimate import write_fisher
 from mlx_dora.peft import to_peft
 from tests.cli.training_data import write_data
 from tests.conftest import TINY_CONFIG, write_tiny_tokenizer

@@ -71,6 +71,9 @@ FOLDERS = {
     "merge models on a base": Command(
         "merge models @m1 --base @m0 --method task_arithmetic"
     ),
+    "merge adapters by advice": Command(
+        "merge adapters @a1 @a2 --model @m0 --method auto"
+    ),
     "merge models by mergekit's file": Command(
         "merge models --config @settings/merge.yaml"
     ),

@@ -63,6 +63,13 @@ def test_a_merged_key_may_be_overridden() -> None:
     }
 
 
+def test_several_documents_are_refused_in_words_of_their_own() -> None:
+    with pytest.raises(DoRAError, match=r"it holds several YAML documents \(---\)"):
+        parse_yaml("a: 1\n---\nb: 2", "it")
+    with pytest.raises(DoRAError, match="it is not valid YAML"):
+        parse_yaml("a: *nowhere", "it")
+
+
 def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(b"a: \xff")
     with pytest.raises(DoRAError, match=r"c\.yaml is not valid YAML: 'utf-8' codec"):

@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.matrix import LowRank, Weight
-from mlx_dora.merge.factored import Adapted, MergedMatrix
+from mlx_dora.matrix import Adapted, LowRank, Weight
+from mlx_dora.merge.adapters.factored import MergedMatrix
 from tests.checks import to_numpy
 
 

@@ -15,7 +15,8 @@ from mlx_dora.adapters.surgery import apply_dora
 from mlx_dora.analyze.adapter import analyze_adapter
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.adapters import merge_adapters
-from mlx_dora.merge.extract import extract_adapter
+from mlx_dora.merge.adapters.extract import extract_adapter
+from mlx_dora.merge.methods import METHODS
 from mlx_dora.merge.models import merge_models
 from tests.adapters.training import perturb
 
@@ -42,7 +43,7 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize(
-    "method", ["linear", "slerp", "karcher", "task_arithmetic", "ties", "dare", "tsv"]
+    "method", [name for name, one in METHODS.items() if not one.needs_fisher]
 )
 @pytest.mark.parametrize("rank", [None, 2])
 def test_adapters_beyond_float32_are_refused_in_one_line(

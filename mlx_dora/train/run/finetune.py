@@ -13,6 +13,7 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.surgery import export_variants
 from mlx_dora.data.batches import Batch
 from mlx_dora.evaluate.loss import Loss, loss_fn
+from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.run.interrupt import interruption
 from mlx_dora.train.run.journal import StepReport, TrainReport
@@ -20,7 +21,7 @@ from mlx_dora.train.run.lock import training_lock
 from mlx_dora.train.run.loop import loop
 from mlx_dora.train.run.prepare import prepare
 from mlx_dora.train.run.resume import resume
-from mlx_dora.train.run.run import Progress, Run
+from mlx_dora.train.run.run import Run
 from mlx_dora.train.run.start import trainable_tensors
 from mlx_dora.train.services import HostCallback
 

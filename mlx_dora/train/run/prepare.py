@@ -16,6 +16,7 @@ from mlx_dora.data.batches import Examples
 from mlx_dora.data.documents import check_packable
 from mlx_dora.data.loading import as_dataset
 from mlx_dora.evaluate.loss import Loss
+from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import check_alike, together
 from mlx_dora.train.optimizers import describe_training, describe_variant
@@ -23,7 +24,7 @@ from mlx_dora.train.run.feed import Feed, MakeBatches
 from mlx_dora.train.run.guard import Best, Guard
 from mlx_dora.train.run.journal import Journal, StepReport
 from mlx_dora.train.run.meter import Meter
-from mlx_dora.train.run.run import Progress, Run
+from mlx_dora.train.run.run import Run
 from mlx_dora.train.run.settings import run_settings
 from mlx_dora.train.run.start import check_folder, check_lora_plus, make_trainable
 from mlx_dora.train.services import (

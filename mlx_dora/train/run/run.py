@@ -15,6 +15,7 @@ from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.files import write_adapter_files
 from mlx_dora.data.batches import Batch, Examples
 from mlx_dora.evaluate.loss import Loss, evaluate_loss
+from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.geometry import measure_geometry
 from mlx_dora.train.group import together
@@ -26,9 +27,6 @@ from mlx_dora.train.run.meter import Meter
 from mlx_dora.train.run.restore import optimizer_tensors
 from mlx_dora.train.run.start import BEST_NAME, kept_tensors
 from mlx_dora.train.stepper import Stepper
-
-Progress = Callable[[str, int, int], None]
-"""("train" or "validate", total, newly done): steps, or rows of a validation."""
 
 
 @dataclass(kw_only=True)
@@ -53,7 +51,8 @@ class Run:
         guard: Passes over steps that are not finite.
         best: The best validation so far.
         meter: Sums since the last report.
-        progress: Called after every step and during validations; may be None.
+        progress: Called after every step ("train") and during validations
+            ("validate", of rows); may be None.
         make_stepper: Makes the stepper from the batches of its further levels.
         step: Batches done.
         stepper: Updates the weights. Set when the run is resumed or begins.

@@ -1,0 +1,155 @@
+"""``mlx_dora.merge models``: several whole models as one."""
+
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from mlx_dora.cli._echo import echo
+from mlx_dora.cli._merge_options import (
+    DENSITY_HELP,
+    SCALE_HELP,
+    SEED_HELP,
+    Weights,
+    fisher_option,
+    read_weights,
+)
+from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
+from mlx_dora.cli._progress import WorkDisplay
+from mlx_dora.cli._yaml import read_yaml
+from mlx_dora.merge.methods import DEFAULT, METHODS
+from mlx_dora.merge.methods.table import names_with
+
+
+@click.command("models")
+@click.argument("models", type=PATH_OR_ID, nargs=-1, metavar="[M1 M2 ...]")
+@click.option("--save-path", type=PATH, required=True, help="The model folder to make.")
+@click.option("--base", type=PATH_OR_ID, help="The model that changes are relative to.")
+@click.option(
+    "--method",
+    type=click.Choice([*METHODS]),
+    default=DEFAULT,
+    show_default=True,
+    help="How to merge.",
+)
+@click.option(
+    "--weights",
+    callback=read_weights,
+    help="One a model (0.3,0.7), or YAML from patterns of module paths to such lists; "
+    "equal if not given.",
+)
+@click.option(
+    "--density",
+    type=float,
+    help=DENSITY_HELP,
+)
+@click.option(
+    "--scale",
+    type=float,
+    help=SCALE_HELP,
+)
+@click.option(
+    "--normalize/--no-normalize",
+    default=None,
+    help=f"Divide by the weights, for {names_with('normalize')}.",
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    help=SEED_HELP,
+)
+@click.option(
+    "--granularity",
+    type=click.Choice(["row", "tensor"]),
+    default="row",
+    show_default=True,
+    help="Directions of rows, or of whole tensors as in mergekit.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of the output; the base's, or the first model's, if not given.",
+)
+@click.option("--pad", is_flag=True, help="Merge embeddings of unlike vocabularies.")
+@fisher_option("a model")
+@click.option(
+    "-c",
+    "--config",
+    type=FILE,
+    help="A mergekit YAML file, in place of models and method; of the other options "
+    "only --seed, --pad and --overwrite go with it.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+def models_command(
+    models: tuple[str, ...],
+    save_path: str,
+    base: str | None,
+    method: str,
+    weights: Weights | None,
+    density: float | None,
+    scale: float | None,
+    normalize: bool | None,
+    seed: int,
+    granularity: str,
+    dtype: str | None,
+    pad: bool,
+    fisher: tuple[str, ...],
+    config: Path | None,
+    overwrite: bool,
+) -> None:
+    """Merge whole models, one tensor at a time.
+
+    The base, or else the first model, gives config, tokenizer and dtypes. A merge that
+    was killed goes on where it stopped when the command is given again.
+    """
+    from dataclasses import replace
+
+    from mlx_dora.merge.models.merge import run_merge
+    from mlx_dora.merge.models.mergekit import read_mergekit
+    from mlx_dora.merge.models.plan import plan_models
+
+    if (config is None) == (not models):
+        raise click.UsageError("give either models or --config")
+    if config is not None:
+        _refuse_beside_config(click.get_current_context())
+        plan = replace(read_mergekit(read_yaml(config)), seed=seed, pad=pad)
+    else:
+        given = {"density": density, "lambda": scale, "normalize": normalize}
+        given = {key: value for key, value in given.items() if value is not None}
+        given |= {"seed": seed, "granularity": granularity, "pad": pad}
+        plan = plan_models(
+            models,
+            base=base,
+            method=method,
+            weights=weights,
+            parameters=given,
+            dtype=dtype,
+            fisher=fisher or None,
+        )
+    with WorkDisplay(with_memory=True) as display:
+        report = run_merge(
+            plan,
+            save_path,
+            inputs=(config,),
+            overwrite=overwrite,
+            progress=display.progress,
+        )
+    for line in report.lines():
+        echo(line)
+    echo(f"Saved to {save_path}")
+
+
+def _refuse_beside_config(context: click.Context) -> None:
+    """Refuse options that the file decides."""
+    free = ("config", "save_path", "overwrite", "seed", "pad", "models")
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in context.params
+        if name not in free
+        and context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)}: the --config file decides this; change the file"
+        )

@@ -1,0 +1,89 @@
+"""How far cutting the rank of each layer moves a merged adapter's logits."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dora.adapters.adapter import LEAVES, Adapter
+from mlx_dora.adapters.attach import attach_adapter
+from mlx_dora.adapters.hosting import load
+from mlx_dora.adapters.surgery import adapter_layers, remove_dora
+from mlx_dora.data.batches import Examples
+from mlx_dora.data.config import DataConfig
+from mlx_dora.data.loading import make_datasets
+from mlx_dora.data.splits import read_splits
+from mlx_dora.errors import DoRAError
+from mlx_dora.evaluate.agreement import compare_probe, take_probe
+from mlx_dora.merge.adapters.report import AdapterMerge
+from mlx_dora.progress import Progress
+
+
+def add_logit_errors(
+    cut: AdapterMerge,
+    full: Adapter,
+    model: nn.Module,
+    data: Examples,
+    *,
+    rows: int = 4,
+    max_seq_length: int = 128,
+    progress: Progress | None = None,
+) -> AdapterMerge:
+    """Measure each layer's cut alone, the other layers whole, and all of them together.
+
+    Args:
+        cut: The merge at the smaller rank.
+        full: The same merge, not cut.
+        model: The base; it is as it was afterwards.
+        data: Rows to compare the logits on.
+        rows: How many of them, spread over the data.
+        max_seq_length: They are cut to this many tokens.
+        progress: Called as the work goes on.
+
+    Returns:
+        The report with relative errors: root mean square of the difference of the
+        logits over that of the uncut adapter's.
+    """
+    attach_adapter(model, full, check_base=False)
+    try:
+        probe = take_probe(model, data, rows=rows, max_seq_length=max_seq_length)
+        layers = dict(adapter_layers(model))
+
+        def error() -> float:
+            return compare_probe(model, probe).relative_logit_difference
+
+        def put(path: str, adapter: Adapter) -> None:
+            for leaf in LEAVES["dora"]:
+                value = adapter.tensors[f"{path}.{leaf}"]
+                layers[path][leaf] = value.astype(mx.float32)
+            layers[path].invalidate()
+
+        errors: dict[str, float] = {}
+        for path in layers:  # the experts of a module together
+            put(path, cut.adapter)
+            errors[path] = error()
+            put(path, full)
+            if progress is not None:
+                progress("logits", len(layers), 1)
+        for path in layers:
+            put(path, cut.adapter)
+        told = tuple(replace(one, logit_error=errors[one.path]) for one in cut.layers)
+        return replace(cut, layers=told, logit_error=error())
+    finally:
+        remove_dora(model)
+
+
+def open_probe(model: str | Path, data: str) -> tuple[nn.Module, Examples]:
+    """A base, and the first of test, valid and train that a data set has.
+
+    Raises:
+        DoRAError: If there is no such model or data, or a row is malformed.
+    """
+    splits = read_splits(DataConfig(data=data))
+    loaded, tokenizer = load(model)
+    sets = make_datasets(splits, tokenizer)
+    found = sets["test"] or sets["valid"] or sets["train"]
+    if found is None:
+        raise DoRAError(f"{data} has no rows.")
+    return loaded, found

@@ -1,0 +1,238 @@
+"""A DoRA adapter from a base and a fine-tuned model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_dora.adapters.adapter import Adapter, BaseModel, rank_of
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.files import save_adapter
+from mlx_dora.adapters.fingerprint import base_tensors, fingerprint
+from mlx_dora.adapters.hosting import load
+from mlx_dora.adapters.keys import natural_order, resolve_keys
+from mlx_dora.adapters.matrices import adapter_tensors, named_matrices
+from mlx_dora.adapters.refusals import check_cut
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.atomic import check_output
+from mlx_dora.io.finite import refuse_not_finite
+from mlx_dora.kernels import fused_weight
+from mlx_dora.layers import dora_class, weight_of
+from mlx_dora.matrix.weight import dense, matrices
+from mlx_dora.merge.adapters.dense import factor, row_norm
+from mlx_dora.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractedLayer:
+    """What became of one changed matrix.
+
+    Attributes:
+        path: Its full path; of an expert with the index, ``path[3]``.
+        rank: Rank of its update.
+        discarded: Share of the direction's change that the rank left out.
+        error: ‖adapted − tuned‖ over ‖tuned − base‖, Frobenius norms.
+    """
+
+    path: str
+    rank: int
+    discarded: float
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """An extracted adapter.
+
+    Attributes:
+        adapter: The extracted adapter.
+        layers: The changed matrices, in natural order.
+        left_out: Changed tensors that the adapter does not cover.
+    """
+
+    adapter: Adapter
+    layers: tuple[ExtractedLayer, ...]
+    left_out: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        told = [
+            f"{one.path}: rank {one.rank}, {one.discarded:.2e} of the energy left out, "
+            f"error {one.error:.2e} of the change"
+            for one in self.layers
+        ]
+        if self.left_out:
+            told.append(f"Changed, but not covered: {', '.join(self.left_out)}")
+        told.append(f"Extracted {len(self.layers)} matrices.")
+        return told
+
+
+def extract_adapter(
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    keys: Sequence[str] | None = None,
+    save_path: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Extraction:
+    """Make a DoRA adapter that turns a base into its fine-tuned self, as far as it can.
+
+    Magnitudes are the tuned weights' exact row norms; directions come from a truncated
+    SVD. Either model may be packed.
+
+    Args:
+        base: Folder or Hub id of the base, which the adapter will belong to.
+        tuned: Of the fine-tuned model.
+        rank: Rank of the updates, or the largest one with `energy`. A matrix that is
+            smaller gets min(out, in).
+        energy: Share of each update's squared norm to keep, above 0 and at most 1.
+        keys: Modules to cover, as in `DoRAConfig`; all of the blocks' if None.
+            Unchanged modules are left out.
+        save_path: Folder to write the adapter to.
+        overwrite: Replace an existing folder.
+        progress: Called as the work goes on.
+
+    Raises:
+        DoRAError: If the models do not fit or do not differ, or an argument is bad.
+    """
+    _check_size(rank, energy)
+    if save_path is not None:
+        check_output(save_path, inputs=(base, tuned), overwrite=overwrite)
+    start, end = load(base, lazy=True)[0], load(tuned, lazy=True)[0]
+    before, after = dict(start.named_modules()), dict(end.named_modules())
+    paths = resolve_keys(start, keys, -1)
+    _check_paths(paths, before, after, tuned, rank)
+    tensors: dict[str, mx.array] = {}
+    layers: list[ExtractedLayer] = []
+    for path in paths:
+        layers += _extract(path, before[path], after[path], rank, energy, tensors)
+        if progress is not None:
+            progress("extract", len(paths), 1)
+    if not layers:
+        raise DoRAError(f"{tuned} does not differ from {base} in any adapted matrix.")
+    adapter = Adapter(
+        config=_config_of(tensors),
+        tensors=tensors,
+        base=BaseModel(model=str(base), fingerprint=fingerprint(start)),
+        training={"extracted": {"tuned": str(tuned), "rank": rank, "energy": energy}},
+    )
+    refuse_not_finite(tensors, "the extracted adapter")
+    if save_path is not None:
+        save_adapter(adapter, save_path, inputs=(base, tuned), overwrite=overwrite)
+    return Extraction(
+        adapter=adapter,
+        layers=tuple(layers),
+        left_out=tuple(_left_out(start, end, set(paths))),
+    )
+
+
+def _check_size(rank: int | None, energy: float | None) -> None:
+    if rank is None and energy is None:
+        raise DoRAError("give a rank or an energy to keep.")
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise DoRAError(f"rank must be a whole number of at least 1, got {rank!r}.")
+    if energy is not None and not 0 < energy <= 1:
+        raise DoRAError(f"energy must be above 0 and at most 1, got {energy!r}.")
+
+
+def _check_paths(
+    paths: Sequence[str],
+    before: Mapping[str, nn.Module],
+    after: Mapping[str, nn.Module],
+    tuned: str | Path,
+    rank: int | None,
+) -> None:
+    if missing := [path for path in paths if path not in after]:
+        raise DoRAError(f"{tuned} lacks {', '.join(missing[:10])}.")
+    for path in paths:
+        dora_class(before[path])
+    if rank is not None and paths:
+        check_cut(before, paths, rank)
+
+
+def _config_of(tensors: Mapping[str, mx.array]) -> DoRAConfig:
+    """The config of extracted tensors, their ranks as they are."""
+    leaf = ".lora_a"
+    ranks = {
+        name.removesuffix(leaf): rank_of("lora_a", value)
+        for name, value in tensors.items()
+        if name.endswith(leaf)
+    }
+    return DoRAConfig(
+        rank=max(ranks.values()),
+        scale=1.0,
+        keys=tuple(ranks),
+        num_layers=-1,
+        rank_pattern=ranks if len(set(ranks.values())) > 1 else None,
+    )
+
+
+def _extract(
+    path: str,
+    before: nn.Module,
+    after: nn.Module,
+    rank: int | None,
+    energy: float | None,
+    tensors: dict[str, mx.array],
+) -> list[ExtractedLayer]:
+    """Put one module's adapter into `tensors`, unless nothing of it has changed.
+
+    Returns:
+        What became of its changed matrices.
+    """
+    base, tuned = weight_of(before), weight_of(after)
+    if base.shape != tuned.shape:
+        raise DoRAError(f"{path} has shape {tuned.shape} for {base.shape}.")
+    layers, parts = [], []
+    pairs = zip(named_matrices(path, base), matrices(tuned), strict=True)
+    for (name, old), new in pairs:
+        weight, goal = dense(old).astype(mx.float32), dense(new).astype(mx.float32)
+        if not mx.isfinite(goal).all() or not mx.isfinite(weight).all():
+            raise DoRAError(f"{name} holds NaN or inf.")
+        change = _length(goal - weight)
+        magnitude = row_norm(goal)
+        if not change:  # among experts that have changed
+            zeros = mx.zeros((weight.shape[1], 1)), mx.zeros((1, weight.shape[0]))
+            part = {"lora_a": zeros[0], "lora_b": zeros[1], "m": magnitude}
+            parts.append(part)
+            continue
+        made = factor(weight, goal, magnitude, scale=1.0, rank=rank, energy=energy)
+        adapted = fused_weight(weight, made.lora_a, made.lora_b, 1.0, made.m)
+        error = _length(adapted - goal) / change
+        parts.append({n: getattr(made, n) for n in ("lora_a", "lora_b", "m")})
+        layers.append(
+            ExtractedLayer(
+                path=name, rank=made.rank, discarded=made.discarded, error=error
+            )
+        )
+    if layers:
+        tensors |= adapter_tensors(path, before, base, parts)
+    return layers
+
+
+def _length(matrix: mx.array) -> float:
+    """Frobenius norm, of every size that float32 holds."""
+    return float(np.linalg.norm(np.array(row_norm(matrix), np.float64)))
+
+
+def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> list[str]:
+    """Tensors outside the covered weights that differ."""
+    before, after = base_tensors(start), base_tensors(end)
+    leaves = ("weight", "scales", "biases")
+    inside = {f"{path}.{leaf}" for path in covered for leaf in leaves}
+    names = sorted((before.keys() | after.keys()) - inside, key=natural_order)
+    return [
+        name
+        for name in names
+        if name not in before
+        or name not in after
+        or before[name].shape != after[name].shape
+        or not cast(bool, mx.array_equal(before[name], after[name]).item())
+    ]

@@ -1,0 +1,191 @@
+r"""Merging DoRA adapters of one matrix without its dense weight.
+
+.. math:: \sum_i \beta_i (W_0 + s_i B_i A_i) = c \, \Bigl(W_0 + \sum_i
+    \frac{\beta_i s_i}{c} B_i A_i\Bigr), \qquad c = \sum_i \beta_i
+
+DoRA divides each row by its length, so the merged row is W0 plus one update of rank
+Σ r_i, with the sign of c in its magnitude: DoRA adapters are closed under every method
+of `mlx_dora.merge.methods.directions`, exactly (``docs/merging.md``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.matrix import Adapted, Factors, LowRank, RowGrams, Weight, row_grams
+from mlx_dora.matrix.low_rank import side_by_side
+from mlx_dora.matrix.weight import float32_rows
+from mlx_dora.merge.methods import method_named
+from mlx_dora.merge.methods.directions import heaviest
+from mlx_dora.merge.methods.rows import Combination, Rows, of_changes
+
+# Where the β cancel more than this, W0's share is gone and W0 + BA cannot express it.
+_BASE_SHARE = 1e-3
+NOT_FINITE = (
+    "the adapted rows are not finite: the base holds NaN or inf, or an adapter's "
+    "values are too large for float32."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedMatrix:
+    """A merged adapter of one matrix, and what could not be taken as it stood.
+
+    Attributes:
+        lora_a: Shape ``(in, r)``, float32.
+        lora_b: Shape ``(r, out)``, float32, for `scale`.
+        m: Shape ``(out,)``, float32.
+        scale: Multiplier of the update.
+        opposed: Rows whose directions cancel: they keep the heaviest input's.
+        recomputed: Rows taken densely, the factored sum being noise there.
+        zero: Rows that are zero after the merge.
+        discarded: Share of the update's energy that cutting the rank lost.
+        unknown: Elements without Fisher information, in a merge by that.
+    """
+
+    lora_a: mx.array
+    lora_b: mx.array
+    m: mx.array
+    scale: float
+    opposed: int = 0
+    recomputed: int = 0
+    zero: int = 0
+    discarded: float = 0.0
+    unknown: int = 0
+
+    @property
+    def rank(self) -> int:
+        """Rank of the update."""
+        return self.lora_a.shape[1]
+
+
+def merge_matrix(
+    weight: Weight,
+    inputs: Sequence[Adapted],
+    weights: np.ndarray,
+    *,
+    method: str,
+    scale: float,
+    rank: int | None = None,
+) -> MergedMatrix:
+    """Merge the adapters of one matrix by a method of rows.
+
+    Args:
+        weight: Base weight. Shape ``(out, in)``, any float dtype or packed; read once.
+        inputs: The N adapters.
+        weights: Shape ``(out, N)``; for means each row sums to 1.
+        method: A method's name.
+        scale: Multiplier that the merged update is written for; not 0.
+        rank: Cut the update to this rank, if it is larger.
+
+    Raises:
+        DoRAError: If the base holds NaN or inf, or an adapted row is beyond float32.
+
+    Returns:
+        The adapter, exact to float32 but for `rank`. Inputs with the same A share it.
+    """
+    found, norm, weights, inputs, grams = _combination(method, weight, inputs, weights)
+    beta, length, opposed = _keep_base(found, norm, weights)
+    share = beta.sum(1)
+    # A row that is zero everywhere: any update that leaves it zero will do.
+    is_zero = np.abs(beta).sum(1) == 0
+    beta = np.where(is_zero[:, None], heaviest(weights), beta)
+    share = np.where(is_zero, 1.0, share)
+    merged = _side_by_side(inputs, beta / share[:, None])
+    if rows := np.flatnonzero(found.cancelled & ~opposed).tolist():
+        dense = np.array(float32_rows(weight, mx.array(rows)), np.float64)
+        dense = share[rows, None] * (dense + merged.rows(np.array(rows)))
+        length[rows] = np.linalg.norm(dense, axis=1)
+    discarded = 0.0
+    if rank is not None and rank < merged.a.shape[1]:
+        if not (np.isfinite(merged.a).all() and np.isfinite(merged.b).all()):
+            raise DoRAError(NOT_FINITE)
+        safe = np.where(is_zero, 1.0, np.abs(share))
+        merged, discarded = merged.cut(rank, safe)
+    m = np.sign(share) * length
+    return MergedMatrix(
+        lora_a=single(merged.a),
+        lora_b=single((merged.b / scale).T),
+        m=single(m),
+        scale=scale,
+        opposed=int(opposed.sum()),
+        recomputed=grams.recomputed + len(rows),
+        zero=int((length == 0).sum()),
+        discarded=discarded,
+    )
+
+
+def _combination(
+    method: str, weight: Weight, inputs: Sequence[Adapted], weights: np.ndarray
+) -> tuple[Combination, np.ndarray, np.ndarray, list[Adapted], RowGrams]:
+    """How to merge each row, with what it is made from.
+
+    Returns:
+        The combination, the norms of the inputs' rows before scaling, their weights,
+        the inputs (with the base as the last where a method merges changes of it) and
+        their inner products.
+    """
+    entry, inputs = method_named(method), list(inputs)
+    of_base = entry.base == "changes"
+    if of_base:  # W0 + Σ β_i (W_i − W0): the base is the last of the rows
+        inputs.append(_unchanged(inputs[0]))
+        last = 1 - weights.sum(1, keepdims=True)
+        weights = np.concatenate([weights, last], axis=1)
+    grams = row_grams(weight, [one.update for one in inputs])
+    norm = grams.norm
+    if not (norm <= np.finfo(np.float32).max).all():
+        raise DoRAError(NOT_FINITE)
+    lengths = [
+        norm[:, i] if one.m is None else np.array(one.m, np.float64)
+        for i, one in enumerate(inputs)
+    ]
+    rows = Rows(
+        inner=grams.inner,
+        magnitude=np.stack(lengths, axis=1),
+        weights=weights,
+        base_norm=grams.base_norm,
+    )
+    function = entry.row_function
+    found = of_changes(rows, function) if of_base else function(rows)
+    return found, norm, weights, inputs, grams
+
+
+def _unchanged(one: Adapted) -> Adapted:
+    """The base as an input: an update of rank 0."""
+    width, out = one.update.lora_a.shape[0], one.update.lora_b.shape[1]
+    nothing = LowRank(lora_a=mx.zeros((width, 0)), lora_b=mx.zeros((0, out)), scale=0.0)
+    return Adapted(update=nothing, m=None)
+
+
+def single(values: np.ndarray) -> mx.array:
+    """As float32; what is beyond it becomes inf, for whoever takes it to refuse."""
+    with np.errstate(over="ignore"):
+        return mx.array(np.ascontiguousarray(values).astype(np.float32))
+
+
+def _keep_base(
+    found: Combination, norm: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Let rows in which W0 cancels out keep the heaviest input's direction."""
+    beta, length = found.coefficients, found.length.copy()
+    size = np.abs(beta).sum(1)
+    lost = (np.abs(beta.sum(1)) <= _BASE_SHARE * size) & (size > 0)
+    if lost.any():
+        chosen = heaviest(np.abs(weights) * (norm > 0))
+        reach = np.where(norm > 0, length[:, None] / np.where(norm > 0, norm, 1), 0.0)
+        beta = np.where(lost[:, None], chosen * reach, beta)
+    return beta, length, found.opposed | lost
+
+
+def _side_by_side(inputs: Sequence[Adapted], shares: np.ndarray) -> Factors:
+    """All A side by side and the row-scaled s·B to match; an equal A appears once."""
+    factors = [adapted.update.float64() for adapted in inputs]
+    return side_by_side(
+        [
+            Factors(a=one.a, b=shares[:, i : i + 1] * one.b)
+            for i, one in enumerate(factors)
+        ]
+    )

@@ -1,0 +1,270 @@
+"""Several adapters of one base as one ordinary adapter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_dora.adapters.adapter import LEAVES, Adapter
+from mlx_dora.adapters.files import load_adapter, save_adapter
+from mlx_dora.adapters.hosting import load_lazily
+from mlx_dora.adapters.keys import natural_order
+from mlx_dora.adapters.matrices import (
+    adapted_matrices,
+    adapter_tensors,
+    named_matrices,
+)
+from mlx_dora.adapters.refusals import check_cut
+from mlx_dora.data.batches import Examples
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.atomic import check_output
+from mlx_dora.io.finite import refuse_not_finite
+from mlx_dora.io.output import Inputs
+from mlx_dora.layers import weight_of
+from mlx_dora.merge.adapters.cut_error import add_logit_errors
+from mlx_dora.merge.adapters.dense import Options
+from mlx_dora.merge.adapters.fit import check_arguments, check_fit
+from mlx_dora.merge.adapters.matrix import merge_one
+from mlx_dora.merge.adapters.report import (
+    AdapterMerge,
+    MergedLayer,
+    layer_report,
+)
+from mlx_dora.merge.adapters.result import merged_adapter
+from mlx_dora.merge.fisher.information import Fisher, check_fishers, check_paths
+from mlx_dora.merge.methods import DEFAULT, method_named
+from mlx_dora.merge.weights import Weights, row_weights
+from mlx_dora.progress import Progress
+
+
+def merge_adapters(
+    adapters: Sequence[Adapter | str | Path],
+    *,
+    model: nn.Module | str | Path,
+    method: str = DEFAULT,
+    weights: Weights | None = None,
+    rank: int | None = None,
+    save_path: str | Path | None = None,
+    overwrite: bool = False,
+    check_base: bool = True,
+    density: float | None = None,
+    seed: int = 0,
+    scale: float = 1.0,
+    fisher: Sequence[Fisher | str | Path] | None = None,
+) -> Adapter:
+    """Merge DoRA and LoRA adapters of one base into one DoRA adapter.
+
+    Methods of rows are exact and build no dense weight; the others, and ``fisher`` by
+    element, take one dense matrix at a time and a truncated SVD. The methods and their
+    definitions: ``docs/merging.md``.
+
+    Args:
+        adapters: Folders or adapters; ranks, scales and modules may differ. A module
+            that an adapter lacks counts as the base's there.
+        model: The base: the module itself, or its folder or Hub id.
+        method: How to merge.
+        weights: One an adapter (a number, or an array with one a row), or patterns of
+            module paths to such lists; equal if None. Adapters with weight 0 do not
+            count, and one alone comes back unchanged.
+        rank: Rank of the merged updates; None for the sum of the ranks.
+        save_path: Folder to write the adapter to.
+        overwrite: Replace an existing folder.
+        check_base: Refuse an adapter that was trained on another base, or on another
+            quantisation of it.
+        density: Share of the changes to keep, for methods that drop some; None for the
+            method's default.
+        seed: Random seed of DARE.
+        scale: λ on the merged task vectors of the methods that have them.
+        fisher: For that method, the Fisher information of each adapter: what
+            `mlx_dora.merge.estimate_fisher` gives, or folders of it.
+
+    Returns:
+        The merged adapter.
+
+    Raises:
+        DoRAError: If an adapter does not fit the base, an argument is bad, or the
+            output exists.
+    """
+    return merge_adapters_report(
+        adapters,
+        model=model,
+        method=method,
+        weights=weights,
+        rank=rank,
+        save_path=save_path,
+        overwrite=overwrite,
+        check_base=check_base,
+        options=Options(density=density, seed=seed, scale=scale),
+        fisher=fisher,
+    ).adapter
+
+
+def merge_adapters_report(
+    adapters: Sequence[Adapter | str | Path],
+    *,
+    model: nn.Module | str | Path,
+    method: str = DEFAULT,
+    weights: Weights | None = None,
+    rank: int | None = None,
+    save_path: str | Path | None = None,
+    overwrite: bool = False,
+    check_base: bool = True,
+    options: Options | None = None,
+    fisher: Sequence[Fisher | str | Path] | None = None,
+    probe: Examples | None = None,
+    inputs: Inputs = (),
+    progress: Progress | None = None,
+) -> AdapterMerge:
+    """`merge_adapters`, with what was done to each matrix.
+
+    With `rank` and a `probe`, of rows of data, also with how far cutting the rank moves
+    the logits on some of these. `inputs` are further files and folders that the output
+    must not replace, hold or lie in.
+    """
+    options = options or Options()
+    check_arguments(adapters, method, weights, rank, options)
+    fishers = check_fishers(method, fisher, len(adapters))
+    given = [*adapters, model, *(fisher or ())]
+    inputs = (*inputs, *(one for one in given if isinstance(one, str | Path)))
+    if save_path is not None:
+        check_output(save_path, inputs=inputs, overwrite=overwrite)
+    loaded = [
+        one if isinstance(one, Adapter) else load_adapter(one) for one in adapters
+    ]
+    base = model if isinstance(model, nn.Module) else load_lazily(model)
+    names = [one if isinstance(one, str | Path) else "" for one in adapters]
+    check_fit(base, loaded, names, check_base)
+    job = _Job(
+        adapters=loaded,
+        names=[str(name) for name in names],
+        modules=dict(base.named_modules()),
+        method=method,
+        weights=weights,
+        options=options,
+        fishers=fishers,
+        progress=progress,
+    )
+    check_paths(fishers, job.modules)
+    if rank is not None:
+        check_cut(job.modules, job.paths, rank)
+    found = job.merged(rank)
+    if rank is not None and probe is not None:
+        full = job.merged(None).adapter
+        found = add_logit_errors(found, full, base, probe, progress=progress)
+    only = job.only_one()
+    if only is not None and rank is None:
+        found = replace(found, adapter=only)
+    refuse_not_finite(found.adapter.tensors, "the merged adapter")
+    if save_path is not None:
+        save_adapter(found.adapter, save_path, inputs=inputs, overwrite=overwrite)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A merge of opened adapters.
+
+    Attributes:
+        adapters: The N adapters.
+        names: What they are called; empty for adapters in memory.
+        modules: Modules of the base by path.
+        method: A method's name.
+        weights: As given to `merge_adapters`.
+        options: Settings of the method.
+        fishers: Fisher information of each adapter, or empty.
+        progress: Called after each module.
+    """
+
+    adapters: list[Adapter]
+    names: list[str]
+    modules: dict[str, nn.Module]
+    method: str
+    weights: Weights | None
+    options: Options
+    fishers: list[Fisher]
+    progress: Progress | None
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The modules that any adapter has, in natural order."""
+        every = {path for one in self.adapters for path in one.paths}
+        return sorted(every, key=natural_order)
+
+    @cached_property
+    def scale(self) -> float:
+        """The multiplier that the merged updates are written for."""
+        return next((s for one in self.adapters if (s := one.config.scale)), 1.0)
+
+    def merged(self, rank: int | None) -> AdapterMerge:
+        """Merge every module, with the updates cut to a rank if it is not None."""
+        tensors: dict[str, mx.array] = {}
+        layers: list[MergedLayer] = []
+        for path in self.paths:
+            tensors |= self._module(path, rank, layers)
+            if self.progress is not None:
+                self.progress("merge", len(self.paths), 1)
+        note = method_named(self.method).note_of(self.options.density)
+        return AdapterMerge(
+            adapter=merged_adapter(
+                self.adapters, tensors, self.paths, self.method, self.scale, self.names
+            ),
+            method=self.method,
+            layers=tuple(layers),
+            count=len(self.adapters),
+            notes=() if note is None else (note,),
+        )
+
+    def _module(
+        self, path: str, rank: int | None, layers: list[MergedLayer]
+    ) -> dict[str, mx.array]:
+        """Merge one module, its experts one by one; adds to the report's layers."""
+        module = self.modules[path]
+        weight = weight_of(module)
+        columns = [adapted_matrices(one, path, module) for one in self.adapters]
+        shares = row_weights(
+            self.weights,
+            path,
+            len(self.adapters),
+            weight.shape[-2],
+            normalize=method_named(self.method).is_mean,
+        )
+        parts = []
+        named = named_matrices(path, weight)
+        for (name, matrix), *inputs in zip(named, *columns, strict=True):
+            known = [one.read(path, matrix.shape) for one in self.fishers]
+            try:
+                merged = merge_one(
+                    matrix,
+                    inputs,
+                    shares,
+                    self.method,
+                    rank,
+                    self.scale,
+                    self.options,
+                    known,
+                )
+            except DoRAError as error:
+                raise DoRAError(f"{name}: {error}") from error
+            parts.append({n: getattr(merged, n) for n in LEAVES["dora"]})
+            layers.append(layer_report(path, name, merged, self.adapters))
+        return adapter_tensors(path, module, weight, parts)
+
+    def only_one(self) -> Adapter | None:
+        """The adapter that alone has a weight in a mean everywhere, if there is one."""
+        if not method_named(self.method).is_mean:
+            return None
+        counted: set[int] = set()
+        for path in self.paths:
+            # Weights that differ by row never leave one adapter alone.
+            try:
+                shares = row_weights(
+                    self.weights, path, len(self.adapters), 1, normalize=True
+                )
+            except DoRAError:
+                return None
+            counted.update(np.flatnonzero(shares[0]).tolist())
+        return self.adapters[counted.pop()] if len(counted) == 1 else None

@@ -1,0 +1,53 @@
+"""The adapter that a merge results in: its config, base and history."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlx_dora.adapters.adapter import Adapter, BaseModel, rank_of
+from mlx_dora.adapters.config import DoRAConfig
+
+
+def merged_adapter(
+    adapters: Sequence[Adapter],
+    tensors: dict[str, mx.array],
+    paths: Sequence[str],
+    method: str,
+    scale: float,
+    names: Sequence[str],
+) -> Adapter:
+    """Make an adapter of merged tensors.
+
+    Args:
+        adapters: The inputs.
+        tensors: The merged tensors by name.
+        paths: The adapted modules.
+        method: How they were merged.
+        scale: Multiplier of every update.
+        names: What the inputs are called.
+    """
+    ranks = {path: rank_of("lora_a", tensors[f"{path}.lora_a"]) for path in paths}
+    depths = [one.config.num_layers for one in adapters]
+    bases = {one.base for one in adapters}
+    config = DoRAConfig(
+        rank=max(ranks.values()),
+        scale=scale,
+        keys=tuple(ranks),
+        num_layers=-1 if -1 in depths else max(depths),
+        rank_pattern=ranks if len(set(ranks.values())) > 1 else None,
+    )
+    return Adapter(
+        config=config,
+        tensors=tensors,
+        base=bases.pop() if len(bases) == 1 else _common_base(bases),
+        training={"merged": {"method": method, "adapters": list(names)}},
+    )
+
+
+def _common_base(bases: set[BaseModel]) -> BaseModel:
+    fingerprints = {one.fingerprint for one in bases} - {None}
+    models = {one.model for one in bases} - {None}
+    return BaseModel(
+        model=models.pop() if len(models) == 1 else None,
+        fingerprint=fingerprints.pop() if len(fingerprints) == 1 else None,
+    )

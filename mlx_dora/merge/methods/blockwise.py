@@ -1,0 +1,228 @@
+"""Merging element by element in blocks, of tensors in memory or in their files."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.stored import StoredTensor
+
+Tensor = mx.array | StoredTensor
+"""What is merged: sliced, never needed whole."""
+Block = Callable[[slice, Sequence[Tensor]], mx.array]
+"""(place of the block in the tensor, flat tensors) -> the merged block, float32."""
+
+# Elements of one block: few enough that what is computed from it stays in the caches.
+BLOCK = 1 << 19
+
+
+def parts(block: Block, tensors: Sequence[Tensor]) -> Iterator[mx.array]:
+    """The merged tensor as consecutive flat blocks, not evaluated."""
+    flat = [one.reshape(-1) for one in tensors]
+    for first in range(0, max(flat[0].size, 1), BLOCK):
+        yield block(slice(first, first + BLOCK), flat)
+
+
+def whole(block: Block, tensors: Sequence[Tensor]) -> mx.array:
+    """The merged tensor, evaluated."""
+    return joined(parts(block, tensors), tensors[0].shape)
+
+
+def joined(blocks: Iterator[mx.array], shape: tuple[int, ...]) -> mx.array:
+    """Consecutive blocks as one tensor, evaluated one after the other."""
+    found = []
+    for one in blocks:
+        mx.eval(one)
+        found.append(one.reshape(-1))
+    tensor = (found[0] if len(found) == 1 else mx.concatenate(found)).reshape(shape)
+    mx.eval(tensor)
+    return tensor
+
+
+def held(tensor: Tensor) -> mx.array:
+    """The tensor whole, in memory."""
+    return tensor.reshape(-1)[:].reshape(tensor.shape)
+
+
+def linear_block(weights: Sequence[float], normalize: bool) -> Block:
+    """Of `mlx_dora.merge.methods.elementwise.linear`."""
+    total = divisor_of(weights) if normalize else 1.0
+
+    def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
+        # The sum first and one division after it, as mergekit rounds.
+        values = [one[index].astype(mx.float32) for one in flat]
+        return weighted_sum(values, weights) / total
+
+    return block
+
+
+def changes(index: slice, flat: Sequence[Tensor]) -> tuple[mx.array, list[mx.array]]:
+    """A block of the base, the first, and what the others differ from it."""
+    start, *others = (one[index].astype(mx.float32) for one in flat)
+    return start, [one - start for one in others]
+
+
+def sum_block(
+    weights: Sequence[float],
+    normalize: bool,
+    scale: float,
+    thinned: "Thinning | None" = None,
+) -> Block:
+    """The base plus the weighted sum of the changes, of which some may be dropped."""
+    total = sum(weights)
+    divisor = total if normalize and abs(total) >= 1e-8 else 1.0
+
+    def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
+        start, deltas = changes(index, flat)
+        if thinned is not None:
+            deltas = thinned(index, deltas)
+        return start + weighted_sum(deltas, weights) * (scale / divisor)
+
+    return block
+
+
+Thinning = Callable[[slice, Sequence[mx.array]], list[mx.array]]
+"""(place, blocks of the changes) -> the same with entries set to 0."""
+
+
+def agreed_block(
+    weights: Sequence[float], normalize: bool, scale: float, thinned: Thinning
+) -> Block:
+    """The base plus the mean of those weighted changes that have the elected sign."""
+
+    def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
+        start, deltas = changes(index, flat)
+        moved = [w * d for w, d in zip(weights, thinned(index, deltas), strict=True)]
+        elected = mx.where(sum_of(moved) >= 0, 1.0, -1.0)
+        agrees = [mx.sign(one) == elected for one in moved]
+        total = sum_of(
+            [mx.where(a, d, 0.0) for a, d in zip(agrees, moved, strict=True)]
+        )
+        if normalize:
+            share = sum_of(
+                [mx.where(a, w, 0.0) for a, w in zip(agrees, weights, strict=True)]
+            )
+            total = total / mx.where(share == 0, 1.0, share)
+        return start + scale * total
+
+    return block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Which entries are the largest: those over `least`, and of it those up to `last`.
+
+    Attributes:
+        least: The smallest size that is kept.
+        last: Place of the last entry of just that size that is kept.
+    """
+
+    least: float
+    last: int
+
+
+def cut_of(base: Tensor, tensor: Tensor, density: float) -> Cut:
+    """Find the `density` largest entries of a task vector; of equals, the first ones.
+
+    They are equal often: float32 weights of one size differ by multiples of one step.
+    """
+    if density >= 1 or not base.size:
+        return Cut(least=0.0, last=base.size)
+    if density <= 0:
+        return Cut(least=float("inf"), last=-1)
+    kept = max(1, int(density * base.size))
+    sizes = np.empty(base.size, np.float32)
+    flat = [base.reshape(-1), tensor.reshape(-1)]
+    for first in range(0, base.size, BLOCK):
+        index = slice(first, first + BLOCK)
+        sizes[index] = np.array(mx.abs(changes(index, flat)[1][0]), copy=False)
+    place = sizes.size - kept
+    least = np.partition(sizes, place)[place]
+    equal = np.flatnonzero(sizes == least)
+    over = int(np.count_nonzero(sizes > least))
+    return Cut(least=float(least), last=int(equal[kept - over - 1]))
+
+
+def trimmed(cuts: Sequence[Cut]) -> Thinning:
+    """Keeps the largest entries."""
+
+    def thin(index: slice, deltas: Sequence[mx.array]) -> list[mx.array]:
+        found = []
+        for delta, cut in zip(deltas, cuts, strict=True):
+            size = mx.abs(delta)
+            if cut.last >= index.start + delta.size - 1:
+                keep = size >= cut.least
+            elif cut.last < index.start:
+                keep = size > cut.least
+            else:
+                place = mx.arange(index.start, index.start + delta.size)
+                keep = (size > cut.least) | (size == cut.least) & (place <= cut.last)
+            found.append(mx.where(keep, delta, 0.0))
+        return found
+
+    return thin
+
+
+def dropped(shares: Sequence[float], seed: int, rescale: bool = True) -> Thinning:
+    """Keeps each entry with the probability `shares`, divided by it if `rescale`."""
+
+    def thin(index: slice, deltas: Sequence[mx.array]) -> list[mx.array]:
+        found = []
+        for i, (delta, share) in enumerate(zip(deltas, shares, strict=True)):
+            if share >= 1:
+                found.append(delta)
+                continue
+            key = mx.random.key((seed + 1_000_003 * i + 7 * index.start) % 2**64)
+            kept = mx.random.bernoulli(share, delta.shape, key=key)
+            larger = delta / max(share, 1e-30) if rescale else delta
+            found.append(mx.where(kept, larger, 0.0))
+        return found
+
+    return thin
+
+
+def weighted_sum(values: Sequence[mx.array], weights: Sequence[float]) -> mx.array:
+    """Σ w_i x_i."""
+    return sum_of([w * v for w, v in zip(weights, values, strict=True)])
+
+
+def sum_of(values: Sequence[mx.array]) -> mx.array:
+    """Σ x_i, from the first on."""
+    total = values[0]
+    for one in values[1:]:
+        total = total + one
+    return total
+
+
+def shares_of(density: Sequence[float] | float, count: int) -> list[float]:
+    """One density an input.
+
+    Raises:
+        DoRAError: If one is no share.
+    """
+    one_for_all = isinstance(density, int | float)
+    shares = (
+        [float(density)] * count if one_for_all else [float(one) for one in density]
+    )
+    if len(shares) != count or not all(0 <= one <= 1 for one in shares):
+        raise DoRAError(
+            f"density must be a share from 0 to 1 for each of {count} inputs, got "
+            f"{density}."
+        )
+    return shares
+
+
+def divisor_of(weights: Sequence[float]) -> float:
+    """The sum of the weights.
+
+    Raises:
+        DoRAError: If it is 0.
+    """
+    total = sum(weights)
+    if abs(total) < 1e-8:
+        raise DoRAError(
+            f"the weights {list(weights)} sum to 0 and cannot be normalised."
+        )
+    return total

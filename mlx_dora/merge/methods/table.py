@@ -1,0 +1,221 @@
+"""The table of merge methods: one entry each.
+
+A new method is one function and one entry here. A function of rows (`methods.rows`)
+serves adapters, exactly and without a dense weight, as well as models; a function of
+blocks (`methods.elementwise`) serves models, and adapters by way of a dense matrix.
+Functions are named and imported on use: the command line lists the methods without MLX.
+"""
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.merge.methods.method import Mergekit, MergeMethod
+
+_SUM = ("normalize", "lambda")
+_DARE = (*_SUM, "density", "rescale")
+
+METHODS: dict[str, MergeMethod] = {
+    entry.name: entry
+    for entry in (
+        MergeMethod(
+            name="slerp",
+            summary="the great circle from u_1 to u_2",
+            paper="Shoemake 1985",
+            rows="rows:slerp",
+            whole="rows:slerp_vectors",
+            inputs=(2, 2),
+            base="optional",
+            is_mean=True,
+            mergekit=(
+                Mergekit(name="slerp", weights="t", inputs=(2, 2), starts_at_base=True),
+            ),
+        ),
+        MergeMethod(
+            name="nuslerp",
+            summary="the rows interpolated as they are along their great circle",
+            paper="mergekit",
+            rows="rows:nuslerp",
+            inputs=(2, 2),
+            base="optional",
+            is_mean=True,
+            vectors="row",
+            mergekit=(
+                Mergekit(
+                    name="nuslerp",
+                    uses_base=True,
+                    row_when=("nuslerp_flatten", False),
+                    only={"nuslerp_row_wise": False},
+                ),
+            ),
+        ),
+        MergeMethod(
+            name="karcher",
+            summary="the point with the least squared arc length to all",
+            paper="arXiv:2603.04972",
+            rows="rows:karcher",
+            base="optional",
+            is_mean=True,
+            mergekit=(Mergekit(name="karcher", weights="equal"),),
+        ),
+        MergeMethod(
+            name="nmean",
+            summary="Σ w_i u_i, made a unit vector",
+            rows="rows:nmean",
+            base="optional",
+            is_mean=True,
+        ),
+        MergeMethod(
+            name="magnitude_weighted",
+            summary="`nmean`, rows weighted by how far each input moved its length",
+            rows="rows:magnitude_weighted",
+            base="lengths",
+            is_mean=True,
+            by_row_only=True,
+        ),
+        MergeMethod(
+            name="linear",
+            summary="the row Σ w_i W_i as it is, length included",
+            paper="arXiv:2203.05482",
+            rows="rows:linear",
+            blocks="elementwise:linear",
+            is_mean=True,
+            parameters=("normalize",),
+            mergekit=(
+                Mergekit(name="linear", parameters=("normalize",)),
+                Mergekit(
+                    name="passthrough",
+                    parameters=("scale",),
+                    defaults={"weight": 1.0, "normalize": False},
+                    renamed={"scale": "weight"},
+                    inputs=(1, 1),
+                ),
+            ),
+        ),
+        MergeMethod(
+            name="task_arithmetic",
+            summary="the row W0 + λ Σ w_i (W_i − W0) as it is",
+            paper="arXiv:2212.04089",
+            rows="rows:linear",
+            blocks="elementwise:task_arithmetic",
+            base="changes",
+            parameters=_SUM,
+            mergekit=(Mergekit(name="task_arithmetic", parameters=_SUM),),
+        ),
+        MergeMethod(
+            name="model_stock",
+            summary="W0 + t times the mean change, t from the angles of the changes",
+            paper="arXiv:2403.19522",
+            rows="rows:model_stock",
+            inputs=(2, None),
+            base="changes",
+            vectors="row",
+            takes_weights=False,
+            mergekit=(
+                Mergekit(
+                    name="model_stock",
+                    weights="equal",
+                    row_when=("filter_wise", True),
+                ),
+            ),
+        ),
+        MergeMethod(
+            name="fisher",
+            summary="the rows, or elements, weighted by their Fisher information",
+            paper="arXiv:2111.09832",
+            rows="rows:linear",
+            is_mean=True,
+            by_row_only=True,
+            needs_fisher=True,
+        ),
+        MergeMethod(
+            name="ties",
+            summary="the largest changes, of those the ones with the elected sign",
+            paper="arXiv:2306.01708",
+            blocks="elementwise:ties",
+            base="changes",
+            parameters=(*_SUM, "density"),
+            density=0.2,
+            mergekit=(
+                Mergekit(
+                    name="ties",
+                    parameters=(*_SUM, "density"),
+                    defaults={"density": 1.0},
+                ),
+            ),
+        ),
+        MergeMethod(
+            name="dare",
+            summary="changes dropped at random, the rest rescaled",
+            paper="arXiv:2311.03099",
+            blocks="elementwise:dare",
+            base="changes",
+            parameters=(*_DARE, "seed"),
+            density=0.5,
+            mergekit=(
+                Mergekit(
+                    name="dare_linear", parameters=_DARE, defaults={"density": 1.0}
+                ),
+            ),
+        ),
+        MergeMethod(
+            name="dare_ties",
+            summary="changes dropped at random, of the rest the elected sign's",
+            paper="arXiv:2311.03099",
+            blocks="elementwise:dare_ties",
+            base="changes",
+            parameters=(*_DARE, "seed"),
+            density=0.5,
+            mergekit=(
+                Mergekit(
+                    name="dare_ties",
+                    parameters=_DARE,
+                    defaults={"density": 1.0, "normalize": False},
+                ),
+            ),
+        ),
+        MergeMethod(
+            name="tsv",
+            summary="orthogonal task singular vectors",
+            paper="arXiv:2412.00081",
+            blocks="elementwise:tsv",
+            base="changes",
+            parameters=("lambda",),
+        ),
+    )
+}
+"""The methods by name, in the order of the documentation."""
+
+DEFAULT = "slerp"
+"""The method of a merge that names none."""
+
+MERGEKIT = {
+    kit.name: (kit, entry) for entry in METHODS.values() for kit in entry.mergekit
+}
+"""mergekit's name to how its YAML is read, and the method."""
+
+
+def method_named(name: str) -> MergeMethod:
+    """The method of a name.
+
+    Raises:
+        DoRAError: If there is none, with all names.
+    """
+    if name not in METHODS:
+        raise DoRAError(f"no merge method {name!r}: {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def densities() -> str:
+    """The default densities, for a help text: ``ties 0.2, dare 0.5``."""
+    kept = [one for one in METHODS.values() if one.density is not None]
+    return ", ".join(f"{one.name} {one.density}" for one in kept)
+
+
+def exact_names() -> str:
+    """Names of the methods that merge adapters exactly, for a help text."""
+    return ", ".join(one.name for one in METHODS.values() if one.is_exact)
+
+
+def names_with(parameter: str) -> str:
+    """Names of the methods that take a setting, for a help text."""
+    return ", ".join(
+        one.name for one in METHODS.values() if parameter in one.parameters
+    )

@@ -1,0 +1,83 @@
+"""Whether models fit together, and what becomes of tensors that only some store."""
+
+from collections.abc import Iterable, Sequence
+
+from mlx_dora.adapters.adapter import listed
+from mlx_dora.adapters.keys import natural_order
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.derived import is_buffer
+from mlx_dora.merge.models.model_tensors import ModelTensors
+
+
+def check_fit(pattern: ModelTensors, inputs: Sequence[ModelTensors], pad: bool) -> None:
+    """Refuse models that differ in names or shapes, all of it in one message."""
+    own = set(pattern.names)
+    kind = pattern.config.get("model_type")
+    for one in inputs:
+        if one is pattern:
+            continue
+        other = one.config.get("model_type")
+        if other != kind:
+            raise DoRAError(
+                f"{one.folder} is a {other} model and {pattern.folder} a {kind} model: "
+                "their tensors do not mean the same."
+            )
+        missing = {n for n in own if not one.has(n) and not is_buffer(n)}
+        extra = set(one.names) - one.copies - own
+        problems = listed("missing:", sorted(missing, key=natural_order))
+        problems += listed("extra:", sorted(extra, key=natural_order))
+        unlike = [
+            f"{name} {one.shape(name)} for {pattern.shape(name)}"
+            for name in sorted(own - missing, key=natural_order)
+            if not is_buffer(name)
+            and one.shape(name) != pattern.shape(name)
+            and not (pad and _is_vocabulary(name, one, pattern))
+        ]
+        problems += listed("other shapes:", unlike)
+        if unlike and all(
+            _is_vocabulary(name.split(" ")[0], one, pattern) for name in unlike
+        ):
+            problems.append("the vocabularies differ: say pad (--pad) to merge them")
+        if problems:
+            raise DoRAError(
+                f"{one.folder} does not fit {pattern.folder}: {'; '.join(problems)}."
+            )
+
+
+def _is_vocabulary(name: str, one: ModelTensors, pattern: ModelTensors) -> bool:
+    first, second = one.shape(name), pattern.shape(name)
+    sizes = one.config.get("vocab_size"), pattern.config.get("vocab_size")
+    has_sizes = bool(first) and bool(second) and (first[0], second[0]) == sizes
+    return has_sizes and first[1:] == second[1:]
+
+
+def notes_of_copies(pattern: ModelTensors, inputs: Sequence[ModelTensors]) -> list[str]:
+    """What happens to stored tensors that follow from others."""
+    notes = []
+    own = set(pattern.names)
+    left_out = {n for one in inputs for n in one.copies - own}
+    if left_out:
+        notes.append(
+            f"Left out, since {pattern.folder} does not store them and they follow "
+            f"from other tensors or the config: {_listed(left_out)}."
+        )
+    heads = {n for n in own if pattern.original(n) != n}
+    if heads:
+        notes.append(f"{_listed(heads)}: a copy of the merged embedding (tied).")
+    shared = [
+        f"{name} of {one.folder}"
+        for name in own - pattern.copies
+        for one in inputs
+        if one.original(name) != name
+    ]
+    if shared:
+        notes.append(f"The embedding, which is tied, is merged as {_listed(shared)}.")
+    if carried := {n for n in pattern.copies if is_buffer(n)}:
+        notes.append(f"Rotary buffers as in {pattern.folder}: {_listed(carried)}.")
+    return notes
+
+
+def _listed(names: Iterable[str]) -> str:
+    ordered = sorted(names, key=natural_order)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return f"{', '.join(ordered[:3])}{more}"

@@ -1,0 +1,164 @@
+"""The tensors of a model folder as a merge sees them: packed weights count as dense."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.io.checkpoint import Checkpoint
+from mlx_dora.io.derived import head_and_embedding, is_buffer, ties_embeddings
+from mlx_dora.io.json import read_object
+from mlx_dora.io.stored import STREAMED
+from mlx_dora.matrix.packed import QuantizedWeight
+from mlx_dora.merge.methods.blockwise import Tensor
+
+_DTYPES = {
+    "F64": mx.float32,
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How a weight is packed; the arguments of `mx.quantize`."""
+
+    group_size: int
+    bits: int
+    mode: str
+
+
+class ModelTensors:
+    """A model folder's tensors by name, dense or packed, read one at a time.
+
+    A packed weight and its scales and biases are one tensor here. A head that is tied
+    to the embedding reads as the embedding, whether or not a copy of it is stored.
+
+    Args:
+        folder: A local model folder.
+
+    Raises:
+        DoRAError: If its files are not in order (`Checkpoint`), or a packed weight has
+            no entry in its config.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._checkpoint = Checkpoint(folder)
+        self.config: dict[str, Any] = read_object(folder / "config.json")
+        tokens = self.config.get("vocab_size", 1)
+        if type(tokens) is not int or tokens < 1:
+            raise DoRAError(
+                f"{folder / 'config.json'}: vocab_size must be a whole number of at "
+                f"least 1, got {tokens!r:.60}."
+            )
+        names = set(self._checkpoint.names)
+        self._packed = {
+            name: self._packing(name.removesuffix(".scales"))
+            for name in names
+            if name.endswith(".scales")
+            and f"{name.removesuffix('.scales')}.weight" in names
+        }
+        self._packed = {
+            f"{name.removesuffix('.scales')}.weight": one
+            for name, one in self._packed.items()
+        }
+        parts = {
+            f"{name.removesuffix('.weight')}.{leaf}"
+            for name in self._packed
+            for leaf in ("scales", "biases")
+        }
+        self.names = sorted(names - parts)
+        self._tied: dict[str, str] = {}
+        self._tied = self._tied_head()
+
+    @property
+    def copies(self) -> frozenset[str]:
+        """Stored tensors that follow from others: rotary buffers, a tied head."""
+        return frozenset(n for n in self.names if is_buffer(n) or n in self._tied)
+
+    def original(self, name: str) -> str:
+        """The tensor that a name reads: the embedding for a tied head."""
+        return self._tied.get(name, name)
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor can be read: it is stored, or a head tied to one that is."""
+        return name in self._tied or name in self.names
+
+    def packing(self, name: str) -> Packing | None:
+        """How a tensor is packed; None if it is dense."""
+        return self._packed.get(self.original(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, unpacked."""
+        name = self.original(name)
+        shape = self._checkpoint.info(name).shape
+        packing = self.packing(name)
+        if packing is None:
+            return shape
+        return (*shape[:-1], shape[-1] * 32 // packing.bits)
+
+    def dtype(self, name: str) -> mx.Dtype | None:
+        """Dtype of a float tensor, unpacked; None for integers."""
+        name = self.original(name)
+        if self.packing(name) is not None:
+            name = f"{name.removesuffix('.weight')}.scales"
+        stored = self._checkpoint.info(name).dtype
+        # Modes other than affine have scales of eight bits and unpack to bfloat16.
+        return mx.bfloat16 if stored == "U8" else _DTYPES.get(stored)
+
+    def read(self, name: str) -> mx.array:
+        """A tensor, unpacked and evaluated."""
+        name = self.original(name)
+        tensor = self._checkpoint.tensor(name)
+        packing = self.packing(name)
+        if packing is not None:
+            path = name.removesuffix(".weight")
+            biases = None
+            if packing.mode == "affine":
+                biases = self._checkpoint.tensor(f"{path}.biases")
+            tensor = QuantizedWeight(
+                weight=tensor,
+                scales=self._checkpoint.tensor(f"{path}.scales"),
+                biases=biases,
+                group_size=packing.group_size,
+                bits=packing.bits,
+                mode=packing.mode,
+            ).dequantize()
+        mx.eval(tensor)
+        return tensor
+
+    def source(self, name: str) -> Tensor:
+        """A float tensor to be read in blocks; one that is packed is unpacked whole."""
+        name = self.original(name)
+        is_stored = self._checkpoint.info(name).dtype in STREAMED
+        return self._checkpoint.stored(name) if is_stored else self.read(name)
+
+    def _tied_head(self) -> dict[str, str]:
+        """Head to embedding, if the head is not stored or the config ties it."""
+        pair = head_and_embedding(self.names)
+        if pair is None:
+            return {}
+        head, embedding = pair
+        ties = ties_embeddings(self.config)
+        if head in self.names and ties is None:
+            alike = self.shape(head) == self.shape(embedding)
+            ties = alike and bool(mx.array_equal(self.read(head), self.read(embedding)))
+        return {} if head in self.names and not ties else {head: embedding}
+
+    def _packing(self, path: str) -> Packing:
+        settings = self.config.get("quantization")
+        if isinstance(settings, dict):
+            own = settings.get(path)
+            found = {**settings, **own} if isinstance(own, dict) else settings
+            group_size, bits = found.get("group_size"), found.get("bits")
+            if isinstance(group_size, int) and isinstance(bits, int):
+                return Packing(
+                    group_size=group_size, bits=bits, mode=found.get("mode", "affine")
+                )
+        raise DoRAError(
+            f"{self.folder}: {path} is packed, but config.json does not say how."
+        )

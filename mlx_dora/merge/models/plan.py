@@ -1,0 +1,219 @@
+"""What a merge of models is to do, tensor by tensor."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.merge.methods import DEFAULT, MergeMethod, method_named
+from mlx_dora.merge.methods.settings import TensorSettings, check_seed
+from mlx_dora.merge.models.settings import check_setting, depth_of, resolve
+from mlx_dora.merge.weights import Weights, check_weights, row_weights
+
+PARAMETERS = (
+    "density",
+    "normalize",
+    "lambda",
+    "rescale",
+    "seed",
+    "granularity",
+    "pad",
+)
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """Inputs and settings of a merge of models.
+
+    Attributes:
+        models: Folders or Hub ids, those that are merged.
+        base: What changes are relative to, and the pattern for the output; None makes
+            the first model the pattern.
+        method: A method's name.
+        granularity: ``"row"`` or ``"tensor"``.
+        weighting: Where weights come from: each model's ``weight``, ``t``, or nowhere,
+            all being equal; None takes `weights`.
+        weights: As given to `merge_models`; None for equal ones.
+        per_model: Settings of each model by name (``weight``, ``density``), which go
+            before `parameters`.
+        parameters: Settings of all.
+        dtype: Of the output's tensors; None keeps the pattern's.
+        seed: Random seed of DARE.
+        pad: Merge embeddings of unlike vocabularies.
+        relative: Whether a mean merges changes of the base, where there is one.
+        fisher: Folders of Fisher information, one a model, for that method.
+        blocks: Number of blocks that every model must have; None for any number.
+        tokenizer: Whose tokenizer the output gets: ``"base"``, ``"union"`` or a model;
+            all vocabularies must be equal. None keeps the pattern's unchecked.
+        chat_template: ``"auto"`` for the one most models have, or a template's text;
+            None keeps the tokenizer's.
+        notes: What to say of the settings, a sentence each.
+    """
+
+    models: tuple[str, ...]
+    base: str | None = None
+    method: str = DEFAULT
+    granularity: str = "row"
+    weighting: Literal["weight", "t", "equal"] | None = None
+    weights: Weights | None = None
+    per_model: tuple[Mapping[str, Any], ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    seed: int = 0
+    pad: bool = False
+    relative: bool = True
+    fisher: tuple[str, ...] | None = None
+    blocks: int | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        count = len(self.models)
+        entry = method_named(self.method)
+        if not count:
+            raise DoRAError("give at least one model to merge.")
+        entry.check_count(count)
+        if self.base is None and entry.needs_base:
+            raise DoRAError(f"{self.method} needs a base: give one.")
+        if self.granularity not in ("row", "tensor"):
+            raise DoRAError(
+                f"granularity must be row or tensor, got {self.granularity!r}."
+            )
+        if self.granularity == "tensor" and entry.by_row_only:
+            raise DoRAError(f"{self.method} weighs rows: its granularity is row.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise DoRAError(f"dtype must be {', '.join(DTYPES)}, got {self.dtype!r}.")
+        check_seed(self.seed)
+        if type(self.pad) is not bool:
+            raise DoRAError(f"pad must be true or false, got {self.pad!r}.")
+        check_weights(self.weights, count)
+        for settings in (self.parameters, *self.per_model):
+            for name, setting in settings.items():
+                check_setting(name, setting)
+
+    @property
+    def tokenizer_model(self) -> str | None:
+        """The model whose tokenizer the output gets, if the plan names one."""
+        return None if self.tokenizer in ("base", "union") else self.tokenizer
+
+    @property
+    def inputs(self) -> list[str | None]:
+        """All folders and Hub ids that the merge reads."""
+        fisher = self.fisher or ()
+        return [*self.models, self.base, *fisher, self.tokenizer_model]
+
+    @property
+    def entry(self) -> MergeMethod:
+        """The method."""
+        return method_named(self.method)
+
+    def check_blocks(self, blocks: int) -> None:
+        """Refuse models with another number of blocks than the plan is for.
+
+        Raises:
+            DoRAError: With both numbers.
+        """
+        if self.blocks not in (None, blocks):
+            raise DoRAError(
+                f"slices: layer_range covers {self.blocks} blocks of models with "
+                f"{blocks}; only slices over all blocks are supported."
+            )
+
+    def settings_of(self, name: str, rows: int, blocks: int) -> TensorSettings:
+        """What to do with one tensor.
+
+        Args:
+            name: Its name.
+            rows: How many rows it has.
+            blocks: How many blocks the model has, for gradients.
+        """
+        depth = depth_of(name, blocks)
+        count = len(self.models)
+
+        def value(key: str, model: int | None = None) -> float | bool | None:
+            own = self.per_model[model] if model is not None and self.per_model else {}
+            for settings in (own, self.parameters):
+                if key in settings:
+                    found = resolve(settings[key], name, depth)
+                    if found is not None:
+                        return found
+            return None
+
+        if self.weighting is not None:
+            own = [value("weight", i) for i in range(count)]
+            weights = self._named_weights(name, own, value("t"))
+        else:
+            module = name.removesuffix(".weight").removesuffix(".bias")
+            shares = row_weights(self.weights, module, count, rows, normalize=False)
+            weights = shares if np.ptp(shares, axis=0).any() else shares[0]
+        densities = [value("density", i) for i in range(count)]
+        kept = self.entry.density or 1.0
+        normalize, scale = value("normalize"), value("lambda")
+        rescale = value("rescale")
+        return TensorSettings(
+            weights=weights,
+            density=tuple(kept if one is None else float(one) for one in densities),
+            normalize=None if normalize is None else bool(normalize),
+            scale=1.0 if scale is None else float(scale),
+            seed=self.seed,
+            rescale=rescale is None or bool(rescale),
+        )
+
+    def _named_weights(
+        self, name: str, weights: Sequence[float | bool | None], t: float | bool | None
+    ) -> np.ndarray:
+        if self.weighting == "t":
+            if t is None:
+                raise DoRAError(f"{self.method} needs t, and none is given for {name}.")
+            return np.array([1 - float(t), float(t)])
+        if self.weighting == "equal":
+            return np.ones(len(weights))
+        missing = [m for m, w in zip(self.models, weights, strict=True) if w is None]
+        if missing:
+            raise DoRAError(f"no weight for {name} of {', '.join(missing)}.")
+        return np.array([float(one) for one in weights if one is not None])
+
+
+def plan_models(
+    models: Sequence[str | Path],
+    *,
+    base: str | Path | None = None,
+    method: str = DEFAULT,
+    weights: Weights | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    fisher: Sequence[str | Path] | None = None,
+) -> MergePlan:
+    """Make a plan from the arguments of `mlx_dora.merge.merge_models`.
+
+    Raises:
+        DoRAError: If an argument is unknown or bad.
+    """
+    given = dict(parameters or {})
+    if unknown := [key for key in given if key not in PARAMETERS]:
+        raise DoRAError(
+            f"parameters: unknown {', '.join(map(str, unknown))}; known are "
+            f"{', '.join(PARAMETERS)}."
+        )
+    seed, pad = given.pop("seed", 0), given.pop("pad", False)
+    entry = method_named(method)
+    entry.check_settings([name for name in given if name != "granularity"], weights)
+    note = entry.note_of(given.get("density", entry.density))
+    return MergePlan(
+        models=tuple(str(one) for one in models),
+        base=None if base is None else str(base),
+        method=method,
+        granularity=given.pop("granularity", "row"),
+        weights=weights,
+        parameters=given,
+        dtype=dtype,
+        seed=seed,
+        pad=pad,
+        fisher=None if fisher is None else tuple(str(one) for one in fisher),
+        notes=() if note is None else (note,),
+    )

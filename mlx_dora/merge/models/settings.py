@@ -1,0 +1,114 @@
+"""Parameters that differ by tensor: by filter, and by depth as a gradient.
+
+The values of mergekit's YAML: a number or a truth value, a list of numbers (a gradient
+over the blocks, interpolated linearly), or a list of ``{filter: text, value: ...}`` of
+which the first whose text is in the tensor's name counts.
+"""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlx_dora.errors import DoRAError
+
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+def depth_of(name: str, blocks: int) -> float:
+    """Place of a tensor between the first block (0) and the last (1).
+
+    What is outside the blocks counts as 0, a single block as 1, as in mergekit.
+    """
+    found = _BLOCK.search(name)
+    if found is None:
+        return 0.0
+    return int(found[1]) / (blocks - 1) if blocks > 1 else 1.0
+
+
+def count_blocks(names: Sequence[str]) -> int:
+    """How many blocks the names of a model's tensors tell of."""
+    indices = [int(f[1]) for name in names if (f := _BLOCK.search(name))]
+    return max(indices, default=-1) + 1
+
+
+def check_setting(what: str, setting: Any) -> None:
+    """Refuse what is no number, truth value, gradient or list of filters.
+
+    Raises:
+        DoRAError: With `what`, and what came.
+    """
+    if _is_scalar(setting):
+        return
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if isinstance(setting, list | tuple) and setting:
+        if all(_is_scalar(one) for one in setting):
+            return
+        if all(_is_filter(one) for one in setting):
+            return
+    raise DoRAError(
+        f"{what} must be a number, a gradient [0, 1, ...], or filters "
+        f"[{{filter: ..., value: ...}}, ...]; got {setting!r:.80}."
+    )
+
+
+def resolve(setting: Any, name: str, depth: float) -> float | bool | None:
+    """The value of a setting for one tensor; None if no filter fits.
+
+    Args:
+        setting: As `check_setting` lets it through.
+        name: The tensor's name.
+        depth: See `depth_of`.
+    """
+    if _is_scalar(setting):
+        return setting
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if _is_scalar(setting[0]):
+        if isinstance(setting[0], bool):
+            return setting[int(depth * (len(setting) - 1))]
+        place = depth * (len(setting) - 1)
+        low = int(place)
+        high = min(low + 1, len(setting) - 1)
+        part = place - low
+        return (1 - part) * setting[low] + part * setting[high]
+    for one in setting:
+        wanted = one.get("filter")
+        if wanted in (None, "*") or wanted in name:
+            return resolve(one["value"], name, depth)
+    return None
+
+
+def layered(first: Any, second: Any) -> Any:
+    """A setting that takes what `first` leaves open from `second`.
+
+    Args:
+        first: As `check_setting` lets it through.
+        second: The same, of lower precedence.
+    """
+    filters = [first] if isinstance(first, Mapping) else first
+    if _is_scalar(first) or _is_scalar(filters[0]):
+        return first
+    if isinstance(second, Mapping):
+        second = [second]
+    is_plain = _is_scalar(second) or _is_scalar(second[0])
+    return [*filters, *([{"value": second}] if is_plain else second)]
+
+
+def _is_filter(one: Any) -> bool:
+    """``{filter: text, value: a number or a gradient}``."""
+    if not isinstance(one, Mapping) or "value" not in one:
+        return False
+    if not {*one} <= {"value", "filter"}:
+        return False
+    if not isinstance(one.get("filter"), str | None):
+        return False
+    value = one["value"]
+    if isinstance(value, list | tuple):
+        return bool(value) and all(_is_scalar(each) for each in value)
+    return _is_scalar(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max

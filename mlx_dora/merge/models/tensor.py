@@ -1,0 +1,235 @@
+r"""One tensor of several models, merged: row by row, or as a whole.
+
+``granularity="row"`` is ours: length and direction of each output row apart.
+``"tensor"`` is mergekit's: the tensor as one vector, where its slerp interpolates the
+vectors as they are, not their directions. The result is float32. It is made block by
+block from tensors in memory or in their files.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.matrix.grams import gram_norm
+from mlx_dora.merge.methods import MergeMethod, blockwise, elementwise, method_named
+from mlx_dora.merge.methods.blockwise import Tensor
+from mlx_dora.merge.methods.rows import RowFunction, Rows
+from mlx_dora.merge.methods.settings import TensorSettings
+from mlx_dora.merge.models.inner import inner_products
+
+
+@dataclass
+class Merged:
+    """A tensor that is merged while its blocks are taken.
+
+    Attributes:
+        blocks: Its elements, float32, in consecutive flat blocks; not evaluated.
+        unseen: Inputs whose NaN and inf do not show in the blocks: those that may be
+            masked out, or give only weights. Every other input goes into each element
+            by a product and a sum, which let neither through unseen.
+        opposed: Rows whose directions cancel (they keep the heaviest model's), of the
+            blocks taken so far.
+        unknown: Elements nobody has Fisher information of.
+    """
+
+    blocks: Iterator[mx.array] = field(default_factory=lambda: iter(()))
+    unseen: list[Tensor] = field(default_factory=list)
+    opposed: int = 0
+    unknown: int = 0
+
+
+def merge_tensor(
+    method: str,
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    settings: TensorSettings,
+    granularity: str = "row",
+) -> tuple[mx.array, int]:
+    """Merge one tensor of N models in memory.
+
+    Arguments and errors as those of `merge_blocks`.
+
+    Returns:
+        The merged tensor, float32 and evaluated, and the number of rows whose
+        directions cancel (they keep the heaviest model's).
+    """
+    merged = merge_blocks(method, base, tensors, settings, granularity)
+    return blockwise.joined(merged.blocks, tensors[0].shape), merged.opposed
+
+
+def merge_blocks(
+    method: str,
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    settings: TensorSettings,
+    granularity: str = "row",
+) -> Merged:
+    """Merge one tensor of N models, holding a few blocks of it.
+
+    With a base, methods that have a use for its changes merge these. A tensor with
+    fewer than two axes (norm weights, biases) has no rows: most methods of rows take
+    the weighted mean there. ``ties`` holds the sizes of one task vector, and ``tsv``
+    everything.
+
+    Args:
+        method: A method's name.
+        base: The base's tensor, or None.
+        tensors: N of one shape.
+        settings: Of the method, for this tensor.
+        granularity: ``"row"`` or ``"tensor"``.
+
+    Raises:
+        DoRAError: If the method needs a base, or weights cannot be used.
+    """
+    entry = method_named(method)
+    if entry.needs_base and base is None:
+        raise DoRAError(f"{method} merges changes of a base: give the base.")
+    by_row = granularity == "row" and tensors[0].ndim > 1
+    is_plain = settings.weights.ndim == 1 or not by_row
+    if entry.blocks and (is_plain or entry.base == "changes"):
+        settings.plain_weights()
+        blocks = _blocks(entry, base, tensors, settings)
+        hidden = [one for one in (base, *tensors) if one is not None]
+        if entry.is_exact:  # every input goes into each element
+            hidden = [] if base is None or entry.base == "changes" else [base]
+        return Merged(blocks, hidden)
+    if granularity == "row" and not by_row and entry.vectors == "mean":
+        blocks = elementwise.linear(None, tensors, settings)
+        return Merged(blocks, [] if base is None else [base])
+    if not tensors[0].size:
+        return Merged(iter([mx.zeros((0,))]))
+    is_relative = base is not None and entry.base in ("optional", "changes")
+    if not by_row:
+        start = base if is_relative else None
+        return _merge_whole(entry, start, tensors, settings.weights)
+    return _merge_rows(entry, base, tensors, settings.weights, is_relative)
+
+
+def _blocks(
+    entry: MergeMethod,
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    settings: TensorSettings,
+) -> Iterator[mx.array]:
+    """Blocks of a method on dense tensors; nothing is read before one is taken."""
+    yield from entry.block_function(base, tensors, settings)
+
+
+def mean_shares(weights: np.ndarray, rows: int) -> np.ndarray:
+    """Weights of each row, made to sum to 1.
+
+    Raises:
+        DoRAError: If one is negative or all are 0.
+    """
+    shares = np.broadcast_to(weights, (rows, weights.shape[-1]))
+    total = shares.sum(1, keepdims=True)
+    if (shares < 0).any() or not (total > 0).all():
+        raise DoRAError(
+            "a mean of directions needs weights of at least 0 with a positive sum, got "
+            f"{[float(one) for one in shares[0]]}."
+        )
+    return shares / total
+
+
+def _shares(entry: MergeMethod, weights: np.ndarray, rows: int) -> np.ndarray:
+    if entry.is_mean:
+        return mean_shares(weights, rows)
+    return np.broadcast_to(weights, (rows, weights.shape[-1]))
+
+
+def _merge_rows(
+    entry: MergeMethod,
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    weights: np.ndarray,
+    is_relative: bool,
+) -> Merged:
+    """Row block by row block; without `is_relative` only the base's lengths count."""
+    width = tensors[0].shape[-1]
+    rows = [one.reshape((-1, width)) for one in tensors]
+    whole_base = None if base is None else base.reshape((-1, width))
+    count = rows[0].shape[0]
+    shares = _shares(entry, weights, count)
+    function = entry.row_function
+    step = max(1, blockwise.BLOCK // max(width, 1))
+    merged = Merged(unseen=[] if base is None or is_relative else [base])
+
+    def blocks() -> Iterator[mx.array]:
+        for first in range(0, count, step):
+            index = slice(first, first + step)
+            values = [one[index].astype(mx.float32) for one in rows]
+            start = base_norm = None
+            if whole_base is not None:
+                start = whole_base[index].astype(mx.float32)
+                if is_relative:
+                    values = [one - start for one in values]
+                else:
+                    base_norm = np.sqrt(inner_products([start])[:, 0, 0])
+            inner = inner_products(values)
+            if not np.isfinite(inner).all():
+                yield mx.full(values[0].shape, mx.nan)
+                continue
+            beta, opposed = _coefficients(function, inner, shares[index], base_norm)
+            merged.opposed += opposed
+            one = _combined(values, beta)
+            yield one + start if is_relative and start is not None else one
+
+    merged.blocks = blocks()
+    return merged
+
+
+def _merge_whole(
+    entry: MergeMethod,
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    weights: np.ndarray,
+) -> Merged:
+    """The tensor as one row; each input is read twice, for the angles and the sum."""
+    flat = [one.reshape(-1) for one in (tensors if base is None else [base, *tensors])]
+    size = flat[0].size
+    slices = [slice(i, i + blockwise.BLOCK) for i in range(0, size, blockwise.BLOCK)]
+
+    def values(index: slice) -> tuple[mx.array | None, list[mx.array]]:
+        if base is not None:
+            return blockwise.changes(index, flat)
+        return None, [one[index].astype(mx.float32) for one in flat]
+
+    inner = sum(
+        (inner_products([one[None] for one in values(index)[1]]) for index in slices),
+        start=np.zeros((1, len(tensors), len(tensors))),
+    )
+    shares = _shares(entry, np.atleast_2d(weights)[:1], 1)
+    coefficients, opposed = np.full_like(shares, np.nan), 0
+    if np.isfinite(inner).all():
+        coefficients, opposed = _coefficients(entry.whole_function, inner, shares)
+    betas = [float(one) for one in coefficients[0]]
+
+    def blocks() -> Iterator[mx.array]:
+        for index in slices:
+            start, others = values(index)
+            one = blockwise.weighted_sum(others, betas)
+            yield one if start is None else one + start
+
+    return Merged(blocks(), opposed=opposed)
+
+
+def _coefficients(
+    function: RowFunction,
+    inner: np.ndarray,
+    shares: np.ndarray,
+    base_norm: np.ndarray | None = None,
+) -> tuple[np.ndarray, int]:
+    """How much of each row goes into the merged rows, and how many rows cancel."""
+    length = gram_norm(inner)
+    rows = Rows(inner=inner, magnitude=length, weights=shares, base_norm=base_norm)
+    found = function(rows)
+    return found.coefficients, int(found.opposed.sum())
+
+
+def _combined(blocks: Sequence[mx.array], coefficients: np.ndarray) -> mx.array:
+    beta = mx.array(coefficients.astype(np.float32))
+    columns = [beta[:, i : i + 1] for i in range(len(blocks))]
+    return blockwise.sum_of([b * v for b, v in zip(columns, blocks, strict=True)])

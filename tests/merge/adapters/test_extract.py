@@ -1,0 +1,135 @@
+"""Adapters out of fine-tuned models."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mlx_dora import DoRAConfig, DoRAError, save_adapter
+from mlx_dora.adapters.fuse import fuse_model
+from mlx_dora.adapters.fuse_config import FuseConfig
+from mlx_dora.adapters.hosting import load
+from mlx_dora.cli.extract import command
+from mlx_dora.merge.adapters.dense import factor, row_norm
+from mlx_dora.merge.adapters.extract import extract_adapter
+from tests.adapters.training import QV, TOKENS, train
+from tests.checks import assert_close, to_numpy
+
+MakeFolder = Callable[..., Path]
+
+
+@pytest.fixture
+def make_tuned(make_tiny_folder: MakeFolder, tmp_path: Path):
+    """A base and a model fine-tuned by a DoRA adapter of rank 3, fused."""
+
+    def make(bits: int | None = None, **kw) -> tuple[Path, Path, mx.array]:
+        base = make_tiny_folder("base", bits=bits, **kw)
+        model, _ = load(base)
+        logits = train(model, DoRAConfig(rank=3, scale=2.0, num_layers=2, keys=QV))
+        save_adapter(model, tmp_path / "adapter")
+        config = FuseConfig(mode="dequantize" if bits else "requantize")
+        fuse_model(base, tmp_path / "adapter", tmp_path / "tuned", config=config)
+        return base, tmp_path / "tuned", logits
+
+    return make
+
+
+def test_a_fused_adapter_comes_out_again(make_tuned, tmp_path: Path) -> None:
+    base, tuned, logits = make_tuned()
+    found = extract_adapter(base, tuned, rank=3, save_path=tmp_path / "out")
+    assert [one.path for one in found.layers] == [
+        f"model.layers.{i}.{key}" for i in (0, 1) for key in QV
+    ]
+    assert found.left_out == ()
+    assert max(one.error for one in found.layers) < 1e-3
+    model, _ = load(base, tmp_path / "out")
+    assert_close(model(TOKENS), to_numpy(logits), bound=1e-3)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_full_rank_loses_nothing(make_tuned, bits: int | None) -> None:
+    base, tuned, _ = make_tuned(bits=bits)
+    found = extract_adapter(base, tuned, energy=1.0)
+    assert max(one.error for one in found.layers) < 1e-4
+
+
+def test_magnitudes_are_exact_at_any_rank(make_tuned) -> None:
+    base, tuned, _ = make_tuned()
+    found = extract_adapter(base, tuned, rank=1)
+    path = "model.layers.0.self_attn.q_proj"
+    weight = dict(load(tuned)[0].named_modules())[path].weight
+    norms = np.linalg.norm(to_numpy(weight), axis=1)
+    assert_close(found.adapter.tensors[f"{path}.m"], norms, bound=1e-7)
+    assert found.layers[0].error > 0.1
+
+
+def test_the_error_is_the_least_of_the_rank() -> None:
+    """Where the rows keep their length the truncated SVD of the change is the best."""
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((20, 30))
+    change = 1e-3 * rng.standard_normal((20, 30))
+    change -= (change * base).sum(1)[:, None] * base / (base**2).sum(1)[:, None]
+    goal = mx.array((base + change).astype(np.float32))
+    made = factor(
+        mx.array(base.astype(np.float32)), goal, row_norm(goal), scale=2.0, rank=5
+    )
+    sizes = np.linalg.svd(change, compute_uv=False)
+    best = (sizes[5:] ** 2).sum() / (sizes**2).sum()
+    assert made.discarded == pytest.approx(best, rel=0.05)
+    assert made.discarded <= best * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_energy_chooses_ranks_and_a_rank_is_kept(make_tuned, bits: int | None) -> None:
+    base, tuned, _ = make_tuned(bits=bits)
+    found = extract_adapter(base, tuned, energy=0.6)
+    assert all(one.rank < 4 and one.discarded <= 0.4 for one in found.layers)
+    for one in found.layers:
+        assert f"{one.path}: rank {one.rank}, " in "\n".join(found.lines())
+        assert 0 < one.error < 1
+    fixed = extract_adapter(base, tuned, rank=3)
+    assert {one.rank for one in fixed.layers} == {3}
+    # Packing again is not low-rank: on a packed base the error tells.
+    assert max(one.error for one in fixed.layers) < 1e-3
+    capped = extract_adapter(base, tuned, energy=1.0, rank=2)
+    assert {one.rank for one in capped.layers} == {2}
+
+
+def test_what_is_not_covered_is_named(make_tuned, tmp_path: Path) -> None:
+    base, tuned, _ = make_tuned()
+    found = extract_adapter(base, tuned, rank=2, keys=["self_attn.q_proj"])
+    names = [f"model.layers.{i}.self_attn.v_proj.weight" for i in (0, 1)]
+    assert list(found.left_out) == names
+
+
+def test_refusals(make_tuned, tmp_path: Path) -> None:
+    base, tuned, _ = make_tuned()
+    (tmp_path / "there").mkdir()
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "give a rank or an energy"),
+        ({"rank": 0}, "rank must be"),
+        ({"energy": 1.5}, "energy must be"),
+        ({"rank": 2, "keys": ["q_pro"]}, "no module is called 'q_pro'"),
+        ({"rank": 2, "save_path": tmp_path / "there"}, "already exists"),
+        ({"rank": 2, "save_path": tmp_path / "tuned"}, "tuned is the input"),
+    ]
+    for kw, message in cases:
+        with pytest.raises(DoRAError, match=message):
+            extract_adapter(base, tuned, **kw)
+    with pytest.raises(DoRAError, match="does not differ"):
+        extract_adapter(base, base, rank=2)
+
+
+def test_the_command(make_tuned, tmp_path: Path) -> None:
+    base, tuned, _ = make_tuned()
+    args = [str(base), str(tuned), "--save-path", str(tmp_path / "out")]
+    result = CliRunner().invoke(command, [*args, "--rank", "3"])
+    assert result.exit_code == 0, result.output
+    assert "Extracted 4 matrices." in result.stdout
+    assert "q_proj: rank 3, " in result.stdout
+    assert load(base, tmp_path / "out")[0].layers
+    assert CliRunner().invoke(command, args).exit_code == 2
