@@ -14,7 +14,7 @@ openblas.preload()
 import mlx.core as mx  # noqa: E402 - OpenBLAS first
 import mlx.nn as nn  # noqa: E402
 
-from mlx_dora.kernels import _launch, _source  # noqa: E402
+from mlx_dora.kernels import _source, dispatch  # noqa: E402
 
 
 def main(checkout: Path) -> None:
@@ -27,7 +27,7 @@ def main(checkout: Path) -> None:
 
     sources = home / "metal"
     assert _source.source_folder() == sources, _source.source_folder()
-    for name in _launch.KERNELS:
+    for name in dispatch.KERNELS:
         assert (sources / f"{name}.metal").is_file(), name
 
     linear = nn.Linear(64, 32)

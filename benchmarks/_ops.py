@@ -3,8 +3,8 @@
 import _harness as bench
 import mlx.core as mx
 
-from mlx_dora.kernels._launch import device_backend
-from mlx_dora.kernels.jobs import Job
+from mlx_dora.doctor.jobs import Job
+from mlx_dora.kernels.dispatch import device_backend
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # W0 as (out, in), from the configs of widely used models.

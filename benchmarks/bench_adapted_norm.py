@@ -11,7 +11,7 @@ import _harness as bench
 import _ops
 import click
 
-from mlx_dora.kernels.jobs import adapted_norm_job
+from mlx_dora.doctor.jobs import adapted_norm_job
 
 
 @click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)

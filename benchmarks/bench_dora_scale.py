@@ -9,7 +9,7 @@ import _harness as bench
 import _ops
 import click
 
-from mlx_dora.kernels.jobs import dora_scale_job
+from mlx_dora.doctor.jobs import dora_scale_job
 
 OUTPUTS = {"SmolLM2-135M q_proj": 576, "Llama-3.1-8B q_proj": 4096}
 TOKENS = (1, 128, 2048)

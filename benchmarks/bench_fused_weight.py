@@ -9,7 +9,7 @@ import _harness as bench
 import _ops
 import click
 
-from mlx_dora.kernels.jobs import fused_weight_job
+from mlx_dora.doctor.jobs import fused_weight_job
 
 
 @click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)

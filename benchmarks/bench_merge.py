@@ -14,15 +14,15 @@ import click
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.factored import Update
 from mlx_dora.kernels import fused_weight
-from mlx_dora.merge.adapters.factored import AdaptedMatrix, merge_matrix
+from mlx_dora.matrix import Adapted, LowRank
+from mlx_dora.merge.adapters.factored import merge_matrix
 
 SHAPES = {"q_proj": (2048, 2048), "down_proj": (2048, 8192)}
 SMOKE = {"tiny": (64, 96)}
 
 
-def make_inputs(shape: tuple[int, int], rank: int, count: int) -> list[AdaptedMatrix]:
+def make_inputs(shape: tuple[int, int], rank: int, count: int) -> list[Adapted]:
     rows, width = shape
     made = []
     for seed in range(count):
@@ -31,12 +31,12 @@ def make_inputs(shape: tuple[int, int], rank: int, count: int) -> list[AdaptedMa
         lora_b = 0.3 * mx.random.normal((rank, rows)) / rank**0.5
         m = 1 + 0.01 * mx.random.normal((rows,))
         mx.eval(lora_a, lora_b, m)
-        update = Update(lora_a=lora_a, lora_b=lora_b, scale=2.0)
-        made.append(AdaptedMatrix(update=update, m=m))
+        update = LowRank(lora_a=lora_a, lora_b=lora_b, scale=2.0)
+        made.append(Adapted(update=update, m=m))
     return made
 
 
-def adapted(weight: mx.array, one: AdaptedMatrix) -> np.ndarray:
+def adapted(weight: mx.array, one: Adapted) -> np.ndarray:
     update = one.update
     assert one.m is not None
     return np.array(
@@ -44,7 +44,7 @@ def adapted(weight: mx.array, one: AdaptedMatrix) -> np.ndarray:
     )
 
 
-def dense_merge(weight: mx.array, inputs: list[AdaptedMatrix]) -> np.ndarray:
+def dense_merge(weight: mx.array, inputs: list[Adapted]) -> np.ndarray:
     parts = [adapted(weight, one) for one in inputs]
     norms = [np.linalg.norm(one, axis=1, keepdims=True) for one in parts]
     units = [one / norm for one, norm in zip(parts, norms, strict=True)]
@@ -89,10 +89,10 @@ def case(name: str, shape: tuple[int, int], rank: int, count: int) -> bench.Case
     )
 
 
-def check(weight: mx.array, inputs: list[AdaptedMatrix], shares: np.ndarray) -> None:
+def check(weight: mx.array, inputs: list[Adapted], shares: np.ndarray) -> None:
     merged = merge_matrix(weight, inputs, shares, method="nmean", scale=2.0)
-    update = Update(lora_a=merged.lora_a, lora_b=merged.lora_b, scale=2.0)
-    found = adapted(weight, AdaptedMatrix(update=update, m=merged.m))
+    update = LowRank(lora_a=merged.lora_a, lora_b=merged.lora_b, scale=2.0)
+    found = adapted(weight, Adapted(update=update, m=merged.m))
     error = bench.relative_rms(mx.array(found), mx.array(dense_merge(weight, inputs)))
     if not error < 1e-5:
         raise click.ClickException(f"the merges differ by {error:.1e}; nothing timed.")

@@ -9,7 +9,7 @@ import _harness as bench
 import _ops
 import click
 
-from mlx_dora.kernels.jobs import normalize_rows_job
+from mlx_dora.doctor.jobs import normalize_rows_job
 
 
 @click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)

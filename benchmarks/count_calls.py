@@ -5,7 +5,8 @@
 - ``merge``: one matrix of a slerp of two adapters: what a merge of two matrices has
   more than a merge of one. ``merge_folders`` is a whole merge of one matrix from two
   folders into a third, with all reading, checking and writing.
-- ``layer``: one training forward of a `DoRALinear`.
+- ``layer``: one forward of a `DoRALinear`: ``step`` within a training step, whose norms
+  are held; ``alone`` computes them too; ``eval`` has its cache filled.
 - ``rank``: files of ``mlx_dora.train --rank`` that hold the rank while it travels from
   the command to the layer: a function of theirs has it as an argument, or a config that
   has it.
@@ -72,8 +73,11 @@ def counted(
 
 def summary(seen: Counter[CodeType]) -> dict[str, Any]:
     """Calls and files of a count."""
-    files = {str(Path(code.co_filename).relative_to(ROOT)) for code in seen}
-    return {"calls": seen.total(), "files": sorted(files)}
+    return {"calls": seen.total(), "files": sorted({_file_of(code) for code in seen})}
+
+
+def _file_of(code: CodeType) -> str:
+    return Path(code.co_filename).relative_to(ROOT).as_posix()
 
 
 def make_model() -> nn.Module:
@@ -125,15 +129,35 @@ def count_merge() -> dict[str, Any]:
     return {"merge": summary(found[1] - found[0]), "merge_folders": summary(whole)}
 
 
-def count_layer() -> dict[str, Any]:
-    """One training forward of a layer."""
-    from mlx_dora import DoRALinear
+def forward_calls() -> dict[str, list[tuple[str, str]]]:
+    """File and name of every function that a forward of a layer enters.
 
-    layer = DoRALinear.from_base(nn.Linear(64, 64), r=4)
-    layer.train()
-    x = mx.ones((2, 64))
-    mx.eval(layer(x))
-    return summary(counted(lambda: layer(x)))
+    Returns:
+        By how the forward is made, in the order of the first call.
+    """
+    from mlx_dora.layers import DoRALinear, held_norms
+
+    layer = DoRALinear.from_base(nn.Linear(64, 32), r=4)
+    x = mx.ones((3, 64))
+
+    def calls() -> list[tuple[str, str]]:
+        layer(x)
+        seen = counted(lambda: layer(x)).elements()
+        return [(_file_of(code), code.co_name) for code in seen]
+
+    found = {"alone": calls()}
+    with held_norms(layer):
+        found["step"] = calls()
+    layer.eval()
+    return found | {"eval": calls()}
+
+
+def count_layer() -> dict[str, Any]:
+    """A forward of a layer, by how it is made."""
+    return {
+        how: {"calls": len(calls), "files": sorted({file for file, _ in calls})}
+        for how, calls in forward_calls().items()
+    }
 
 
 def count_rank() -> list[str]:

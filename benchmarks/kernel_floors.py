@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_dora.kernels import traffic
+from mlx_dora.doctor import traffic
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,13 @@ from mlx.utils import tree_flatten
 from mlx_dora.adapters.surgery import adapter_layers, base_of
 from mlx_dora.demo.data import demo_rows
 from mlx_dora.demo.model import demo_model
-from mlx_dora.geometry import RowGeometry, pair_geometry, row_geometry
+from mlx_dora.matrix import (
+    Adapted,
+    LowRank,
+    RowGeometry,
+    pair_geometry,
+    row_geometry,
+)
 from mlx_dora.train import StepReport, TrainConfig, finetune
 
 METHODS = ("full", "lora", "dora")
@@ -67,8 +73,8 @@ def geometry(model: nn.Module, before: dict[str, mx.array]) -> dict[str, RowGeom
     found = {}
     for path, layer in adapter_layers(model):
         base = base_of(layer)["weight"]
-        m = layer.get("m")
-        found[path] = row_geometry(base, layer.lora_a, layer.lora_b, layer.scale, m)
+        update = LowRank(lora_a=layer.lora_a, lora_b=layer.lora_b, scale=layer.scale)
+        found[path] = row_geometry(base, Adapted(update=update, m=layer.get("m")))
     if not found:
         for name, value in tree_flatten(model.trainable_parameters()):
             if isinstance(value, mx.array) and value.ndim == 2:

@@ -7,7 +7,7 @@
 // template:  R rank; ROWS rows of a simdgroup; N contiguous columns of a thread
 // launch:    one threadgroup of 256 per 8 * ROWS output rows;
 //            grid (256 * ceil(out / (8 * ROWS)), 1, 1)
-// reference: mlx_dora/kernels/reference.py::adapted_norm
+// reference: mlx_dora/kernels/naive.py::adapted_norm
   constexpr int K = R < 16 ? R : 16;              // ranks in a tile of A
   constexpr int PADDED = (R + K - 1) / K * K;
   constexpr int TILE = 8 * ROWS;

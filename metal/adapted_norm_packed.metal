@@ -8,7 +8,7 @@
 //            columns that share a scale, a multiple of 8
 // launch:    one threadgroup of 256 per 8 * ROWS output rows;
 //            grid (256 * ceil(out / (8 * ROWS)), 1, 1)
-// reference: mlx_dora/kernels/reference.py::adapted_norm
+// reference: mlx_dora/kernels/naive.py::adapted_norm
   constexpr int N = 8;                            // columns of a thread
   constexpr int K = R < 8 ? R : 8;                // ranks in a tile of A
   constexpr int PADDED = (R + K - 1) / K * K;

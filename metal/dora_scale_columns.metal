@@ -1,12 +1,12 @@
-// dora_scale_columns: sums[0, j] = the sum over chunks of partial[0, :, j], over m[j]
-//            (0 where m is 0); sums[1, j] = that of partial[1, :, j]
-// paper:     DoRA, arXiv:2402.09353, Eq. 6: the gradient of the magnitude
-// in:        partial float [SUMS, chunks, out]; m float [out]
+// dora_scale_columns: sums[0, j] = the sum over chunks of partial[0, :, j], over gain[j]
+//            (0 where the gain is 0); sums[1, j] = that of partial[1, :, j]
+// paper:     DoRA, arXiv:2402.09353, Eq. 6: the gradient of the gain m / norm
+// in:        partial float [SUMS, chunks, out]; gain float [out]
 // out:       sums float [SUMS, out]
-// template:  none; SUMS is 1, or 2 with a bias
+// template:  none; SUMS is 1, or 2 with an offset
 // launch:    a thread per column, in threadgroups of 256;
 //            grid (256 * ceil(out / 256), SUMS, 1)
-// reference: mlx_dora/kernels/reference.py::dora_scale, its vjp
+// reference: mlx_dora/kernels/naive.py::rescale, its gradients
   const uint chunks = partial_shape[1];
   const uint out = partial_shape[2];
   const uint col = thread_position_in_grid.x;
@@ -17,8 +17,8 @@
       total += partial[(size_t(which) * chunks + chunk) * out + col];
     }
     if (which == 0) {
-      const float magnitude = m[col];
-      total = magnitude != 0.0f ? total / magnitude : 0.0f;
+      const float g = gain[col];
+      total = g != 0.0f ? total / g : 0.0f;
     }
     sums[size_t(which) * out + col] = total;
   }

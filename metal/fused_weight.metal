@@ -8,7 +8,7 @@
 //            the two passes, 0 to read the rows twice
 // launch:    one threadgroup of 32 to 256 per ROWS output rows;
 //            grid (threads * ceil(out / ROWS), 1, 1)
-// reference: mlx_dora/kernels/reference.py::fused_weight
+// reference: mlx_dora/kernels/naive.py::fused_weight
   threadgroup float b_tile[ROWS * R];
   threadgroup float part[ROWS * 8];
   const uint out = weight_shape[0];

@@ -5,7 +5,7 @@
 // template:  T float type; N contiguous columns of a thread; STEPS times that many it
 //            holds in registers between the two passes, 0 to read the row twice
 // launch:    one threadgroup of 32 to 256 per output row; grid (threads * out, 1, 1)
-// reference: mlx_dora/kernels/reference.py::normalize_rows
+// reference: mlx_dora/kernels/naive.py::normalize_rows
   threadgroup float part[8];
   const uint n = weight_shape[1];
   const uint row = threadgroup_position_in_grid.x;

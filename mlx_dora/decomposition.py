@@ -5,7 +5,7 @@ import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import normalize_rows
-from mlx_dora.kernels.rows import row_norms
+from mlx_dora.matrix.weight import row_norms
 
 Array = mx.array | np.ndarray
 """What the functions here take; they return `mx.array`."""

@@ -1,8 +1,8 @@
 """The layering of the design, read from every import; see docs in CONTRIBUTING.md.
 
 cli > demo | doctor | publish | serve > train | analyze | merge > evaluate >
-data | peft > adapters > layers > decomposition > geometry > factored > kernels | io >
-options > errors | openblas | progress
+data | peft > adapters > layers > decomposition > kernels | io > matrix > options >
+errors | openblas | progress
 
 Imports point right; packages joined by | never import each other.
 """
@@ -25,9 +25,8 @@ LAYERS = (
     ("adapters",),
     ("layers",),
     ("decomposition",),
-    ("geometry",),
-    ("factored",),
     ("kernels", "io"),
+    ("matrix",),
     ("options",),
     ("errors", "openblas", "progress"),
 )
@@ -200,10 +199,10 @@ def test_file_keeps_the_architecture(name: str) -> None:
         ("errors.py", "from mlx_dora.openblas import preload", "sideways"),
         ("evaluate/a.py", "from mlx_dora.train import x", "upwards"),
         ("train/a.py", "from mlx_dora.cli.train import command", "upwards"),
-        ("factored.py", "from mlx_dora.decomposition import x", "upwards"),
+        ("matrix/a.py", "from mlx_dora.kernels import x", "upwards"),
         ("io/a.py", "from mlx_dora.fuse import x", "no layer holds"),
         ("layers/a.py", "from . import x", "relative"),
-        ("layers/a.py", "from mlx_dora.kernels._launch import x", "private"),
+        ("layers/a.py", "from mlx_dora.kernels._source import x", "private"),
         ("layers/a.py", "import mlx_lm", "module level"),
         ("layers/a.py", "from transformers import x", "module level"),
         ("layers/a.py", "class A:\n    import mlx_lm.utils", "module level"),

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_dora import dora_decompose, dora_merge
-from mlx_dora.factored import Update, factored_terms, row_grams, stack_norms
-from mlx_dora.geometry import row_geometry
 from mlx_dora.kernels import adapted_norm, fused_weight, normalize_rows
-from mlx_dora.kernels.rows import row_squares
+from mlx_dora.matrix import Adapted, LowRank, exact_terms, row_geometry, row_grams
 from mlx_dora.merge.adapters.dense import row_norm
 from tests.checks import BOUNDS, to_numpy
 
@@ -106,14 +104,12 @@ def test_norms_of_adapted_rows_are_those_of_float64(
     exact = np.linalg.norm(adapted, axis=1)
     bound = 1e-4
     close(adapted_norm(weight, a, b, 2.0), exact, bound)
-    close(factored_terms(weight, a, b, 2.0).norm, exact, bound)
-    update = Update(lora_a=a, lora_b=b, scale=2.0)
+    update = LowRank(lora_a=a, lora_b=b, scale=2.0)
+    close(exact_terms(weight, update).norm, exact, bound)
     inner = row_grams(weight, [update]).inner[:, 0, 0]
     np.testing.assert_allclose(np.sqrt(inner), exact, rtol=bound)
-    stack = Update(lora_a=a[None], lora_b=b[None], scale=2.0)
-    squares = row_squares(weight)[None]
-    close(stack_norms(weight[None], stack, squares)[0], exact, bound)
-    geometry = row_geometry(weight, a, b, 2.0)
+    close(adapted_norm(weight[None], a[None], b[None], 2.0)[0], exact, bound)
+    geometry = row_geometry(weight, Adapted(update=update, m=None))
     assert geometry.is_finite
     base = np.linalg.norm(to_numpy(weight), axis=1)
     np.testing.assert_allclose(geometry.base_norm, base, rtol=1e-5)

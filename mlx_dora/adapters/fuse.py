@@ -17,7 +17,7 @@ from mlx_dora.adapters.carried import carried_along, carried_tensors
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint_of
 from mlx_dora.adapters.fuse_config import FuseConfig
-from mlx_dora.adapters.fuse_layer import Update, dtype_of, survival
+from mlx_dora.adapters.fuse_layer import survival
 from mlx_dora.adapters.fuse_report import FusedLayer, FuseReport, sum_survivals
 from mlx_dora.adapters.fuse_stream import model_dtype, stream_fused
 from mlx_dora.adapters.hosting import load_lazily, load_with_config, model_folder
@@ -33,9 +33,8 @@ from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.io.finite import all_finite
 from mlx_dora.io.foreign import foreign
-from mlx_dora.kernels import QuantizedWeight
-from mlx_dora.kernels.rows import matrices
 from mlx_dora.layers import DoRALayer, fused_module, weight_of
+from mlx_dora.matrix.weight import as_packed, dense_dtype, matrices
 
 REST_NAME = "adapter"
 """The folder in a losslessly fused model that holds the low-rank rest."""
@@ -87,7 +86,13 @@ def fuse_dora(model: nn.Module, dequantize: bool = False) -> FuseReport:
     fused, own = [], model_dtype(model)
     for path, layer in dora_layers(model):
         try:
-            module = fused_module(layer, dequantize, own)
+            module = fused_module(
+                layer.base,
+                layer.adapted().matrices(),
+                layer.base_types[0],
+                dequantize,
+                own,
+            )
         except DoRAError as error:
             raise DoRAError(f"{path}: {error}") from error
         mx.eval(module.parameters())
@@ -275,16 +280,16 @@ def _check_fit(
 def _describe(path: str, layer: DoRALayer, module: nn.Module) -> FusedLayer:
     """Compare a DoRA layer with the plain module it was fused into."""
     before, after = weight_of(layer.base), weight_of(module)
+    adapted = layer.adapted().matrices()
     found = [
-        survival(old, new, Update.of(adapted))
-        for old, new, adapted in zip(
-            matrices(before), matrices(after), layer.matrices(), strict=True
-        )
+        survival(*parts)
+        for parts in zip(matrices(before), matrices(after), adapted, strict=True)
     ]
+    packed = as_packed(after)
     return FusedLayer(
         path=path,
-        dtype=str(dtype_of(after)).rpartition(".")[2],
-        bits=after.bits if isinstance(after, QuantizedWeight) else None,
+        dtype=str(dense_dtype(after)).rpartition(".")[2],
+        bits=None if packed is None else packed.bits,
         bytes_before=_nbytes(layer.base),
         bytes_after=_nbytes(module),
         survival=sum_survivals(found),

@@ -7,19 +7,20 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_dora.adapters.fuse_config import FuseConfig
-from mlx_dora.adapters.fuse_layer import (
-    Update,
-    dense_fused,
-    folded,
-    packed_fused,
-    requantized,
-    survival,
-    unpacked_dtype,
-)
+from mlx_dora.adapters.fuse_layer import requantized, survival
 from mlx_dora.adapters.fuse_report import Survival, sum_survivals
 from mlx_dora.io.finite import all_finite
-from mlx_dora.kernels import QuantizedWeight
-from mlx_dora.kernels.rows import Weight, matrices, stacked
+from mlx_dora.kernels.fusing import dense_fused, packed_fused, scaled_packing
+from mlx_dora.matrix.low_rank import Adapted
+from mlx_dora.matrix.terms import exact_gain
+from mlx_dora.matrix.weight import (
+    Weight,
+    as_packed,
+    dense_dtype,
+    matrices,
+    stacked,
+    unpacked_dtype,
+)
 
 _SCALES = {"float32": mx.float32, "float16": mx.float16}
 
@@ -52,7 +53,7 @@ class FusedMatrices:
 
 def fuse_matrices(
     weight: Weight,
-    updates: Sequence[Update],
+    adapted: Sequence[Adapted],
     config: FuseConfig,
     own: mx.Dtype = mx.bfloat16,
 ) -> FusedMatrices:
@@ -60,7 +61,7 @@ def fuse_matrices(
 
     Args:
         weight: ``(out, in)``, or a stack; dense or packed.
-        updates: One a matrix.
+        adapted: The DoRA or LoRA adapter of each matrix.
         config: What to do with packed weights; a whole stack gets the bits of the
             matrix that needs most.
         own: The model's dtype, see `unpacked_dtype`.
@@ -73,26 +74,26 @@ def fuse_matrices(
     kept: list[Survival] = []
     plains: list[Survival | None] = []
     rest: list[dict[str, mx.array]] = []
-    for one, update in zip(befores, updates, strict=True):
-        plain = None
-        if not isinstance(one, QuantizedWeight) or config.mode == "dequantize":
-            after = dense_fused(one, update, unpacked_dtype(one, own))
-            found = survival(one, after, update)
+    for before, adapter in zip(befores, adapted, strict=True):
+        plain, packed = None, as_packed(before)
+        if packed is None or config.mode == "dequantize":
+            after = dense_fused(before, adapter, unpacked_dtype(before, own))
+            found = survival(before, after, adapter)
         elif config.mode == "lossless":
-            gain = update.gain(one)
-            after = folded(one, gain, _SCALES[config.scales])
-            up = gain * update.lora_b.astype(mx.float32)
-            found = survival(one, after, update, up)
-            rest.append({"lora_a": update.lora_a, "lora_b": up})
+            gain = exact_gain(before, adapter)
+            after = scaled_packing(packed, gain, _SCALES[config.scales])
+            up = gain * adapter.update.lora_b.astype(mx.float32)
+            found = survival(before, after, adapter, up)
+            rest.append({"lora_a": adapter.update.lora_a, "lora_b": up})
         else:
-            after, found, plain = requantized(one, update, config.keep, own)
+            after, found, plain = requantized(packed, adapter, config.keep, own)
         afters.append(after)
         kept.append(found)
         plains.append(plain)
     if len(weight.shape) == 2:
         fused = afters[0]
     else:
-        afters, kept = _alike(befores, updates, afters, kept)
+        afters, kept = _alike(befores, adapted, afters, kept)
         fused = stacked(afters)
     whole = None
     if any(plains):
@@ -104,27 +105,29 @@ def fuse_matrices(
 
 def _alike(
     befores: Sequence[Weight],
-    updates: Sequence[Update],
+    adapted: Sequence[Adapted],
     afters: Sequence[Weight],
     kept: Sequence[Survival],
 ) -> tuple[list[Weight], list[Survival]]:
     """All matrices in the form of the one that needs most: they share one array."""
-    dense = [one.dtype for one in afters if not isinstance(one, QuantizedWeight)]
+    packed = [one for one in map(as_packed, afters) if one is not None]
+    dense = [dense_dtype(one) for one in afters if as_packed(one) is None]
     dtype = mx.float32 if mx.float32 in dense else dense[0] if dense else None
-    packed = [one for one in afters if isinstance(one, QuantizedWeight)]
     most = max(packed, key=lambda one: (one.bits, one.mode == "affine"), default=None)
-    found: list[Weight] = []
+    alike: list[Weight] = []
     survivals: list[Survival] = []
-    for before, update, after, own in zip(befores, updates, afters, kept, strict=True):
+    for before, adapter, after, own in zip(befores, adapted, afters, kept, strict=True):
+        form = as_packed(after)
         if dtype is not None:
-            is_like = not isinstance(after, QuantizedWeight) and after.dtype == dtype
-            alike = after if is_like else dense_fused(before, update, dtype)
+            is_like = form is None and dense_dtype(after) == dtype
+            same = after if is_like else dense_fused(before, adapter, dtype)
         else:
+            base = as_packed(before)
             assert most is not None
-            assert isinstance(before, QuantizedWeight)
-            form = {n: getattr(most, n) for n in ("group_size", "bits", "mode")}
-            is_like = all(getattr(after, n) == value for n, value in form.items())
-            alike = after if is_like else packed_fused(before, update, **form)
-        found.append(alike)
-        survivals.append(own if is_like else survival(before, alike, update))
-    return found, survivals
+            assert base is not None
+            assert form is not None
+            is_like = form.form == most.form
+            same = after if is_like else packed_fused(base, adapter, **most.form)
+        alike.append(same)
+        survivals.append(own if is_like else survival(before, same, adapter))
+    return alike, survivals

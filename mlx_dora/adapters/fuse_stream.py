@@ -12,21 +12,22 @@ from mlx_dora.adapters.adapter import Adapter, BaseModel
 from mlx_dora.adapters.fingerprint import digest_of, sample_of, tensor_line
 from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.fuse_full import replace_parts
-from mlx_dora.adapters.fuse_layer import (
-    Update,
-    dtype_of,
-    unpacked_dtype,
-    why_not_finite,
-)
+from mlx_dora.adapters.fuse_layer import why_not_finite
 from mlx_dora.adapters.fuse_matrices import fuse_matrices
 from mlx_dora.adapters.fuse_report import FusedLayer
 from mlx_dora.adapters.keys import takes_lora
 from mlx_dora.adapters.matrices import adapted_matrices, adapter_tensors
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.finite import all_finite
-from mlx_dora.kernels import QuantizedWeight
-from mlx_dora.kernels.rows import Weight
 from mlx_dora.layers import DoRALayer
+from mlx_dora.matrix.packed import QuantizedWeight
+from mlx_dora.matrix.weight import (
+    as_packed,
+    dense,
+    dense_dtype,
+    unpacked_dtype,
+    weight_from,
+)
 
 Parts = dict[str, mx.array]
 """The arrays of one module, by the name they have in it."""
@@ -92,12 +93,11 @@ def stream_fused(
             parts |= result.parts
             del result
         elif config.mode == "dequantize" and "scales" in parts:
-            packed = _weight(path, module, parts)
-            dense = packed.dequantize()  # pyright: ignore[reportAttributeAccessIssue] - it has scales
-            dense = dense.astype(unpacked_dtype(packed, own))
-            del packed
-            parts = {"weight": dense, **_others(parts)}
-            del dense
+            weight = weight_from(parts, module)
+            full = dense(weight).astype(unpacked_dtype(weight, own))
+            del weight
+            parts = {"weight": full, **_others(parts)}
+            del full
         while parts:
             leaf = next(iter(parts))
             name = f"{path}.{leaf}" if path else leaf
@@ -176,22 +176,23 @@ def _fuse_module(
     config: FuseConfig,
     own: mx.Dtype,
 ) -> _Result:
-    weight = _weight(path, module, parts)
-    updates = [Update.of(one) for one in adapted_matrices(adapter, path, module)]
-    found = fuse_matrices(weight, updates, config, own)
+    weight = weight_from(parts, module)
+    found = fuse_matrices(weight, adapted_matrices(adapter, path, module), config, own)
     after, packing = found.weight, None
-    if not all(map(all_finite, _parts_of(after).values())) or not found.is_finite:
+    before, packed = as_packed(weight), as_packed(after)
+    new = {"weight": cast(mx.array, after)} if packed is None else packed.parts
+    if not all(map(all_finite, new.values())) or not found.is_finite:
         raise DoRAError(f"{path}: {why_not_finite(weight)}")
-    if isinstance(weight, QuantizedWeight) and config.mode == "requantize":
-        packing = _packing(weight, after)
+    if before is not None and config.mode == "requantize":
+        packing = _packing(before, packed)
     rest: Parts = {}
     if found.rest:
         rest = adapter_tensors(path, module, weight, found.rest)
-    fused = _parts_of(after) | _others(parts)
+    fused = new | _others(parts)
     layer = FusedLayer(
         path=path,
-        dtype=str(dtype_of(after)).rpartition(".")[2],
-        bits=after.bits if isinstance(after, QuantizedWeight) else None,
+        dtype=str(dense_dtype(after)).rpartition(".")[2],
+        bits=None if packed is None else packed.bits,
         bytes_before=sum(value.nbytes for value in parts.values()),
         bytes_after=sum(value.nbytes for value in (fused | rest).values()),
         survival=found.survival,
@@ -220,40 +221,17 @@ def _taken_out(model: nn.Module) -> Iterator[tuple[str, Parts]]:
         yield path, parts
 
 
-def _weight(path: str, module: nn.Module, parts: Parts) -> Weight:
-    if "scales" not in parts:
-        return parts["weight"]
-    if "global_scale" in parts:
-        raise DoRAError(f"{path}: weights with a global scale cannot be fused.")
-    return QuantizedWeight(
-        weight=parts["weight"],
-        scales=parts["scales"],
-        biases=parts.get("biases"),
-        group_size=cast(int, module.group_size),
-        bits=cast(int, module.bits),
-        mode=cast(str, module.mode),
-    )
-
-
-def _parts_of(weight: Weight) -> Parts:
-    if not isinstance(weight, QuantizedWeight):
-        return {"weight": weight}
-    parts = {"weight": weight.weight, "scales": weight.scales}
-    return parts if weight.biases is None else parts | {"biases": weight.biases}
-
-
 def _others(parts: Parts) -> Parts:
     return {leaf: value for leaf, value in parts.items() if leaf not in _WEIGHT}
 
 
-def _packing(before: QuantizedWeight, after: Weight) -> dict[str, Any] | bool | None:
+def _packing(
+    before: QuantizedWeight, after: QuantizedWeight | None
+) -> dict[str, Any] | bool | None:
     """What the config must say of a weight that is packed in another way; or None."""
-    if not isinstance(after, QuantizedWeight):
+    if after is None:
         return False
-    found = {"group_size": after.group_size, "bits": after.bits, "mode": after.mode}
-    if all(getattr(before, name) == value for name, value in found.items()):
-        return None
-    return found
+    return None if after.form == before.form else after.form
 
 
 def _rest_adapter(adapter: Adapter, rest: Parts, fingerprint: str) -> Adapter:

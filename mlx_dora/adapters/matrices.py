@@ -10,11 +10,10 @@ import mlx.nn as nn
 
 from mlx_dora.adapters.adapter import Adapter, rank_of
 from mlx_dora.adapters.format import pad_rank
-from mlx_dora.factored import AdaptedMatrix, Update
-from mlx_dora.kernels.rows import Weight, matrices
 from mlx_dora.layers import weight_of
-
-_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+from mlx_dora.layers.layout import layout_of
+from mlx_dora.matrix.low_rank import Adapted, LowRank
+from mlx_dora.matrix.weight import Weight, matrices
 
 
 def named_matrices(path: str, weight: Weight) -> list[tuple[str, Weight]]:
@@ -25,9 +24,7 @@ def named_matrices(path: str, weight: Weight) -> list[tuple[str, Weight]]:
     return [(f"{path}[{i}]", part) for i, part in enumerate(parts)]
 
 
-def adapted_matrices(
-    adapter: Adapter, path: str, module: nn.Module
-) -> list[AdaptedMatrix]:
+def adapted_matrices(adapter: Adapter, path: str, module: nn.Module) -> list[Adapted]:
     """Return the adapted matrices, with A of shape ``(in, r)`` and B ``(r, out)``.
 
     If the adapter does not have the module, the updates have rank 0.
@@ -35,17 +32,19 @@ def adapted_matrices(
     lora_a = adapter.tensors.get(f"{path}.lora_a")
     if lora_a is None:
         *stack, rows, width = weight_of(module).shape
-        update = Update(
+        update = LowRank(
             lora_a=mx.zeros((*stack, width, 0)),
             lora_b=mx.zeros((*stack, 0, rows)),
             scale=0.0,
         )
-        return AdaptedMatrix(update=update, m=None).matrices()
+        return Adapted(update=update, m=None).matrices()
     lora_b = adapter.tensors[f"{path}.lora_b"]
-    factors = _turned(module, lora_a.astype(mx.float32), lora_b.astype(mx.float32))
-    update = Update(**factors, scale=adapter.config.scale_of(path))
+    a, b = layout_of(module, lora_a).turn(
+        lora_a.astype(mx.float32), lora_b.astype(mx.float32)
+    )
+    update = LowRank(lora_a=a, lora_b=b, scale=adapter.config.scale_of(path))
     m = adapter.tensors.get(f"{path}.m")
-    return AdaptedMatrix(
+    return Adapted(
         update=update, m=None if m is None else m.astype(mx.float32)
     ).matrices()
 
@@ -74,20 +73,8 @@ def adapter_tensors(
             leaf: mx.stack([pad_rank(leaf, part[leaf], rank) for part in parts])
             for leaf in parts[0]
         }
-    values = values | _turned(module, values["lora_a"], values["lora_b"])
+    lora_a, lora_b = values["lora_a"], values["lora_b"]
+    lora_a, lora_b = layout_of(module, lora_a).turn(lora_a, lora_b)
+    values = values | {"lora_a": lora_a, "lora_b": lora_b}
     mx.eval(values)
     return {f"{path}.{leaf}": value for leaf, value in values.items()}
-
-
-def _turned(
-    module: nn.Module, lora_a: mx.array, lora_b: mx.array
-) -> dict[str, mx.array]:
-    """Convert between the file's layout and that of ``(out, in)`` matrices."""
-    if isinstance(module, _EMBEDDINGS):
-        return {"lora_a": lora_b.T, "lora_b": lora_a.T}
-    if lora_a.ndim > 2:
-        return {
-            "lora_a": lora_a.swapaxes(-1, -2),
-            "lora_b": lora_b.swapaxes(-1, -2),
-        }
-    return {"lora_a": lora_a, "lora_b": lora_b}

@@ -9,14 +9,13 @@ import mlx.nn as nn
 
 from mlx_dora.adapters.adapter import Adapter, overflow_problems
 from mlx_dora.adapters.attach import all_problems
-from mlx_dora.adapters.blend import Blend, Part, blend
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.matrices import adapted_matrices, adapter_tensors
 from mlx_dora.adapters.surgery import adapter_layers, put_modules
 from mlx_dora.errors import DoRAError
-from mlx_dora.factored import factored_terms
-from mlx_dora.kernels.rows import matrices
 from mlx_dora.layers import DoRALayer, dora_class, weight_of
+from mlx_dora.matrix.blend import Measured, blend, measured
+from mlx_dora.matrix.weight import matrices
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class NamedAdapters:
         self._model = model
         self._places: dict[str, _Place] = {}
         self._adapters: dict[str, Adapter] = {}
-        self._parts: dict[str, dict[str, list[Part]]] = {}
+        self._parts: dict[str, dict[str, list[Measured]]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -168,21 +167,14 @@ class NamedAdapters:
         paths = [path for name in names for path in self._adapters[name].paths]
         return list(dict.fromkeys(paths))
 
-    def _matrices(self, name: str, path: str) -> list[Part]:
+    def _matrices(self, name: str, path: str) -> list[Measured]:
         """Return the adapter's matrices of a module; computes norms on first use."""
         parts = self._parts.setdefault(name, {})
         if path not in parts:
             base = self._place(path).base
             adapted = adapted_matrices(self._adapters[name], path, base)
-            matrix_parts = []
-            for weight, matrix in zip(matrices(weight_of(base)), adapted, strict=True):
-                down = matrix.update.lora_a.astype(mx.float32)
-                up = matrix.update.lora_b.astype(mx.float32)
-                terms = factored_terms(weight, down, up, matrix.update.scale)
-                m = terms.norm if matrix.m is None else matrix.m.astype(mx.float32)
-                mx.eval(down, up, m)
-                matrix_parts.append(Part(down=down, up=up, m=m, terms=terms))
-            parts[path] = matrix_parts
+            pairs = zip(matrices(weight_of(base)), adapted, strict=True)
+            parts[path] = [measured(weight, matrix) for weight, matrix in pairs]
         return parts[path]
 
     def _place(self, path: str) -> _Place:
@@ -195,21 +187,22 @@ class NamedAdapters:
         return self._places[path]
 
     def _terms(
-        self, path: str, here: list[tuple[float, list[Part]]]
+        self, path: str, here: list[tuple[float, list[Measured]]]
     ) -> tuple[mx.array, mx.array, mx.array, float, mx.array]:
         """Return A, B, m, scale and norm in the shapes of the module's layer."""
         base = self._places[path].base
         weight = weight_of(base)
-        result: list[Part] | list[Blend]
         if len(here) == 1 and here[0][0] == 1:
             result = here[0][1]
-            scale, norms = result[0].terms.scale, [part.terms.norm for part in result]
         else:
             columns = [[(w, part) for part in parts] for w, parts in here]
             rows = zip(matrices(weight), *columns, strict=True)
             result = [blend(matrix, parts) for matrix, *parts in rows]
-            scale, norms = 1.0, [part.norm for part in result]
-        parts = [{"lora_a": p.down, "lora_b": p.up, "m": p.m} for p in result]
+        scale, norms = result[0].update.scale, [part.terms.norm for part in result]
+        parts = [
+            {"lora_a": part.update.lora_a, "lora_b": part.update.lora_b, "m": part.m}
+            for part in result
+        ]
         tensors = adapter_tensors(path, base, weight, parts)
         lora_a, lora_b, m = (tensors[f"{path}.{n}"] for n in ("lora_a", "lora_b", "m"))
         return lora_a, lora_b, m, scale, norms[0] if m.ndim == 1 else mx.stack(norms)

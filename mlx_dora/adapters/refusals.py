@@ -6,8 +6,7 @@ import mlx.nn as nn
 
 from mlx_dora.adapters.keys import natural_order, shortened
 from mlx_dora.errors import DoRAError
-from mlx_dora.layers import weight_of
-from mlx_dora.layers.variants import layer_class
+from mlx_dora.layers import check_adaptable, weight_of
 
 
 def check_classes(
@@ -26,7 +25,7 @@ def check_classes(
     problems: dict[str, list[str]] = {}
     for path in sorted(variants, key=natural_order):
         try:
-            layer_class(modules[path], variants[path])
+            check_adaptable(modules[path], variants[path])
         except DoRAError as error:
             problems.setdefault(str(error), []).append(path)
     if problems:

@@ -23,9 +23,9 @@ from mlx_dora.adapters.refusals import (
     check_started,
 )
 from mlx_dora.errors import DoRAError
-from mlx_dora.layers import DoRALayer
-from mlx_dora.layers.variants import layer_class
-from mlx_dora.layers.variants.doran_aux import DoRANAuxLinear, share_first_layers
+from mlx_dora.layers import DoRALayer, adapt
+from mlx_dora.layers.variants import VariantLinear
+from mlx_dora.layers.variants.doran_aux import DoRANAux, share_first_layers
 
 FineTuneType = Literal["dora", "lora", "full"]
 
@@ -101,8 +101,9 @@ def _adapt(model: nn.Module, config: DoRAConfig, any_rank: bool) -> list[str]:
     model.freeze()
     layers: list[tuple[str, nn.Module]] = []
     for path in paths:
-        layer = layer_class(modules[path], chosen[path]).from_base(
+        layer = adapt(
             modules[path],
+            chosen[path],
             r=config.rank_of(path),
             dropout=config.dropout,
             scale=config.scale_of(path),
@@ -127,7 +128,7 @@ def _check_ranks(
 def variants_of(
     model: nn.Module, config: DoRAConfig, paths: list[str]
 ) -> dict[str, str]:
-    """Return the variant that `layer_class` accepts for each module at `paths`."""
+    """Return the variant of each module at `paths`, for `mlx_dora.layers.adapt`."""
     general = "pissa" if config.init == "pissa" else config.variant
     alone: set[str] = set()
     if config.magnitude_keys is not None:
@@ -268,9 +269,9 @@ def _share_in_blocks(
 ) -> None:
     """Share the networks of variant doran-aux within each block; not outside blocks."""
     places = [f"{path}." for path, _ in blocks(model)]
-    groups: dict[str, list[DoRANAuxLinear]] = {}
+    groups: dict[str, list[VariantLinear]] = {}
     for path, layer in layers:
-        if isinstance(layer, DoRANAuxLinear):
+        if isinstance(layer, VariantLinear) and layer.variant == DoRANAux.name:
             place = next((p for p in places if path.startswith(p)), path)
             groups.setdefault(place, []).append(layer)
     for group in groups.values():

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import all_problems
@@ -15,11 +13,9 @@ from mlx_dora.adapters.keys import natural_order
 from mlx_dora.adapters.matrices import adapted_matrices, named_matrices
 from mlx_dora.analyze.metrics import MatrixAnalysis, measure
 from mlx_dora.analyze.result import AdapterAnalysis
-from mlx_dora.analyze.spectrum import gram_singular_values
 from mlx_dora.errors import DoRAError
-from mlx_dora.factored import Update
-from mlx_dora.geometry import row_geometry
 from mlx_dora.layers import weight_of
+from mlx_dora.matrix import row_geometry
 from mlx_dora.progress import Progress
 
 
@@ -104,12 +100,6 @@ def check_fit(
             raise DoRAError(f"{name} does not fit the model: {'; '.join(problems)}.")
 
 
-def float64_factors(update: Update) -> tuple[np.ndarray, np.ndarray]:
-    """A ``(in, r)`` and s·Bᵀ ``(out, r)`` in float64."""
-    a = np.array(update.lora_a.astype(mx.float32), np.float64)
-    return a, update.scale * np.array(update.lora_b.astype(mx.float32), np.float64).T
-
-
 def _analyze_path(
     adapter: Adapter, path: str, module: nn.Module
 ) -> list[MatrixAnalysis]:
@@ -117,12 +107,9 @@ def _analyze_path(
     found = []
     named = named_matrices(path, weight_of(module))
     for (name, weight), one in zip(named, adapted, strict=True):
-        update = one.update
-        geometry = row_geometry(
-            weight, update.lora_a, update.lora_b, update.scale, one.m
-        )
+        geometry = row_geometry(weight, one)
         if not geometry.is_finite:
             raise DoRAError(f"{name} of the base holds NaN or inf.")
-        values = gram_singular_values(*float64_factors(update))
+        values = one.update.float64().singular_values()
         found.append(measure(name, geometry, values, rank=values.size))
     return found

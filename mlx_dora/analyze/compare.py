@@ -14,7 +14,6 @@ from mlx_dora.adapters.keys import natural_order
 from mlx_dora.adapters.matrices import adapted_matrices, named_matrices
 from mlx_dora.analyze.adapter import (
     check_fit,
-    float64_factors,
     load_base,
     named_adapter,
 )
@@ -22,12 +21,12 @@ from mlx_dora.analyze.agreement import PairAgreement, comparison_advice, mean_ag
 from mlx_dora.analyze.guidance import Advice
 from mlx_dora.analyze.metrics import number
 from mlx_dora.analyze.result import SCHEMA, VERSION
-from mlx_dora.analyze.spectrum import Subspaces, factored_spectrum
+from mlx_dora.analyze.spectrum import rank_holding
 from mlx_dora.analyze.statistics import pearson
 from mlx_dora.errors import DoRAError
-from mlx_dora.factored import AdaptedMatrix, row_grams
-from mlx_dora.kernels.rows import Weight
 from mlx_dora.layers import weight_of
+from mlx_dora.matrix import Adapted, Factors, Spectrum, Weight, row_grams
+from mlx_dora.matrix.low_rank import side_by_side
 from mlx_dora.progress import Progress
 
 
@@ -148,17 +147,8 @@ def compare_adapters(
             inputs = None if activations is None else activations.get(name)
             if len(here) > 1:
                 pairs += _compare_matrix(name, weight, here, adapted, inputs)
-            factors = [float64_factors(one.update) for one in adapted]
-            together = factored_spectrum(
-                np.concatenate([a for a, _ in factors], axis=1),
-                np.concatenate([b for _, b in factors], axis=1),
-            )
-            energy = np.cumsum(np.square(together.values))
-            ranks[name] = (
-                int(np.searchsorted(energy, 0.99 * energy[-1])) + 1
-                if energy.size
-                else 0
-            )
+            together = side_by_side([one.update.float64() for one in adapted])
+            ranks[name] = rank_holding(together.spectrum().values, 0.99)
         if is_ours:
             modules[path].clear()
         if progress is not None:
@@ -172,14 +162,14 @@ def _compare_matrix(
     name: str,
     weight: Weight,
     here: Sequence[int],
-    adapted: Sequence[AdaptedMatrix],
+    adapted: Sequence[Adapted],
     inputs: mx.array | None,
 ) -> list[PairAgreement]:
     updates = [one.update for one in adapted]
     grams = row_grams(weight, updates)
-    factors = [float64_factors(one) for one in updates]
-    spaces = [factored_spectrum(*one) for one in factors]
-    lengths = np.sqrt(np.einsum("jii->ji", np.maximum(grams.inner, 0.0)))
+    factors = [update.float64() for update in updates]
+    spaces = [one.spectrum() for one in factors]
+    lengths = grams.norm
     signs = np.ones_like(lengths)
     changes = lengths - grams.base_norm[:, None]
     for column, one in enumerate(adapted):
@@ -193,8 +183,8 @@ def _compare_matrix(
             product = lengths[:, x] * lengths[:, y]
             inner = grams.inner[:, x, y] * signs[:, x] * signs[:, y]
             cosine = inner[product > 0] / product[product > 0]
-            rows = _row_inner(factors[x], factors[y])
-            own = [_row_inner(factors[i], factors[i]) for i in (x, y)]
+            rows = factors[x].inner(factors[y])
+            own = [factors[i].inner(factors[i]) for i in (x, y)]
             sizes = np.sqrt(np.maximum(own[0] * own[1], 0.0))
             row_cosine = np.divide(
                 rows, sizes, out=np.zeros_like(rows), where=sizes > 0
@@ -228,14 +218,6 @@ def _compare_matrix(
     return found
 
 
-def _row_inner(
-    one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
-) -> np.ndarray:
-    """Inner product of each row of two updates: b1ᵀ(A1ᵀA2)b2. Shape ``(out,)``."""
-    (a1, b1), (a2, b2) = one, other
-    return ((b1 @ (a1.T @ a2)) * b2).sum(1)
-
-
 def _overlap(one: np.ndarray, other: np.ndarray) -> float:
     """Mean squared cosine of the principal angles of two orthonormal bases."""
     if not min(one.shape[1], other.shape[1]):
@@ -245,18 +227,18 @@ def _overlap(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _disturbance(
-    factors: Sequence[tuple[np.ndarray, np.ndarray]],
-    spaces: Sequence[Subspaces],
+    factors: Sequence[Factors],
+    spaces: Sequence[Spectrum],
     own: int,
     other: int,
     inputs: mx.array | None,
 ) -> float:
     """Size of the other update's output over one's own, on one's own inputs."""
     outputs = []
-    for a, b in (factors[own], factors[other]):
+    for update in (factors[own], factors[other]):
         if inputs is None:
-            h = spaces[own].inputs.T @ a
+            h = spaces[own].inputs.T @ update.a
         else:
-            h = np.array(inputs.astype(mx.float32), np.float64) @ a
-        outputs.append(np.linalg.norm(h @ b.T))
+            h = np.array(inputs.astype(mx.float32), np.float64) @ update.a
+        outputs.append(np.linalg.norm(h @ update.b.T))
     return float(outputs[1] / outputs[0]) if outputs[0] > 0 else float("nan")

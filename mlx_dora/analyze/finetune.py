@@ -12,10 +12,10 @@ from mlx_dora.analyze.metrics import MatrixAnalysis, measure
 from mlx_dora.analyze.result import AdaptationAnalysis
 from mlx_dora.decomposition import Array, as_array
 from mlx_dora.errors import DoRAError
-from mlx_dora.geometry import blocks_geometry
 from mlx_dora.io.blocks import READABLE, read_blocks
 from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.io.derived import head_and_embedding
+from mlx_dora.matrix.geometry import blocks_geometry
 from mlx_dora.progress import Progress
 
 Weights = Mapping[str, Array] | str | Path

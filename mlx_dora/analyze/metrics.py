@@ -10,7 +10,7 @@ import numpy as np
 from mlx_dora.adapters.keys import is_index
 from mlx_dora.analyze.spectrum import effective_rank, rank_holding
 from mlx_dora.analyze.statistics import Correlation, correlate, pearson
-from mlx_dora.geometry import RowGeometry
+from mlx_dora.matrix import RowGeometry
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 CLASSES = ("amplified", "attenuated", "rotated", "mixed", "minimal")

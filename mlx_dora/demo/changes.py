@@ -7,8 +7,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dora.adapters.surgery import dora_layers
-from mlx_dora.geometry import row_geometry
 from mlx_dora.layers import weight_of
+from mlx_dora.matrix import row_geometry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,7 @@ def matrix_changes(model: nn.Module) -> list[MatrixChange]:
     """Return the changes of all adapted matrices, largest change of direction first."""
     changes = []
     for path, layer in dora_layers(model):
-        lora_a, lora_b = layer.factors()
-        geometry = row_geometry(
-            weight_of(layer.base), lora_a, lora_b, layer.scale, layer.m
-        )
+        geometry = row_geometry(weight_of(layer.base), layer.adapted())
         mean_norm = float(np.array(geometry.base_norm, dtype=np.float64).mean())
         mean_angle = float(np.array(geometry.angle, dtype=np.float64).mean())
         changes.append(

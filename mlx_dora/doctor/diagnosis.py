@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from mlx_dora import __version__, openblas
 from mlx_dora.doctor.checks import LayerCheck, check_layers, matmul_gflops
+from mlx_dora.doctor.examine import examine
 from mlx_dora.doctor.kernels import kernel_rows, timing_rows
 from mlx_dora.doctor.machine import (
     Memory,
@@ -14,7 +15,6 @@ from mlx_dora.doctor.machine import (
     describe_versions,
 )
 from mlx_dora.doctor.traps import find_traps
-from mlx_dora.kernels.examine import examine
 
 UNVERIFIED = (
     "The authors of mlx_dora have never run it on a Mac: they made all measurements on "

@@ -1,6 +1,6 @@
 """Formats the examination of the kernels as rows to print."""
 
-from mlx_dora.kernels.examine import Examination, KernelCheck, OpTiming
+from mlx_dora.doctor.examine import Examination, KernelCheck, OpTiming
 
 
 def kernel_rows(examination: Examination) -> list[tuple[str, str]]:

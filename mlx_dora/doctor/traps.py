@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from mlx_dora.doctor.checks import SLOW_GFLOPS, LayerCheck
+from mlx_dora.doctor.examine import KernelCheck
 from mlx_dora.doctor.machine import Machine, Memory
-from mlx_dora.kernels.examine import KernelCheck
 from mlx_dora.openblas import LIBRARY, OpenBLASStatus
 
 

@@ -1,21 +1,27 @@
-"""`reference.adapted_norm`, by its kernels where they pay."""
+"""Norms of the adapted rows, the denominator of DoRA's Eq. 5."""
 
-from functools import wraps
-from typing import cast
+import os
 
 import mlx.core as mx
 
-from mlx_dora.kernels import reference
-from mlx_dora.kernels._launch import KERNELS, relative_error, run, takes_kernel
-from mlx_dora.kernels._table import plan_adapted_norm, plan_adapted_norm_packed
-from mlx_dora.kernels.quantized import QuantizedWeight
-from mlx_dora.kernels.rows import Weight, are_ordinary, row_squares
+from mlx_dora.kernels import plain
+from mlx_dora.kernels.dispatch import (
+    KERNELS,
+    SWITCH,
+    backend_of,
+    relative_error,
+    run,
+    takes_kernel,
+)
+from mlx_dora.kernels.plans import plan_adapted_norm, plan_adapted_norm_packed
+from mlx_dora.matrix.low_rank import LowRank
+from mlx_dora.matrix.packed import QuantizedWeight
+from mlx_dora.matrix.weight import Weight, are_ordinary, row_squares
 
 _DENSE = KERNELS["adapted_norm"]
 _PACKED = KERNELS["adapted_norm_packed"]
 
 
-@wraps(reference.adapted_norm)  # documented there
 def adapted_norm(
     weight: Weight,
     lora_a: mx.array,
@@ -24,16 +30,39 @@ def adapted_norm(
     *,
     squared_base: mx.array | None = None,
 ) -> mx.array:
-    """Norm of each row of the adapted weight, without building that weight."""
+    r"""Norm of each row of the adapted weight, without building that weight.
+
+    .. math:: n_j = \lVert W_j + s \, (B A)_j \rVert_2
+
+    The denominator of Eq. 5 in DoRA (arXiv:2402.09353); a constant in the backward
+    pass (section 4.3), so no gradient flows through it. Factored as in
+    `mlx_dora.matrix.terms`; W·A is taken in the dtype of a dense weight, all else in
+    float32.
+
+    Args:
+        weight: Frozen base weight. Shape ``(out, in)``, any float dtype or packed.
+        lora_a: Down projection. Shape ``(in, r)``.
+        lora_b: Up projection. Shape ``(r, out)``.
+        scale: Multiplier of the low-rank update.
+        squared_base: ``‖W‖²`` of each row, if known. Shape ``(out,)``, float32. Who
+            gives it vouches that no square over- or underflows: norms from about 1e-9
+            to 1e18. Without it the norms are right for every finite input.
+
+    Returns:
+        Norms in float32, never below 2⁻¹⁰ of ``(‖W‖² + s²‖BA‖²)^½``, under which the
+        factored sum is noise. Shape ``(out,)``.
+
+    Raises:
+        DoRAError: If the shapes do not fit together.
+    """
+    LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale).check_fits(weight.shape)
+    backend = backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
+    is_matrix = len(weight.shape) == 2
+    takes = backend != "reference" and is_matrix and _takes(weight, lora_a.shape[1])
     # The kernels square values as they are; whoever gives the squares vouches for them.
-    if not _takes(weight, lora_a.shape[-1]) or (
-        squared_base is None and not are_ordinary(row_squares(weight))
-    ):
-        return reference.adapted_norm(
-            weight, lora_a, lora_b, scale, squared_base=squared_base
-        )
-    reference.check_factors(weight.shape, lora_a, lora_b)
-    return mx.stop_gradient(launched(weight, lora_a, lora_b, scale))
+    if takes and (squared_base is not None or are_ordinary(row_squares(weight))):
+        return mx.stop_gradient(launched(weight, lora_a, lora_b, scale))
+    return plain.adapted_norm(weight, lora_a, lora_b, scale, squared_base=squared_base)
 
 
 def _takes(weight: Weight, rank: int) -> bool:
@@ -48,13 +77,13 @@ def _takes(weight: Weight, rank: int) -> bool:
         )
     if weight.mode != "affine":
         return False
-    bits, group_size = weight.bits, weight.group_size
+    bits, group_size, dtype = weight.bits, weight.group_size, weight.scales.dtype
     return takes_kernel(
         "adapted_norm_packed",
         elements=elements,
         rank=rank,
-        dtype=weight.scales.dtype,
-        check=lambda: _check(_packed(_sample(weight.scales.dtype), bits, group_size)),
+        dtype=dtype,
+        check=lambda: _check(_pack(_sample(dtype), bits, group_size)),
         variant=f"{bits}-bit, groups of {group_size}",
     )
 
@@ -70,13 +99,14 @@ def launched(
         lora_b.astype(mx.float32),
         mx.array([scale], dtype=mx.float32),
     )
-    if isinstance(weight, QuantizedWeight):
-        launch = plan_adapted_norm_packed(out, r, weight.bits, weight.group_size)
-        packed = (weight.weight, weight.scales, cast(mx.array, weight.biases))
-        (norm,) = run(_PACKED, (*packed, *low_rank), launch)
-    else:
+    if not isinstance(weight, QuantizedWeight):
         launch = plan_adapted_norm((out, width), r)
         (norm,) = run(_DENSE, (weight, *low_rank), launch)
+        return norm
+    assert weight.biases is not None
+    launch = plan_adapted_norm_packed(out, r, weight.bits, weight.group_size)
+    parts = (weight.weight, weight.scales, weight.biases)
+    (norm,) = run(_PACKED, (*parts, *low_rank), launch)
     return norm
 
 
@@ -84,7 +114,7 @@ def _sample(dtype: mx.Dtype) -> mx.array:
     return mx.random.normal((19, 384), key=mx.random.key(0)).astype(dtype)
 
 
-def _packed(weight: mx.array, bits: int, group_size: int) -> QuantizedWeight:
+def _pack(weight: mx.array, bits: int, group_size: int) -> QuantizedWeight:
     values, scales, biases = mx.quantize(weight, group_size, bits)
     return QuantizedWeight(
         weight=values, scales=scales, biases=biases, group_size=group_size, bits=bits
@@ -96,5 +126,5 @@ def _check(weight: Weight) -> float:
     a = mx.random.normal((width, 5), key=mx.random.key(1))
     b = mx.random.normal((5, out), key=mx.random.key(2))
     return relative_error(
-        launched(weight, a, b, 0.5), reference.adapted_norm(weight, a, b, 0.5)
+        launched(weight, a, b, 0.5), plain.adapted_norm(weight, a, b, 0.5)
     )

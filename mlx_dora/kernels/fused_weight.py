@@ -1,33 +1,51 @@
-"""`reference.fused_weight`, by its kernel where one pays."""
-
-from functools import wraps
+"""The adapted weight itself, for fuse and export."""
 
 import mlx.core as mx
 
-from mlx_dora.kernels import reference
-from mlx_dora.kernels._launch import KERNELS, relative_error, run, takes_kernel
-from mlx_dora.kernels._table import plan_fused_weight
-from mlx_dora.kernels.quantized import QuantizedWeight
-from mlx_dora.kernels.rows import Weight, row_blocks
+from mlx_dora.kernels import plain
+from mlx_dora.kernels.dispatch import KERNELS, relative_error, run, takes_kernel
+from mlx_dora.kernels.plans import plan_fused_weight
+from mlx_dora.matrix.low_rank import LowRank
+from mlx_dora.matrix.packed import QuantizedWeight
+from mlx_dora.matrix.weight import Weight, row_blocks
 
 _KERNEL = KERNELS["fused_weight"]
 
 
-@wraps(reference.fused_weight)  # documented there
 def fused_weight(
     weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float, m: mx.array
 ) -> mx.array:
-    """The adapted weight itself, for fuse and export."""
+    r"""The adapted weight itself, for fuse and export.
+
+    .. math:: W'_j = m_j \, (W + s B A)_j / \lVert (W + s B A)_j \rVert_2
+
+    Eq. 5 of DoRA (arXiv:2402.09353). Arithmetic in float32, row block by row block,
+    with one rounding at the end.
+
+    Args:
+        weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
+        lora_a: Down projection. Shape ``(in, r)``.
+        lora_b: Up projection. Shape ``(r, out)``.
+        scale: Multiplier of the low-rank update.
+        m: Magnitudes. Shape ``(out,)``.
+
+    Returns:
+        Shape ``(out, in)``, in the dtype of `weight` (of its unpacked form if packed).
+
+    Raises:
+        DoRAError: If the shapes do not fit together.
+    """
+    LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale).check_fits(weight.shape)
     is_packed = isinstance(weight, QuantizedWeight)
+    dtype = weight.scales.dtype if is_packed else weight.dtype
     if (is_packed and weight.mode != "affine") or not takes_kernel(
         "fused_weight",
         elements=weight.shape[0] * weight.shape[1],
-        rank=lora_a.shape[-1],
-        dtype=(dtype := weight.scales.dtype if is_packed else weight.dtype),
+        rank=lora_a.shape[1],
+        dtype=dtype,
         check=lambda: _check(dtype),
     ):
-        return reference.fused_weight(weight, lora_a, lora_b, scale, m)
-    reference.check_factors(weight.shape, lora_a, lora_b)
+        return plain.fused_weight(weight, lora_a, lora_b, scale, m)
     if not is_packed:
         return launched(weight, lora_a, lora_b, scale, m)
     return mx.concatenate(  # unpacked a block at a time
@@ -61,5 +79,5 @@ def _check(dtype: mx.Dtype) -> float:
     b = mx.random.normal((5, 9), key=mx.random.key(2))
     m = mx.arange(9, dtype=mx.float32)
     return relative_error(
-        launched(weight, a, b, 0.5, m), reference.fused_weight(weight, a, b, 0.5, m)
+        launched(weight, a, b, 0.5, m), plain.fused_weight(weight, a, b, 0.5, m)
     )

@@ -1,23 +1,44 @@
-"""`reference.normalize_rows`, by its kernel where one pays."""
+"""Rescaling the rows of a weight: decomposition, recombination, dense merges."""
 
-from functools import wraps
 from typing import cast
 
 import mlx.core as mx
 
-from mlx_dora.kernels import reference
-from mlx_dora.kernels._launch import KERNELS, relative_error, run, takes_kernel
-from mlx_dora.kernels._table import plan_normalize_rows
-from mlx_dora.kernels.rows import are_ordinary
+from mlx_dora.errors import DoRAError
+from mlx_dora.kernels import plain
+from mlx_dora.kernels.dispatch import KERNELS, relative_error, run, takes_kernel
+from mlx_dora.kernels.plans import plan_normalize_rows
+from mlx_dora.matrix.weight import are_ordinary
 
 _KERNEL = KERNELS["normalize_rows"]
 
 
-@wraps(reference.normalize_rows)  # documented there
 def normalize_rows(
     weight: mx.array, magnitude: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
-    """Rescale each output row to a given length."""
+    r"""Rescale each output row to a given length.
+
+    .. math:: m_j \, W_j / \lVert W_j \rVert_2
+
+    Eq. 2 of DoRA (arXiv:2402.09353), read right to left.
+
+    Args:
+        weight: Shape ``(out, in)``, any float dtype.
+        magnitude: Length of each row. Shape ``(out,)``; None stands for 1.
+
+    Returns:
+        The rescaled weight, ``(out, in)`` in the dtype of `weight`, rounded once, and
+        the row norms, ``(out,)`` float32, right for every finite row (inf only where
+        the norm itself is beyond float32). A zero row stays zero.
+
+    Raises:
+        DoRAError: If `magnitude` does not have one entry a row.
+    """
+    if magnitude is not None and magnitude.shape != weight.shape[:1]:
+        raise DoRAError(
+            f"magnitude has shape {magnitude.shape}; a weight of shape "
+            f"{weight.shape} needs {weight.shape[:1]}."
+        )
     if weight.ndim != 2 or not takes_kernel(
         "normalize_rows",
         elements=weight.size,
@@ -25,15 +46,14 @@ def normalize_rows(
         dtype=weight.dtype,
         check=lambda: _check(weight.dtype),
     ):
-        return reference.normalize_rows(weight, magnitude)
-    reference.check_magnitude(weight, magnitude)
+        return plain.normalize_rows(weight, magnitude)
     if magnitude is None:
         magnitude = mx.ones(weight.shape[:1])
     rescaled, norm = launched(weight, magnitude.astype(mx.float32))
     if are_ordinary(mx.square(norm)):
         return rescaled, norm
     # The kernel squares values as they are.
-    return reference.normalize_rows(weight, magnitude)
+    return plain.normalize_rows(weight, magnitude)
 
 
 def launched(weight: mx.array, magnitude: mx.array) -> tuple[mx.array, mx.array]:
@@ -51,7 +71,7 @@ def _differentiable(weight: mx.array, magnitude: mx.array) -> tuple[mx.array, mx
 
 @_differentiable.vjp
 def _vjp(primals, cotangents, _outputs):
-    _, gradients = mx.vjp(reference.normalize_rows, list(primals), list(cotangents))
+    _, gradients = mx.vjp(plain.normalize_rows, list(primals), list(cotangents))
     return tuple(gradients)
 
 
@@ -59,5 +79,5 @@ def _check(dtype: mx.Dtype) -> float:
     weight = mx.random.normal((9, 301), key=mx.random.key(0)).astype(dtype)
     magnitude = mx.arange(9, dtype=mx.float32)
     return relative_error(
-        launched(weight, magnitude), reference.normalize_rows(weight, magnitude)
+        launched(weight, magnitude), plain.normalize_rows(weight, magnitude)
     )

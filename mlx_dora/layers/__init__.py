@@ -6,12 +6,14 @@ from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers.embedding import DoRAEmbedding
 from mlx_dora.layers.linear import DoRALinear
 from mlx_dora.layers.norms import held_norms
-from mlx_dora.layers.wrap import dora_class
+from mlx_dora.layers.wrap import adapt, check_adaptable, dora_class
 
 __all__ = [
     "DoRAEmbedding",
     "DoRALayer",
     "DoRALinear",
+    "adapt",
+    "check_adaptable",
     "dora_class",
     "fused_module",
     "held_norms",

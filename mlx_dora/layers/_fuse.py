@@ -1,5 +1,6 @@
 """A DoRA layer as a plain module again."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -7,22 +8,34 @@ import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.finite import all_finite
-from mlx_dora.kernels import QuantizedWeight, fused_weight
-from mlx_dora.kernels.rows import Weight, matrices, stacked
+from mlx_dora.kernels.fusing import dense_fused, packed_fused
 from mlx_dora.layers._base import weight_of
-from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.matrix.low_rank import Adapted
+from mlx_dora.matrix.weight import (
+    Weight,
+    as_packed,
+    matrices,
+    stacked,
+    unpacked_dtype,
+)
 
 
 def fused_module(
-    layer: DoRALayer, dequantize: bool, own: mx.Dtype | None = None
+    base: nn.Module,
+    adapted: Sequence[Adapted],
+    dense_type: type[nn.Module],
+    dequantize: bool,
+    own: mx.Dtype = mx.bfloat16,
 ) -> Any:
-    """The base of `layer` with the adapter in its weight.
+    """A module like `base` with the adapter in its weight.
 
     Args:
-        layer: The DoRA layer.
+        base: The frozen module.
+        adapted: The adapter of each matrix of its weight.
+        dense_type: Class of a module like `base` with a dense weight.
         dequantize: Return a dense module for a packed base too.
         own: The model's dtype, of a dense module from a base whose packing has none
-            (mxfp4, mxfp8, nvfp4); MLX's bfloat16 if None.
+            (mxfp4, mxfp8, nvfp4); MLX's is bfloat16.
 
     Returns:
         A module of the base's class (dense if `dequantize`) in the base's dtype. Rows
@@ -31,38 +44,28 @@ def fused_module(
     Raises:
         DoRAError: If the adapted weight holds NaN or inf.
     """
-    base = layer.base
     weight = weight_of(base)
     fused: list[Weight] = []
-    for one, adapted in zip(matrices(weight), layer.matrices(), strict=True):
-        update, m = adapted.update, adapted.m
-        assert m is not None
-        unpacked = one
-        if isinstance(one, QuantizedWeight) and dequantize and one.biases is None:
-            unpacked = one.dequantize().astype(own or mx.bfloat16)
-        dense = fused_weight(unpacked, update.lora_a, update.lora_b, update.scale, m)
-        mx.eval(dense)  # one at a time
-        if not all_finite(dense):
-            raise DoRAError(
-                "the adapted weight holds NaN or inf: the base does, or the adapter's "
-                f"values are too large for {str(dense.dtype).rpartition('.')[2]}."
-            )
-        if isinstance(one, QuantizedWeight) and not dequantize:
-            fused.append(_packed_again(one, dense))
+    for one, adapter in zip(matrices(weight), adapted, strict=True):
+        packed = as_packed(one)
+        if packed is None or dequantize:
+            full = dense_fused(one, adapter, unpacked_dtype(one, own))
+            _refuse_not_finite(full)
+            fused.append(full)
         else:
-            fused.append(dense)
+            again = packed_fused(
+                packed, adapter, **packed.form, check=_refuse_not_finite
+            )
+            fused.append(again)
     after = fused[0] if len(weight.shape) == 2 else stacked(fused)
-    kind = type(base)
+    packed = as_packed(after)
     settings: dict[str, object] = {}
-    parts: dict[str, mx.array | None]
-    if isinstance(after, QuantizedWeight):
-        parts = {n: getattr(after, n) for n in ("weight", "scales", "biases")}
+    parts: dict[str, object] = {"weight": after}
+    kind = type(base) if packed or not as_packed(weight) else dense_type
+    if packed is not None:
+        parts = {**packed.parts, "biases": packed.biases}
         # group_size, bits, mode and an embedding's sizes: plain attributes.
         settings = {k: v for k, v in vars(base).items() if not k.startswith("_")}
-    else:
-        parts = {"weight": after}
-        if isinstance(weight, QuantizedWeight):
-            kind = layer.base_types[0]  # the dense one
     if "bias" in base:
         parts["bias"] = base["bias"]
     module = kind.__new__(kind)
@@ -72,21 +75,9 @@ def fused_module(
     return module
 
 
-def _packed_again(weight: QuantizedWeight, fused: mx.array) -> QuantizedWeight:
-    packed, scales, *biases = mx.quantize(
-        fused, group_size=weight.group_size, bits=weight.bits, mode=weight.mode
-    )
-    changed = (fused != weight.dequantize()).any(axis=1, keepdims=True)
-    packed = mx.where(changed, packed, weight.weight)
-    scales = mx.where(changed, scales, weight.scales)
-    before = weight.biases
-    bias = None if before is None else mx.where(changed, biases[0], before)
-    mx.eval(packed, scales, bias)
-    return QuantizedWeight(
-        weight=packed,
-        scales=scales,
-        biases=bias,
-        group_size=weight.group_size,
-        bits=weight.bits,
-        mode=weight.mode,
-    )
+def _refuse_not_finite(fused: mx.array) -> None:
+    if not all_finite(fused):
+        raise DoRAError(
+            "the adapted weight holds NaN or inf: the base does, or the adapter's "
+            f"values are too large for {str(fused.dtype).rpartition('.')[2]}."
+        )

@@ -5,11 +5,12 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.kernels import dora_scale
-from mlx_dora.kernels.reference import factored_norm, row_gain, update_terms
-from mlx_dora.layers._base import project
-from mlx_dora.layers._fuse import fused_module
+from mlx_dora.kernels.rescale import rescale
 from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.layers.layout import EMBEDDING
+from mlx_dora.layers.linear import project
+from mlx_dora.matrix.low_rank import LowRank
+from mlx_dora.matrix.terms import floored_norm, row_gain, terms_of
 
 
 class DoRAEmbedding(DoRALayer):
@@ -38,8 +39,7 @@ class DoRAEmbedding(DoRALayer):
     """
 
     base_name: ClassVar[str] = "embedding"
-    lora_a_spans_rows: ClassVar[bool] = True
-    _projects: bool = False
+    layout = EMBEDDING
     base_types = (nn.Embedding, nn.QuantizedEmbedding)
     embedding: nn.Embedding | nn.QuantizedEmbedding
 
@@ -52,20 +52,11 @@ class DoRAEmbedding(DoRALayer):
         scale: float = 20.0,
     ) -> None:
         super().__init__()
-        self.adapt(nn.Embedding(num_embeddings, dims), r, dropout, scale)
+        self._adapt(nn.Embedding(num_embeddings, dims), r, dropout, scale)
 
     def set_embedding(self, embedding: nn.Module) -> None:
         """Take another base and set m to the norms of its rows."""
         self.set_base(embedding)
-
-    def factors(self) -> tuple[mx.array, mx.array]:
-        """The factors for E ``(num_embeddings, dims)``: lora_bᵀ, then lora_aᵀ."""
-        return self["lora_b"].T, self["lora_a"].T
-
-    def hold_norm(self) -> None:
-        """Hold the norms of the whole vocabulary, if the head is tied to it."""
-        if self._projects:
-            super().hold_norm()
 
     def __call__(self, x: mx.array) -> mx.array:
         """Adapted rows of the tokens `x`, ``(..., dims)``."""
@@ -83,34 +74,20 @@ class DoRAEmbedding(DoRALayer):
         """Norms of the rows of the tokens `x`, a constant for the gradient."""
         if "_norm" in self:
             return self["_norm"][x]
-        b = self.lora_b.astype(mx.float32)
-        full, a, b = (mx.stop_gradient(v) for v in (full, a, b))
-        r = b.shape[0]
-        c, p = update_terms((full @ b.T).reshape(-1, r), b.T, a.reshape(-1, r).T)
-        squared_base = self["_squared_base"][x]
-        return factored_norm(
-            squared_base, c.reshape(x.shape), p.reshape(x.shape), self.scale
-        )
+        full, a = (mx.stop_gradient(v.reshape(-1, v.shape[-1])) for v in (full, a))
+        lora_a = mx.stop_gradient(self.lora_b.astype(mx.float32)).T  # (dims, r)
+        update = LowRank(lora_a=lora_a, lora_b=a.T, scale=self.scale)
+        q0 = self["_squared_base"][x].reshape(-1)
+        return floored_norm(terms_of(q0, full @ lora_a, update)).reshape(x.shape)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Project ``(..., dims)`` onto the adapted rows: ``(..., num_embeddings)``."""
         if not self.enabled:
             return self.embedding.as_linear(x)
-        self._projects = True
-        y = project(self.embedding, x)
-        if (folded := self.folded(x.dtype)) is not None:
-            return folded.apply(y, x)
-        down, up = self.factors()
-        h = self.dropout(x) @ down.astype(x.dtype)
-        return dora_scale(y, h, up, self.scale, self.m, self.norm())
-
-    def fuse(self, dequantize: bool = False) -> nn.Embedding | nn.QuantizedEmbedding:
-        """The adapted embedding as a plain one.
-
-        Args:
-            dequantize: Return an `nn.Embedding` for a packed base too.
-
-        Returns:
-            An `nn.Embedding` in the base's dtype, or an `nn.QuantizedEmbedding`.
-        """
-        return fused_module(self, dequantize)
+        y = project(self.embedding, x)  # E·x
+        if not self.training and (rest := self.epilogue(x.dtype)) is not None:
+            return rest.apply(y, x)
+        g = self.gain()  # m / ‖E + s·AB‖
+        a, b = self.factors()
+        h = self.dropout(x) @ a.astype(x.dtype)
+        return rescale(y, h, self.scale * b.astype(mx.float32), g)

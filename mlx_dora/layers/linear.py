@@ -1,15 +1,35 @@
 """DoRA for `nn.Linear` and `nn.QuantizedLinear`."""
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.kernels import dora_scale
-from mlx_dora.kernels.reference import row_gain
-from mlx_dora.layers._base import project
-from mlx_dora.layers._fuse import fused_module
+from mlx_dora.kernels.rescale import rescale
+from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.matrix.low_rank import Adapted
+from mlx_dora.matrix.packed import unpacks
+from mlx_dora.matrix.weight import as_packed
+
+_PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+
+
+def project(base: nn.Module, x: mx.array) -> mx.array:
+    """The base's linear map with its bias, in the dtype of `x`.
+
+    The base's own op, so that an untrained adapter changes no bit, except where a
+    packed weight is slow on the CPU (`QuantizedWeight.matmul`).
+    """
+    packed = as_packed(weight_of(base)) if isinstance(base, _PACKED) else None
+    if packed is not None and unpacks(x, packed.shape):
+        y = packed.matmul(x)
+        y = y + base["bias"] if "bias" in base else y
+    elif isinstance(base, nn.Embedding | nn.QuantizedEmbedding):
+        y = base.as_linear(x)
+    else:
+        y = base(x)
+    return y if y.dtype == x.dtype else y.astype(x.dtype)
 
 
 class DoRALinear(DoRALayer):
@@ -58,47 +78,56 @@ class DoRALinear(DoRALayer):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.adapt(nn.Linear(input_dims, output_dims, bias=bias), r, dropout, scale)
+        self._adapt(nn.Linear(input_dims, output_dims, bias=bias), r, dropout, scale)
+
+    @classmethod
+    def from_parts(
+        cls,
+        linear: nn.Linear | nn.QuantizedLinear,
+        adapted: Adapted,
+        *,
+        dropout: nn.Dropout | None = None,
+        squared_base: mx.array | None = None,
+    ) -> Self:
+        """Put a known adapter over a linear layer.
+
+        Args:
+            linear: The base, kept as it is.
+            adapted: A ``(in, r)``, B ``(r, out)``, s, and magnitudes m ``(out,)``.
+            dropout: Of the low-rank branch; None for no dropout.
+            squared_base: ‖W0‖² of each row, if known. Shape ``(out,)``, float32.
+
+        Raises:
+            DoRAError: If `linear` is of another class, or the shapes do not fit.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.check_base(linear)
+        layer.linear = linear
+        layer._measure_base(squared_base)
+        update = adapted.update
+        update.check_fits(weight_of(linear).shape)
+        layer.dropout = nn.Dropout(p=0.0) if dropout is None else dropout
+        layer.scale = update.scale
+        layer.enabled = True
+        layer.lora_a, layer.lora_b = update.lora_a, update.lora_b
+        layer.m = mx.sqrt(layer["_squared_base"]) if adapted.m is None else adapted.m
+        mx.eval(layer.lora_a, layer.lora_b, layer.m)
+        return layer
 
     def set_linear(self, linear: nn.Module) -> None:
         """Take another base and set m to the norms of its rows."""
         self.set_base(linear)
 
-    def factors(self) -> tuple[mx.array, mx.array]:
-        """A ``(in, r)`` and B ``(r, out)``."""
-        return self["lora_a"], self["lora_b"]
-
     def __call__(self, x: mx.array) -> mx.array:
-        """Adapted output for `x`, as the class says."""
-        linear = self.linear
+        """Adapted output for `x`: Eq. 5, as the class says."""
         if not self.enabled:
-            return linear(x)
-        return self.adapted(x, project(linear, x))
-
-    def adapted(self, x: mx.array, y: mx.array) -> mx.array:
-        """The output for input `x`, given the base's, W0x + b."""
-        if (folded := self.folded(x.dtype)) is not None:
-            return folded.apply(y, x)
-        norm = self.norm()
-        down, up = self.factors()
-        h = self.dropout(x) @ down.astype(x.dtype)
-        offset = self.offset(row_gain(self.m, norm))
-        return dora_scale(y, h, up, self.scale, self.m, norm, offset)
-
-    def offset(self, gain: mx.array) -> mx.array | None:
-        """(1 − g)·b: `y` holds b already, and g∘y has g∘b in it; None without bias."""
-        if "bias" not in self.linear:
-            return None
-        return (1 - gain) * self.linear.bias.astype(mx.float32)
-
-    def fuse(self, dequantize: bool = False) -> nn.Linear | nn.QuantizedLinear:
-        """The adapted layer as a plain one.
-
-        Args:
-            dequantize: Return an `nn.Linear` for a packed base too. Packing again
-                loses most of a small update (`mlx_dora.fuse_dora` reports how much).
-
-        Returns:
-            An `nn.Linear` in the base's dtype, or an `nn.QuantizedLinear`.
-        """
-        return fused_module(self, dequantize)
+            return self.linear(x)
+        y = project(self.linear, x)  # W0·x + b
+        if not self.training and (rest := self.epilogue(x.dtype)) is not None:
+            return rest.apply(y, x)
+        g = self.gain()  # m / ‖W0 + s·BA‖
+        h = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        up = self.scale * self.lora_b.astype(mx.float32)
+        # g∘(W0·x + b + s·B(Ax)) + (1 − g)∘b
+        return rescale(y, h, up, g, self.bias_offset(g))

@@ -1,12 +1,15 @@
 """DoRA for the heads of latent attention, `MultiLinear` and `QuantizedMultiLinear`."""
 
+from typing import ClassVar
+
 import mlx.core as mx
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
-from mlx_dora.layers._stack import StackLayer
+from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.layers.layout import STACK
 
 
-class DoRAMultiLinear(StackLayer):
+class DoRAMultiLinear(DoRALayer):
     r"""A matrix a head, used from both sides, with trained magnitude and direction.
 
     .. math:: W'_h = g_h \circ (W_h + s\,B_hA_h), \qquad
@@ -39,6 +42,8 @@ class DoRAMultiLinear(StackLayer):
         scale: Multiplier s of the update.
     """
 
+    base_name: ClassVar[str] = "linear"
+    layout = STACK
     base_types = (MultiLinear, QuantizedMultiLinear)
     linear: MultiLinear | QuantizedMultiLinear
 
@@ -53,7 +58,7 @@ class DoRAMultiLinear(StackLayer):
     ) -> None:
         super().__init__()
         base = MultiLinear(input_dims, output_dims, num_heads)
-        self.adapt(base, r, dropout, scale)
+        self._adapt(base, r, dropout, scale)
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
         """The product with every head's matrix, or with its transpose.
@@ -70,18 +75,18 @@ class DoRAMultiLinear(StackLayer):
         if not self.enabled:
             return self.linear(x, transpose=transpose)
         gain = self.gain()
-        down, up = self.factors()
+        a, b = self.factors()
         low = self.dropout(x)
         if transpose:
             y = self.linear(x)
-            h = self.scale * (low @ down.astype(x.dtype)).astype(mx.float32)
-            update = h @ up.astype(mx.float32)
+            h = self.scale * (low @ a.astype(x.dtype)).astype(mx.float32)
+            update = h @ b.astype(mx.float32)
             adapted = gain[:, None, :] * (y.astype(mx.float32) + update)
             return adapted.astype(y.dtype)
         # g goes to B's side, where it costs no copy of x for each head.
-        gained = (gain[:, None, :] * up).swapaxes(-1, -2)  # (heads, out, r)
+        gained = (gain[:, None, :] * b).swapaxes(-1, -2)  # (heads, out, r)
         h = self.scale * (low @ gained.astype(x.dtype)).astype(mx.float32)
-        update = h @ down.swapaxes(-1, -2).astype(mx.float32)
+        update = h @ a.swapaxes(-1, -2).astype(mx.float32)
         if x.dtype == mx.float32:
             y = self.linear(x * gain[:, None, :], transpose=False)
             return (y.astype(mx.float32) + update).astype(y.dtype)

@@ -1,14 +1,15 @@
 """DoRA for mlx-lm's experts, `SwitchLinear` and `QuantizedSwitchLinear`."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlx_dora.layers._stack import StackLayer
+from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.layers.layout import STACK
 
 
-class DoRASwitchLinear(StackLayer):
+class DoRASwitchLinear(DoRALayer):
     r"""Experts whose magnitudes and low-rank directions are trained.
 
     .. math:: y = m_e \circ \frac{W_e x + s\,B_e(A_e x)}{\lVert W_e + s\,B_eA_e \rVert}
@@ -38,6 +39,8 @@ class DoRASwitchLinear(StackLayer):
         bias: Whether the base has a bias.
     """
 
+    base_name: ClassVar[str] = "linear"
+    layout = STACK
     base_types = (SwitchLinear, QuantizedSwitchLinear)
     linear: SwitchLinear | QuantizedSwitchLinear
 
@@ -53,7 +56,7 @@ class DoRASwitchLinear(StackLayer):
     ) -> None:
         super().__init__()
         base = SwitchLinear(input_dims, output_dims, num_experts, bias=bias)
-        self.adapt(base, r, dropout, scale)
+        self._adapt(base, r, dropout, scale)
 
     def __call__(
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False
@@ -71,7 +74,7 @@ class DoRASwitchLinear(StackLayer):
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         if not self.enabled:
             return y
-        down, up = self.factors()
+        a, b = self.factors()
         picked: dict[str, Any] = {
             "rhs_indices": indices,
             "sorted_indices": sorted_indices,
@@ -80,9 +83,9 @@ class DoRASwitchLinear(StackLayer):
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
         dtype = mx.float32 if on_cpu else x.dtype
         low = self.dropout(x).astype(dtype)
-        h = mx.gather_mm(low, down.astype(dtype), **picked)
+        h = mx.gather_mm(low, a.astype(dtype), **picked)
         h = h.astype(mx.float32) * self.scale
-        update = mx.gather_mm(h, up.astype(mx.float32), **picked)
+        update = mx.gather_mm(h, b.astype(mx.float32), **picked)
         gain = self.gain()[indices][..., None, :]
         adapted = gain * (y.astype(mx.float32) + update)
         if "bias" in self.linear:

@@ -1,17 +1,26 @@
-"""Which DoRA layer a module takes, by its exact class."""
+"""Which layer adapts a module, by its exact class and the variant asked for."""
 
 from importlib import import_module
 
 import mlx.nn as nn
 
+from mlx_dora.errors import DoRAError
 from mlx_dora.layers._layer import DoRALayer, unsupported
 from mlx_dora.layers.embedding import DoRAEmbedding
 from mlx_dora.layers.linear import DoRALinear
+from mlx_dora.layers.variants.adaptive import Adaptive
+from mlx_dora.layers.variants.doran import DoRAN
+from mlx_dora.layers.variants.doran_aux import DoRANAux
+from mlx_dora.layers.variants.edora import EDoRA
+from mlx_dora.layers.variants.magnitude import Magnitude
+from mlx_dora.layers.variants.map import MAP
+from mlx_dora.layers.variants.parametrisation import Parametrisation
+from mlx_dora.layers.variants.pissa import PiSSA
+from mlx_dora.layers.variants.prediag import PreDiag
 
 _LAYERS = {
     cls: layer for layer in (DoRALinear, DoRAEmbedding) for cls in layer.base_types
 }
-
 
 # Where mlx-lm's experts and heads are, and who adapts them: importing it is slow, and a
 # model that has them has done so.
@@ -20,9 +29,18 @@ _STACKS = {
     "mlx_lm.models.mla": ("mlx_dora.layers.multi", "DoRAMultiLinear"),
 }
 
+# Ways of training DoRA's own layers.
+_PLAIN = ("dora", "bidora")
+
+VARIANTS: dict[str, type[Parametrisation]] = {
+    kind.name: kind
+    for kind in (Adaptive, DoRAN, DoRANAux, EDoRA, Magnitude, MAP, PiSSA, PreDiag)
+}
+"""By the values of `DoRAConfig.variant`, and of `DoRAConfig.init` for PiSSA."""
+
 
 def dora_class(module: nn.Module) -> type[DoRALayer]:
-    """The layer that adapts `module`.
+    """The plain DoRA layer that adapts `module`.
 
     Raises:
         DoRAError: If `module` is of any other class, subclasses included.
@@ -36,3 +54,54 @@ def dora_class(module: nn.Module) -> type[DoRALayer]:
     if layer is None:
         raise unsupported(module, tuple(known))
     return layer
+
+
+def check_adaptable(module: nn.Module, variant: str = "dora") -> None:
+    """Refuse a module that a variant does not adapt.
+
+    Args:
+        module: What is to be adapted.
+        variant: ``"dora"``, ``"bidora"`` (the same layers) or a key of `VARIANTS`.
+
+    Raises:
+        DoRAError: If `module` is of a class that it does not adapt.
+    """
+    if variant in _PLAIN:
+        dora_class(module)
+    elif type(module) not in DoRALinear.base_types:
+        kind = type(module)
+        raise DoRAError(
+            f"{kind.__module__}.{kind.__name__} cannot take {variant}, which adapts "
+            "linear layers alone (dense or packed)."
+        )
+
+
+def adapt(
+    module: nn.Module,
+    variant: str = "dora",
+    *,
+    r: int = 8,
+    dropout: float = 0.0,
+    scale: float = 20.0,
+) -> DoRALayer:
+    """The layer that adapts `module`, over it and at its start.
+
+    Args:
+        module: What is to be adapted.
+        variant: ``"dora"``, ``"bidora"`` (the same layers) or a key of `VARIANTS`.
+        r: Rank of the update.
+        dropout: Probability of dropping in the low-rank branch.
+        scale: Multiplier s of the update.
+
+    Raises:
+        DoRAError: If `module` is of a class that the variant does not adapt.
+    """
+    check_adaptable(module, variant)
+    if variant in _PLAIN:
+        return dora_class(module).from_base(module, r, dropout, scale)
+    return VARIANTS[variant].adapt(module, r, dropout, scale)
+
+
+def is_adapted_as(layer: DoRALayer, variant: str) -> bool:
+    """Whether a layer is what `adapt` makes for a variant."""
+    return layer.variant == ("dora" if variant in _PLAIN else variant)

@@ -177,9 +177,8 @@ class _Values:
         return value if isinstance(value, str) and value else None
 
     def get(self, key: str, default: Any) -> Any:
-        """Return the value, or the default if the key is absent or null."""
-        value = self._content.get(key)
-        return default if value is None else value
+        """Return the value, or the default if the key is absent."""
+        return self._content.get(key, default)
 
     def names(self, key: str) -> tuple[str, ...] | str:
         """Return a regular expression or names; no names if the key is absent."""

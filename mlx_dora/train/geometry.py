@@ -9,9 +9,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dora.adapters.surgery import dora_layers
-from mlx_dora.factored import one_minus_cosine
-from mlx_dora.kernels.reference import row_gain
 from mlx_dora.layers import DoRALayer
+from mlx_dora.matrix.low_rank import row_inner
+from mlx_dora.matrix.terms import one_minus_cosine, row_gain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,8 @@ def measure_geometry(model: nn.Module) -> dict[str, LayerGeometry]:
 def _measure(layer: DoRALayer) -> mx.array:
     base, norm, m = mx.sqrt(layer["_squared_base"]), layer.norm(), layer["m"]
     a, b = (factor.astype(mx.float32) for factor in layer.factors())
-    gram, up = a.swapaxes(-1, -2) @ a, b.swapaxes(-1, -2)
-    update = ((up @ gram) * up).sum(axis=-1)  # ‖BA‖² of each row
+    b = b.swapaxes(-1, -2)
+    update = row_inner(a, b, a, b)  # ‖BA‖² of each row
     moved = one_minus_cosine(base, norm, abs(layer.scale) * mx.sqrt(update))
     moved = mx.where(m < 0, 2 - moved, moved)
     lives = norm > 0  # a zero row stays zero for every m

@@ -17,7 +17,9 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.surgery import dora_layers
 from mlx_dora.data.batches import Batch
-from mlx_dora.layers.variants.adaptive import AdaptiveLinear
+from mlx_dora.layers import DoRALayer
+from mlx_dora.layers.variants import VariantLinear
+from mlx_dora.layers.variants.adaptive import Adaptive
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.stepper import Gradient, Stepper, is_due
 
@@ -75,7 +77,7 @@ def reallocate(model: nn.Module, gradient: Any) -> dict[str, int]:
     """Move ranks from layers where they are worth little to layers where they matter.
 
     Args:
-        model: A model with `AdaptiveLinear` layers, changed in place.
+        model: A model with `Adaptive` layers, changed in place.
         gradient: Gradient of the loss (or a multiple of it), a tree like the trainable
             parameters.
 
@@ -85,7 +87,7 @@ def reallocate(model: nn.Module, gradient: Any) -> dict[str, int]:
     layers = {
         path: layer
         for path, layer in dora_layers(model)
-        if isinstance(layer, AdaptiveLinear)
+        if isinstance(layer, VariantLinear) and layer.variant == Adaptive.name
     }
     if not layers:
         return {}
@@ -95,14 +97,14 @@ def reallocate(model: nn.Module, gradient: Any) -> dict[str, int]:
     }
     deal(holders)
     for path, layer in layers.items():
-        layer.activate(holders[path].active)
+        layer.kind.activate(layer, holders[path].active)
     mx.eval([layer.parameters() for layer in layers.values()])
     ranks = {path: int(holder.active.sum()) for path, holder in holders.items()}
     logger.info("ranks are now %d to %d", min(ranks.values()), max(ranks.values()))
     return ranks
 
 
-def _holder(layer: AdaptiveLinear, gradient: Any) -> Holder:
+def _holder(layer: DoRALayer, gradient: Any) -> Holder:
     a, b = (np.array(factor, np.float64) for factor in layer.factors())
     # First-order change of the loss if the whole update were removed.
     contribution = abs((np.array(gradient, np.float64) * b).sum())

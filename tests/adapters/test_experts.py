@@ -33,7 +33,7 @@ from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.fuse_stream import stream_fused
 from mlx_dora.adapters.named import NamedAdapters
 from mlx_dora.adapters.surgery import adapter_layers
-from mlx_dora.layers import _stack
+from mlx_dora.layers import _layer
 from mlx_dora.peft import to_peft
 from mlx_dora.train import TrainConfig, finetune
 from tests.adapters.stacks import (
@@ -301,7 +301,7 @@ def test_named_adapters_swap_and_blend(
         for adapter in (replace(adapters[0], tensors={}), *adapters)
     )
     shelf.set_adapter({"first": 0.7, "second": 0.5})
-    monkeypatch.setattr(_stack, "stack_norms", None)  # the norms are known
+    monkeypatch.setattr(_layer, "exact_terms", None)  # the norms are known
     layer: Any = dict(model.named_modules())[path]
     layer.gain()
     weight = layer.fuse(dequantize=True)["weight"]

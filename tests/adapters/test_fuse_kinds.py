@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx_lm
@@ -46,7 +46,7 @@ def save_full(base: Path, adapter: Path) -> None:
     model, _ = load(base)
     before = BaseModel(fingerprint=fingerprint(model))
     model.freeze()  # as mlx-lm does, which does not refuse packed weights
-    model.layers[-1].unfreeze()
+    cast(Any, model).layers[-1].unfreeze()
     for module in model.modules():
         if "scales" in module:
             module.freeze()

@@ -11,11 +11,13 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.fuse import fuse_dora, fuse_model, save_fused
 from mlx_dora.adapters.fuse_config import FuseConfig
-from mlx_dora.adapters.fuse_layer import Update, dense_fused, survival
+from mlx_dora.adapters.fuse_layer import survival
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.named import NamedAdapters
 from mlx_dora.adapters.surgery import apply_dora, dora_layers
 from mlx_dora.errors import DoRAError
+from mlx_dora.kernels.fusing import dense_fused
+from mlx_dora.matrix import Adapted, LowRank
 from tests.adapters.training import QV, perturb
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -121,14 +123,15 @@ def test_a_result_beyond_float16_is_refused(
 def test_survival_is_that_of_float64_at_every_size(size: float) -> None:
     rng = np.random.default_rng(0)
     weight = mx.array((rng.uniform(-1, 1, (16, 32)) * size).astype(np.float32))
-    update = Update(
+    update = LowRank(
         lora_a=mx.array(rng.uniform(-1, 1, (32, 2)).astype(np.float32)),
         lora_b=mx.array((0.1 * rng.uniform(-1, 1, (2, 16)) * size).astype(np.float32)),
         scale=1.0,
-        m=mx.array((rng.uniform(2, 3, 16) * size).astype(np.float32)),
     )
-    after = dense_fused(weight, update, mx.float32)
-    found = survival(weight, after, update)
+    m = mx.array((rng.uniform(2, 3, 16) * size).astype(np.float32))
+    adapted = Adapted(update=update, m=m)
+    after = dense_fused(weight, adapted, mx.float32)
+    found = survival(weight, after, adapted)
     assert found.row_norm_error < 1e-6
     assert found.kept == pytest.approx(1, abs=1e-5)
     assert found.cosine == pytest.approx(1, abs=1e-5)

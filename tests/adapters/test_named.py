@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import mlx.core as mx
@@ -136,17 +137,17 @@ def shelf_paths(shelf: NamedAdapters, name: str) -> list[str]:
 def test_swapping_reads_the_base_once(
     tiny_model: nn.Module, shelf: NamedAdapters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_dora.adapters import blend, named
-    from mlx_dora.layers import _folded
+    from mlx_dora.layers import _layer
 
+    blend = import_module("mlx_dora.matrix.blend")
     for name in ("poet", "coder"):
         shelf.set_adapter(name)
 
     def read(*_: object) -> None:
         raise AssertionError("the base was read again")
 
-    for module in (named, blend, _folded):
-        monkeypatch.setattr(module, "factored_terms", read)
+    for module in (blend, _layer):
+        monkeypatch.setattr(module, "exact_terms", read)
     for which in ("poet", "coder", {"poet": 0.5, "coder": 0.5}, None, "poet"):
         shelf.set_adapter(which)
         mx.eval(tiny_model(TOKENS))
@@ -239,17 +240,15 @@ def test_zero_rows_stay_zero_in_a_blend(tiny_model: nn.Module) -> None:
 
 
 def test_rows_that_nearly_cancel_are_computed_densely() -> None:
-    from mlx_dora.adapters.blend import Part, blend
-    from mlx_dora.factored import factored_terms
+    from mlx_dora.matrix import Adapted, LowRank, blend, measured
 
     mx.random.seed(0)
     w = mx.random.normal((6, 4))
     up = mx.random.normal((4, 6))
     # W0 + 0.999·(−W0) leaves a thousandth of each row.
     down, scale = -(mx.linalg.pinv(up.T, stream=mx.cpu) @ w).T, 1.0
-    terms = factored_terms(w, down, up, scale)
-    m = terms.norm
-    blended = blend(w, [(0.999, Part(down=down, up=up, m=m, terms=terms))])
-    dense = to_numpy(w) + to_numpy(blended.up).T @ to_numpy(blended.down).T
-    exact = np.linalg.norm(dense, axis=1)
-    np.testing.assert_allclose(to_numpy(blended.norm), exact, rtol=2e-3)
+    update = LowRank(lora_a=down, lora_b=up, scale=scale)
+    found = blend(w, [(0.999, measured(w, Adapted(update=update, m=None)))])
+    a, b = to_numpy(found.update.lora_a), to_numpy(found.update.lora_b)
+    exact = np.linalg.norm(to_numpy(w) + (a @ b).T, axis=1)
+    np.testing.assert_allclose(to_numpy(found.terms.norm), exact, rtol=2e-3)

@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
+from mlx_dora.doctor.examine import Examination, KernelCheck, OpTiming
 from mlx_dora.doctor.kernels import kernel_rows, timing_rows
 from mlx_dora.doctor.traps import find_traps
-from mlx_dora.kernels.examine import Examination, KernelCheck, OpTiming
 from tests.doctor.test_traps import LINUX, MEMORY, MISSING
 
 ON_CPU = Examination(

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_dora.kernels import _launch, _source, _table
+from mlx_dora.kernels import _source, dispatch, plans
 
 NVCC = shutil.which("nvcc")
 TYPES = {
@@ -43,18 +43,18 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, Any
         made[arguments["name"].removeprefix("mlx_dora_")] = arguments
 
     monkeypatch.setattr(mx.fast, "cuda_kernel", keep)
-    _launch.build.cache_clear()
-    for name in _launch.KERNELS:
-        _launch.build(name, "cuda")
+    dispatch.build.cache_clear()
+    for name in dispatch.KERNELS:
+        dispatch.build(name, "cuda")
     yield made
-    _launch.build.cache_clear()
+    dispatch.build.cache_clear()
 
 
 def cuda_text(
     number: int,
     made: dict[str, Any],
     dtypes: list[mx.Dtype],
-    launch: _table.Launch,
+    launch: plans.Launch,
 ) -> str:
     source = made["source"]
     lines = []
@@ -81,29 +81,29 @@ def cuda_text(
     )
 
 
-def calls() -> Iterator[tuple[str, list[mx.Dtype], _table.Launch]]:
+def calls() -> Iterator[tuple[str, list[mx.Dtype], plans.Launch]]:
     """Every kernel in every dtype and bit width; long rows; a rank past the tiles."""
     rank = [FLOAT] * 3
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
         for shape, r in (((4096, 4096), 8), ((65, 8192), 129)):
-            rows = _table.plan_normalize_rows(shape, dtype)
+            rows = plans.plan_normalize_rows(shape, dtype)
             yield "normalize_rows", [dtype, FLOAT], rows
-            yield "adapted_norm", [dtype, *rank], _table.plan_adapted_norm(shape, r)
-            fused = _table.plan_fused_weight(shape, r, dtype)
+            yield "adapted_norm", [dtype, *rank], plans.plan_adapted_norm(shape, r)
+            fused = plans.plan_fused_weight(shape, r, dtype)
             yield "fused_weight", [dtype, *rank, FLOAT], fused
-            scale = _table.plan_dora_scale(shape, r, dtype, r == 8)
-            yield "dora_scale", [dtype, dtype, *rank, FLOAT, FLOAT], scale
-            back = _table.plan_dora_scale_backward(shape, dtype, r == 8)
-            yield "dora_scale_backward", [dtype, dtype, *rank], back
+            scale = plans.plan_dora_scale(shape, r, dtype, r == 8)
+            yield "dora_scale", [dtype, dtype, *rank], scale
+            back = plans.plan_dora_scale_backward(shape, dtype, r == 8)
+            yield "dora_scale_backward", [dtype, dtype, FLOAT, FLOAT], back
     for bits in (2, 3, 4, 5, 6, 8):
-        plan = _table.plan_adapted_norm_packed(4096, 8, bits, 64)
+        plan = plans.plan_adapted_norm_packed(4096, 8, bits, 64)
         dtype = mx.float16 if bits % 2 else mx.bfloat16
         yield "adapted_norm_packed", [mx.uint32, dtype, dtype, *rank], plan
-    yield "dora_scale_columns", [FLOAT] * 2, _table.plan_dora_scale_columns(2, 3, 77)
+    yield "dora_scale_columns", [FLOAT] * 2, plans.plan_dora_scale_columns(2, 3, 77)
 
 
 def test_no_word_of_metal_is_left(sources: dict[str, dict[str, Any]]) -> None:
-    assert set(sources) == set(_launch.KERNELS)
+    assert set(sources) == set(dispatch.KERNELS)
     for name, made in sources.items():
         text = made["header"].split("MLX_DORA_COMMON_H")[1] + made["source"]
         left = re.findall(r"\b(?:device|constant|thread|threadgroup)\b", text)

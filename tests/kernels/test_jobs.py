@@ -3,9 +3,9 @@ import dataclasses
 import mlx.core as mx
 import pytest
 
-from mlx_dora.kernels import examine as examining
-from mlx_dora.kernels import jobs, traffic
-from mlx_dora.kernels._launch import relative_error
+from mlx_dora.doctor import examine as examining
+from mlx_dora.doctor import jobs, traffic
+from mlx_dora.kernels.dispatch import relative_error
 
 SQUARE = (4096, 4096)
 MB = 1 << 20

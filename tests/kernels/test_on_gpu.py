@@ -5,9 +5,9 @@ import math
 import mlx.core as mx
 import pytest
 
-from mlx_dora.kernels import examine as examining
-from mlx_dora.kernels._launch import KERNELS, device_backend, run
-from mlx_dora.kernels._table import Launch
+from mlx_dora.doctor import examine as examining
+from mlx_dora.kernels.dispatch import KERNELS, device_backend, run
+from mlx_dora.kernels.plans import Launch
 from tests.metal_host.cases import grid, worst_error
 
 BACKENDS = [

@@ -13,15 +13,14 @@ from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_dora import DoRAConfig, DoRALinear, apply_dora, fuse_dora, kernels
-from mlx_dora.kernels import _launch, reference
-from mlx_dora.kernels.rows import row_blocks
+from mlx_dora.kernels import dispatch, plain
+from mlx_dora.matrix.weight import row_blocks
 from mlx_dora.train.run.start import trainable_tensors
 from tests.checks import assert_close, to_numpy
 from tests.metal_host.build import COMPILER, Builder
 from tests.metal_host.host import Host, launched
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ and Linux")
-dora_scale_module = import_module("mlx_dora.kernels.dora_scale")
 PREFIX = "custom_kernel_mlx_dora_"
 CONFIG = DoRAConfig(rank=4, scale=2.0, num_layers=2, keys=("self_attn.q_proj",))
 TOKENS = mx.array([[1, 5, 9, 200, 7, 3, 11, 40], [2, 2, 8, 64, 30, 31, 5, 17]])
@@ -34,19 +33,21 @@ def device(
     """Every call goes to its kernel, which must run without a finding."""
     cache = pytestconfig.cache
     assert cache is not None
-    monkeypatch.setattr(_launch, "device_backend", lambda: "metal")
-    monkeypatch.setattr(_launch, "_VERDICTS", {})
-    monkeypatch.setattr(_launch, "_passes", lambda *_: True)  # the test is the check
+    monkeypatch.setattr(dispatch, "device_backend", lambda: "metal")
+    monkeypatch.setattr(dispatch, "_VERDICTS", {})
+    monkeypatch.setattr(dispatch, "_passes", lambda *_: True)  # the test is the check
     monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
+    dispatch.backend_of.cache_clear()
     with Host(Builder(cache.mkdir("metal_host"))).running() as host:
         yield host
+    dispatch.backend_of.cache_clear()
     assert host.findings == {}
     assert host.outcomes, "no kernel ran"
 
 
 def kernel_of(record: str) -> str:
     """The kernel whose name starts that of a record: the longest that fits."""
-    fits = [k for k in _launch.KERNELS if f"{record}_".startswith(PREFIX + k + "_")]
+    fits = [k for k in dispatch.KERNELS if f"{record}_".startswith(PREFIX + k + "_")]
     return max(fits, key=len)
 
 
@@ -116,8 +117,6 @@ def test_the_eval_mode_of_a_layer_takes_the_kernel(
     monkeypatch.setenv("MLX_DORA_KERNELS", "reference")
     expected = to_numpy(layer(x))
     monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
-    few = {"dora_scale": _launch.Crossover(elements=1, rank=128)}
-    monkeypatch.setattr(dora_scale_module, "CROSSOVERS", few)
     assert_close(layer(x), expected)
     assert names(device) == {"dora_scale"}
 
@@ -136,7 +135,7 @@ def test_normalize_rows_and_its_gradient(device: Host) -> None:
     got = mx.value_and_grad(loss(kernels.normalize_rows), argnums=(0, 1))(
         weight, magnitude
     )
-    want = mx.value_and_grad(loss(reference.normalize_rows), argnums=(0, 1))(
+    want = mx.value_and_grad(loss(plain.normalize_rows), argnums=(0, 1))(
         weight, magnitude
     )
     for name, value in flat(got).items():
@@ -227,10 +226,11 @@ def test_a_model_trains_to_the_losses_of_the_reference(
 def test_kernels_are_launched_while_mlx_compiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_launch, "device_backend", lambda: "metal")
-    monkeypatch.setattr(_launch, "_VERDICTS", {})
-    monkeypatch.setattr(_launch, "_passes", lambda *_: True)
+    monkeypatch.setattr(dispatch, "device_backend", lambda: "metal")
+    monkeypatch.setattr(dispatch, "_VERDICTS", {})
+    monkeypatch.setattr(dispatch, "_passes", lambda *_: True)
     monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
+    dispatch.backend_of.cache_clear()
     weight, a, b = normal(40, 50), normal(50, 2, seed=1), normal(2, 40, seed=2)
     m, x = normal(40, seed=3), normal(7, 50, seed=4)
 
@@ -240,5 +240,6 @@ def test_kernels_are_launched_while_mlx_compiles(
 
     step = mx.compile(mx.grad(mx.checkpoint(loss), argnums=(0, 1, 2)))
     records = launched([lambda: mx.eval(step(a, b, m, x))])
+    dispatch.backend_of.cache_clear()
     scale = {"dora_scale", "dora_scale_backward", "dora_scale_columns"}
     assert {kernel_of(record.name) for record in records} == {"adapted_norm", *scale}

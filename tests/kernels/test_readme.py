@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_dora.kernels._launch import CROSSOVERS, KERNELS
+from mlx_dora.kernels.dispatch import CROSSOVERS, KERNELS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "metal" / "README.md").read_text(encoding="utf-8")

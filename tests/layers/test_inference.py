@@ -97,11 +97,12 @@ def test_every_change_is_seen(layer, x, change):
 
 def test_second_call_reuses_the_cache(layer, x):
     layer(x)
-    first = layer._folded
+    first = layer._cache
     layer(x)
-    assert layer._folded is first is not None
+    assert layer._cache is first is not None
     layer(x.astype(mx.bfloat16))
-    assert layer._folded is not first
+    assert layer._cache is not first
+    assert layer._cache.gain is first.gain
 
 
 def test_train_and_eval_agree(layer, x):
@@ -113,7 +114,7 @@ def test_train_and_eval_agree(layer, x):
 def test_a_compiled_function_sees_new_parameters(layer, x):
     call = mx.compile(layer, inputs=layer.state)
     mx.eval(call(x))
-    assert layer._folded is None  # nothing traced was kept
+    assert layer._cache is None  # nothing traced was kept
     layer.m = layer.m * 2
     assert_close(call(x), truth(layer, x))
 

@@ -5,7 +5,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_dora.errors import DoRAError
 from mlx_dora.layers import DoRALinear
+from mlx_dora.matrix import Adapted
 from tests.checks import BOUNDS, assert_close, relative_rms, to_numpy
 from tests.layers.oracle import (
     QUANTIZED_MODES,
@@ -240,3 +242,25 @@ def test_quantized_fuse(mode, bits, group):
     packed: Any = layer.fuse()
     assert type(packed) is nn.QuantizedLinear
     assert packed.scales.dtype == linear.scales.dtype
+
+
+def test_a_layer_from_parts_is_the_layer_they_were_taken_from():
+    layer = dense(64, 48, bias=True)
+    again = DoRALinear.from_parts(layer.linear, layer.adapted())
+    x = mx.random.normal((6, 64))
+    for mode in (True, False):
+        assert mx.array_equal(again.train(mode)(x), layer.train(mode)(x))
+    assert again.linear is layer.linear
+
+
+def test_parts_without_magnitudes_keep_the_lengths_of_the_base():
+    layer = dense(64, 48)
+    update = layer.adapted().update
+    again = DoRALinear.from_parts(layer.linear, Adapted(update=update, m=None))
+    assert_close(again.m, np.linalg.norm(dense_weight(layer.linear), axis=1))
+
+
+def test_parts_that_do_not_fit_the_base_are_refused():
+    adapted = dense(32, 48).adapted()
+    with pytest.raises(DoRAError, match="do not fit a weight"):
+        DoRALinear.from_parts(nn.Linear(64, 48), adapted)

@@ -3,9 +3,8 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.factored import Update
-from mlx_dora.kernels.rows import Weight
-from mlx_dora.merge.adapters.factored import AdaptedMatrix, MergedMatrix
+from mlx_dora.matrix import Adapted, LowRank, Weight
+from mlx_dora.merge.adapters.factored import MergedMatrix
 from tests.checks import to_numpy
 
 
@@ -28,7 +27,7 @@ def make_weight(
 
 def make_input(
     dense: np.ndarray, rank: int, scale: float, seed: int, size: float = 0.1
-) -> AdaptedMatrix:
+) -> Adapted:
     """A trained adapter: random factors, magnitudes some way off the norms."""
     rng = np.random.default_rng(100 + seed)
     rows, width = dense.shape
@@ -36,13 +35,13 @@ def make_input(
     lora_b = (size * rng.standard_normal((rank, rows))).astype(np.float32)
     adapted = dense + scale * (lora_a.astype(float) @ lora_b.astype(float)).T
     m = np.linalg.norm(adapted, axis=1) * (1 + 0.1 * rng.standard_normal(rows))
-    update = Update(lora_a=mx.array(lora_a), lora_b=mx.array(lora_b), scale=scale)
-    return AdaptedMatrix(update=update, m=mx.array(m.astype(np.float32)))
+    update = LowRank(lora_a=mx.array(lora_a), lora_b=mx.array(lora_b), scale=scale)
+    return Adapted(update=update, m=mx.array(m.astype(np.float32)))
 
 
-def adapted(dense: np.ndarray, one: AdaptedMatrix | MergedMatrix) -> np.ndarray:
+def adapted(dense: np.ndarray, one: Adapted | MergedMatrix) -> np.ndarray:
     """W' of an adapter by Eq. 5 of DoRA, in float64."""
-    update = one.update if isinstance(one, AdaptedMatrix) else one
+    update = one.update if isinstance(one, Adapted) else one
     low_rank = to_numpy(update.lora_a) @ to_numpy(update.lora_b)
     rows = dense + update.scale * low_rank.T
     if one.m is None:

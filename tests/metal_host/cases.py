@@ -13,7 +13,7 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.kernels import _table as table
+from mlx_dora.kernels import plans as table
 from tests.checks import BOUNDS, to_numpy
 
 Call = Callable[[str, table.Launch, list[mx.array]], list[mx.array]]
@@ -168,62 +168,58 @@ def fused_weight(out: int, width: int, r: int, dtype: mx.Dtype) -> Case:
     return Case(name, "fused_weight", run, out * width * max(r, 8) <= 400_000)
 
 
-def dora_scale(tokens: int, out: int, r: int, dtype: mx.Dtype, has_bias: bool) -> Case:
-    """Forward; the norm of column 0 is zero."""
+def dora_scale(
+    tokens: int, out: int, r: int, dtype: mx.Dtype, has_offset: bool
+) -> Case:
+    """Forward; the gain of column 0 is zero."""
 
     def run(call: Call) -> list[tuple[mx.array, np.ndarray, float]]:
         y, h = (
             _normal(tokens, out, dtype=dtype),
             _normal(tokens, r, dtype=dtype, seed=4),
         )
-        b, m = _normal(r, out, seed=2) / r**0.5, _normal(out, seed=3)
-        norm, bias = mx.abs(_normal(out, seed=5)) + 0.5, _normal(out, seed=6)
-        norm[0] = 0
-        launch = table.plan_dora_scale((tokens, out), r, dtype, has_bias)
-        offset = bias if has_bias else norm
-        (composed,) = call("dora_scale", launch, [y, h, b, _scalar(), m, norm, offset])
-        update = float(np.float32(_SCALE)) * to_numpy(h) @ to_numpy(b)
-        truth = _gain(m, norm) * (to_numpy(y) + update)
-        truth += to_numpy(bias) if has_bias else 0
+        up, gain = _normal(r, out, seed=2) / r**0.5, _normal(out, seed=3)
+        offset = _normal(out, seed=6)
+        gain[0] = 0
+        launch = table.plan_dora_scale((tokens, out), r, dtype, has_offset)
+        inputs = [y, h, up, gain, offset if has_offset else gain]
+        (composed,) = call("dora_scale", launch, inputs)
+        truth = to_numpy(gain) * (to_numpy(y) + to_numpy(h) @ to_numpy(up))
+        truth += to_numpy(offset) if has_offset else 0
         return [(composed, truth, BOUNDS[dtype])]
 
-    name = f"dora_scale-{_short(dtype)}-{tokens}x{out}-r{r}" + "-bias" * has_bias
+    name = f"dora_scale-{_short(dtype)}-{tokens}x{out}-r{r}" + "-offset" * has_offset
     return Case(name, "dora_scale", run, tokens * out * max(r, 8) <= 400_000)
 
 
-def _gain(m: mx.array, norm: mx.array) -> np.ndarray:
-    length = to_numpy(norm)
-    safe = np.where(length > 0, length, 1)
-    return np.where(length > 0, to_numpy(m) / safe, 0)
-
-
-def dora_scale_backward(tokens: int, out: int, dtype: mx.Dtype, has_bias: bool) -> Case:
-    """Both stages: the scaled cotangent, and the sums over tokens; m[0] is zero."""
+def dora_scale_backward(
+    tokens: int, out: int, dtype: mx.Dtype, has_offset: bool
+) -> Case:
+    """Both stages: the scaled cotangent, and the sums over tokens; gain[0] is zero."""
 
     def run(call: Call) -> list[tuple[mx.array, np.ndarray, float]]:
         dy, o = (_normal(tokens, out, dtype=dtype, seed=s) for s in (7, 8))
-        m, bias = _normal(out, seed=3), _normal(out, seed=6)
-        norm = mx.abs(_normal(out, seed=5)) + 0.5
-        m[0] = 0
-        norm[out - 1] = 0
-        launch = table.plan_dora_scale_backward((tokens, out), dtype, has_bias)
-        offset = bias if has_bias else norm
-        scaled, partial = call("dora_scale_backward", launch, [dy, o, m, norm, offset])
+        gain, offset = _normal(out, seed=3), _normal(out, seed=6)
+        gain[0] = 0
+        launch = table.plan_dora_scale_backward((tokens, out), dtype, has_offset)
+        inputs = [dy, o, gain, offset if has_offset else gain]
+        scaled, partial = call("dora_scale_backward", launch, inputs)
         second = table.plan_dora_scale_columns(*launch.output_shapes[1])
-        (sums,) = call("dora_scale_columns", second, [partial, m])
-        pull = to_numpy(dy)
-        unscaled = pull * (to_numpy(o) - (to_numpy(bias) if has_bias else 0))
-        magnitude = to_numpy(m)
-        safe = np.where(magnitude != 0, magnitude, 1)
-        columns = [np.where(magnitude != 0, unscaled.sum(axis=0) / safe, 0)]
-        if has_bias:
+        (sums,) = call("dora_scale_columns", second, [partial, gain])
+        pull, g = to_numpy(dy), to_numpy(gain)
+        unscaled = pull * (to_numpy(o) - (to_numpy(offset) if has_offset else 0))
+        safe = np.where(g != 0, g, 1)
+        columns = [np.where(g != 0, unscaled.sum(axis=0) / safe, 0)]
+        if has_offset:
             columns.append(pull.sum(axis=0))
         return [
-            (scaled, _gain(m, norm) * pull, BOUNDS[dtype]),
+            (scaled, g * pull, BOUNDS[dtype]),
             (sums, np.stack(columns), BOUNDS[mx.float32]),
         ]
 
-    name = f"dora_scale_backward-{_short(dtype)}-{tokens}x{out}" + "-bias" * has_bias
+    name = (
+        f"dora_scale_backward-{_short(dtype)}-{tokens}x{out}" + "-offset" * has_offset
+    )
     return Case(name, "dora_scale_backward", run, tokens * out <= 50_000)
 
 
@@ -249,11 +245,11 @@ def _float_cases(dtype: mx.Dtype) -> Iterator[Case]:
     yield fused_weight(9, 4100, 8, dtype)  # past the registers
     yield fused_weight(9, 70, 17, dtype)
     yield fused_weight(9, 40, 512, dtype)
-    for has_bias in (False, True):
+    for has_offset in (False, True):
         for shape in [(1, 1), (3, 31), (17, 33), (2, 1000), (2, 1200)]:
-            yield dora_scale(*shape, 8, dtype, has_bias)
-            yield dora_scale_backward(*shape, dtype, has_bias)
-        yield dora_scale_backward(130, 133, dtype, has_bias)  # three chunks
+            yield dora_scale(*shape, 8, dtype, has_offset)
+            yield dora_scale_backward(*shape, dtype, has_offset)
+        yield dora_scale_backward(130, 133, dtype, has_offset)  # three chunks
     for r in (1, 64, 512):
         yield dora_scale(19, 33, r, dtype, r == 1)
     yield dora_scale(33, 4096, 8, dtype, True)

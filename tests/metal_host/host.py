@@ -7,8 +7,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_dora.kernels import _launch
-from mlx_dora.kernels._table import KERNELS, Launch
+from mlx_dora.kernels import dispatch
+from mlx_dora.kernels.plans import KERNELS, Launch
 from tests.metal_host.build import Builder
 from tests.metal_host.execute import Outcome, execute
 from tests.metal_host.records import Dispatch, Record, stand_in
@@ -71,17 +71,17 @@ def _installed(run: Callable[[Dispatch], list[mx.array]]) -> Iterator[None]:
     """The library's kernels are made anew, and run by `run`."""
     real = mx.fast.metal_kernel
     mx.fast.metal_kernel = stand_in(run)
-    _launch.build.cache_clear()
+    dispatch.build.cache_clear()
     try:
         yield
     finally:
         mx.fast.metal_kernel = real
-        _launch.build.cache_clear()
+        dispatch.build.cache_clear()
 
 
 def call(name: str, launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
     """Launch a kernel as the library does."""
-    return list(_launch.run(KERNELS[name], inputs, launch))
+    return list(dispatch.run(KERNELS[name], inputs, launch))
 
 
 def launched(calls: Iterable[Callable[[], Any]]) -> list[Record]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
-from mlx_dora.kernels import _launch
+from mlx_dora.kernels import dispatch
 from mlx_dora.kernels._source import read_source
 from tests.metal_host.cases import Case, worst_error
 from tests.metal_host.execute import HEAP, MISALIGN
@@ -49,7 +49,7 @@ def edited(file: str, edit: Callable[[str], str]) -> Iterator[None]:
         text = read_source(name)
         return edit(text) if name == file else text
 
-    with mock.patch.object(_launch, "read_source", read):
+    with mock.patch.object(dispatch, "read_source", read):
         yield
 
 
@@ -63,8 +63,8 @@ USUAL_CASES = {
         r"float32-9x(320|384)-.*|float16-9x64-|bfloat16-9x128-r(17|512)-|float16-2051x64"
     ),
     "fused_weight": r"float16-(9x31-r8|33x1000-r1|9x4100-r8|9x70-r17|3x2300-r8)$",
-    "dora_scale": r"float16-(3x31-r8|17x33-r8(-bias)?|19x33-r(64|512)|2x1200-r8)$",
-    "dora_scale_backward": r"float16-(1x1|3x31|130x133)(-bias)?$",
+    "dora_scale": r"float16-(3x31-r8|17x33-r8(-offset)?|19x33-r(64|512)|2x1200-r8)$",
+    "dora_scale_backward": r"float16-(1x1|3x31|130x133)(-offset)?$",
 }
 USUAL_CASES["dora_scale_columns"] = USUAL_CASES["dora_scale_backward"]
 

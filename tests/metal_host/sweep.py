@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mlx_dora.kernels._source import read_source
-from mlx_dora.kernels._table import KERNELS
+from mlx_dora.kernels.plans import KERNELS
 from tests.metal_host.build import Builder
 from tests.metal_host.cases import Case
 from tests.metal_host.execute import HEAP

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mlx_dora.kernels._table import KERNELS
+from mlx_dora.kernels.plans import KERNELS
 from tests.checks import to_numpy
 from tests.metal_host.cases import Case, worst_error
 from tests.metal_host.execute import FLUSH_DENORMALS, HEAP, MISALIGN

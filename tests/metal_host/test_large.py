@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dora.kernels import _table as table
+from mlx_dora.kernels import plans as table
 from tests.checks import BOUNDS, to_numpy
 from tests.metal_host import cases
 from tests.metal_host.execute import ZERO_PAGES, Sparse
@@ -103,12 +103,12 @@ def fused_weight(host: Host) -> Launched:
 def dora_scale(host: Host) -> Launched:
     y, tokens = last_rows(WIDTH, 5)
     h, low = last_rows(R, 6)
-    b = mx.array(np.random.default_rng(7).standard_normal((R, WIDTH)), mx.float32)
+    up = mx.array(np.random.default_rng(7).standard_normal((R, WIDTH)), mx.float32)
     ones = mx.ones((WIDTH,))
     launch = table.plan_dora_scale((ROWS, WIDTH), R, mx.float16, False)
-    inputs = [huge(WIDTH), huge(R), b, mx.array([SCALE]), ones, ones, ones]
+    inputs = [huge(WIDTH), huge(R), up, ones, ones]
     (out,) = run_last(host, "dora_scale", launch, inputs, {0: tokens, 1: low})
-    full = to_numpy(y) + SCALE * to_numpy(h) @ to_numpy(b)
+    full = to_numpy(y) + to_numpy(h) @ to_numpy(up)
     last = launch.threadgroup[0] * 4  # columns of the last threadgroup
     return Launched(out[-last:], full[-1, -last:], BOUNDS[mx.float16])
 
@@ -117,7 +117,7 @@ def dora_scale_backward(host: Host) -> Launched:
     dy, tokens = last_rows(WIDTH, 8)
     ones = mx.ones((WIDTH,))
     launch = table.plan_dora_scale_backward((ROWS, WIDTH), mx.float16, False)
-    inputs = [huge(WIDTH), huge(WIDTH), 2 * ones, ones, ones]
+    inputs = [huge(WIDTH), huge(WIDTH), 2 * ones, ones]
     sparse = {0: tokens, 1: tokens}
     scaled, _ = run_last(host, "dora_scale_backward", launch, inputs, sparse)
     return Launched(scaled[-128:], 2 * to_numpy(dy)[-1, -128:], BOUNDS[mx.float16])

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from mlx_dora.kernels._table import KERNELS
+from mlx_dora.kernels.plans import KERNELS
 from tests.metal_host.host import Host
 from tests.metal_host.sweep import COMMON, edits, judge
 

@@ -3,13 +3,13 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dora.kernels import traffic as formulas
+from mlx_dora.doctor import traffic as formulas
 from tests.metal_host import traffic
 from tests.metal_host.host import Host
 
 HALF = mx.float16
 LARGE = {"weight", "rescaled", "fused", "y", "composed", "dy", "o", "scaled"}
-REREAD = {"lora_a", "lora_b", "h"}
+REREAD = {"lora_a", "lora_b", "up", "h"}
 
 
 def check(counted: traffic.Counted, formula: formulas.Traffic, passes: int = 1) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_dora.kernels import _table as table
-from mlx_dora.kernels._table import KERNELS
+from mlx_dora.kernels import plans as table
+from mlx_dora.kernels.plans import KERNELS
 from tests.metal_host.build import Builder
 from tests.metal_host.execute import COUNT, Traffic
 from tests.metal_host.host import Host, call
@@ -108,19 +108,19 @@ def fused_weight(host: Host, out: int, width: int, r: int) -> Counted:
 
 
 def dora_scale(host: Host, tokens: int, out: int, r: int) -> Counted:
-    """Counted in float16 with a bias."""
+    """Counted in float16 with an offset."""
     launch = table.plan_dora_scale((tokens, out), r, mx.float16, True)
     ones = mx.ones((out,))
-    b, scale = _low_rank(out, 1, r)[1:]
-    inputs = [_half(tokens, out), _half(tokens, r), b, scale, ones, ones, ones]
+    up = _low_rank(out, 1, r)[1]
+    inputs = [_half(tokens, out), _half(tokens, r), up, ones, ones]
     return count(host, "dora_scale", launch, inputs, f"{tokens}x{out} r{r}")
 
 
 def dora_scale_backward(host: Host, tokens: int, out: int) -> Counted:
-    """First stage, counted in float16 with a bias."""
+    """First stage, counted in float16 with an offset."""
     launch = table.plan_dora_scale_backward((tokens, out), mx.float16, True)
     ones = mx.ones((out,))
-    inputs = [_half(tokens, out), _half(tokens, out), ones, ones, ones]
+    inputs = [_half(tokens, out), _half(tokens, out), ones, ones]
     shape = f"{tokens}x{out}"
     return count(host, "dora_scale_backward", launch, inputs, shape)
 

@@ -46,7 +46,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"r": 4.0}, "r must be"),
     ({"r": None}, "r must be"),
     ({"lora_alpha": "8"}, "lora_alpha must be a finite number"),
-    ({"lora_alpha": 10**400}, "lora_alpha must be a finite number"),
+    ({"lora_alpha": 10**400}, "is too large a number"),
     ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
     ({"lora_alpha": None}, "lora_alpha must be a finite number"),
     ({"lora_dropout": 1.5}, "lora_dropout must be from 0 to below 1"),

@@ -52,9 +52,8 @@ def test_a_number_too_large_for_a_float_is_refused(tmp_path: Path) -> None:
 
 
 def test_null_means_pefts_default(tmp_path: Path) -> None:
-    config = read(tmp_path, r=None, lora_alpha=None, rank_pattern=None, use_dora=None)
-    assert (config.r, config.lora_alpha, config.rank_pattern) == (8, 8.0, {})
-    assert config.use_dora is False
+    config = read(tmp_path, rank_pattern=None, alpha_pattern=None, use_dora=None)
+    assert (config.rank_pattern, config.use_dora) == ({}, False)
 
 
 def test_an_alpha_of_zero_stays_zero(tmp_path: Path) -> None:

@@ -168,8 +168,8 @@ def test_only_projections_of_one_block_share(
         *(f"model.layers.{i}.self_attn.q_proj.first.{x}" for i in (0, 1) for x in "ab"),
     ]
     first, last = (block.self_attn for block in model.model.layers)
-    assert first.v_proj._first is first.q_proj.first
-    assert last.v_proj._first is last.q_proj.first is not first.q_proj.first
+    assert first.v_proj.kind.first is first.q_proj.first
+    assert last.v_proj.kind.first is last.q_proj.first is not first.q_proj.first
     remove_dora(model)
     assert not [n for n, _ in tree_flatten(model.parameters()) if "first" in n]
 
@@ -242,7 +242,7 @@ def test_inconsistent_settings_are_refused(
         run(magnitude_keys=["mlp.upproj"])
     model = make_tiny_model()
     apply_dora(model, DoRAConfig(rank=4, scale=2.0, num_layers=-1))
-    with pytest.raises(DoRAError, match="is a DoRALinear, the config asks for a MAPL"):
+    with pytest.raises(DoRAError, match="is adapted as dora, the config asks for map"):
         run(model=model, variant="map")
     for settings in ({"variant": "magnitude"}, {"variant": "edora"}):
         with pytest.raises(DoRAError, match="no parameter named lora_b is trained"):

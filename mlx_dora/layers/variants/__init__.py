@@ -4,7 +4,7 @@ All of them are trained as they are and exported to a plain DoRA layer, exactly
 (`docs/variants.md`).
 """
 
-from mlx_dora.layers.variants.registry import layer_class
+from mlx_dora.layers.variants.parametrisation import Parametrisation, VariantLinear
 from mlx_dora.layers.variants.weight_norm import WeightNormLinear
 
-__all__ = ["WeightNormLinear", "layer_class"]
+__all__ = ["Parametrisation", "VariantLinear", "WeightNormLinear"]

@@ -1,14 +1,12 @@
 """DoRA with room for more ranks than it uses, to be dealt out during training."""
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from mlx_dora.layers.linear import DoRALinear
-from mlx_dora.layers.variants._plain import plain_layer
+from mlx_dora.layers.variants.parametrisation import Parametrisation, VariantLinear
 
 
-class AdaptiveLinear(DoRALinear):
+class Adaptive(Parametrisation):
     r"""DoRA whose rank can change, up to twice the one it starts with.
 
     .. math:: y = m \circ \frac{W_0 x + s\,B\,\mathrm{diag}(a)\,A x}
@@ -22,34 +20,32 @@ class AdaptiveLinear(DoRALinear):
     the frozen ``active`` ``(2r,)``. Exports at the number of active ranks.
     """
 
+    name = "adaptive"
     room = 2
     fixed = ("active",)
-    cached = (*DoRALinear.cached, *fixed)
-    active: mx.array
+    cached = ("m", "lora_a", "lora_b", "active")
 
-    def adapt(self, base: nn.Module, r: int, dropout: float, scale: float) -> None:
-        """Take a base and start from it with `r` of the ranks active."""
-        super().adapt(base, self.room * r, dropout, scale)
-        self.active = (mx.arange(self.room * r) < r).astype(mx.float32)
-        self.freeze(keys=["active"], recurse=False)
+    def start(self, layer: VariantLinear, r: int) -> None:
+        """Make the first `r` ranks active."""
+        layer.active = (mx.arange(self.room * r) < r).astype(mx.float32)
 
-    def factors(self) -> tuple[mx.array, mx.array]:
+    def factors(self, layer: VariantLinear) -> tuple[mx.array, mx.array]:
         """A ``(in, 2r)``, and B ``(2r, out)`` with zeros where nothing is active."""
-        return self["lora_a"], self["lora_b"] * self["active"][:, None]
+        return layer["lora_a"], layer["lora_b"] * layer["active"][:, None]
 
-    def activate(self, active: np.ndarray) -> None:
+    def activate(self, layer: VariantLinear, active: np.ndarray) -> None:
         """Choose the ranks: a new one starts with B = 0, and so changes nothing.
 
         Args:
+            layer: The layer whose ranks they are.
             active: Booleans, shape ``(2r,)``, at least one true.
         """
-        before = np.array(self["active"]) > 0
+        before = np.array(layer["active"]) > 0
         new = mx.array(np.logical_and(active, ~before).astype(np.float32)) > 0
-        self.lora_b = mx.where(new[:, None], 0.0, self["lora_b"])
-        self.active = mx.array(active.astype(np.float32))
+        layer.lora_b = mx.where(new[:, None], 0.0, layer["lora_b"])
+        layer.active = mx.array(active.astype(np.float32))
 
-    def export(self) -> DoRALinear:
+    def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
         """The same as plain DoRA of the active ranks alone."""
-        index = mx.array(np.flatnonzero(np.array(self["active"])))
-        lora_a, lora_b = self["lora_a"][:, index], self["lora_b"][index]
-        return plain_layer(self, lora_a, lora_b, self["m"])
+        index = mx.array(np.flatnonzero(np.array(layer["active"])))
+        return layer["lora_a"][:, index], layer["lora_b"][index], layer["m"]

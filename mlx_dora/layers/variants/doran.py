@@ -3,15 +3,17 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.kernels import dora_scale
-from mlx_dora.layers.linear import DoRALinear
-from mlx_dora.layers.variants._plain import exact_norm, plain_layer
+from mlx_dora.layers.variants.parametrisation import (
+    Parametrisation,
+    VariantLinear,
+    exact_norm,
+)
 
 # Of the base's mean row norm: where tau starts.
 _SHARE = 0.1
 
 
-class DoRANLinear(DoRALinear):
+class DoRAN(Parametrisation):
     r"""DoRA whose normalisation is softened by a trained positive scalar.
 
     .. math:: y = m \circ \frac{W_0 x + s\,B(Ax)}{\lVert W_0 + s\,BA \rVert + \tau} + b
@@ -25,29 +27,37 @@ class DoRANLinear(DoRALinear):
     m' = m·n/(n + τ), n = ‖W0 + sBA‖.
     """
 
-    t: mx.array
+    name = "doran"
 
-    def start(self) -> None:
+    def start(self, layer: VariantLinear, r: int) -> None:
         """Set τ, and m = ‖W0‖ + τ."""
-        super().start()
-        size = mx.maximum(_SHARE * self.m.mean(), 1e-6)
-        self.t = size + mx.log(-mx.expm1(-size))  # softplus backwards
-        self.m = self.m + self.tau()
+        start_softened(layer)
 
-    def tau(self) -> mx.array:
-        """τ, positive. Shape ``()``."""
-        return nn.softplus(self.t)
+    def gain(self, layer: VariantLinear) -> mx.array:
+        """m/(n + τ)."""
+        return softened_gain(layer)
 
-    def adapted(self, x: mx.array, y: mx.array) -> mx.array:
-        """The output for input `x`, given the base's."""
-        gain = self.m / (self.norm() + self.tau())
-        down, up = self.factors()
-        h = self.dropout(x) @ down.astype(x.dtype)
-        one = mx.ones_like(gain)
-        return dora_scale(y, h, up, self.scale, gain, one, self.offset(gain))
-
-    def export(self) -> DoRALinear:
+    def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
         """The same as plain DoRA of the same rank."""
-        down, up = self.factors()
-        norm = exact_norm(self, down, up)
-        return plain_layer(self, down, up, self["m"] * norm / (norm + self.tau()))
+        lora_a, lora_b = self.factors(layer)
+        return lora_a, lora_b, softened_magnitude(layer, lora_a, lora_b)
+
+
+def start_softened(layer: VariantLinear) -> None:
+    """Set t for a τ of a tenth of the mean row norm, and m = ‖W0‖ + τ."""
+    size = mx.maximum(_SHARE * layer.m.mean(), 1e-6)
+    layer.t = size + mx.log(-mx.expm1(-size))  # softplus backwards
+    layer.m = layer.m + nn.softplus(layer.t)
+
+
+def softened_gain(layer: VariantLinear) -> mx.array:
+    """m/(n + τ) of each row, τ = softplus(t) positive."""
+    return layer["m"] / (layer.norm() + nn.softplus(layer["t"]))
+
+
+def softened_magnitude(
+    layer: VariantLinear, lora_a: mx.array, lora_b: mx.array
+) -> mx.array:
+    """Magnitude m·n/(n + τ), which gives plain DoRA the same gain."""
+    norm = exact_norm(layer, lora_a, lora_b)
+    return layer["m"] * norm / (norm + nn.softplus(layer["t"]))

@@ -3,12 +3,11 @@
 import mlx.core as mx
 
 from mlx_dora.layers._base import weight_of
-from mlx_dora.layers.linear import DoRALinear
-from mlx_dora.layers.variants._plain import plain_layer
+from mlx_dora.layers.variants.parametrisation import Parametrisation, VariantLinear
 from mlx_dora.layers.variants.pissa import principal_factors
 
 
-class EDoRALinear(DoRALinear):
+class EDoRA(Parametrisation):
     r"""DoRA that trains an (r, r) matrix between frozen factors.
 
     .. math:: y = m \circ \frac{W_0 x + s\,B\,R\,A x}{\lVert W_0 + s\,B R A \rVert} + b
@@ -21,25 +20,22 @@ class EDoRALinear(DoRALinear):
     ``lora_a`` ``(in, r)`` and ``lora_b`` ``(r, out)``. Exports with B' = BR.
     """
 
+    name = "edora"
     fixed = ("lora_a", "lora_b")
-    cached = (*DoRALinear.cached, "core")
-    core: mx.array
+    cached = ("m", "lora_a", "lora_b", "core")
 
-    def start(self) -> None:
-        """Take A and B from the base, R = 0, m from the base's rows."""
-        super().start()
-        rank = self.lora_a.shape[1]
-        down, up = principal_factors(weight_of(self.linear), rank)
-        root = mx.linalg.norm(up, axis=1)  # √S; 0 where there are fewer directions
-        self.lora_a = down * root
-        self.lora_b = up / mx.where(root > 0, root, 1.0)[:, None]
-        self.core = mx.zeros((rank, rank))
-        self.freeze(keys=list(self.fixed), recurse=False)
+    def start(self, layer: VariantLinear, r: int) -> None:
+        """Take A and B from the base, R = 0."""
+        lora_a, lora_b = principal_factors(weight_of(layer.linear), r)
+        root = mx.linalg.norm(lora_b, axis=1)  # √S; 0 where there are fewer directions
+        layer.lora_a = lora_a * root
+        layer.lora_b = lora_b / mx.where(root > 0, root, 1.0)[:, None]
+        layer.core = mx.zeros((r, r))
 
-    def factors(self) -> tuple[mx.array, mx.array]:
+    def factors(self, layer: VariantLinear) -> tuple[mx.array, mx.array]:
         """A ``(in, r)`` and BR ``(r, out)``."""
-        return self["lora_a"], self["core"] @ self["lora_b"]
+        return layer["lora_a"], layer["core"] @ layer["lora_b"]
 
-    def export(self) -> DoRALinear:
+    def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
         """The same as plain DoRA of the same rank."""
-        return plain_layer(self, *self.factors(), self["m"])
+        return *self.factors(layer), layer["m"]

@@ -2,15 +2,17 @@
 
 import mlx.core as mx
 
-from mlx_dora.kernels.reference import row_gain
 from mlx_dora.layers._base import weight_of
-from mlx_dora.layers.linear import DoRALinear
-from mlx_dora.layers.variants._compose import scaled_sum
-from mlx_dora.layers.variants._plain import plain_layer
+from mlx_dora.layers.variants.parametrisation import (
+    Parametrisation,
+    VariantLinear,
+    scaled_sum,
+)
+from mlx_dora.matrix.terms import row_gain
 
 
-class MagnitudeLinear(DoRALinear):
-    r"""A linear layer whose direction stays the base's.
+class Magnitude(Parametrisation):
+    r"""A direction that stays the base's.
 
     .. math:: y = \frac{m}{\lVert W_0 \rVert} \circ (W_0 x) + b
 
@@ -20,21 +22,27 @@ class MagnitudeLinear(DoRALinear):
     Parameter: ``m`` ``(out,)``, float32. Exports with A = B = 0 of rank 1.
     """
 
-    def start(self) -> None:
-        """Set m = ‖W0‖, and let go of the factors."""
-        super().start()
-        del self.lora_a, self.lora_b
+    name = "magnitude"
+    has_norm = False
 
-    def norm(self) -> mx.array:
-        """‖W0‖ of each row. Shape ``(out,)``, float32."""
-        return mx.sqrt(self["_squared_base"])
+    def start(self, layer: VariantLinear, r: int) -> None:
+        """Let go of the factors."""
+        del layer.lora_a, layer.lora_b
 
-    def adapted(self, x: mx.array, y: mx.array) -> mx.array:
+    def factors(self, layer: VariantLinear) -> tuple[mx.array, mx.array]:
+        """Zeros of rank 1."""
+        out, width = weight_of(layer.linear).shape
+        return mx.zeros((width, 1)), mx.zeros((1, out))
+
+    def gain(self, layer: VariantLinear) -> mx.array:
+        """m/‖W0‖."""
+        return row_gain(layer.m, mx.sqrt(layer["_squared_base"]))
+
+    def output(self, layer: VariantLinear, x: mx.array, y: mx.array) -> mx.array:
         """The output for input `x`, given the base's."""
-        gain = row_gain(self.m, self.norm())
-        return scaled_sum(y, gain, offset=self.offset(gain))
+        g = self.gain(layer)
+        return scaled_sum(y, g, offset=layer.bias_offset(g))
 
-    def export(self) -> DoRALinear:
+    def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
         """The same as plain DoRA of rank 1."""
-        out, width = weight_of(self.linear).shape
-        return plain_layer(self, mx.zeros((width, 1)), mx.zeros((1, out)), self["m"])
+        return *self.factors(layer), layer["m"]

@@ -3,15 +3,18 @@
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.layers.linear import DoRALinear
-from mlx_dora.layers.variants._compose import scaled_sum
-from mlx_dora.layers.variants._plain import exact_norm, plain_layer
+from mlx_dora.layers.variants.parametrisation import (
+    Parametrisation,
+    VariantLinear,
+    exact_norm,
+    scaled_sum,
+)
 
 EPSILON = 1e-6
 
 
-class MAPLinear(DoRALinear):
-    r"""A linear layer as two normalised matrices with a trained scalar each.
+class MAP(Parametrisation):
+    r"""Two normalised matrices with a trained scalar each.
 
     .. math:: W' = \alpha \frac{W_0}{\lVert W_0 \rVert_F + \epsilon}
         + s\,\beta \frac{BA}{\lVert BA \rVert_F + \epsilon}
@@ -27,53 +30,55 @@ class MAPLinear(DoRALinear):
     m' = α/(‖W0‖_F + ε)·‖W0 + sB'A‖ of each row.
     """
 
-    alpha: mx.array
-    beta: mx.array
+    name = "map"
+    has_norm = False
 
-    def start(self) -> None:
+    def start(self, layer: VariantLinear, r: int) -> None:
         """Set α = ‖W0‖_F + ε, so that W' = W0 exactly, β = 0 and a random B."""
-        rank, out = self.lora_b.shape
+        del layer.m
+        rank, out = layer.lora_b.shape
         bound = 1 / rank**0.5
-        self.lora_b = mx.random.uniform(low=-bound, high=bound, shape=(rank, out))
-        self.alpha = self._base_length()
-        self.beta = mx.array(0.0)
+        layer.lora_b = mx.random.uniform(low=-bound, high=bound, shape=(rank, out))
+        layer.alpha = _base_length(layer)
+        layer.beta = mx.array(0.0)
 
-    def hold_norm(self) -> None:
-        """Nothing to hold: the norms are differentiated."""
+    def gain(self, layer: VariantLinear) -> mx.array:
+        """α/(‖W0‖_F + ε), of the base's part alone."""
+        return layer["alpha"] / _base_length(layer)
 
-    def _base_length(self) -> mx.array:
-        return mx.sqrt(self["_squared_base"].sum()) + EPSILON
-
-    def _update_length(self) -> mx.array:
-        # ‖BA‖² = ⟨AᵀA, BBᵀ⟩: arrays of (r, r).
-        a, b = self["lora_a"], self["lora_b"]
-        squared = ((a.T @ a) * (b @ b.T)).sum()
-        lives = squared > 0  # the square root has no gradient at 0
-        root = mx.sqrt(mx.where(lives, squared, 1.0))
-        return mx.where(lives, root, 0.0) + EPSILON
-
-    def adapted(self, x: mx.array, y: mx.array) -> mx.array:
+    def output(self, layer: VariantLinear, x: mx.array, y: mx.array) -> mx.array:
         """The output for input `x`, given the base's."""
-        gain = self.alpha / self._base_length()
-        low = self.dropout(x) @ self.lora_a.astype(x.dtype)
-        up = (self.scale * self.beta / self._update_length()) * self.lora_b
-        return scaled_sum(y, gain, low, up, self.offset(gain))
+        g = self.gain(layer)
+        low = layer.dropout(x) @ layer.lora_a.astype(x.dtype)
+        up = (layer.scale * layer["beta"] / _update_length(layer)) * layer.lora_b
+        return scaled_sum(y, g, low, up, layer.bias_offset(g))
 
-    def export(self) -> DoRALinear:
+    def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
         """The same as plain DoRA of the same rank.
 
         Raises:
             DoRAError: If α is 0: nothing is left of the base, and no DoRA adapter can
                 say that.
         """
-        alpha, beta, lora_a = self["alpha"], self["beta"], self["lora_a"]
+        alpha, beta, lora_a = layer["alpha"], layer["beta"], layer["lora_a"]
         if alpha == 0:
             raise DoRAError(
                 "MAP: alpha is exactly 0, which no DoRA adapter can express; lower the "
                 "learning rate."
             )
-        gain = alpha / self._base_length()
-        lora_b = (beta / (gain * self._update_length())) * self["lora_b"]
-        return plain_layer(
-            self, lora_a, lora_b, gain * exact_norm(self, lora_a, lora_b)
-        )
+        g = self.gain(layer)
+        lora_b = (beta / (g * _update_length(layer))) * layer["lora_b"]
+        return lora_a, lora_b, g * exact_norm(layer, lora_a, lora_b)
+
+
+def _base_length(layer: VariantLinear) -> mx.array:
+    return mx.sqrt(layer["_squared_base"].sum()) + EPSILON
+
+
+def _update_length(layer: VariantLinear) -> mx.array:
+    # ‖BA‖² = ⟨AᵀA, BBᵀ⟩: arrays of (r, r).
+    a, b = layer["lora_a"], layer["lora_b"]
+    squared = ((a.T @ a) * (b @ b.T)).sum()
+    lives = squared > 0  # the square root has no gradient at 0
+    root = mx.sqrt(mx.where(lives, squared, 1.0))
+    return mx.where(lives, root, 0.0) + EPSILON

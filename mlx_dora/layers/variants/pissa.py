@@ -5,17 +5,16 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.kernels.rows import Weight, row_blocks
 from mlx_dora.layers._base import weight_of
-from mlx_dora.layers.linear import DoRALinear
-from mlx_dora.layers.variants._plain import plain_layer
+from mlx_dora.layers.variants.parametrisation import Parametrisation, VariantLinear
+from mlx_dora.matrix.weight import Weight, row_blocks
 
 # The subspace is iterated this often, with so many directions more than the rank.
 _PASSES = 8
 _SPARE = 8
 
 
-class PissaLinear(DoRALinear):
+class PiSSA(Parametrisation):
     r"""DoRA whose low-rank part starts as W0's own largest directions.
 
     .. math:: y = m \circ \frac{W_0 x + s\,(B(Ax) - B_0(A_0x))}
@@ -30,29 +29,27 @@ class PissaLinear(DoRALinear):
     ``(r, out)``. Exports at rank 2r: A' = [A, A0], B' = [B; −B0].
     """
 
+    name = "pissa"
     fixed = ("start_a", "start_b")
-    cached = (*DoRALinear.cached, *fixed)
+    cached = ("m", "lora_a", "lora_b", *fixed)
 
-    def start(self) -> None:
-        """Take A0 and B0 from the base, A and B from them, m from the base's rows."""
-        super().start()
-        rank = self.lora_a.shape[1]
-        down, up = principal_factors(weight_of(self.linear), rank)
-        size = 1 / self.scale**0.5
-        self.start_a, self.start_b = down * size, up * size
-        self.lora_a, self.lora_b = self.start_a, self.start_b
-        self.freeze(keys=list(self.fixed), recurse=False)
+    def start(self, layer: VariantLinear, r: int) -> None:
+        """Take A0 and B0 from the base, and A and B from them."""
+        lora_a, lora_b = principal_factors(weight_of(layer.linear), r)
+        size = 1 / layer.scale**0.5
+        layer.start_a, layer.start_b = lora_a * size, lora_b * size
+        layer.lora_a, layer.lora_b = layer.start_a, layer.start_b
 
-    def factors(self) -> tuple[mx.array, mx.array]:
+    def factors(self, layer: VariantLinear) -> tuple[mx.array, mx.array]:
         """[A, A0] and [B; −B0]: the update of the original base, of rank 2r."""
         return (
-            mx.concatenate([self["lora_a"], self["start_a"]], axis=1),
-            mx.concatenate([self["lora_b"], -self["start_b"]]),
+            mx.concatenate([layer["lora_a"], layer["start_a"]], axis=1),
+            mx.concatenate([layer["lora_b"], -layer["start_b"]]),
         )
 
-    def export(self) -> DoRALinear:
+    def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
         """The same as plain DoRA of rank 2r."""
-        return plain_layer(self, *self.factors(), self["m"])
+        return *self.factors(layer), layer["m"]
 
 
 def principal_factors(weight: Weight, rank: int) -> tuple[mx.array, mx.array]:
@@ -66,32 +63,35 @@ def principal_factors(weight: Weight, rank: int) -> tuple[mx.array, mx.array]:
         rank: How many.
 
     Returns:
-        Down ``(in, rank)`` and up ``(rank, out)``, float32, evaluated. Where the
+        A ``(in, rank)`` and B ``(rank, out)``, float32, evaluated. Where the
         matrix has fewer directions than `rank`, zeros.
     """
     out, width = weight.shape
     count = min(rank + _SPARE, out, width)
     basis = np.array(mx.random.normal((width, count)))
     for _ in range(_PASSES):
-        turned = mx.array(_orthogonal(basis))
+        directions = mx.array(_orthogonal(basis))
         total = mx.zeros((width, count))
         for _, block in row_blocks(weight):
             full = block.astype(mx.float32)
-            total = total + full.T @ (full @ turned)
+            total = total + full.T @ (full @ directions)
             mx.eval(total)
         basis = np.array(total)
     right = _orthogonal(basis)
-    turned = mx.array(right)
-    parts = [block.astype(mx.float32) @ turned for _, block in row_blocks(weight)]
+    directions = mx.array(right)
+    parts = [block.astype(mx.float32) @ directions for _, block in row_blocks(weight)]
     left, sizes, mixed = np.linalg.svd(
         np.array(mx.concatenate(parts), np.float64), full_matrices=False
     )
     root = np.sqrt(sizes[:rank])
-    down = (right @ mixed.T)[:, :rank] * root
-    up = (left[:, :rank] * root).T
+    lora_a = (right @ mixed.T)[:, :rank] * root
+    lora_b = (left[:, :rank] * root).T
     lacking = rank - root.size
-    down, up = np.pad(down, ((0, 0), (0, lacking))), np.pad(up, ((0, lacking), (0, 0)))
-    found = mx.array(down.astype(np.float32)), mx.array(up.astype(np.float32))
+    lora_a, lora_b = (
+        np.pad(lora_a, ((0, 0), (0, lacking))),
+        np.pad(lora_b, ((0, lacking), (0, 0))),
+    )
+    found = mx.array(lora_a.astype(np.float32)), mx.array(lora_b.astype(np.float32))
     mx.eval(*found)
     return found
 

@@ -3,13 +3,16 @@
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.layers.linear import DoRALinear
-from mlx_dora.layers.variants._compose import scaled_sum
-from mlx_dora.layers.variants._plain import exact_norm, plain_layer
+from mlx_dora.layers.variants.parametrisation import (
+    Parametrisation,
+    VariantLinear,
+    exact_norm,
+    scaled_sum,
+)
 
 
-class PreDiagLinear(DoRALinear):
-    r"""A linear layer that rescales the base's rows alone.
+class PreDiag(Parametrisation):
+    r"""A diagonal that rescales the base's rows alone.
 
     .. math:: y = d \circ (W_0 x) + s\,B(Ax) + b
 
@@ -20,33 +23,38 @@ class PreDiagLinear(DoRALinear):
     float32. Exports with B'_j = B_j/d_j and m'_j = d_j·‖W0 + sB'A‖_j.
     """
 
-    d: mx.array
+    name = "prediag"
+    has_norm = False
 
-    def start(self) -> None:
-        """Set d = 1."""
-        self.d = mx.ones_like(self["_squared_base"])
+    def start(self, layer: VariantLinear, r: int) -> None:
+        """Set d = 1 in the place of m."""
+        del layer.m
+        layer.d = mx.ones_like(layer["_squared_base"])
 
-    def hold_norm(self) -> None:
-        """Nothing to hold: there is no norm."""
+    def gain(self, layer: VariantLinear) -> mx.array:
+        """The diagonal d, of the base's part alone."""
+        return layer["d"]
 
-    def adapted(self, x: mx.array, y: mx.array) -> mx.array:
+    def output(self, layer: VariantLinear, x: mx.array, y: mx.array) -> mx.array:
         """The output for input `x`, given the base's."""
-        low = self.dropout(x) @ self.lora_a.astype(x.dtype)
-        return scaled_sum(y, self.d, low, self.scale * self.lora_b, self.offset(self.d))
+        d = self.gain(layer)
+        low = layer.dropout(x) @ layer.lora_a.astype(x.dtype)
+        up = layer.scale * layer.lora_b
+        return scaled_sum(y, d, low, up, layer.bias_offset(d))
 
-    def export(self) -> DoRALinear:
+    def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
         """The same as plain DoRA of the same rank.
 
         Raises:
             DoRAError: If an entry of d is 0: the base's row is gone, and no DoRA
                 adapter can say that.
         """
-        d, lora_a = self["d"], self["lora_a"]
+        d, lora_a = layer["d"], layer["lora_a"]
         gone = int((d == 0).sum())
         if gone:
             raise DoRAError(
                 f"Pre-Diag: {gone} entries of d are exactly 0, which no DoRA adapter "
                 "can express; lower the learning rate."
             )
-        lora_b = self["lora_b"] / d
-        return plain_layer(self, lora_a, lora_b, d * exact_norm(self, lora_a, lora_b))
+        lora_b = layer["lora_b"] / d
+        return lora_a, lora_b, d * exact_norm(layer, lora_a, lora_b)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.kernels.rows import row_norms
+from mlx_dora.matrix.weight import row_norms
 from mlx_dora.merge.adapters.factored import NOT_FINITE, MergedMatrix, single
 from mlx_dora.merge.methods import method_named
 from mlx_dora.merge.methods.blockwise import joined

@@ -21,9 +21,8 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.io.finite import refuse_not_finite
 from mlx_dora.kernels import fused_weight
-from mlx_dora.kernels.quantized import QuantizedWeight
-from mlx_dora.kernels.rows import Weight, matrices
 from mlx_dora.layers import dora_class, weight_of
+from mlx_dora.matrix.weight import dense, matrices
 from mlx_dora.merge.adapters.dense import factor, row_norm
 from mlx_dora.progress import Progress
 
@@ -194,7 +193,7 @@ def _extract(
     layers, parts = [], []
     pairs = zip(named_matrices(path, base), matrices(tuned), strict=True)
     for (name, old), new in pairs:
-        weight, goal = _dense(old), _dense(new)
+        weight, goal = dense(old).astype(mx.float32), dense(new).astype(mx.float32)
         if not mx.isfinite(goal).all() or not mx.isfinite(weight).all():
             raise DoRAError(f"{name} holds NaN or inf.")
         change = _length(goal - weight)
@@ -221,12 +220,6 @@ def _extract(
 def _length(matrix: mx.array) -> float:
     """Frobenius norm, of every size that float32 holds."""
     return float(np.linalg.norm(np.array(row_norm(matrix), np.float64)))
-
-
-def _dense(weight: Weight) -> mx.array:
-    if isinstance(weight, QuantizedWeight):
-        weight = weight.dequantize()
-    return weight.astype(mx.float32)
 
 
 def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> list[str]:

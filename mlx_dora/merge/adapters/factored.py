@@ -15,14 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.factored import (
-    AdaptedMatrix,
-    RowGrams,
-    Update,
-    float32_rows,
-    row_grams,
-)
-from mlx_dora.kernels.rows import Weight
+from mlx_dora.matrix import Adapted, Factors, LowRank, RowGrams, Weight, row_grams
+from mlx_dora.matrix.low_rank import side_by_side
+from mlx_dora.matrix.weight import float32_rows
 from mlx_dora.merge.methods import method_named
 from mlx_dora.merge.methods.directions import heaviest
 from mlx_dora.merge.methods.rows import Combination, Rows, of_changes
@@ -69,7 +64,7 @@ class MergedMatrix:
 
 def merge_matrix(
     weight: Weight,
-    inputs: Sequence[AdaptedMatrix],
+    inputs: Sequence[Adapted],
     weights: np.ndarray,
     *,
     method: str,
@@ -99,19 +94,21 @@ def merge_matrix(
     is_zero = np.abs(beta).sum(1) == 0
     beta = np.where(is_zero[:, None], heaviest(weights), beta)
     share = np.where(is_zero, 1.0, share)
-    lora_a, up = _stack(inputs, beta / share[:, None])
+    merged = _side_by_side(inputs, beta / share[:, None])
     if rows := np.flatnonzero(found.cancelled & ~opposed).tolist():
         dense = np.array(float32_rows(weight, mx.array(rows)), np.float64)
-        dense = share[rows, None] * (dense + up[rows] @ lora_a.T)
+        dense = share[rows, None] * (dense + merged.rows(np.array(rows)))
         length[rows] = np.linalg.norm(dense, axis=1)
     discarded = 0.0
-    if rank is not None and rank < lora_a.shape[1]:
+    if rank is not None and rank < merged.a.shape[1]:
+        if not (np.isfinite(merged.a).all() and np.isfinite(merged.b).all()):
+            raise DoRAError(NOT_FINITE)
         safe = np.where(is_zero, 1.0, np.abs(share))
-        lora_a, up, discarded = cut_rank(lora_a, up, rank, safe)
+        merged, discarded = merged.cut(rank, safe)
     m = np.sign(share) * length
     return MergedMatrix(
-        lora_a=single(lora_a),
-        lora_b=single((up / scale).T),
+        lora_a=single(merged.a),
+        lora_b=single((merged.b / scale).T),
         m=single(m),
         scale=scale,
         opposed=int(opposed.sum()),
@@ -122,8 +119,8 @@ def merge_matrix(
 
 
 def _combination(
-    method: str, weight: Weight, inputs: Sequence[AdaptedMatrix], weights: np.ndarray
-) -> tuple[Combination, np.ndarray, np.ndarray, list[AdaptedMatrix], RowGrams]:
+    method: str, weight: Weight, inputs: Sequence[Adapted], weights: np.ndarray
+) -> tuple[Combination, np.ndarray, np.ndarray, list[Adapted], RowGrams]:
     """How to merge each row, with what it is made from.
 
     Returns:
@@ -138,7 +135,7 @@ def _combination(
         last = 1 - weights.sum(1, keepdims=True)
         weights = np.concatenate([weights, last], axis=1)
     grams = row_grams(weight, [one.update for one in inputs])
-    norm = np.sqrt(np.maximum(np.einsum("jii->ji", grams.inner), 0.0))
+    norm = grams.norm
     if not (norm <= np.finfo(np.float32).max).all():
         raise DoRAError(NOT_FINITE)
     lengths = [
@@ -156,11 +153,11 @@ def _combination(
     return found, norm, weights, inputs, grams
 
 
-def _unchanged(one: AdaptedMatrix) -> AdaptedMatrix:
+def _unchanged(one: Adapted) -> Adapted:
     """The base as an input: an update of rank 0."""
     width, out = one.update.lora_a.shape[0], one.update.lora_b.shape[1]
-    nothing = Update(lora_a=mx.zeros((width, 0)), lora_b=mx.zeros((0, out)), scale=0.0)
-    return AdaptedMatrix(update=nothing, m=None)
+    nothing = LowRank(lora_a=mx.zeros((width, 0)), lora_b=mx.zeros((0, out)), scale=0.0)
+    return Adapted(update=nothing, m=None)
 
 
 def single(values: np.ndarray) -> mx.array:
@@ -183,53 +180,12 @@ def _keep_base(
     return beta, length, found.opposed | lost
 
 
-def _stack(
-    inputs: Sequence[AdaptedMatrix], shares: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _side_by_side(inputs: Sequence[Adapted], shares: np.ndarray) -> Factors:
     """All A side by side and the row-scaled s·B to match; an equal A appears once."""
-    downs: list[np.ndarray] = []
-    ups: list[np.ndarray] = []
-    for i, one in enumerate(inputs):
-        down = np.array(one.update.lora_a.astype(mx.float32), np.float64)
-        up = np.array(one.update.lora_b.astype(mx.float32), np.float64).T
-        up = one.update.scale * shares[:, i : i + 1] * up
-        for known, other in enumerate(downs):
-            if other.shape == down.shape and np.array_equal(other, down):
-                ups[known] = ups[known] + up
-                break
-        else:
-            downs.append(down)
-            ups.append(up)
-    return np.concatenate(downs, axis=1), np.concatenate(ups, axis=1)
-
-
-def cut_rank(
-    lora_a: np.ndarray, up: np.ndarray, rank: int, row_weight: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, float]:
-    r"""Best update of a smaller rank: QR of both factors, SVD of the small core.
-
-    .. math:: D\,B A = Q_b (R_b R_a^\top) Q_a^\top
-
-    with D the row weights: the Frobenius error of D·BA is the least possible (Eckart
-    and Young, 1936).
-
-    Args:
-        lora_a: Shape ``(in, R)``, float64.
-        up: s·Bᵀ. Shape ``(out, R)``, float64.
-        rank: The rank to keep.
-        row_weight: How much each row counts, above 0. Shape ``(out,)``.
-
-    Returns:
-        Factors of that rank, and the share of the squared norm that is lost.
-    """
-    if not (np.isfinite(lora_a).all() and np.isfinite(up).all()):
-        raise DoRAError(NOT_FINITE)
-    q_a, r_a = np.linalg.qr(lora_a)
-    q_b, r_b = np.linalg.qr(up * row_weight[:, None])
-    left, sizes, right = np.linalg.svd(r_b @ r_a.T)
-    total = float(np.square(sizes).sum())
-    root = np.sqrt(sizes[:rank])
-    new_up = (q_b @ left[:, :rank]) * root / row_weight[:, None]
-    new_a = (q_a @ right[:rank].T) * root
-    lost = float(np.square(sizes[rank:]).sum())
-    return new_a, new_up, lost / total if total else 0.0
+    factors = [adapted.update.float64() for adapted in inputs]
+    return side_by_side(
+        [
+            Factors(a=one.a, b=shares[:, i : i + 1] * one.b)
+            for i, one in enumerate(factors)
+        ]
+    )

@@ -14,10 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.kernels.quantized import QuantizedWeight
-from mlx_dora.kernels.rows import Weight
+from mlx_dora.matrix import Adapted, Weight, row_gain
+from mlx_dora.matrix.weight import dense
 from mlx_dora.merge.adapters.dense import factor, row_norm
-from mlx_dora.merge.adapters.factored import AdaptedMatrix, MergedMatrix, merge_matrix
+from mlx_dora.merge.adapters.factored import MergedMatrix, merge_matrix
 from mlx_dora.merge.fisher.information import informed_weights
 from mlx_dora.merge.methods import elementwise
 
@@ -27,7 +27,7 @@ _LEANS = 0.1
 
 def merge_informed(
     weight: Weight,
-    inputs: Sequence[AdaptedMatrix],
+    inputs: Sequence[Adapted],
     weights: np.ndarray,
     informations: Sequence[mx.array | None],
     *,
@@ -69,22 +69,20 @@ def merge_informed(
 
 def _by_element(
     weight: Weight,
-    inputs: Sequence[AdaptedMatrix],
+    inputs: Sequence[Adapted],
     weights: np.ndarray,
     known: Sequence[mx.array],
     scale: float,
     rank: int | None,
 ) -> MergedMatrix:
-    base = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
-    base = base.astype(mx.float32)
+    base = dense(weight).astype(mx.float32)
     rows, gains = [], []
     for one in inputs:
         update = one.update
-        row = base + update.scale * (update.lora_a @ update.lora_b).T
+        row = base + update.rows(slice(None))
         norm = row_norm(row)
-        has_row = norm > 0
         length = norm if one.m is None else one.m.astype(mx.float32)
-        gain = mx.where(has_row, length / mx.where(has_row, norm, 1.0), 0.0)
+        gain = row_gain(length, norm)
         rows.append(gain[:, None] * row)
         gains.append(np.array(gain, np.float64))
     merged = elementwise.fisher(rows, known, [float(one) for one in weights[0]])

@@ -6,10 +6,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.factored import AdaptedMatrix
 from mlx_dora.io.finite import all_finite
-from mlx_dora.kernels.quantized import QuantizedWeight
-from mlx_dora.kernels.rows import Weight
+from mlx_dora.matrix import Adapted, Weight
+from mlx_dora.matrix.weight import dense
 from mlx_dora.merge.adapters.dense import Options, factor, merge_apart, row_norm
 from mlx_dora.merge.adapters.factored import NOT_FINITE, MergedMatrix, merge_matrix
 from mlx_dora.merge.adapters.informed import merge_informed
@@ -18,7 +17,7 @@ from mlx_dora.merge.methods import method_named
 
 def merge_one(
     weight: Weight,
-    inputs: Sequence[AdaptedMatrix],
+    inputs: Sequence[Adapted],
     shares: np.ndarray,
     method: str,
     rank: int | None,
@@ -59,7 +58,7 @@ def merge_one(
     return _merge_densely(weight, inputs, shares, method, rank, target, options)
 
 
-def _unchanged(only: AdaptedMatrix, m: mx.array, target: float) -> MergedMatrix:
+def _unchanged(only: Adapted, m: mx.array, target: float) -> MergedMatrix:
     """An adapter as it is, but for the one scale that a folder has."""
     update = only.update
     up = update.lora_b * (update.scale / target)
@@ -73,7 +72,7 @@ def _unchanged(only: AdaptedMatrix, m: mx.array, target: float) -> MergedMatrix:
 
 def _merge_densely(
     weight: Weight,
-    inputs: Sequence[AdaptedMatrix],
+    inputs: Sequence[Adapted],
     shares: np.ndarray,
     method: str,
     rank: int | None,
@@ -82,12 +81,11 @@ def _merge_densely(
 ) -> MergedMatrix:
     if np.ptp(shares, axis=0).any():
         raise DoRAError(f"{method} takes one weight an adapter, not one a row.")
-    base = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
-    base = base.astype(mx.float32)
+    base = dense(weight).astype(mx.float32)
     directions, magnitudes = [], []
     for one in inputs:
         update = one.update
-        directions.append(base + update.scale * (update.lora_a @ update.lora_b).T)
+        directions.append(base + update.rows(slice(None)))
         if not all_finite(directions[-1]):
             raise DoRAError(NOT_FINITE)
         magnitudes.append(row_norm(directions[-1]) if one.m is None else one.m)

@@ -3,7 +3,7 @@ r"""Merging rows by magnitude and direction: coefficients from inner products al
 Every method here returns a row that is a combination of the rows it merges,
 :math:`W'_j = \sum_i \beta_{ij} V_{ij}`. The β need only the N×N inner products of the
 rows, so the same functions serve dense weights and DoRA adapters, whose inner products
-are factored (`mlx_dora.factored.row_grams`); see ``docs/merging.md``. All in float64.
+are factored (`mlx_dora.matrix.row_grams`); see ``docs/merging.md``. All in float64.
 
 ``gram`` is that of the unit directions, shape ``(rows, N, N)``; ``weights`` is
 ``(rows, N)`` and sums to 1 over the N.

@@ -12,13 +12,13 @@ from functools import cached_property
 import numpy as np
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.matrix.grams import gram_norm
+from mlx_dora.matrix.terms import cancels
 from mlx_dora.merge.methods import directions
 from mlx_dora.merge.methods.directions import heaviest, length_of, moved_weights
 
 # A mean of directions shorter than this share of its parts has no sure direction.
 _VANISHES = 1e-3
-# A sum whose square is below this share of its parts' is noise in factored form.
-_CANCELS = 2.0**-6
 # Where mergekit's cosine is above it, its slerp interpolates linearly.
 _COLLINEAR = 0.9995
 
@@ -49,7 +49,7 @@ class Rows:
     @cached_property
     def norm(self) -> np.ndarray:
         """Lengths before scaling. Shape ``(rows, N)``."""
-        return np.sqrt(np.maximum(np.einsum("jii->ji", self.inner), 0.0))
+        return gram_norm(self.inner)
 
     @cached_property
     def has_direction(self) -> np.ndarray:
@@ -192,7 +192,7 @@ def of_changes(rows: Rows, function: RowFunction) -> Combination:
     inner = rows.inner * put[:, :, None] * put[:, None, :]
     moved = inner[:, :-1, :-1] - inner[:, :-1, -1:] - inner[:, -1:, :-1]
     moved = moved + inner[:, -1:, -1:]
-    size = np.sqrt(np.maximum(np.einsum("jii->ji", moved), 0.0))
+    size = gram_norm(moved)
     weights = rows.weights[:, :-1]
     found = function(Rows(inner=moved, magnitude=size, weights=weights))
     beta = found.coefficients
@@ -213,7 +213,7 @@ def _sum(rows: Rows, weights: np.ndarray) -> Combination:
         coefficients=alpha * rows.to_unit,
         length=total,
         opposed=np.zeros(len(alpha), bool),
-        cancelled=(np.square(total) < _CANCELS * parts) & (parts > 0),
+        cancelled=cancels(np.square(total), parts) & (parts > 0),
     )
 
 

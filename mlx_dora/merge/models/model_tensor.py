@@ -10,7 +10,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import ShardWriter
 from mlx_dora.io.derived import is_buffer
 from mlx_dora.io.finite import all_finite, is_finite
-from mlx_dora.kernels.quantized import QuantizedWeight
+from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.merge.methods.blockwise import BLOCK, Tensor, held, joined
 from mlx_dora.merge.methods.settings import TensorSettings
 from mlx_dora.merge.models.informed import merge_informed_tensor

@@ -11,7 +11,7 @@ from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.io.derived import head_and_embedding, is_buffer, ties_embeddings
 from mlx_dora.io.json import read_object
 from mlx_dora.io.stored import STREAMED
-from mlx_dora.kernels.quantized import QuantizedWeight
+from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.merge.methods.blockwise import Tensor
 
 _DTYPES = {

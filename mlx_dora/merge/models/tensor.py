@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.matrix.grams import gram_norm
 from mlx_dora.merge.methods import MergeMethod, blockwise, elementwise, method_named
 from mlx_dora.merge.methods.blockwise import Tensor
 from mlx_dora.merge.methods.rows import RowFunction, Rows
@@ -222,7 +223,7 @@ def _coefficients(
     base_norm: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
     """How much of each row goes into the merged rows, and how many rows cancel."""
-    length = np.sqrt(np.einsum("jii->ji", inner))
+    length = gram_norm(inner)
     rows = Rows(inner=inner, magnitude=length, weights=shares, base_norm=base_norm)
     found = function(rows)
     return found.coefficients, int(found.opposed.sum())

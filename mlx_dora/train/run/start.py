@@ -16,8 +16,9 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.gate import check_dtypes, read_tensors
 from mlx_dora.io.header import read_header
 from mlx_dora.io.output import Inputs, refuse_inputs
-from mlx_dora.layers.variants import layer_class
-from mlx_dora.layers.variants.doran_aux import DoRANAuxLinear
+from mlx_dora.layers import check_adaptable
+from mlx_dora.layers.variants.doran_aux import DoRANAux
+from mlx_dora.layers.wrap import is_adapted_as
 from mlx_dora.train.config import FineTuneType, TrainConfig
 from mlx_dora.train.run.checkpoint import FOLDER_NAME as CHECKPOINTS
 from mlx_dora.train.run.checkpoint import WEIGHTS_NAME, has_checkpoints
@@ -53,11 +54,11 @@ def make_trainable(
     if present:
         wanted = variants_of(model, config, [path for path, _ in present])
         for path, layer in present:
-            kind = layer_class(layer.base, wanted[path])
-            if type(layer) is not kind:
+            check_adaptable(layer.base, wanted[path])
+            if not is_adapted_as(layer, wanted[path]):
                 raise DoRAError(
-                    f"the model's layer {path} is a {type(layer).__name__}, the config "
-                    f"asks for a {kind.__name__}."
+                    f"the model's layer {path} is adapted as {layer.variant}, the "
+                    f"config asks for {wanted[path]}."
                 )
             if "lora_b" not in layer:  # only a magnitude
                 continue
@@ -69,7 +70,7 @@ def make_trainable(
                     f"the model's DoRA layer {path} has rank and scale {actual}, the "
                     f"config says {expected}."
                 )
-            if isinstance(layer, DoRANAuxLinear) and layer.room != config.aux_width:
+            if layer.variant == DoRANAux.name and layer.room != config.aux_width:
                 raise DoRAError(
                     f"the model's layer {path} has aux_width {layer.room}, the config "
                     f"says {config.aux_width}."

@@ -3,7 +3,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_dora.layers.variants.edora import EDoRALinear
+from mlx_dora.layers.variants.edora import EDoRA
 from tests.checks import assert_close, to_numpy
 from tests.layers.oracle import dense_weight
 
@@ -23,7 +23,7 @@ def decaying(out: int, width: int) -> nn.Linear:
 def test_the_factors_are_the_bases_largest_directions() -> None:
     mx.random.seed(0)
     base = decaying(20, 30)
-    layer = EDoRALinear.from_base(base, r=4)
+    layer = EDoRA.adapt(base, r=4)
     left, sizes, right = np.linalg.svd(dense_weight(base), full_matrices=False)
     down, up = to_numpy(layer.lora_a), to_numpy(layer.lora_b)
     signs = np.sign((up * left[:, :4].T).sum(axis=1))
@@ -36,7 +36,7 @@ def test_the_factors_are_the_bases_largest_directions() -> None:
 
 
 def test_r_and_m_alone_are_trained() -> None:
-    layer = EDoRALinear.from_base(nn.Linear(12, 9).freeze(), r=3)
+    layer = EDoRA.adapt(nn.Linear(12, 9).freeze(), r=3)
     flat = dict(tree_flatten(layer.trainable_parameters()))
     assert {name: value.shape for name, value in flat.items()} == {
         "core": (3, 3),
@@ -45,7 +45,7 @@ def test_r_and_m_alone_are_trained() -> None:
 
 
 def test_a_rank_above_the_matrix_is_filled_with_zeros() -> None:
-    layer = EDoRALinear.from_base(nn.Linear(12, 3).freeze(), r=5)
+    layer = EDoRA.adapt(nn.Linear(12, 3).freeze(), r=5)
     assert not mx.any(layer.lora_a[:, 3:])
     assert not mx.any(layer.lora_b[3:])
     assert mx.isfinite(layer.lora_b).all()

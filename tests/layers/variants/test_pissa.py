@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_dora.layers.variants.pissa import PissaLinear, principal_factors
+from mlx_dora.layers.variants.pissa import PiSSA, principal_factors
 from tests.checks import to_numpy
 from tests.layers.oracle import dense_weight, quantized
 
@@ -32,23 +32,23 @@ def test_the_start_is_the_best_approximation(shape: tuple[int, int]) -> None:
 def test_a_flat_spectrum_keeps_nearly_the_largest_share() -> None:
     mx.random.seed(0)
     linear = quantized(nn.Linear(256, 128), 64, 4)
-    layer = PissaLinear.from_base(linear, r=8, scale=4.0)
+    layer = PiSSA.adapt(linear, r=8, scale=4.0)
     weight = dense_weight(linear)
-    rest = weight - 4.0 * (to_numpy(layer.start_a) @ to_numpy(layer.start_b)).T
+    rest = weight - 4.0 * (to_numpy(layer["start_a"]) @ to_numpy(layer["start_b"])).T
     sizes, best = spectrum(weight, 8)
     kept = 1 - np.linalg.norm(rest) ** 2 / np.linalg.norm(weight) ** 2
     assert kept > 0.97 * np.linalg.norm(best) ** 2 / (sizes**2).sum()
 
 
 def test_only_the_moving_factors_are_trained() -> None:
-    layer = PissaLinear.from_base(nn.Linear(12, 9).freeze(), r=2, scale=1.0)
+    layer = PiSSA.adapt(nn.Linear(12, 9).freeze(), r=2, scale=1.0)
     names = {name for name, _ in tree_flatten(layer.trainable_parameters())}
     assert names == {"lora_a", "lora_b", "m"}
-    assert mx.array_equal(layer.lora_a, layer.start_a)
+    assert mx.array_equal(layer.lora_a, layer["start_a"])
 
 
 def test_a_rank_above_the_matrix_is_filled_with_zeros() -> None:
-    layer = PissaLinear.from_base(nn.Linear(12, 3, bias=False), r=5, scale=1.0)
+    layer = PiSSA.adapt(nn.Linear(12, 3, bias=False), r=5, scale=1.0)
     assert not mx.any(layer.lora_b[3:] != 0)
     x = mx.random.normal((4, 12))
     np.testing.assert_allclose(to_numpy(layer(x)), to_numpy(layer.linear(x)), atol=1e-5)

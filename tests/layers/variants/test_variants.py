@@ -10,8 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import DoRALinear
-from mlx_dora.layers.variants import layer_class
-from mlx_dora.layers.variants.registry import VARIANTS
+from mlx_dora.layers.wrap import VARIANTS, adapt, check_adaptable, is_adapted_as
 from tests.checks import BOUNDS, assert_close, to_numpy
 from tests.layers.oracle import dense_weight, quantized
 from tests.layers.variants.oracle import (
@@ -26,10 +25,27 @@ NAMES = sorted(VARIANTS)
 SCALE = 2.0
 
 
+# As in checkpoints: renaming one breaks the resuming of earlier runs.
+TRAINED = {
+    "adaptive": {"lora_a", "lora_b", "m"},
+    "doran": {"lora_a", "lora_b", "m", "t"},
+    "doran-aux": {"lora_a", "lora_b", "m", "t", "first.a", "first.b"},
+    "edora": {"core", "m"},
+    "magnitude": {"m"},
+    "map": {"lora_a", "lora_b", "alpha", "beta"},
+    "pissa": {"lora_a", "lora_b", "m"},
+    "prediag": {"lora_a", "lora_b", "d"},
+}
+FIXED = {
+    "adaptive": {"active"},
+    "edora": {"lora_a", "lora_b"},
+    "pissa": {"start_a", "start_b"},
+}
+
+
 def wrap(name: str, base: Any, r: int = 3, **settings: Any) -> Any:
     mx.random.seed(1)
-    kind = layer_class(base, name)
-    return kind.from_base(base, r=r, scale=SCALE, **settings)
+    return adapt(base, name, r=r, scale=SCALE, **settings)
 
 
 def linear(width: int = 12, out: int = 9, bias: bool = True) -> nn.Linear:
@@ -122,6 +138,22 @@ def test_an_untrained_layer_is_its_base(name: str, dtype: mx.Dtype) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_parameters_keep_the_names_of_checkpoints(name: str) -> None:
+    layer = wrap(name, linear())
+    assert set(trained(layer)) == TRAINED[name]
+    assert set(layer.fixed) == FIXED.get(name, set())
+    base = {"linear.weight", "linear.bias"}
+    everything = TRAINED[name] | FIXED.get(name, set()) | base
+    assert set(arrays(layer.parameters())) == everything
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_variant_takes_no_other_base(name: str) -> None:
+    with pytest.raises(DoRAError, match="cannot take another base"):
+        wrap(name, linear()).set_base(linear())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_untrained_layer_learns(name: str) -> None:
     layer = wrap(name, linear())
     x = mx.random.normal((5, 12))
@@ -151,6 +183,8 @@ def test_the_export_is_exact(name: str, base: str) -> None:
     if base in ("dense", "bias"):
         assert_close(exported.fuse().weight, weight, bound=3e-6)
     assert exported.linear is module
+    assert is_adapted_as(layer, name)
+    assert is_adapted_as(exported, "dora")
     rank = {"pissa": 6, "magnitude": 1}.get(name, 3)
     assert exported.lora_a.shape == (128, rank)
 
@@ -207,7 +241,7 @@ def test_what_is_not_a_linear_layer_is_refused_by_name(name: str) -> None:
     for module in others:
         kind = type(module).__name__
         with pytest.raises(DoRAError, match=f"{kind} cannot take {name}, which adapts"):
-            layer_class(module, name)
+            check_adaptable(module, name)
 
 
 def test_what_no_adapter_can_say_is_refused() -> None:

@@ -115,7 +115,7 @@ def test_refusals(make_tuned, tmp_path: Path) -> None:
         ({"energy": 1.5}, "energy must be"),
         ({"rank": 2, "keys": ["q_pro"]}, "no module is called 'q_pro'"),
         ({"rank": 2, "save_path": tmp_path / "there"}, "already exists"),
-        ({"rank": 2, "save_path": tmp_path / "tuned"}, "is the input"),
+        ({"rank": 2, "save_path": tmp_path / "tuned"}, "tuned is the input"),
     ]
     for kw, message in cases:
         with pytest.raises(DoRAError, match=message):

@@ -6,10 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dora.factored import Update
-from mlx_dora.kernels.quantized import QuantizedWeight
-from mlx_dora.kernels.rows import Weight
-from mlx_dora.merge.adapters.factored import AdaptedMatrix, cut_rank, merge_matrix
+from mlx_dora.matrix import Adapted, Factors, LowRank, QuantizedWeight, Weight
+from mlx_dora.merge.adapters.factored import merge_matrix
 from tests.checks import assert_close, to_numpy
 from tests.merge.matrices import adapted, make_input, make_weight
 from tests.merge.names import MEANS, SUMS
@@ -56,7 +54,7 @@ def test_two_adapters_of_unlike_rank_and_scale(method, bits):
 def test_eight_adapters(method, bits):
     weight, dense = make_weight(bits=bits)
     inputs = [make_input(dense, 2 + i, 0.5 + i, i, size=0.2) for i in range(8)]
-    inputs[3] = AdaptedMatrix(update=inputs[3].update, m=None)  # LoRA
+    inputs[3] = Adapted(update=inputs[3].update, m=None)  # LoRA
     weights = [(1 + i) / 36 for i in range(8)]
     merged = merge_matrix(weight, inputs, shares_of(weights), method=method, scale=1.0)
     parts = [adapted(dense, one) for one in inputs]
@@ -119,8 +117,8 @@ def test_copies_give_the_adapter_back_even_after_a_cut(method, count):
     assert_close(adapted(dense, merged), adapted(dense, one), bound=1e-6)
     # Copies that do not share A bit for bit: twice A, half of B.
     update = one.update
-    twice = Update(lora_a=2 * update.lora_a, lora_b=update.lora_b / 2, scale=2.0)
-    copies = [one, *[AdaptedMatrix(update=twice, m=one.m)] * (count - 1)]
+    twice = LowRank(lora_a=2 * update.lora_a, lora_b=update.lora_b / 2, scale=2.0)
+    copies = [one, *[Adapted(update=twice, m=one.m)] * (count - 1)]
     cut = merge_matrix(weight, copies, shares, method=method, scale=2.0, rank=4)
     assert cut.rank == 4
     assert cut.discarded < 1e-12
@@ -131,10 +129,10 @@ def test_a_cut_loses_the_least_possible_and_says_how_much():
     rng = np.random.default_rng(0)
     a, up = rng.standard_normal((30, 12)), rng.standard_normal((20, 12))
     weight = rng.uniform(0.5, 2, 20)
-    down, left, lost = cut_rank(a, up, 5, weight)
+    cut, lost = Factors(a=a, b=up).cut(5, weight)
     full = weight[:, None] * (up @ a.T)
     sizes = np.linalg.svd(full, compute_uv=False)
-    error = np.linalg.norm(weight[:, None] * (left @ down.T) - full)
+    error = np.linalg.norm(weight[:, None] * (cut.b @ cut.a.T) - full)
     assert error == pytest.approx(np.sqrt((sizes[5:] ** 2).sum()), rel=1e-9)
     assert lost == pytest.approx((sizes[5:] ** 2).sum() / (sizes**2).sum(), rel=1e-9)
 
@@ -159,7 +157,7 @@ def test_opposite_rows_keep_the_heavier_direction_and_are_counted(method):
     one = make_input(dense, 4, 1.0, 1)
     assert one.m is not None
     turned = mx.where(mx.arange(40) < 3, -one.m, one.m)
-    inputs = [one, AdaptedMatrix(update=one.update, m=turned)]
+    inputs = [one, Adapted(update=one.update, m=turned)]
     # Rows that moved alike have equal weights in magnitude_weighted.
     merged = merge_matrix(
         weight, inputs, shares_of([0.5, 0.5]), method=method, scale=1.0
@@ -209,7 +207,7 @@ def test_a_sum_of_opposite_rows_has_the_length_that_is_left():
     weight, dense = make_weight()
     one = make_input(dense, 4, 1.0, 1)
     assert one.m is not None
-    inputs = [one, AdaptedMatrix(update=one.update, m=-0.9 * one.m)]
+    inputs = [one, Adapted(update=one.update, m=-0.9 * one.m)]
     merged = merge_matrix(
         weight, inputs, shares_of([0.5, 0.5]), method="linear", scale=1.0
     )

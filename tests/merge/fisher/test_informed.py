@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.factored import Update
-from mlx_dora.merge.adapters.factored import AdaptedMatrix, merge_matrix
+from mlx_dora.matrix import Adapted, LowRank
+from mlx_dora.merge.adapters.factored import merge_matrix
 from mlx_dora.merge.adapters.informed import merge_informed
 from mlx_dora.merge.methods.settings import TensorSettings
 from mlx_dora.merge.models.informed import merge_informed_tensor
@@ -41,7 +41,7 @@ def expected(parts, known, weights) -> np.ndarray:
 def test_by_row_the_merge_is_exact(bits) -> None:
     weight, dense = make_weight(bits=bits)
     inputs = [make_input(dense, 4, 2.0, 1), make_input(dense, 16, 0.5, 2)]
-    inputs.append(AdaptedMatrix(update=make_input(dense, 3, 1.0, 3).update, m=None))
+    inputs.append(Adapted(update=make_input(dense, 3, 1.0, 3).update, m=None))
     weights = [0.2, 0.5, 0.3]
     known = information(3, ROWS)
     merged = merge_informed(weight, inputs, shares_of(weights), known, scale=3.0)
@@ -87,7 +87,7 @@ def test_copies_come_back_whatever_is_known_of_each(granularity: str) -> None:
     weight, dense = make_weight()
     one = make_input(dense, 4, 2.0, 1)
     update = one.update
-    twice = Update(lora_a=2 * update.lora_a, lora_b=update.lora_b / 2, scale=2.0)
+    twice = LowRank(lora_a=2 * update.lora_a, lora_b=update.lora_b / 2, scale=2.0)
     copies = [one, replace(one, update=twice), one]
     shape = ROWS if granularity == "row" else (ROWS, WIDTH)
     known = information(3, shape)

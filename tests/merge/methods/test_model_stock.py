@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mlx_dora import DoRAError
+from mlx_dora.matrix import Adapted
 from mlx_dora.merge import merge_models
-from mlx_dora.merge.adapters.factored import AdaptedMatrix, merge_matrix
+from mlx_dora.merge.adapters.factored import merge_matrix
 from mlx_dora.merge.methods.rows import Rows, model_stock
 from mlx_dora.merge.models import read_mergekit, run_merge
 from tests.checks import assert_close
@@ -69,7 +70,7 @@ def test_adapters_are_merged_exactly(bits: int | None, size: float) -> None:
     weight, dense = make_weight(bits=bits)
     inputs = [make_input(dense, 2 + i, 1.0, i, size=size) for i in range(3)]
     if size < 1e-3:
-        inputs = [AdaptedMatrix(update=one.update, m=None) for one in inputs]
+        inputs = [Adapted(update=one.update, m=None) for one in inputs]
     shares = np.ones((40, 3))
     merged = merge_matrix(weight, inputs, shares, method="model_stock", scale=3.0)
     parts = [adapted(dense, one) for one in inputs]

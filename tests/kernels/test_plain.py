@@ -10,7 +10,7 @@ from mlx_dora.kernels import (
     fused_weight,
     normalize_rows,
 )
-from mlx_dora.kernels.rows import row_blocks, row_squares
+from mlx_dora.matrix.weight import row_blocks, row_squares
 from tests.checks import BOUNDS, assert_close, to_numpy
 
 DTYPES = list(BOUNDS)
@@ -115,7 +115,7 @@ def test_fused_weight_in_blocks_equals_one_block(monkeypatch):
     weight, a, b = normal(64, 32), normal(32, 4, seed=1), normal(4, 64, seed=2)
     m = normal(64, seed=3)
     whole = fused_weight(weight, a, b, 0.5, m)
-    monkeypatch.setattr("mlx_dora.kernels.rows._BLOCK", 32 * 7)
+    monkeypatch.setattr("mlx_dora.matrix.weight._BLOCK", 32 * 7)
     assert len(list(row_blocks(weight))) == 10
     assert_close(fused_weight(weight, a, b, 0.5, m), to_numpy(whole), bound=1e-7)
 

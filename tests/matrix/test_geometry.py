@@ -5,9 +5,27 @@ import numpy as np
 import pytest
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.geometry import pair_geometry, row_geometry
 from mlx_dora.kernels import QuantizedWeight
+from mlx_dora.matrix import (
+    Adapted,
+    LowRank,
+    RowGeometry,
+    Weight,
+    pair_geometry,
+    row_geometry,
+)
 from tests.checks import to_numpy
+
+
+def geometry_of(
+    weight: Weight,
+    a: np.ndarray,
+    b: np.ndarray,
+    scale: float,
+    m: mx.array | None = None,
+) -> RowGeometry:
+    update = LowRank(lora_a=mx.array(a), lora_b=mx.array(b), scale=scale)
+    return row_geometry(weight, Adapted(update=update, m=m))
 
 
 def truth(base: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +77,7 @@ def test_each_row_matches_float64(kind, size, bits):
         unit = np.where(norm > 0, chosen / np.where(norm > 0, norm, 1), 0)
         after, m = after * unit[:, None], mx.array(chosen)
     delta_m, angle = truth(dense, after)
-    found = row_geometry(stored, mx.array(a), mx.array(b), 0.7, m)
+    found = geometry_of(stored, a, b, 0.7, m)
     assert_rows(found.angle, angle)
     # The float32 sum of squares is good to 1e-8 of the length, whatever the change.
     length = np.linalg.norm(dense, axis=1)
@@ -80,7 +98,7 @@ def test_tiny_angles_keep_five_digits(angle):
     b[0, 0] = angle * np.linalg.norm(weight[0]) / np.linalg.norm(a)
     after = weight.astype(np.float64) + (a.astype(np.float64) @ b).T
     expected = truth(weight, after)[1]
-    found = row_geometry(mx.array(weight), mx.array(a), mx.array(b), 1.0)
+    found = geometry_of(mx.array(weight), a, b, 1.0)
     assert expected[0] == pytest.approx(angle, rel=1e-3)
     assert_rows(found.angle, expected)
     assert 1 - np.cos(np.float32(angle)) == 0 or angle > 1e-5
@@ -91,7 +109,7 @@ def test_an_update_along_the_row_turns_nothing():
     a = weight[:1].T.copy()
     b = np.zeros((1, 48), np.float32)
     b[0, 0] = 0.25
-    found = row_geometry(mx.array(weight), mx.array(a), mx.array(b), 1.0)
+    found = geometry_of(mx.array(weight), a, b, 1.0)
     assert found.angle[0] < 1e-12
     assert found.recomputed == 1
     assert found.delta_m[0] == pytest.approx(0.25 * np.linalg.norm(weight[0]), rel=1e-6)
@@ -102,7 +120,7 @@ def test_a_row_that_cancels_wholly_is_zero():
     a = weight[:1].T.copy()
     b = np.zeros((1, 48), np.float32)
     b[0, 0] = -1
-    found = row_geometry(mx.array(weight), mx.array(a), mx.array(b), 1.0)
+    found = geometry_of(mx.array(weight), a, b, 1.0)
     assert found.angle[0] == 0
     assert found.delta_m[0] == -found.base_norm[0]
 

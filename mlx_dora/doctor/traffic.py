@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_dora.kernels._table import (
+from mlx_dora.kernels.plans import (
     Launch,
     plan_adapted_norm,
     plan_adapted_norm_packed,
@@ -101,11 +101,11 @@ def dora_scale_traffic(shape: tuple[int, int], r: int, dtype: mx.Dtype) -> Traff
 
 
 def dora_scale_backward_traffic(
-    shape: tuple[int, int], dtype: mx.Dtype, has_bias: bool
+    shape: tuple[int, int], dtype: mx.Dtype, has_offset: bool
 ) -> Traffic:
     """Read dy and o, write g∘dy; write and read the sums of each chunk of tokens."""
     tokens, out = shape
-    _, partial = plan_dora_scale_backward(shape, dtype, has_bias).output_shapes
+    _, partial = plan_dora_scale_backward(shape, dtype, has_offset).output_shapes
     sums = _FLOAT * partial[0] * partial[1] * partial[2]
     return Traffic(large=3 * tokens * out * dtype.size + 2 * sums, rereads=0, cached=0)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -41,6 +41,17 @@ class QuantizedWeight:
         """Shape ``(out, in)`` of the weight this stands for."""
         *rows, words = self.weight.shape
         return *rows, words * 32 // self.bits
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """How it is packed: ``group_size``, ``bits`` and ``mode``."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    @property
+    def parts(self) -> dict[str, mx.array]:
+        """Its arrays by the names they have in a module; no ``biases`` if None."""
+        parts = {"weight": self.weight, "scales": self.scales}
+        return parts if self.biases is None else parts | {"biases": self.biases}
 
     def rows(self, index: slice | mx.array) -> "QuantizedWeight":
         """The same weight restricted to some output rows."""

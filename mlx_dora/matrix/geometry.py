@@ -11,15 +11,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.factored import base_products, float32_rows
-from mlx_dora.kernels.reference import check_factors
-from mlx_dora.kernels.rows import Weight, row_blocks
+from mlx_dora.matrix.low_rank import Adapted, Factors
+from mlx_dora.matrix.terms import Terms, cancels
+from mlx_dora.matrix.weight import Weight, base_products, float32_rows, row_blocks
 
-# Under this share of the squared lengths the factored sum may be off by more than 1e-5.
-_RECOMPUTE_BELOW = 2.0**-6
-# Under this share of ‖W0‖²·‖Δ‖² the sum q0·p − c² is off by more than 1e-5.
-_RESIDUAL_BELOW = 2.0**-6
-# Elements of a float32 block where not even a mid-sized matrix may be copied whole.
+# Elements of a float64 block of rows that are taken densely.
 _BLOCK = 1 << 18
 # Two float64 blocks of this size are alive when two weights are compared.
 _PAIR_BLOCK = 1 << 16
@@ -60,13 +56,7 @@ class RowGeometry:
         return float((2 * np.sin(self.angle / 2) ** 2).mean())
 
 
-def row_geometry(
-    weight: Weight,
-    lora_a: mx.array,
-    lora_b: mx.array,
-    scale: float,
-    m: mx.array | None = None,
-) -> RowGeometry:
+def row_geometry(weight: Weight, adapted: Adapted) -> RowGeometry:
     r"""Length and angle of every adapted row against its base row, W0 read once.
 
     .. math:: \tan\theta = s\sqrt{q_0 p - c^2} \, / \, (q_0 + s c)
@@ -78,10 +68,8 @@ def row_geometry(
 
     Args:
         weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
-        lora_a: Shape ``(in, r)``.
-        lora_b: Shape ``(r, out)``.
-        scale: Multiplier of the update.
-        m: Magnitudes. Shape ``(out,)``. None for LoRA, whose length is ‖W0 + s·BA‖.
+        adapted: The adapter of this matrix; without magnitudes the length of a row is
+            ‖W0 + s·BA‖.
 
     Returns:
         The geometry; a row that is zero before or after has angle 0.
@@ -89,42 +77,31 @@ def row_geometry(
     Raises:
         DoRAError: If the shapes do not fit together.
     """
-    check_factors(weight.shape, lora_a, lora_b)
-    q0, product = base_products(weight, lora_a, _BLOCK)
-    a = np.array(lora_a.astype(mx.float32), np.float64)
-    b = scale * np.array(lora_b.astype(mx.float32), np.float64).T  # (out, r)
-    c = (product * b).sum(1)
-    if a.shape[1] > a.shape[0]:  # r² would be larger than the weight
-        p = np.square(b @ a.T).sum(1)
-    else:
-        p = np.maximum(((b @ (a.T @ a)) * b).sum(1), 0.0)
-    squared = np.maximum(q0 + 2 * c + p, 0.0)
+    update = adapted.update
+    update.check_fits(weight.shape)
+    q0, product = base_products(weight, update.lora_a, in_float64=True)
+    own = update.float64()
+    c = (product * own.b).sum(1)
+    p = np.maximum(own.inner(own), 0.0)
+    terms = Terms(q0=q0, c=c, p=p, scale=1.0)  # s is in B
+    squared = np.maximum(terms.squared, 0.0)
     inside, across = q0 + c, np.maximum(q0 * p - c * c, 0.0)
-    noisy = (squared < _RECOMPUTE_BELOW * (q0 + p)) | (
-        across < _RESIDUAL_BELOW * q0 * p
-    )
-    rows = np.flatnonzero(noisy & (q0 > 0) & (p > 0))
-    for index in np.array_split(rows, -(-rows.size * a.shape[0] // _BLOCK) or 1):
-        if index.size:
-            base = np.array(float32_rows(weight, mx.array(index)), np.float64)
-            delta = b[index] @ a.T
-            squared[index] = np.square(base + delta).sum(1)
-            c[index] = (base * delta).sum(1)
-            inside[index] = q0[index] + c[index]
-            share = c[index] / np.square(base).sum(1)
-            away = delta - share[:, None] * base
-            across[index] = q0[index] * np.square(away).sum(1)
+    inexact = terms.cancelled | cancels(across, q0 * p)
+    rows = np.flatnonzero(inexact & (q0 > 0) & (p > 0))
+    squared[rows], c[rows], across[rows] = _dense_terms(weight, own, rows)
+    across[rows] *= q0[rows]
+    inside[rows] = q0[rows] + c[rows]
     base_norm = np.sqrt(q0)
     norm = np.where(squared > 0, np.sqrt(squared), 0.0)
     angle = np.arctan2(np.sqrt(across), inside)
-    if m is None:
+    if adapted.m is None:
         length = norm
         # (n² − q0)/(n + ‖W0‖): the difference of the roots, without cancellation.
         both = norm + base_norm
         delta_m = np.divide(2 * c + p, both, out=np.zeros_like(both), where=both > 0)
         delta_m = np.where(norm > 0, delta_m, -base_norm)
     else:
-        magnitude = np.array(m.astype(mx.float32), np.float64)
+        magnitude = np.array(adapted.m.astype(mx.float32), np.float64)
         length = np.where(norm > 0, np.abs(magnitude), 0.0)
         delta_m = length - base_norm
         angle = np.where(magnitude < 0, np.pi - angle, angle)
@@ -134,6 +111,23 @@ def row_geometry(
         angle=np.where((base_norm > 0) & (length > 0), angle, 0.0),
         recomputed=int(rows.size),
     )
+
+
+def _dense_terms(weight: Weight, own: Factors, rows: np.ndarray) -> np.ndarray:
+    """n², c and ‖the update across the base's row‖² of some rows, taken densely."""
+    found = np.empty((3, rows.size))
+    chunks = -(-rows.size * own.a.shape[0] // _BLOCK) or 1
+    for places in np.array_split(np.arange(rows.size), chunks):
+        if not places.size:
+            continue
+        index = rows[places]
+        base = np.array(float32_rows(weight, mx.array(index)), np.float64)
+        delta = own.rows(index)
+        c = (base * delta).sum(1)
+        away = delta - (c / np.square(base).sum(1))[:, None] * base
+        squared = np.square(base + delta).sum(1)
+        found[:, places] = squared, c, np.square(away).sum(1)
+    return found
 
 
 def pair_geometry(base: Weight, adapted: Weight) -> RowGeometry:

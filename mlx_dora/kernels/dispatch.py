@@ -1,4 +1,4 @@
-"""Choosing and running the kernels of `_table`: each is built once, on first use.
+"""Choosing and running the kernels of `plans`: each is built once, on first use.
 
 ``MLX_DORA_KERNELS`` decides: ``auto`` (the default) takes a kernel where the default
 device has it and `CROSSOVERS` says that it pays; ``metal`` and ``cuda`` take it
@@ -19,12 +19,14 @@ import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels._source import in_cuda, read_source
-from mlx_dora.kernels._table import KERNELS, Kernel, Launch
+from mlx_dora.kernels.plans import KERNELS, Kernel, Launch
 
 __all__ = [
     "CROSSOVERS",
     "KERNELS",
+    "SWITCH",
     "allowed_error",
+    "backend_of",
     "build",
     "chosen_backend",
     "relative_error",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger(__name__)
+SWITCH = "MLX_DORA_KERNELS"
 _CHOICES = ("auto", "metal", "cuda", "reference")
 
 
@@ -78,10 +81,16 @@ def chosen_backend() -> str:
         DoRAError: If ``MLX_DORA_KERNELS`` is no known word, or names a backend that
             MLX's default device is not.
     """
-    choice = os.environ.get("MLX_DORA_KERNELS") or "auto"
+    return backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
+
+
+@lru_cache
+def backend_of(choice: str | None, _is_gpu: bool) -> str:
+    """`chosen_backend` for a value of ``MLX_DORA_KERNELS`` and a kind of device."""
+    choice = choice or "auto"
     if choice not in _CHOICES:
         raise DoRAError(
-            f"MLX_DORA_KERNELS is {choice!r}; expected one of {', '.join(_CHOICES)}."
+            f"{SWITCH} is {choice!r}; expected one of {', '.join(_CHOICES)}."
         )
     if choice == "reference":
         return choice
@@ -90,7 +99,7 @@ def chosen_backend() -> str:
         return device
     here = "the CPU" if device == "reference" else device
     raise DoRAError(
-        f"MLX_DORA_KERNELS={choice}, but MLX's default device here is {here}; "
+        f"{SWITCH}={choice}, but MLX's default device here is {here}; "
         "set it to auto or reference."
     )
 
@@ -127,7 +136,7 @@ def takes_kernel(
         return False
     if dtype not in _DTYPES:
         return False
-    is_forced = os.environ.get("MLX_DORA_KERNELS") == backend
+    is_forced = os.environ.get(SWITCH) == backend
     limit = CROSSOVERS[op]
     if not is_forced and (elements < limit.elements or rank > limit.rank):
         return False
@@ -204,7 +213,7 @@ def run(
     Args:
         kernel: An entry of `KERNELS`.
         inputs: Its inputs in order; those that are not contiguous are copied by MLX.
-        launch: What the kernel's planning function in `_table` gave.
+        launch: What the kernel's planning function in `plans` gave.
         initial: What outputs hold before; tests put NaN there.
 
     Returns:

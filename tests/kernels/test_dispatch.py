@@ -9,7 +9,7 @@ import pytest
 
 from mlx_dora import kernels
 from mlx_dora.errors import DoRAError
-from mlx_dora.kernels import QuantizedWeight, _launch, _source, _table, reference
+from mlx_dora.kernels import QuantizedWeight, _source, dispatch, plain, plans
 from tests.checks import to_numpy
 
 ROOT = Path(__file__).parents[2]
@@ -21,25 +21,32 @@ BIG = mx.zeros((512, 512))
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """As if MLX's default device were an Apple GPU, with nothing checked yet."""
-    monkeypatch.setattr(_launch, "device_backend", lambda: "metal")
-    monkeypatch.setattr(_launch, "_VERDICTS", {})
+    monkeypatch.setattr(dispatch, "device_backend", lambda: "metal")
+    monkeypatch.setattr(dispatch, "_VERDICTS", {})
     monkeypatch.delenv("MLX_DORA_KERNELS", raising=False)
-    _launch.build.cache_clear()
+    forget()
     yield monkeypatch
-    _launch.build.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """What the library remembers of the device and of what was built for it."""
+    dispatch.backend_of.cache_clear()
+    dispatch.build.cache_clear()
 
 
 def takes(op: str = "adapted_norm", **changes: object) -> bool:
     facts = {"elements": 1 << 20, "rank": 8, "dtype": mx.float32, "check": lambda: 0.0}
-    return _launch.takes_kernel(op, **(facts | changes))  # pyright: ignore[reportArgumentType]
+    return dispatch.takes_kernel(op, **(facts | changes))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("choice", ["metal", "cuda"])
 def test_a_backend_that_is_not_here_is_an_error(
     choice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_launch, "device_backend", lambda: "reference")
+    monkeypatch.setattr(dispatch, "device_backend", lambda: "reference")
     monkeypatch.setenv("MLX_DORA_KERNELS", choice)
+    forget()
     with pytest.raises(DoRAError, match=f"{choice}, but MLX's default device here is "):
         kernels.normalize_rows(BIG)
 
@@ -54,7 +61,7 @@ def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_runs_the_reference(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_DORA_KERNELS", choice)
     with mx.stream(mx.cpu):
-        assert _launch.chosen_backend() == "reference"
+        assert dispatch.chosen_backend() == "reference"
         assert not takes()
 
 
@@ -110,7 +117,7 @@ def test_a_wrong_result_of_the_real_op_is_caught(
     gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def doubled(weight: mx.array, magnitude: mx.array) -> tuple[mx.array, mx.array]:
-        rescaled, norm = reference.normalize_rows(weight, magnitude)
+        rescaled, norm = plain.normalize_rows(weight, magnitude)
         return rescaled, 2 * norm
 
     gpu.setattr(normalize_rows_module, "launched", doubled)
@@ -118,7 +125,7 @@ def test_a_wrong_result_of_the_real_op_is_caught(
     _, norm = kernels.normalize_rows(weight)
     assert mx.allclose(norm, mx.linalg.norm(weight, axis=1))
     assert "normalize_rows in float32 is wrong by 1.0e+00" in caplog.text
-    right = reference.normalize_rows
+    right = plain.normalize_rows
     gpu.setattr(
         normalize_rows_module,
         "launched",
@@ -126,7 +133,7 @@ def test_a_wrong_result_of_the_real_op_is_caught(
             tuple(map(mx.negative, right(w, m))) if w.size > 10_000 else right(w, m)
         ),
     )
-    gpu.setattr(_launch, "_VERDICTS", {})
+    gpu.setattr(dispatch, "_VERDICTS", {})
     _, norm = kernels.normalize_rows(weight)
     assert (norm < 0).all()  # so a kernel that passes is the one that runs
 
@@ -145,7 +152,7 @@ def test_without_metal_mlx_refuses_and_the_reference_serves(
 
 
 def test_a_shape_error_is_the_same_with_a_kernel(gpu: pytest.MonkeyPatch) -> None:
-    gpu.setattr(_launch, "_passes", lambda *_: True)
+    gpu.setattr(dispatch, "_passes", lambda *_: True)
     with pytest.raises(DoRAError, match="magnitude has shape"):
         kernels.normalize_rows(BIG, mx.ones(3))
     with pytest.raises(DoRAError, match="do not fit a weight of shape"):
@@ -159,7 +166,7 @@ def test_a_shape_error_is_the_same_with_a_kernel(gpu: pytest.MonkeyPatch) -> Non
 def test_formats_without_scale_and_bias_stay_with_the_reference(
     gpu: pytest.MonkeyPatch,
 ) -> None:
-    gpu.setattr(_launch, "_passes", lambda *_: pytest.fail("took a kernel"))
+    gpu.setattr(dispatch, "_passes", lambda *_: pytest.fail("took a kernel"))
     packed, scales, *_ = mx.quantize(mx.ones((600, 512)), 32, 4, mode="mxfp4")
     weight = QuantizedWeight(
         weight=packed, scales=scales, biases=None, group_size=32, bits=4, mode="mxfp4"
@@ -190,27 +197,27 @@ def test_comments_become_blanks_line_for_line() -> None:
     ]
 
 
-def numbers(launch: _table.Launch) -> dict[str, int]:
+def numbers(launch: plans.Launch) -> dict[str, int]:
     return {name: v for name, v in launch.template if isinstance(v, int)}
 
 
-def launches() -> list[tuple[str, _table.Launch]]:
-    made: list[tuple[str, _table.Launch]] = []
+def launches() -> list[tuple[str, plans.Launch]]:
+    made: list[tuple[str, plans.Launch]] = []
     for out in (1, 3, 31, 33, 1000, 4096, 151936):
         for width in (1, 31, 33, 1000, 4096, 14336):
             shape = (out, width)
             made.append(
-                ("normalize_rows", _table.plan_normalize_rows(shape, mx.float16))
+                ("normalize_rows", plans.plan_normalize_rows(shape, mx.float16))
             )
             made.append(
-                ("backward", _table.plan_dora_scale_backward(shape, mx.float16, True))
+                ("backward", plans.plan_dora_scale_backward(shape, mx.float16, True))
             )
-            made.append(("columns", _table.plan_dora_scale_columns(2, 5, width)))
+            made.append(("columns", plans.plan_dora_scale_columns(2, 5, width)))
             for r in (1, 8, 64, 512):
-                fused = _table.plan_fused_weight(shape, r, mx.float16)
+                fused = plans.plan_fused_weight(shape, r, mx.float16)
                 made.append(("fused_weight", fused))
-                made.append(("adapted_norm", _table.plan_adapted_norm(shape, r)))
-                scaled = _table.plan_dora_scale(shape, r, mx.float16, False)
+                made.append(("adapted_norm", plans.plan_adapted_norm(shape, r)))
+                scaled = plans.plan_dora_scale(shape, r, mx.float16, False)
                 made.append(("dora_scale", scaled))
     return made
 
@@ -238,15 +245,15 @@ def test_registers_and_threadgroup_memory_stay_bounded() -> None:
 
 def test_a_row_of_4096_stays_in_registers() -> None:
     for width, is_held in ((4096, True), (4097, False), (1, True)):
-        plans = (
-            _table.plan_normalize_rows((7, width), mx.float32),
-            _table.plan_fused_weight((7, width), 8, mx.float32),
+        both = (
+            plans.plan_normalize_rows((7, width), mx.float32),
+            plans.plan_fused_weight((7, width), 8, mx.float32),
         )
-        assert all(bool(numbers(p)["STEPS"]) == is_held for p in plans)
+        assert all(bool(numbers(p)["STEPS"]) == is_held for p in both)
 
 
 def test_heads_name_the_buffers_of_the_table() -> None:
-    for name, kernel in _launch.KERNELS.items():
+    for name, kernel in dispatch.KERNELS.items():
         head = (ROOT / "metal" / f"{name}.metal").read_text().split("\n  ")[0]
         told = " ".join(line.removeprefix("//").strip() for line in head.splitlines())
         told, template = told.split("template:")
@@ -255,21 +262,21 @@ def test_heads_name_the_buffers_of_the_table() -> None:
             places = [part.index(f"{each} ") for each in names]
             assert places == sorted(places), name
         assert "launch:" in template, name
-        assert "reference: mlx_dora/kernels/reference.py::" in template, name
+        assert "reference: mlx_dora/kernels/naive.py::" in template, name
 
 
 def test_relative_error_keeps_a_nan() -> None:
     pair = [mx.array([1.0, 2.0]), mx.array([float("nan"), 1.0])]
-    assert np.isnan(_launch.relative_error(pair, [mx.ones(2), mx.ones(2)]))
-    assert _launch.relative_error(mx.zeros(3), mx.zeros(3)) == 0
+    assert np.isnan(dispatch.relative_error(pair, [mx.ones(2), mx.ones(2)]))
+    assert dispatch.relative_error(mx.zeros(3), mx.zeros(3)) == 0
 
 
 def test_the_first_use_may_fall_into_a_compiled_gradient(
     gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for op in ("dora_scale", "adapted_norm"):
+    for op in ("rescale", "adapted_norm"):
         module = import_module(f"mlx_dora.kernels.{op}")
-        gpu.setattr(module, "launched", getattr(reference, op))
+        gpu.setattr(module, "launched", getattr(plain, op))
     gpu.setenv("MLX_DORA_KERNELS", "metal")
     weight, y = mx.ones((4, 6)), mx.ones((3, 4))
     a, b, m = mx.ones((6, 2)), mx.ones((2, 4)), mx.arange(4.0)
@@ -280,6 +287,9 @@ def test_the_first_use_may_fall_into_a_compiled_gradient(
 
     step = mx.compile(mx.grad(mx.checkpoint(loss), argnums=(0, 1, 2, 3)))
     mx.eval(step(y, a, b, m))
-    assert sorted(key[1] for key in _launch._VERDICTS) == ["adapted_norm", "dora_scale"]
-    assert all(_launch._VERDICTS.values())
+    assert sorted(key[1] for key in dispatch._VERDICTS) == [
+        "adapted_norm",
+        "dora_scale",
+    ]
+    assert all(dispatch._VERDICTS.values())
     assert caplog.text == ""

@@ -8,18 +8,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_dora.kernels._launch import (
-    allowed_error,
-    chosen_backend,
-    device_backend,
-    relative_error,
-)
-from mlx_dora.kernels.jobs import (
+from mlx_dora.doctor.jobs import (
     Job,
     adapted_norm_job,
     dora_scale_job,
     fused_weight_job,
     normalize_rows_job,
+)
+from mlx_dora.kernels.dispatch import (
+    allowed_error,
+    chosen_backend,
+    device_backend,
+    relative_error,
 )
 
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)

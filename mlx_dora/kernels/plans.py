@@ -67,17 +67,17 @@ KERNELS = {
         ),
         Kernel(
             name="dora_scale",
-            inputs=("y", "h", "lora_b", "scale", "m", "norm", "bias"),
+            inputs=("y", "h", "up", "gain", "offset"),
             outputs=("composed",),
         ),
         Kernel(
             name="dora_scale_backward",
-            inputs=("dy", "o", "m", "norm", "bias"),
+            inputs=("dy", "o", "gain", "offset"),
             outputs=("scaled", "partial"),
         ),
         Kernel(
             name="dora_scale_columns",
-            inputs=("partial", "m"),
+            inputs=("partial", "gain"),
             outputs=("sums",),
         ),
     )
@@ -151,7 +151,7 @@ def plan_fused_weight(shape: tuple[int, int], r: int, dtype: mx.Dtype) -> Launch
 
 
 def plan_dora_scale(
-    shape: tuple[int, int], r: int, dtype: mx.Dtype, has_bias: bool
+    shape: tuple[int, int], r: int, dtype: mx.Dtype, has_offset: bool
 ) -> Launch:
     """Up to 16 tokens together, so that B is read once for all of them."""
     tokens, out = shape
@@ -163,7 +163,7 @@ def plan_dora_scale(
             ("R", r),
             ("ROWS", rows),
             ("N", reads),
-            ("HAS_BIAS", has_bias),
+            ("HAS_OFFSET", has_offset),
         ),
         grid=(threads * _ceil(tokens, rows), _ceil(out, threads * reads), 1),
         threadgroup=(threads, 1, 1),
@@ -173,7 +173,7 @@ def plan_dora_scale(
 
 
 def plan_dora_scale_backward(
-    shape: tuple[int, int], dtype: mx.Dtype, has_bias: bool
+    shape: tuple[int, int], dtype: mx.Dtype, has_offset: bool
 ) -> Launch:
     """First stage: chunks of tokens by strips of 128 columns."""
     tokens, out = shape
@@ -184,11 +184,11 @@ def plan_dora_scale_backward(
             ("T", dtype),
             ("N", reads),
             ("CHUNK", _CHUNK),
-            ("HAS_BIAS", has_bias),
+            ("HAS_OFFSET", has_offset),
         ),
         grid=(_THREADS * chunks, _ceil(out, _SIMD * reads), 1),
         threadgroup=(_THREADS, 1, 1),
-        output_shapes=(shape, (1 + has_bias, chunks, out)),
+        output_shapes=(shape, (1 + has_offset, chunks, out)),
         output_dtypes=(dtype, mx.float32),
     )
 

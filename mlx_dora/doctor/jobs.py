@@ -5,18 +5,18 @@ Results are independent of ``MLX_DORA_KERNELS``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_dora.kernels import reference, traffic
+from mlx_dora.doctor import traffic
+from mlx_dora.kernels import plain
 from mlx_dora.kernels.adapted_norm import launched as launched_norm
-from mlx_dora.kernels.dora_scale import launched as launched_scale
 from mlx_dora.kernels.fused_weight import launched as launched_fused
 from mlx_dora.kernels.normalize_rows import launched as launched_rows
-from mlx_dora.kernels.quantized import QuantizedWeight
-from mlx_dora.kernels.rows import Weight, row_squares
+from mlx_dora.kernels.rescale import launched as launched_scale
+from mlx_dora.matrix.packed import QuantizedWeight
+from mlx_dora.matrix.weight import Weight, row_squares
 
 _SCALE = 0.5
 
@@ -49,7 +49,7 @@ def normalize_rows_job(shape: tuple[int, int], dtype: mx.Dtype) -> Job:
         dtype=dtype,
         arrays=(_normal(*shape, dtype=dtype), _normal(shape[0], seed=1)),
         kernel=launched_rows,
-        reference=reference.normalize_rows,
+        reference=plain.normalize_rows,
         traffic=traffic.normalize_rows_traffic(shape, dtype),
     )
 
@@ -92,7 +92,7 @@ def adapted_norm_job(
     def by_reference(
         a: mx.array, b: mx.array, squared: mx.array, *parts: mx.array
     ) -> mx.array:
-        return reference.adapted_norm(whole(*parts), a, b, _SCALE, squared_base=squared)
+        return plain.adapted_norm(whole(*parts), a, b, _SCALE, squared_base=squared)
 
     factors = (_normal(width, r, seed=1), _normal(r, out, seed=2))
     return Job(
@@ -113,7 +113,7 @@ def fused_weight_job(shape: tuple[int, int], r: int, dtype: mx.Dtype) -> Job:
         return launched_fused(w, a, b, _SCALE, m)
 
     def by_reference(w: mx.array, a: mx.array, b: mx.array, m: mx.array) -> mx.array:
-        return reference.fused_weight(w, a, b, _SCALE, m)
+        return plain.fused_weight(w, a, b, _SCALE, m)
 
     return Job(
         name="fused_weight",
@@ -141,19 +141,14 @@ def dora_scale_job(
         _normal(r, out, seed=2),
         _normal(out, seed=3),
     )
-    norm = 1 + mx.abs(_normal(out, seed=4))
     pull = _normal(tokens, out, seed=5, dtype=dtype)
 
     def by(op: Callable[..., mx.array]) -> Callable[..., Any]:
-        def forward(
-            norm: mx.array, y: mx.array, h: mx.array, b: mx.array, m: mx.array
-        ) -> mx.array:
-            return op(y, h, b, _SCALE, m, norm, None)
+        def forward(y: mx.array, h: mx.array, up: mx.array, gain: mx.array) -> mx.array:
+            return op(y, h, up, gain, None)
 
-        def with_gradients(
-            norm: mx.array, pull: mx.array, *inputs: mx.array
-        ) -> list[list[mx.array]]:
-            outputs, gradients = mx.vjp(partial(forward, norm), list(inputs), [pull])
+        def with_gradients(pull: mx.array, *inputs: mx.array) -> list[list[mx.array]]:
+            outputs, gradients = mx.vjp(forward, list(inputs), [pull])
             return [outputs, gradients]
 
         return with_gradients if backward else forward
@@ -167,9 +162,9 @@ def dora_scale_job(
     return Job(
         name="dora_scale and gradients" if backward else "dora_scale",
         dtype=dtype,
-        arrays=(norm, pull, *arrays) if backward else (norm, *arrays),
+        arrays=(pull, *arrays) if backward else arrays,
         kernel=by(launched_scale),
-        reference=by(reference.dora_scale),
+        reference=by(plain.rescale),
         traffic=moved,
     )
 

@@ -1,0 +1,148 @@
+"""Every op in tuned MLX: the path of the CPU, and of a GPU where no kernel is faster.
+
+`naive` says what each computes; the public ops say it in words and check the arguments.
+"""
+
+from functools import partial
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlx_dora.matrix.low_rank import LowRank
+from mlx_dora.matrix.terms import Terms, floored_norm, row_gain, terms_of
+from mlx_dora.matrix.weight import (
+    Weight,
+    are_ordinary,
+    matrices,
+    measured_rows,
+    near_one,
+    product,
+    row_blocks,
+    row_squares,
+)
+
+
+def normalize_rows(
+    weight: mx.array, magnitude: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """m·W/‖W‖ and ‖W‖ of each row."""
+    full, norm, power = measured_rows(weight)
+    target = mx.ones_like(norm) if magnitude is None else magnitude
+    gain = row_gain(target, norm)
+    rescaled = (gain[:, None] * full).astype(weight.dtype)
+    return rescaled, norm if power is None else norm * power
+
+
+def adapted_norm(
+    weight: Weight,
+    lora_a: mx.array,
+    lora_b: mx.array,
+    scale: float,
+    *,
+    squared_base: mx.array | None = None,
+) -> mx.array:
+    """‖W + s·BA‖ of each row from the factored terms, floored at their noise.
+
+    Takes stacks of matrices too: every shape may have a leading axis.
+    """
+    update = LowRank(
+        lora_a=mx.stop_gradient(lora_a), lora_b=mx.stop_gradient(lora_b), scale=scale
+    )
+    q0 = row_squares(weight) if squared_base is None else squared_base
+    terms = terms_of(q0, product(weight, update.lora_a), update)
+    if squared_base is None:  # nobody vouches for the squares
+        largest = mx.square(mx.abs(update.lora_a).astype(mx.float32).max(axis=-2))
+        sizes = [one.reshape(-1) for one in (q0, largest, terms.parts)]
+        if not are_ordinary(mx.concatenate(sizes)):
+            pairs = zip(matrices(weight), update.matrices(), strict=True)
+            norms = [_scaled_norm(*pair) for pair in pairs]
+            norm = norms[0] if len(weight.shape) == 2 else mx.stack(norms)
+            return mx.stop_gradient(norm)
+    return mx.stop_gradient(floored_norm(terms))
+
+
+def _scaled_norm(weight: Weight, update: LowRank) -> mx.array:
+    """`adapted_norm` with every row of W and BA, and column of A, brought near 1."""
+    scaled = update.near_one()
+    up, up_power = near_one(update.scale * scaled.lora_b.swapaxes(-1, -2), axis=-1)
+    blocks = [measured_rows(block) for _, block in row_blocks(weight)]
+    q0 = mx.concatenate([mx.square(norm) for _, norm, _ in blocks])
+    products = mx.concatenate([full @ scaled.lora_a for full, _, _ in blocks])
+    power = mx.concatenate(
+        [mx.ones_like(norm) if one is None else one for _, norm, one in blocks]
+    )
+    unit = LowRank(lora_a=scaled.lora_a, lora_b=up.swapaxes(-1, -2), scale=1.0)
+    terms = terms_of(q0, products, unit)
+    larger = mx.maximum(power, up_power[:, 0])
+    share, up_share = power / larger, up_power[:, 0] / larger
+    shared = Terms(
+        q0=terms.q0 * share * share,
+        c=terms.c * share * up_share,
+        p=terms.p * up_share * up_share,
+        scale=1.0,
+    )
+    return floored_norm(shared) * larger
+
+
+def fused_weight(
+    weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float, m: mx.array
+) -> mx.array:
+    """m·(W + s·BA)/‖W + s·BA‖, row block by row block, rounded once."""
+    update = LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale)
+    rows = []
+    for index, block in row_blocks(weight):
+        adapted = block.astype(mx.float32) + update.rows(index)
+        rescaled, _ = normalize_rows(adapted, m[index].astype(mx.float32))
+        rows.append(rescaled.astype(block.dtype))
+    return rows[0] if len(rows) == 1 else mx.concatenate(rows)
+
+
+@partial(mx.compile, shapeless=True)
+def _rounded_once(
+    y: mx.array, low_rank: mx.array, gain: mx.array, offset: mx.array | None
+) -> mx.array:
+    out = gain * (y.astype(mx.float32) + low_rank)
+    return (out if offset is None else out + offset).astype(y.dtype)
+
+
+def compose(
+    y: mx.array, h: mx.array, up: mx.array, gain: mx.array, offset: mx.array | None
+) -> mx.array:
+    """``g∘(y + h·up) + offset`` as `rescale` gives it, with MLX's own gradients."""
+    h = h.astype(mx.float32)
+    if y.dtype != mx.float32:
+        return _rounded_once(y, h @ up, gain, offset)
+    out = gain * mx.addmm(y, h, up)  # the sum costs no pass of its own
+    return out if offset is None else out + offset
+
+
+_rescale = mx.custom_function(compose)
+
+
+@_rescale.vjp
+def _rescale_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
+    y, h, up, gain, offset = primals
+    axes = list(range(y.ndim - 1))
+    dy = cotangent.astype(mx.float32)
+    scaled = gain * dy
+    rows = scaled.reshape(-1, scaled.shape[-1])
+    low = h.reshape(-1, h.shape[-1]).astype(mx.float32)
+    # dg = Σ dy·u, and g·u is the output before the offset: the output is enough.
+    out = output.astype(mx.float32)
+    unscaled = dy * (out if offset is None else out - offset)
+    safe = mx.where(gain != 0, gain, 1.0)
+    return (
+        scaled.astype(y.dtype),
+        (scaled @ up.T).astype(h.dtype),
+        low.T @ rows,
+        mx.where(gain != 0, unscaled.sum(axis=axes) / safe, 0.0),
+        None if offset is None else dy.sum(axis=axes),
+    )
+
+
+rescale = cast(Any, _rescale)
+"""``g∘(y + h·up) + offset`` in float32, rounded once to the dtype of `y`.
+
+Differentiable in all arguments; the gradient of g needs the output alone, and is 0
+where g is. `up`, `gain` and `offset` are float32; `offset` may be None.
+"""

@@ -1,0 +1,222 @@
+"""DoRA's forward epilogue, the last step of every adapted layer, gradients included."""
+
+import os
+from collections.abc import Callable
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.kernels import plain
+from mlx_dora.kernels.dispatch import (
+    KERNELS,
+    SWITCH,
+    backend_of,
+    relative_error,
+    run,
+    takes_kernel,
+)
+from mlx_dora.kernels.plans import (
+    plan_dora_scale,
+    plan_dora_scale_backward,
+    plan_dora_scale_columns,
+)
+from mlx_dora.matrix.terms import row_gain
+
+_FORWARD = KERNELS["dora_scale"]
+_BACKWARD = KERNELS["dora_scale_backward"]
+_COLUMNS = KERNELS["dora_scale_columns"]
+
+
+def rescale(
+    y: mx.array,
+    h: mx.array,
+    up: mx.array,
+    gain: mx.array,
+    offset: mx.array | None = None,
+) -> mx.array:
+    r"""Add the low-rank part, rescale every output, add an offset.
+
+    .. math:: o = g \circ (y + h\,U) + \mathrm{offset}
+
+    Differentiable in all arguments. The gradient of g needs the output alone:
+    :math:`dg_j = \sum_t do_{tj} (o_{tj} - \mathrm{offset}_j) / g_j`; at g = 0 it is
+    defined as 0.
+
+    Args:
+        y: Base output. Shape ``(..., out)``, any float dtype.
+        h: Low-rank activation x·A. Shape ``(..., r)``.
+        up: s·B. Shape ``(r, out)``, float32.
+        gain: g = m/n. Shape ``(out,)``, float32.
+        offset: Shape ``(out,)``, float32, or None.
+
+    Returns:
+        Shape ``(..., out)`` in the dtype of `y`: float32 inside, rounded once.
+    """
+    # Both are look-ups: on a CPU the choice costs no Python call.
+    backend = backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
+    if backend == "reference" or not _takes(y, up.shape[0]):
+        return plain.rescale(y, h, up, gain, offset)
+    return launched(y, h, up, gain, offset)
+
+
+def compose(
+    y: mx.array,
+    h: mx.array,
+    up: mx.array,
+    gain: mx.array,
+    offset: mx.array | None = None,
+) -> mx.array:
+    """`rescale` for inference: a gradient may flow, but memory is not saved for it."""
+    backend = backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
+    if backend == "reference" or not _takes(y, up.shape[0]):
+        return plain.compose(y, h, up, gain, offset)
+    return launched(y, h, up, gain, offset)
+
+
+def dora_scale(
+    y: mx.array,
+    h: mx.array,
+    lora_b: mx.array,
+    scale: float,
+    m: mx.array,
+    norm: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    r"""Add the low-rank part, rescale every output, add the bias.
+
+    .. math:: o = g \circ (y + s \, h B) + b, \qquad g = m / n
+
+    Eq. 5 of DoRA (arXiv:2402.09353) on activations. Differentiable in y, h, lora_b, m
+    and bias, with the norm a constant (section 4.3). At m = 0 the gradient of m is
+    defined as 0.
+
+    Args:
+        y: Base output W0·x. Shape ``(..., out)``, any float dtype.
+        h: Low-rank activation x·A. Shape ``(..., r)``.
+        lora_b: Up projection. Shape ``(r, out)``.
+        scale: Multiplier of the low-rank update.
+        m: Magnitudes. Shape ``(out,)``, float32.
+        norm: Norms of the adapted rows, see `adapted_norm`. Shape ``(out,)``, float32.
+        bias: Shape ``(out,)``, or None.
+
+    Returns:
+        Shape ``(..., out)`` in the dtype of `y`: float32 inside, rounded once. A row of
+        norm 0 gives its bias alone.
+
+    Raises:
+        DoRAError: If the shapes do not fit together.
+    """
+    _check_shapes(y, h, lora_b, m, norm, bias)
+    up = scale * lora_b.astype(mx.float32)
+    gain = row_gain(m, mx.stop_gradient(norm.astype(mx.float32)))
+    offset = None if bias is None else bias.astype(mx.float32)
+    return rescale(y, h, up, gain, offset)
+
+
+def _check_shapes(
+    y: mx.array,
+    h: mx.array,
+    lora_b: mx.array,
+    m: mx.array,
+    norm: mx.array,
+    bias: mx.array | None,
+) -> None:
+    r, out = lora_b.shape
+    rows = {"m": m.shape, "norm": norm.shape, "last axis of y": y.shape[-1:]}
+    if bias is not None:
+        rows["bias"] = bias.shape
+    wrong = [
+        f"{name} has shape {shape}" for name, shape in rows.items() if shape != (out,)
+    ]
+    if h.shape != (*y.shape[:-1], r):
+        wrong.append(f"h has shape {h.shape}, expected {(*y.shape[:-1], r)}")
+    if wrong:
+        raise DoRAError(f"lora_b of shape {(r, out)} does not fit: {'; '.join(wrong)}.")
+
+
+def _takes(y: mx.array, rank: int) -> bool:
+    return takes_kernel(
+        "dora_scale",
+        elements=y.size,
+        rank=rank,
+        dtype=y.dtype,
+        check=lambda: _check(y.dtype),
+    )
+
+
+def launched(
+    y: mx.array,
+    h: mx.array,
+    up: mx.array,
+    gain: mx.array,
+    offset: mx.array | None = None,
+) -> mx.array:
+    """The kernel's output, whatever the size; differentiable."""
+    r, out = up.shape
+    rows, low = y.reshape(-1, out), h.astype(y.dtype).reshape(-1, r)
+    composed = cast(mx.array, _differentiable(rows, low, up, gain, offset))
+    return composed.reshape(y.shape)
+
+
+@mx.custom_function
+def _differentiable(
+    y: mx.array, h: mx.array, up: mx.array, gain: mx.array, offset: mx.array | None
+) -> mx.array:
+    has_offset = offset is not None
+    (composed,) = run(
+        _FORWARD,
+        (y, h, up, gain, offset if has_offset else gain),
+        plan_dora_scale(_matrix(y), h.shape[1], y.dtype, has_offset),
+    )
+    return composed
+
+
+@_differentiable.vjp
+def _vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
+    y, h, up, gain, offset = primals
+    has_offset = offset is not None
+    scaled, partial = run(
+        _BACKWARD,
+        (cotangent, output, gain, offset if has_offset else gain),
+        plan_dora_scale_backward(_matrix(y), y.dtype, has_offset),
+    )
+    (sums,) = run(_COLUMNS, (partial, gain), plan_dora_scale_columns(*partial.shape))
+    # A sum over tokens can leave float16's range; bfloat16 has float32's.
+    wide = mx.float32 if y.dtype == mx.float16 else y.dtype
+    pull = scaled.astype(wide)
+    return (
+        scaled,
+        (pull @ up.astype(wide).T).astype(h.dtype),
+        (h.astype(wide).T @ pull).astype(mx.float32),
+        sums[0],
+        None if offset is None else sums[1],
+    )
+
+
+def _matrix(y: mx.array) -> tuple[int, int]:
+    tokens, out = y.shape
+    return tokens, out
+
+
+def _check(dtype: mx.Dtype) -> float:
+    """Forward and all gradients, with and without an offset."""
+    keys = mx.random.split(mx.random.key(0), 5)
+    y = mx.random.normal((70, 133), key=keys[0]).astype(dtype)
+    h = mx.random.normal((70, 5), key=keys[1]).astype(dtype)
+    up, pull = (mx.random.normal((n, 133), key=keys[n % 3 + 2]) for n in (5, 70))
+    gain = (mx.arange(133) - 3) / (1 + mx.random.uniform(shape=(133,), key=keys[4]))
+    worst = 0.0
+    for offset in (None, gain / 100):
+
+        def all_of(op: Callable[..., mx.array], offset=offset) -> list[mx.array]:
+            def loss(
+                y: mx.array, h: mx.array, up: mx.array, gain: mx.array
+            ) -> mx.array:
+                return (op(y, h, up, gain, offset).astype(mx.float32) * pull).sum()
+
+            gradients = mx.grad(loss, argnums=(0, 1, 2, 3))(y, h, up, gain)
+            return [op(y, h, up, gain, offset), *gradients]
+
+        worst = max(worst, relative_error(all_of(launched), all_of(plain.rescale)))
+    return worst

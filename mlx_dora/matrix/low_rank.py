@@ -1,0 +1,226 @@
+"""A low-rank update s·BA, with the magnitude that DoRA adds, and its spectrum."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.matrix.weight import near_one
+
+# Singular values under this share of the largest are rounding.
+_RANK_TOLERANCE = 1e-6
+
+Array = TypeVar("Array", mx.array, np.ndarray)
+
+
+def row_inner(a1: Array, b1: Array, a2: Array, b2: Array) -> Array:
+    r"""Inner product of each row of two updates, from the Gram of their A's.
+
+    .. math:: \langle B_1 A_1, B_2 A_2 \rangle_j = B_{1j}^\top (A_1^\top A_2) B_{2j}
+
+    Section 3 of "Scaling DoRA" (arXiv:2603.22276): only ``(out, r)`` and ``(r, r)``
+    arrays are built, but for ranks above the width, whose Gram would be the larger.
+
+    Args:
+        a1: A1. Shape ``(..., in, r1)``.
+        b1: B1ᵀ. Shape ``(..., out, r1)``.
+        a2: A2. Shape ``(..., in, r2)``.
+        b2: B2ᵀ. Shape ``(..., out, r2)``.
+
+    Returns:
+        Shape ``(..., out)``.
+    """
+    inner: Any
+    if min(a1.shape[-1], a2.shape[-1]) > a1.shape[-2]:
+        inner = ((b1 @ a1.swapaxes(-1, -2)) * (b2 @ a2.swapaxes(-1, -2))).sum(-1)
+    else:
+        gram = a1.swapaxes(-1, -2) @ a2
+        inner = ((b1 @ gram) * b2).sum(-1)
+    return inner
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """A low-rank update s·BA of a matrix ``(out, in)``, or of each matrix of a stack.
+
+    Attributes:
+        lora_a: Down projection. Shape ``(..., in, r)``; r may be 0.
+        lora_b: Up projection. Shape ``(..., r, out)``.
+        scale: Multiplier s.
+    """
+
+    lora_a: mx.array
+    lora_b: mx.array
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Rank r of the factors."""
+        return self.lora_a.shape[-1]
+
+    def check_fits(self, shape: tuple[int, ...]) -> None:
+        """Refuse factors that do not fit a weight of this shape ``(..., out, in)``.
+
+        Raises:
+            DoRAError: If they do not.
+        """
+        *stack, out, width = shape
+        a, b = self.lora_a.shape, self.lora_b.shape
+        if (*a[:-1], *b[-1:]) != (*stack, width, out) or b[:-1] != (*stack, *a[-1:]):
+            raise DoRAError(
+                f"lora_a {a} and lora_b {b} do not fit a weight of shape "
+                f"{tuple(shape)}; expected {_named(stack, width, 'r')} and "
+                f"{_named(stack, 'r', out)}."
+            )
+
+    def matrices(self) -> list["LowRank"]:
+        """The update of each matrix of a stack; of a matrix, this update."""
+        if self.lora_a.ndim == 2:
+            return [self]
+        factors = zip(self.lora_a, self.lora_b, strict=True)
+        return [replace(self, lora_a=a, lora_b=b) for a, b in factors]
+
+    def near_one(self) -> "LowRank":
+        """The same update in float32, columns of A near 1: their Gram cannot vanish."""
+        a, powers = near_one(self.lora_a.astype(mx.float32), axis=-2)
+        b = self.lora_b.astype(mx.float32) * powers.swapaxes(-1, -2)
+        return replace(self, lora_a=a, lora_b=b)
+
+    def rows(self, index: slice | mx.array) -> mx.array:
+        """Rows of s·BA, dense, in float32. Shape ``(len(index), in)``."""
+        b = self.lora_b.astype(mx.float32).T[index]
+        return (self.scale * b) @ self.lora_a.astype(mx.float32).T
+
+    def float64(self) -> "Factors":
+        """The factors in float64, s taken into B."""
+        a = np.array(self.lora_a.astype(mx.float32), np.float64)
+        b = np.array(self.lora_b.astype(mx.float32), np.float64)
+        return Factors(a=a, b=self.scale * b.T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapted:
+    """What an adapter does to a matrix, or to each matrix of a stack.
+
+    Attributes:
+        update: The low-rank update.
+        m: Magnitudes, ``(..., out)``; None for LoRA, whose rows keep their own length.
+    """
+
+    update: LowRank
+    m: mx.array | None
+
+    def matrices(self) -> list["Adapted"]:
+        """The adapter of each matrix of a stack; of a matrix, this one."""
+        updates = self.update.matrices()
+        if self.m is None:
+            return [Adapted(update=one, m=None) for one in updates]
+        magnitudes = [self.m] if self.m.ndim == 1 else list(self.m)
+        pairs = zip(updates, magnitudes, strict=True)
+        return [Adapted(update=update, m=m) for update, m in pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """An update as U·diag(σ)·Vᵀ, of its numerical rank k.
+
+    Attributes:
+        outputs: U, orthonormal. Shape ``(out, k)``.
+        values: σ, the largest first. Shape ``(k,)``.
+        inputs: V, orthonormal. Shape ``(in, k)``.
+    """
+
+    outputs: np.ndarray
+    values: np.ndarray
+    inputs: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """An update b·aᵀ in float64, for analysis and merging.
+
+    Attributes:
+        a: A. Shape ``(in, r)``.
+        b: s·Bᵀ. Shape ``(out, r)``.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+
+    def inner(self, other: "Factors") -> np.ndarray:
+        """Inner product of each row with another update's. Shape ``(out,)``."""
+        return row_inner(self.a, self.b, other.a, other.b)
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        """Rows of the update, dense. Shape ``(len(index), in)``."""
+        return self.b[index] @ self.a.T
+
+    def spectrum(self) -> Spectrum:
+        """Singular values and vectors, those that are rounding left out."""
+        outputs, values, inputs = self._svd()
+        kept = values > _RANK_TOLERANCE * values.max(initial=0.0)
+        return Spectrum(
+            outputs=outputs[:, kept], values=values[kept], inputs=inputs[:, kept]
+        )
+
+    def cut(self, rank: int, row_weight: np.ndarray) -> tuple["Factors", float]:
+        """The best update of a smaller rank (Eckart and Young, 1936).
+
+        With D the row weights, the Frobenius error of D·BA is the least possible.
+
+        Args:
+            rank: The rank to keep.
+            row_weight: How much each row counts, above 0. Shape ``(out,)``.
+
+        Returns:
+            Factors of that rank, and the share of the squared norm that is lost.
+        """
+        weighted = Factors(a=self.a, b=self.b * row_weight[:, None])
+        outputs, values, inputs = weighted._svd()
+        total = float(np.square(values).sum())
+        lost = float(np.square(values[rank:]).sum())
+        root = np.sqrt(values[:rank])
+        cut = Factors(
+            a=inputs[:, :rank] * root,
+            b=outputs[:, :rank] * root / row_weight[:, None],
+        )
+        return cut, lost / total if total else 0.0
+
+    def _svd(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """U, σ and V of the update: QR of both factors, SVD of the small core."""
+        q_in, r_in = np.linalg.qr(self.a)
+        q_out, r_out = np.linalg.qr(self.b)
+        left, values, right = np.linalg.svd(r_out @ r_in.T, full_matrices=False)
+        return q_out @ left, values, q_in @ right.T
+
+    def singular_values(self) -> np.ndarray:
+        """Singular values from the two r×r Grams alone, the largest first.
+
+        Good to about 1e-8 of the largest: what lies below is taken as zero.
+        """
+        values, vectors = np.linalg.eigh(self.a.T @ self.a)
+        root = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T  # rootᵀroot = AᵀA
+        energy = np.linalg.eigvalsh(root @ (self.b.T @ self.b) @ root.T)[::-1]
+        return np.sqrt(np.maximum(energy, 0.0))
+
+
+def side_by_side(updates: Sequence[Factors]) -> Factors:
+    """The sum of several updates as a single one; an equal A appears once."""
+    all_a: list[np.ndarray] = []
+    all_b: list[np.ndarray] = []
+    for update in updates:
+        for known, a in enumerate(all_a):
+            if a.shape == update.a.shape and np.array_equal(a, update.a):
+                all_b[known] = all_b[known] + update.b
+                break
+        else:
+            all_a.append(update.a)
+            all_b.append(update.b)
+    return Factors(a=np.concatenate(all_a, axis=1), b=np.concatenate(all_b, axis=1))
+
+
+def _named(stack: Sequence[int], *axes: int | str) -> str:
+    return f"({', '.join(str(axis) for axis in (*stack, *axes))})"

@@ -1,0 +1,298 @@
+"""A frozen weight W0, dense or packed: its rows, its blocks, its products.
+
+Everything else in the package treats a dense array and a `QuantizedWeight` alike
+through these functions; here stands the one loop that reads W0 block by block.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.matrix.packed import QuantizedWeight
+
+Weight = mx.array | QuantizedWeight
+"""A matrix ``(out, in)``, or a stack of them ``(n, out, in)``."""
+
+# Elements of one block: its float32 copy takes 4 MB.
+_BLOCK = 1 << 20
+# Elements of a block that is copied to float64 as well.
+_SMALL_BLOCK = 1 << 18
+# Between these a sum of squares has lost nothing to under- or overflow.
+_LEAST_SQUARE = 2.0**-60
+_LARGEST_SQUARE = 2.0**120
+
+
+def weight_from(parts: Mapping[str, Any], packing: Any) -> Weight:
+    """The weight of a module, from its arrays.
+
+    Args:
+        parts: ``weight`` and, if packed, ``scales`` and ``biases``.
+        packing: The module itself, for ``group_size``, ``bits`` and ``mode``.
+
+    Raises:
+        DoRAError: If it is packed with a global scale.
+    """
+    if "scales" not in parts:
+        return parts["weight"]
+    if parts.get("global_scale") is not None:
+        raise DoRAError(
+            f"{type(packing).__name__} has weights with a global scale, which cannot "
+            "take DoRA."
+        )
+    return QuantizedWeight(
+        weight=parts["weight"],
+        scales=parts["scales"],
+        biases=parts.get("biases"),
+        group_size=cast(int, packing.group_size),
+        bits=cast(int, packing.bits),
+        mode=cast(str, packing.mode),
+    )
+
+
+def as_packed(weight: Weight) -> QuantizedWeight | None:
+    """The weight if it is packed, None if it is dense."""
+    return weight if isinstance(weight, QuantizedWeight) else None
+
+
+def take_rows(weight: Weight, index: slice | mx.array) -> Weight:
+    """Some output rows, packed as they are."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.rows(index)
+    return weight[index]
+
+
+def dense(weight: Weight) -> mx.array:
+    """The whole weight, unpacked in its own dtype."""
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+
+
+def dense_dtype(weight: Weight) -> mx.Dtype:
+    """The dtype of a weight, unpacked."""
+    return dense(take_rows(weight, slice(0, 1))).dtype
+
+
+def unpacked_dtype(weight: Weight, own: mx.Dtype) -> mx.Dtype:
+    """The dtype of a weight made dense, in a model of dtype `own`.
+
+    Scales of mode affine are in the model's dtype; those of the others are bytes, and
+    MLX unpacks them to bfloat16 whatever the model is in.
+    """
+    if isinstance(weight, QuantizedWeight) and weight.biases is None:
+        return own
+    return dense_dtype(weight)
+
+
+def float32_rows(weight: Weight, index: slice | mx.array) -> mx.array:
+    """Some output rows in float32. Shape ``(len(index), in)``."""
+    return dense(take_rows(weight, index)).astype(mx.float32)
+
+
+def exact_float32_rows(weight: Weight, index: slice) -> mx.array:
+    """Some output rows in float32, not rounded to the dtype of packed scales first."""
+    rows = take_rows(weight, index)
+    if isinstance(rows, QuantizedWeight) and rows.biases is not None:
+        rows = replace(
+            rows,
+            scales=rows.scales.astype(mx.float32),
+            biases=rows.biases.astype(mx.float32),
+        )
+    return dense(rows).astype(mx.float32)
+
+
+def row_blocks(
+    weight: Weight, elements: int | None = None
+) -> Iterator[tuple[slice, mx.array]]:
+    """Consecutive row blocks, unpacked in the dtype of the weight, with slices.
+
+    Args:
+        weight: Dense or packed. Shape ``(out, in)``.
+        elements: Greatest number of elements of a block; None for about one million.
+    """
+    out, width = weight.shape
+    step = max(1, (elements or _BLOCK) // max(width, 1))
+    for start in range(0, out, step):
+        index = slice(start, min(start + step, out))
+        yield index, dense(take_rows(weight, index))
+
+
+def row_squares(weight: Weight) -> mx.array:
+    """‖W0‖² of each output row, accumulated in float32. Shape ``(..., out)``."""
+    if len(weight.shape) > 2:
+        squares = [row_squares(one) for one in matrices(weight)]
+        mx.eval(squares)
+        return mx.stack(squares)
+    parts = [squared_rows(block) for _, block in row_blocks(weight)]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def squared_rows(block: mx.array) -> mx.array:
+    """Sum of squares over each row, in float32: one number per output."""
+    return mx.square(block.astype(mx.float32)).sum(axis=-1)
+
+
+def row_norms(block: mx.array) -> mx.array:
+    """Length of each row: the norm of Eq. 2 and Eq. 5 of a dense weight.
+
+    Right for every finite row. Shape ``(..., out)``, float32; inf only where the norm
+    itself is beyond float32.
+    """
+    _, norm, power = measured_rows(block)
+    return norm if power is None else norm * power
+
+
+def measured_rows(block: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Rows in float32 with their lengths, brought near 1 where squares might not do.
+
+    Args:
+        block: Shape ``(..., out, in)``, any float dtype.
+
+    Returns:
+        The rows, their lengths ``(..., out)``, and the powers of two, ``(..., out)``,
+        that give both back; None if the rows are as they were.
+    """
+    full = block.astype(mx.float32)
+    squares = squared_rows(full)
+    if not full.size or are_ordinary(squares):
+        return full, mx.sqrt(squares), None
+    full, power = near_one(full, axis=-1)
+    return full, mx.sqrt(squared_rows(full)), power[..., 0]
+
+
+def are_ordinary(squares: mx.array) -> bool:
+    """Whether sums of squares are far from where float32 ends; False while traced.
+
+    Evaluates them. Rows of norm 1e-9 to 1e18 are ordinary; a zero row is not.
+    """
+    try:
+        return not beyond_squares(squares).any()
+    except ValueError:  # a placeholder of `mx.compile` or `mx.vmap`, without a value
+        return False
+
+
+def beyond_squares(squares: mx.array) -> mx.array:
+    """Which sums of squares may have over- or underflowed, zeros and NaN among them."""
+    return ~((squares >= _LEAST_SQUARE) & (squares <= _LARGEST_SQUARE))
+
+
+def near_one(values: mx.array, axis: int) -> tuple[mx.array, mx.array]:
+    """Bring rows (or columns) near 1 by powers of two, which rounds nothing.
+
+    Squares of what is beyond about 1e18 overflow float32, and those of what is below
+    1e-20 vanish; squares of the scaled values do neither.
+
+    Args:
+        values: Shape ``(..., out, in)``, float32.
+        axis: The axis along which all share a factor: -1 for rows, -2 for columns.
+
+    Returns:
+        The scaled values, whose largest is in 1 to 4 (below 1 where all of them are
+        subnormal), and the powers of two that give `values` back, with `axis` kept.
+    """
+    fixed = mx.stop_gradient(values)
+    largest = mx.maximum(
+        mx.max(fixed, axis=axis, keepdims=True),
+        -mx.min(fixed, axis=axis, keepdims=True),
+    )
+    # The exponent's bits alone are the power of two below a number. Both ends are cut
+    # to where the inverse is a normal number too.
+    power = (largest.view(mx.uint32) & 0x7F800000).view(mx.float32)
+    power = mx.clip(power, 2.0**-126, 2.0**126)
+    return values * (1 / power), power
+
+
+def product(weight: Weight, lora_a: mx.array) -> mx.array:
+    """U = W0·A for training: differentiable code may trace it, nothing is evaluated.
+
+    A dense weight is multiplied in its own dtype (a float32 A would make a float32 copy
+    of W0), a packed one without being unpacked as a whole on a GPU.
+
+    Args:
+        weight: Shape ``(..., out, in)``.
+        lora_a: Shape ``(..., in, r)``.
+
+    Returns:
+        Shape ``(..., out, r)``, float32.
+    """
+    if isinstance(weight, QuantizedWeight):
+        rows = lora_a.astype(mx.float32).swapaxes(-1, -2)
+        multiply = weight.matmul if lora_a.ndim == 2 else weight.packed_matmul
+        return multiply(rows).astype(mx.float32).swapaxes(-1, -2)
+    return (weight @ lora_a.astype(weight.dtype)).astype(mx.float32)
+
+
+def base_products(
+    weight: Weight, lora_a: mx.array, *, in_float64: bool = False
+) -> tuple[Any, Any]:
+    """‖W0‖² of each row and U = W0·A, reading W0 once, block by block.
+
+    No float32 copy of W0 is held; each block is evaluated before the next is read.
+
+    Args:
+        weight: Shape ``(out, in)``, any float dtype or packed.
+        lora_a: Shape ``(in, R)``.
+        in_float64: Give NumPy's float64: squares summed to 1e-9 of the sum, products in
+            float32 but of rows and columns near 1, so that nothing over- or underflows.
+
+    Returns:
+        Shapes ``(out,)`` and ``(out, R)``, float32 unless `in_float64`.
+    """
+    a, columns = lora_a.astype(mx.float32), None
+    if in_float64:
+        a, columns = near_one(a, axis=-2)
+    squares: list[Any] = []
+    products: list[Any] = []
+    for _, block in row_blocks(weight, _SMALL_BLOCK if in_float64 else None):
+        full, power = block.astype(mx.float32), None
+        square = squared_rows(full)
+        if in_float64 and not are_ordinary(square):
+            full, power = near_one(full, axis=-1)
+        product = full @ a
+        mx.eval(full, square, product)
+        if in_float64:
+            square = np.square(np.array(full, copy=False)).sum(1, dtype=np.float64)
+            product = np.array(product, np.float64)
+        if power is not None:
+            factor = np.array(power, np.float64)
+            square, product = square * factor[:, 0] ** 2, product * factor
+        squares.append(square)
+        products.append(product)
+        del full, block
+    if columns is None:
+        return mx.concatenate(squares), mx.concatenate(products)
+    whole = np.concatenate(products) * np.array(columns, np.float64)
+    return np.concatenate(squares), whole
+
+
+def matrices(weight: Weight) -> list[Weight]:
+    """The matrices of a stack ``(n, out, in)``, sharing its memory; or the matrix."""
+    if len(weight.shape) == 2:
+        return [weight]
+    if not isinstance(weight, QuantizedWeight):
+        return list(_slices(weight))
+    none = [None] * weight.shape[0]
+    biases = none if weight.biases is None else _slices(weight.biases)
+    parts = zip(_slices(weight.weight), _slices(weight.scales), biases, strict=True)
+    return [replace(weight, weight=w, scales=s, biases=b) for w, s, b in parts]
+
+
+def _slices(stack: mx.array) -> list[mx.array]:
+    # Not stack[i], which copies: a list of those would be the stack once more.
+    return [stack[i : i + 1].squeeze(0) for i in range(stack.shape[0])]
+
+
+def stacked(weights: Sequence[Weight]) -> Weight:
+    """The opposite of `matrices`: a stack of matrices of the same form."""
+    packed = [one for one in weights if isinstance(one, QuantizedWeight)]
+    if not packed:
+        return mx.stack([one for one in weights if isinstance(one, mx.array)])
+    biases = [one.biases for one in packed if one.biases is not None]
+    return replace(
+        packed[0],
+        weight=mx.stack([one.weight for one in packed]),
+        scales=mx.stack([one.scales for one in packed]),
+        biases=mx.stack(biases) if biases else None,
+    )
