@@ -16,8 +16,8 @@ import mlx.core as mx
 import yaml
 
 from mlx_dora.adapters.files import load_adapter, save_adapter
-from mlx_dora.adapters.fuse import fuse_model
 from mlx_dora.adapters.hosting import load_lazily
+from mlx_dora.fuse.model import fuse_model
 from mlx_dora.peft import from_peft, to_peft
 
 _COMPAT = Path(__file__).parents[1] / "tests" / "compat"

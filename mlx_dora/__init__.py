@@ -12,12 +12,12 @@ from mlx_dora.openblas import preload
 if TYPE_CHECKING:
     from mlx_dora.adapters.config import DoRAConfig
     from mlx_dora.adapters.files import Adapter, load_adapter, save_adapter
-    from mlx_dora.adapters.fuse import fuse_dora
     from mlx_dora.adapters.hosting import load, use_in_mlx_lm
     from mlx_dora.adapters.named import NamedAdapters
     from mlx_dora.adapters.surgery import apply_dora, disabled, remove_dora
     from mlx_dora.decomposition import dora_decompose, dora_merge
     from mlx_dora.errors import DoRAError
+    from mlx_dora.fuse.model import fuse_dora
     from mlx_dora.layers import DoRAEmbedding, DoRALinear
     from mlx_dora.layers.multi import DoRAMultiLinear
     from mlx_dora.layers.switch import DoRASwitchLinear
@@ -41,7 +41,7 @@ _HOME = {
     "dora_decompose": "mlx_dora.decomposition",
     "dora_merge": "mlx_dora.decomposition",
     "from_peft": "mlx_dora.peft",
-    "fuse_dora": "mlx_dora.adapters.fuse",
+    "fuse_dora": "mlx_dora.fuse.model",
     "load": "mlx_dora.adapters.hosting",
     "load_adapter": "mlx_dora.adapters.files",
     "remove_dora": "mlx_dora.adapters.surgery",

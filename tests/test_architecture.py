@@ -1,8 +1,8 @@
 """The layering of the design, read from every import; see docs in CONTRIBUTING.md.
 
 cli > demo | doctor | publish | serve > train | analyze | merge > evaluate >
-data | peft > adapters > layers > decomposition > kernels | io > matrix > options >
-errors | openblas | progress
+data | fuse | peft > adapters > layers > decomposition > kernels | io > matrix >
+options > errors | openblas | progress
 
 Imports point right; packages joined by | never import each other.
 """
@@ -21,7 +21,7 @@ LAYERS = (
     ("demo", "doctor", "publish", "serve"),
     ("train", "analyze", "merge"),
     ("evaluate",),
-    ("data", "peft"),
+    ("data", "fuse", "peft"),
     ("adapters",),
     ("layers",),
     ("decomposition",),
@@ -200,7 +200,7 @@ def test_file_keeps_the_architecture(name: str) -> None:
         ("evaluate/a.py", "from mlx_dora.train import x", "upwards"),
         ("train/a.py", "from mlx_dora.cli.train import command", "upwards"),
         ("matrix/a.py", "from mlx_dora.kernels import x", "upwards"),
-        ("io/a.py", "from mlx_dora.fuse import x", "no layer holds"),
+        ("io/a.py", "from mlx_dora.stack import x", "no layer holds"),
         ("layers/a.py", "from . import x", "relative"),
         ("layers/a.py", "from mlx_dora.kernels._source import x", "private"),
         ("layers/a.py", "import mlx_lm", "module level"),

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import click
 
-from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._paths import PATH, PATH_OR_ID
 from mlx_dora.cli._publish import command_line, publish, upload_option
 from mlx_dora.evaluate.tolerance import FuseTolerance
+from mlx_dora.fuse.config import FuseConfig
 
 EXIT_NOT_VERIFIED = 3
 
@@ -84,9 +84,9 @@ def command(
     one tensor is in memory at a time. A dense layer keeps its dtype and size. The
     report shows what share of each layer's update survived.
     """
-    from mlx_dora.adapters.fuse import fuse_model
     from mlx_dora.adapters.recorded_base import recorded_base
     from mlx_dora.evaluate.fused import PROMPTS, verify_fused
+    from mlx_dora.fuse.model import fuse_model
 
     if upload_repo is not None:
         from mlx_dora.publish.upload import check_upload

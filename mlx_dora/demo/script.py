@@ -15,7 +15,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.adapters.fuse import fuse_dora, save_fused
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.keys import blocks
 from mlx_dora.adapters.surgery import disabled
@@ -28,6 +27,7 @@ from mlx_dora.demo.model import demo_model
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.agreement import Agreement, compare_probe, take_probe
 from mlx_dora.evaluate.generation import Prompt, generate_samples, sample_prompts
+from mlx_dora.fuse.model import fuse_dora, save_fused
 from mlx_dora.io.atomic import check_output
 from mlx_dora.train import StepReport, TrainConfig, TrainReport, finetune
 

@@ -8,12 +8,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.adapters.fuse import REST_NAME
 from mlx_dora.adapters.hosting import load
 from mlx_dora.data.targets import Example
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.agreement import Agreement, compare_probe, take_probe
 from mlx_dora.evaluate.tolerance import FuseTolerance
+from mlx_dora.fuse.model import REST_NAME
 
 PROMPTS = (
     "The capital of France is Paris, and its longest river is",

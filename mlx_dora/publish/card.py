@@ -8,10 +8,10 @@ from typing import Any
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.files import load_adapter
-from mlx_dora.adapters.fuse_report import FuseReport
 from mlx_dora.analyze.adapter import analyze_adapter
 from mlx_dora.analyze.result import AdapterAnalysis
 from mlx_dora.analyze.table import describe
+from mlx_dora.fuse.report import FuseReport
 from mlx_dora.publish.markdown import block, inline, is_local, name_of, without_folders
 
 _CHANGED = 5

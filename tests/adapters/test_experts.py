@@ -28,11 +28,11 @@ from mlx_dora import (
 )
 from mlx_dora.adapters.adapter import take_adapter
 from mlx_dora.adapters.attach import attach_adapter
-from mlx_dora.adapters.fuse import fuse_model
-from mlx_dora.adapters.fuse_config import FuseConfig
-from mlx_dora.adapters.fuse_stream import stream_fused
 from mlx_dora.adapters.named import NamedAdapters
 from mlx_dora.adapters.surgery import adapter_layers
+from mlx_dora.fuse.config import FuseConfig
+from mlx_dora.fuse.model import fuse_model
+from mlx_dora.fuse.stream import stream_fused
 from mlx_dora.layers import _layer
 from mlx_dora.peft import to_peft
 from mlx_dora.train import TrainConfig, finetune

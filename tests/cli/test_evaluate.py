@@ -5,8 +5,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mlx_dora import DoRAConfig, apply_dora, load, save_adapter
-from mlx_dora.adapters.fuse import fuse_model
 from mlx_dora.cli.evaluate import command
+from mlx_dora.fuse.model import fuse_model
 from mlx_dora.train.run.start import trainable_tensors
 from tests.adapters.training import train
 from tests.cli.training_data import write_data

@@ -17,10 +17,10 @@ import pytest
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
-from mlx_dora.adapters.fuse import fuse_model
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.named import NamedAdapters
 from mlx_dora.analyze import analyze_adapter
+from mlx_dora.fuse.model import fuse_model
 from mlx_dora.merge import merge_adapters
 from mlx_dora.peft import from_peft
 from mlx_dora.peft.convert import convert_adapter

@@ -8,9 +8,9 @@ import pytest
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
-from mlx_dora.adapters.fuse import fuse_model
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.surgery import apply_dora, disabled, dora_layers, remove_dora
+from mlx_dora.fuse.model import fuse_model
 from tests.checks import assert_close, to_numpy
 
 

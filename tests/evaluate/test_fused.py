@@ -6,12 +6,12 @@ import pytest
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
-from mlx_dora.adapters.fuse import fuse_model
-from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.hosting import load
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.fused import verify_fused
 from mlx_dora.evaluate.tolerance import FuseTolerance
+from mlx_dora.fuse.config import FuseConfig
+from mlx_dora.fuse.model import fuse_model
 from tests.adapters.training import QV, train
 from tests.checks import to_numpy
 

@@ -11,10 +11,10 @@ import mlx_lm
 import pytest
 
 from mlx_dora.adapters.files import save_adapter
-from mlx_dora.adapters.fuse import fuse_model
 from mlx_dora.adapters.hosting import load, load_lazily, use_in_mlx_lm
 from mlx_dora.analyze import analyze_finetune
 from mlx_dora.errors import DoRAError
+from mlx_dora.fuse.model import fuse_model
 from mlx_dora.io.checkpoint import Checkpoint, ShardWriter
 from mlx_dora.io.weight_files import weight_files, without_strays
 from mlx_dora.merge import merge_models

@@ -16,8 +16,8 @@ from mlx_dora import DoRAConfig, DoRAError, load, load_adapter
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.files import save_adapter
-from mlx_dora.adapters.fuse import fuse_model
-from mlx_dora.adapters.fuse_config import FuseConfig
+from mlx_dora.fuse.config import FuseConfig
+from mlx_dora.fuse.model import fuse_model
 from mlx_dora.merge import merge_adapters
 from mlx_dora.merge.adapters.dense import Options
 from mlx_dora.merge.adapters.extract import extract_adapter

@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dora import DoRAConfig, DoRAError, save_adapter
-from mlx_dora.adapters.fuse import fuse_model
-from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.hosting import load
 from mlx_dora.cli.extract import command
+from mlx_dora.fuse.config import FuseConfig
+from mlx_dora.fuse.model import fuse_model
 from mlx_dora.merge.adapters.dense import factor, row_norm
 from mlx_dora.merge.adapters.extract import extract_adapter
 from tests.adapters.training import QV, TOKENS, train

@@ -10,14 +10,14 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.adapter import Adapter, BaseModel
 from mlx_dora.adapters.fingerprint import digest_of, sample_of, tensor_line
-from mlx_dora.adapters.fuse_config import FuseConfig
-from mlx_dora.adapters.fuse_full import replace_parts
-from mlx_dora.adapters.fuse_layer import why_not_finite
-from mlx_dora.adapters.fuse_matrices import fuse_matrices
-from mlx_dora.adapters.fuse_report import FusedLayer
 from mlx_dora.adapters.keys import takes_lora
 from mlx_dora.adapters.matrices import adapted_matrices, adapter_tensors
 from mlx_dora.errors import DoRAError
+from mlx_dora.fuse.config import FuseConfig
+from mlx_dora.fuse.full import replace_parts
+from mlx_dora.fuse.layer import why_not_finite
+from mlx_dora.fuse.matrices import fuse_matrices
+from mlx_dora.fuse.report import FusedLayer
 from mlx_dora.io.finite import all_finite
 from mlx_dora.layers import DoRALayer
 from mlx_dora.matrix.packed import QuantizedWeight

@@ -1,6 +1,6 @@
 """How to fuse one adapted weight, and how much of its update that keeps.
 
-`mlx_dora.adapters.fuse_stream` walks over a model with these functions.
+`mlx_dora.fuse.stream` walks over a model with these functions.
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_dora.adapters.fuse_report import Survival
+from mlx_dora.fuse.report import Survival
 from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels import normalize_rows
 from mlx_dora.kernels.fusing import dense_fused, packed_fused

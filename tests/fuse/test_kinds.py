@@ -15,11 +15,11 @@ from mlx_dora.adapters.adapter import BaseModel, take_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.fingerprint import fingerprint
-from mlx_dora.adapters.fuse import fuse_model
-from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.recorded_base import recorded_base
 from mlx_dora.errors import DoRAError
+from mlx_dora.fuse.config import FuseConfig
+from mlx_dora.fuse.model import fuse_model
 from tests.adapters.folders import edit_config
 from tests.adapters.training import QV, TOKENS, train
 from tests.checks import BOUNDS, assert_close, to_numpy

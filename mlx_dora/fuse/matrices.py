@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_dora.adapters.fuse_config import FuseConfig
-from mlx_dora.adapters.fuse_layer import requantized, survival
-from mlx_dora.adapters.fuse_report import Survival, sum_survivals
+from mlx_dora.fuse.config import FuseConfig
+from mlx_dora.fuse.layer import requantized, survival
+from mlx_dora.fuse.report import Survival, sum_survivals
 from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels.fusing import dense_fused, packed_fused, scaled_packing
 from mlx_dora.matrix.low_rank import Adapted

@@ -11,11 +11,11 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
-from mlx_dora.adapters.fuse import fuse_dora, fuse_model, save_fused
-from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.hosting import load, load_with_config
 from mlx_dora.adapters.surgery import adapter_layers, apply_dora, dora_layers
 from mlx_dora.errors import DoRAError
+from mlx_dora.fuse.config import FuseConfig
+from mlx_dora.fuse.model import fuse_dora, fuse_model, save_fused
 from mlx_dora.io.header import read_header
 from tests.adapters.folders import names
 from tests.adapters.training import QV, TOKENS, perturb, train

@@ -5,9 +5,9 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_dora.adapters.fuse_report import FusedLayer, Survival
+from mlx_dora.fuse.report import FusedLayer, Survival
 
-# Elements of a block, as in `mlx_dora.adapters.fuse_layer`.
+# Elements of a block, as in `mlx_dora.fuse.layer`.
 _BLOCK = 1 << 16
 
 

@@ -9,13 +9,13 @@ import pytest
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
-from mlx_dora.adapters.fuse import fuse_dora, fuse_model, save_fused
-from mlx_dora.adapters.fuse_config import FuseConfig
-from mlx_dora.adapters.fuse_layer import survival
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.named import NamedAdapters
 from mlx_dora.adapters.surgery import apply_dora, dora_layers
 from mlx_dora.errors import DoRAError
+from mlx_dora.fuse.config import FuseConfig
+from mlx_dora.fuse.layer import survival
+from mlx_dora.fuse.model import fuse_dora, fuse_model, save_fused
 from mlx_dora.kernels.fusing import dense_fused
 from mlx_dora.matrix import Adapted, LowRank
 from tests.adapters.training import QV, perturb

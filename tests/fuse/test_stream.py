@@ -12,11 +12,11 @@ import pytest
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
-from mlx_dora.adapters.fuse import fuse_model
-from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.surgery import apply_dora
 from mlx_dora.errors import DoRAError
+from mlx_dora.fuse.config import FuseConfig
+from mlx_dora.fuse.model import fuse_model
 from mlx_dora.io.header import read_header
 from tests.adapters.training import TOKENS, perturb
 
@@ -81,8 +81,8 @@ def test_peak_memory_is_four_tensors_and_a_shard(
 
 FUSE = """
 import sys
-from mlx_dora.adapters.fuse import fuse_model
-from mlx_dora.adapters.fuse_config import FuseConfig
+from mlx_dora.fuse.model import fuse_model
+from mlx_dora.fuse.config import FuseConfig
 base, adapter, out = sys.argv[1:]
 config = FuseConfig(mode="lossless")
 print("start", flush=True)

@@ -14,11 +14,11 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
-from mlx_dora.adapters.fuse import REST_NAME, fuse_dora, fuse_model
-from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.surgery import apply_dora, dora_layers
 from mlx_dora.errors import DoRAError
+from mlx_dora.fuse.config import FuseConfig
+from mlx_dora.fuse.model import REST_NAME, fuse_dora, fuse_model
 from tests.adapters.training import QV, TOKENS, perturb
 from tests.checks import assert_close, to_numpy
 

@@ -13,13 +13,8 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import fit_problems, other_base
-from mlx_dora.adapters.carried import carried_along, carried_tensors
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint_of
-from mlx_dora.adapters.fuse_config import FuseConfig
-from mlx_dora.adapters.fuse_layer import survival
-from mlx_dora.adapters.fuse_report import FusedLayer, FuseReport, sum_survivals
-from mlx_dora.adapters.fuse_stream import model_dtype, stream_fused
 from mlx_dora.adapters.hosting import load_lazily, load_with_config, model_folder
 from mlx_dora.adapters.recorded_base import recorded_base
 from mlx_dora.adapters.surgery import (
@@ -29,6 +24,11 @@ from mlx_dora.adapters.surgery import (
     put_modules,
 )
 from mlx_dora.errors import DoRAError
+from mlx_dora.fuse.carried import carried_along, carried_tensors
+from mlx_dora.fuse.config import FuseConfig
+from mlx_dora.fuse.layer import survival
+from mlx_dora.fuse.report import FusedLayer, FuseReport, sum_survivals
+from mlx_dora.fuse.stream import model_dtype, stream_fused
 from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.io.finite import all_finite

@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
-from mlx_dora.adapters.fuse import fuse_dora, fuse_model, save_fused
-from mlx_dora.adapters.fuse_config import FuseConfig
 from mlx_dora.adapters.hosting import load, load_with_config
+from mlx_dora.fuse.config import FuseConfig
+from mlx_dora.fuse.model import fuse_dora, fuse_model, save_fused
 from mlx_dora.io.checkpoint import Checkpoint
 from tests.adapters.training import TOKENS, train
 from tests.checks import assert_close, to_numpy
