@@ -4,12 +4,15 @@ openblas.preload()  # before anything imports mlx: a hundredfold on Linux
 
 import json  # noqa: E402 - the two lines above come first
 import os  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# On the CPU `mx.compile` runs a C++ compiler, which takes most of a test's time. Tests
+# marked `compiled`, and the demo in CI, compile; commands that tests start do not.
+os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -48,6 +51,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no Apple GPU here"))
         if item.get_closest_marker("cuda") and not has_cuda:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(autouse=True)
+def compile_where_that_is_tested(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let `mx.compile` compile in tests marked ``compiled`` only."""
+    if request.node.get_closest_marker("compiled") is None:
+        mx.disable_compile()
+        yield
+        return
+    mx.enable_compile()
+    yield
+    mx.disable_compile()
 
 
 @pytest.fixture

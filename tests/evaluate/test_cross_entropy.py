@@ -16,6 +16,8 @@ from mlx_dora.evaluate.loss import loss_fn
 from mlx_dora.train.run.start import trainable_tensors
 from tests.checks import assert_close, to_numpy
 
+pytestmark = pytest.mark.compiled
+
 BATCH = pad_batch([(list(range(3, 40)), 0), (list(range(50, 71)), 6)], 64)
 KEYS = ("self_attn.q_proj", "mlp.up_proj")
 

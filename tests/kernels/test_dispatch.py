@@ -12,6 +12,8 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import QuantizedWeight, _source, dispatch, plain, plans
 from tests.checks import to_numpy
 
+pytestmark = pytest.mark.compiled
+
 ROOT = Path(__file__).parents[2]
 normalize_rows_module = import_module("mlx_dora.kernels.normalize_rows")
 adapted_norm_module = import_module("mlx_dora.kernels.adapted_norm")

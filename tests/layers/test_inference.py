@@ -12,6 +12,8 @@ from mlx_dora.layers import DoRALinear
 from tests.checks import assert_close, to_numpy
 from tests.layers.oracle import dense_weight, dora_truth, quantized, trained
 
+pytestmark = pytest.mark.compiled
+
 
 @pytest.fixture(params=["dense", "quantized"])
 def layer(request):

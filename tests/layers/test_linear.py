@@ -18,6 +18,8 @@ from tests.layers.oracle import (
     value_and_gradients,
 )
 
+pytestmark = pytest.mark.compiled
+
 DTYPES = list(BOUNDS)
 
 

@@ -13,6 +13,8 @@ from mlx_dora.layers import dora_class
 from tests.checks import BOUNDS, assert_close, to_numpy
 from tests.layers.oracle import QUANTIZED_MODES, dense_weight, dora_truth
 
+pytestmark = pytest.mark.compiled
+
 HEADS, OUT, WIDTH, RANK, SCALE = 3, 128, 64, 4, 2.0
 FORMS = [None, *(mode for mode in QUANTIZED_MODES if mode[2] <= 32)]
 SIDES = pytest.mark.parametrize("transpose", [True, False], ids=["right", "left"])

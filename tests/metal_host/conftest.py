@@ -9,13 +9,16 @@ from tests.metal_host.host import Host, call, launched
 
 
 @pytest.fixture(scope="session")
-def host(pytestconfig: pytest.Config) -> Host:
-    """The stand-in device; its programs are kept from run to run, by content."""
+def host(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """The stand-in device; its programs are kept from run to run, by content.
+
+    Without pytest's cache (``-p no:cacheprovider``) they are kept for this run only.
+    """
     if COMPILER is None:
         pytest.skip("no g++: the kernels cannot be compiled for this machine")
-    cache = pytestconfig.cache
-    assert cache is not None
-    return Host(Builder(cache.mkdir("metal_host")))
+    cache = getattr(pytestconfig, "cache", None)
+    place = tmp_path_factory.mktemp("host") if cache is None else None
+    return Host(Builder(place or cache.mkdir("metal_host")))
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ from tests.checks import assert_close, to_numpy
 from tests.train.conftest import EXAMPLES
 from tests.train.saved import config, log, same_bits, tensors
 
+pytestmark = pytest.mark.compiled
+
 Run = Callable[..., Any]
 
 
