@@ -281,7 +281,7 @@ def _describe(path: str, layer: DoRALayer, module: nn.Module) -> FusedLayer:
     """Compare a DoRA layer with the plain module it was fused into."""
     before, after = weight_of(layer.base), weight_of(module)
     adapted = layer.adapted().matrices()
-    found = [
+    survivals = [
         survival(*parts)
         for parts in zip(matrices(before), matrices(after), adapted, strict=True)
     ]
@@ -292,7 +292,7 @@ def _describe(path: str, layer: DoRALayer, module: nn.Module) -> FusedLayer:
         bits=None if packed is None else packed.bits,
         bytes_before=_nbytes(layer.base),
         bytes_after=_nbytes(module),
-        survival=sum_survivals(found),
+        survival=sum_survivals(survivals),
     )
 
 

@@ -46,18 +46,18 @@ def replace_parts(
 
 def _rounding(before: mx.array, exact: mx.array, after: mx.array) -> Survival:
     """How much of `exact` - `before` is left after rounding to the base's dtype."""
-    found = Survival()
+    survival = Survival()
     if not mx.issubdtype(before.dtype, mx.floating):
-        return found  # packed values, taken over as they are
-    flat = [one.reshape(-1) for one in (before, exact, after)]
+        return survival  # packed values, taken over as they are
+    flat = [values.reshape(-1) for values in (before, exact, after)]
     for start in range(0, before.size, _BLOCK):
         base, wanted, left = (
-            one[start : start + _BLOCK].astype(mx.float32) for one in flat
+            values[start : start + _BLOCK].astype(mx.float32) for values in flat
         )
         due, done = wanted - base, left - base
         sums = [(due * due).sum(), (due * done).sum(), (done * done).sum()]
         exact_square, product, kept_square = cast(list[float], mx.stack(sums).tolist())
-        found += Survival(
+        survival += Survival(
             exact_square=exact_square, product=product, kept_square=kept_square
         )
-    return found
+    return survival

@@ -58,17 +58,17 @@ def requantized(
         packed = packed_fused(
             weight, adapted, group_size=group_size, bits=bits, mode=mode
         )
-        found = survival(weight, packed, adapted)
-        if found.survives(keep):
-            return packed, found, plain
-        plain = plain or found
+        kept = survival(weight, packed, adapted)
+        if kept.survives(keep):
+            return packed, kept, plain
+        plain = plain or kept
         del packed
     dense = dense_fused(weight, adapted, unpacked_dtype(weight, own))
-    found = survival(weight, dense, adapted)
-    if not found.survives(keep):
+    kept = survival(weight, dense, adapted)
+    if not kept.survives(keep):
         dense = dense_fused(weight, adapted, mx.float32)
-        found = survival(weight, dense, adapted)
-    return dense, found, plain
+        kept = survival(weight, dense, adapted)
+    return dense, kept, plain
 
 
 def _packings(weight: QuantizedWeight) -> Iterator[tuple[int, int, str]]:
@@ -95,7 +95,7 @@ def survival(
         rest: An up projection ``(r, out)`` of the low-rank part that stays beside the
             fused weight, with A and s of the update.
     """
-    found = Survival()
+    total = Survival()
     update = adapted.update
     a = update.lora_a.astype(mx.float32).T
     for index, block in row_blocks(before, _BLOCK):
@@ -111,8 +111,8 @@ def survival(
         fused = exact_float32_rows(after, index)
         if rest is not None:
             fused = fused + (update.scale * rest[:, index].T) @ a
-        found += _survival_of(base, full, fused)
-    return found
+        total += _survival_of(base, full, fused)
+    return total
 
 
 def _survival_of(base: mx.array, adapted: mx.array, fused: mx.array) -> Survival:

@@ -47,7 +47,7 @@ class FusedMatrices:
         """Whether what stays beside, and how much survived, are numbers."""
         sizes = (self.survival.exact_square, self.survival.kept_square)
         return all(map(math.isfinite, sizes)) and all(
-            all_finite(value) for one in self.rest for value in one.values()
+            all_finite(value) for factors in self.rest for value in factors.values()
         )
 
 
@@ -78,17 +78,17 @@ def fuse_matrices(
         plain, packed = None, as_packed(before)
         if packed is None or config.mode == "dequantize":
             after = dense_fused(before, adapter, unpacked_dtype(before, own))
-            found = survival(before, after, adapter)
+            survived = survival(before, after, adapter)
         elif config.mode == "lossless":
             gain = exact_gain(before, adapter)
             after = scaled_packing(packed, gain, _SCALES[config.scales])
             up = gain * adapter.update.lora_b.astype(mx.float32)
-            found = survival(before, after, adapter, up)
+            survived = survival(before, after, adapter, up)
             rest.append({"lora_a": adapter.update.lora_a, "lora_b": up})
         else:
-            after, found, plain = requantized(packed, adapter, config.keep, own)
+            after, survived, plain = requantized(packed, adapter, config.keep, own)
         afters.append(after)
-        kept.append(found)
+        kept.append(survived)
         plains.append(plain)
     if len(weight.shape) == 2:
         fused = afters[0]
@@ -110,10 +110,12 @@ def _alike(
     kept: Sequence[Survival],
 ) -> tuple[list[Weight], list[Survival]]:
     """All matrices in the form of the one that needs most: they share one array."""
-    packed = [one for one in map(as_packed, afters) if one is not None]
-    dense = [dense_dtype(one) for one in afters if as_packed(one) is None]
+    packed = [weight for weight in map(as_packed, afters) if weight is not None]
+    dense = [dense_dtype(weight) for weight in afters if as_packed(weight) is None]
     dtype = mx.float32 if mx.float32 in dense else dense[0] if dense else None
-    most = max(packed, key=lambda one: (one.bits, one.mode == "affine"), default=None)
+    most = max(
+        packed, key=lambda weight: (weight.bits, weight.mode == "affine"), default=None
+    )
     alike: list[Weight] = []
     survivals: list[Survival] = []
     for before, adapter, after, own in zip(befores, adapted, afters, kept, strict=True):

@@ -150,18 +150,18 @@ class FuseReport:
     def lines(self) -> list[str]:
         """The report as text: a line a layer, and the total."""
         total, dtypes = self.total, sorted({layer.dtype for layer in self.layers})
-        found = [layer.line() for layer in self.layers]
-        found.append(
+        lines = [layer.line() for layer in self.layers]
+        lines.append(
             f"Fused {len(self.layers)} layers ({', '.join(dtypes)}): {total.kept:.1%} "
             f"of the update kept (cosine {total.cosine:.3f}), {self.bytes_before:,} "
             f"bytes before, {self.bytes_after:,} after."
         )
         if (plain := self.plain) is not None:
-            found.append(
+            lines.append(
                 f"Packed with the base's own bits it would be {plain.kept:.1%} "
                 f"(cosine {plain.cosine:.3f})."
             )
-        return found
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

@@ -129,14 +129,14 @@ def model_dtype(model: nn.Module) -> mx.Dtype:
 
 
 def _check_lossless(adapter: Adapter, adapted: Mapping[str, nn.Module]) -> None:
-    packed = {path: one for path, one in adapted.items() if "scales" in one}
+    packed = {path: module for path, module in adapted.items() if "scales" in module}
     if packed and adapter.fine_tune_type == "lora":
         raise DoRAError(
             "a LoRA adapter has no magnitudes that a lossless fuse could multiply into "
             "the scales: it would give the base and the adapter back. Fuse with "
             "requantize or dequantize, or use the adapter unfused."
         )
-    if beyond := [path for path, one in packed.items() if not takes_lora(one)]:
+    if beyond := [path for path, module in packed.items() if not takes_lora(module)]:
         raise DoRAError(
             f"mlx-lm has no LoRA layer for {', '.join(beyond)}, which could hold "
             "the low-rank rest of a lossless fuse; fuse with requantize or "
@@ -177,17 +177,17 @@ def _fuse_module(
     own: mx.Dtype,
 ) -> _Result:
     weight = weight_from(parts, module)
-    found = fuse_matrices(weight, adapted_matrices(adapter, path, module), config, own)
-    after, packing = found.weight, None
+    result = fuse_matrices(weight, adapted_matrices(adapter, path, module), config, own)
+    after, packing = result.weight, None
     before, packed = as_packed(weight), as_packed(after)
     new = {"weight": cast(mx.array, after)} if packed is None else packed.parts
-    if not all(map(all_finite, new.values())) or not found.is_finite:
+    if not all(map(all_finite, new.values())) or not result.is_finite:
         raise DoRAError(f"{path}: {why_not_finite(weight)}")
     if before is not None and config.mode == "requantize":
         packing = _packing(before, packed)
     rest: Parts = {}
-    if found.rest:
-        rest = adapter_tensors(path, module, weight, found.rest)
+    if result.rest:
+        rest = adapter_tensors(path, module, weight, result.rest)
     fused = new | _others(parts)
     layer = FusedLayer(
         path=path,
@@ -195,8 +195,8 @@ def _fuse_module(
         bits=None if packed is None else packed.bits,
         bytes_before=sum(value.nbytes for value in parts.values()),
         bytes_after=sum(value.nbytes for value in (fused | rest).values()),
-        survival=found.survival,
-        plain=found.plain,
+        survival=result.survival,
+        plain=result.plain,
     )
     return _Result(parts=fused, layer=layer, packing=packing, rest=rest)
 

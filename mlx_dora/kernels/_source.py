@@ -49,4 +49,4 @@ def in_cuda(text: str, *, is_body: bool) -> str:
 
 def blank_comments(text: str) -> str:
     """The text with every comment turned into blanks; lines keep their numbers."""
-    return _COMMENT.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
+    return _COMMENT.sub(lambda match: re.sub(r"[^\n]", " ", match.group()), text)

@@ -52,7 +52,7 @@ def adapted_norm(
     terms = terms_of(q0, product(weight, update.lora_a), update)
     if squared_base is None:  # nobody vouches for the squares
         largest = mx.square(mx.abs(update.lora_a).astype(mx.float32).max(axis=-2))
-        sizes = [one.reshape(-1) for one in (q0, largest, terms.parts)]
+        sizes = [values.reshape(-1) for values in (q0, largest, terms.parts)]
         if not are_ordinary(mx.concatenate(sizes)):
             pairs = zip(matrices(weight), update.matrices(), strict=True)
             norms = [_scaled_norm(*pair) for pair in pairs]
@@ -69,7 +69,10 @@ def _scaled_norm(weight: Weight, update: LowRank) -> mx.array:
     q0 = mx.concatenate([mx.square(norm) for _, norm, _ in blocks])
     products = mx.concatenate([full @ scaled.lora_a for full, _, _ in blocks])
     power = mx.concatenate(
-        [mx.ones_like(norm) if one is None else one for _, norm, one in blocks]
+        [
+            mx.ones_like(norm) if block_power is None else block_power
+            for _, norm, block_power in blocks
+        ]
     )
     unit = LowRank(lora_a=scaled.lora_a, lora_b=up.swapaxes(-1, -2), scale=1.0)
     terms = terms_of(q0, products, unit)

@@ -46,10 +46,10 @@ def fused_module(
     """
     weight = weight_of(base)
     fused: list[Weight] = []
-    for one, adapter in zip(matrices(weight), adapted, strict=True):
-        packed = as_packed(one)
+    for matrix, adapter in zip(matrices(weight), adapted, strict=True):
+        packed = as_packed(matrix)
         if packed is None or dequantize:
-            full = dense_fused(one, adapter, unpacked_dtype(one, own))
+            full = dense_fused(matrix, adapter, unpacked_dtype(matrix, own))
             _refuse_not_finite(full)
             fused.append(full)
         else:

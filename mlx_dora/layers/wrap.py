@@ -48,8 +48,8 @@ def dora_class(module: nn.Module) -> type[DoRALayer]:
     known: dict[type[nn.Module], type[DoRALayer]] = dict(_LAYERS)
     if (home := type(module).__module__) in _STACKS:
         name, stack = _STACKS[home]
-        found: type[DoRALayer] = getattr(import_module(name), stack)
-        known |= dict.fromkeys(found.base_types, found)
+        layer_class: type[DoRALayer] = getattr(import_module(name), stack)
+        known |= dict.fromkeys(layer_class.base_types, layer_class)
     layer = known.get(type(module))
     if layer is None:
         raise unsupported(module, tuple(known))

@@ -115,7 +115,7 @@ def row_geometry(weight: Weight, adapted: Adapted) -> RowGeometry:
 
 def _dense_terms(weight: Weight, own: Factors, rows: np.ndarray) -> np.ndarray:
     """n², c and ‖the update across the base's row‖² of some rows, taken densely."""
-    found = np.empty((3, rows.size))
+    result = np.empty((3, rows.size))
     chunks = -(-rows.size * own.a.shape[0] // _BLOCK) or 1
     for places in np.array_split(np.arange(rows.size), chunks):
         if not places.size:
@@ -126,8 +126,8 @@ def _dense_terms(weight: Weight, own: Factors, rows: np.ndarray) -> np.ndarray:
         c = (base * delta).sum(1)
         away = delta - (c / np.square(base).sum(1))[:, None] * base
         squared = np.square(base + delta).sum(1)
-        found[:, places] = squared, c, np.square(away).sum(1)
-    return found
+        result[:, places] = squared, c, np.square(away).sum(1)
+    return result
 
 
 def pair_geometry(base: Weight, adapted: Weight) -> RowGeometry:

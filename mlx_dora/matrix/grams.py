@@ -56,7 +56,9 @@ def row_grams(weight: Weight, updates: Sequence[LowRank]) -> RowGrams:
     """
     for update in updates:
         update.check_fits(weight.shape)
-    lora_a = mx.concatenate([one.lora_a.astype(mx.float32) for one in updates], axis=1)
+    lora_a = mx.concatenate(
+        [update.lora_a.astype(mx.float32) for update in updates], axis=1
+    )
     q0, product = base_products(weight, lora_a, in_float64=True)  # (out,), (out, Σr)
     ends = np.cumsum([0, *(update.rank for update in updates)])
     factors = [update.float64() for update in updates]

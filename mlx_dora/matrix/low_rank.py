@@ -117,7 +117,7 @@ class Adapted:
         """The adapter of each matrix of a stack; of a matrix, this one."""
         updates = self.update.matrices()
         if self.m is None:
-            return [Adapted(update=one, m=None) for one in updates]
+            return [Adapted(update=update, m=None) for update in updates]
         magnitudes = [self.m] if self.m.ndim == 1 else list(self.m)
         pairs = zip(updates, magnitudes, strict=True)
         return [Adapted(update=update, m=m) for update, m in pairs]

@@ -179,12 +179,12 @@ def with_exact_norm(
 def _dense_norms(weight: Weight, update: LowRank, rows: np.ndarray) -> np.ndarray:
     """‖W0 + s·BA‖ of some rows, summed in float64. Shape ``(len(rows),)``, float32."""
     own = update.float64()
-    found = []
+    norms = []
     for index in np.array_split(rows, -(-rows.size * own.a.shape[0] // _BLOCK) or 1):
         base = np.array(float32_rows(weight, mx.array(index)), np.float64)
-        found.append(np.linalg.norm(base + own.rows(index), axis=1))
+        norms.append(np.linalg.norm(base + own.rows(index), axis=1))
     with np.errstate(over="ignore"):
-        return np.concatenate(found).astype(np.float32)
+        return np.concatenate(norms).astype(np.float32)
 
 
 def exact_gain(weight: Weight, adapted: Adapted) -> mx.array:

@@ -122,7 +122,7 @@ def row_blocks(
 def row_squares(weight: Weight) -> mx.array:
     """‖W0‖² of each output row, accumulated in float32. Shape ``(..., out)``."""
     if len(weight.shape) > 2:
-        squares = [row_squares(one) for one in matrices(weight)]
+        squares = [row_squares(matrix) for matrix in matrices(weight)]
         mx.eval(squares)
         return mx.stack(squares)
     parts = [squared_rows(block) for _, block in row_blocks(weight)]
@@ -286,13 +286,13 @@ def _slices(stack: mx.array) -> list[mx.array]:
 
 def stacked(weights: Sequence[Weight]) -> Weight:
     """The opposite of `matrices`: a stack of matrices of the same form."""
-    packed = [one for one in weights if isinstance(one, QuantizedWeight)]
+    packed = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
     if not packed:
-        return mx.stack([one for one in weights if isinstance(one, mx.array)])
-    biases = [one.biases for one in packed if one.biases is not None]
+        return mx.stack([weight for weight in weights if isinstance(weight, mx.array)])
+    biases = [weight.biases for weight in packed if weight.biases is not None]
     return replace(
         packed[0],
-        weight=mx.stack([one.weight for one in packed]),
-        scales=mx.stack([one.scales for one in packed]),
+        weight=mx.stack([weight.weight for weight in packed]),
+        scales=mx.stack([weight.scales for weight in packed]),
         biases=mx.stack(biases) if biases else None,
     )

@@ -112,7 +112,7 @@ def test_report_says_what_survives_packing(
     assert ("packing again lost" in caplog.text) == bool(report.lossy)
 
 
-def test_small_update_lost_in_packing_is_told(
+def test_small_update_lost_in_packing_is_reported(
     make_tiny_model: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_tiny_model(bits=4)

@@ -186,15 +186,15 @@ def test_full_fine_tuning_takes_the_dtype_of_the_base(
     assert report.total.kept == pytest.approx(due @ done / (due @ due), abs=1e-5)
 
 
-def test_base_is_found_in_the_adapter(
+def test_fuse_reads_the_base_from_the_adapter(
     make_tiny_folder: MakeFolder, tmp_path: Path
 ) -> None:
     base = make_tiny_folder("base")
     save_lora(base, tmp_path / "a")
     fuse_model(None, tmp_path / "a", tmp_path / "found")
     fuse_model(base, tmp_path / "a", tmp_path / "given")
-    found, given = tensors(tmp_path / "found"), tensors(tmp_path / "given")
-    assert all(mx.array_equal(found[name], given[name]) for name in given)
+    result, given = tensors(tmp_path / "found"), tensors(tmp_path / "given")
+    assert all(mx.array_equal(result[name], given[name]) for name in given)
 
 
 def test_adapter_without_a_base_says_so(

@@ -127,8 +127,8 @@ def test_lossless_scales_keep_a_small_magnitude(
     assert {layer.dtype for layer in report.layers} == {dtype}
     assert min(layer.kept for layer in report.layers) > least
     w0, adapted = adapted_weight(trained, Q0)
-    found = dense(load(tmp_path / "f")[0], Q0)
-    kept = ((adapted - w0) * (found - w0)).sum() / ((adapted - w0) ** 2).sum()
+    fused = dense(load(tmp_path / "f")[0], Q0)
+    kept = ((adapted - w0) * (fused - w0)).sum() / ((adapted - w0) ** 2).sum()
     assert report.layers[0].kept == pytest.approx(kept, abs=5e-3)
 
 
@@ -231,21 +231,21 @@ def test_requantize_takes_no_more_bits_than_it_needs(
     make_trained: Callable[..., Trained], tmp_path: Path
 ) -> None:
     trained = make_trained(size=0.002, bits=4)
-    found = {
+    reports = {
         keep: fuse_model(
             trained.base, trained.adapter, tmp_path / str(keep),
             config=FuseConfig(keep=keep),
         )
         for keep in (0.0, 0.5, 0.9, 0.999)
     }  # fmt: skip
-    assert {layer.bits for layer in found[0.0].layers} == {4}
-    assert found[0.0].plain is None
-    sizes = [report.bytes_after for report in found.values()]
+    assert {layer.bits for layer in reports[0.0].layers} == {4}
+    assert reports[0.0].plain is None
+    sizes = [report.bytes_after for report in reports.values()]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) > 2
     config = json.loads((tmp_path / "0.999" / "config.json").read_text())
     assert any(config["quantization"][layer.path] is False
-               for layer in found[0.999].layers)  # fmt: skip
+               for layer in reports[0.999].layers)  # fmt: skip
 
 
 def test_dequantize_is_exact(
@@ -273,7 +273,7 @@ def test_packed_embedding_can_be_fused(
     assert_close(model(TOKENS), trained.logits, bound=bound)
 
 
-def test_streamed_fuse_equals_the_one_in_memory(
+def test_streamed_fuse_equals_fuse_in_memory(
     make_trained: Callable[..., Trained], tmp_path: Path
 ) -> None:
     from mlx_dora import fuse_dora

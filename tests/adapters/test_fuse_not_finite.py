@@ -67,7 +67,7 @@ def test_a_product_beyond_float32_is_refused(
     config = FuseConfig(mode=mode)  # pyright: ignore[reportArgumentType] - one of them
     with pytest.raises(DoRAError, match=f"{Q0}: the fused weight is not finite"):
         fuse_model(base, adapter, tmp_path / "f", config=config)
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["adapter", "base"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
     model, _ = load(base, make_adapter(base))
     layer = dict(dora_layers(model))[Q0]
     layer.lora_a = mx.full(layer.lora_a.shape, 1e30)
@@ -131,10 +131,10 @@ def test_survival_is_that_of_float64_at_every_size(size: float) -> None:
     m = mx.array((rng.uniform(2, 3, 16) * size).astype(np.float32))
     adapted = Adapted(update=update, m=m)
     after = dense_fused(weight, adapted, mx.float32)
-    found = survival(weight, after, adapted)
-    assert found.row_norm_error < 1e-6
-    assert found.kept == pytest.approx(1, abs=1e-5)
-    assert found.cosine == pytest.approx(1, abs=1e-5)
+    survived = survival(weight, after, adapted)
+    assert survived.row_norm_error < 1e-6
+    assert survived.kept == pytest.approx(1, abs=1e-5)
+    assert survived.cosine == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("leaves", [{"lora_b": 3e38}, {"m": 3e38}])

@@ -64,8 +64,8 @@ def test_a_report_draws_every_matrix(tmp_path: Path):
     assert console(log) == []
     scatter = document.split('id="scatter"')[1].split('id="heat"')[0]
     assert scatter.count("<circle") == len(analysis.layers)
-    for one in analysis.layers:
-        assert f"<td>{one.name}</td>" in document
+    for layer in analysis.layers:
+        assert f"<td>{layer.name}</td>" in document
     assert analysis.guidance[0].sentence in document
 
 
@@ -80,7 +80,7 @@ def test_a_screenshot_shows_the_drawing(tmp_path: Path):
     pixels = pyplot.imread(picture)[..., :3]
     assert pixels.shape[:2] == (1500, 1200)
     levels = (pixels * 15).round().reshape(-1, 3)
-    colours = {tuple(one) for one in levels[::7].tolist()}
+    colours = {tuple(color) for color in levels[::7].tolist()}
     assert len(colours) > 20  # a blank or broken page has a few
 
 
@@ -105,9 +105,9 @@ def test_a_comparison_draws_the_matrix_of_adapters(tiny_model, tmp_path: Path):
     from mlx_dora import remove_dora
 
     remove_dora(tiny_model)
-    found = compare_adapters(folders, tiny_model)
+    comparison = compare_adapters(folders, tiny_model)
     page = tmp_path / "report.html"
-    page.write_text(render_report(found.to_dict()), encoding="utf-8")
+    page.write_text(render_report(comparison.to_dict()), encoding="utf-8")
     document, log = browse(page, "--dump-dom")
     assert console(log) == []
     grid = document.split('id="grid"')[1].split('id="heat"')[0]

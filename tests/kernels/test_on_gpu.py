@@ -36,5 +36,5 @@ def test_every_kernel_is_right_over_the_grid(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_op_and_its_gradients_are_those_of_the_reference(backend: str) -> None:
     assert device_backend() == backend
-    found = examining.examine()
-    assert [check for check in found.checks if not check.is_right] == []
+    report = examining.examine()
+    assert [check for check in report.checks if not check.is_right] == []

@@ -64,7 +64,7 @@ def test_forward_and_gradients(bits: int | None, bias: bool, is_sorted: bool) ->
 
     flat = np.array(indices).reshape(-1)
     rows = to_numpy(mx.broadcast_to(x, (*indices.shape, 1, WIDTH))).reshape(-1, WIDTH)
-    found, pull = (to_numpy(v).reshape(-1, OUT) for v in (out, cotangent))
+    output, pull = (to_numpy(v).reshape(-1, OUT) for v in (out, cotangent))
     expected_dx = np.zeros_like(rows)
     for expert in range(EXPERTS):
         chosen = flat == expert
@@ -83,7 +83,7 @@ def test_forward_and_gradients(bits: int | None, bias: bool, is_sorted: bool) ->
             assert expert == EXPERTS - 1
             assert all(mx.all(grads[name][expert] == 0) for name in names)
             continue
-        assert_close(found[chosen], truth.out)
+        assert_close(output[chosen], truth.out)
         assert_close(grads["lora_a"][expert], truth.lora_a.T)
         assert_close(grads["lora_b"][expert], truth.lora_b.T)
         assert_close(grads["m"][expert], truth.m)

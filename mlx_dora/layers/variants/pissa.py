@@ -91,9 +91,9 @@ def principal_factors(weight: Weight, rank: int) -> tuple[mx.array, mx.array]:
         np.pad(lora_a, ((0, 0), (0, lacking))),
         np.pad(lora_b, ((0, lacking), (0, 0))),
     )
-    found = mx.array(lora_a.astype(np.float32)), mx.array(lora_b.astype(np.float32))
-    mx.eval(*found)
-    return found
+    factors = mx.array(lora_a.astype(np.float32)), mx.array(lora_b.astype(np.float32))
+    mx.eval(*factors)
+    return factors
 
 
 def _orthogonal(basis: np.ndarray) -> np.ndarray:

@@ -95,7 +95,7 @@ def numeric_gradients(
     loss: Callable[[Params], float], params: Params, step: float = 1e-5
 ) -> Params:
     """Central differences of a float64 function, parameter by parameter."""
-    found = {}
+    gradients = {}
     for name, value in params.items():
         gradient = np.zeros_like(value)
         for index in np.ndindex(value.shape):
@@ -105,5 +105,5 @@ def numeric_gradients(
                 moved[index] += sign * step
                 sides.append(loss({**params, name: moved}))
             gradient[index] = (sides[0] - sides[1]) / (2 * step)
-        found[name] = gradient
-    return found
+        gradients[name] = gradient
+    return gradients
