@@ -117,7 +117,7 @@ class Adapted:
     m: mx.array | None
 
     def matrices(self) -> list["Adapted"]:
-        """Return the adapter of each matrix in a stack, or this adapter for a matrix."""
+        """Return the adapter of each matrix in a stack, or this one for a matrix."""
         updates = self.update.matrices()
         if self.m is None:
             return [Adapted(update=update, m=None) for update in updates]

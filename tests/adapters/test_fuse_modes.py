@@ -193,7 +193,7 @@ def test_lossless_refuses_scales_that_take_no_magnitude(
             config=config, check_base=False,
         )  # fmt: skip
 
-    with pytest.raises(DoRAError, match=f"{mode} scales .* cannot take a magnitude"):
+    with pytest.raises(DoRAError, match=f"{mode} scales .* cannot hold a magnitude"):
         fuse("lossless", FuseConfig(mode="lossless"))
     assert not (tmp_path / "lossless").exists()
     fuse("packed", FuseConfig(keep=0.9))
