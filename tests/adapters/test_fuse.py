@@ -109,7 +109,7 @@ def test_report_says_what_survives_packing(
     assert first.kept == pytest.approx(kept, abs=1e-4)
     assert first.cosine == pytest.approx(cosine, abs=1e-4)
     assert first.bits == bits
-    assert ("packing again lost" in caplog.text) == bool(report.lossy)
+    assert ("repacking lost" in caplog.text) == bool(report.lossy)
 
 
 def test_small_update_lost_in_packing_is_reported(
