@@ -64,7 +64,7 @@ def test_dense_fuse_rounds_once(make_tiny_model: Make, dtype: mx.Dtype) -> None:
     fuse_dora(model)
     fused = parameters(model)[f"{path}.weight"]
     once = mx.array(exact.astype(np.float32)).astype(dtype)
-    # float32 arithmetic before the rounding can tip a value that lies half way.
+    # float32 arithmetic before rounding can change the direction of a tie.
     assert np.mean(to_numpy(fused) == to_numpy(once)) > 0.995
 
 
@@ -205,7 +205,7 @@ def test_config_says_whether_it_is_packed(
     assert ("quantization" in content) != dequantize
     assert ("quantization_config" in content) != dequantize
     fused, _ = load(tmp_path / "f")
-    bound = 1e-5 if dequantize else 0.05  # 8 bits add noise of their own
+    bound = 1e-5 if dequantize else 0.05  # 8 bits add noise
     assert_close(fused(TOKENS), to_numpy(expected), bound=bound)
 
 

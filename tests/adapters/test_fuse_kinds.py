@@ -1,4 +1,4 @@
-"""LoRA adapters and full fine-tuning are fused as DoRA adapters are."""
+"""LoRA adapters and full fine-tuning are fused like DoRA adapters."""
 
 import json
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def save_full(base: Path, adapter: Path) -> None:
     """Move every parameter of the last block that is not packed by a few percent."""
     model, _ = load(base)
     before = BaseModel(fingerprint=fingerprint(model))
-    model.freeze()  # as mlx-lm does, which does not refuse packed weights
+    model.freeze()  # as in mlx-lm, which accepts packed weights
     cast(Any, model).layers[-1].unfreeze()
     for module in model.modules():
         if "scales" in module:
@@ -62,7 +62,7 @@ def save_full(base: Path, adapter: Path) -> None:
 
 
 def exact_lora(base: np.ndarray, adapter: Path, path: str) -> np.ndarray:
-    """W0 + s·BA in float64."""
+    """Return W0 + s·BA in float64."""
     parts = load_adapter(adapter).tensors
     a = to_numpy(parts[f"{path}.lora_a"]).astype(np.float64)
     b = to_numpy(parts[f"{path}.lora_b"]).astype(np.float64)

@@ -1,4 +1,4 @@
-"""What is not finite is refused by a fuse, by name; what is large and finite is not."""
+"""A fuse refuses tensors that are not finite, by name; it accepts large values."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +26,12 @@ Q0 = "model.layers.0.self_attn.q_proj"
 @pytest.fixture
 def make_adapter(tmp_path: Path) -> Callable[..., Path]:
     def make(base: Path, **leaves: float) -> Path:
-        """An adapter; ``lora_a=1e30`` fills that leaf of one layer."""
+        """Save an adapter in which ``lora_a=1e30`` fills that tensor of one layer."""
         model, _ = load(base)
         apply_dora(model, DoRAConfig(num_layers=2, keys=QV, rank=4))
         perturb(model, 0.01)
         save_adapter(model, tmp_path / "adapter", overwrite=True)
-        # Saving refuses what overflows, so that the file is changed afterwards.
+        # Saving refuses overflow, so the file is changed afterwards.
         file = str(tmp_path / "adapter" / "adapters.safetensors")
         tensors = mx.load(file)
         assert isinstance(tensors, dict)

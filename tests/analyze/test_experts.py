@@ -1,4 +1,4 @@
-"""Experts are analysed one by one: cases whose answer one knows."""
+"""Analysis of single experts, with known answers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ NOTHING = Adapter(config=DoRAConfig(), tensors={})
 
 
 def changed(adapter: Adapter, leaf: str, index: int, by: float) -> Adapter:
-    """One expert's values times a factor."""
+    """Return the adapter with one expert's values multiplied by a factor."""
     name = f"{GATE}.{leaf}"
     value = mx.array(adapter.tensors[name])
     value[index] = by * value[index]

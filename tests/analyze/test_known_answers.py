@@ -1,4 +1,4 @@
-"""Cases whose answer one knows without computing."""
+"""Cases whose answers are known without computation."""
 
 import json
 import subprocess
@@ -136,7 +136,7 @@ def test_folders_give_what_arrays_give(tmp_path, dtype):
 
 
 def adapted(model, *, change_m=1.0, rows=None, seed=0, sign=1.0) -> Adapter:
-    """A trained-looking adapter of q_proj; `model` is left plain."""
+    """Return an adapter of q_proj that looks trained; `model` stays plain."""
     apply_dora(
         model, DoRAConfig(rank=4, scale=1.5, keys=("self_attn.q_proj",), num_layers=-1)
     )

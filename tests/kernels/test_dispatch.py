@@ -20,7 +20,7 @@ BIG = mx.zeros((512, 512))
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """As if MLX's default device were an Apple GPU, with nothing checked yet."""
+    """Pretend that MLX's default device is an Apple GPU with no kernel checked yet."""
     monkeypatch.setattr(dispatch, "device_backend", lambda: "metal")
     monkeypatch.setattr(dispatch, "_VERDICTS", {})
     monkeypatch.delenv("MLX_DORA_KERNELS", raising=False)
@@ -110,7 +110,7 @@ def test_a_bad_kernel_is_reported_once_and_not_used(
     assert len(caplog.records) == 1
     assert message in caplog.text
     assert "adapted_norm in float32" in caplog.text
-    assert takes(dtype=mx.float16)  # compiled apart, so checked apart
+    assert takes(dtype=mx.float16)  # compiled and checked separately
 
 
 def test_a_wrong_result_of_the_real_op_is_caught(
@@ -135,7 +135,7 @@ def test_a_wrong_result_of_the_real_op_is_caught(
     )
     gpu.setattr(dispatch, "_VERDICTS", {})
     _, norm = kernels.normalize_rows(weight)
-    assert (norm < 0).all()  # so a kernel that passes is the one that runs
+    assert (norm < 0).all()  # so the kernel was used
 
 
 def test_without_metal_mlx_refuses_and_the_reference_serves(

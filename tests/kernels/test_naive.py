@@ -1,4 +1,4 @@
-"""The tuned ops of `plain` against their specification, values and gradients."""
+"""Compares values and gradients of `plain` ops with their specification."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The grid of the host's proof on a real GPU; skipped where there is none."""
+"""The grid of the host's proof on a real GPU; skipped without a GPU."""
 
 import math
 
@@ -17,7 +17,7 @@ BACKENDS = [
 
 
 def call(name: str, launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
-    """Outputs start as NaN: what is not written shows."""
+    """Fill outputs with NaN first, so that unwritten values are detected."""
     return list(run(KERNELS[name], inputs, launch, initial=math.nan))
 
 

@@ -1,4 +1,4 @@
-"""metal/README.md against what it describes."""
+"""Checks metal/README.md against the code it describes."""
 
 import os
 import re

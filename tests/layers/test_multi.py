@@ -1,4 +1,4 @@
-"""`DoRAMultiLinear` against float64, head by head and from both sides."""
+"""Compares `DoRAMultiLinear` with float64, for each head and both products."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def trained(layer: Any) -> Any:
 def left_truth(
     x: np.ndarray, weight: np.ndarray, layer: Any, head: int, pull: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """Product x W' of one head with the norm a constant; its gradients."""
+    """Return x W' of one head with a constant norm, and its gradients."""
     a, b = (to_numpy(factor[head]) for factor in layer.factors())
     m = to_numpy(layer.m[head])
     rows = weight + SCALE * (a @ b).T
@@ -124,7 +124,7 @@ def test_starts_as_the_base_to_the_bit(
 
 @SIDES
 def test_a_small_magnitude_is_seen_in_half_precision(transpose: bool) -> None:
-    """A thousandth: lost if g, or x∘g, were rounded to bfloat16."""
+    """A change of a thousandth, which rounding g or x∘g to bfloat16 would lose."""
     layer = DoRAMultiLinear.from_base(make_base(dtype=mx.bfloat16), r=RANK, scale=1.0)
     layer.lora_b = 0.02 * mx.random.normal(layer.lora_b.shape)
     wide = WIDTH if transpose else OUT

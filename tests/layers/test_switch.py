@@ -1,4 +1,4 @@
-"""`DoRASwitchLinear` against float64, expert by expert."""
+"""Compares `DoRASwitchLinear` with float64, expert by expert."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def trained(layer: Any) -> Any:
 
 
 def inputs(is_sorted: bool) -> tuple[mx.array, mx.array]:
-    """As mlx-lm's `SwitchGLU` gives them; expert 4 is never chosen."""
+    """Return inputs like those of mlx-lm's `SwitchGLU`; expert 4 is never chosen."""
     mx.random.seed(1)
     if is_sorted:
         indices = mx.sort(mx.random.randint(0, EXPERTS - 1, (40,)))
@@ -92,7 +92,7 @@ def test_forward_and_gradients(bits: int | None, bias: bool, is_sorted: bool) ->
     assert_close(to_numpy(dx).reshape(expected_dx.shape), expected_dx)
 
 
-# MLX runs dense experts on the CPU in float32 alone.
+# On the CPU, MLX runs dense experts only in float32.
 @pytest.mark.parametrize(
     ("bits", "dtype"), [(None, mx.float32), *((4, dtype) for dtype in BOUNDS)]
 )

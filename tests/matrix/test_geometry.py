@@ -1,4 +1,4 @@
-"""Row geometry against dense float64, row by row."""
+"""Compares row geometry with dense float64 results."""
 
 import mlx.core as mx
 import numpy as np
@@ -79,7 +79,7 @@ def test_each_row_matches_float64(kind, size, bits):
     delta_m, angle = truth(dense, after)
     geometry = geometry_of(stored, a, b, 0.7, m)
     assert_rows(geometry.angle, angle)
-    # The float32 sum of squares is good to 1e-8 of the length, whatever the change.
+    # The float32 sum of squares is accurate to 1e-8 of the length for any change.
     length = np.linalg.norm(dense, axis=1)
     tolerance = 1e-5 * np.abs(delta_m) + 2e-8 * length * (kind == "dora")
     # W0·A is float32: a near-zero ⟨W0, BA⟩ is known to that share of its terms.
@@ -92,7 +92,7 @@ def test_tiny_angles_keep_five_digits(angle):
     weight, a, _ = make(1.0, r=1)
     weight[3] = 1
     across = a[:, 0] - (weight @ a[:, 0] / (weight**2).sum(1))[:, None] * weight
-    # One row at a time: the same tiny turn for row 0, by the factors.
+    # The factors turn row 0 by the same tiny angle.
     a = across[:1].T.astype(np.float32)
     b = np.zeros((1, 48), np.float32)
     b[0, 0] = angle * np.linalg.norm(weight[0]) / np.linalg.norm(a)

@@ -1,4 +1,4 @@
-"""Inner products of adapted rows against dense rows in float64."""
+"""Compares inner products of adapted rows with dense rows in float64."""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,4 @@
-"""Spectrum, cut and inner products of a low-rank update against the dense update."""
+"""Compares spectrum, cut and inner products of a low-rank update with dense results."""
 
 import mlx.core as mx
 import numpy as np

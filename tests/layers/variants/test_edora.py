@@ -9,7 +9,7 @@ from tests.layers.oracle import dense_weight
 
 
 def decaying(out: int, width: int) -> nn.Linear:
-    """A layer whose singular values fall fast enough for every direction to be sure."""
+    """Return a layer whose singular values decrease fast, so directions are unique."""
     rng = np.random.default_rng(0)
     count = min(out, width)
     left = np.linalg.qr(rng.standard_normal((out, count)))[0]

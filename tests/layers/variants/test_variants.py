@@ -1,4 +1,4 @@
-"""What holds for every variant, against float64."""
+"""Checks every variant against float64."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ NAMES = sorted(VARIANTS)
 SCALE = 2.0
 
 
-# As in checkpoints: renaming one breaks the resuming of earlier runs.
+# These names are in checkpoints: renaming them breaks resuming of earlier runs.
 TRAINED = {
     "adaptive": {"lora_a", "lora_b", "m"},
     "doran": {"lora_a", "lora_b", "m", "t"},
@@ -56,7 +56,7 @@ def linear(width: int = 12, out: int = 9, bias: bool = True) -> nn.Linear:
 
 
 def moved(layer: Any, size: float = 0.3) -> Any:
-    """Every trained parameter a little away from its start."""
+    """Move every trained parameter slightly away from its initial value."""
     rng = np.random.default_rng(2)
     changed = {}
     for name, value in trained(layer).items():
@@ -130,7 +130,7 @@ def test_an_untrained_layer_is_its_base(name: str, dtype: mx.Dtype) -> None:
     layer = wrap(name, base)
     x = mx.random.normal((3, 5, 64)).astype(dtype)
     for call in (layer, layer.eval()):
-        if name == "pissa":  # A and B cancel A0 and B0 but for rounding
+        if name == "pissa":  # A and B cancel A0 and B0 up to rounding
             assert_close(call(x), to_numpy(base(x)), dtype, bound=None)
         else:
             assert mx.array_equal(call(x), base(x))
@@ -214,7 +214,7 @@ def test_a_zero_row_gives_no_nan(name: str) -> None:
     for value in arrays(gradients).values():
         assert mx.isfinite(value).all()
     moved(layer)
-    if name == "pissa":  # a row that the update alone makes
+    if name == "pissa":  # this row comes only from the update
         return
     assert_close(layer.export()(x), to_numpy(layer(x)), bound=3e-6)
 
