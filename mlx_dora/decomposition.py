@@ -102,6 +102,6 @@ def _float_matrix(name: str, values: Array) -> mx.array:
     if weight.ndim != 2 or not mx.issubdtype(weight.dtype, mx.floating):
         raise DoRAError(
             f"{name} must be a float matrix (out, in), got shape {weight.shape} of "
-            f"{weight.dtype}; dequantise a packed weight first."
+            f"{weight.dtype}; dequantize a packed weight first."
         )
     return weight
