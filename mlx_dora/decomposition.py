@@ -1,4 +1,4 @@
-"""W <-> (magnitude, direction): the two functions DoRA is built on."""
+"""Decomposition of a weight into magnitude and direction, and its inverse."""
 
 import mlx.core as mx
 import numpy as np
@@ -8,25 +8,25 @@ from mlx_dora.kernels import normalize_rows
 from mlx_dora.matrix.weight import row_norms
 
 Array = mx.array | np.ndarray
-"""What the functions here take; they return `mx.array`."""
+"""Arrays that these functions accept; they return `mx.array`."""
 
 
 def dora_decompose(W: Array, eps: float = 0.0) -> tuple[mx.array, mx.array]:
-    r"""Split a weight into the length and the direction of each output row.
+    r"""Split a weight into the length and direction of each output row.
 
     .. math:: m_j = \lVert W_j \rVert_2, \qquad \hat V_j = W_j / (m_j + \epsilon)
 
-    Eq. 2 of DoRA (arXiv:2402.09353), whose column norm is the norm of each output row
-    here, since MLX stores weights as (out, in).
+    Eq. 2 of DoRA (arXiv:2402.09353). The paper's column norm is the norm of each output
+    row here, because MLX stores weights as (out, in).
 
     Args:
-        W: Weight. Shape ``(out, in)``, any float dtype; of NumPy's, float64 is
-            rounded to float32.
+        W: Weight. Shape ``(out, in)``, any float dtype; NumPy's float64 is rounded to
+            float32.
         eps: Added to the divisor; 0 keeps directions of unit length.
 
     Returns:
-        m, ``(out,)`` float32, and the direction, ``(out, in)`` in the dtype of
-        `W`. A zero row gives 0 and 0.
+        m, shape ``(out,)``, float32, and the direction, shape ``(out, in)``, in the
+        dtype of `W`. A zero row has magnitude 0 and direction 0.
 
     Raises:
         DoRAError: If `W` is not a float matrix, or `eps` is negative.
@@ -48,12 +48,12 @@ def dora_merge(W0: Array, delta_m: Array, delta_V: Array) -> mx.array:
     .. math:: W' = (\lVert W_0 \rVert + \Delta m) \circ
         (W_0 + \Delta V) / \lVert W_0 + \Delta V \rVert
 
-    Eq. 5 of DoRA (arXiv:2402.09353), norms per output row.
+    Eq. 5 of DoRA (arXiv:2402.09353), with one norm per output row.
 
     Args:
         W0: Base weight. Shape ``(out, in)``, any float dtype.
         delta_m: Change of magnitude. Shape ``(out,)``.
-        delta_V: Change of the unnormalised direction. Shape ``(out, in)``.
+        delta_V: Change of the unnormalized direction. Shape ``(out, in)``.
 
     Returns:
         W', ``(out, in)`` in the dtype of `W0`, rounded once. A row of W0 + ΔV that
@@ -77,11 +77,11 @@ def dora_merge(W0: Array, delta_m: Array, delta_V: Array) -> mx.array:
 
 
 def as_array(name: str, values: object) -> mx.array:
-    """An array of MLX or NumPy as MLX's; float64 is rounded to float32.
+    """Convert an MLX or NumPy array to MLX; float64 is rounded to float32.
 
     Raises:
         DoRAError: If MLX has no dtype for a NumPy array.
-        TypeError: If `values` is no array.
+        TypeError: If `values` is not an array.
     """
     if isinstance(values, mx.array):
         return values
@@ -102,6 +102,6 @@ def _float_matrix(name: str, values: Array) -> mx.array:
     if weight.ndim != 2 or not mx.issubdtype(weight.dtype, mx.floating):
         raise DoRAError(
             f"{name} must be a float matrix (out, in), got shape {weight.shape} of "
-            f"{weight.dtype}; dequantise a packed weight first."
+            f"{weight.dtype}; dequantize a packed weight first."
         )
     return weight

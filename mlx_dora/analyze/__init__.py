@@ -1,7 +1,7 @@
-"""What fine-tuning did to magnitude and direction, exactly, without a dense weight.
+"""Analysis of how fine-tuning changed magnitude and direction.
 
-The public names are loaded on first use, so that the command line can be built without
-MLX.
+The results are exact and need no dense weight. Public names are loaded on first use, so
+that the command line can be built without MLX.
 """
 
 from importlib import import_module

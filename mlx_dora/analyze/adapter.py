@@ -1,4 +1,4 @@
-"""An adapter against its base, from the factored terms alone."""
+"""Compares an adapter with its base, using only the factored terms."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,20 +26,22 @@ def analyze_adapter(
     check_base: bool = True,
     progress: Progress | None = None,
 ) -> AdapterAnalysis:
-    """Say what a DoRA or LoRA adapter does to the rows of its base.
+    """Analyze how a DoRA or LoRA adapter changes the rows of its base.
 
-    Every base weight is read once, row block by row block; none is dequantised whole
-    and no adapted weight is built. Every expert is a matrix of its own: ``path[3]``.
+    Each base weight is read once, in blocks of rows. No weight is dequantized as a
+    whole, and no adapted weight is built. Each expert counts as a separate matrix,
+    named like ``path[3]``.
 
     Args:
         adapter: An adapter, or its folder.
-        model: The base: the module itself, or its folder or Hub id; if None, what the
-            adapter says of its base. One loaded here is read a matrix at a time.
+        model: The base: a module, a folder or a Hub id; None for the base that the
+            adapter records. A base loaded here is read one matrix at a time.
         check_base: Refuse an adapter that was trained on another base.
         progress: Called after each matrix.
 
     Raises:
-        DoRAError: If the adapter or the base is missing, unfit, or holds NaN.
+        DoRAError: If the adapter or the base is missing, they do not fit together, or
+            one holds NaN.
     """
     loaded, name = named_adapter(adapter, "the adapter")
     base, is_ours = load_base(model, [loaded])
@@ -62,7 +64,7 @@ def analyze_adapter(
 
 
 def named_adapter(adapter: Adapter | str | Path, name: str) -> tuple[Adapter, str]:
-    """An adapter, read but not checked if need be, with what errors call it."""
+    """Return an adapter, read from its folder if necessary, and its name in errors."""
     if isinstance(adapter, Adapter):
         return adapter, name
     return read_adapter(adapter), str(adapter)
@@ -71,17 +73,19 @@ def named_adapter(adapter: Adapter | str | Path, name: str) -> tuple[Adapter, st
 def load_base(
     model: nn.Module | str | Path | None, adapters: Sequence[Adapter]
 ) -> tuple[nn.Module, bool]:
-    """The base, and whether it was loaded here (lazily) and may be taken apart.
+    """Return the base, and whether it was loaded here, so that it may be emptied.
 
     Raises:
         DoRAError: If no base is given and no adapter names one.
     """
     if isinstance(model, nn.Module):
         return model, False
-    found = model or next((one.base.model for one in adapters if one.base.model), None)
-    if found is None:
-        raise DoRAError("the adapter does not say what its base is; give the model.")
-    return load_lazily(found), True
+    source = model or next(
+        (adapter.base.model for adapter in adapters if adapter.base.model), None
+    )
+    if source is None:
+        raise DoRAError("the adapter does not record its base; give the model.")
+    return load_lazily(source), True
 
 
 def check_fit(
@@ -90,11 +94,11 @@ def check_fit(
     names: Sequence[str],
     check_base: bool,
 ) -> None:
-    """Refuse adapters that cannot be analysed on this base, with all problems."""
+    """Raise an error that lists all reasons why adapters do not fit this base."""
     for adapter, name in zip(adapters, names, strict=True):
         if adapter.fine_tune_type == "full":
             raise DoRAError(
-                f"{name} holds fully fine-tuned weights: analyse the two models."
+                f"{name} holds fully fine-tuned weights: analyze the two models."
             )
         if problems := all_problems(model, adapter, check_base):
             raise DoRAError(f"{name} does not fit the model: {'; '.join(problems)}.")
@@ -104,12 +108,12 @@ def _analyze_path(
     adapter: Adapter, path: str, module: nn.Module
 ) -> list[MatrixAnalysis]:
     adapted = adapted_matrices(adapter, path, module)
-    found = []
+    analyses = []
     named = named_matrices(path, weight_of(module))
-    for (name, weight), one in zip(named, adapted, strict=True):
-        geometry = row_geometry(weight, one)
+    for (name, weight), matrix in zip(named, adapted, strict=True):
+        geometry = row_geometry(weight, matrix)
         if not geometry.is_finite:
             raise DoRAError(f"{name} of the base holds NaN or inf.")
-        values = one.update.float64().singular_values()
-        found.append(measure(name, geometry, values, rank=values.size))
-    return found
+        values = matrix.update.float64().singular_values()
+        analyses.append(measure(name, geometry, values, rank=values.size))
+    return analyses

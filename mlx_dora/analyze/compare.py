@@ -1,4 +1,4 @@
-"""Adapters of one base against each other, matrix by matrix, all factored."""
+"""Compares adapters of one base with each other, matrix by matrix, in factored form."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,13 +32,13 @@ from mlx_dora.progress import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterComparison:
-    """How adapters of one base agree, for every pair on every matrix they share.
+    """Agreement of adapters of one base, for every pair on every matrix they share.
 
     Attributes:
-        adapters: Their names, in the order given.
-        pairs: One a matrix and pair.
-        ranks: Rank at which the updates put together keep 99 % of their energy, by
-            matrix.
+        adapters: Names of the adapters, in the order given.
+        pairs: One entry for each matrix and pair.
+        ranks: For each matrix, the rank at which the combined updates keep 99 % of
+            their energy.
     """
 
     adapters: list[str]
@@ -47,46 +47,49 @@ class AdapterComparison:
 
     @property
     def layers(self) -> list[PairAgreement]:
-        """The same as `pairs`: one entry a matrix for two adapters."""
+        """An alias of `pairs`. For two adapters it has one entry per matrix."""
         return self.pairs
 
     @property
     def correlation(self) -> float:
         """Mean correlation of the adapters' Δm over rows, where it is defined."""
-        found = [one.delta_m_correlation for one in self.pairs]
-        known = [one for one in found if np.isfinite(one)]
+        values = [pair.delta_m_correlation for pair in self.pairs]
+        known = [value for value in values if np.isfinite(value)]
         return float(np.mean(known)) if known else float("nan")
 
     def matrix(self, measure: str = "update_cosine") -> np.ndarray:
-        """A measure for every two adapters, energy-weighted over matrices. ``(N, N)``.
+        """Return the energy-weighted mean of a measure for all pairs, shape ``(N, N)``.
 
-        Entries without a shared matrix are NaN; the diagonal is an adapter with itself.
+        Entries without a shared matrix are NaN. The diagonal compares each adapter with
+        itself.
         """
         count = len(self.adapters)
         itself = 0.0 if measure == "sign_conflict" else 1.0
-        found = np.full((count, count), np.nan)
-        np.fill_diagonal(found, itself)
+        values = np.full((count, count), np.nan)
+        np.fill_diagonal(values, itself)
         for i in range(count):
             for k in range(i + 1, count):
-                own = [one for one in self.pairs if (one.first, one.second) == (i, k)]
+                own = [
+                    pair for pair in self.pairs if (pair.first, pair.second) == (i, k)
+                ]
                 if own:
-                    found[i, k] = found[k, i] = mean_agreement(own, measure)
-        return found
+                    values[i, k] = values[k, i] = mean_agreement(own, measure)
+        return values
 
     @property
     def conflicts(self) -> list[PairAgreement]:
-        """Pairs whose updates point against each other, the worst first."""
-        opposed = [one for one in self.pairs if one.update_cosine < 0]
-        return sorted(opposed, key=lambda one: one.update_cosine)
+        """Pairs whose updates have a negative cosine, lowest first."""
+        opposed = [pair for pair in self.pairs if pair.update_cosine < 0]
+        return sorted(opposed, key=lambda pair: pair.update_cosine)
 
     @property
     def guidance(self) -> list[Advice]:
-        """Which method, weights and rank the numbers suggest, and why."""
+        """Suggested merge method, weights and rank, with reasons."""
         rank = max(self.ranks.values(), default=0)
         return comparison_advice(self.pairs, len(self.adapters), rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """The versioned JSON form; see ``docs/analysis.md``."""
+        """Return the versioned JSON form; see ``docs/analysis.md``."""
         names = ("update_cosine", "direction_cosine", "input_overlap", "output_overlap")
         return {
             "schema": SCHEMA,
@@ -97,9 +100,9 @@ class AdapterComparison:
                 name: [[number(v) for v in row] for row in self.matrix(name)]
                 for name in (*names, "sign_conflict")
             },
-            "pairs": [one.to_dict() for one in self.pairs],
+            "pairs": [pair.to_dict() for pair in self.pairs],
             "ranks": self.ranks,
-            "guidance": [one.to_dict() for one in self.guidance],
+            "guidance": [advice.to_dict() for advice in self.guidance],
         }
 
 
@@ -111,43 +114,45 @@ def compare_adapters(
     check_base: bool = True,
     progress: Progress | None = None,
 ) -> AdapterComparison:
-    """Say where adapters of one base agree, and where they are in each other's way.
+    """Compare adapters of one base: where they agree and where they interfere.
 
-    Every expert is a matrix of its own, called ``path[3]``.
+    Each expert counts as a separate matrix, named like ``path[3]``.
 
     Args:
-        adapters: At least two, DoRA or LoRA, or their folders.
-        model: The base: the module, or its folder or Hub id; if None, what the first
-            adapter that names one says.
-        activations: Real inputs of matrices by name, ``(tokens, in)``, on which
-            interference is measured; without them, inputs spread evenly over the
-            directions that the disturbed adapter reads.
+        adapters: At least two DoRA or LoRA adapters, or their folders.
+        model: The base: a module, a folder or a Hub id; None for the first base that
+            an adapter records.
+        activations: Map from names of matrices to real inputs, shape
+            ``(tokens, in)``, on which to measure interference. Without them, the inputs
+            are spread evenly over the input directions of the disturbed adapter.
         check_base: Refuse an adapter that was trained on another base.
         progress: Called after each matrix.
 
     Raises:
-        DoRAError: If an adapter or the base is missing or unfit, fewer than two are
-            given, or no two share a matrix.
+        DoRAError: If an adapter or the base is missing, they do not fit together, fewer
+            than two adapters are given, or no two share a matrix.
     """
     if len(adapters) < 2:
         raise DoRAError(f"give at least two adapters to compare, got {len(adapters)}.")
-    found = [named_adapter(a, f"adapter {i + 1}") for i, a in enumerate(adapters)]
-    loaded, names = [one for one, _ in found], [name for _, name in found]
+    sources = [named_adapter(a, f"adapter {i + 1}") for i, a in enumerate(adapters)]
+    loaded, names = [adapter for adapter, _ in sources], [name for _, name in sources]
     base, is_ours = load_base(model, loaded)
     check_fit(base, loaded, names, check_base)
     modules = dict(base.named_modules())
-    paths = sorted({p for one in loaded for p in one.paths}, key=natural_order)
+    paths = sorted({p for adapter in loaded for p in adapter.paths}, key=natural_order)
     pairs: list[PairAgreement] = []
     ranks: dict[str, int] = {}
     for path in paths:
-        here = [i for i, one in enumerate(loaded) if f"{path}.lora_a" in one.tensors]
+        here = [
+            i for i, adapter in enumerate(loaded) if f"{path}.lora_a" in adapter.tensors
+        ]
         columns = [adapted_matrices(loaded[i], path, modules[path]) for i in here]
         named = named_matrices(path, weight_of(modules[path]))
         for (name, weight), *adapted in zip(named, *columns, strict=True):
             inputs = None if activations is None else activations.get(name)
             if len(here) > 1:
                 pairs += _compare_matrix(name, weight, here, adapted, inputs)
-            together = side_by_side([one.update.float64() for one in adapted])
+            together = side_by_side([adapter.update.float64() for adapter in adapted])
             ranks[name] = rank_holding(together.spectrum().values, 0.99)
         if is_ours:
             modules[path].clear()
@@ -165,19 +170,19 @@ def _compare_matrix(
     adapted: Sequence[Adapted],
     inputs: mx.array | None,
 ) -> list[PairAgreement]:
-    updates = [one.update for one in adapted]
+    updates = [adapter.update for adapter in adapted]
     grams = row_grams(weight, updates)
     factors = [update.float64() for update in updates]
-    spaces = [one.spectrum() for one in factors]
+    spaces = [factor.spectrum() for factor in factors]
     lengths = grams.norm
     signs = np.ones_like(lengths)
     changes = lengths - grams.base_norm[:, None]
-    for column, one in enumerate(adapted):
-        if one.m is not None:
-            magnitude = np.array(one.m.astype(mx.float32), np.float64)
+    for column, adapter in enumerate(adapted):
+        if adapter.m is not None:
+            magnitude = np.array(adapter.m.astype(mx.float32), np.float64)
             signs[:, column] = np.where(magnitude < 0, -1.0, 1.0)
             changes[:, column] = np.abs(magnitude) - grams.base_norm
-    found = []
+    pairs = []
     for x in range(len(here)):
         for y in range(x + 1, len(here)):
             product = lengths[:, x] * lengths[:, y]
@@ -193,7 +198,7 @@ def _compare_matrix(
             moved = np.abs(both)
             energies = own[0].sum(), own[1].sum()
             whole = float(np.sqrt(energies[0] * energies[1]))
-            found.append(
+            pairs.append(
                 PairAgreement(
                     name=name,
                     first=here[x],
@@ -215,14 +220,17 @@ def _compare_matrix(
                     energy=whole,
                 )
             )
-    return found
+    return pairs
 
 
-def _overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean squared cosine of the principal angles of two orthonormal bases."""
-    if not min(one.shape[1], other.shape[1]):
+def _overlap(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the mean squared cosine of the principal angles of two bases.
+
+    Both are orthonormal, shapes ``(n, k1)`` and ``(n, k2)``.
+    """
+    if not min(first.shape[1], second.shape[1]):
         return 0.0
-    cosines = np.linalg.svd(one.T @ other, compute_uv=False)
+    cosines = np.linalg.svd(first.T @ second, compute_uv=False)
     return float(np.square(cosines).mean())
 
 
@@ -233,7 +241,7 @@ def _disturbance(
     other: int,
     inputs: mx.array | None,
 ) -> float:
-    """Size of the other update's output over one's own, on one's own inputs."""
+    """Return the relative size of the other update's output, on inputs of `own`."""
     outputs = []
     for update in (factors[own], factors[other]):
         if inputs is None:

@@ -1,4 +1,4 @@
-"""`DoRADecomposition`: weights as magnitude and direction, and how they changed."""
+"""`DoRADecomposition`: weights as magnitude and direction, and their changes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ from mlx_dora.io.checkpoint import Checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class DoRAComponents:
-    """A set of weights, taken apart row by row (Eq. 2 of DoRA, arXiv:2402.09353).
+    """Weights decomposed row by row (Eq. 2 of DoRA, arXiv:2402.09353).
 
     Attributes:
-        magnitudes: Name to m. Shapes ``(out,)``, float32.
-        directions: Name to V̂, rows of length 1 or 0. Shapes ``(out, in)``, in the
-            weights' dtypes.
+        magnitudes: Map from name to m, shape ``(out,)``, float32.
+        directions: Map from name to V̂, shape ``(out, in)``, in the dtype of the
+            weight. Rows have length 1 or 0.
     """
 
     magnitudes: dict[str, mx.array] = field(repr=False)
@@ -28,7 +28,7 @@ class DoRAComponents:
 
 
 class DoRADecomposition:
-    """Weights as magnitude and direction.
+    """Decomposition of weights into magnitude and direction.
 
     Args:
         eps: Added to the divisor of a direction; 0 keeps unit length.
@@ -40,7 +40,7 @@ class DoRADecomposition:
         self.eps = eps
 
     def decompose(self, weights: Weights) -> DoRAComponents:
-        """Take every float matrix apart; vectors are passed over.
+        """Decompose every float matrix; skip vectors.
 
         Args:
             weights: Named arrays, or a model folder.
@@ -70,13 +70,13 @@ class DoRADecomposition:
     def analyze_adaptation(
         self, base_weights: Weights, adapted_weights: Weights
     ) -> AdaptationAnalysis:
-        """How the weights changed: per-layer statistics, correlation, guidance.
+        """Analyze how weights changed: per-layer statistics, correlation, guidance.
 
         Args:
             base_weights: Named arrays, or a model folder.
             adapted_weights: The same names and shapes after fine-tuning.
 
         Raises:
-            DoRAError: As `analyze_finetune`.
+            DoRAError: As for `analyze_finetune`.
         """
         return analyze_finetune(base_weights, adapted_weights)

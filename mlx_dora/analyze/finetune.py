@@ -1,4 +1,4 @@
-"""Two versions of a model's weights, matrix by matrix, a few rows at a time."""
+"""Compares two versions of a model's weights, one block of rows at a time."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from mlx_dora.matrix.geometry import blocks_geometry
 from mlx_dora.progress import Progress
 
 Weights = Mapping[str, Array] | str | Path
-"""Named arrays, MLX's or NumPy's, or a model folder."""
+"""Named MLX or NumPy arrays, or a model folder."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +34,16 @@ def analyze_finetune(
     spectrum: bool = False,
     progress: Progress | None = None,
 ) -> AdaptationAnalysis:
-    """Say what fine-tuning did to every matrix of a model.
+    """Analyze how fine-tuning changed every matrix of a model.
 
-    Matrices are the two-dimensional float tensors; vectors are passed over, and what
-    has more axes (convolutions, experts in one tensor) with a warning.
+    Matrices are the two-dimensional float tensors. Vectors are skipped. Tensors with
+    more axes (convolutions, stacked experts) are skipped with a warning.
 
     Args:
-        base: Weights before.
-        tuned: Weights after, with the same names and shapes.
-        spectrum: Take singular values of the update too: a Gram matrix a tensor, in
-            memory and time the square and the cube of its shorter side.
+        base: Weights before fine-tuning.
+        tuned: Weights after fine-tuning, with the same names and shapes.
+        spectrum: Compute singular values of each update as well. This takes memory
+            quadratic and time cubic in the shorter side of the matrix.
         progress: Called after each matrix.
 
     Raises:
@@ -53,7 +53,7 @@ def analyze_finetune(
     before, after = _Source(base, "the base"), _Source(tuned, "the tuned model")
     names = _shared(before, after)
     if before.deeper:
-        logger.warning("passed over, being no matrices: %s", ", ".join(before.deeper))
+        logger.warning("skipped, not matrices: %s", ", ".join(before.deeper))
     layers: list[MatrixAnalysis] = []
     for name in names:
         geometry = blocks_geometry(
@@ -69,14 +69,14 @@ def analyze_finetune(
 
 
 class _Source:
-    """Named matrices that are read by row blocks, from a dict or from a folder."""
+    """Named matrices, from a dict or a folder, that are read in blocks of rows."""
 
     def __init__(self, weights: Weights, name: str) -> None:
         self._name = str(weights) if isinstance(weights, str | Path) else name
         self._arrays: Mapping[str, mx.array] | None = None
         self._files: Checkpoint | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.deeper: list[str] = []  # of more than two axes
+        self.deeper: list[str] = []  # more than two axes
         if isinstance(weights, Mapping):
             self._arrays = {k: as_array(k, value) for k, value in weights.items()}
             for key, value in self._arrays.items():
@@ -97,8 +97,8 @@ class _Source:
             packed = [key for key in files.names if key.endswith(".scales")]
         if packed:
             raise DoRAError(
-                f"{self} is quantised ({packed[0]}); two models are compared dense: "
-                "dequantise it first, or analyse the adapter."
+                f"{self} is quantized ({packed[0]}), but only dense models can be "
+                "compared; dequantize it first, or analyze the adapter."
             )
 
     def _take(self, name: str, shape: tuple[int, ...]) -> None:
@@ -113,7 +113,7 @@ class _Source:
         return self._name
 
     def is_copied_head(self, name: str) -> bool:
-        """Whether a matrix is the output head and equals the input embedding."""
+        """Return whether a matrix is the output head and equals the input embedding."""
         pair = head_and_embedding(self.shapes)
         if pair is None or pair[0] != name or len({*map(self.shapes.get, pair)}) > 1:
             return False
@@ -133,12 +133,12 @@ class _Source:
 
 def _shared(before: _Source, after: _Source) -> list[str]:
     problems = []
-    for one, other in ((before, after), (after, before)):
-        missing = [name for name in one.shapes if name not in other.shapes]
-        for name in [name for name in missing if one.is_copied_head(name)]:
-            logger.warning("passed over %s of %s: a copy of the embedding", name, one)
+    for source, other in ((before, after), (after, before)):
+        missing = [name for name in source.shapes if name not in other.shapes]
+        for name in [name for name in missing if source.is_copied_head(name)]:
+            logger.warning("skipped %s of %s: a copy of the embedding", name, source)
             missing.remove(name)
-            del one.shapes[name]
+            del source.shapes[name]
         if missing:
             more = f" and {len(missing) - _LISTED} more" * (len(missing) > _LISTED)
             problems.append(f"{other} lacks {', '.join(missing[:_LISTED])}{more}")
@@ -155,7 +155,7 @@ def _shared(before: _Source, after: _Source) -> list[str]:
 
 
 def _singular_values(before: _Source, after: _Source, name: str) -> np.ndarray:
-    """Of the difference, from the Gram matrix of its shorter side."""
+    """Return the singular values of the difference, from its smaller Gram matrix."""
     rows, width = before.shapes[name]
     gram = np.zeros((width, width))
     kept = []

@@ -1,4 +1,4 @@
-"""Rules that turn measures into advice: each stated, each with its reason."""
+"""Rules that turn measures into advice, each with its reason."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,23 +12,23 @@ from mlx_dora.errors import DoRAError
 ENERGY = 0.99
 """Share of the update's energy that a suggested rank keeps."""
 AGREE = 0.2
-"""Cosine of two updates from which they count as agreeing, or opposed if negative."""
+"""Least cosine at which two updates agree; its negative is where they oppose."""
 OVERLAP = 0.2
-"""Share of a subspace from which two updates count as using the same directions."""
+"""Least subspace overlap at which two updates use the same directions."""
 SMALL_PART = 0.05
-"""Share of the squared change under which one of its two parts hardly matters."""
+"""Share of the squared change below which a part (magnitude, direction) is minor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """One suggestion.
+    """A suggestion.
 
     Attributes:
         rule: Short name of the rule.
-        sentence: What is suggested and why, with the numbers.
-        method: Merge method of ``mlx_dora.merge`` it suggests, if any.
-        weights: Weights it suggests, if any.
-        rank: Rank it suggests, if any.
+        sentence: The suggestion and its reason, with numbers.
+        method: Suggested method of ``mlx_dora.merge``, or None.
+        weights: Suggested weights, or None.
+        rank: Suggested rank, or None.
     """
 
     rule: str
@@ -38,25 +38,25 @@ class Advice:
     rank: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         return asdict(self)
 
 
 def adaptation_advice(layers: Sequence[MatrixAnalysis]) -> list[Advice]:
-    """What one adaptation's numbers suggest for merging and for its rank."""
-    moved = [one for one in layers if one.classification != "minimal"]
+    """Return advice on merging an adaptation and on its rank."""
+    moved = [layer for layer in layers if layer.classification != "minimal"]
     if not moved:
         return [
             Advice(
                 rule="unchanged",
-                sentence="Hardly any row moved by more than a thousandth: this is the "
-                "base, and any merge would only thin the other inputs.",
+                sentence="Hardly any row changed by more than a thousandth: this is "
+                "practically the base, and merging it only weakens the other inputs.",
             )
         ]
-    found = []
-    radial = float(np.mean([one.radial_share for one in moved]))
+    advice = []
+    radial = float(np.mean([layer.radial_share for layer in moved]))
     if radial < SMALL_PART:
-        found.append(
+        advice.append(
             Advice(
                 rule="direction",
                 method="slerp",
@@ -65,7 +65,7 @@ def adaptation_advice(layers: Sequence[MatrixAnalysis]) -> list[Advice]:
             )
         )
     elif radial > 1 - SMALL_PART:
-        found.append(
+        advice.append(
             Advice(
                 rule="magnitude",
                 method="linear",
@@ -74,18 +74,18 @@ def adaptation_advice(layers: Sequence[MatrixAnalysis]) -> list[Advice]:
             )
         )
     else:
-        found.append(
+        advice.append(
             Advice(
                 rule="both",
                 method="slerp",
                 sentence=f"{radial:.1%} of the squared change is magnitude, the rest "
-                "direction: merge the two apart, as slerp, karcher and nmean do.",
+                "direction: merge the two separately, as slerp, karcher and nmean do.",
             )
         )
-    needed = max(one.rank_holding(ENERGY) for one in moved)
-    used = max((one.rank or 0 for one in moved), default=0)
+    needed = max(layer.rank_holding(ENERGY) for layer in moved)
+    used = max((layer.rank or 0 for layer in moved), default=0)
     if used and needed < used:
-        found.append(
+        advice.append(
             Advice(
                 rule="rank",
                 rank=needed,
@@ -94,7 +94,7 @@ def adaptation_advice(layers: Sequence[MatrixAnalysis]) -> list[Advice]:
             )
         )
     elif used:
-        found.append(
+        advice.append(
             Advice(
                 rule="rank",
                 rank=used,
@@ -103,38 +103,40 @@ def adaptation_advice(layers: Sequence[MatrixAnalysis]) -> list[Advice]:
                 "may help.",
             )
         )
-    return found
+    return advice
 
 
 def rank_pattern(layers: Sequence[MatrixAnalysis], budget: float) -> dict[str, int]:
-    """Ranks that keep the most energy at a given mean rank a matrix.
+    """Return the ranks that keep the most energy at a given mean rank per matrix.
 
-    Each update's singular directions compete by their share of their own matrix's
-    energy, the best first; every matrix keeps at least one. The experts of a module
-    have one rank: their mean shares compete, and each rank counts once an expert.
+    Singular directions are ranked by their share of the energy of their own matrix.
+    Every matrix keeps at least one direction. The experts of a module share a rank:
+    their mean shares are used, and each rank counts once per expert.
 
     Args:
-        layers: The analysed matrices.
+        layers: The analyzed matrices.
         budget: Mean rank, at least 1.
 
     Returns:
-        Path to rank, for `DoRAConfig.rank_pattern`.
+        Map from path to rank, for `DoRAConfig.rank_pattern`.
 
     Raises:
-        DoRAError: If the budget is under 1.
+        DoRAError: If the budget is below 1.
     """
     if not budget >= 1:
-        raise DoRAError(f"a rank budget must be at least 1 a matrix, got {budget}.")
+        raise DoRAError(f"a rank budget must be at least 1 per matrix, got {budget}.")
     shares: dict[str, list[np.ndarray]] = {}
-    for one in layers:
-        energy = np.square(one.singular_values)
+    for layer in layers:
+        energy = np.square(layer.singular_values)
         total = energy.sum()
-        shares.setdefault(one.path, []).append(energy / total if total > 0 else energy)
+        shares.setdefault(layer.path, []).append(
+            energy / total if total > 0 else energy
+        )
     ranks = dict.fromkeys(shares, 1)
     left = int(budget * len(layers)) - len(layers)
     offers = []
     for path, stack in shares.items():
-        # What is rounding gets no rank.
+        # Shares at rounding level get no rank.
         offers += [(e, path) for e in np.mean(stack, axis=0)[1:] if e > 1e-12]
     for _, path in sorted(offers, reverse=True):
         if len(shares[path]) <= left:

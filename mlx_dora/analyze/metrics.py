@@ -1,4 +1,4 @@
-"""Per-matrix measures from how each of its rows moved (DoRA, section 3.2)."""
+"""Measures of a matrix from the changes of its rows (DoRA, section 3.2)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,28 +16,29 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 CLASSES = ("amplified", "attenuated", "rotated", "mixed", "minimal")
 
 MINIMAL = 1e-3
-"""A row whose relative Δm and angle are both under this has hardly moved."""
+"""Relative Δm and angle below which a row counts as unchanged."""
 DOMINANT = 2.0
-"""A row is of one kind where that part is this many times the other."""
+"""Ratio of relative Δm and angle at which the larger determines a row's class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixAnalysis:
-    """What happened to one matrix.
+    """Analysis of one matrix.
 
     Attributes:
-        name: Full path of the module, or name of the tensor without ``.weight``; of an
-            expert, or a head of latent attention, with its index: ``path[3]``.
+        name: Full path of the module, or name of the tensor without ``.weight``. The
+            name of an expert or a head of latent attention ends in its index:
+            ``path[3]``.
         rows: Number of output rows.
-        delta_m: ΔM of section 3.2, the mean of the size of Δm over rows.
-        delta_m_relative: The mean over rows of the size of Δm/‖W0‖, zero rows left out.
-        delta_d: ΔD of section 3.2, the mean over rows of 1 − cos(angle).
+        delta_m: ΔM of section 3.2, the mean of |Δm| over rows.
+        delta_m_relative: Mean of |Δm|/‖W0‖ over the nonzero rows.
+        delta_d: ΔD of section 3.2, the mean of 1 − cos(angle) over rows.
         row_base_norm: ‖W0‖ of each row. Shape ``(rows,)``.
         row_delta_m: Δm of each row, signed. Shape ``(rows,)``.
-        row_angle: Angle of each row, radians. Shape ``(rows,)``.
-        singular_values: Of the update, the largest first.
-        rank: Rank the adapter has there; None for two checkpoints.
-        recomputed: Rows taken densely because factored sums cancel.
+        row_angle: Angle of each row in radians. Shape ``(rows,)``.
+        singular_values: Singular values of the update, largest first.
+        rank: Rank of the adapter; None when two checkpoints are compared.
+        recomputed: Number of rows computed densely because factored sums cancel.
     """
 
     name: str
@@ -54,12 +55,12 @@ class MatrixAnalysis:
 
     @property
     def correlation(self) -> float:
-        """Pearson's correlation of Δm with the angle over rows; NaN if one is flat."""
+        """Pearson correlation of Δm and angle over rows; NaN if either is constant."""
         return pearson(self.row_delta_m, self.row_angle)
 
     @property
     def layer(self) -> int | None:
-        """Depth of the block it is in; None outside blocks."""
+        """Index of the matrix's block; None outside blocks."""
         numbers = [int(part) for part in self.name.split(".") if is_index(part)]
         return numbers[0] if numbers else None
 
@@ -70,12 +71,12 @@ class MatrixAnalysis:
 
     @property
     def module(self) -> str:
-        """Module type: the last part of the path."""
+        """Type of the module: the last part of the path."""
         return self.path.rpartition(".")[2]
 
     @property
     def row_delta_m_relative(self) -> np.ndarray:
-        """Δm/‖W0‖ of each row; 0 for a row that was zero."""
+        """Δm/‖W0‖ of each row; 0 where the base row is zero."""
         base = self.row_base_norm
         return np.divide(
             self.row_delta_m, base, out=np.zeros_like(base), where=base > 0
@@ -83,7 +84,7 @@ class MatrixAnalysis:
 
     @property
     def radial_share(self) -> float:
-        """Share of ‖W' − W0‖² along the rows (magnitude); the rest is direction.
+        """Share of ‖W' − W0‖² due to magnitude; the rest is due to direction.
 
         ‖W'_j − W0_j‖² = Δm² + 4‖W0‖·(‖W0‖ + Δm)·sin²(angle/2), exactly.
         """
@@ -99,27 +100,27 @@ class MatrixAnalysis:
         return effective_rank(self.singular_values)
 
     def rank_holding(self, share: float) -> int:
-        """The fewest directions of the update that hold this share of its energy."""
+        """Return the least number of directions that hold this share of the energy."""
         return rank_holding(self.singular_values, share)
 
     def correlate(self) -> Correlation:
-        """The correlation of Δm with the angle, with Spearman's and an interval."""
+        """Return Pearson and Spearman correlation of Δm and angle, with an interval."""
         return correlate(self.row_delta_m, self.row_angle)
 
     @property
     def row_classes(self) -> dict[str, int]:
-        """How many rows are of each kind; see `classify_rows`."""
+        """Number of rows of each class; see `classify_rows`."""
         counts = Counter(classify_rows(self.row_delta_m_relative, self.row_angle))
         return {name: counts.get(name, 0) for name in CLASSES}
 
     @property
     def classification(self) -> str:
-        """The kind that most rows are of."""
+        """The most frequent class of the rows."""
         counts = self.row_classes
         return max(CLASSES, key=lambda name: counts[name])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, distributions as quantiles."""
+        """Return JSON values, with distributions as quantiles."""
         return {
             "name": self.name,
             "layer": self.layer,
@@ -152,7 +153,7 @@ def measure(
     *,
     rank: int | None = None,
 ) -> MatrixAnalysis:
-    """The measures of one matrix from its rows and the update's singular values."""
+    """Return a matrix's measures from its rows and its update's singular values."""
     base = geometry.base_norm
     lengths = np.abs(geometry.delta_m)[base > 0] / base[base > 0]
     return MatrixAnalysis(
@@ -171,12 +172,13 @@ def measure(
 
 
 def classify_rows(delta_m_relative: np.ndarray, angle: np.ndarray) -> list[str]:
-    """What became of each row.
+    """Return the class of each row.
 
-    ``minimal`` where relative Δm and angle are under `MINIMAL`; ``amplified`` or
-    ``attenuated`` where the size of Δm/‖W0‖ is at least `DOMINANT` times the angle (to
-    first order the two sides of the row's displacement); ``rotated`` where the angle is
-    that many times the other; ``mixed`` otherwise.
+    A row is ``minimal`` if relative Δm and angle are below `MINIMAL`. It is
+    ``amplified`` or ``attenuated`` if |Δm|/‖W0‖ is at least `DOMINANT` times the angle
+    (to first order, these are the two components of the row's displacement). It is
+    ``rotated`` if the angle is at least `DOMINANT` times |Δm|/‖W0‖, and ``mixed``
+    otherwise.
     """
     size = np.abs(delta_m_relative)
     kinds = np.select(
@@ -193,25 +195,25 @@ def classify_rows(delta_m_relative: np.ndarray, angle: np.ndarray) -> list[str]:
 
 
 def correlate_matrices(layers: Sequence[MatrixAnalysis]) -> Correlation:
-    """ΔM against ΔD, a point a matrix, as in the paper's figure 2."""
+    """Correlate ΔM with ΔD over matrices, as in figure 2 of the paper."""
     return correlate(
-        np.array([one.delta_m for one in layers]),
-        np.array([one.delta_d for one in layers]),
+        np.array([layer.delta_m for layer in layers]),
+        np.array([layer.delta_d for layer in layers]),
     )
 
 
 def number(value: float) -> float | None:
-    """A value that JSON can hold: NaN becomes None."""
+    """Return a value that JSON can hold: None if it is not finite."""
     return float(value) if np.isfinite(value) else None
 
 
-def correlation_dict(found: Correlation) -> dict[str, Any]:
-    """JSON values of a correlation."""
+def correlation_dict(correlation: Correlation) -> dict[str, Any]:
+    """Return a correlation as JSON values."""
     return {
-        "pearson": number(found.pearson),
-        "spearman": number(found.spearman),
-        "interval": [number(v) for v in found.interval],
-        "n": found.n,
+        "pearson": number(correlation.pearson),
+        "spearman": number(correlation.spearman),
+        "interval": [number(v) for v in correlation.interval],
+        "n": correlation.n,
     }
 
 

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, with the analysis inside."""
+"""The report: one self-contained HTML file that includes the analysis."""
 
 import base64
 import hashlib
@@ -16,11 +16,11 @@ _TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def render_report(content: Mapping[str, Any], log: Path | None = None) -> str:
-    """The report of an analysis or comparison.
+    """Return the report of an analysis or comparison as HTML.
 
     Args:
-        content: What ``to_dict`` of either gives.
-        log: The training's ``log.jsonl``; drawn if there is such a file.
+        content: Result of ``to_dict`` of the analysis or comparison.
+        log: The training log, ``log.jsonl``; plotted if the file exists.
 
     Raises:
         DoRAError: If the log is not JSON lines.
@@ -29,15 +29,15 @@ def render_report(content: Mapping[str, Any], log: Path | None = None) -> str:
     if log is not None and log.is_file():
         page["log"] = _read_log(log)
     text = json.dumps(page, ensure_ascii=False, allow_nan=False)
-    # So that no name in the data can end the script element.
+    # Prevents names in the data from ending the script element.
     text = text.replace("<", "\\u003c")
     template = _TEMPLATE.read_text(encoding="utf-8")
     return template.replace("@POLICY@", _policy(template)).replace("@DATA@", text)
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Steps and losses of a log; a loss that was not finite is a gap in the curve."""
-    found = []
+    """Read steps and losses of a log; a loss that is not finite leaves a gap."""
+    rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
@@ -55,15 +55,15 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
                 raise DoRAError(f"{where}: {name} must be a number, got {value!r:.40}.")
             is_point = value is not None and abs(value) <= sys.float_info.max
             losses[name] = value if is_point else None
-        found.append({"step": step, **losses})
-    return found
+        rows.append({"step": step, **losses})
+    return rows
 
 
 def _policy(page: str) -> str:
-    """What the page may do: run its own script, use its own style, and no more.
+    """Return a content security policy that allows only the page's script and style.
 
-    A name that got into the page as markup in spite of everything would have neither a
-    script nor an address to call. The bars and dots have ``style`` attributes.
+    Even if a name in the data were interpreted as markup, it could neither run a script
+    nor contact a server. Bars and dots need inline ``style`` attributes.
     """
     hashes = []
     for element in ("script", "style"):

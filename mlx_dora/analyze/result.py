@@ -1,4 +1,4 @@
-"""What an analysis of one adaptation returns, and its JSON form."""
+"""The result of an analysis of one adaptation, and its JSON form."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +18,12 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptationAnalysis:
-    """What fine-tuning did, matrix by matrix in natural order.
+    """Changes made by fine-tuning, matrix by matrix in natural order.
 
     Attributes:
-        layers: One a matrix.
-        source: What was analysed, for people.
-        base: What it was compared with, for people.
+        layers: One entry per matrix.
+        source: Readable name of the analyzed model or adapter.
+        base: Readable name of the base.
     """
 
     layers: list[MatrixAnalysis]
@@ -34,30 +34,30 @@ class AdaptationAnalysis:
 
     @cached_property
     def association(self) -> Correlation:
-        """ΔM with ΔD over matrices: Pearson, Spearman, interval, n."""
+        """Correlation of ΔM and ΔD over matrices."""
         return correlate_matrices(self.layers)
 
     @property
     def correlation(self) -> float:
-        """Pearson's correlation of ΔM with ΔD over matrices; NaN if one is flat."""
+        """Pearson correlation of ΔM and ΔD over matrices; NaN if either is constant."""
         return self.association.pearson
 
     @property
     def classification(self) -> dict[str, str]:
-        """The kind of change of each matrix; see `metrics.classify_rows`."""
-        return {one.name: one.classification for one in self.layers}
+        """Class of each matrix's change; see `metrics.classify_rows`."""
+        return {layer.name: layer.classification for layer in self.layers}
 
     @property
     def guidance(self) -> list[Advice]:
-        """What the numbers suggest for merging, each with its reason."""
+        """Suggestions for merging, each with its reason."""
         return adaptation_advice(self.layers)
 
     def rank_pattern(self, budget: float) -> dict[str, int]:
-        """Ranks for a given mean rank a matrix; see `guidance.rank_pattern`."""
+        """Return ranks for a mean rank per matrix; see `guidance.rank_pattern`."""
         return rank_pattern(self.layers, budget)
 
     def to_dict(self) -> dict[str, Any]:
-        """The versioned JSON form; see ``docs/analysis.md``."""
+        """Return the versioned JSON form; see ``docs/analysis.md``."""
         return {
             "schema": SCHEMA,
             "version": VERSION,
@@ -65,13 +65,13 @@ class AdaptationAnalysis:
             "source": self.source,
             "base": self.base,
             "correlation": correlation_dict(self.association),
-            "layers": [one.to_dict() for one in self.layers],
-            "guidance": [one.to_dict() for one in self.guidance],
+            "layers": [layer.to_dict() for layer in self.layers],
+            "guidance": [advice.to_dict() for advice in self.guidance],
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterAnalysis(AdaptationAnalysis):
-    """What an adapter does to its base, matrix by matrix in natural order."""
+    """Changes an adapter makes to its base, matrix by matrix in natural order."""
 
     kind = "adapter"

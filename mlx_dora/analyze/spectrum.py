@@ -1,10 +1,10 @@
-"""Measures of a spectrum: how many directions an update really uses."""
+"""Measures of a spectrum: how many directions an update effectively uses."""
 
 import numpy as np
 
 
 def effective_rank(values: np.ndarray) -> float:
-    """Exponential of the entropy of the energy over singular directions; 0 of zero."""
+    """Return exp of the entropy of the energy over directions; 0 for a zero matrix."""
     energy = np.square(values)
     if not energy.sum() > 0:
         return 0.0
@@ -13,7 +13,7 @@ def effective_rank(values: np.ndarray) -> float:
 
 
 def rank_holding(values: np.ndarray, share: float) -> int:
-    """The fewest leading directions that hold this share of the energy; 0 of zero."""
+    """Return how many leading directions hold this share of the energy; 0 if zero."""
     energy = np.cumsum(np.square(values))
     if not energy.size or not energy[-1] > 0:
         return 0

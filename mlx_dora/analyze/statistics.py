@@ -1,4 +1,4 @@
-"""Correlations with what they are worth: an interval and the number of points."""
+"""Correlations with a confidence interval and the number of points."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,11 @@ _RESAMPLES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Correlation:
-    """How two quantities go together; NaN where one of them does not vary.
+    """Correlation of two quantities; NaN if either is constant.
 
     Attributes:
-        pearson: Of the values.
-        spearman: Of their ranks, ties sharing a rank.
+        pearson: Correlation of the values.
+        spearman: Correlation of their ranks; tied values share a rank.
         interval: 95 % bootstrap percentile interval of `pearson`.
         n: Number of points.
     """
@@ -27,17 +27,18 @@ class Correlation:
 def correlate(
     x: np.ndarray, y: np.ndarray, *, groups: np.ndarray | None = None, seed: int = 0
 ) -> Correlation:
-    """Pearson's and Spearman's correlation with a bootstrap interval.
+    """Return Pearson and Spearman correlations with a bootstrap interval.
 
     Args:
         x: Values. Shape ``(n,)``.
         y: Values. Shape ``(n,)``.
-        groups: Points that are not independent share a number (the checkpoints of one
-            layer): whole groups are resampled then. Shape ``(n,)``.
-        seed: Of the resampling.
+        groups: Group number of each point, shape ``(n,)``. Points that are not
+            independent (checkpoints of one layer) share a group, and whole groups are
+            resampled.
+        seed: Random seed for resampling.
 
     Returns:
-        The correlation; under three groups or points, the interval is NaN.
+        The correlation. With fewer than three groups or points, the interval is NaN.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     labels = np.arange(x.size)
@@ -46,12 +47,12 @@ def correlate(
     size = int(labels.max(initial=-1)) + 1
     interval = (np.nan, np.nan)
     if size >= 3:
-        # One weight a point: how often its group was drawn.
+        # The weight of a point is how often its group was drawn.
         rng = np.random.default_rng(seed)
         drawn = rng.multinomial(size, np.full(size, 1 / size), _RESAMPLES)
-        found = _weighted_pearson(x, y, drawn[:, labels].astype(np.float64))
-        if np.isfinite(found).any():
-            low, high = np.nanpercentile(found, [2.5, 97.5])
+        samples = _weighted_pearson(x, y, drawn[:, labels].astype(np.float64))
+        if np.isfinite(samples).any():
+            low, high = np.nanpercentile(samples, [2.5, 97.5])
             interval = (float(low), float(high))
     ones = np.ones((1, x.size))
     return Correlation(
@@ -63,21 +64,21 @@ def correlate(
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation alone; NaN where one of the two does not vary."""
+    """Return the Pearson correlation; NaN if either quantity is constant."""
     return float(_weighted_pearson(x, y, np.ones((1, x.size)))[0])
 
 
 def without_trend(values: np.ndarray) -> np.ndarray:
-    """Values, in order of depth, less their straight line over depth."""
+    """Subtract the linear trend over depth from values in order of depth."""
     depth = np.arange(len(values), dtype=np.float64)
     return values - np.polyval(np.polyfit(depth, values, 1), depth)
 
 
 def _weighted_pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """One correlation for each row of weights, ``(k, n)``; NaN without variance."""
+    """Return a correlation per row of weights, ``(k, n)``; NaN without variance."""
     if x.size < 2:
         return np.full(len(weights), np.nan)
-    # Only the mean of all points is taken off first: it keeps the sums from cancelling.
+    # Subtract the mean of all points first, so that the sums do not cancel.
     x, y = (v - v.mean() for v in (x, y))
     spread = [np.abs(v).max() for v in (x, y)]
     if not min(spread) > 0:

@@ -1,4 +1,4 @@
-"""An analysis as a few lines for a terminal."""
+"""Formats an analysis as a few lines for a terminal."""
 
 from collections.abc import Sequence
 
@@ -11,24 +11,28 @@ from mlx_dora.analyze.result import AdaptationAnalysis
 from mlx_dora.analyze.statistics import Correlation
 
 BY = ("matrix", "layer", "module", "expert")
-"""What a line of the table stands for; ``matrix`` takes the experts of one together."""
+"""Choices for grouping lines of the table; ``matrix`` combines a module's experts."""
 
 
 def analysis_lines(
     analysis: AdaptationAnalysis, *, by: str = "matrix", top: int | None = None
 ) -> list[str]:
-    """The table, the most turned first, with the correlation and the guidance.
+    """Return the table, largest ΔD first, with the correlation and the guidance.
 
     Args:
-        analysis: What to show.
-        by: One of `BY`; all but experts show means over their matrices.
-        top: Show only this many lines.
+        analysis: The analysis to show.
+        by: Grouping, one of `BY`. All groups but experts show means over matrices.
+        top: Greatest number of lines to show; None for all.
     """
     groups: dict[str, list[MatrixAnalysis]] = {}
-    for one in analysis.layers:
-        keys = {"layer": f"layer {one.layer}", "module": one.module, "matrix": one.path}
-        key = keys.get(by, one.name)
-        groups.setdefault("no layer" if key == "layer None" else key, []).append(one)
+    for matrix in analysis.layers:
+        keys = {
+            "layer": f"layer {matrix.layer}",
+            "module": matrix.module,
+            "matrix": matrix.path,
+        }
+        key = keys.get(by, matrix.name)
+        groups.setdefault("no layer" if key == "layer None" else key, []).append(matrix)
     rows = sorted(groups.items(), key=lambda item: -_mean(item[1], "delta_d"))
     shown = rows[:top]
     width = max(len(name) for name, _ in shown)
@@ -37,7 +41,7 @@ def analysis_lines(
         f"{'eff. rank':>9}  kind"
     ]
     for name, members in shown:
-        angle = np.degrees(np.mean([one.row_angle.mean() for one in members]))
+        angle = np.degrees(np.mean([matrix.row_angle.mean() for matrix in members]))
         rank = _mean(members, "effective_rank")
         lines.append(
             f"{name:{width}}  {_mean(members, 'delta_m'):10.3e}  "
@@ -54,7 +58,7 @@ def analysis_lines(
 def comparison_lines(
     comparison: AdapterComparison, *, top: int | None = None
 ) -> list[str]:
-    """Adapters by number, their cosines, where they conflict, and the guidance."""
+    """Return lines with the adapters, cosines, conflicts and guidance."""
     count = len(comparison.adapters)
     lines = [f"{i + 1}: {name}" for i, name in enumerate(comparison.adapters)]
     matrix = comparison.matrix()
@@ -66,44 +70,44 @@ def comparison_lines(
         f"{i + 1:3}" + "".join(f"{value:+8.3f}" for value in matrix[i])
         for i in range(count)
     ]
-    pairs = sorted(comparison.pairs, key=lambda one: one.update_cosine)[:top]
-    width = max(len(one.name) for one in pairs)
+    pairs = sorted(comparison.pairs, key=lambda pair: pair.update_cosine)[:top]
+    width = max(len(pair.name) for pair in pairs)
     lines.append(
         f"{'':{width}}  pair  {'cosine':>7}  {'reads':>6}  {'writes':>6}  "
         f"{'Δm signs':>8}  disturbance"
     )
     lines += [
-        f"{one.name:{width}}  {one.first + 1}-{one.second + 1:<3} "
-        f"{one.update_cosine:+7.3f}  {one.input_overlap:6.3f}  "
-        f"{one.output_overlap:6.3f}  {1 - one.sign_conflict:8.1%}  "
-        f"{one.disturbs_first:.3f} {one.disturbs_second:.3f}"
-        for one in pairs
+        f"{pair.name:{width}}  {pair.first + 1}-{pair.second + 1:<3} "
+        f"{pair.update_cosine:+7.3f}  {pair.input_overlap:6.3f}  "
+        f"{pair.output_overlap:6.3f}  {1 - pair.sign_conflict:8.1%}  "
+        f"{pair.disturbs_first:.3f} {pair.disturbs_second:.3f}"
+        for pair in pairs
     ]
     if len(pairs) < len(comparison.pairs):
         lines.append(f"and {len(comparison.pairs) - len(pairs)} more")
     return lines + advice_lines(comparison.guidance)
 
 
-def describe(found: Correlation) -> str:
-    """A correlation in words."""
-    if not np.isfinite(found.pearson):
-        return f"not defined ({found.n} points, or one of them does not vary)"
-    low, high = found.interval
+def describe(correlation: Correlation) -> str:
+    """Return a correlation in words."""
+    if not np.isfinite(correlation.pearson):
+        return f"not defined ({correlation.n} points, or one quantity is constant)"
+    low, high = correlation.interval
     return (
-        f"Pearson {found.pearson:+.2f} [{low:+.2f}, {high:+.2f}], Spearman "
-        f"{found.spearman:+.2f}, n {found.n}"
+        f"Pearson {correlation.pearson:+.2f} [{low:+.2f}, {high:+.2f}], Spearman "
+        f"{correlation.spearman:+.2f}, n {correlation.n}"
     )
 
 
 def advice_lines(guidance: Sequence[Advice]) -> list[str]:
-    """The guidance, a line each."""
-    return [f"- {one.sentence}" for one in guidance]
+    """Return the guidance, one line each."""
+    return [f"- {advice.sentence}" for advice in guidance]
 
 
 def _mean(members: Sequence[MatrixAnalysis], measure: str) -> float:
-    return float(np.mean([getattr(one, measure) for one in members]))
+    return float(np.mean([getattr(member, measure) for member in members]))
 
 
 def _kind(members: Sequence[MatrixAnalysis]) -> str:
-    kinds = [one.classification for one in members]
+    kinds = [member.classification for member in members]
     return max(sorted(set(kinds)), key=kinds.count)

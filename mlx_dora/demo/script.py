@@ -114,42 +114,10 @@ def run_demo(config: DemoConfig, audience: Audience | None = None) -> DemoReport
     output = config.output or _fresh_folder(Path(DEFAULT_OUTPUT))
     check_output(output, inputs=(config.model,))
 
-    name = config.model or "SmolLM2-135M-Instruct, a small language model"
-    events.stage("Model", f"{name}.")
-    source = config.model or str(demo_model(notify=events.note))
-    events.note(source)
-    model, tokenizer = load(source)
-
-    events.stage(
-        "Data", "What functions of Python's standard library do, by docstring."
-    )
-    rows = write_demo_data(output / "data")
-    events.note(
-        ", ".join(f"{number} {name}" for name, number in rows.items()) + " rows"
-    )
+    source, model, tokenizer = _load_model(config, events)
     train = _training(config, source, output)
-    sets = load_datasets(train, tokenizer)
-    train_set, valid_set, test_set = (sets[n] for n in ("train", "valid", "test"))
-    assert train_set is not None and valid_set is not None and test_set is not None
-
-    events.stage(
-        "Training",
-        f"A DoRA adapter of rank {RANK} on the last blocks, "
-        f"{config.iters} steps of {BATCH_SIZE} rows.",
-    )
-    adapted = min(ADAPTED_BLOCKS, len(blocks(model)))
-    trained = finetune(
-        model,
-        tokenizer,
-        train_set,
-        valid_set,
-        train=train,
-        dora=DoRAConfig(rank=RANK, scale=SCALE, num_layers=adapted),
-        adapter_path=output / "adapter",
-        callback=events.step,
-        progress=events.progress,
-    )
-    events.trained(trained)
+    train_set, valid_set, test_set = _make_data(train, tokenizer, output, events)
+    trained = _train(model, tokenizer, train_set, valid_set, train, output, events)
 
     events.stage(
         "Changes", "How far rows grew (ΔM) and turned (ΔD), largest turn first."
@@ -185,6 +153,63 @@ def run_demo(config: DemoConfig, audience: Audience | None = None) -> DemoReport
         agreement=agreement,
         seconds=time.perf_counter() - started,
     )
+
+
+def _load_model(config: DemoConfig, events: Audience) -> tuple[str, nn.Module, Any]:
+    """Load the base model; return its folder or Hub id, the model and tokenizer."""
+    name = config.model or "SmolLM2-135M-Instruct, a small language model"
+    events.stage("Model", f"{name}.")
+    source = config.model or str(demo_model(notify=events.note))
+    events.note(source)
+    return source, *load(source)
+
+
+def _make_data(
+    train: TrainConfig, tokenizer: Any, output: Path, events: Audience
+) -> tuple[Dataset, Dataset, Dataset]:
+    """Write the demo's rows and load its training, validation and test sets."""
+    events.stage(
+        "Data", "What functions of Python's standard library do, by docstring."
+    )
+    rows = write_demo_data(output / "data")
+    events.note(
+        ", ".join(f"{number} {name}" for name, number in rows.items()) + " rows"
+    )
+    sets = load_datasets(train, tokenizer)
+    train_set, valid_set, test_set = (sets[n] for n in ("train", "valid", "test"))
+    assert train_set is not None and valid_set is not None and test_set is not None
+    return train_set, valid_set, test_set
+
+
+def _train(
+    model: nn.Module,
+    tokenizer: Any,
+    train_set: Dataset,
+    valid_set: Dataset,
+    train: TrainConfig,
+    output: Path,
+    events: Audience,
+) -> TrainReport:
+    """Train a DoRA adapter on the last blocks of the model."""
+    events.stage(
+        "Training",
+        f"A DoRA adapter of rank {RANK} on the last blocks, "
+        f"{train.iters} steps of {BATCH_SIZE} rows.",
+    )
+    adapted = min(ADAPTED_BLOCKS, len(blocks(model)))
+    report = finetune(
+        model,
+        tokenizer,
+        train_set,
+        valid_set,
+        train=train,
+        dora=DoRAConfig(rank=RANK, scale=SCALE, num_layers=adapted),
+        adapter_path=output / "adapter",
+        callback=events.step,
+        progress=events.progress,
+    )
+    events.trained(report)
+    return report
 
 
 def _fresh_folder(wanted: Path) -> Path:

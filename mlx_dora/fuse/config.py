@@ -1,6 +1,6 @@
-"""What a fuse does with packed weights.
+"""Settings for fusing packed weights.
 
-Imports no MLX, so that the command line can make its options from the fields.
+This module does not import MLX, so that the command line can read the fields quickly.
 """
 
 from dataclasses import dataclass, field
@@ -14,44 +14,44 @@ _SCALES = ("float32", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class FuseConfig:
-    """What becomes of the layers of a quantised base.
+    """Settings for fusing the layers of a quantized base.
 
     Attributes:
-        mode: ``requantize`` packs an adapted layer again with the fewest bits, from its
-            own upwards, that keep enough of its update. ``lossless`` multiplies the
-            magnitude into the scales and leaves the low-rank rest as a LoRA adapter.
+        mode: ``requantize`` repacks an adapted layer with the fewest bits, at least its
+            own, that keep enough of its update. ``lossless`` multiplies the magnitude
+            into the scales, and writes the low-rank part as a LoRA adapter.
             ``dequantize`` makes the whole model dense.
-        keep: Least share of each layer's update, and cosine with it, after packing; 0
-            keeps the base's bits, whatever is lost.
-        scales: Dtype of the scales that take the magnitudes.
+        keep: Least share of each layer's update to keep, and least cosine with it,
+            after packing. With 0, the base's bits are always kept.
+        scales: Dtype of the scales after a lossless fuse.
     """
 
     mode: Literal["requantize", "lossless", "dequantize"] = field(
         default="requantize",
         metadata={
-            "help": "What becomes of an adapted layer of a quantised base: packed "
-            "again with as many bits as --keep needs; or its magnitude into its "
-            "scales, with the low-rank rest as a LoRA adapter in OUT/adapter; or the "
+            "help": "How to fuse a quantized base: repack each adapted layer with the "
+            "bits that --keep needs; or multiply the magnitudes into the scales and "
+            "write the low-rank part as a LoRA adapter to OUT/adapter; or make the "
             "whole model dense."
         },
     )
     keep: float = field(
         default=0.9,
         metadata={
-            "help": "Share of each layer's update that packing must keep; 0 keeps the "
-            "base's bits, whatever is lost."
+            "help": "Share of each layer's update that packing must keep; 0 always "
+            "keeps the base's bits."
         },
     )
     scales: Literal["float32", "float16"] = field(
         default="float32",
-        metadata={"help": "Dtype of the scales that take the magnitudes (lossless)."},
+        metadata={"help": "Dtype of the scales that hold the magnitudes (lossless)."},
     )
 
     def __post_init__(self) -> None:
-        """Refuse what is not a choice.
+        """Check the settings.
 
         Raises:
-            DoRAError: Naming the setting, what is allowed and what came.
+            DoRAError: If a setting has a value that is not allowed.
         """
         for name, known in (("mode", _MODES), ("scales", _SCALES)):
             value = getattr(self, name)

@@ -1,4 +1,4 @@
-"""Full fine-tuning fused: trained parameters in the place of the base's."""
+"""Fuses full fine-tuning: replaces parameters of the base by trained ones."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -14,15 +14,15 @@ _BLOCK = 1 << 16
 def replace_parts(
     path: str, parts: dict[str, mx.array], trained: Mapping[str, mx.array]
 ) -> list[FusedLayer]:
-    """Put trained values in the place of a module's own arrays, in their dtype.
+    """Replace a module's arrays by trained values, in the dtype of the arrays.
 
     Args:
-        path: The module's full path.
-        parts: Its arrays by their names in it; changed in place.
-        trained: Parameter names to trained values.
+        path: Full path of the module.
+        parts: Arrays of the module by name; changed in place.
+        trained: Map from full parameter names to trained values.
 
     Returns:
-        What became of each replaced parameter.
+        A report on each replaced parameter.
     """
     layers = []
     for leaf, before in parts.items():
@@ -45,19 +45,19 @@ def replace_parts(
 
 
 def _rounding(before: mx.array, exact: mx.array, after: mx.array) -> Survival:
-    """How much of `exact` - `before` is left after rounding to the base's dtype."""
-    found = Survival()
+    """Measure how much of `exact` - `before` survives rounding to the base's dtype."""
+    survival = Survival()
     if not mx.issubdtype(before.dtype, mx.floating):
-        return found  # packed values, taken over as they are
-    flat = [one.reshape(-1) for one in (before, exact, after)]
+        return survival  # packed values are not rounded
+    flat = [values.reshape(-1) for values in (before, exact, after)]
     for start in range(0, before.size, _BLOCK):
         base, wanted, left = (
-            one[start : start + _BLOCK].astype(mx.float32) for one in flat
+            values[start : start + _BLOCK].astype(mx.float32) for values in flat
         )
         due, done = wanted - base, left - base
         sums = [(due * due).sum(), (due * done).sum(), (done * done).sum()]
         exact_square, product, kept_square = cast(list[float], mx.stack(sums).tolist())
-        found += Survival(
+        survival += Survival(
             exact_square=exact_square, product=product, kept_square=kept_square
         )
-    return found
+    return survival

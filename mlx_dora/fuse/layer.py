@@ -1,6 +1,6 @@
-"""How to fuse one adapted weight, and how much of its update that keeps.
+"""Fuses an adapted weight, and measures how much of its update is kept.
 
-`mlx_dora.fuse.stream` walks over a model with these functions.
+`mlx_dora.fuse.stream` applies these functions to a model.
 """
 
 import math
@@ -25,14 +25,14 @@ from mlx_dora.matrix.weight import (
     unpacked_dtype,
 )
 
-# Elements of a block; its dozen float32 copies are small next to a large tensor.
+# Elements of a block. Its dozen float32 copies are small compared to a large tensor.
 _BLOCK = 1 << 16
-# What MLX packs to in mode affine, smallest first.
+# Bits supported by MLX in mode affine, smallest first.
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 
 
 def why_not_finite(weight: Weight) -> str:
-    """What to say of a fused weight with NaN or inf, given its base."""
+    """Explain why a fused weight holds NaN or inf, given its base."""
     if not all(all_finite(block) for _, block in row_blocks(weight)):
         return "the weight of the base holds NaN or inf."
     return (
@@ -46,33 +46,34 @@ def requantized(
 ) -> tuple[Weight, Survival, Survival | None]:
     """Pack an adapted weight with the fewest bits at which its update survives.
 
-    Tries the base's own packing, then more bits, then a dense weight in the dtype of
-    the base's scales (of the model, `own`, where scales are bytes), then float32.
+    This tries the base's own packing, then more bits, then a dense weight in the dtype
+    of the base's scales (or in the model's dtype `own`, if scales are bytes), then
+    float32.
 
     Returns:
-        The weight, how much of its update it kept, and how much the base's own packing
-        would have kept if that was not enough.
+        The weight, the survival of its update, and the survival with the base's own
+        packing if that was not enough, else None.
     """
     plain = None
     for group_size, bits, mode in _packings(weight):
         packed = packed_fused(
             weight, adapted, group_size=group_size, bits=bits, mode=mode
         )
-        found = survival(weight, packed, adapted)
-        if found.survives(keep):
-            return packed, found, plain
-        plain = plain or found
+        kept = survival(weight, packed, adapted)
+        if kept.survives(keep):
+            return packed, kept, plain
+        plain = plain or kept
         del packed
     dense = dense_fused(weight, adapted, unpacked_dtype(weight, own))
-    found = survival(weight, dense, adapted)
-    if not found.survives(keep):
+    kept = survival(weight, dense, adapted)
+    if not kept.survives(keep):
         dense = dense_fused(weight, adapted, mx.float32)
-        found = survival(weight, dense, adapted)
-    return dense, found, plain
+        kept = survival(weight, dense, adapted)
+    return dense, kept, plain
 
 
 def _packings(weight: QuantizedWeight) -> Iterator[tuple[int, int, str]]:
-    """Group size, bits and mode: the base's own first, then more bits."""
+    """Yield group size, bits and mode: the base's own first, then more bits."""
     yield weight.group_size, weight.bits, weight.mode
     is_affine = weight.mode == "affine"
     group_size = weight.group_size if is_affine else 32
@@ -86,21 +87,21 @@ def _packings(weight: QuantizedWeight) -> Iterator[tuple[int, int, str]]:
 def survival(
     before: Weight, after: Weight, adapted: Adapted, rest: mx.array | None = None
 ) -> Survival:
-    """How much of the update W' − W0 is in the fused weight.
+    """Measure how much of the update W' − W0 is in the fused weight.
 
     Args:
         before: The base weight.
         after: The fused weight.
-        adapted: The DoRA or LoRA adapter that was to be fused.
-        rest: An up projection ``(r, out)`` of the low-rank part that stays beside the
-            fused weight, with A and s of the update.
+        adapted: The DoRA or LoRA adapter that was fused.
+        rest: Up projection, shape ``(r, out)``, of a low-rank part that is kept in
+            addition to the fused weight, with A and s of the update; or None.
     """
-    found = Survival()
+    total = Survival()
     update = adapted.update
     a = update.lora_a.astype(mx.float32).T
     for index, block in row_blocks(before, _BLOCK):
-        # The layer's norms are those of the unpacked rows in their own dtype; what that
-        # dtype rounds off belongs to W0 all the same, and grows with the row.
+        # The layer computes norms from unpacked rows rounded to their dtype. The
+        # rounded-off part still belongs to W0 and is scaled with its row.
         rounded, base = block.astype(mx.float32), exact_float32_rows(before, index)
         if adapted.m is None:
             full = base + update.rows(index)
@@ -111,19 +112,19 @@ def survival(
         fused = exact_float32_rows(after, index)
         if rest is not None:
             fused = fused + (update.scale * rest[:, index].T) @ a
-        found += _survival_of(base, full, fused)
-    return found
+        total += _survival_of(base, full, fused)
+    return total
 
 
 def _survival_of(base: mx.array, adapted: mx.array, fused: mx.array) -> Survival:
-    """How much of adapted − base is in fused − base; all float32 ``(rows, in)``."""
+    """Compare fused − base with adapted − base; all float32 ``(rows, in)``."""
     exact, left = adapted - base, fused - base
     length = row_norms(adapted)
     off = row_norms(fused) - length
-    # A zero row has no length to be off from.
+    # A zero row has no relative length error.
     off = mx.where(length > 0, off / mx.where(length > 0, length, 1), 0)
     size = float(mx.maximum(mx.abs(exact).max(), mx.abs(left).max()))
-    # Squares of the largest and smallest changes are beyond float32, not float64.
+    # Squares of very large or small changes exceed float32, but not float64.
     is_extreme = 0 < size < 1e-15 or 1e15 < size < math.inf
     unit = size if is_extreme else 1.0
     exact, left = exact / unit, left / unit

@@ -1,4 +1,4 @@
-"""A module's adapted matrices as plain ones: one, or a stack, one after the other."""
+"""Fuses the adapted matrices of a module: one matrix, or each matrix in a stack."""
 
 import math
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ _SCALES = {"float32": mx.float32, "float16": mx.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class FusedMatrices:
-    """What came of a module's weight.
+    """The fused weight of a module.
 
     Attributes:
-        weight: The fused weight, of the shape that it had.
-        survival: How much of its updates is left.
-        plain: The same for the base's own packing, where that was not enough.
-        rest: Of a lossless fuse, ``lora_a`` ``(in, r)`` and ``lora_b`` ``(r, out)`` of
-            what stays beside each matrix.
+        weight: The fused weight, with the shape of the base's weight.
+        survival: How much of the updates is kept.
+        plain: How much the base's own packing would keep, if that was not enough.
+        rest: For a lossless fuse, the low-rank part of each matrix: ``lora_a``
+            ``(in, r)`` and ``lora_b`` ``(r, out)``.
     """
 
     weight: Weight
@@ -44,10 +44,10 @@ class FusedMatrices:
 
     @property
     def is_finite(self) -> bool:
-        """Whether what stays beside, and how much survived, are numbers."""
+        """Whether the low-rank part and the survival are finite."""
         sizes = (self.survival.exact_square, self.survival.kept_square)
         return all(map(math.isfinite, sizes)) and all(
-            all_finite(value) for one in self.rest for value in one.values()
+            all_finite(value) for factors in self.rest for value in factors.values()
         )
 
 
@@ -60,14 +60,15 @@ def fuse_matrices(
     """Fuse every matrix of one module.
 
     Args:
-        weight: ``(out, in)``, or a stack; dense or packed.
+        weight: Base weight, shape ``(out, in)``, or a stack; dense or packed.
         adapted: The DoRA or LoRA adapter of each matrix.
-        config: What to do with packed weights; a whole stack gets the bits of the
+        config: How to fuse packed weights. All matrices in a stack get the bits of the
             matrix that needs most.
         own: The model's dtype, see `unpacked_dtype`.
 
     Raises:
-        DoRAError: If a packing without scales for magnitudes is to be fused losslessly.
+        DoRAError: If a lossless fuse is requested and the scales cannot hold
+            magnitudes.
     """
     befores = matrices(weight)
     afters: list[Weight] = []
@@ -78,17 +79,17 @@ def fuse_matrices(
         plain, packed = None, as_packed(before)
         if packed is None or config.mode == "dequantize":
             after = dense_fused(before, adapter, unpacked_dtype(before, own))
-            found = survival(before, after, adapter)
+            survived = survival(before, after, adapter)
         elif config.mode == "lossless":
             gain = exact_gain(before, adapter)
             after = scaled_packing(packed, gain, _SCALES[config.scales])
             up = gain * adapter.update.lora_b.astype(mx.float32)
-            found = survival(before, after, adapter, up)
+            survived = survival(before, after, adapter, up)
             rest.append({"lora_a": adapter.update.lora_a, "lora_b": up})
         else:
-            after, found, plain = requantized(packed, adapter, config.keep, own)
+            after, survived, plain = requantized(packed, adapter, config.keep, own)
         afters.append(after)
-        kept.append(found)
+        kept.append(survived)
         plains.append(plain)
     if len(weight.shape) == 2:
         fused = afters[0]
@@ -109,11 +110,13 @@ def _alike(
     afters: Sequence[Weight],
     kept: Sequence[Survival],
 ) -> tuple[list[Weight], list[Survival]]:
-    """All matrices in the form of the one that needs most: they share one array."""
-    packed = [one for one in map(as_packed, afters) if one is not None]
-    dense = [dense_dtype(one) for one in afters if as_packed(one) is None]
+    """Give all matrices the packing that needs most bits: they share an array."""
+    packed = [weight for weight in map(as_packed, afters) if weight is not None]
+    dense = [dense_dtype(weight) for weight in afters if as_packed(weight) is None]
     dtype = mx.float32 if mx.float32 in dense else dense[0] if dense else None
-    most = max(packed, key=lambda one: (one.bits, one.mode == "affine"), default=None)
+    most = max(
+        packed, key=lambda weight: (weight.bits, weight.mode == "affine"), default=None
+    )
     alike: list[Weight] = []
     survivals: list[Survival] = []
     for before, adapter, after, own in zip(befores, adapted, afters, kept, strict=True):

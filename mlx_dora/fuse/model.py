@@ -1,4 +1,4 @@
-"""An adapted model as a plain one, in memory and as a folder that mlx-lm loads."""
+"""Fuses adapters into a model, in memory or to a folder that mlx-lm loads."""
 
 import copy
 import logging
@@ -37,7 +37,7 @@ from mlx_dora.layers import DoRALayer, fused_module, weight_of
 from mlx_dora.matrix.weight import as_packed, dense_dtype, matrices
 
 REST_NAME = "adapter"
-"""The folder in a losslessly fused model that holds the low-rank rest."""
+"""Folder in a losslessly fused model that holds the low-rank part."""
 
 _TRAVELLING = (
     "*.json",
@@ -48,37 +48,37 @@ _TRAVELLING = (
     "*.txt",
     "LICENSE*",
 )
-"""Files of the base that a fuse copies where it writes none of that name: settings of
-processors, templates, vocabularies, code, the licence."""
+"""Files of the base that a fuse copies unless it writes a file of the same name:
+processor settings, templates, vocabularies, code and the license."""
 _REPLACED = ("config.json", "adapter_config.json", "hf_quant_config.json")
-"""Those that would contradict the fused model."""
+"""Files that are not copied, because they would contradict the fused model."""
 
 logger = logging.getLogger(__name__)
 
 
 def fuse_dora(model: nn.Module, dequantize: bool = False) -> FuseReport:
-    """Put the adapters into the weights, in place: a plain model is left.
+    """Merge the adapters into the weights in place, which leaves a plain model.
 
-    A dense layer keeps its dtype and size; the adapted weight is rounded once, and an
-    untrained adapter changes no bit. A packed base is packed again with its own bits,
-    which loses part of a small update: the report says how much of each layer's, and a
-    warning is logged.
+    A dense layer keeps its dtype and size. The adapted weight is rounded once, and an
+    untrained adapter changes no bit. A packed base is repacked with its own bits, which
+    loses part of a small update. The report says how much of each layer's update is
+    kept, and losses are logged as a warning.
 
     Args:
         model: A model with DoRA layers.
-        dequantize: Make the whole model dense instead, as ``mlx_lm.fuse --dequantize``
-            does: nothing of the update is lost but one rounding.
+        dequantize: Make the whole model dense instead, like ``mlx_lm.fuse
+            --dequantize``. The update is then only rounded once.
 
     Raises:
-        DoRAError: If the model has no DoRA layers, or LoRA layers, or an adapted
-            weight is not finite: layers before it are fused then.
+        DoRAError: If the model has no DoRA layers or has LoRA layers, or if an adapted
+            weight is not finite. In the last case, earlier layers are already fused.
     """
     layers = dora_layers(model)
     others = len(adapter_layers(model)) - len(layers)
     if others:
         raise DoRAError(
-            f"the model has {others} of mlx-lm's own adapter layers; fuse a LoRA "
-            "adapter from its folder, with mlx_dora.fuse (or mlx_lm.fuse)."
+            f"the model has {others} adapter layers of mlx-lm; fuse a LoRA adapter "
+            "from its folder, with mlx_dora.fuse (or mlx_lm.fuse)."
         )
     if not layers:
         raise DoRAError("the model has no DoRA layers to fuse.")
@@ -122,8 +122,8 @@ def _warn_of_loss(report: FuseReport) -> None:
         return
     worst = min(report.lossy, key=lambda layer: layer.cosine)
     logger.warning(
-        "packing again lost part of the update in %d of %d layers (%s: %.0f %% of "
-        "it kept, cosine %.2f); fuse with lossless or dequantize, or use the adapter "
+        "repacking lost part of the update in %d of %d layers (%s: %.0f %% kept, "
+        "cosine %.2f); fuse with lossless or dequantize, or use the adapter "
         "unfused",
         len(report.lossy),
         len(report.layers),
@@ -146,25 +146,24 @@ def fuse_model(
 ) -> FuseReport:
     """Fuse an adapter into its base and write the result as a folder.
 
-    DoRA, LoRA and full fine-tuning, ours or mlx-lm's.
+    The adapter may be DoRA, LoRA or full fine-tuning, made by this package or mlx-lm.
 
-    The base is read, fused and written tensor by tensor, in float32 with one rounding;
-    a dense layer keeps its dtype. Tensors that mlx-lm's text model leaves out (a vision
-    tower, a projector) are copied as they are. What becomes of a packed layer,
-    `FuseConfig` says: a lossless fuse leaves the low-rank rest as a LoRA adapter in the
-    folder ``adapter`` inside, and where packing needs more bits, the config says so of
-    each such layer.
+    The base is read, fused and written one tensor at a time, in float32 with one
+    rounding. A dense layer keeps its dtype. Tensors that mlx-lm's text model drops (a
+    vision tower, a projector) are copied unchanged. `FuseConfig` selects how packed
+    layers are fused. A lossless fuse writes the low-rank part as a LoRA adapter to the
+    subfolder ``adapter``. Layers that need more bits are listed in the model's config.
 
     Args:
-        model: A local model folder, or a Hub id; the base that the adapter records if
-            None.
-        adapter_path: The adapter.
-        save_path: The folder to make.
-        config: What to do with packed weights.
+        model: A local model folder or a Hub id; None for the base that the adapter
+            records.
+        adapter_path: Folder of the adapter.
+        save_path: Folder to create.
+        config: How to fuse packed weights.
         overwrite: Replace an existing folder.
         check_base: Refuse an adapter that was trained on another model.
-        trust_remote_code: Run Python code that the model's folder brings along.
-        max_shard_bytes: Size of the weight files.
+        trust_remote_code: Allow Python code in the model's folder to run.
+        max_shard_bytes: Greatest size of a weight file.
 
     Raises:
         DoRAError: If the model or adapter cannot be loaded or do not fit, or the output
@@ -210,22 +209,21 @@ def save_fused(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a model fused in memory, its config and tokenizer, complete or not at all.
+    """Write a model fused in memory, with config and tokenizer, all or nothing.
 
     Args:
         model: A model without adapters.
         tokenizer: mlx-lm's tokenizer wrapper.
-        source: The folder or Hub id the base came from: its config (if `config` is not
-            given), other files and the tensors that mlx-lm's model leaves out are
-            taken over.
-        save_path: The folder to make.
-        config: The config mlx-lm loaded the base with.
+        source: Folder or Hub id of the base. Its config (if `config` is None), its
+            other files and the tensors that mlx-lm's model drops are copied.
+        save_path: Folder to create.
+        config: Config with which mlx-lm loaded the base.
         overwrite: Replace an existing folder.
-        max_shard_bytes: Size of the weight files.
+        max_shard_bytes: Greatest size of a weight file.
 
     Raises:
-        DoRAError: If `save_path` exists and `overwrite` is false, would replace the
-            base itself, or the model has adapters left.
+        DoRAError: If `save_path` exists and `overwrite` is false, if it would replace
+            the base, or if the model still has adapters.
     """
     from mlx_lm.utils import load_config
 
@@ -240,7 +238,7 @@ def save_fused(
     content = dict(config)
     packing = content.get("quantization") if is_dense else None
     content = _plain_config(content, is_dense)
-    # The model runs already, and so does the code that its folder brought along.
+    # The model is already loaded, so that its custom code has run.
     is_custom = type(model).__module__ == "custom_model"
     carried = carried_along(folder, trust_remote_code=is_custom)
     has_vision = _has_vision(model) or not carried.left_out
@@ -263,7 +261,7 @@ def _check_fit(
     check_base: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Refuse what `attach_adapter` would, holding one tensor at a time."""
+    """Make the checks of `attach_adapter`, holding one tensor at a time."""
     model = load_lazily(folder, trust_remote_code=trust_remote_code)
     problems = fit_problems(model, adapter)
     tensors = base_tensors(model)
@@ -278,10 +276,10 @@ def _check_fit(
 
 
 def _describe(path: str, layer: DoRALayer, module: nn.Module) -> FusedLayer:
-    """Compare a DoRA layer with the plain module it was fused into."""
+    """Compare a DoRA layer with its fused, plain module."""
     before, after = weight_of(layer.base), weight_of(module)
     adapted = layer.adapted().matrices()
-    found = [
+    survivals = [
         survival(*parts)
         for parts in zip(matrices(before), matrices(after), adapted, strict=True)
     ]
@@ -292,7 +290,7 @@ def _describe(path: str, layer: DoRALayer, module: nn.Module) -> FusedLayer:
         bits=None if packed is None else packed.bits,
         bytes_before=_nbytes(layer.base),
         bytes_after=_nbytes(module),
-        survival=sum_survivals(found),
+        survival=sum_survivals(survivals),
     )
 
 
@@ -318,7 +316,7 @@ def _plain_config(config: Mapping[str, Any], is_dense: bool) -> dict[str, Any]:
 def _write_rest(
     out: Path, content: dict[str, Any], tokenizer: Any, source: Path, has_vision: bool
 ) -> None:
-    """Everything but the weights; the config last, without which nothing loads."""
+    """Write all files but the weights; the config last, because loading needs it."""
     from mlx_lm.utils import save_config
 
     tokenizer.save_pretrained(str(out))

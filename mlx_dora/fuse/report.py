@@ -1,17 +1,17 @@
-"""What fusing did to each layer, and how much of its update survived."""
+"""Reports what fusing did to each layer, and how much of its update survived."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-# Below this share, or cosine, a fuse back into few bits is worth a warning.
+# Below this share or cosine, repacking into few bits logs a warning.
 _KEPT_WELL = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survival:
-    """How much of an update D = W' − W0 is in what replaced W0, F = W'' − W0.
+    """How much of an update D = W' − W0 is in the fused change F = W'' − W0.
 
     Attributes:
         exact_square: ‖D‖².
@@ -28,7 +28,7 @@ class Survival:
     rows: int = 0
 
     def __add__(self, other: "Survival") -> "Survival":
-        """Both together, as if they were one layer."""
+        """Combine both, as if they were one layer."""
         return Survival(
             exact_square=self.exact_square + other.exact_square,
             product=self.product + other.product,
@@ -39,13 +39,13 @@ class Survival:
 
     @property
     def kept(self) -> float:
-        """Share of the update that is left: its projection, 1 if all of it is."""
+        """Share of the update that is kept: ⟨D, F⟩/‖D‖², 1 if all is kept."""
         # An untrained adapter has nothing to lose.
         return self.product / self.exact_square if self.exact_square else 1.0
 
     @property
     def cosine(self) -> float:
-        """Between D and F; below 1 by what rounding and packing add as noise."""
+        """Cosine of D and F; noise from rounding and packing reduces it below 1."""
         if not self.exact_square:
             return 1.0
         length = math.sqrt(self.exact_square * self.kept_square)
@@ -57,23 +57,23 @@ class Survival:
         return math.sqrt(self.row_square / self.rows) if self.rows else 0.0
 
     def survives(self, keep: float) -> bool:
-        """Whether share and cosine are both at least `keep`."""
+        """Return whether share and cosine are both at least `keep`."""
         return min(self.kept, self.cosine) >= keep
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusedLayer:
-    """One layer that was fused.
+    """A fused layer.
 
     Attributes:
-        path: Its full path.
-        dtype: Of the fused weight, unpacked: ``"bfloat16"``.
-        bits: Bits a weight if it is packed, None if it is dense.
+        path: Full path of the layer.
+        dtype: Dtype of the unpacked fused weight, such as ``"bfloat16"``.
+        bits: Bits per packed value; None if the weight is dense.
         bytes_before: Size of the base module.
-        bytes_after: Size of the fused module, with what is kept beside it.
-        survival: How much of its update is left.
-        plain: The same for packing with the base's own bits, where that was tried and
-            was not enough.
+        bytes_after: Size of the fused module, including its low-rank part if any.
+        survival: How much of the update is kept.
+        plain: How much packing with the base's own bits would keep, if that was tried
+            and was not enough.
     """
 
     path: str
@@ -95,7 +95,7 @@ class FusedLayer:
         return self.survival.cosine
 
     def line(self) -> str:
-        """The layer as a line of text."""
+        """Return the layer as a line of text."""
         form = self.dtype if self.bits is None else f"{self.bits} bits"
         text = (
             f"{self.path}: {form}, {self.kept:.1%} of the update kept (cosine "
@@ -112,35 +112,35 @@ class FusedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class FuseReport:
-    """What a fuse did, layer by layer."""
+    """Report of a fuse, layer by layer."""
 
     layers: tuple[FusedLayer, ...]
 
     @property
     def bytes_before(self) -> int:
-        """Size of the base modules together."""
+        """Total size of the base modules."""
         return sum(layer.bytes_before for layer in self.layers)
 
     @property
     def bytes_after(self) -> int:
-        """Size of the fused modules together."""
+        """Total size of the fused modules."""
         return sum(layer.bytes_after for layer in self.layers)
 
     @property
     def total(self) -> Survival:
-        """All layers' updates as one."""
+        """Combined survival of all layers."""
         return sum_survivals(layer.survival for layer in self.layers)
 
     @property
     def plain(self) -> Survival | None:
-        """All layers, had they been packed with the base's own bits; if tried."""
+        """Combined survival with the base's own bits; None if it was not measured."""
         if all(layer.plain is None for layer in self.layers):
             return None
         return sum_survivals(layer.plain or layer.survival for layer in self.layers)
 
     @property
     def lossy(self) -> tuple[FusedLayer, ...]:
-        """Packed layers that lost a tenth of their update, or buried it in noise."""
+        """Packed layers that lost a tenth of their update or added much noise."""
         return tuple(
             layer
             for layer in self.layers
@@ -148,23 +148,23 @@ class FuseReport:
         )
 
     def lines(self) -> list[str]:
-        """The report as text: a line a layer, and the total."""
+        """Return the report as text: one line per layer, and the total."""
         total, dtypes = self.total, sorted({layer.dtype for layer in self.layers})
-        found = [layer.line() for layer in self.layers]
-        found.append(
+        lines = [layer.line() for layer in self.layers]
+        lines.append(
             f"Fused {len(self.layers)} layers ({', '.join(dtypes)}): {total.kept:.1%} "
             f"of the update kept (cosine {total.cosine:.3f}), {self.bytes_before:,} "
             f"bytes before, {self.bytes_after:,} after."
         )
         if (plain := self.plain) is not None:
-            found.append(
+            lines.append(
                 f"Packed with the base's own bits it would be {plain.kept:.1%} "
                 f"(cosine {plain.cosine:.3f})."
             )
-        return found
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return JSON values."""
         return {
             "kept": self.total.kept,
             "cosine": self.total.cosine,
@@ -189,5 +189,5 @@ class FuseReport:
 
 
 def sum_survivals(parts: Iterable[Survival]) -> Survival:
-    """Several layers' updates as one."""
+    """Combine the survival of several layers."""
     return sum(parts, start=Survival())

@@ -1,4 +1,4 @@
-"""A model's tensors fused one after the other, each dropped once it is written."""
+"""Fuses a model tensor by tensor, and frees each tensor once it is written."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,19 +30,19 @@ from mlx_dora.matrix.weight import (
 )
 
 Parts = dict[str, mx.array]
-"""The arrays of one module, by the name they have in it."""
+"""The arrays of a module by name."""
 
 _WEIGHT = ("weight", "scales", "biases")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """What came of a model besides its tensors.
+    """Results of fusing a model besides its tensors.
 
     Attributes:
         layers: The fused layers.
-        packing: What the config must say of single modules' packing; False is dense.
-        rest: The LoRA adapter that a lossless fuse leaves for the fused model.
+        packing: Entries for the config, by module: its packing, or False if dense.
+        rest: LoRA adapter for a losslessly fused model, or None.
     """
 
     layers: tuple[FusedLayer, ...]
@@ -56,19 +56,20 @@ def stream_fused(
     config: FuseConfig,
     write: Callable[[str, mx.array], None],
 ) -> Fused:
-    """Fuse a lazily loaded model, module by module, and use it up.
+    """Fuse a lazily loaded model, module by module, and consume it.
 
     Args:
-        model: The base, nothing of it evaluated; its parameters are taken out.
-        adapter: An adapter that fits it: DoRA, LoRA, or full fine-tuning.
-        config: What to do with packed weights.
-        write: Takes each tensor; it alone holds it afterwards.
+        model: The base, not evaluated; its parameters are removed.
+        adapter: A DoRA, LoRA or full fine-tuning adapter that fits the base.
+        config: How to fuse packed weights.
+        write: Called with the name and value of each tensor; the value is not used
+            afterwards.
 
     Raises:
-        DoRAError: If a packed weight is to be fused losslessly that has no scale for a
-            magnitude, or whose low-rank rest mlx-lm has no LoRA layer for, or by a LoRA
-            adapter, which has no magnitudes; or a tensor of the base or of the result
-            holds NaN or inf.
+        DoRAError: If a lossless fuse is impossible, because scales cannot hold
+            magnitudes, mlx-lm has no LoRA layer for the low-rank part, or the adapter
+            is a LoRA adapter, which has no magnitudes; or if a tensor of the base or
+            the result holds NaN or inf.
     """
     modules = dict(model.named_modules())
     is_full = adapter.fine_tune_type == "full"
@@ -114,7 +115,7 @@ def stream_fused(
 
 
 def model_dtype(model: nn.Module) -> mx.Dtype:
-    """The dtype of most of a model's floats, but for packed weights and adapters."""
+    """Return the most common float dtype of a model, without packed weights or DoRA."""
     sizes: dict[mx.Dtype, int] = {}
     for module in model.modules():
         if isinstance(module, DoRALayer):
@@ -129,24 +130,23 @@ def model_dtype(model: nn.Module) -> mx.Dtype:
 
 
 def _check_lossless(adapter: Adapter, adapted: Mapping[str, nn.Module]) -> None:
-    packed = {path: one for path, one in adapted.items() if "scales" in one}
+    packed = {path: module for path, module in adapted.items() if "scales" in module}
     if packed and adapter.fine_tune_type == "lora":
         raise DoRAError(
             "a LoRA adapter has no magnitudes that a lossless fuse could multiply into "
-            "the scales: it would give the base and the adapter back. Fuse with "
+            "the scales: the result would be the base and the same adapter. Fuse with "
             "requantize or dequantize, or use the adapter unfused."
         )
-    if beyond := [path for path, one in packed.items() if not takes_lora(one)]:
+    if beyond := [path for path, module in packed.items() if not takes_lora(module)]:
         raise DoRAError(
-            f"mlx-lm has no LoRA layer for {', '.join(beyond)}, which could hold "
-            "the low-rank rest of a lossless fuse; fuse with requantize or "
-            "dequantize."
+            f"mlx-lm has no LoRA layer for {', '.join(beyond)} to hold the low-rank "
+            "part of a lossless fuse; fuse with requantize or dequantize."
         )
 
 
 @dataclass
 class _Fingerprint:
-    """The fingerprint of a model whose tensors pass by."""
+    """Computes the fingerprint of a model from its tensors, one at a time."""
 
     lines: dict[str, bytes] = field(default_factory=dict)
     samples: dict[str, bytes] = field(default_factory=dict)
@@ -177,17 +177,17 @@ def _fuse_module(
     own: mx.Dtype,
 ) -> _Result:
     weight = weight_from(parts, module)
-    found = fuse_matrices(weight, adapted_matrices(adapter, path, module), config, own)
-    after, packing = found.weight, None
+    result = fuse_matrices(weight, adapted_matrices(adapter, path, module), config, own)
+    after, packing = result.weight, None
     before, packed = as_packed(weight), as_packed(after)
     new = {"weight": cast(mx.array, after)} if packed is None else packed.parts
-    if not all(map(all_finite, new.values())) or not found.is_finite:
+    if not all(map(all_finite, new.values())) or not result.is_finite:
         raise DoRAError(f"{path}: {why_not_finite(weight)}")
     if before is not None and config.mode == "requantize":
         packing = _packing(before, packed)
     rest: Parts = {}
-    if found.rest:
-        rest = adapter_tensors(path, module, weight, found.rest)
+    if result.rest:
+        rest = adapter_tensors(path, module, weight, result.rest)
     fused = new | _others(parts)
     layer = FusedLayer(
         path=path,
@@ -195,14 +195,14 @@ def _fuse_module(
         bits=None if packed is None else packed.bits,
         bytes_before=sum(value.nbytes for value in parts.values()),
         bytes_after=sum(value.nbytes for value in (fused | rest).values()),
-        survival=found.survival,
-        plain=found.plain,
+        survival=result.survival,
+        plain=result.plain,
     )
     return _Result(parts=fused, layer=layer, packing=packing, rest=rest)
 
 
 def _taken_out(model: nn.Module) -> Iterator[tuple[str, Parts]]:
-    """Each module's own arrays, taken out of it: the caller alone holds them."""
+    """Yield the arrays of each module, and remove them from it."""
     names = [name for name, _ in tree_flatten(model.parameters())]
     modules = dict(model.named_modules())
     owners: dict[str, list[str]] = {}
@@ -228,7 +228,7 @@ def _others(parts: Parts) -> Parts:
 def _packing(
     before: QuantizedWeight, after: QuantizedWeight | None
 ) -> dict[str, Any] | bool | None:
-    """What the config must say of a weight that is packed in another way; or None."""
+    """Return the config entry of a weight with a new packing, or None if unchanged."""
     if after is None:
         return False
     return None if after.form == before.form else after.form

@@ -1,7 +1,7 @@
-"""The fused normalise-and-scale steps of DoRA, on arrays.
+"""The fused normalize-and-scale steps of DoRA, on arrays.
 
-Each op is specified in `naive`, tuned in `plain` MLX and written as a kernel in
-``metal/``; ``MLX_DORA_KERNELS`` chooses (``metal/README.md``).
+Each op has a specification in `naive`, a tuned MLX version in `plain` and a kernel in
+``metal/``. ``MLX_DORA_KERNELS`` selects among the last two (``metal/README.md``).
 """
 
 from mlx_dora.kernels.adapted_norm import adapted_norm

@@ -1,11 +1,11 @@
-"""The Metal sources: where they lie, and their text without comments."""
+"""Locates the Metal sources and reads them without comments."""
 
 import re
 from pathlib import Path
 
 from mlx_dora.errors import DoRAError
 
-# In a wheel beside the package's code, in a checkout beside the package.
+# Inside the package in a wheel, next to the package in a checkout.
 _PLACES = (
     Path(__file__).parents[1] / "metal",
     Path(__file__).parents[2] / "metal",
@@ -16,10 +16,10 @@ _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 
 
 def source_folder() -> Path:
-    """The folder of the ``.metal`` files.
+    """Return the folder of the ``.metal`` files.
 
     Raises:
-        DoRAError: If the installation lacks it.
+        DoRAError: If the folder is missing.
     """
     for place in _PLACES:
         if (place / "common.h").is_file():
@@ -31,22 +31,22 @@ def source_folder() -> Path:
 
 
 def read_source(name: str) -> str:
-    """Text of one file with its comments blanked, line for line.
+    """Return the text of a file, with comments replaced by spaces.
 
-    MLX looks for attributes and shapes by plain text search, in comments too.
+    MLX searches the text for attributes and shapes, including in comments.
     """
     return blank_comments((source_folder() / name).read_text(encoding="utf-8"))
 
 
 def in_cuda(text: str, *, is_body: bool) -> str:
-    """Metal text with CUDA's address spaces; `cuda_prelude.h` spells the rest.
+    """Translate Metal's address spaces to CUDA; `cuda_prelude.h` defines the rest.
 
-    CUDA's pointers name no address space. In a body ``threadgroup`` declares an array
+    CUDA pointers have no address space. In a body, ``threadgroup`` declares an array
     that the block shares.
     """
     return _THREADGROUP.sub("__shared__" if is_body else "", _SPACES.sub("", text))
 
 
 def blank_comments(text: str) -> str:
-    """The text with every comment turned into blanks; lines keep their numbers."""
-    return _COMMENT.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
+    """Replace every comment by spaces; lines keep their numbers."""
+    return _COMMENT.sub(lambda match: re.sub(r"[^\n]", " ", match.group()), text)

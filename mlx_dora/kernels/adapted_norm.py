@@ -30,27 +30,28 @@ def adapted_norm(
     *,
     squared_base: mx.array | None = None,
 ) -> mx.array:
-    r"""Norm of each row of the adapted weight, without building that weight.
+    r"""Compute the norm of each adapted row without building the adapted weight.
 
     .. math:: n_j = \lVert W_j + s \, (B A)_j \rVert_2
 
-    The denominator of Eq. 5 in DoRA (arXiv:2402.09353); a constant in the backward
-    pass (section 4.3), so no gradient flows through it. Factored as in
-    `mlx_dora.matrix.terms`; W·A is taken in the dtype of a dense weight, all else in
-    float32.
+    This is the denominator of Eq. 5 in DoRA (arXiv:2402.09353). It is a constant in the
+    backward pass (section 4.3), so that no gradient flows through it. It is factored as
+    in `mlx_dora.matrix.terms`. W·A is computed in the dtype of a dense weight,
+    everything else in float32.
 
     Args:
         weight: Frozen base weight. Shape ``(out, in)``, any float dtype or packed.
         lora_a: Down projection. Shape ``(in, r)``.
         lora_b: Up projection. Shape ``(r, out)``.
         scale: Multiplier of the low-rank update.
-        squared_base: ``‖W‖²`` of each row, if known. Shape ``(out,)``, float32. Who
-            gives it vouches that no square over- or underflows: norms from about 1e-9
-            to 1e18. Without it the norms are right for every finite input.
+        squared_base: ``‖W‖²`` of each row, if known. Shape ``(out,)``, float32. If
+            given, the caller guarantees that no square overflows or underflows (norms
+            from about 1e-9 to 1e18). Otherwise the norms are accurate for every finite
+            input.
 
     Returns:
-        Norms in float32, never below 2⁻¹⁰ of ``(‖W‖² + s²‖BA‖²)^½``, under which the
-        factored sum is noise. Shape ``(out,)``.
+        Norms in float32, at least 2⁻¹⁰ of ``(‖W‖² + s²‖BA‖²)^½``, because the factored
+        sum is noise below that. Shape ``(out,)``.
 
     Raises:
         DoRAError: If the shapes do not fit together.
@@ -59,7 +60,7 @@ def adapted_norm(
     backend = backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
     is_matrix = len(weight.shape) == 2
     takes = backend != "reference" and is_matrix and _takes(weight, lora_a.shape[1])
-    # The kernels square values as they are; whoever gives the squares vouches for them.
+    # The kernels do not scale values before squaring; given squares are trusted.
     if takes and (squared_base is not None or are_ordinary(row_squares(weight))):
         return mx.stop_gradient(launched(weight, lora_a, lora_b, scale))
     return plain.adapted_norm(weight, lora_a, lora_b, scale, squared_base=squared_base)
@@ -91,7 +92,7 @@ def _takes(weight: Weight, rank: int) -> bool:
 def launched(
     weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float
 ) -> mx.array:
-    """The kernel's norms, whatever the size; no gradient is defined."""
+    """Run the kernel for any size; no gradient is defined."""
     out, width = weight.shape
     r = lora_a.shape[1]
     low_rank = (

@@ -1,10 +1,10 @@
-"""Choosing and running the kernels of `plans`: each is built once, on first use.
+"""Selects and runs the kernels of `plans`, each built on first use.
 
-``MLX_DORA_KERNELS`` decides: ``auto`` (the default) takes a kernel where the default
-device has it and `CROSSOVERS` says that it pays; ``metal`` and ``cuda`` take it
-whatever the size, and are an error elsewhere; ``reference`` is plain MLX.
+``MLX_DORA_KERNELS`` selects: ``auto`` (the default) uses a kernel if the default device
+supports it and the sizes satisfy `CROSSOVERS`. ``metal`` and ``cuda`` use it for all
+sizes, and are an error on other devices. ``reference`` uses plain MLX.
 
-Nothing here has ever run on a GPU of either kind; see ``metal/README.md``.
+This code has never run on a GPU of either kind; see ``metal/README.md``.
 """
 
 import logging
@@ -41,18 +41,19 @@ _CHOICES = ("auto", "metal", "cuda", "reference")
 
 @dataclass(frozen=True, kw_only=True)
 class Crossover:
-    """When ``auto`` takes an op's kernel.
+    """Limits within which ``auto`` uses the kernel of an op.
 
     Attributes:
-        elements: Least size of the largest operand. Below it a launch costs more than
-            the stock ops it saves: a hand-written kernel was reported at 0.73 times
-            the speed of stock ops on 1 x 4096 and 1.2 to 1.75 times from 512 rows on
-            (M2 and M3). 2^18 lies between.
-        rank: Greatest rank. The product inside runs in float32 on the ordinary
-            arithmetic units, 2r operations an element: on chips that do about 35 such
-            operations for each byte they read (M1 2.6 TFLOP/s at 68 GB/s, M4 Max 18 at
-            546) it stays behind the reading of 2-byte weights up to r = 32, of packed
-            ones up to 16. Past that MLX's matrix product is the better tool.
+        elements: Least size of the largest operand. Below it, a launch costs more than
+            the MLX ops it replaces: a hand-written kernel was reported at 0.73 times
+            the speed of MLX ops on 1 x 4096, and 1.2 to 1.75 times from 512 rows (M2
+            and M3). 2^18 lies between.
+        rank: Greatest rank. The kernel's matrix product runs in float32 on the ordinary
+            arithmetic units, with 2r operations per element. Chips do about 35 such
+            operations per byte read (M1 2.6 TFLOP/s at 68 GB/s, M4 Max 18 at 546), so
+            that the product takes less time than reading the weights up to r = 32 for
+            2-byte weights, and r = 16 for packed weights. Above that, MLX's matrix
+            product is faster.
     """
 
     elements: int
@@ -64,10 +65,10 @@ CROSSOVERS = {
     "normalize_rows": Crossover(elements=1 << 18, rank=0),
     "adapted_norm": Crossover(elements=1 << 18, rank=32),
     "adapted_norm_packed": Crossover(elements=1 << 18, rank=16),
-    # Four bytes an element move, read and write; and the reference writes the low-rank
-    # part in float32 first.
+    # The kernel reads and writes four bytes per element. The reference also writes the
+    # low-rank part in float32.
     "dora_scale": Crossover(elements=1 << 18, rank=128),
-    # Once in a model's life, and the reference makes float32 copies.
+    # Runs once per model, and the reference makes float32 copies.
     "fused_weight": Crossover(elements=1 << 18, rank=512),
 }
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -75,18 +76,18 @@ _MAX_RANK = 512  # B's rows in threadgroup memory
 
 
 def chosen_backend() -> str:
-    """``metal``, ``cuda`` or ``reference``, by the environment and the device.
+    """Return ``metal``, ``cuda`` or ``reference`` for the environment and device.
 
     Raises:
-        DoRAError: If ``MLX_DORA_KERNELS`` is no known word, or names a backend that
-            MLX's default device is not.
+        DoRAError: If ``MLX_DORA_KERNELS`` is not a known value, or is a backend that
+            does not match MLX's default device.
     """
     return backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
 
 
 @lru_cache
 def backend_of(choice: str | None, _is_gpu: bool) -> str:
-    """`chosen_backend` for a value of ``MLX_DORA_KERNELS`` and a kind of device."""
+    """Return `chosen_backend` for a value of ``MLX_DORA_KERNELS`` and a device type."""
     choice = choice or "auto"
     if choice not in _CHOICES:
         raise DoRAError(
@@ -105,7 +106,7 @@ def backend_of(choice: str | None, _is_gpu: bool) -> str:
 
 
 def device_backend() -> str:
-    """What the default device could run."""
+    """Return the backend that the default device can run."""
     if mx.default_device().type != mx.gpu:
         return "reference"
     return "metal" if mx.metal.is_available() else "cuda"
@@ -120,16 +121,16 @@ def takes_kernel(
     check: Callable[[], float],
     variant: str = "",
 ) -> bool:
-    """Whether a call goes to the kernel of `op`.
+    """Return whether to use the kernel of `op` for a call.
 
     Args:
         op: A key of `CROSSOVERS`.
         elements: Size of the largest operand.
-        rank: Rank of the update, 0 if the op has none.
-        dtype: Type of the large operands.
-        check: Runs the kernel on a small input and gives its relative error against
-            the reference; called once a process for each `op`, `dtype` and `variant`.
-        variant: What else is compiled separately, such as the bits of a code.
+        rank: Rank of the update; 0 if the op has no update.
+        dtype: Dtype of the large operands.
+        check: Runs the kernel on a small input and returns its relative error against
+            the reference. Called once per process for each `op`, `dtype` and `variant`.
+        variant: Other property that needs separate compilation, such as packed bits.
     """
     backend = chosen_backend()
     if backend == "reference" or elements == 0 or rank > _MAX_RANK:
@@ -150,7 +151,7 @@ _VERDICTS: dict[tuple[str, str, str, str], bool] = {}
 
 
 def allowed_error(dtype: str, backend: str) -> float:
-    """Relative RMS error allowed against the reference, whose own is of this order."""
+    """Return the allowed relative RMS error, about that of the reference itself."""
     if dtype == "float32" and backend == "cuda":
         return 2e-3  # MLX's CUDA build multiplies in TF32
     return {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
@@ -166,7 +167,7 @@ def _passes(key: tuple[str, str, str, str], check: Callable[[], float]) -> bool:
         trouble = f"does not run ({str(problem).strip().splitlines()[0]})"
     else:
         bound = allowed_error(dtype, backend)
-        if error <= bound:  # a NaN is not
+        if error <= bound:  # false for NaN
             return True
         trouble = f"is wrong by {error:.1e} (allowed {bound:.0e})"
     name = f"{op} {variant}".strip()
@@ -183,7 +184,7 @@ def _passes(key: tuple[str, str, str, str], check: Callable[[], float]) -> bool:
 
 @lru_cache
 def build(name: str, backend: str) -> Callable[..., list[mx.array]]:
-    """The callable that MLX makes of ``metal/<name>.metal``."""
+    """Build MLX's callable for ``metal/<name>.metal``."""
     kernel = KERNELS[name]
     header, body = read_source("common.h"), read_source(f"{name}.metal")
     make = mx.fast.metal_kernel
@@ -212,12 +213,12 @@ def run(
 
     Args:
         kernel: An entry of `KERNELS`.
-        inputs: Its inputs in order; those that are not contiguous are copied by MLX.
-        launch: What the kernel's planning function in `plans` gave.
-        initial: What outputs hold before; tests put NaN there.
+        inputs: Inputs in order; MLX copies inputs that are not contiguous.
+        launch: Result of the kernel's planning function in `plans`.
+        initial: Initial value of the outputs; tests use NaN.
 
     Returns:
-        Its outputs in order.
+        Outputs in order.
     """
     fill = {} if initial is None else {"init_value": initial}
     outputs = build(kernel.name, device_backend())(
@@ -235,7 +236,7 @@ def run(
 def relative_error(
     actual: mx.array | Sequence[mx.array], expected: mx.array | Sequence[mx.array]
 ) -> float:
-    """Worst RMS error over RMS value of corresponding arrays; evaluates them."""
+    """Return the worst ratio of RMS error to RMS value of corresponding arrays."""
     if isinstance(actual, mx.array):
         actual = [actual]
     if isinstance(expected, mx.array):
@@ -245,4 +246,4 @@ def relative_error(
         truth = want.astype(mx.float32)
         off = mx.square(got.astype(mx.float32) - truth).sum()
         errors.append(mx.sqrt(off / mx.maximum(mx.square(truth).sum(), 1e-30)))
-    return float(np.array(mx.stack(errors)).max())  # NumPy's maximum keeps a NaN
+    return float(np.array(mx.stack(errors)).max())  # NumPy's maximum propagates NaN

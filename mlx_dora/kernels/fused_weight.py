@@ -1,4 +1,4 @@
-"""The adapted weight itself, for fuse and export."""
+"""Computes the adapted weight, for fuse and export."""
 
 import mlx.core as mx
 
@@ -15,12 +15,12 @@ _KERNEL = KERNELS["fused_weight"]
 def fused_weight(
     weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float, m: mx.array
 ) -> mx.array:
-    r"""The adapted weight itself, for fuse and export.
+    r"""Compute the adapted weight, for fuse and export.
 
     .. math:: W'_j = m_j \, (W + s B A)_j / \lVert (W + s B A)_j \rVert_2
 
-    Eq. 5 of DoRA (arXiv:2402.09353). Arithmetic in float32, row block by row block,
-    with one rounding at the end.
+    This is Eq. 5 of DoRA (arXiv:2402.09353). Arithmetic is float32, one block of rows
+    at a time, with one rounding at the end.
 
     Args:
         weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
@@ -30,7 +30,8 @@ def fused_weight(
         m: Magnitudes. Shape ``(out,)``.
 
     Returns:
-        Shape ``(out, in)``, in the dtype of `weight` (of its unpacked form if packed).
+        The adapted weight, shape ``(out, in)``, in the dtype of `weight`, or of its
+        unpacked form if packed.
 
     Raises:
         DoRAError: If the shapes do not fit together.
@@ -59,7 +60,7 @@ def fused_weight(
 def launched(
     weight: mx.array, lora_a: mx.array, lora_b: mx.array, scale: float, m: mx.array
 ) -> mx.array:
-    """The kernel's weight from a dense one, whatever the size; no gradient."""
+    """Run the kernel on a dense weight of any size; no gradient is defined."""
     out, width = weight.shape
     inputs = (
         weight,

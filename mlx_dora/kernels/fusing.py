@@ -1,7 +1,7 @@
-"""An adapted weight as a plain one: dense, packed again, or with g in its scales.
+"""Fuses an adapted weight: dense, repacked, or with g multiplied into its scales.
 
-Pure functions from a base weight and its adapter to the fused weight, row block by row
-block; fusing in memory and fusing a checkpoint tensor by tensor both stand on them.
+These are pure functions from a base weight and its adapter to the fused weight, one
+block of rows at a time. Fusing in memory and fusing a checkpoint both use them.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from mlx_dora.matrix.low_rank import Adapted
 from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.matrix.weight import Weight, row_blocks
 
-# Elements of a block; its dozen float32 copies are small next to a large tensor.
+# Elements of a block. Its dozen float32 copies are small compared to a large tensor.
 _BLOCK = 1 << 16
 
 
 def dense_fused(weight: Weight, adapted: Adapted, dtype: mx.Dtype) -> mx.array:
-    """The adapted weight in `dtype`, rounded once. Shape ``(out, in)``."""
+    """Return the adapted weight in `dtype`, rounded once. Shape ``(out, in)``."""
     rows = []
     for index, block in row_blocks(weight, _BLOCK):
         rows.append(_fused_rows(block, adapted, index).astype(dtype))
@@ -37,16 +37,16 @@ def packed_fused(
     mode: str,
     check: Callable[[mx.array], None] = lambda _rows: None,
 ) -> QuantizedWeight:
-    """The adapted weight packed again, scales in the dtype of the base's.
+    """Repack the adapted weight, with scales in the dtype of the base's scales.
 
-    Rows that the update leaves as they were keep their packed values, where group size,
-    bits and mode are those of the base.
+    Rows that the update does not change keep their packed values if group size, bits
+    and mode equal those of the base.
 
     Args:
         weight: The base weight. Shape ``(out, in)``.
-        adapted: Its adapter.
-        group_size: Columns that share a scale.
-        bits: Bits of a packed value.
+        adapted: The adapter of this weight.
+        group_size: Number of columns that share a scale.
+        bits: Bits per packed value.
         mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
         check: Called with each block of adapted rows before it is packed.
     """
@@ -79,14 +79,14 @@ def packed_fused(
 def scaled_packing(
     weight: QuantizedWeight, gain: mx.array, scales_dtype: mx.Dtype
 ) -> QuantizedWeight:
-    """Row j times g_j, in the scales and biases alone: no packed value changes.
+    """Multiply row j by g_j in scales and biases, without changing packed values.
 
     Raises:
-        DoRAError: If the packing has no scale that could take any number.
+        DoRAError: If scales of this packing cannot hold arbitrary numbers.
     """
     if weight.biases is None:
         raise DoRAError(
-            f"{weight.mode} scales are powers of two or 8-bit floats and cannot take a "
+            f"{weight.mode} scales are powers of two or 8-bit floats and cannot hold a "
             "magnitude; fuse with requantize or dequantize."
         )
     factor = gain[:, None]
@@ -98,10 +98,10 @@ def scaled_packing(
 
 
 def _fused_rows(block: mx.array, adapted: Adapted, index: slice) -> mx.array:
-    """The adapted rows `index`, whose base rows are `block`, in float32."""
+    """Return the adapted rows `index` in float32; their base rows are `block`."""
     update, m = adapted.update, adapted.m
     full = block.astype(mx.float32)
-    if m is None:  # LoRA: rows keep their own length
+    if m is None:  # LoRA has no magnitudes
         return full + update.rows(index)
     return fused_weight(
         full,

@@ -1,4 +1,4 @@
-"""Rescaling the rows of a weight: decomposition, recombination, dense merges."""
+"""Rescales the rows of a weight, for decomposition, recombination and merging."""
 
 from typing import cast
 
@@ -20,19 +20,20 @@ def normalize_rows(
 
     .. math:: m_j \, W_j / \lVert W_j \rVert_2
 
-    Eq. 2 of DoRA (arXiv:2402.09353), read right to left.
+    This is Eq. 2 of DoRA (arXiv:2402.09353), read from right to left.
 
     Args:
-        weight: Shape ``(out, in)``, any float dtype.
-        magnitude: Length of each row. Shape ``(out,)``; None stands for 1.
+        weight: Weight, shape ``(out, in)``, any float dtype.
+        magnitude: New length of each row, shape ``(out,)``; None for length 1.
 
     Returns:
-        The rescaled weight, ``(out, in)`` in the dtype of `weight`, rounded once, and
-        the row norms, ``(out,)`` float32, right for every finite row (inf only where
-        the norm itself is beyond float32). A zero row stays zero.
+        The rescaled weight, shape ``(out, in)``, rounded once to the dtype of `weight`,
+        and the row norms, shape ``(out,)``, float32. The norms are accurate for every
+        finite row, and inf only where the norm exceeds the range of float32. A zero row
+        stays zero.
 
     Raises:
-        DoRAError: If `magnitude` does not have one entry a row.
+        DoRAError: If `magnitude` does not have one entry per row.
     """
     if magnitude is not None and magnitude.shape != weight.shape[:1]:
         raise DoRAError(
@@ -52,12 +53,12 @@ def normalize_rows(
     rescaled, norm = launched(weight, magnitude.astype(mx.float32))
     if are_ordinary(mx.square(norm)):
         return rescaled, norm
-    # The kernel squares values as they are.
+    # The kernel does not scale values before squaring.
     return plain.normalize_rows(weight, magnitude)
 
 
 def launched(weight: mx.array, magnitude: mx.array) -> tuple[mx.array, mx.array]:
-    """The kernel's results, whatever the size; differentiable."""
+    """Run the kernel for any size; differentiable."""
     return cast(tuple[mx.array, mx.array], _differentiable(weight, magnitude))
 
 

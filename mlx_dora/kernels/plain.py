@@ -1,6 +1,6 @@
-"""Every op in tuned MLX: the path of the CPU, and of a GPU where no kernel is faster.
+"""Every op in tuned MLX, for the CPU and for a GPU where no kernel is faster.
 
-`naive` says what each computes; the public ops say it in words and check the arguments.
+`naive` specifies each op. The public ops document them and check arguments.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ from mlx_dora.matrix.weight import (
 def normalize_rows(
     weight: mx.array, magnitude: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
-    """m·W/‖W‖ and ‖W‖ of each row."""
+    """Return m·W/‖W‖ and ‖W‖ of each row."""
     full, norm, power = measured_rows(weight)
     target = mx.ones_like(norm) if magnitude is None else magnitude
     gain = row_gain(target, norm)
@@ -41,18 +41,18 @@ def adapted_norm(
     *,
     squared_base: mx.array | None = None,
 ) -> mx.array:
-    """‖W + s·BA‖ of each row from the factored terms, floored at their noise.
+    """Return ‖W + s·BA‖ of each row from factored terms, at least their noise level.
 
-    Takes stacks of matrices too: every shape may have a leading axis.
+    This accepts stacks of matrices too: every shape may have a leading axis.
     """
     update = LowRank(
         lora_a=mx.stop_gradient(lora_a), lora_b=mx.stop_gradient(lora_b), scale=scale
     )
     q0 = row_squares(weight) if squared_base is None else squared_base
     terms = terms_of(q0, product(weight, update.lora_a), update)
-    if squared_base is None:  # nobody vouches for the squares
+    if squared_base is None:  # the range of the squares is unknown
         largest = mx.square(mx.abs(update.lora_a).astype(mx.float32).max(axis=-2))
-        sizes = [one.reshape(-1) for one in (q0, largest, terms.parts)]
+        sizes = [values.reshape(-1) for values in (q0, largest, terms.parts)]
         if not are_ordinary(mx.concatenate(sizes)):
             pairs = zip(matrices(weight), update.matrices(), strict=True)
             norms = [_scaled_norm(*pair) for pair in pairs]
@@ -62,14 +62,17 @@ def adapted_norm(
 
 
 def _scaled_norm(weight: Weight, update: LowRank) -> mx.array:
-    """`adapted_norm` with every row of W and BA, and column of A, brought near 1."""
+    """Compute `adapted_norm` with rows of W and BA, and columns of A, scaled near 1."""
     scaled = update.near_one()
     up, up_power = near_one(update.scale * scaled.lora_b.swapaxes(-1, -2), axis=-1)
     blocks = [measured_rows(block) for _, block in row_blocks(weight)]
     q0 = mx.concatenate([mx.square(norm) for _, norm, _ in blocks])
     products = mx.concatenate([full @ scaled.lora_a for full, _, _ in blocks])
     power = mx.concatenate(
-        [mx.ones_like(norm) if one is None else one for _, norm, one in blocks]
+        [
+            mx.ones_like(norm) if block_power is None else block_power
+            for _, norm, block_power in blocks
+        ]
     )
     unit = LowRank(lora_a=scaled.lora_a, lora_b=up.swapaxes(-1, -2), scale=1.0)
     terms = terms_of(q0, products, unit)
@@ -87,7 +90,7 @@ def _scaled_norm(weight: Weight, update: LowRank) -> mx.array:
 def fused_weight(
     weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float, m: mx.array
 ) -> mx.array:
-    """m·(W + s·BA)/‖W + s·BA‖, row block by row block, rounded once."""
+    """Return m·(W + s·BA)/‖W + s·BA‖, computed in blocks of rows, rounded once."""
     update = LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale)
     rows = []
     for index, block in row_blocks(weight):
@@ -108,11 +111,11 @@ def _rounded_once(
 def compose(
     y: mx.array, h: mx.array, up: mx.array, gain: mx.array, offset: mx.array | None
 ) -> mx.array:
-    """``g∘(y + h·up) + offset`` as `rescale` gives it, with MLX's own gradients."""
+    """Return ``g∘(y + h·up) + offset`` like `rescale`, with MLX's own gradients."""
     h = h.astype(mx.float32)
     if y.dtype != mx.float32:
         return _rounded_once(y, h @ up, gain, offset)
-    out = gain * mx.addmm(y, h, up)  # the sum costs no pass of its own
+    out = gain * mx.addmm(y, h, up)  # the sum needs no separate pass
     return out if offset is None else out + offset
 
 
@@ -127,7 +130,7 @@ def _rescale_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
     scaled = gain * dy
     rows = scaled.reshape(-1, scaled.shape[-1])
     low = h.reshape(-1, h.shape[-1]).astype(mx.float32)
-    # dg = Σ dy·u, and g·u is the output before the offset: the output is enough.
+    # dg = Σ dy·u, and g·u is the output before the offset: only the output is needed.
     out = output.astype(mx.float32)
     unscaled = dy * (out if offset is None else out - offset)
     safe = mx.where(gain != 0, gain, 1.0)
@@ -143,6 +146,6 @@ def _rescale_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
 rescale = cast(Any, _rescale)
 """``g∘(y + h·up) + offset`` in float32, rounded once to the dtype of `y`.
 
-Differentiable in all arguments; the gradient of g needs the output alone, and is 0
-where g is. `up`, `gain` and `offset` are float32; `offset` may be None.
+It is differentiable in all arguments. The gradient of g needs only the output, and is 0
+where g is 0. `up`, `gain` and `offset` are float32; `offset` may be None.
 """

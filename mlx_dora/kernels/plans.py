@@ -1,8 +1,8 @@
-"""The kernels: buffers and launch geometry, as functions of shapes alone.
+"""Buffers and launch geometry of the kernels, as functions of shapes.
 
-One entry for each ``metal/<name>.metal``, whose head comment says the same in words.
-Grids are in threads, as MLX wants them, and whole multiples of the threadgroup. A
-threadgroup has at most 256 threads, since some chips refuse more for some kernels.
+Each ``metal/<name>.metal`` has an entry, which its head comment describes in words.
+Grids are in threads, as MLX expects, and multiples of the threadgroup. A threadgroup
+has at most 256 threads, because some chips reject more for some kernels.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ _THREADS = 256
 _SIMD = 32
 _GROUPS = _THREADS // _SIMD  # simdgroups of a full threadgroup
 # Floats of adapted rows that a thread holds between two passes.
-_HELD = 16  # of one row: rows of up to 4096
-_HELD_ROWS = 64  # of several
+_HELD = 16  # for one row, of up to 4096 columns
+_HELD_ROWS = 64  # for several rows
 # Floats of h in threadgroup memory: 16 KB.
 _H_TILE = 4096
 _CHUNK = 64  # tokens that one threadgroup sums
@@ -31,7 +31,7 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How one call is launched, and what it gives."""
+    """Launch parameters of a call, with the shapes and dtypes of its outputs."""
 
     template: tuple[tuple[str, mx.Dtype | int | bool], ...]
     grid: tuple[int, int, int]
@@ -85,7 +85,7 @@ KERNELS = {
 
 
 def plan_normalize_rows(shape: tuple[int, int], dtype: mx.Dtype) -> Launch:
-    """A threadgroup a row, which stays in registers up to 4096 columns."""
+    """Plan one threadgroup per row, kept in registers up to 4096 columns."""
     out, width = shape
     reads, threads = 4, _threads_for(width, 4)
     steps = _ceil(width, threads * reads)
@@ -99,13 +99,13 @@ def plan_normalize_rows(shape: tuple[int, int], dtype: mx.Dtype) -> Launch:
 
 
 def plan_adapted_norm(shape: tuple[int, int], r: int) -> Launch:
-    """Rows of a simdgroup grow with the matrix, so that A is read less often."""
+    """Plan more rows per simdgroup for larger matrices, so that A is read less."""
     template = (("R", r), ("ROWS", _rows_of_simdgroup(shape[0])), ("N", 4))
     return _norm_launch(shape[0], template)
 
 
 def plan_adapted_norm_packed(out: int, r: int, bits: int, group_size: int) -> Launch:
-    """As `plan_adapted_norm`; 8 columns of a thread are `bits` whole bytes."""
+    """Plan like `plan_adapted_norm`; a thread's 8 columns are exactly `bits` bytes."""
     rows = _rows_of_simdgroup(out)
     return _norm_launch(
         out, (("R", r), ("ROWS", rows), ("BITS", bits), ("GROUP", group_size))
@@ -113,7 +113,7 @@ def plan_adapted_norm_packed(out: int, r: int, bits: int, group_size: int) -> La
 
 
 def _rows_of_simdgroup(out: int) -> int:
-    """1, 2 or 4: at least 64 threadgroups where there are as many rows."""
+    """Return 1, 2 or 4, so that large matrices have at least 64 threadgroups."""
     return 4 if out >= 2048 else 2 if out >= 1024 else 1
 
 
@@ -129,7 +129,7 @@ def _norm_launch(out: int, template: tuple[tuple[str, int], ...]) -> Launch:
 
 
 def plan_fused_weight(shape: tuple[int, int], r: int, dtype: mx.Dtype) -> Launch:
-    """As many rows together as fit in registers and B's in 16 KB: A is read by all."""
+    """Plan as many rows per threadgroup as fit in registers and 16 KB; they share A."""
     out, width = shape
     reads, threads = 4, _threads_for(width, 4)
     steps = _ceil(width, threads * reads)
@@ -153,7 +153,7 @@ def plan_fused_weight(shape: tuple[int, int], r: int, dtype: mx.Dtype) -> Launch
 def plan_dora_scale(
     shape: tuple[int, int], r: int, dtype: mx.Dtype, has_offset: bool
 ) -> Launch:
-    """Up to 16 tokens together, so that B is read once for all of them."""
+    """Plan up to 16 tokens per threadgroup, which share reads of B."""
     tokens, out = shape
     reads, threads = 4, _threads_for(out, 4)
     rows = _power_of_two(min(16, tokens, _H_TILE // r))
@@ -175,7 +175,7 @@ def plan_dora_scale(
 def plan_dora_scale_backward(
     shape: tuple[int, int], dtype: mx.Dtype, has_offset: bool
 ) -> Launch:
-    """First stage: chunks of tokens by strips of 128 columns."""
+    """Plan the first stage: chunks of tokens by strips of 128 columns."""
     tokens, out = shape
     reads = 4
     chunks = _ceil(tokens, _CHUNK)
@@ -194,7 +194,7 @@ def plan_dora_scale_backward(
 
 
 def plan_dora_scale_columns(sums: int, _chunks: int, out: int) -> Launch:
-    """Second stage, given the shape of the first's sums: a thread a column."""
+    """Plan the second stage, one thread per column, from the shape of the sums."""
     return Launch(
         template=(),
         grid=(_THREADS * _ceil(out, _THREADS), sums, 1),
@@ -209,12 +209,12 @@ def _ceil(n: int, step: int) -> int:
 
 
 def _threads_for(width: int, reads: int) -> int:
-    """Whole simdgroups, no more than the columns need."""
+    """Return a number of threads in whole simdgroups, as many as the columns need."""
     return min(_THREADS, _SIMD * _ceil(width, _SIMD * reads))
 
 
 def _held(steps: int, reads: int) -> int:
-    """Steps whose values stay in registers; 0 if the row is too long for that."""
+    """Return the steps whose values stay in registers; 0 if the row is too long."""
     return steps if steps * reads <= _HELD else 0
 
 

@@ -1,4 +1,4 @@
-"""DoRA's forward epilogue, the last step of every adapted layer, gradients included."""
+"""DoRA's forward epilogue: the last step of every adapted layer, with gradients."""
 
 import os
 from collections.abc import Callable
@@ -35,11 +35,11 @@ def rescale(
     gain: mx.array,
     offset: mx.array | None = None,
 ) -> mx.array:
-    r"""Add the low-rank part, rescale every output, add an offset.
+    r"""Add the low-rank part, rescale every output, and add an offset.
 
     .. math:: o = g \circ (y + h\,U) + \mathrm{offset}
 
-    Differentiable in all arguments. The gradient of g needs the output alone:
+    It is differentiable in all arguments. The gradient of g needs only the output:
     :math:`dg_j = \sum_t do_{tj} (o_{tj} - \mathrm{offset}_j) / g_j`; at g = 0 it is
     defined as 0.
 
@@ -48,12 +48,13 @@ def rescale(
         h: Low-rank activation x·A. Shape ``(..., r)``.
         up: s·B. Shape ``(r, out)``, float32.
         gain: g = m/n. Shape ``(out,)``, float32.
-        offset: Shape ``(out,)``, float32, or None.
+        offset: Offset to add, shape ``(out,)``, float32, or None.
 
     Returns:
-        Shape ``(..., out)`` in the dtype of `y`: float32 inside, rounded once.
+        Output, shape ``(..., out)``, in the dtype of `y`; computed in float32 and
+        rounded once.
     """
-    # Both are look-ups: on a CPU the choice costs no Python call.
+    # Both are cached look-ups, so that the choice is cheap on a CPU.
     backend = backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
     if backend == "reference" or not _takes(y, up.shape[0]):
         return plain.rescale(y, h, up, gain, offset)
@@ -67,7 +68,7 @@ def compose(
     gain: mx.array,
     offset: mx.array | None = None,
 ) -> mx.array:
-    """`rescale` for inference: a gradient may flow, but memory is not saved for it."""
+    """Compute `rescale` for inference; gradients work, but take more memory."""
     backend = backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
     if backend == "reference" or not _takes(y, up.shape[0]):
         return plain.compose(y, h, up, gain, offset)
@@ -83,13 +84,13 @@ def dora_scale(
     norm: mx.array,
     bias: mx.array | None = None,
 ) -> mx.array:
-    r"""Add the low-rank part, rescale every output, add the bias.
+    r"""Add the low-rank part, rescale every output, and add the bias.
 
     .. math:: o = g \circ (y + s \, h B) + b, \qquad g = m / n
 
-    Eq. 5 of DoRA (arXiv:2402.09353) on activations. Differentiable in y, h, lora_b, m
-    and bias, with the norm a constant (section 4.3). At m = 0 the gradient of m is
-    defined as 0.
+    This is Eq. 5 of DoRA (arXiv:2402.09353) on activations. It is differentiable in y,
+    h, lora_b, m and bias; the norm is a constant (section 4.3). At m = 0 the gradient
+    of m is defined as 0.
 
     Args:
         y: Base output W0·x. Shape ``(..., out)``, any float dtype.
@@ -98,11 +99,11 @@ def dora_scale(
         scale: Multiplier of the low-rank update.
         m: Magnitudes. Shape ``(out,)``, float32.
         norm: Norms of the adapted rows, see `adapted_norm`. Shape ``(out,)``, float32.
-        bias: Shape ``(out,)``, or None.
+        bias: Bias of the base, shape ``(out,)``, or None.
 
     Returns:
-        Shape ``(..., out)`` in the dtype of `y`: float32 inside, rounded once. A row of
-        norm 0 gives its bias alone.
+        Output, shape ``(..., out)``, in the dtype of `y`; computed in float32 and
+        rounded once. A row of norm 0 gives only its bias.
 
     Raises:
         DoRAError: If the shapes do not fit together.
@@ -152,7 +153,7 @@ def launched(
     gain: mx.array,
     offset: mx.array | None = None,
 ) -> mx.array:
-    """The kernel's output, whatever the size; differentiable."""
+    """Run the kernel for any size; differentiable."""
     r, out = up.shape
     rows, low = y.reshape(-1, out), h.astype(y.dtype).reshape(-1, r)
     composed = cast(mx.array, _differentiable(rows, low, up, gain, offset))
@@ -182,7 +183,7 @@ def _vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
         plan_dora_scale_backward(_matrix(y), y.dtype, has_offset),
     )
     (sums,) = run(_COLUMNS, (partial, gain), plan_dora_scale_columns(*partial.shape))
-    # A sum over tokens can leave float16's range; bfloat16 has float32's.
+    # A sum over tokens can exceed the range of float16, but not of bfloat16.
     wide = mx.float32 if y.dtype == mx.float16 else y.dtype
     pull = scaled.astype(wide)
     return (
@@ -200,7 +201,7 @@ def _matrix(y: mx.array) -> tuple[int, int]:
 
 
 def _check(dtype: mx.Dtype) -> float:
-    """Forward and all gradients, with and without an offset."""
+    """Return the worst error of outputs and gradients, with and without an offset."""
     keys = mx.random.split(mx.random.key(0), 5)
     y = mx.random.normal((70, 133), key=keys[0]).astype(dtype)
     h = mx.random.normal((70, 5), key=keys[1]).astype(dtype)

@@ -1,4 +1,4 @@
-"""Drop-in layers for MLX models: a frozen base, a low-rank direction, a magnitude."""
+"""Drop-in layers for MLX models: a frozen base, a low-rank update and a magnitude."""
 
 from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._fuse import fused_module

@@ -6,9 +6,9 @@ from mlx_dora.matrix.weight import Weight, weight_from
 
 
 def weight_of(base: nn.Module) -> Weight:
-    """The weight of a base module, dense or packed; of experts or heads, a stack.
+    """Return a base module's weight, dense or packed; a stack for experts or heads.
 
     Raises:
-        DoRAError: If it is packed with a global scale.
+        DoRAError: If the weight is packed with a global scale.
     """
     return weight_from(base, base)

@@ -1,4 +1,4 @@
-"""The eval-mode cache: everything of a layer that does not depend on its input."""
+"""The eval-mode cache: everything in a layer that does not depend on its input."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ Sources = tuple[mx.array | None, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCache:
-    """Arrays that inference needs, and the arrays they were made from.
+    """Arrays for inference, and the arrays they were computed from.
 
     Attributes:
-        sources: What this was made from, compared by identity: holding the arrays keeps
-            an address from being used again.
+        sources: Arrays that the cache was computed from, compared by identity. Holding
+            them prevents their addresses from being reused.
         norm: n = ‖W0 + s·BA‖. Shape ``(..., out)``, float32.
-        gain: g = m/n, or None as long as only the norm is known.
-        epilogue: What `apply` needs, for one dtype of activations; or None.
+        gain: g = m/n, or None while only the norm is known.
+        epilogue: Constants for one dtype of activations, or None.
     """
 
     sources: Sources
@@ -29,19 +29,19 @@ class EvalCache:
     epilogue: "Epilogue | None" = None
 
     def is_of(self, sources: Sources) -> bool:
-        """Whether these are the arrays that this was made from."""
+        """Return whether the cache was computed from these arrays."""
         return all(map(is_, self.sources, sources))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epilogue:
-    """Eq. 5 after the base's product, with all that is constant computed.
+    """The part of Eq. 5 after the base's product, with all constants precomputed.
 
     Attributes:
         lora_a: A in the activations' dtype. Shape ``(in, r)``.
         up: s·B. Shape ``(r, out)``, float32.
-        gain: g. Shape ``(out,)``, float32.
-        offset: (1 − g)·b, what the base's bias lacks. Shape ``(out,)``, or None.
+        gain: Gain g. Shape ``(out,)``, float32.
+        offset: (1 − g)·b, which restores the base's bias. Shape ``(out,)``, or None.
     """
 
     lora_a: mx.array
@@ -50,15 +50,15 @@ class Epilogue:
     offset: mx.array | None
 
     def apply(self, y: mx.array, x: mx.array) -> mx.array:
-        """Output for base output `y` ``(..., out)`` and input `x` ``(..., in)``."""
+        """Return the output for base output `y` ``(..., out)`` and input ``x``."""
         return compose(y, x @ self.lora_a, self.up, self.gain, self.offset)
 
 
 def is_traced(arrays: Sequence[mx.array | None]) -> bool:
-    """Whether a function is being traced with these arrays as its arguments.
+    """Return whether these arrays are being traced as arguments of a function.
 
-    Under `mx.compile` and `mx.vmap` they are placeholders without values, which MLX
-    refuses to evaluate with a ValueError. (Arrays that do have values are evaluated.)
+    Under `mx.compile` and `mx.vmap`, arguments are placeholders without values, and MLX
+    raises a ValueError when they are evaluated. Other arrays are evaluated here.
     """
     try:
         mx.eval(list(arrays))

@@ -1,4 +1,4 @@
-"""A DoRA layer as a plain module again."""
+"""Converts a DoRA layer to a plain module."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,29 +27,29 @@ def fused_module(
     dequantize: bool,
     own: mx.Dtype = mx.bfloat16,
 ) -> Any:
-    """A module like `base` with the adapter in its weight.
+    """Return a module like `base` with the adapter merged into its weight.
 
     Args:
         base: The frozen module.
-        adapted: The adapter of each matrix of its weight.
+        adapted: The adapter of each matrix in the weight.
         dense_type: Class of a module like `base` with a dense weight.
         dequantize: Return a dense module for a packed base too.
-        own: The model's dtype, of a dense module from a base whose packing has none
-            (mxfp4, mxfp8, nvfp4); MLX's is bfloat16.
+        own: The model's dtype, for a dense module from a base whose packing has no
+            float dtype (mxfp4, mxfp8, nvfp4).
 
     Returns:
         A module of the base's class (dense if `dequantize`) in the base's dtype. Rows
-        that the adapter leaves as they were keep their packed values.
+        that the adapter does not change keep their packed values.
 
     Raises:
         DoRAError: If the adapted weight holds NaN or inf.
     """
     weight = weight_of(base)
     fused: list[Weight] = []
-    for one, adapter in zip(matrices(weight), adapted, strict=True):
-        packed = as_packed(one)
+    for matrix, adapter in zip(matrices(weight), adapted, strict=True):
+        packed = as_packed(matrix)
         if packed is None or dequantize:
-            full = dense_fused(one, adapter, unpacked_dtype(one, own))
+            full = dense_fused(matrix, adapter, unpacked_dtype(matrix, own))
             _refuse_not_finite(full)
             fused.append(full)
         else:
@@ -64,7 +64,7 @@ def fused_module(
     kind = type(base) if packed or not as_packed(weight) else dense_type
     if packed is not None:
         parts = {**packed.parts, "biases": packed.biases}
-        # group_size, bits, mode and an embedding's sizes: plain attributes.
+        # Plain attributes: group_size, bits, mode, and the sizes of an embedding.
         settings = {k: v for k, v in vars(base).items() if not k.startswith("_")}
     if "bias" in base:
         parts["bias"] = base["bias"]
@@ -78,6 +78,6 @@ def fused_module(
 def _refuse_not_finite(fused: mx.array) -> None:
     if not all_finite(fused):
         raise DoRAError(
-            "the adapted weight holds NaN or inf: the base does, or the adapter's "
-            f"values are too large for {str(fused.dtype).rpartition('.')[2]}."
+            "the adapted weight holds NaN or inf: either the base does, or the "
+            f"adapter's values are too large for {str(fused.dtype).rpartition('.')[2]}."
         )

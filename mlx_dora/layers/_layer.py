@@ -1,4 +1,4 @@
-"""What every DoRA layer does with its base, its norms and its eval-mode cache."""
+"""The base class of DoRA layers: the frozen base, norms and eval-mode cache."""
 
 import math
 from typing import Any, ClassVar, Self
@@ -18,7 +18,7 @@ from mlx_dora.matrix.weight import matrices, row_squares, weight_from
 
 
 def unsupported(module: nn.Module, known: tuple[type[nn.Module], ...]) -> DoRAError:
-    """The error for a module of a class that cannot be adapted."""
+    """Return the error for a module whose class cannot be adapted."""
     names = ", ".join(cls.__name__ for cls in known)
     return DoRAError(
         f"{type(module).__module__}.{type(module).__name__} cannot take DoRA; "
@@ -27,21 +27,21 @@ def unsupported(module: nn.Module, known: tuple[type[nn.Module], ...]) -> DoRAEr
 
 
 class _ReadDirectly(DoRAError, AttributeError):
-    """For ``hasattr`` too, the layer has no such attribute."""
+    """Raised when `DoRALayer.weight` is read; makes ``hasattr`` return False."""
 
 
 class DoRALayer(nn.Module):
-    """Base class of the adapted layers; not used by itself.
+    """Abstract base class of the adapted layers.
 
-    A subclass names the attribute that holds the frozen base, says how its factors are
-    laid out, and computes its output. Three things are kept beside the parameters:
-    ‖W0‖² of the base, the norms while `hold_norm` lasts, and the eval-mode cache.
+    A subclass names the attribute that holds the frozen base, specifies the layout of
+    its factors, and computes its output. Besides its parameters, a layer keeps ‖W0‖² of
+    the base, the norms between `hold_norm` and `release_norm`, and the eval-mode cache.
     """
 
     base_name: ClassVar[str]
     base_types: ClassVar[tuple[type[nn.Module], ...]]
     layout: ClassVar[Layout] = LINEAR
-    path: str = ""  # where it is in a model, for messages
+    path: str = ""  # path in the model, for messages
     dropout: nn.Dropout
     scale: float
     enabled: bool
@@ -55,12 +55,12 @@ class DoRALayer(nn.Module):
     def from_base(
         cls, module: Any, r: int = 8, dropout: float = 0.0, scale: float = 20.0
     ) -> Self:
-        """Wrap a module; it is kept, unchanged, under its name in the class.
+        """Wrap a module, which is kept unchanged in the attribute `base_name`.
 
         Args:
-            module: A module of one of the classes that the layer adapts.
+            module: A module of a class in `base_types`.
             r: Rank of the update.
-            dropout: Probability of dropping in the low-rank branch.
+            dropout: Dropout probability in the low-rank branch.
             scale: Multiplier s of the update.
 
         Raises:
@@ -72,7 +72,7 @@ class DoRALayer(nn.Module):
         return layer
 
     def _adapt(self, base: nn.Module, r: int, dropout: float, scale: float) -> None:
-        """Take a base and start from it: a random A, B = 0 and m = ‖W0‖."""
+        """Set the base, and initialize a random A, B = 0 and m = ‖W0‖."""
         self.check_base(base)
         shape = tuple(weight_of(base).shape)
         shape_a, shape_b = self.layout.shapes(shape, r)
@@ -106,7 +106,7 @@ class DoRALayer(nn.Module):
 
     @property
     def room(self) -> int:
-        """Width of the factors held, in ranks asked for."""
+        """Ratio of the width of the factors to the requested rank."""
         return 1
 
     @property
@@ -116,15 +116,15 @@ class DoRALayer(nn.Module):
 
     @property
     def cached(self) -> tuple[str, ...]:
-        """Names of the parameters that the eval-mode cache is made from."""
+        """Names of the parameters that the eval-mode cache is computed from."""
         return ("m", "lora_a", "lora_b")
 
     def factors(self) -> tuple[mx.array, mx.array]:
-        """The update as A ``(..., in, r)`` and B ``(..., r, out)``."""
+        """Return A ``(..., in, r)`` and B ``(..., r, out)`` of the update."""
         return self.layout.turn(self["lora_a"], self["lora_b"])
 
     def adapted(self) -> Adapted:
-        """The adapter of the base's weight: A, B, s and m."""
+        """Return the adapter of the base's weight: A, B, s and m."""
         return Adapted(update=self._update(), m=self["m"])
 
     def _update(self) -> LowRank:
@@ -132,11 +132,11 @@ class DoRALayer(nn.Module):
         return LowRank(lora_a=lora_a, lora_b=lora_b, scale=self.scale)
 
     def fuse(self, dequantize: bool = False) -> Any:
-        """The adapted layer as a plain module.
+        """Convert the adapted layer to a plain module.
 
         Args:
-            dequantize: Return a dense module for a packed base too. Packing again
-                loses most of a small update (`mlx_dora.fuse_dora` reports how much).
+            dequantize: Return a dense module for a packed base too. Repacking loses
+                most of a small update (`mlx_dora.fuse_dora` reports how much).
 
         Returns:
             A module of the base's class (dense if `dequantize`), in the base's dtype.
@@ -148,24 +148,24 @@ class DoRALayer(nn.Module):
         return fused_module(self.base, adapted, self.base_types[0], dequantize)
 
     def export(self) -> "DoRALayer":
-        """A plain DoRA layer over the same base that computes the same: this layer.
+        """Return an equivalent plain DoRA layer over the same base: this layer.
 
-        A variant makes one; see `mlx_dora.layers.variants`.
+        A variant returns a new layer; see `mlx_dora.layers.variants`.
         """
         return self
 
     def set_base(self, base: nn.Module) -> None:
-        """Take another base and set m to the norms of its rows.
+        """Replace the base, and set m to the norms of its rows.
 
         Raises:
-            DoRAError: If `base` is not exactly of a class this layer adapts: a subclass
-                may compute something else.
+            DoRAError: If the class of `base` is not in `base_types`. Subclasses are
+                refused, because they may compute something else.
         """
         self.check_base(base)
         self._put_base(base)
 
     def check_base(self, base: nn.Module) -> None:
-        """Refuse a base that is not exactly of a class this layer adapts."""
+        """Raise DoRAError if the class of `base` is not in `base_types`."""
         if type(base) not in self.base_types:
             raise unsupported(base, self.base_types)
 
@@ -177,14 +177,14 @@ class DoRALayer(nn.Module):
         scale: float,
         norm: mx.array,
     ) -> None:
-        """Put another adapter in, of any rank, whose norms are known.
+        """Set another adapter, of any rank, whose norms are known.
 
-        In eval mode the base weight is then not read for them.
+        The base weight is then not read to compute norms in eval mode.
 
         Args:
-            lora_a: Down projection, laid out as the layer's own.
-            lora_b: Up projection, laid out as the layer's own.
-            m: Magnitudes, shape as the layer's own.
+            lora_a: Down projection A, in the layout of `self.lora_a`.
+            lora_b: Up projection B, in the layout of `self.lora_b`.
+            m: Magnitudes, shape of `self.m`.
             scale: Multiplier s.
             norm: Norms of the adapted rows, shape of `m`, float32.
         """
@@ -192,7 +192,7 @@ class DoRALayer(nn.Module):
         self._cache = EvalCache(sources=self._sources(), norm=norm)
 
     def norm(self) -> mx.array:
-        """Norm ‖W0 + s·BA‖ of every row, float32, without a gradient."""
+        """Return the norm ‖W0 + s·BA‖ of every row in float32, without a gradient."""
         if "_norm" in self:
             return self["_norm"]
         base = self[self.base_name]
@@ -204,32 +204,32 @@ class DoRALayer(nn.Module):
         )
 
     def gain(self) -> mx.array:
-        """Gain g = m/n of every row, float32; exact and cached in eval mode."""
+        """Return the gain g = m/n of every row, float32; exact, cached in eval mode."""
         if not self.training and (cache := self.eval_cache()) is not None:
             assert cache.gain is not None
             return cache.gain
         return row_gain(self["m"], self["_norm"] if "_norm" in self else self.norm())
 
     def bias_offset(self, gain: mx.array) -> mx.array | None:
-        """Shift by (1 − g)·b: in g∘(W0x + b + …) b has been multiplied by g."""
+        """Return (1 − g)·b, which corrects g∘(W0x + b + …) for the scaled bias."""
         bias = self[self.base_name].get("bias")
         return None if bias is None else (1 - gain) * bias.astype(mx.float32)
 
     def hold_norm(self) -> None:
-        """Compute the norm now and use it until `release_norm`."""
+        """Compute the norm now, and reuse it until `release_norm`."""
         self.release_norm()
         self._norm = self.norm()
 
     def release_norm(self) -> None:
-        """Go back to computing the norm on each call."""
+        """Compute the norm on each call again."""
         self.pop("_norm", None)
 
     def invalidate(self) -> None:
-        """Forget what eval mode has cached, after writing into a parameter's array."""
+        """Clear the eval-mode cache; call this after writing into a parameter array."""
         self._cache = None
 
     def eval_cache(self) -> EvalCache | None:
-        """Norm and gain of eval mode; None while training or being traced."""
+        """Return norm and gain of eval mode; None while training or being traced."""
         if self.training:
             return None
         cache, sources = self._cache, self._sources()
@@ -246,15 +246,15 @@ class DoRALayer(nn.Module):
             norm = norms[0] if self["m"].ndim == 1 else mx.stack(norms)
         else:
             norm = cache.norm
-        # Gradients in eval mode go through here too: the norm is a constant for them.
+        # Gradients in eval mode treat the norm as a constant too.
         norm = mx.stop_gradient(norm)
         gain = row_gain(self["m"], norm)
-        mx.eval(norm, gain)  # a server may fill it in one thread, use it in another
+        mx.eval(norm, gain)  # a server may fill and use it in different threads
         self._cache = EvalCache(sources=sources, norm=norm, gain=gain)
         return self._cache
 
     def epilogue(self, dtype: mx.Dtype) -> Epilogue | None:
-        """Eval mode's constants for activations of `dtype`, if there is a cache."""
+        """Return eval-mode constants for activations of `dtype`; None if not cached."""
         cache = self.eval_cache()
         if cache is None or cache.gain is None:
             return None
@@ -280,13 +280,13 @@ class DoRALayer(nn.Module):
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)
-        # What is cached is not about being enabled.
+        # The cache does not depend on `enabled`.
         if not key.startswith("_") and key != "enabled":
             self.invalidate()
 
     def _set_training_mode(self, mode: bool) -> None:
-        # MLX's hook of train() and eval(): the moment to see a base weight replaced
-        # behind our back, as `model.load_weights` does.
+        # MLX's hook for train() and eval(). Detect here whether the base weight was
+        # replaced directly, for example by `model.load_weights`.
         super()._set_training_mode(mode)
         self.invalidate()
         if self._measured is not self.base["weight"]:
@@ -298,9 +298,9 @@ class DoRALayer(nn.Module):
         self.m = mx.sqrt(self["_squared_base"])
 
     def _measure_base(self, squared: mx.array | None = None) -> None:
-        """Keep ‖W0‖² of every row, computed here unless it is known."""
+        """Store ‖W0‖² of every row, computed here unless given."""
         squared = row_squares(weight_of(self.base)) if squared is None else squared
         mx.eval(squared)  # an unevaluated array cannot be used from another thread
         self._squared_base = squared
-        # An attribute of the object, not a parameter: held for its identity alone.
+        # An attribute, not a parameter; only its identity is used.
         object.__setattr__(self, "_measured", self.base["weight"])

@@ -1,4 +1,4 @@
-"""DoRA for `nn.Embedding` and `nn.QuantizedEmbedding`, tied heads included."""
+"""DoRA for `nn.Embedding` and `nn.QuantizedEmbedding`, including tied heads."""
 
 from typing import ClassVar
 
@@ -14,25 +14,26 @@ from mlx_dora.matrix.terms import floored_norm, row_gain, terms_of
 
 
 class DoRAEmbedding(DoRALayer):
-    r"""An embedding with one trained magnitude per token and a low-rank direction.
+    r"""An embedding with a trained magnitude per token and a low-rank update.
 
     .. math:: e_t = m_t \, \frac{E_t + s\,(AB)_t}{\lVert E_t + s\,(AB)_t \rVert}
 
-    Eq. 5 of DoRA (arXiv:2402.09353) on the rows of E, as mlx-lm takes it: the magnitude
-    has length ``num_embeddings``. Only the rows looked up are normalised. `as_linear`
-    projects with the adapted matrix, for models that tie their head.
+    This is Eq. 5 of DoRA (arXiv:2402.09353) on the rows of E, as in mlx-lm: the
+    magnitude has length ``num_embeddings``. Only the rows looked up are normalized.
+    `as_linear` projects with the adapted matrix, for models with a tied head.
 
     Parameters: ``lora_a`` ``(num_embeddings, r)``, ``lora_b`` ``(r, dims)`` and ``m``
     ``(num_embeddings,)``, float32. Output in the dtype of the base's output (lookup) or
-    of the input (`as_linear`). Eval-mode cache as in `DoRALinear`.
+    of the input (`as_linear`). The eval-mode cache works as in
+    `DoRALinear`.
 
     Attributes:
         embedding: The frozen base.
-        enabled: False makes the layer its base, m included.
+        enabled: If False, the layer computes the output of its base.
 
     Args:
-        num_embeddings: Rows of the embedding.
-        dims: Its width.
+        num_embeddings: Number of rows of the embedding.
+        dims: Width of the embedding.
         r: Rank of the update.
         dropout: Probability of dropping an element of the low-rank branch.
         scale: Multiplier s of the update.
@@ -55,11 +56,11 @@ class DoRAEmbedding(DoRALayer):
         self._adapt(nn.Embedding(num_embeddings, dims), r, dropout, scale)
 
     def set_embedding(self, embedding: nn.Module) -> None:
-        """Take another base and set m to the norms of its rows."""
+        """Replace the base, and set m to the norms of its rows."""
         self.set_base(embedding)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Adapted rows of the tokens `x`, ``(..., dims)``."""
+        """Return the adapted rows of the tokens `x`, shape ``(..., dims)``."""
         y = self.embedding(x)
         if not self.enabled:
             return y
@@ -71,7 +72,7 @@ class DoRAEmbedding(DoRALayer):
         return out.astype(y.dtype)
 
     def _lookup_norm(self, x: mx.array, full: mx.array, a: mx.array) -> mx.array:
-        """Norms of the rows of the tokens `x`, a constant for the gradient."""
+        """Return the norms of the rows of the tokens `x`, constant in the gradient."""
         if "_norm" in self:
             return self["_norm"][x]
         full, a = (mx.stop_gradient(v.reshape(-1, v.shape[-1])) for v in (full, a))

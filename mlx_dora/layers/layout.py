@@ -1,7 +1,7 @@
-"""How a layer's ``lora_a`` and ``lora_b`` are laid out, as mlx-lm has them on disk.
+"""Layouts of a layer's ``lora_a`` and ``lora_b``, which are those of mlx-lm's files.
 
-Mathematics wants A ``(in, r)`` and B ``(r, out)`` for a weight ``(out, in)``. Linear
-layers store just that; embeddings and stacks of matrices do not.
+The equations use A ``(in, r)`` and B ``(r, out)`` for a weight ``(out, in)``. Linear
+layers store these; embeddings and stacks of matrices use other layouts.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,14 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way to lay out the factors.
+    """A layout of the factors.
 
     Attributes:
-        turn: From stored ``(lora_a, lora_b)`` to A and B, and back: its own inverse.
-        shapes: Of the stored factors, for a weight's shape and a rank.
-        fan_axis: Axis of the weight's shape that scales the random start of `lora_a`.
+        turn: Converts stored ``(lora_a, lora_b)`` to A and B, and back; it is its own
+            inverse.
+        shapes: Returns the shapes of the stored factors for a weight's shape and a
+            rank.
+        fan_axis: Axis of the weight whose size scales the initial values of `lora_a`.
     """
 
     turn: Callable[[mx.array, mx.array], Pair]
@@ -53,7 +55,7 @@ STACK = Layout(
 
 
 def layout_of(module: nn.Module, lora_a: mx.array) -> Layout:
-    """How the factors of an adapter of `module`, of which `lora_a` is one, lie."""
+    """Return the layout of an adapter of `module` that has this `lora_a`."""
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
         return EMBEDDING
     return STACK if lora_a.ndim > 2 else LINEAR

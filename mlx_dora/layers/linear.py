@@ -16,10 +16,10 @@ _PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 
 def project(base: nn.Module, x: mx.array) -> mx.array:
-    """The base's linear map with its bias, in the dtype of `x`.
+    """Apply the base's linear map and bias, in the dtype of `x`.
 
-    The base's own op, so that an untrained adapter changes no bit, except where a
-    packed weight is slow on the CPU (`QuantizedWeight.matmul`).
+    This uses the base's own op, so that an untrained adapter changes no bit, except
+    where a packed weight is slow on the CPU (`QuantizedWeight.matmul`).
     """
     packed = as_packed(weight_of(base)) if isinstance(base, _PACKED) else None
     if packed is not None and unpacks(x, packed.shape):
@@ -33,33 +33,33 @@ def project(base: nn.Module, x: mx.array) -> mx.array:
 
 
 class DoRALinear(DoRALayer):
-    r"""A linear layer whose magnitude and low-rank direction are trained.
+    r"""A linear layer with a trained magnitude and a low-rank update.
 
     .. math:: y = m \circ \frac{W_0 x + s\,B(A x)}{\lVert W_0 + s\,BA \rVert} + b
 
-    Eq. 5 of DoRA (arXiv:2402.09353), the norm a constant in the backward pass
-    (section 4.3), one norm per output row. At the start m = ‖W0‖ and B = 0, and the
-    layer equals its base bit for bit. A row of W0 that is zero has no direction and
-    stays zero; a magnitude that reaches 0 is frozen there.
+    This is Eq. 5 of DoRA (arXiv:2402.09353), with one norm per output row, which is a
+    constant in the backward pass (section 4.3). Initially m = ‖W0‖ and B = 0, and the
+    output equals the base's bit for bit. A zero row of W0 has no direction and stays
+    zero. A magnitude that becomes 0 stays 0.
 
     Parameters: ``lora_a`` ``(input_dims, r)``, ``lora_b`` ``(r, output_dims)`` and
     ``m`` ``(output_dims,)``, float32. Input ``(..., input_dims)``; output
-    ``(..., output_dims)`` in the input's dtype. The low-rank product x·A runs in the
-    input's dtype; norms and the scale m/‖·‖ are float32, the result is rounded once.
+    ``(..., output_dims)`` in the input's dtype. The low-rank product x·A uses the
+    input's dtype. Norms and the gain m/‖·‖ are float32, and the result is rounded once.
 
-    In eval mode what does not depend on the input is cached. Assigning
-    (``layer.m *= 2``) and ``model.update(...)`` are noticed; after writing into an
-    array (``layer.m[0] = 1``) call `invalidate`.
+    In eval mode, everything that does not depend on the input is cached. Assignments
+    (``layer.m *= 2``) and ``model.update(...)`` clear the cache. After writing into an
+    array (``layer.m[0] = 1``), call `invalidate`.
 
     Attributes:
         linear: The frozen base.
-        enabled: False makes the layer its base, m included.
+        enabled: If False, the layer computes the output of its base.
 
     Args:
         input_dims: Width of the input.
         output_dims: Width of the output.
         r: Rank of the update.
-        dropout: Probability of dropping an input of the low-rank branch.
+        dropout: Dropout probability for inputs of the low-rank branch.
         scale: Multiplier s of the update.
         bias: Whether the base has a bias.
     """
@@ -89,12 +89,12 @@ class DoRALinear(DoRALayer):
         dropout: nn.Dropout | None = None,
         squared_base: mx.array | None = None,
     ) -> Self:
-        """Put a known adapter over a linear layer.
+        """Wrap a linear layer with a given adapter.
 
         Args:
-            linear: The base, kept as it is.
-            adapted: A ``(in, r)``, B ``(r, out)``, s, and magnitudes m ``(out,)``.
-            dropout: Of the low-rank branch; None for no dropout.
+            linear: The base, kept unchanged.
+            adapted: The adapter: A ``(in, r)``, B ``(r, out)``, s and m ``(out,)``.
+            dropout: Dropout in the low-rank branch; None for no dropout.
             squared_base: ‖W0‖² of each row, if known. Shape ``(out,)``, float32.
 
         Raises:
@@ -116,11 +116,11 @@ class DoRALinear(DoRALayer):
         return layer
 
     def set_linear(self, linear: nn.Module) -> None:
-        """Take another base and set m to the norms of its rows."""
+        """Replace the base, and set m to the norms of its rows."""
         self.set_base(linear)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Adapted output for `x`: Eq. 5, as the class says."""
+        """Return the adapted output for `x`, Eq. 5."""
         if not self.enabled:
             return self.linear(x)
         y = project(self.linear, x)  # W0·x + b

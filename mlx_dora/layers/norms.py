@@ -1,4 +1,4 @@
-"""Norms of a whole model, once a step."""
+"""Computes all norms of a model once per step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from mlx_dora.layers._layer import DoRALayer
 def held_norms(model: nn.Module) -> Iterator[None]:
     """Compute every adapted norm on entry and reuse it until exit.
 
-    Norms depend on the parameters alone, so one computation serves all micro-batches
-    of a step, and the recomputed forward passes of gradient checkpointing. Leave the
-    block before the optimizer changes the parameters.
+    Norms depend only on the parameters. One computation therefore serves all
+    micro-batches of a step and the recomputed forward passes of gradient checkpointing.
+    Leave the context before the optimizer changes the parameters.
     """
     layers = [m for m in model.modules() if isinstance(m, DoRALayer)]
     for layer in layers:

@@ -10,31 +10,32 @@ from mlx_dora.layers.layout import STACK
 
 
 class DoRASwitchLinear(DoRALayer):
-    r"""Experts whose magnitudes and low-rank directions are trained.
+    r"""Experts with trained magnitudes and low-rank updates.
 
     .. math:: y = m_e \circ \frac{W_e x + s\,B_e(A_e x)}{\lVert W_e + s\,B_eA_e \rVert}
         + b_e
 
-    Eq. 5 of DoRA (arXiv:2402.09353) for each expert e: one norm per expert and output
-    row, a constant in the backward pass. At the start the layer equals its base bit for
-    bit. Norms come from the factored terms, batched over experts: no array of the
-    weight's size is made, a packed weight is not unpacked as a whole.
+    This is Eq. 5 of DoRA (arXiv:2402.09353) for each expert e, with one norm per expert
+    and output row, which is a constant in the backward pass. Initially, the output
+    equals the base's bit for bit. Norms come from factored terms, batched over experts:
+    no array of the weight's size is made, and a packed weight is not unpacked as a
+    whole.
 
     Parameters, laid out as in mlx-lm's `LoRASwitchLinear`: ``lora_a``
     ``(experts, r, input_dims)``, ``lora_b`` ``(experts, output_dims, r)``; and ``m``
-    ``(experts, output_dims)``; float32. Called as the base is, with the experts'
-    indices, sorted or not.
+    ``(experts, output_dims)``; float32. Calls are like those of the base, with
+    expert indices, sorted or not.
 
     Attributes:
         linear: The frozen base.
-        enabled: False makes the layer its base, m included.
+        enabled: If False, the layer computes the output of its base.
 
     Args:
         input_dims: Width of the input.
         output_dims: Width of the output.
         num_experts: Number of experts.
         r: Rank of the update.
-        dropout: Probability of dropping an input of the low-rank branch.
+        dropout: Dropout probability for inputs of the low-rank branch.
         scale: Multiplier s of the update.
         bias: Whether the base has a bias.
     """
@@ -61,15 +62,15 @@ class DoRASwitchLinear(DoRALayer):
     def __call__(
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False
     ) -> mx.array:
-        """Output of the experts that `indices` name, as the base gives it.
+        """Return the output of the selected experts, in the base's layout.
 
         Args:
-            x: Shape ``(..., 1, in)``, broadcast against `indices`.
-            indices: An expert each. Shape ``(..., k)``, or ``(n,)``.
-            sorted_indices: Whether they are in order, which is faster.
+            x: Input, shape ``(..., 1, in)``, broadcast against `indices`.
+            indices: Expert indices, shape ``(..., k)`` or ``(n,)``.
+            sorted_indices: Whether the indices are in order, which is faster.
 
         Returns:
-            Shape ``(..., k, 1, out)``, in the base's dtype.
+            Output, shape ``(..., k, 1, out)``, in the base's dtype.
         """
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         if not self.enabled:
@@ -79,7 +80,7 @@ class DoRASwitchLinear(DoRALayer):
             "rhs_indices": indices,
             "sorted_indices": sorted_indices,
         }
-        # MLX's gathered product is float32 alone on the CPU.
+        # On the CPU, MLX's gathered product supports only float32.
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
         dtype = mx.float32 if on_cpu else x.dtype
         low = self.dropout(x).astype(dtype)

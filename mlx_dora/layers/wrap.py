@@ -1,4 +1,4 @@
-"""Which layer adapts a module, by its exact class and the variant asked for."""
+"""Selects the layer that adapts a module, by its exact class and the variant."""
 
 from importlib import import_module
 
@@ -22,25 +22,25 @@ _LAYERS = {
     cls: layer for layer in (DoRALinear, DoRAEmbedding) for cls in layer.base_types
 }
 
-# Where mlx-lm's experts and heads are, and who adapts them: importing it is slow, and a
-# model that has them has done so.
+# Modules of mlx-lm's experts and heads, and the layers that adapt them. Importing
+# mlx-lm is slow, but a model with these modules has already imported it.
 _STACKS = {
     "mlx_lm.models.switch_layers": ("mlx_dora.layers.switch", "DoRASwitchLinear"),
     "mlx_lm.models.mla": ("mlx_dora.layers.multi", "DoRAMultiLinear"),
 }
 
-# Ways of training DoRA's own layers.
+# Variants that train the plain DoRA layers.
 _PLAIN = ("dora", "bidora")
 
 VARIANTS: dict[str, type[Parametrisation]] = {
     kind.name: kind
     for kind in (Adaptive, DoRAN, DoRANAux, EDoRA, Magnitude, MAP, PiSSA, PreDiag)
 }
-"""By the values of `DoRAConfig.variant`, and of `DoRAConfig.init` for PiSSA."""
+"""Parametrizations by the value of `DoRAConfig.variant`, or ``init`` for PiSSA."""
 
 
 def dora_class(module: nn.Module) -> type[DoRALayer]:
-    """The plain DoRA layer that adapts `module`.
+    """Return the class of the plain DoRA layer that adapts `module`.
 
     Raises:
         DoRAError: If `module` is of any other class, subclasses included.
@@ -48,8 +48,8 @@ def dora_class(module: nn.Module) -> type[DoRALayer]:
     known: dict[type[nn.Module], type[DoRALayer]] = dict(_LAYERS)
     if (home := type(module).__module__) in _STACKS:
         name, stack = _STACKS[home]
-        found: type[DoRALayer] = getattr(import_module(name), stack)
-        known |= dict.fromkeys(found.base_types, found)
+        layer_class: type[DoRALayer] = getattr(import_module(name), stack)
+        known |= dict.fromkeys(layer_class.base_types, layer_class)
     layer = known.get(type(module))
     if layer is None:
         raise unsupported(module, tuple(known))
@@ -57,14 +57,14 @@ def dora_class(module: nn.Module) -> type[DoRALayer]:
 
 
 def check_adaptable(module: nn.Module, variant: str = "dora") -> None:
-    """Refuse a module that a variant does not adapt.
+    """Check that a variant can adapt a module.
 
     Args:
-        module: What is to be adapted.
+        module: The module to adapt.
         variant: ``"dora"``, ``"bidora"`` (the same layers) or a key of `VARIANTS`.
 
     Raises:
-        DoRAError: If `module` is of a class that it does not adapt.
+        DoRAError: If the variant does not adapt the class of `module`.
     """
     if variant in _PLAIN:
         dora_class(module)
@@ -72,7 +72,7 @@ def check_adaptable(module: nn.Module, variant: str = "dora") -> None:
         kind = type(module)
         raise DoRAError(
             f"{kind.__module__}.{kind.__name__} cannot take {variant}, which adapts "
-            "linear layers alone (dense or packed)."
+            "only linear layers (dense or packed)."
         )
 
 
@@ -84,17 +84,17 @@ def adapt(
     dropout: float = 0.0,
     scale: float = 20.0,
 ) -> DoRALayer:
-    """The layer that adapts `module`, over it and at its start.
+    """Wrap a module with the layer that adapts it, at its initial values.
 
     Args:
-        module: What is to be adapted.
+        module: The module to adapt.
         variant: ``"dora"``, ``"bidora"`` (the same layers) or a key of `VARIANTS`.
         r: Rank of the update.
-        dropout: Probability of dropping in the low-rank branch.
+        dropout: Dropout probability in the low-rank branch.
         scale: Multiplier s of the update.
 
     Raises:
-        DoRAError: If `module` is of a class that the variant does not adapt.
+        DoRAError: If the variant does not adapt the class of `module`.
     """
     check_adaptable(module, variant)
     if variant in _PLAIN:
@@ -103,5 +103,5 @@ def adapt(
 
 
 def is_adapted_as(layer: DoRALayer, variant: str) -> bool:
-    """Whether a layer is what `adapt` makes for a variant."""
+    """Return whether `adapt` makes this kind of layer for a variant."""
     return layer.variant == ("dora" if variant in _PLAIN else variant)

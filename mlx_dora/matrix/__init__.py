@@ -1,7 +1,7 @@
-"""One adapted matrix as values with methods: what the rest of the package stands on.
+"""Values and equations of an adapted matrix, the foundation of the package.
 
-`weight` reads W0, dense or packed; `low_rank` holds s·BA; `terms` has DoRA's equations
-on their inner products; `geometry`, `grams` and `blend` follow from these.
+`weight` reads W0, dense or packed. `low_rank` holds the update s·BA. `terms` has DoRA's
+equations on their inner products. `geometry`, `grams` and `blend` build on these.
 """
 
 from mlx_dora.matrix.blend import Measured, blend, measured

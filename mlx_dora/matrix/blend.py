@@ -1,4 +1,4 @@
-"""Several adapters of one weight as a single one, from their factored terms."""
+"""Blends several adapters of one weight into one, using their factored terms."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from mlx_dora.matrix.terms import (
 )
 from mlx_dora.matrix.weight import Weight, are_ordinary
 
-# Where less of W0 than this is left in a row, what remains is noise.
+# If less than this share of a row of W0 is left, the rest is rounding noise.
 _LEAST_SHARE = 2.0**-10
 
 
@@ -27,7 +27,7 @@ class Measured:
     Attributes:
         update: The low-rank update, float32.
         m: Magnitudes. Shape ``(out,)``.
-        terms: Inner products of the base's rows with the update, and its exact norm.
+        terms: Inner products of base rows and update rows, with the exact norm.
     """
 
     update: LowRank
@@ -38,7 +38,7 @@ class Measured:
 def measured(weight: Weight, adapted: Adapted) -> Measured:
     """Read the base weight once for the terms of a DoRA or LoRA adapter.
 
-    LoRA is DoRA whose magnitudes are its own norms.
+    LoRA equals DoRA with the norms of the adapted rows as magnitudes.
     """
     update = LowRank(
         lora_a=adapted.update.lora_a.astype(mx.float32),
@@ -52,27 +52,26 @@ def measured(weight: Weight, adapted: Adapted) -> Measured:
 
 
 def blend(weight: Weight, parts: Sequence[tuple[float, Measured]]) -> Measured:
-    r"""The weighted sum of what adapters change, as a DoRA adapter.
+    r"""Return the weighted sum of the adapters' changes as a DoRA adapter.
 
     .. math:: W' = W_0 + \sum_i w_i (W'_i - W_0) = G \circ (W_0 + \sum_i
         \tfrac{w_i g_i s_i}{G} \circ B_i A_i), \qquad G = 1 + \sum_i w_i (g_i - 1)
 
-    with g = m/‖W0 + sBA‖ of each adapter: exact, of rank Σr, and without reading W0,
-    but for rows that nearly cancel.
+    with g = m/‖W0 + sBA‖ for each adapter. The result is exact and has rank Σr. W0 is
+    read only for rows that nearly cancel.
 
     Args:
         weight: The base weight, dense or packed.
-        parts: Weight w and adapter, at least one.
+        parts: Pairs of weight w and adapter, at least one.
 
     Returns:
-        An adapter with multiplier 1.
+        The blended adapter, with multiplier 1.
 
     Raises:
-        DoRAError: If the weights leave nothing of a base row; its count is in the
-            message.
+        DoRAError: If the weights cancel rows of the base; the message has their number.
     """
     gains = [
-        # A row of length 0 is 0 whatever multiplies it.
+        # A row of length 0 stays 0 with any gain.
         mx.where(part.terms.norm > 0, row_gain(part.m, part.terms.norm), 1.0)
         for _, part in parts
     ]
@@ -82,8 +81,8 @@ def blend(weight: Weight, parts: Sequence[tuple[float, Measured]]) -> Measured:
     lost = int((mx.abs(gain) < _LEAST_SHARE * size).sum())
     if lost:
         raise DoRAError(
-            f"these weights cancel {lost} rows of the base, and no adapter can say "
-            "that; choose others."
+            f"these weights cancel {lost} rows of the base, which no adapter can "
+            "express; choose other weights."
         )
     all_a, all_b = [], []
     cross = mx.zeros_like(gain)
@@ -100,7 +99,7 @@ def blend(weight: Weight, parts: Sequence[tuple[float, Measured]]) -> Measured:
     a, b = update.lora_a, update.lora_b.T
     p = row_inner(a, b, a, b)
     terms = Terms(q0=parts[0][1].terms.q0, c=cross, p=p, scale=1.0)
-    # The known products are rounded, or beyond float32: read W0 again.
+    # The products are too inaccurate or outside the range of float32: read W0 again.
     if mx.any(terms.cancelled) or not are_ordinary(terms.parts):
         exact = exact_terms(weight, update)
     else:

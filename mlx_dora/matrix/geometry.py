@@ -1,7 +1,7 @@
-"""How far each row of a weight moved, in length and in angle, without W'.
+"""Changes in length and angle of each row of a weight, without building W'.
 
-From the factored terms of an adapter, or from two weights read side by side
-(`docs/method.md`, "Factored terms"); what analysis and the demo share.
+They come from the factored terms of an adapter (`docs/method.md`, "Factored terms") or
+from two weights that are read side by side. Analysis and the demo use them.
 """
 
 from collections.abc import Iterable
@@ -15,21 +15,21 @@ from mlx_dora.matrix.low_rank import Adapted, Factors
 from mlx_dora.matrix.terms import Terms, cancels
 from mlx_dora.matrix.weight import Weight, base_products, float32_rows, row_blocks
 
-# Elements of a float64 block of rows that are taken densely.
+# Elements of a float64 block of rows that are computed densely.
 _BLOCK = 1 << 18
-# Two float64 blocks of this size are alive when two weights are compared.
+# Elements of each of the two float64 blocks held when two weights are compared.
 _PAIR_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowGeometry:
-    """How far each output row moved, in length and in direction. ``(out,)`` float64.
+    """Change of each output row in length and direction. Shapes ``(out,)``, float64.
 
     Attributes:
         base_norm: ‖W0‖.
         delta_m: Change of length, in units of the weight.
-        angle: Between the base's row and the adapted one, in radians, 0 to π.
-        recomputed: Rows taken densely because the factored sums cancel.
+        angle: Angle between base row and adapted row in radians, 0 to π.
+        recomputed: Number of rows computed densely because factored sums cancel.
     """
 
     base_norm: np.ndarray
@@ -39,7 +39,7 @@ class RowGeometry:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no row holds NaN or inf, before or after."""
+        """Whether all rows are finite, before and after."""
         return all(
             bool(np.isfinite(values).all())
             for values in (self.base_norm, self.delta_m, self.angle)
@@ -47,32 +47,32 @@ class RowGeometry:
 
     @property
     def mean_delta_m(self) -> float:
-        """ΔM of DoRA's section 3.2: mean of |Δm| over rows."""
+        """ΔM of section 3.2 of DoRA: the mean of |Δm| over rows."""
         return float(np.abs(self.delta_m).mean())
 
     @property
     def mean_delta_d(self) -> float:
-        """ΔD of DoRA's section 3.2: mean of 1 − cos(angle) over rows."""
+        """ΔD of section 3.2 of DoRA: the mean of 1 − cos(angle) over rows."""
         return float((2 * np.sin(self.angle / 2) ** 2).mean())
 
 
 def row_geometry(weight: Weight, adapted: Adapted) -> RowGeometry:
-    r"""Length and angle of every adapted row against its base row, W0 read once.
+    r"""Compare every adapted row with its base row, reading W0 once.
 
     .. math:: \tan\theta = s\sqrt{q_0 p - c^2} \, / \, (q_0 + s c)
 
-    The arctangent keeps small angles that :math:`1 - \cos\theta` would lose; a negative
-    magnitude turns the row round, so its angle is :math:`\pi - \theta`. W0·A is
-    float32, all sums are float64: a length that changes by a thousandth keeps five
-    digits of the change. Rows in which a sum cancels are taken densely.
+    The arctangent keeps small angles that :math:`1 - \cos\theta` would lose. A negative
+    magnitude reverses the row, so that its angle is :math:`\pi - \theta`. W0·A is
+    float32 and all sums are float64: if a length changes by a thousandth, five digits
+    of the change are correct. Rows in which a sum cancels are computed densely.
 
     Args:
         weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
-        adapted: The adapter of this matrix; without magnitudes the length of a row is
+        adapted: The adapter of this matrix. Without magnitudes, the length of a row is
             ‖W0 + s·BA‖.
 
     Returns:
-        The geometry; a row that is zero before or after has angle 0.
+        The geometry. A row that is zero before or after has angle 0.
 
     Raises:
         DoRAError: If the shapes do not fit together.
@@ -96,7 +96,7 @@ def row_geometry(weight: Weight, adapted: Adapted) -> RowGeometry:
     angle = np.arctan2(np.sqrt(across), inside)
     if adapted.m is None:
         length = norm
-        # (n² − q0)/(n + ‖W0‖): the difference of the roots, without cancellation.
+        # n − ‖W0‖ = (n² − q0)/(n + ‖W0‖), which avoids cancellation.
         both = norm + base_norm
         delta_m = np.divide(2 * c + p, both, out=np.zeros_like(both), where=both > 0)
         delta_m = np.where(norm > 0, delta_m, -base_norm)
@@ -114,8 +114,11 @@ def row_geometry(weight: Weight, adapted: Adapted) -> RowGeometry:
 
 
 def _dense_terms(weight: Weight, own: Factors, rows: np.ndarray) -> np.ndarray:
-    """n², c and ‖the update across the base's row‖² of some rows, taken densely."""
-    found = np.empty((3, rows.size))
+    """Compute n², c and the squared orthogonal part of the update densely.
+
+    Shape ``(3, len(rows))``.
+    """
+    result = np.empty((3, rows.size))
     chunks = -(-rows.size * own.a.shape[0] // _BLOCK) or 1
     for places in np.array_split(np.arange(rows.size), chunks):
         if not places.size:
@@ -126,19 +129,20 @@ def _dense_terms(weight: Weight, own: Factors, rows: np.ndarray) -> np.ndarray:
         c = (base * delta).sum(1)
         away = delta - (c / np.square(base).sum(1))[:, None] * base
         squared = np.square(base + delta).sum(1)
-        found[:, places] = squared, c, np.square(away).sum(1)
-    return found
+        result[:, places] = squared, c, np.square(away).sum(1)
+    return result
 
 
 def pair_geometry(base: Weight, adapted: Weight) -> RowGeometry:
-    """Length and angle of every row of one weight against another's, both read once.
+    """Compare every row of two weights in length and angle, reading both once.
 
-    From the difference of the two rows and its part across the base's, in float64, row
-    block by row block: neither a tiny angle nor a tiny change of length cancels.
+    The results come from the difference of the two rows and its part orthogonal to the
+    base row, in float64, one block of rows at a time. Neither a tiny angle nor a tiny
+    change of length is lost to cancellation.
 
     Args:
-        base: Weight before. Shape ``(out, in)``, any float dtype or packed.
-        adapted: Weight after, of the same shape.
+        base: First weight. Shape ``(out, in)``, any float dtype or packed.
+        adapted: Second weight, of the same shape.
 
     Raises:
         DoRAError: If the shapes differ.
@@ -160,7 +164,7 @@ def pair_geometry(base: Weight, adapted: Weight) -> RowGeometry:
 def blocks_geometry(
     pairs: Iterable[tuple[np.ndarray, np.ndarray]],
 ) -> RowGeometry:
-    """`pair_geometry` of rows that come block by block, before and after."""
+    """Compute `pair_geometry` from pairs of blocks of rows, before and after."""
     norms, changes, angles = [], [], []
     for before, after in pairs:
         full = before.astype(np.float64)
@@ -173,8 +177,8 @@ def blocks_geometry(
         full *= share[:, None]
         delta -= full
         away = np.sqrt(np.einsum("ij,ij->i", delta, delta) * q0)
-        # Where 2c + p cancels, the row all but vanished: its share of the base's row
-        # and what lies across it are what is left.
+        # Where 2c + p cancels, the row nearly vanished. Its parts parallel and
+        # orthogonal to the base row still give its length.
         norm = np.hypot((1 + share) * np.sqrt(q0), np.sqrt(_across(away, q0, p)))
         base_norm = np.sqrt(q0)
         both = norm + base_norm
@@ -182,7 +186,7 @@ def blocks_geometry(
         changes.append(
             np.divide(2 * c + p, both, out=np.zeros_like(both), where=both != 0)
         )
-        has_angle = (q0 != 0) & (norm != 0)  # NaN goes through
+        has_angle = (q0 != 0) & (norm != 0)  # keeps NaN
         angles.append(np.where(has_angle, np.arctan2(away, q0 + c), 0.0))
     return RowGeometry(
         base_norm=np.concatenate(norms),
@@ -192,5 +196,8 @@ def blocks_geometry(
 
 
 def _across(away: np.ndarray, q0: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Squared length of the change across the base's row; all of it for a zero row."""
+    """Return the squared part of the change orthogonal to the base row.
+
+    If the base row is zero, this is the whole change.
+    """
     return np.divide(np.square(away), q0, out=p.copy(), where=q0 > 0)

@@ -1,4 +1,4 @@
-"""N adapters over one base: inner products of every pair of adapted rows."""
+"""Inner products of the rows of N adapted weights over one base."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ class RowGrams:
         inner: ``inner[j, i, k]`` is ⟨W0 + s_i·B_iA_i, W0 + s_k·B_kA_k⟩ of row j. Shape
             ``(out, N, N)``.
         base_norm: ‖W0‖ of each row. Shape ``(out,)``.
-        recomputed: Rows in which an update nearly cancels the base, taken densely.
+        recomputed: Number of rows computed densely because an update nearly cancels
+            the base.
     """
 
     inner: np.ndarray
@@ -33,19 +34,19 @@ class RowGrams:
 
 
 def gram_norm(inner: np.ndarray) -> np.ndarray:
-    """Lengths of N vectors from their Gram matrices ``(rows, N, N)``: ``(rows, N)``."""
+    """Return lengths ``(rows, N)`` of vectors with Gram matrices ``(rows, N, N)``."""
     return np.sqrt(np.maximum(np.einsum("jii->ji", inner), 0.0))
 
 
 def row_grams(weight: Weight, updates: Sequence[LowRank]) -> RowGrams:
-    r"""Inner products of every pair of adapted rows, W0 read once.
+    r"""Compute inner products of every pair of adapted rows, reading W0 once.
 
     .. math:: \langle V_i, V_k \rangle_j = q_0 + s_i c_i + s_k c_k + s_i s_k
         (B_i^\top A_i^\top A_k B_k)_{jj}
 
-    with q0 and c as in `mlx_dora.matrix.terms.Terms`. W0·A is float32, row block by row
-    block; what is small (ranks, pairs) is summed in float64. No ``(out, in)`` array is
-    built.
+    with q0 and c as in `mlx_dora.matrix.terms.Terms`. W0·A is computed in float32, one
+    block of rows at a time; sums over ranks and pairs are float64. No ``(out, in)``
+    array is built.
 
     Args:
         weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
@@ -56,7 +57,9 @@ def row_grams(weight: Weight, updates: Sequence[LowRank]) -> RowGrams:
     """
     for update in updates:
         update.check_fits(weight.shape)
-    lora_a = mx.concatenate([one.lora_a.astype(mx.float32) for one in updates], axis=1)
+    lora_a = mx.concatenate(
+        [update.lora_a.astype(mx.float32) for update in updates], axis=1
+    )
     q0, product = base_products(weight, lora_a, in_float64=True)  # (out,), (out, Σr)
     ends = np.cumsum([0, *(update.rank for update in updates)])
     factors = [update.float64() for update in updates]

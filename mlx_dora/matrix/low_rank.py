@@ -1,4 +1,4 @@
-"""A low-rank update s·BA, with the magnitude that DoRA adds, and its spectrum."""
+"""A low-rank update s·BA, its spectrum, and the magnitude that DoRA adds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,19 +10,19 @@ import numpy as np
 from mlx_dora.errors import DoRAError
 from mlx_dora.matrix.weight import near_one
 
-# Singular values under this share of the largest are rounding.
+# Singular values below this share of the largest are rounding noise.
 _RANK_TOLERANCE = 1e-6
 
 Array = TypeVar("Array", mx.array, np.ndarray)
 
 
 def row_inner(a1: Array, b1: Array, a2: Array, b2: Array) -> Array:
-    r"""Inner product of each row of two updates, from the Gram of their A's.
+    r"""Return the inner product of each row of two updates, using AᵀA.
 
     .. math:: \langle B_1 A_1, B_2 A_2 \rangle_j = B_{1j}^\top (A_1^\top A_2) B_{2j}
 
     Section 3 of "Scaling DoRA" (arXiv:2603.22276): only ``(out, r)`` and ``(r, r)``
-    arrays are built, but for ranks above the width, whose Gram would be the larger.
+    arrays are built. Ranks above the width use the dense rows, which are smaller.
 
     Args:
         a1: A1. Shape ``(..., in, r1)``.
@@ -31,7 +31,7 @@ def row_inner(a1: Array, b1: Array, a2: Array, b2: Array) -> Array:
         b2: B2ᵀ. Shape ``(..., out, r2)``.
 
     Returns:
-        Shape ``(..., out)``.
+        Inner products, shape ``(..., out)``.
     """
     inner: Any
     if min(a1.shape[-1], a2.shape[-1]) > a1.shape[-2]:
@@ -44,7 +44,7 @@ def row_inner(a1: Array, b1: Array, a2: Array, b2: Array) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """A low-rank update s·BA of a matrix ``(out, in)``, or of each matrix of a stack.
+    """A low-rank update s·BA of a matrix ``(out, in)`` or of each matrix in a stack.
 
     Attributes:
         lora_a: Down projection. Shape ``(..., in, r)``; r may be 0.
@@ -62,10 +62,10 @@ class LowRank:
         return self.lora_a.shape[-1]
 
     def check_fits(self, shape: tuple[int, ...]) -> None:
-        """Refuse factors that do not fit a weight of this shape ``(..., out, in)``.
+        """Check that the factors fit a weight of shape ``(..., out, in)``.
 
         Raises:
-            DoRAError: If they do not.
+            DoRAError: If they do not fit.
         """
         *stack, out, width = shape
         a, b = self.lora_a.shape, self.lora_b.shape
@@ -77,25 +77,28 @@ class LowRank:
             )
 
     def matrices(self) -> list["LowRank"]:
-        """The update of each matrix of a stack; of a matrix, this update."""
+        """Return the update of each matrix in a stack, or this update for a matrix."""
         if self.lora_a.ndim == 2:
             return [self]
         factors = zip(self.lora_a, self.lora_b, strict=True)
         return [replace(self, lora_a=a, lora_b=b) for a, b in factors]
 
     def near_one(self) -> "LowRank":
-        """The same update in float32, columns of A near 1: their Gram cannot vanish."""
+        """Return this update in float32, with columns of A scaled near 1.
+
+        The squares of such columns neither overflow nor underflow.
+        """
         a, powers = near_one(self.lora_a.astype(mx.float32), axis=-2)
         b = self.lora_b.astype(mx.float32) * powers.swapaxes(-1, -2)
         return replace(self, lora_a=a, lora_b=b)
 
     def rows(self, index: slice | mx.array) -> mx.array:
-        """Rows of s·BA, dense, in float32. Shape ``(len(index), in)``."""
+        """Return dense rows of s·BA in float32. Shape ``(len(index), in)``."""
         b = self.lora_b.astype(mx.float32).T[index]
         return (self.scale * b) @ self.lora_a.astype(mx.float32).T
 
     def float64(self) -> "Factors":
-        """The factors in float64, s taken into B."""
+        """Return the factors in float64, with s multiplied into B."""
         a = np.array(self.lora_a.astype(mx.float32), np.float64)
         b = np.array(self.lora_b.astype(mx.float32), np.float64)
         return Factors(a=a, b=self.scale * b.T)
@@ -103,21 +106,21 @@ class LowRank:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted:
-    """What an adapter does to a matrix, or to each matrix of a stack.
+    """The adapter of a matrix, or of each matrix in a stack.
 
     Attributes:
         update: The low-rank update.
-        m: Magnitudes, ``(..., out)``; None for LoRA, whose rows keep their own length.
+        m: Magnitudes, shape ``(..., out)``; None for LoRA, which has none.
     """
 
     update: LowRank
     m: mx.array | None
 
     def matrices(self) -> list["Adapted"]:
-        """The adapter of each matrix of a stack; of a matrix, this one."""
+        """Return the adapter of each matrix in a stack, or this one for a matrix."""
         updates = self.update.matrices()
         if self.m is None:
-            return [Adapted(update=one, m=None) for one in updates]
+            return [Adapted(update=update, m=None) for update in updates]
         magnitudes = [self.m] if self.m.ndim == 1 else list(self.m)
         pairs = zip(updates, magnitudes, strict=True)
         return [Adapted(update=update, m=m) for update, m in pairs]
@@ -125,11 +128,11 @@ class Adapted:
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
-    """An update as U·diag(σ)·Vᵀ, of its numerical rank k.
+    """An update as U·diag(σ)·Vᵀ, with numerical rank k.
 
     Attributes:
         outputs: U, orthonormal. Shape ``(out, k)``.
-        values: σ, the largest first. Shape ``(k,)``.
+        values: σ, largest first. Shape ``(k,)``.
         inputs: V, orthonormal. Shape ``(in, k)``.
     """
 
@@ -151,15 +154,15 @@ class Factors:
     b: np.ndarray
 
     def inner(self, other: "Factors") -> np.ndarray:
-        """Inner product of each row with another update's. Shape ``(out,)``."""
+        """Return the inner product of each row with `other`'s. Shape ``(out,)``."""
         return row_inner(self.a, self.b, other.a, other.b)
 
     def rows(self, index: np.ndarray) -> np.ndarray:
-        """Rows of the update, dense. Shape ``(len(index), in)``."""
+        """Return dense rows of the update. Shape ``(len(index), in)``."""
         return self.b[index] @ self.a.T
 
     def spectrum(self) -> Spectrum:
-        """Singular values and vectors, those that are rounding left out."""
+        """Return singular values and vectors above rounding noise."""
         outputs, values, inputs = self._svd()
         kept = values > _RANK_TOLERANCE * values.max(initial=0.0)
         return Spectrum(
@@ -167,16 +170,16 @@ class Factors:
         )
 
     def cut(self, rank: int, row_weight: np.ndarray) -> tuple["Factors", float]:
-        """The best update of a smaller rank (Eckart and Young, 1936).
+        """Return the best update of a smaller rank (Eckart and Young, 1936).
 
-        With D the row weights, the Frobenius error of D·BA is the least possible.
+        It minimizes the Frobenius error of D·BA, where D holds the row weights.
 
         Args:
             rank: The rank to keep.
-            row_weight: How much each row counts, above 0. Shape ``(out,)``.
+            row_weight: Positive weight of each row. Shape ``(out,)``.
 
         Returns:
-            Factors of that rank, and the share of the squared norm that is lost.
+            Factors of that rank, and the lost share of the squared norm.
         """
         weighted = Factors(a=self.a, b=self.b * row_weight[:, None])
         outputs, values, inputs = weighted._svd()
@@ -190,16 +193,16 @@ class Factors:
         return cut, lost / total if total else 0.0
 
     def _svd(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """U, σ and V of the update: QR of both factors, SVD of the small core."""
+        """Return U, σ and V of the update: QR of both factors, then SVD of the core."""
         q_in, r_in = np.linalg.qr(self.a)
         q_out, r_out = np.linalg.qr(self.b)
         left, values, right = np.linalg.svd(r_out @ r_in.T, full_matrices=False)
         return q_out @ left, values, q_in @ right.T
 
     def singular_values(self) -> np.ndarray:
-        """Singular values from the two r×r Grams alone, the largest first.
+        """Return singular values, largest first, from the two r×r Gram matrices.
 
-        Good to about 1e-8 of the largest: what lies below is taken as zero.
+        They are accurate to about 1e-8 of the largest value; smaller values are lost.
         """
         values, vectors = np.linalg.eigh(self.a.T @ self.a)
         root = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T  # rootᵀroot = AᵀA
@@ -208,7 +211,7 @@ class Factors:
 
 
 def side_by_side(updates: Sequence[Factors]) -> Factors:
-    """The sum of several updates as a single one; an equal A appears once."""
+    """Return the sum of several updates as one update; equal A factors are shared."""
     all_a: list[np.ndarray] = []
     all_b: list[np.ndarray] = []
     for update in updates:

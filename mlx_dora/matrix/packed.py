@@ -1,4 +1,4 @@
-"""A packed weight as one value, and products with it that suit the device."""
+"""A packed weight, with matrix products that are fast on the current device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,25 +7,25 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-# On CPU `mx.quantized_matmul` runs at about 1 GMAC/s whatever the number of rows, while
-# unpacking costs about 5 ns a weight and the dense product next to nothing. Unpacking
-# wins from about five rows on; below `_CPU_SMALL_WORK` multiply-adds the difference is
-# under 2 ms and the base layer's own op is kept, so that results equal it bit for bit.
+# On CPU, `mx.quantized_matmul` runs at about 1 GMAC/s for any number of rows. Unpacking
+# costs about 5 ns per weight and the dense product very little, so that unpacking is
+# faster for five or more rows. Below `_CPU_SMALL_WORK` multiply-adds the difference is
+# less than 2 ms. There the base layer's op is used, which gives bit-identical results.
 _CPU_PACKED_ROWS = 4
 _CPU_SMALL_WORK = 1 << 21
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedWeight:
-    """A weight packed by `mx.quantize`; of a stack, all have a leading axis.
+    """A weight packed by `mx.quantize`. Arrays of a stack have a leading axis.
 
     Attributes:
         weight: Packed values. Shape ``(out, in * bits / 32)``, uint32.
-        scales: One per group. Shape ``(out, in / group_size)``; a float dtype in mode
-            ``affine``, uint8 in the others.
-        biases: As `scales` in mode ``affine``, otherwise None.
-        group_size: Columns that share a scale.
-        bits: Bits of a packed value.
+        scales: One scale per group. Shape ``(out, in / group_size)``; a float dtype in
+            mode ``affine``, otherwise uint8.
+        biases: One bias per group in mode ``affine``, like `scales`; otherwise None.
+        group_size: Number of columns that share a scale.
+        bits: Bits per packed value.
         mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
     """
 
@@ -38,23 +38,23 @@ class QuantizedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape ``(out, in)`` of the weight this stands for."""
+        """Shape ``(out, in)`` of the unpacked weight."""
         *rows, words = self.weight.shape
         return *rows, words * 32 // self.bits
 
     @property
     def form(self) -> dict[str, Any]:
-        """How it is packed: ``group_size``, ``bits`` and ``mode``."""
+        """Packing parameters: ``group_size``, ``bits`` and ``mode``."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     @property
     def parts(self) -> dict[str, mx.array]:
-        """Its arrays by the names they have in a module; no ``biases`` if None."""
+        """The arrays by their names in a module, without ``biases`` if None."""
         parts = {"weight": self.weight, "scales": self.scales}
         return parts if self.biases is None else parts | {"biases": self.biases}
 
     def rows(self, index: slice | mx.array) -> "QuantizedWeight":
-        """The same weight restricted to some output rows."""
+        """Return this weight restricted to some output rows."""
         return QuantizedWeight(
             weight=self.weight[index],
             scales=self.scales[index],
@@ -65,7 +65,7 @@ class QuantizedWeight:
         )
 
     def dequantize(self) -> mx.array:
-        """The dense weight in MLX's dtype for it: `scales`', or bfloat16."""
+        """Return the dense weight, in the dtype of `scales` or bfloat16."""
         return mx.dequantize(
             self.weight,
             self.scales,
@@ -76,13 +76,13 @@ class QuantizedWeight:
         )
 
     def matmul(self, x: mx.array) -> mx.array:
-        r"""Product :math:`x W^\top` by the faster path of the device.
+        r"""Return :math:`x W^\top`, computed in the faster way on this device.
 
         Args:
-            x: Shape ``(..., in)``.
+            x: Input, shape ``(..., in)``.
 
         Returns:
-            Shape ``(..., out)``, in the dtype MLX gives the product.
+            The product, shape ``(..., out)``, in MLX's dtype for it.
         """
         if unpacks(x, self.shape):
             run = _dequantized_matmul(self.group_size, self.bits, self.mode)
@@ -90,7 +90,7 @@ class QuantizedWeight:
         return self.packed_matmul(x)
 
     def packed_matmul(self, x: mx.array) -> mx.array:
-        """The same product by MLX's own op, never unpacked as a whole; stacks too."""
+        """Return the product by MLX's op, without unpacking W; accepts stacks."""
         return mx.quantized_matmul(
             x,
             self.weight,
@@ -104,7 +104,7 @@ class QuantizedWeight:
 
 
 def unpacks(x: mx.array, shape: tuple[int, ...]) -> bool:
-    """Whether a product with a packed ``(out, in)`` weight unpacks it first."""
+    """Return whether a product with a packed ``(out, in)`` weight unpacks it first."""
     rows = x.size // max(x.shape[-1], 1)
     if rows <= _CPU_PACKED_ROWS or rows * shape[0] * shape[1] <= _CPU_SMALL_WORK:
         return False
@@ -115,14 +115,17 @@ def unpacks(x: mx.array, shape: tuple[int, ...]) -> bool:
 def _dequantized_matmul(
     group_size: int, bits: int, mode: str
 ) -> Callable[..., mx.array]:
-    """``x @ W.T`` that unpacks W in each direction and keeps it in neither."""
+    """Return a function for ``x @ W.T`` that keeps no unpacked W.
+
+    The forward and the backward pass each unpack W.
+    """
 
     def unpack(
         w: mx.array, scales: mx.array, biases: mx.array | None, after: mx.array
     ) -> mx.array:
-        # Without the link to `after` this would depend on constants alone: `mx.compile`
-        # would merge it with every other unpacking of w (that of the backward pass,
-        # or of a checkpoint's second forward pass) and keep the result between them.
+        # Without the dependency on `after`, this would depend only on constants:
+        # `mx.compile` would merge it with other unpackings of w (in the backward pass
+        # or in a recomputed forward pass) and keep the result in between.
         (w,) = mx.depends([w], [after])
         return mx.dequantize(
             w, scales, biases, group_size=group_size, bits=bits, mode=mode

@@ -1,4 +1,4 @@
-r"""DoRA's equations on the factored terms of an adapted row, each of them once.
+r"""DoRA's equations on the factored terms of an adapted row.
 
 .. math:: n^2 = \lVert W_0 + s\,BA \rVert^2 = q_0 + 2s\,c + s^2 p
 
@@ -22,21 +22,21 @@ from mlx_dora.matrix.weight import (
     float32_rows,
 )
 
-# Under this share of its parts a factored sum may be off by more than 1e-5.
+# Below this share of its parts, a factored sum may have an error above 1e-5.
 _CANCELS = 2.0**-6
-# Under this share of ‖W0‖² + s²‖BA‖² a factored n² is rounding noise.
+# Below this share of ‖W0‖² + s²‖BA‖², a factored n² is rounding noise.
 _NOISE = 2.0**-20
-# Elements of a float64 block of rows that are taken densely.
+# Elements of a float64 block of rows that are computed densely.
 _BLOCK = 1 << 18
 
 
 def cancels(total: Array, parts: Array) -> Array:
-    """Whether a sum is so much smaller than its parts that rounding shows in it."""
+    """Return whether a sum is so small relative to its parts that rounding matters."""
     return total < _CANCELS * parts
 
 
 def row_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
-    """The factor g = m / n of each row, float32; 0 where the norm is 0."""
+    """Return the gain g = m / n of each row in float32; 0 where the norm is 0."""
     lives = norm > 0
     return mx.where(
         lives, magnitude.astype(mx.float32) / mx.where(lives, norm, 1.0), 0.0
@@ -44,12 +44,12 @@ def row_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
 
 
 def one_minus_cosine(base: mx.array, norm: mx.array, update: mx.array) -> mx.array:
-    r"""1 − cos of the angle between the sides `base` and `norm` of a triangle.
+    r"""Return 1 − cos of the angle between the sides `base` and `norm` of a triangle.
 
     .. math:: 1 - \cos\theta = \frac{d^2 - (n - b)^2}{2 b n}
 
-    The law of cosines for W0, W0 + sBA and sBA, so that lengths alone will do; its form
-    keeps a small angle that b² + n² − d² would lose.
+    This is the law of cosines for W0, W0 + sBA and sBA, which needs only lengths. This
+    form keeps small angles that b² + n² − d² would lose.
 
     Args:
         base: b = ‖W0‖ of each row. Shape ``(out,)``.
@@ -67,7 +67,7 @@ def one_minus_cosine(base: mx.array, norm: mx.array, update: mx.array) -> mx.arr
 
 @dataclass(frozen=True, kw_only=True)
 class Terms(Generic[Array]):
-    """Inner products of each row of W0 with its update. All ``(..., out)``.
+    """Inner products of the rows of W0 and the update. Shapes ``(..., out)``.
 
     Attributes:
         q0: ‖W0‖².
@@ -83,27 +83,27 @@ class Terms(Generic[Array]):
 
     @property
     def squared(self) -> Array:
-        """n² = ‖W0 + s·BA‖²; rounding can make it negative."""
+        """n² = ‖W0 + s·BA‖², which rounding can make negative."""
         return self.q0 + (2 * self.scale) * self.c + self.scale**2 * self.p
 
     @property
     def parts(self) -> Array:
-        """‖W0‖² + ‖s·BA‖², what `squared` may cancel from."""
+        """‖W0‖² + ‖s·BA‖², the size of the parts that cancel in `squared`."""
         return self.q0 + self.scale**2 * self.p
 
     @property
     def cancelled(self) -> Array:
-        """Rows that the update nearly removes, in which `squared` is inexact."""
+        """Whether the update nearly cancels a row, so that `squared` is inexact."""
         return cancels(self.squared, self.parts)
 
 
 def terms_of(q0: mx.array, product: mx.array, update: LowRank) -> Terms[mx.array]:
-    """The terms of an update, given ‖W0‖² and U = W0·A.
+    """Return the terms of an update, given ‖W0‖² and U = W0·A.
 
     Args:
-        q0: Shape ``(..., out)``, float32.
-        product: Shape ``(..., out, r)``, float32.
-        update: A ``(..., in, r)`` and B ``(..., r, out)``.
+        q0: ‖W0‖², shape ``(..., out)``, float32.
+        product: U = W0·A, shape ``(..., out, r)``, float32.
+        update: The update, with A ``(..., in, r)`` and B ``(..., r, out)``.
     """
     a = update.lora_a.astype(mx.float32)
     b = update.lora_b.astype(mx.float32).swapaxes(-1, -2)  # (..., out, r)
@@ -112,7 +112,7 @@ def terms_of(q0: mx.array, product: mx.array, update: LowRank) -> Terms[mx.array
 
 
 def floored_norm(terms: Terms[mx.array]) -> mx.array:
-    """N for training, floored where the sum is noise: never below 2⁻¹⁰ of its parts."""
+    """Return the norm for training, at least 2⁻¹⁰ of its parts to exclude noise."""
     return mx.sqrt(mx.maximum(terms.squared, _NOISE * terms.parts))
 
 
@@ -121,9 +121,9 @@ class ExactTerms(Terms[mx.array]):
     """Terms with an exact norm, for inference, fuse, analysis and merging.
 
     Attributes:
-        norm: n = ‖W0 + s·BA‖, right for every finite row; the other terms are squares,
-            which over- or underflow outside norms of about 1e-19 to 1e19.
-        recomputed: Rows that nearly cancel, whose norm was taken from the dense row.
+        norm: n = ‖W0 + s·BA‖, accurate for every finite row. The other terms are
+            squares, which overflow or underflow for norms outside 1e-19 to 1e19.
+        recomputed: Number of rows that nearly cancel; their norms come from dense rows.
     """
 
     norm: mx.array
@@ -131,14 +131,14 @@ class ExactTerms(Terms[mx.array]):
 
 
 def exact_terms(weight: Weight, update: LowRank) -> ExactTerms:
-    """Terms and norm of an adapted matrix in float32, W0 read once.
+    """Compute terms and norm of an adapted matrix in float32, reading W0 once.
 
     Args:
         weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
-        update: Its update.
+        update: Update of this weight.
 
     Returns:
-        The terms, evaluated. Rows whose update cancels all but an eighth of their
+        The evaluated terms. Rows whose update cancels all but an eighth of their
         length are recomputed densely and counted.
 
     Raises:
@@ -155,7 +155,7 @@ def with_exact_norm(
 ) -> ExactTerms:
     """Add the norm to the terms of an update.
 
-    Only rows that cancel, or whose squares are beyond float32, are read.
+    Only rows that cancel, or whose squares exceed the range of float32, are read.
     """
     norm, cancelled = mx.sqrt(mx.maximum(terms.squared, 0.0)), terms.cancelled
     inexact = cancelled | mx.isnan(terms.squared)
@@ -177,17 +177,17 @@ def with_exact_norm(
 
 
 def _dense_norms(weight: Weight, update: LowRank, rows: np.ndarray) -> np.ndarray:
-    """‖W0 + s·BA‖ of some rows, summed in float64. Shape ``(len(rows),)``, float32."""
+    """Return ‖W0 + s·BA‖ of rows, summed in float64: ``(len(rows),)``, float32."""
     own = update.float64()
-    found = []
+    norms = []
     for index in np.array_split(rows, -(-rows.size * own.a.shape[0] // _BLOCK) or 1):
         base = np.array(float32_rows(weight, mx.array(index)), np.float64)
-        found.append(np.linalg.norm(base + own.rows(index), axis=1))
+        norms.append(np.linalg.norm(base + own.rows(index), axis=1))
     with np.errstate(over="ignore"):
-        return np.concatenate(found).astype(np.float32)
+        return np.concatenate(norms).astype(np.float32)
 
 
 def exact_gain(weight: Weight, adapted: Adapted) -> mx.array:
-    """The factor m / ‖W0 + s·BA‖ of each row of a DoRA adapter. Shape ``(out,)``."""
+    """Return the gain m / ‖W0 + s·BA‖ of each row. Shape ``(out,)``."""
     assert adapted.m is not None
     return row_gain(adapted.m, exact_terms(weight, adapted.update).norm)

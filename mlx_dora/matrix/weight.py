@@ -1,7 +1,7 @@
-"""A frozen weight W0, dense or packed: its rows, its blocks, its products.
+"""A frozen weight W0, dense or packed: its rows, blocks and products.
 
-Everything else in the package treats a dense array and a `QuantizedWeight` alike
-through these functions; here stands the one loop that reads W0 block by block.
+Through these functions, the rest of the package treats a dense array and a
+`QuantizedWeight` alike. Only this module reads W0 in blocks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,31 +17,31 @@ from mlx_dora.matrix.packed import QuantizedWeight
 Weight = mx.array | QuantizedWeight
 """A matrix ``(out, in)``, or a stack of them ``(n, out, in)``."""
 
-# Elements of one block: its float32 copy takes 4 MB.
+# Elements of a block, whose float32 copy takes 4 MB.
 _BLOCK = 1 << 20
-# Elements of a block that is copied to float64 as well.
+# Elements of a block that is also copied to float64.
 _SMALL_BLOCK = 1 << 18
-# Between these a sum of squares has lost nothing to under- or overflow.
+# Between these bounds, a sum of squares is not affected by underflow or overflow.
 _LEAST_SQUARE = 2.0**-60
 _LARGEST_SQUARE = 2.0**120
 
 
 def weight_from(parts: Mapping[str, Any], packing: Any) -> Weight:
-    """The weight of a module, from its arrays.
+    """Return the weight of a module from its arrays.
 
     Args:
         parts: ``weight`` and, if packed, ``scales`` and ``biases``.
-        packing: The module itself, for ``group_size``, ``bits`` and ``mode``.
+        packing: The module, with ``group_size``, ``bits`` and ``mode``.
 
     Raises:
-        DoRAError: If it is packed with a global scale.
+        DoRAError: If the weight is packed with a global scale.
     """
     if "scales" not in parts:
         return parts["weight"]
     if parts.get("global_scale") is not None:
         raise DoRAError(
-            f"{type(packing).__name__} has weights with a global scale, which cannot "
-            "take DoRA."
+            f"{type(packing).__name__} has weights with a global scale, to which DoRA "
+            "cannot be applied."
         )
     return QuantizedWeight(
         weight=parts["weight"],
@@ -54,32 +54,32 @@ def weight_from(parts: Mapping[str, Any], packing: Any) -> Weight:
 
 
 def as_packed(weight: Weight) -> QuantizedWeight | None:
-    """The weight if it is packed, None if it is dense."""
+    """Return the weight if it is packed, None if it is dense."""
     return weight if isinstance(weight, QuantizedWeight) else None
 
 
 def take_rows(weight: Weight, index: slice | mx.array) -> Weight:
-    """Some output rows, packed as they are."""
+    """Return some output rows, packed if the weight is packed."""
     if isinstance(weight, QuantizedWeight):
         return weight.rows(index)
     return weight[index]
 
 
 def dense(weight: Weight) -> mx.array:
-    """The whole weight, unpacked in its own dtype."""
+    """Return the whole weight, unpacked in its own dtype."""
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
 
 
 def dense_dtype(weight: Weight) -> mx.Dtype:
-    """The dtype of a weight, unpacked."""
+    """Return the dtype of the unpacked weight."""
     return dense(take_rows(weight, slice(0, 1))).dtype
 
 
 def unpacked_dtype(weight: Weight, own: mx.Dtype) -> mx.Dtype:
-    """The dtype of a weight made dense, in a model of dtype `own`.
+    """Return the dtype of a weight made dense, in a model of dtype `own`.
 
-    Scales of mode affine are in the model's dtype; those of the others are bytes, and
-    MLX unpacks them to bfloat16 whatever the model is in.
+    Scales in mode ``affine`` have the model's dtype. In other modes they are bytes,
+    which MLX always unpacks to bfloat16; the result is then `own`.
     """
     if isinstance(weight, QuantizedWeight) and weight.biases is None:
         return own
@@ -87,12 +87,12 @@ def unpacked_dtype(weight: Weight, own: mx.Dtype) -> mx.Dtype:
 
 
 def float32_rows(weight: Weight, index: slice | mx.array) -> mx.array:
-    """Some output rows in float32. Shape ``(len(index), in)``."""
+    """Return some output rows in float32. Shape ``(len(index), in)``."""
     return dense(take_rows(weight, index)).astype(mx.float32)
 
 
 def exact_float32_rows(weight: Weight, index: slice) -> mx.array:
-    """Some output rows in float32, not rounded to the dtype of packed scales first."""
+    """Return output rows in float32, without rounding to the dtype of the scales."""
     rows = take_rows(weight, index)
     if isinstance(rows, QuantizedWeight) and rows.biases is not None:
         rows = replace(
@@ -106,11 +106,11 @@ def exact_float32_rows(weight: Weight, index: slice) -> mx.array:
 def row_blocks(
     weight: Weight, elements: int | None = None
 ) -> Iterator[tuple[slice, mx.array]]:
-    """Consecutive row blocks, unpacked in the dtype of the weight, with slices.
+    """Yield slices and blocks of consecutive rows, unpacked in the weight's dtype.
 
     Args:
         weight: Dense or packed. Shape ``(out, in)``.
-        elements: Greatest number of elements of a block; None for about one million.
+        elements: Greatest number of elements per block; None for about one million.
     """
     out, width = weight.shape
     step = max(1, (elements or _BLOCK) // max(width, 1))
@@ -120,9 +120,9 @@ def row_blocks(
 
 
 def row_squares(weight: Weight) -> mx.array:
-    """‖W0‖² of each output row, accumulated in float32. Shape ``(..., out)``."""
+    """Return ‖W0‖² of each output row, summed in float32. Shape ``(..., out)``."""
     if len(weight.shape) > 2:
-        squares = [row_squares(one) for one in matrices(weight)]
+        squares = [row_squares(matrix) for matrix in matrices(weight)]
         mx.eval(squares)
         return mx.stack(squares)
     parts = [squared_rows(block) for _, block in row_blocks(weight)]
@@ -130,29 +130,29 @@ def row_squares(weight: Weight) -> mx.array:
 
 
 def squared_rows(block: mx.array) -> mx.array:
-    """Sum of squares over each row, in float32: one number per output."""
+    """Return the sum of squares of each row in float32, one number per output."""
     return mx.square(block.astype(mx.float32)).sum(axis=-1)
 
 
 def row_norms(block: mx.array) -> mx.array:
-    """Length of each row: the norm of Eq. 2 and Eq. 5 of a dense weight.
+    """Return the length of each row of a dense weight: the norm of Eq. 2 and Eq. 5.
 
-    Right for every finite row. Shape ``(..., out)``, float32; inf only where the norm
-    itself is beyond float32.
+    It is accurate for every finite row, and inf only where the norm exceeds the range
+    of float32. Shape ``(..., out)``, float32.
     """
     _, norm, power = measured_rows(block)
     return norm if power is None else norm * power
 
 
 def measured_rows(block: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
-    """Rows in float32 with their lengths, brought near 1 where squares might not do.
+    """Return rows in float32 and their lengths, scaled if squares might overflow.
 
     Args:
-        block: Shape ``(..., out, in)``, any float dtype.
+        block: Rows, shape ``(..., out, in)``, any float dtype.
 
     Returns:
-        The rows, their lengths ``(..., out)``, and the powers of two, ``(..., out)``,
-        that give both back; None if the rows are as they were.
+        The rows, their lengths ``(..., out)``, and the powers of two ``(..., out)``
+        by which both must be multiplied; None if nothing was scaled.
     """
     full = block.astype(mx.float32)
     squares = squared_rows(full)
@@ -163,9 +163,9 @@ def measured_rows(block: mx.array) -> tuple[mx.array, mx.array, mx.array | None]
 
 
 def are_ordinary(squares: mx.array) -> bool:
-    """Whether sums of squares are far from where float32 ends; False while traced.
+    """Return whether all sums of squares are well inside float32; False while traced.
 
-    Evaluates them. Rows of norm 1e-9 to 1e18 are ordinary; a zero row is not.
+    This evaluates them. Rows of norm 1e-9 to 1e18 are ordinary; a zero row is not.
     """
     try:
         return not beyond_squares(squares).any()
@@ -174,48 +174,49 @@ def are_ordinary(squares: mx.array) -> bool:
 
 
 def beyond_squares(squares: mx.array) -> mx.array:
-    """Which sums of squares may have over- or underflowed, zeros and NaN among them."""
+    """Return which sums of squares may have overflowed or underflowed, or are NaN."""
     return ~((squares >= _LEAST_SQUARE) & (squares <= _LARGEST_SQUARE))
 
 
 def near_one(values: mx.array, axis: int) -> tuple[mx.array, mx.array]:
-    """Bring rows (or columns) near 1 by powers of two, which rounds nothing.
+    """Scale rows (or columns) near 1 by powers of two, which is exact.
 
-    Squares of what is beyond about 1e18 overflow float32, and those of what is below
-    1e-20 vanish; squares of the scaled values do neither.
+    Squares of values above about 1e18 overflow float32, and squares of values below
+    1e-20 vanish. Squares of the scaled values do neither.
 
     Args:
-        values: Shape ``(..., out, in)``, float32.
-        axis: The axis along which all share a factor: -1 for rows, -2 for columns.
+        values: Values to scale, shape ``(..., out, in)``, float32.
+        axis: Axis whose elements share a factor: -1 for rows, -2 for columns.
 
     Returns:
-        The scaled values, whose largest is in 1 to 4 (below 1 where all of them are
-        subnormal), and the powers of two that give `values` back, with `axis` kept.
+        The scaled values, and the powers of two that restore `values`, with `axis`
+        kept. The largest scaled value is between 1 and 4 (below 1 where all values
+        are subnormal).
     """
     fixed = mx.stop_gradient(values)
     largest = mx.maximum(
         mx.max(fixed, axis=axis, keepdims=True),
         -mx.min(fixed, axis=axis, keepdims=True),
     )
-    # The exponent's bits alone are the power of two below a number. Both ends are cut
-    # to where the inverse is a normal number too.
+    # The exponent bits give the largest power of two not above a number. Clip it to
+    # the range where its inverse is a normal number too.
     power = (largest.view(mx.uint32) & 0x7F800000).view(mx.float32)
     power = mx.clip(power, 2.0**-126, 2.0**126)
     return values * (1 / power), power
 
 
 def product(weight: Weight, lora_a: mx.array) -> mx.array:
-    """U = W0·A for training: differentiable code may trace it, nothing is evaluated.
+    """Return U = W0·A for training, without evaluating it.
 
-    A dense weight is multiplied in its own dtype (a float32 A would make a float32 copy
-    of W0), a packed one without being unpacked as a whole on a GPU.
+    A dense weight is multiplied in its own dtype, because a float32 A would make a
+    float32 copy of W0. A packed weight is not unpacked as a whole on a GPU.
 
     Args:
-        weight: Shape ``(..., out, in)``.
-        lora_a: Shape ``(..., in, r)``.
+        weight: Base weight W0, shape ``(..., out, in)``.
+        lora_a: Down projection A, shape ``(..., in, r)``.
 
     Returns:
-        Shape ``(..., out, r)``, float32.
+        The product U, shape ``(..., out, r)``, float32.
     """
     if isinstance(weight, QuantizedWeight):
         rows = lora_a.astype(mx.float32).swapaxes(-1, -2)
@@ -227,18 +228,20 @@ def product(weight: Weight, lora_a: mx.array) -> mx.array:
 def base_products(
     weight: Weight, lora_a: mx.array, *, in_float64: bool = False
 ) -> tuple[Any, Any]:
-    """‖W0‖² of each row and U = W0·A, reading W0 once, block by block.
+    """Compute ‖W0‖² of each row and U = W0·A, reading W0 once in blocks.
 
-    No float32 copy of W0 is held; each block is evaluated before the next is read.
+    No float32 copy of W0 is held: each block is evaluated before the next is read.
 
     Args:
-        weight: Shape ``(out, in)``, any float dtype or packed.
-        lora_a: Shape ``(in, R)``.
-        in_float64: Give NumPy's float64: squares summed to 1e-9 of the sum, products in
-            float32 but of rows and columns near 1, so that nothing over- or underflows.
+        weight: Base weight W0, shape ``(out, in)``, any float dtype or packed.
+        lora_a: Down projection A, shape ``(in, R)``.
+        in_float64: Return NumPy float64 arrays. Squares are summed to a relative
+            accuracy of 1e-9. Products are float32, with rows and columns scaled near 1,
+            so that nothing overflows or underflows.
 
     Returns:
-        Shapes ``(out,)`` and ``(out, R)``, float32 unless `in_float64`.
+        ‖W0‖², shape ``(out,)``, and U, shape ``(out, R)``, in float32 unless
+        `in_float64`.
     """
     a, columns = lora_a.astype(mx.float32), None
     if in_float64:
@@ -268,7 +271,10 @@ def base_products(
 
 
 def matrices(weight: Weight) -> list[Weight]:
-    """The matrices of a stack ``(n, out, in)``, sharing its memory; or the matrix."""
+    """Return the matrices of a stack ``(n, out, in)``, which share its memory.
+
+    For a single matrix, return a list with that matrix.
+    """
     if len(weight.shape) == 2:
         return [weight]
     if not isinstance(weight, QuantizedWeight):
@@ -280,19 +286,19 @@ def matrices(weight: Weight) -> list[Weight]:
 
 
 def _slices(stack: mx.array) -> list[mx.array]:
-    # Not stack[i], which copies: a list of those would be the stack once more.
+    # stack[i] would copy, so that the list would take the memory of the stack again.
     return [stack[i : i + 1].squeeze(0) for i in range(stack.shape[0])]
 
 
 def stacked(weights: Sequence[Weight]) -> Weight:
-    """The opposite of `matrices`: a stack of matrices of the same form."""
-    packed = [one for one in weights if isinstance(one, QuantizedWeight)]
+    """Stack matrices of the same form: the inverse of `matrices`."""
+    packed = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
     if not packed:
-        return mx.stack([one for one in weights if isinstance(one, mx.array)])
-    biases = [one.biases for one in packed if one.biases is not None]
+        return mx.stack([weight for weight in weights if isinstance(weight, mx.array)])
+    biases = [weight.biases for weight in packed if weight.biases is not None]
     return replace(
         packed[0],
-        weight=mx.stack([one.weight for one in packed]),
-        scales=mx.stack([one.scales for one in packed]),
+        weight=mx.stack([weight.weight for weight in packed]),
+        scales=mx.stack([weight.scales for weight in packed]),
         biases=mx.stack(biases) if biases else None,
     )

@@ -1,4 +1,4 @@
-"""Experts are analysed one by one: cases whose answer one knows."""
+"""Analysis of single experts, with known answers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ NOTHING = Adapter(config=DoRAConfig(), tensors={})
 
 
 def changed(adapter: Adapter, leaf: str, index: int, by: float) -> Adapter:
-    """One expert's values times a factor."""
+    """Return the adapter with one expert's values multiplied by a factor."""
     name = f"{GATE}.{leaf}"
     value = mx.array(adapter.tensors[name])
     value[index] = by * value[index]
@@ -42,28 +42,30 @@ def changed(adapter: Adapter, leaf: str, index: int, by: float) -> Adapter:
 def test_every_expert_against_float64(kind: str, bits: int | None) -> None:
     model = make_model(kind, bits)
     adapter = make_adapter(model, 1, EXPERTS[kind])
-    found = {one.name: one for one in analyze_adapter(adapter, model).layers}
-    assert len(found) == 4 * len(adapter.paths)
+    matrices = {
+        matrix.name: matrix for matrix in analyze_adapter(adapter, model).layers
+    }
+    assert len(matrices) == 4 * len(adapter.paths)
     for path in adapter.paths:
         before = dense_stack(model, NOTHING, path)
         after = dense_stack(model, adapter, path)
         for index, (old, new) in enumerate(zip(before, after, strict=True)):
-            one = found[f"{path}[{index}]"]
+            matrix = matrices[f"{path}[{index}]"]
             n0, n1 = np.linalg.norm(old, axis=1), np.linalg.norm(new, axis=1)
             cosine = (old * new).sum(1) / (n0 * n1)
-            assert (one.rows, one.path, one.rank) == (len(old), path, 3)
-            assert one.module == path.rpartition(".")[2]
-            assert one.delta_m == pytest.approx(np.abs(n1 - n0).mean(), rel=1e-4)
-            assert one.delta_d == pytest.approx((1 - cosine).mean(), rel=1e-4)
+            assert (matrix.rows, matrix.path, matrix.rank) == (len(old), path, 3)
+            assert matrix.module == path.rpartition(".")[2]
+            assert matrix.delta_m == pytest.approx(np.abs(n1 - n0).mean(), rel=1e-4)
+            assert matrix.delta_d == pytest.approx((1 - cosine).mean(), rel=1e-4)
             a, b = (
                 np.array(adapter.tensors[f"{path}.{leaf}"][index], np.float64)
                 for leaf in ("lora_a", "lora_b")
             )
             values = np.linalg.svd(2.0 * b @ a, compute_uv=False)[:3]
-            assert one.singular_values == pytest.approx(values, rel=1e-4)
+            assert matrix.singular_values == pytest.approx(values, rel=1e-4)
 
 
-def test_a_grown_expert_is_the_one_that_grew() -> None:
+def test_only_the_expert_that_grew_is_reported_as_changed() -> None:
     model = make_model("qwen3_moe")
     adapter = make_adapter(model, 1, KEYS)
     still = {n: 0 * v for n, v in adapter.tensors.items() if n.endswith("lora_b")}
@@ -72,8 +74,8 @@ def test_a_grown_expert_is_the_one_that_grew() -> None:
         still[f"{path}.m"] = mx.array(norm.astype(np.float32))
     adapter = replace(adapter, tensors=adapter.tensors | still)
     analysis = analyze_adapter(changed(adapter, "m", 2, 2.0), model)
-    moved = [one for one in analysis.layers if one.classification != "minimal"]
-    assert [one.name for one in moved] == [f"{GATE}[2]"]
+    moved = [matrix for matrix in analysis.layers if matrix.classification != "minimal"]
+    assert [matrix.name for matrix in moved] == [f"{GATE}[2]"]
     assert moved[0].classification == "amplified"
     assert moved[0].delta_m_relative == pytest.approx(1, rel=1e-6)
 
@@ -86,7 +88,7 @@ def test_the_table_has_a_line_a_stack_or_a_line_an_expert() -> None:
     assert not any("[" in line.partition("  ")[0] for line in by_matrix[1:5])
     by_expert = analysis_lines(analysis, by="expert")
     assert sum(line.startswith(f"{GATE}[") for line in by_expert) == 4
-    own = [one.delta_m for one in analysis.layers if one.path == GATE]
+    own = [matrix.delta_m for matrix in analysis.layers if matrix.path == GATE]
     (line,) = [line for line in by_matrix if line.startswith(f"{GATE} ")]
     assert f"{np.mean(own):.3e}" in line
 
@@ -110,17 +112,17 @@ def test_ranks_of_a_stack_count_once_an_expert() -> None:
 
 def test_two_adapters_are_compared_expert_by_expert() -> None:
     model = make_model("qwen3_moe")
-    one = make_adapter(model, 1, KEYS)
-    other = changed(changed(one, "lora_b", 1, -1.0), "lora_b", 3, 0.5)
+    first = make_adapter(model, 1, KEYS)
+    other = changed(changed(first, "lora_b", 1, -1.0), "lora_b", 3, 0.5)
     x = mx.array(np.random.default_rng(0).standard_normal((50, 64)).astype("f"))
-    found = compare_adapters([one, other], model, activations={f"{GATE}[3]": x})
-    pairs = {pair.name: pair for pair in found.pairs}
+    result = compare_adapters([first, other], model, activations={f"{GATE}[3]": x})
+    pairs = {pair.name: pair for pair in result.pairs}
     cosines = [pairs[f"{GATE}[{i}]"].update_cosine for i in range(4)]
     assert cosines == pytest.approx([1, -1, 1, 1])
-    assert [pair.name for pair in found.conflicts] == [f"{GATE}[1]"]
+    assert [pair.name for pair in result.conflicts] == [f"{GATE}[1]"]
     assert pairs[f"{GATE}[3]"].size_ratio == pytest.approx(0.5)
     assert pairs[f"{GATE}[3]"].disturbs_first == pytest.approx(0.5)
-    assert found.ranks[f"{GATE}[0]"] <= 3
+    assert result.ranks[f"{GATE}[0]"] <= 3
 
 
 def test_nan_in_an_expert_is_named() -> None:
@@ -135,8 +137,8 @@ def test_the_commands_take_experts(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "base", "mixtral", 4)
     model = make_model("mixtral", 4)
     for seed in (1, 2):
-        one = make_adapter(model, seed, EXPERTS["mixtral"])
-        save_adapter(one, tmp_path / f"a{seed}")
+        adapter = make_adapter(model, seed, EXPERTS["mixtral"])
+        save_adapter(adapter, tmp_path / f"a{seed}")
     a1, a2 = (str(tmp_path / name) for name in ("a1", "a2"))
     for arguments in (
         ["adapter", a1, "--model", str(folder), "--by", "expert"],
@@ -162,10 +164,10 @@ def test_no_array_as_large_as_the_experts(bits: int | None) -> None:
     }
     mx.eval(tensors)
     config = DoRAConfig(rank=4, keys=("experts",), num_layers=0)
-    one = Adapter(config=config, tensors=tensors)
+    adapter = Adapter(config=config, tensors=tensors)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    analyze_adapter(one, model)
-    compare_adapters([one, one], model)
+    analyze_adapter(adapter, model)
+    compare_adapters([adapter, adapter], model)
     assert mx.get_peak_memory() - before < 64 * 256 * 256 * 4 / 4

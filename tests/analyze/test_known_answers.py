@@ -1,4 +1,4 @@
-"""Cases whose answer one knows without computing."""
+"""Cases whose answers are known without computation."""
 
 import json
 import subprocess
@@ -34,35 +34,35 @@ def change(base, function):
 
 
 def only(analysis):
-    (found,) = analysis.layers
-    return found
+    (layer,) = analysis.layers
+    return layer
 
 
 def test_twice_the_weight_is_magnitude_alone():
     base = weights()
-    found = only(analyze_finetune(base, change(base, lambda w: 2 * w)))
+    result = only(analyze_finetune(base, change(base, lambda w: 2 * w)))
     norm = np.linalg.norm(np.array(base["layers.0.q_proj.weight"], np.float64), axis=1)
-    assert (found.rows, found.layer, found.module) == (64, 0, "q_proj")
-    assert found.delta_m == pytest.approx(norm.mean(), rel=1e-7)
-    assert found.delta_m_relative == pytest.approx(1, rel=1e-7)
-    assert found.delta_d < 1e-14
-    assert found.radial_share == pytest.approx(1)
-    assert found.classification == "amplified"
-    assert np.isnan(found.correlation) or found.row_angle.max() < 1e-7
+    assert (result.rows, result.layer, result.module) == (64, 0, "q_proj")
+    assert result.delta_m == pytest.approx(norm.mean(), rel=1e-7)
+    assert result.delta_m_relative == pytest.approx(1, rel=1e-7)
+    assert result.delta_d < 1e-14
+    assert result.radial_share == pytest.approx(1)
+    assert result.classification == "amplified"
+    assert np.isnan(result.correlation) or result.row_angle.max() < 1e-7
 
 
 def test_stacks_are_passed_over_by_name(caplog):
     base = weights() | {"experts.weight": mx.ones((3, 4, 5))}
-    found = analyze_finetune(base, change(base, lambda w: 2 * w))
-    assert [one.name for one in found.layers] == ["layers.0.q_proj"]
-    assert "passed over, being no matrices: experts.weight" in caplog.text
+    result = analyze_finetune(base, change(base, lambda w: 2 * w))
+    assert [layer.name for layer in result.layers] == ["layers.0.q_proj"]
+    assert "skipped, not matrices: experts.weight" in caplog.text
 
 
 def test_half_the_weight_is_attenuated():
     base = weights()
-    found = analyze_finetune(base, change(base, lambda w: 0.5 * w))
-    assert found.classification == {"layers.0.q_proj": "attenuated"}
-    assert found.guidance[0].rule == "magnitude"
+    result = analyze_finetune(base, change(base, lambda w: 0.5 * w))
+    assert result.classification == {"layers.0.q_proj": "attenuated"}
+    assert result.guidance[0].rule == "magnitude"
 
 
 def test_rotated_rows_are_direction_alone():
@@ -72,48 +72,48 @@ def test_rotated_rows_are_direction_alone():
     for i in range(2, 32, 2):
         turn[i : i + 2, i : i + 2] = turn[:2, :2]
     rotation = mx.array(turn.astype(np.float32))
-    found = only(analyze_finetune(base, change(base, lambda w: w @ rotation)))
-    np.testing.assert_allclose(found.row_angle, 0.3, rtol=1e-6)
-    assert found.delta_d == pytest.approx(1 - np.cos(0.3), rel=1e-6)
-    assert found.delta_m_relative < 1e-6
-    assert found.radial_share < 1e-12
-    assert found.classification == "rotated"
+    result = only(analyze_finetune(base, change(base, lambda w: w @ rotation)))
+    np.testing.assert_allclose(result.row_angle, 0.3, rtol=1e-6)
+    assert result.delta_d == pytest.approx(1 - np.cos(0.3), rel=1e-6)
+    assert result.delta_m_relative < 1e-6
+    assert result.radial_share < 1e-12
+    assert result.classification == "rotated"
 
 
 def test_identical_weights_did_nothing():
     base = weights()
-    found = analyze_finetune(base, base, spectrum=True)
-    one = only(found)
-    assert (one.delta_m, one.delta_d, one.effective_rank) == (0, 0, 0)
-    assert one.classification == "minimal"
-    assert np.isnan(one.correlation)
-    assert np.isnan(found.correlation)
-    assert found.guidance[0].rule == "unchanged"
-    json.dumps(found.to_dict(), allow_nan=False)
+    result = analyze_finetune(base, base, spectrum=True)
+    layer = only(result)
+    assert (layer.delta_m, layer.delta_d, layer.effective_rank) == (0, 0, 0)
+    assert layer.classification == "minimal"
+    assert np.isnan(layer.correlation)
+    assert np.isnan(result.correlation)
+    assert result.guidance[0].rule == "unchanged"
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_spectrum_of_two_checkpoints_is_the_svd():
     base, other = weights(0), weights(1)
     for flip in (False, True):
         pair = [change(w, lambda v, f=flip: v.T if f else v) for w in (base, other)]
-        found = only(analyze_finetune(*pair, spectrum=True))
+        result = only(analyze_finetune(*pair, spectrum=True))
         delta = np.array(other["layers.0.q_proj.weight"], np.float64)
         delta = delta - np.array(base["layers.0.q_proj.weight"])
         expected = np.linalg.svd(delta, compute_uv=False)
-        np.testing.assert_allclose(found.singular_values[:32], expected, rtol=1e-9)
+        np.testing.assert_allclose(result.singular_values[:32], expected, rtol=1e-9)
         share = expected**2 / (expected**2).sum()
         rank = np.exp(-(share * np.log(share)).sum())
-        assert found.effective_rank == pytest.approx(rank, rel=1e-9)
+        assert result.effective_rank == pytest.approx(rank, rel=1e-9)
 
 
 def test_decompose_gives_lengths_and_unit_rows():
     base = weights()
-    found = DoRADecomposition().decompose(base)
+    result = DoRADecomposition().decompose(base)
     name = "layers.0.q_proj.weight"
-    assert list(found.magnitudes) == list(found.directions) == [name]
+    assert list(result.magnitudes) == list(result.directions) == [name]
     norm = np.linalg.norm(np.array(base[name], np.float64), axis=1)
-    np.testing.assert_allclose(np.array(found.magnitudes[name]), norm, rtol=1e-6)
-    rebuilt = found.magnitudes[name][:, None] * found.directions[name]
+    np.testing.assert_allclose(np.array(result.magnitudes[name]), norm, rtol=1e-6)
+    rebuilt = result.magnitudes[name][:, None] * result.directions[name]
     assert mx.allclose(rebuilt, base[name], rtol=1e-5, atol=1e-6)
 
 
@@ -128,23 +128,23 @@ def test_folders_give_what_arrays_give(tmp_path, dtype):
         mx.save_safetensors(str(folder / "model.safetensors"), tensors)
         assert read_header(folder / "model.safetensors")
         folders.append(folder)
-    found = only(DoRADecomposition().analyze_adaptation(*folders))
+    result = only(DoRADecomposition().analyze_adaptation(*folders))
     expected = only(DoRADecomposition().analyze_adaptation(base, tuned))
-    np.testing.assert_array_equal(found.row_delta_m, expected.row_delta_m)
-    np.testing.assert_array_equal(found.row_angle, expected.row_angle)
-    assert found.delta_m_relative == pytest.approx(0.25, rel=1e-2)
+    np.testing.assert_array_equal(result.row_delta_m, expected.row_delta_m)
+    np.testing.assert_array_equal(result.row_angle, expected.row_angle)
+    assert result.delta_m_relative == pytest.approx(0.25, rel=1e-2)
 
 
 def adapted(model, *, change_m=1.0, rows=None, seed=0, sign=1.0) -> Adapter:
-    """A trained-looking adapter of q_proj; `model` is left plain."""
+    """Return an adapter of q_proj that looks trained; `model` stays plain."""
     apply_dora(
         model, DoRAConfig(rank=4, scale=1.5, keys=("self_attn.q_proj",), num_layers=-1)
     )
-    found = take_adapter(model)
+    adapter = take_adapter(model)
     remove_dora(model)
     rng = np.random.default_rng(seed)
-    tensors = dict(found.tensors)
-    for name, value in found.tensors.items():
+    tensors = dict(adapter.tensors)
+    for name, value in adapter.tensors.items():
         if name.endswith("lora_b"):
             draw = 0.05 * sign * rng.standard_normal(value.shape)
             if rows is not None:
@@ -155,13 +155,13 @@ def adapted(model, *, change_m=1.0, rows=None, seed=0, sign=1.0) -> Adapter:
             tensors[name] = mx.array(draw.astype(np.float32))
         if name.endswith(".m"):
             tensors[name] = value * change_m
-    return Adapter(config=found.config, tensors=tensors, base=found.base)
+    return Adapter(config=adapter.config, tensors=tensors, base=adapter.base)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_adapter_equals_the_dense_weights(make_tiny_model, bits):
     model = make_tiny_model(bits=bits)
-    found = analyze_adapter(adapted(model, change_m=1.1), model)
+    result = analyze_adapter(adapted(model, change_m=1.1), model)
     module = dict(model.named_modules())[PATH]
     base = module.weight
     if bits:
@@ -173,13 +173,13 @@ def test_adapter_equals_the_dense_weights(make_tiny_model, bits):
     scale = np.array(m, np.float64) / np.linalg.norm(direction, axis=1)
     dense = {f"{PATH}.weight": mx.array((scale[:, None] * direction).astype("f"))}
     expected = only(analyze_finetune({f"{PATH}.weight": base}, dense))
-    one = next(x for x in found.layers if x.name == PATH)
-    np.testing.assert_allclose(one.row_angle, expected.row_angle, rtol=1e-5)
-    np.testing.assert_allclose(one.row_delta_m, expected.row_delta_m, rtol=1e-5)
+    layer = next(x for x in result.layers if x.name == PATH)
+    np.testing.assert_allclose(layer.row_angle, expected.row_angle, rtol=1e-5)
+    np.testing.assert_allclose(layer.row_delta_m, expected.row_delta_m, rtol=1e-5)
     values = np.linalg.svd(delta, compute_uv=False)[:4]
-    np.testing.assert_allclose(one.singular_values, values, rtol=1e-7)
-    assert len(found.layers) == 2
-    json.dumps(found.to_dict(), allow_nan=False)
+    np.testing.assert_allclose(layer.singular_values, values, rtol=1e-7)
+    assert len(result.layers) == 2
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_lora_differs_from_dora_in_length_only(tiny_model):
@@ -194,32 +194,32 @@ def test_lora_differs_from_dora_in_length_only(tiny_model):
 
 
 def test_an_adapter_agrees_with_itself(tiny_model):
-    one = adapted(tiny_model)
-    found = compare_adapters([one, one], tiny_model)
-    assert len(found.layers) == 2
-    for pair in found.pairs:
+    adapter = adapted(tiny_model)
+    result = compare_adapters([adapter, adapter], tiny_model)
+    assert len(result.layers) == 2
+    for pair in result.pairs:
         assert pair.update_cosine == pytest.approx(1)
         assert pair.direction_cosine == pytest.approx(1)
         assert pair.input_overlap == pytest.approx(1)
         assert pair.disturbs_first == pytest.approx(1)
         assert pair.sign_conflict == 0
-    assert found.guidance[0].rule == "agree"
-    assert (found.guidance[0].method, found.guidance[0].weights) == (
+    assert result.guidance[0].rule == "agree"
+    assert (result.guidance[0].method, result.guidance[0].weights) == (
         "slerp",
         (0.5,) * 2,
     )
-    assert found.ranks[PATH] <= 4
-    assert not found.conflicts
+    assert result.ranks[PATH] <= 4
+    assert not result.conflicts
 
 
 def test_disjoint_rows_are_independent(tiny_model):
     low, high = set(range(16)), set(range(16, 32))
     pair = [adapted(tiny_model, rows=low), adapted(tiny_model, rows=high, seed=1)]
-    found = compare_adapters(pair, tiny_model)
-    assert found.pairs[0].update_cosine == 0
-    assert found.pairs[0].output_overlap == pytest.approx(0, abs=1e-12)
-    assert (found.pairs[0].row_update_cosine == 0).all()
-    advice = found.guidance[0]
+    result = compare_adapters(pair, tiny_model)
+    assert result.pairs[0].update_cosine == 0
+    assert result.pairs[0].output_overlap == pytest.approx(0, abs=1e-12)
+    assert (result.pairs[0].row_update_cosine == 0).all()
+    advice = result.guidance[0]
     assert (advice.rule, advice.method) == ("independent", "task_arithmetic")
     assert advice.weights == (1.0, 1.0)
 
@@ -229,40 +229,42 @@ def test_opposite_signs_conflict(tiny_model):
         adapted(tiny_model, change_m=1.2),
         adapted(tiny_model, change_m=0.8, sign=-1.0),
     ]
-    found = compare_adapters(pair, tiny_model)
-    assert found.pairs[0].update_cosine == pytest.approx(-1)
-    assert found.pairs[0].sign_conflict == 1
-    assert [one.rule for one in found.guidance[:2]] == ["opposed", "magnitudes"]
-    assert found.guidance[0].method is None
-    assert len(found.conflicts) == 2
-    json.dumps(found.to_dict(), allow_nan=False)
+    result = compare_adapters(pair, tiny_model)
+    assert result.pairs[0].update_cosine == pytest.approx(-1)
+    assert result.pairs[0].sign_conflict == 1
+    assert [advice.rule for advice in result.guidance[:2]] == ["opposed", "magnitudes"]
+    assert result.guidance[0].method is None
+    assert len(result.conflicts) == 2
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_interference_on_real_inputs_is_the_ratio_of_outputs(tiny_model):
     pair = [adapted(tiny_model), adapted(tiny_model, seed=3)]
     x = np.random.default_rng(0).standard_normal((50, 32)).astype(np.float32)
-    found = compare_adapters(pair, tiny_model, activations={PATH: mx.array(x)})
+    result = compare_adapters(pair, tiny_model, activations={PATH: mx.array(x)})
     outputs = [
-        np.linalg.norm(x @ np.array(one.tensors[f"{PATH}.lora_a"], np.float64)
-                       @ np.array(one.tensors[f"{PATH}.lora_b"], np.float64))
-        for one in pair
+        np.linalg.norm(x @ np.array(adapter.tensors[f"{PATH}.lora_a"], np.float64)
+                       @ np.array(adapter.tensors[f"{PATH}.lora_b"], np.float64))
+        for adapter in pair
     ]  # fmt: skip
-    assert found.pairs[0].disturbs_first == pytest.approx(outputs[1] / outputs[0])
+    assert result.pairs[0].disturbs_first == pytest.approx(outputs[1] / outputs[0])
 
 
 def test_ranks_go_where_the_energy_is(tiny_model):
-    one = adapted(tiny_model)
-    tensors = dict(one.tensors)
+    adapter = adapted(tiny_model)
+    tensors = dict(adapter.tensors)
     name = f"{PATH}.lora_b"
     keep = mx.array([[1.0], [0.0], [0.0], [0.0]])
     tensors[name] = tensors[name] * keep
-    found = analyze_adapter(Adapter(config=one.config, tensors=tensors), tiny_model)
-    pattern = found.rank_pattern(2)
+    result = analyze_adapter(
+        Adapter(config=adapter.config, tensors=tensors), tiny_model
+    )
+    pattern = result.rank_pattern(2)
     other = PATH.replace("layers.0", "layers.1")
     assert pattern == {PATH: 1, other: 3}
-    assert found.layers[0].effective_rank == pytest.approx(1)
+    assert result.layers[0].effective_rank == pytest.approx(1)
     with pytest.raises(DoRAError, match="at least 1"):
-        found.rank_pattern(0.5)
+        result.rank_pattern(0.5)
 
 
 @pytest.mark.parametrize(
@@ -270,29 +272,29 @@ def test_ranks_go_where_the_energy_is(tiny_model):
     [
         ("nan", "NaN or inf in"),
         ("shape", "the model needs"),
-        ("base", "does not say what its base is"),
+        ("base", "does not record its base"),
         ("folder", "not an adapter folder"),
         ("other", "it was trained on"),
     ],
 )
-def test_what_is_wrong_is_one_clear_line(make_tiny_model, tmp_path, damage, message):
+def test_bad_adapters_raise_a_clear_message(make_tiny_model, tmp_path, damage, message):
     model = make_tiny_model()
-    one = adapted(model)
-    tensors = dict(one.tensors)
+    original = adapted(model)
+    tensors = dict(original.tensors)
     if damage == "nan":
         tensors[f"{PATH}.m"] = tensors[f"{PATH}.m"] * float("nan")
     if damage == "shape":
         model = make_tiny_model(hidden_size=64)
     if damage == "other":
         model = make_tiny_model(seed=1)
-    adapter = Adapter(config=one.config, tensors=tensors, base=one.base)
+    adapter = Adapter(config=original.config, tensors=tensors, base=original.base)
     given = tmp_path / "none" if damage == "folder" else adapter
     with pytest.raises(DoRAError, match=message) as error:
         analyze_adapter(given, None if damage == "base" else model)
     assert "\n" not in str(error.value)
 
 
-def test_models_that_do_not_fit_are_one_clear_line():
+def test_mismatched_models_raise_a_clear_message():
     base = weights()
     with pytest.raises(DoRAError, match="lacks"):
         analyze_finetune(base, {"x": mx.ones((2, 2))})

@@ -1,4 +1,4 @@
-"""The report in a real browser: drawn, complete, without a console error."""
+"""Renders the report in a real browser: complete and without console errors."""
 
 import base64
 import hashlib
@@ -25,13 +25,13 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 
 
 def browse(page: Path, *flags: str) -> tuple[str, str]:
-    """What a headless browser prints of a page: its document and its log."""
+    """Return a page's document and log from a headless browser."""
     assert BROWSER is not None
     command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu"]
     command += ["--enable-logging=stderr", "--v=0", "--window-size=1200,1500"]
     command += [f"--user-data-dir={page.parent / 'profile'}"]
     command += ["--virtual-time-budget=3000", *flags, page.as_uri()]
-    # The browser is not ours: what is preloaded for MLX stays out of it.
+    # Do not preload MLX's libraries into the browser.
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={"PATH": "/usr/bin"}
     )
@@ -64,8 +64,8 @@ def test_a_report_draws_every_matrix(tmp_path: Path):
     assert console(log) == []
     scatter = document.split('id="scatter"')[1].split('id="heat"')[0]
     assert scatter.count("<circle") == len(analysis.layers)
-    for one in analysis.layers:
-        assert f"<td>{one.name}</td>" in document
+    for layer in analysis.layers:
+        assert f"<td>{layer.name}</td>" in document
     assert analysis.guidance[0].sentence in document
 
 
@@ -80,7 +80,7 @@ def test_a_screenshot_shows_the_drawing(tmp_path: Path):
     pixels = pyplot.imread(picture)[..., :3]
     assert pixels.shape[:2] == (1500, 1200)
     levels = (pixels * 15).round().reshape(-1, 3)
-    colours = {tuple(one) for one in levels[::7].tolist()}
+    colours = {tuple(color) for color in levels[::7].tolist()}
     assert len(colours) > 20  # a blank or broken page has a few
 
 
@@ -105,9 +105,9 @@ def test_a_comparison_draws_the_matrix_of_adapters(tiny_model, tmp_path: Path):
     from mlx_dora import remove_dora
 
     remove_dora(tiny_model)
-    found = compare_adapters(folders, tiny_model)
+    comparison = compare_adapters(folders, tiny_model)
     page = tmp_path / "report.html"
-    page.write_text(render_report(found.to_dict()), encoding="utf-8")
+    page.write_text(render_report(comparison.to_dict()), encoding="utf-8")
     document, log = browse(page, "--dump-dom")
     assert console(log) == []
     grid = document.split('id="grid"')[1].split('id="heat"')[0]
@@ -123,7 +123,7 @@ ATTACK = "\"'><img src=x onerror=\"document.title='PWNED'\">"
 
 
 def hostile_analysis() -> dict[str, Any]:
-    """An analysis whose every name is markup that would run a script."""
+    """Return an analysis in which every name is markup that would run a script."""
     base, tuned = two_models()
     tuned = {f"a.{ATTACK}.{name}": value for name, value in tuned.items()}
     base = {f"a.{ATTACK}.{name}": value for name, value in base.items()}
@@ -152,7 +152,7 @@ def test_the_policy_stops_a_script_that_escaping_missed(tmp_path: Path, monkeypa
     page = tmp_path / "report.html"
     page.write_text(render_report(hostile_analysis()), encoding="utf-8")
     document, log = browse(page, "--dump-dom")
-    assert "<img" in document  # so it did get in
+    assert "<img" in document  # so the markup was inserted
     assert "<title>mlx_dora analysis</title>" in document
     assert any("Content Security Policy" in line for line in console(log))
 
@@ -167,7 +167,7 @@ def test_the_policy_allows_the_pages_own_script_alone():
     assert rules["default-src"] == "'none'"
     assert rules["script-src"] == f"'sha256-{digest}'"
     assert "http" not in policy[1]
-    # The policy must come before anything that it is to rule.
+    # The policy must precede everything that it restricts.
     assert text.index("Content-Security-Policy") < text.index("<style>")
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters and full fine-tuning are fused as DoRA adapters are."""
+"""LoRA adapters and full fine-tuning are fused like DoRA adapters."""
 
 import json
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def save_full(base: Path, adapter: Path) -> None:
     """Move every parameter of the last block that is not packed by a few percent."""
     model, _ = load(base)
     before = BaseModel(fingerprint=fingerprint(model))
-    model.freeze()  # as mlx-lm does, which does not refuse packed weights
+    model.freeze()  # as in mlx-lm, which accepts packed weights
     cast(Any, model).layers[-1].unfreeze()
     for module in model.modules():
         if "scales" in module:
@@ -62,7 +62,7 @@ def save_full(base: Path, adapter: Path) -> None:
 
 
 def exact_lora(base: np.ndarray, adapter: Path, path: str) -> np.ndarray:
-    """W0 + s·BA in float64."""
+    """Return W0 + s·BA in float64."""
     parts = load_adapter(adapter).tensors
     a = to_numpy(parts[f"{path}.lora_a"]).astype(np.float64)
     b = to_numpy(parts[f"{path}.lora_b"]).astype(np.float64)
@@ -186,15 +186,15 @@ def test_full_fine_tuning_takes_the_dtype_of_the_base(
     assert report.total.kept == pytest.approx(due @ done / (due @ due), abs=1e-5)
 
 
-def test_base_is_found_in_the_adapter(
+def test_fuse_reads_the_base_from_the_adapter(
     make_tiny_folder: MakeFolder, tmp_path: Path
 ) -> None:
     base = make_tiny_folder("base")
     save_lora(base, tmp_path / "a")
     fuse_model(None, tmp_path / "a", tmp_path / "found")
     fuse_model(base, tmp_path / "a", tmp_path / "given")
-    found, given = tensors(tmp_path / "found"), tensors(tmp_path / "given")
-    assert all(mx.array_equal(found[name], given[name]) for name in given)
+    result, given = tensors(tmp_path / "found"), tensors(tmp_path / "given")
+    assert all(mx.array_equal(result[name], given[name]) for name in given)
 
 
 def test_adapter_without_a_base_says_so(

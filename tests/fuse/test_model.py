@@ -64,7 +64,7 @@ def test_dense_fuse_rounds_once(make_tiny_model: Make, dtype: mx.Dtype) -> None:
     fuse_dora(model)
     fused = parameters(model)[f"{path}.weight"]
     once = mx.array(exact.astype(np.float32)).astype(dtype)
-    # float32 arithmetic before the rounding can tip a value that lies half way.
+    # float32 arithmetic before rounding can change the direction of a tie.
     assert np.mean(to_numpy(fused) == to_numpy(once)) > 0.995
 
 
@@ -109,10 +109,10 @@ def test_report_says_what_survives_packing(
     assert first.kept == pytest.approx(kept, abs=1e-4)
     assert first.cosine == pytest.approx(cosine, abs=1e-4)
     assert first.bits == bits
-    assert ("packing again lost" in caplog.text) == bool(report.lossy)
+    assert ("repacking lost" in caplog.text) == bool(report.lossy)
 
 
-def test_small_update_lost_in_packing_is_told(
+def test_small_update_lost_in_packing_is_reported(
     make_tiny_model: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_tiny_model(bits=4)
@@ -141,7 +141,7 @@ def test_model_without_dora_is_refused(make_tiny_model: Make) -> None:
         fuse_dora(make_tiny_model())
     model = make_tiny_model()
     train(model, kind="lora")
-    with pytest.raises(DoRAError, match=r"4 of mlx-lm's own .* mlx_lm.fuse"):
+    with pytest.raises(DoRAError, match=r"4 adapter layers of mlx-lm; .* mlx_lm.fuse"):
         fuse_dora(model)
 
 
@@ -205,7 +205,7 @@ def test_config_says_whether_it_is_packed(
     assert ("quantization" in content) != dequantize
     assert ("quantization_config" in content) != dequantize
     fused, _ = load(tmp_path / "f")
-    bound = 1e-5 if dequantize else 0.05  # 8 bits add noise of their own
+    bound = 1e-5 if dequantize else 0.05  # 8 bits add noise
     assert_close(fused(TOKENS), to_numpy(expected), bound=bound)
 
 

@@ -1,4 +1,4 @@
-"""What a fuse does with packed layers, one mode after the other."""
+"""Fuses packed layers in each mode."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Trained:
 def make_trained(
     make_tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> Callable[..., Trained]:
-    """An adapter of a size that real training gives: packing to 4 bits buries it."""
+    """Return an adapter of realistic size, which packing to 4 bits mostly loses."""
 
     def make(
         size: float = 0.0005, spread: float = 0.0015, keys: tuple = QV, **kw: object
@@ -55,7 +55,7 @@ def make_trained(
 
 
 def dense(model: nn.Module, path: str, dtype: mx.Dtype = mx.float32) -> np.ndarray:
-    """A weight in float64, unpacked in `dtype`."""
+    """Return a weight in float64, unpacked in `dtype`."""
     module = dict(model.named_modules())[path]
     if "scales" not in module:
         return to_numpy(module["weight"])
@@ -66,7 +66,7 @@ def dense(model: nn.Module, path: str, dtype: mx.Dtype = mx.float32) -> np.ndarr
 
 
 def adapted_weight(trained: Trained, path: str) -> tuple[np.ndarray, np.ndarray]:
-    """W0 and W' of a layer, in float64; the norms are those of the base's dtype."""
+    """Return W0 and W' of a layer in float64, with norms in the base's dtype."""
     adapter = load_adapter(trained.adapter)
     model = load(trained.base)[0]
     w0 = dense(model, path)
@@ -120,15 +120,15 @@ def test_lossless_rest_belongs_to_the_fused_model_alone(
 def test_lossless_scales_keep_a_small_magnitude(
     make_trained: Callable[..., Trained], tmp_path: Path, dtype: str, least: float
 ) -> None:
-    """g − 1 of standard deviation .0015 and no direction: all in the scales."""
+    """An update of only the magnitude (g − 1 around .0015) is kept in the scales."""
     trained = make_trained(size=0.0, bits=4, dtype=mx.bfloat16)
     config = FuseConfig(mode="lossless", scales=dtype)  # pyright: ignore[reportArgumentType]
     report = fuse_model(trained.base, trained.adapter, tmp_path / "f", config=config)
     assert {layer.dtype for layer in report.layers} == {dtype}
     assert min(layer.kept for layer in report.layers) > least
     w0, adapted = adapted_weight(trained, Q0)
-    found = dense(load(tmp_path / "f")[0], Q0)
-    kept = ((adapted - w0) * (found - w0)).sum() / ((adapted - w0) ** 2).sum()
+    fused = dense(load(tmp_path / "f")[0], Q0)
+    kept = ((adapted - w0) * (fused - w0)).sum() / ((adapted - w0) ** 2).sum()
     assert report.layers[0].kept == pytest.approx(kept, abs=5e-3)
 
 
@@ -193,7 +193,7 @@ def test_lossless_refuses_scales_that_take_no_magnitude(
             config=config, check_base=False,
         )  # fmt: skip
 
-    with pytest.raises(DoRAError, match=f"{mode} scales .* cannot take a magnitude"):
+    with pytest.raises(DoRAError, match=f"{mode} scales .* cannot hold a magnitude"):
         fuse("lossless", FuseConfig(mode="lossless"))
     assert not (tmp_path / "lossless").exists()
     fuse("packed", FuseConfig(keep=0.9))
@@ -211,7 +211,7 @@ def test_requantize_reaches_what_was_asked_in_every_layer(
     report = fuse_model(trained.base, trained.adapter, tmp_path / "f", config=config)
     assert report.plain is not None
     assert report.plain.cosine < keep
-    model = mlx_lm.load(str(tmp_path / "f"))[0]  # stock reads the mixed packing
+    model = mlx_lm.load(str(tmp_path / "f"))[0]  # mlx-lm itself reads the mixed packing
     for layer in report.layers:
         w0, adapted = adapted_weight(trained, layer.path)
         exact, left = adapted - w0, dense(model, layer.path) - w0
@@ -231,21 +231,21 @@ def test_requantize_takes_no_more_bits_than_it_needs(
     make_trained: Callable[..., Trained], tmp_path: Path
 ) -> None:
     trained = make_trained(size=0.002, bits=4)
-    found = {
+    reports = {
         keep: fuse_model(
             trained.base, trained.adapter, tmp_path / str(keep),
             config=FuseConfig(keep=keep),
         )
         for keep in (0.0, 0.5, 0.9, 0.999)
     }  # fmt: skip
-    assert {layer.bits for layer in found[0.0].layers} == {4}
-    assert found[0.0].plain is None
-    sizes = [report.bytes_after for report in found.values()]
+    assert {layer.bits for layer in reports[0.0].layers} == {4}
+    assert reports[0.0].plain is None
+    sizes = [report.bytes_after for report in reports.values()]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) > 2
     config = json.loads((tmp_path / "0.999" / "config.json").read_text())
     assert any(config["quantization"][layer.path] is False
-               for layer in found[0.999].layers)  # fmt: skip
+               for layer in reports[0.999].layers)  # fmt: skip
 
 
 def test_dequantize_is_exact(
@@ -273,7 +273,7 @@ def test_packed_embedding_can_be_fused(
     assert_close(model(TOKENS), trained.logits, bound=bound)
 
 
-def test_streamed_fuse_equals_the_one_in_memory(
+def test_streamed_fuse_equals_fuse_in_memory(
     make_trained: Callable[..., Trained], tmp_path: Path
 ) -> None:
     from mlx_dora import fuse_dora

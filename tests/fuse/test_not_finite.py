@@ -1,4 +1,4 @@
-"""What is not finite is refused by a fuse, by name; what is large and finite is not."""
+"""A fuse refuses tensors that are not finite, by name; it accepts large values."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +26,12 @@ Q0 = "model.layers.0.self_attn.q_proj"
 @pytest.fixture
 def make_adapter(tmp_path: Path) -> Callable[..., Path]:
     def make(base: Path, **leaves: float) -> Path:
-        """An adapter; ``lora_a=1e30`` fills that leaf of one layer."""
+        """Save an adapter in which ``lora_a=1e30`` fills that tensor of one layer."""
         model, _ = load(base)
         apply_dora(model, DoRAConfig(num_layers=2, keys=QV, rank=4))
         perturb(model, 0.01)
         save_adapter(model, tmp_path / "adapter", overwrite=True)
-        # Saving refuses what overflows, so that the file is changed afterwards.
+        # Saving refuses overflow, so the file is changed afterwards.
         file = str(tmp_path / "adapter" / "adapters.safetensors")
         tensors = mx.load(file)
         assert isinstance(tensors, dict)
@@ -67,7 +67,7 @@ def test_a_product_beyond_float32_is_refused(
     config = FuseConfig(mode=mode)  # pyright: ignore[reportArgumentType] - one of them
     with pytest.raises(DoRAError, match=f"{Q0}: the fused weight is not finite"):
         fuse_model(base, adapter, tmp_path / "f", config=config)
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["adapter", "base"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
     model, _ = load(base, make_adapter(base))
     layer = dict(dora_layers(model))[Q0]
     layer.lora_a = mx.full(layer.lora_a.shape, 1e30)
@@ -131,10 +131,10 @@ def test_survival_is_that_of_float64_at_every_size(size: float) -> None:
     m = mx.array((rng.uniform(2, 3, 16) * size).astype(np.float32))
     adapted = Adapted(update=update, m=m)
     after = dense_fused(weight, adapted, mx.float32)
-    found = survival(weight, after, adapted)
-    assert found.row_norm_error < 1e-6
-    assert found.kept == pytest.approx(1, abs=1e-5)
-    assert found.cosine == pytest.approx(1, abs=1e-5)
+    survived = survival(weight, after, adapted)
+    assert survived.row_norm_error < 1e-6
+    assert survived.kept == pytest.approx(1, abs=1e-5)
+    assert survived.cosine == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("leaves", [{"lora_b": 3e38}, {"m": 3e38}])

@@ -1,4 +1,4 @@
-"""A fuse holds a few tensors at a time, and one that is killed leaves no model."""
+"""A fuse holds few tensors at a time, and leaves no model if it is killed."""
 
 import signal
 import subprocess
@@ -28,7 +28,7 @@ KEYS = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj", "model.embed_tokens"
 def make_large(
     make_tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> Callable[..., tuple[Path, Path]]:
-    """A model of large tensors, a few of them, with an adapter on the largest."""
+    """Make a model of a few large tensors, with an adapter on the largest."""
 
     def make(vocabulary: int = 16384, **kw: object) -> tuple[Path, Path]:
         sizes = {"hidden_size": 512, "intermediate_size": 2048}
@@ -102,7 +102,7 @@ def test_kill_leaves_no_folder_that_loads(
         )
         assert process.stdout is not None
         assert process.stdout.readline() == b"start\n"
-        # When it is at the weights: the first shards, later ones, the config.
+        # Kill it while it writes the first shards, later shards, or the config.
         deadline = time.monotonic() + 60
         want = (0, 1, 4, 8)[step]
         while time.monotonic() < deadline and process.poll() is None:
@@ -118,6 +118,6 @@ def test_kill_leaves_no_folder_that_loads(
         for folder in left:
             with pytest.raises(DoRAError):
                 load(folder)
-        if out.exists():  # the kill came too late: then it is whole
+        if out.exists():  # the kill came too late: the model is complete
             assert load(out, out / "adapter")[0](TOKENS).shape[-1] == 320
     assert len(seen) > 1

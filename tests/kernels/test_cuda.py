@@ -36,7 +36,7 @@ FLOAT = mx.float32
 
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, Any]]]:
-    """What the library hands to `mx.fast.cuda_kernel`, by kernel."""
+    """Arguments that the library passes to `mx.fast.cuda_kernel`, by kernel."""
     made: dict[str, dict[str, Any]] = {}
 
     def keep(**arguments: Any) -> None:

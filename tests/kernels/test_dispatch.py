@@ -22,7 +22,7 @@ BIG = mx.zeros((512, 512))
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """As if MLX's default device were an Apple GPU, with nothing checked yet."""
+    """Pretend that MLX's default device is an Apple GPU with no kernel checked yet."""
     monkeypatch.setattr(dispatch, "device_backend", lambda: "metal")
     monkeypatch.setattr(dispatch, "_VERDICTS", {})
     monkeypatch.delenv("MLX_DORA_KERNELS", raising=False)
@@ -91,7 +91,7 @@ def test_auto_takes_what_pays_and_force_takes_all(gpu: pytest.MonkeyPatch) -> No
         (ValueError("Thread group size (256)"), "(Thread group size (256))"),
     ],
 )
-def test_a_bad_kernel_is_told_once_and_not_used(
+def test_a_bad_kernel_is_reported_once_and_not_used(
     trouble: float | Exception,
     message: str,
     gpu: pytest.MonkeyPatch,
@@ -112,7 +112,7 @@ def test_a_bad_kernel_is_told_once_and_not_used(
     assert len(caplog.records) == 1
     assert message in caplog.text
     assert "adapted_norm in float32" in caplog.text
-    assert takes(dtype=mx.float16)  # compiled apart, so checked apart
+    assert takes(dtype=mx.float16)  # compiled and checked separately
 
 
 def test_a_wrong_result_of_the_real_op_is_caught(
@@ -137,7 +137,7 @@ def test_a_wrong_result_of_the_real_op_is_caught(
     )
     gpu.setattr(dispatch, "_VERDICTS", {})
     _, norm = kernels.normalize_rows(weight)
-    assert (norm < 0).all()  # so a kernel that passes is the one that runs
+    assert (norm < 0).all()  # so the kernel was used
 
 
 def test_without_metal_mlx_refuses_and_the_reference_serves(
@@ -178,7 +178,7 @@ def test_formats_without_scale_and_bias_stay_with_the_reference(
     assert kernels.fused_weight(weight, a, b, 1.0, mx.ones(600)).shape == (600, 512)
 
 
-def test_sources_are_found_beside_the_package_and_in_a_checkout(
+def test_sources_may_lie_in_the_package_or_in_a_checkout(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert _source.source_folder() == ROOT / "metal"
@@ -224,7 +224,7 @@ def launches() -> list[tuple[str, plans.Launch]]:
     return made
 
 
-def test_every_launch_is_one_that_every_chip_accepts() -> None:
+def test_every_chip_accepts_every_launch() -> None:
     for name, launch in launches():
         threads = int(np.prod(launch.threadgroup))
         assert threads % 32 == 0, name
@@ -257,9 +257,11 @@ def test_a_row_of_4096_stays_in_registers() -> None:
 def test_heads_name_the_buffers_of_the_table() -> None:
     for name, kernel in dispatch.KERNELS.items():
         head = (ROOT / "metal" / f"{name}.metal").read_text().split("\n  ")[0]
-        told = " ".join(line.removeprefix("//").strip() for line in head.splitlines())
-        told, template = told.split("template:")
-        inputs, outputs = told.split("in:", 1)[1].split("out: ")
+        comment = " ".join(
+            line.removeprefix("//").strip() for line in head.splitlines()
+        )
+        comment, template = comment.split("template:")
+        inputs, outputs = comment.split("in:", 1)[1].split("out: ")
         for part, names in ((inputs, kernel.inputs), (outputs, kernel.outputs)):
             places = [part.index(f"{each} ") for each in names]
             assert places == sorted(places), name

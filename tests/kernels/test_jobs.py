@@ -59,7 +59,7 @@ def test_what_is_read_again_fits_in_two_megabytes() -> None:
             assert moved.rereads >= moved.cached
 
 
-def test_a_kernel_that_fails_is_told_with_its_reason(
+def test_a_failing_kernel_is_reported_with_its_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job = jobs.normalize_rows_job((4, 5), mx.float32)

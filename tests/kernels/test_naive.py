@@ -1,4 +1,4 @@
-"""The tuned ops of `plain` against their specification, values and gradients."""
+"""Compares values and gradients of `plain` ops with their specification."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +19,9 @@ def normal(*shape: int, seed: int = 0, dtype: mx.Dtype = mx.float32) -> mx.array
 def assert_same(
     ours: Callable[..., Any], theirs: Callable[..., Any], dtype: mx.Dtype, *args: Any
 ) -> None:
-    for found, expected in zip(ours(*args), theirs(*args), strict=True):
-        assert found.dtype == expected.dtype
-        assert_close(found, to_numpy(expected), dtype)
+    for actual, expected in zip(ours(*args), theirs(*args), strict=True):
+        assert actual.dtype == expected.dtype
+        assert_close(actual, to_numpy(expected), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

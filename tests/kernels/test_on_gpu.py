@@ -1,4 +1,4 @@
-"""The grid of the host's proof on a real GPU; skipped where there is none."""
+"""The grid of the host's proof on a real GPU; skipped without a GPU."""
 
 import math
 
@@ -17,7 +17,7 @@ BACKENDS = [
 
 
 def call(name: str, launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
-    """Outputs start as NaN: what is not written shows."""
+    """Fill outputs with NaN first, so that unwritten values are detected."""
     return list(run(KERNELS[name], inputs, launch, initial=math.nan))
 
 
@@ -36,5 +36,5 @@ def test_every_kernel_is_right_over_the_grid(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_op_and_its_gradients_are_those_of_the_reference(backend: str) -> None:
     assert device_backend() == backend
-    found = examining.examine()
-    assert [check for check in found.checks if not check.is_right] == []
+    report = examining.examine()
+    assert [check for check in report.checks if not check.is_right] == []

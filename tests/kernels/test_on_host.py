@@ -1,4 +1,4 @@
-"""Whole ops and a model through the kernels, run by the host's stand-in device."""
+"""Runs whole ops and a model through the kernels on an emulated device."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -46,7 +46,7 @@ def device(
 
 
 def kernel_of(record: str) -> str:
-    """The kernel whose name starts that of a record: the longest that fits."""
+    """Return the kernel with the longest name that is a prefix of a record's name."""
     fits = [k for k in dispatch.KERNELS if f"{record}_".startswith(PREFIX + k + "_")]
     return max(fits, key=len)
 
@@ -79,7 +79,7 @@ def test_dora_scale_and_its_gradients(
     n = mx.abs(normal(out, seed=4)) + 0.5
     bias = 0.1 * normal(out, seed=5)  # o - b loses digits where b outweighs g∘u
     dy = normal(35, 2, out, seed=6, dtype=dtype)
-    m[7] = 0.0  # frozen there
+    m[7] = 0.0  # stays 0
 
     def run(
         y: mx.array, h: mx.array, b: mx.array, m: mx.array, bias: mx.array

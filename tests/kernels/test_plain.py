@@ -95,7 +95,7 @@ def test_a_cancelled_row_is_floored_not_nan(share):
     floor = 2.0**-10 * np.sqrt(2) * base
     assert np.isfinite(norm).all()
     assert norm[0] >= 0.9 * floor
-    if share > 1e-2:  # above the noise it is still right to a per cent
+    if share > 1e-2:  # above the noise, it is accurate to one percent
         assert norm[0] == pytest.approx(share * base, rel=1e-2)
 
 

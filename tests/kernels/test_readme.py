@@ -1,4 +1,4 @@
-"""metal/README.md against what it describes."""
+"""Checks metal/README.md against the code it describes."""
 
 import os
 import re
@@ -31,11 +31,11 @@ def test_the_floors_are_those_of_the_script() -> None:
 
 def test_the_crossovers_are_those_of_the_table() -> None:
     assert all(limit.elements == 1 << 18 for limit in CROSSOVERS.values())
-    told = re.search(
+    match = re.search(
         r"ranks up to (\d+) for `adapted_norm` \((\d+) packed\), (\d+) for\s+"
         r"`dora_scale`, (\d+) for `fused_weight`",
         README,
     )
-    assert told is not None
+    assert match is not None
     ops = ("adapted_norm", "adapted_norm_packed", "dora_scale", "fused_weight")
-    assert [int(n) for n in told.groups()] == [CROSSOVERS[op].rank for op in ops]
+    assert [int(n) for n in match.groups()] == [CROSSOVERS[op].rank for op in ops]

@@ -15,13 +15,13 @@ QUANTIZED_MODES = [
 
 
 def quantized(linear: nn.Linear, group: int, bits: int, mode: str = "affine") -> Any:
-    """The layer packed; MLX's own type for it allows a class we do not wrap."""
+    """Return the packed layer, with a narrower type than MLX declares."""
     return linear.to_quantized(group, bits, mode)
 
 
 @dataclass
 class Truth:
-    """What a layer must give for one input and one cotangent."""
+    """Expected output and gradients of a layer for an input and a cotangent."""
 
     out: np.ndarray
     lora_a: np.ndarray
@@ -59,7 +59,7 @@ def dora_truth(
 
 
 def dense_weight(base: Any) -> np.ndarray:
-    """The weight of a base module in float64, unpacked by MLX if it is packed."""
+    """Return the weight of a base module in float64, unpacked by MLX if packed."""
     weight = base.weight
     if hasattr(base, "scales"):
         weight = mx.dequantize(
@@ -74,7 +74,7 @@ def dense_weight(base: Any) -> np.ndarray:
 
 
 def trained(layer: Any, seed: int = 0, size: float = 0.3) -> Any:
-    """Give a fresh layer a B and magnitudes such as training leaves behind."""
+    """Give a new layer a B and magnitudes like those after training."""
     rng = np.random.default_rng(seed)
     b = rng.standard_normal(layer.lora_b.shape) * size / layer.scale
     layer.lora_b = mx.array(b.astype(np.float32))
@@ -86,7 +86,7 @@ def trained(layer: Any, seed: int = 0, size: float = 0.3) -> Any:
 def value_and_gradients(
     layer: Any, x: mx.array, cotangent: np.ndarray, call: Any = None
 ) -> tuple[mx.array, dict[str, mx.array], Any]:
-    """Output of the layer, gradients of lora_a, lora_b, m and x for a cotangent."""
+    """Return output and gradients of lora_a, lora_b, m and x for a cotangent."""
     call = call or layer
     weights = mx.array(cotangent.astype(np.float32))
 

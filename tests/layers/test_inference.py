@@ -1,4 +1,4 @@
-"""The eval-mode cache: never stale, never in the way of a gradient or a trace."""
+"""The eval-mode cache is never stale, and does not disturb gradients or tracing."""
 
 import copy
 import threading
@@ -116,7 +116,7 @@ def test_train_and_eval_agree(layer, x):
 def test_a_compiled_function_sees_new_parameters(layer, x):
     call = mx.compile(layer, inputs=layer.state)
     mx.eval(call(x))
-    assert layer._cache is None  # nothing traced was kept
+    assert layer._cache is None  # no traced array was kept
     layer.m = layer.m * 2
     assert_close(call(x), truth(layer, x))
 

@@ -86,7 +86,7 @@ def test_quantized_half_precision_matches_float64(bits, dtype):
     layer = trained(DoRALinear.from_base(base, scale=2.0))
     x = mx.random.normal((2, 5, 256)).astype(dtype)
     # MLX's CPU quantized_matmul accumulates in half precision. The base's own error
-    # stays, so that an untrained layer equals its base; ours comes on top of it.
+    # stays, so that an untrained layer equals its base; our error adds to it.
     own = relative_rms(
         base(x), to_numpy(x) @ dense_weight(base).T + to_numpy(base.bias)
     )
@@ -98,7 +98,7 @@ def test_unpacking_path_matches_float64(compiled):
     mx.random.seed(0)
     linear = quantized(nn.Linear(512, 256), 64, 4)
     layer = trained(DoRALinear.from_base(linear, scale=2.0))
-    x = mx.random.normal((40, 512))  # past the point where the CPU unpacks
+    x = mx.random.normal((40, 512))  # large enough that the CPU unpacks
     if compiled:
         call = mx.compile(layer, inputs=layer.state, outputs=layer.state)
         mx.eval(call(x))
@@ -213,7 +213,7 @@ def test_fuse_keeps_dtype_and_rounds_once(dtype):
     assert fused.weight.dtype == dtype
     assert mx.array_equal(fused.bias, layer.linear.bias)
     rounded = to_numpy(mx.array(expected.astype(np.float32)).astype(dtype))
-    # float32 arithmetic may land on the other side of a tie, and nowhere else.
+    # float32 arithmetic may differ only in the direction of a tie.
     assert np.mean(to_numpy(fused.weight) != rounded) < (
         1 if dtype == mx.float32 else 0.01
     )

@@ -1,4 +1,4 @@
-"""`DoRAMultiLinear` against float64, head by head and from both sides."""
+"""Compares `DoRAMultiLinear` with float64, for each head and both products."""
 
 from typing import Any
 
@@ -42,8 +42,8 @@ def trained(layer: Any) -> Any:
 def left_truth(
     x: np.ndarray, weight: np.ndarray, layer: Any, head: int, pull: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """Product x W' of one head with the norm a constant; its gradients."""
-    a, b = (to_numpy(one[head]) for one in layer.factors())
+    """Return x W' of one head with a constant norm, and its gradients."""
+    a, b = (to_numpy(factor[head]) for factor in layer.factors())
     m = to_numpy(layer.m[head])
     rows = weight + SCALE * (a @ b).T
     norm = np.linalg.norm(rows, axis=1)
@@ -82,12 +82,12 @@ def test_forward_and_gradients(form: Any, shared: bool, transpose: bool) -> None
     expected_dx = np.zeros(rows.shape)
     for head in range(HEADS):
         row = 0 if shared else head
-        one = rows[:, row].reshape(-1, wide)
-        dy = cotangent[:, head].reshape(len(one), -1)
+        inputs = rows[:, row].reshape(-1, wide)
+        dy = cotangent[:, head].reshape(len(inputs), -1)
         if transpose:
             a, b = (to_numpy(v[head]) for v in layer.factors())
             m = to_numpy(layer.m[head])
-            truth = dora_truth(one, weights[head], a, b, SCALE, m, dy)
+            truth = dora_truth(inputs, weights[head], a, b, SCALE, m, dy)
             value, back = truth.out, truth.x
             wanted = {
                 "m": truth.m,
@@ -95,7 +95,7 @@ def test_forward_and_gradients(form: Any, shared: bool, transpose: bool) -> None
                 "lora_b": truth.lora_b.T,
             }
         else:
-            value, wanted, back = left_truth(one, weights[head], layer, head, dy)
+            value, wanted, back = left_truth(inputs, weights[head], layer, head, dy)
         assert_close(to_numpy(out[:, head]).reshape(value.shape), value)
         for name in names:
             assert_close(grads[name][head], wanted[name])
@@ -115,9 +115,9 @@ def test_starts_as_the_base_to_the_bit(
     expected = base(x, transpose=transpose)
     for mode in (True, False):
         layer.train(mode)
-        found = layer(x, transpose=transpose)
-        assert found.dtype == expected.dtype
-        assert mx.array_equal(found, expected)
+        actual = layer(x, transpose=transpose)
+        assert actual.dtype == expected.dtype
+        assert mx.array_equal(actual, expected)
     layer.m = layer.m * 2
     assert not mx.array_equal(layer(x, transpose=transpose), expected)
     layer.enabled = False
@@ -126,7 +126,7 @@ def test_starts_as_the_base_to_the_bit(
 
 @SIDES
 def test_a_small_magnitude_is_seen_in_half_precision(transpose: bool) -> None:
-    """A thousandth: lost if g, or x∘g, were rounded to bfloat16."""
+    """A change of a thousandth, which rounding g or x∘g to bfloat16 would lose."""
     layer = DoRAMultiLinear.from_base(make_base(dtype=mx.bfloat16), r=RANK, scale=1.0)
     layer.lora_b = 0.02 * mx.random.normal(layer.lora_b.shape)
     wide = WIDTH if transpose else OUT

@@ -1,4 +1,4 @@
-"""`DoRASwitchLinear` against float64, expert by expert."""
+"""Compares `DoRASwitchLinear` with float64, expert by expert."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def trained(layer: Any) -> Any:
 
 
 def inputs(is_sorted: bool) -> tuple[mx.array, mx.array]:
-    """As mlx-lm's `SwitchGLU` gives them; expert 4 is never chosen."""
+    """Return inputs like those of mlx-lm's `SwitchGLU`; expert 4 is never chosen."""
     mx.random.seed(1)
     if is_sorted:
         indices = mx.sort(mx.random.randint(0, EXPERTS - 1, (40,)))
@@ -64,7 +64,7 @@ def test_forward_and_gradients(bits: int | None, bias: bool, is_sorted: bool) ->
 
     flat = np.array(indices).reshape(-1)
     rows = to_numpy(mx.broadcast_to(x, (*indices.shape, 1, WIDTH))).reshape(-1, WIDTH)
-    found, pull = (to_numpy(v).reshape(-1, OUT) for v in (out, cotangent))
+    output, pull = (to_numpy(v).reshape(-1, OUT) for v in (out, cotangent))
     expected_dx = np.zeros_like(rows)
     for expert in range(EXPERTS):
         chosen = flat == expert
@@ -83,7 +83,7 @@ def test_forward_and_gradients(bits: int | None, bias: bool, is_sorted: bool) ->
             assert expert == EXPERTS - 1
             assert all(mx.all(grads[name][expert] == 0) for name in names)
             continue
-        assert_close(found[chosen], truth.out)
+        assert_close(output[chosen], truth.out)
         assert_close(grads["lora_a"][expert], truth.lora_a.T)
         assert_close(grads["lora_b"][expert], truth.lora_b.T)
         assert_close(grads["m"][expert], truth.m)
@@ -92,7 +92,7 @@ def test_forward_and_gradients(bits: int | None, bias: bool, is_sorted: bool) ->
     assert_close(to_numpy(dx).reshape(expected_dx.shape), expected_dx)
 
 
-# MLX runs dense experts on the CPU in float32 alone.
+# On the CPU, MLX runs dense experts only in float32.
 @pytest.mark.parametrize(
     ("bits", "dtype"), [(None, mx.float32), *((4, dtype) for dtype in BOUNDS)]
 )

@@ -1,4 +1,4 @@
-"""Row geometry against dense float64, row by row."""
+"""Compares row geometry with dense float64 results."""
 
 import mlx.core as mx
 import numpy as np
@@ -77,14 +77,14 @@ def test_each_row_matches_float64(kind, size, bits):
         unit = np.where(norm > 0, chosen / np.where(norm > 0, norm, 1), 0)
         after, m = after * unit[:, None], mx.array(chosen)
     delta_m, angle = truth(dense, after)
-    found = geometry_of(stored, a, b, 0.7, m)
-    assert_rows(found.angle, angle)
-    # The float32 sum of squares is good to 1e-8 of the length, whatever the change.
+    geometry = geometry_of(stored, a, b, 0.7, m)
+    assert_rows(geometry.angle, angle)
+    # The float32 sum of squares is accurate to 1e-8 of the length for any change.
     length = np.linalg.norm(dense, axis=1)
     tolerance = 1e-5 * np.abs(delta_m) + 2e-8 * length * (kind == "dora")
     # W0·A is float32: a near-zero ⟨W0, BA⟩ is known to that share of its terms.
     tolerance += 1e-6 * np.abs(after - dense).max(1) * (kind == "lora")
-    assert (np.abs(found.delta_m - delta_m) <= tolerance + 1e-12).all()
+    assert (np.abs(geometry.delta_m - delta_m) <= tolerance + 1e-12).all()
 
 
 @pytest.mark.parametrize("angle", [1e-4, 1e-6])
@@ -92,15 +92,15 @@ def test_tiny_angles_keep_five_digits(angle):
     weight, a, _ = make(1.0, r=1)
     weight[3] = 1
     across = a[:, 0] - (weight @ a[:, 0] / (weight**2).sum(1))[:, None] * weight
-    # One row at a time: the same tiny turn for row 0, by the factors.
+    # The factors turn row 0 by the same tiny angle.
     a = across[:1].T.astype(np.float32)
     b = np.zeros((1, 48), np.float32)
     b[0, 0] = angle * np.linalg.norm(weight[0]) / np.linalg.norm(a)
     after = weight.astype(np.float64) + (a.astype(np.float64) @ b).T
     expected = truth(weight, after)[1]
-    found = geometry_of(mx.array(weight), a, b, 1.0)
+    geometry = geometry_of(mx.array(weight), a, b, 1.0)
     assert expected[0] == pytest.approx(angle, rel=1e-3)
-    assert_rows(found.angle, expected)
+    assert_rows(geometry.angle, expected)
     assert 1 - np.cos(np.float32(angle)) == 0 or angle > 1e-5
 
 
@@ -109,10 +109,12 @@ def test_an_update_along_the_row_turns_nothing():
     a = weight[:1].T.copy()
     b = np.zeros((1, 48), np.float32)
     b[0, 0] = 0.25
-    found = geometry_of(mx.array(weight), a, b, 1.0)
-    assert found.angle[0] < 1e-12
-    assert found.recomputed == 1
-    assert found.delta_m[0] == pytest.approx(0.25 * np.linalg.norm(weight[0]), rel=1e-6)
+    geometry = geometry_of(mx.array(weight), a, b, 1.0)
+    assert geometry.angle[0] < 1e-12
+    assert geometry.recomputed == 1
+    assert geometry.delta_m[0] == pytest.approx(
+        0.25 * np.linalg.norm(weight[0]), rel=1e-6
+    )
 
 
 def test_a_row_that_cancels_wholly_is_zero():
@@ -120,9 +122,9 @@ def test_a_row_that_cancels_wholly_is_zero():
     a = weight[:1].T.copy()
     b = np.zeros((1, 48), np.float32)
     b[0, 0] = -1
-    found = geometry_of(mx.array(weight), a, b, 1.0)
-    assert found.angle[0] == 0
-    assert found.delta_m[0] == -found.base_norm[0]
+    geometry = geometry_of(mx.array(weight), a, b, 1.0)
+    assert geometry.angle[0] == 0
+    assert geometry.delta_m[0] == -geometry.base_norm[0]
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 30.0])
@@ -134,9 +136,9 @@ def test_two_weights_match_float64(dtype, size):
     after = (base + mx.array(change).astype(dtype)).astype(dtype)
     after[5], base[6] = 0.0, 0.0
     delta_m, angle = truth(to_numpy(base), to_numpy(after))
-    found = pair_geometry(base, after)
-    assert_rows(found.angle, angle, 1e-7)
-    np.testing.assert_allclose(found.delta_m, delta_m, rtol=1e-7, atol=1e-13)
+    geometry = pair_geometry(base, after)
+    assert_rows(geometry.angle, angle, 1e-7)
+    np.testing.assert_allclose(geometry.delta_m, delta_m, rtol=1e-7, atol=1e-13)
 
 
 def test_weights_of_different_shapes_are_refused():

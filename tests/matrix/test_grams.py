@@ -1,4 +1,4 @@
-"""Inner products of adapted rows against dense rows in float64."""
+"""Compares inner products of adapted rows with dense rows in float64."""
 
 import mlx.core as mx
 import numpy as np
@@ -29,16 +29,16 @@ def test_every_pair_of_rows_is_that_of_the_dense_weights(bits: int | None) -> No
             weight=packed, scales=scales, biases=biases, group_size=32, bits=bits
         )
         dense = stored.dequantize()
-    found = row_grams(stored, updates(40, 64))
+    grams = row_grams(stored, updates(40, 64))
     base = np.array(dense, np.float64)
     full = np.stack(
         [base + np.array(u.rows(slice(None)), np.float64) for u in updates(40, 64)], 1
     )
     exact = full @ full.transpose(0, 2, 1)
-    np.testing.assert_allclose(found.inner, exact, rtol=1e-6, atol=1e-5)
-    np.testing.assert_allclose(found.norm, np.linalg.norm(full, axis=2), rtol=1e-6)
-    np.testing.assert_allclose(found.base_norm, np.linalg.norm(base, axis=1), rtol=5e-8)
-    assert found.recomputed == 0
+    np.testing.assert_allclose(grams.inner, exact, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(grams.norm, np.linalg.norm(full, axis=2), rtol=1e-6)
+    np.testing.assert_allclose(grams.base_norm, np.linalg.norm(base, axis=1), rtol=5e-8)
+    assert grams.recomputed == 0
 
 
 def test_a_row_that_nearly_cancels_is_taken_densely() -> None:
@@ -46,7 +46,7 @@ def test_a_row_that_nearly_cancels_is_taken_densely() -> None:
     lora_b = mx.zeros((1, 6))
     lora_b[0, 2] = -0.999
     update = LowRank(lora_a=weight[2][:, None], lora_b=lora_b, scale=1.0)
-    found = row_grams(weight, [update, update])
+    grams = row_grams(weight, [update, update])
     length = np.linalg.norm(np.array(weight[2], np.float64))
-    assert found.recomputed == 1
-    assert found.norm[2, 0] == pytest.approx(1e-3 * length, rel=1e-4)
+    assert grams.recomputed == 1
+    assert grams.norm[2, 0] == pytest.approx(1e-3 * length, rel=1e-4)

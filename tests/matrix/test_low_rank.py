@@ -1,4 +1,4 @@
-"""Spectrum, cut and inner products of a low-rank update against the dense update."""
+"""Compares spectrum, cut and inner products of a low-rank update with dense results."""
 
 import mlx.core as mx
 import numpy as np
@@ -28,10 +28,10 @@ def test_float64_factors_hold_the_scale() -> None:
 @pytest.mark.parametrize(("out", "width"), [(30, 20), (20, 30), (3, 20), (30, 3)])
 def test_spectrum_is_that_of_the_dense_update(out: int, width: int) -> None:
     update = factors(out, width)
-    found = update.spectrum()
-    exact = np.linalg.svd(dense(update), compute_uv=False)[: found.values.size]
-    np.testing.assert_allclose(found.values, exact, rtol=1e-12)
-    rebuilt = found.outputs * found.values @ found.inputs.T
+    spectrum = update.spectrum()
+    exact = np.linalg.svd(dense(update), compute_uv=False)[: spectrum.values.size]
+    np.testing.assert_allclose(spectrum.values, exact, rtol=1e-12)
+    rebuilt = spectrum.outputs * spectrum.values @ spectrum.inputs.T
     np.testing.assert_allclose(rebuilt, dense(update), atol=1e-12)
     np.testing.assert_allclose(update.singular_values()[: exact.size], exact, rtol=1e-7)
 
@@ -55,15 +55,15 @@ def test_a_cut_above_the_rank_of_the_matrix_loses_nothing() -> None:
 
 
 def test_row_inner_products_are_those_of_dense_rows() -> None:
-    one, other = factors(), factors(r=2, seed=1)
-    exact = (dense(one) * dense(other)).sum(1)
-    np.testing.assert_allclose(one.inner(other), exact, atol=1e-12)
+    first, other = factors(), factors(r=2, seed=1)
+    exact = (dense(first) * dense(other)).sum(1)
+    np.testing.assert_allclose(first.inner(other), exact, atol=1e-12)
 
 
 def test_updates_side_by_side_sum_and_share_an_equal_a() -> None:
-    one, other = factors(), factors(r=2, seed=1)
-    third = Factors(a=one.a, b=factors(seed=2).b)
-    total = side_by_side([one, other, third])
+    first, other = factors(), factors(r=2, seed=1)
+    third = Factors(a=first.a, b=factors(seed=2).b)
+    total = side_by_side([first, other, third])
     assert total.a.shape[1] == 7
-    exact = dense(one) + dense(other) + dense(third)
+    exact = dense(first) + dense(other) + dense(third)
     np.testing.assert_allclose(dense(total), exact, atol=1e-12)

@@ -105,8 +105,8 @@ def test_training_takes_a_stack_as_its_matrices(bits):
     update = low_rank(a, b, 0.5)
     terms = terms_of(row_squares(stack), product(stack, a), update)
     dense = to_numpy(unpacked(stack))
-    for i, one in enumerate(update.matrices()):
-        full = dense[i] + to_numpy(one.rows(slice(None)))
+    for i, matrix in enumerate(update.matrices()):
+        full = dense[i] + to_numpy(matrix.rows(slice(None)))
         assert_close(floored_norm(terms)[i], np.linalg.norm(full, axis=1))
 
 

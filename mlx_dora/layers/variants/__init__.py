@@ -1,6 +1,6 @@
-"""Other parametrisations of an adapted linear layer, one file each.
+"""Other parametrizations of an adapted linear layer, one per file.
 
-All of them are trained as they are and exported to a plain DoRA layer, exactly
+Each is trained in its own form and exported exactly to a plain DoRA layer
 (`docs/variants.md`).
 """
 

@@ -1,4 +1,4 @@
-"""DoRA with room for more ranks than it uses, to be dealt out during training."""
+"""DoRA with spare ranks that can be activated during training."""
 
 import mlx.core as mx
 import numpy as np
@@ -7,17 +7,17 @@ from mlx_dora.layers.variants.parametrisation import Parametrisation, VariantLin
 
 
 class Adaptive(Parametrisation):
-    r"""DoRA whose rank can change, up to twice the one it starts with.
+    r"""DoRA whose rank can change, up to twice its initial rank.
 
     .. math:: y = m \circ \frac{W_0 x + s\,B\,\mathrm{diag}(a)\,A x}
         {\lVert W_0 + s\,B\,\mathrm{diag}(a)\,A \rVert} + b, \qquad a_i \in \{0, 1\}
 
-    In the spirit of La-LoRA (doi 10.1016/j.neunet.2025.108095); who sets a is
-    `mlx_dora.train.ranks`. At the start the first half of a is 1, and the layer equals
-    its base bit for bit. What is not active gets no gradient.
+    This follows the idea of La-LoRA (doi 10.1016/j.neunet.2025.108095);
+    `mlx_dora.train.ranks` sets a. Initially the first half of a is 1, and the output
+    equals the base's bit for bit. Inactive ranks get no gradient.
 
     Parameters: ``lora_a`` ``(in, 2r)``, ``lora_b`` ``(2r, out)``, ``m`` ``(out,)``, and
-    the frozen ``active`` ``(2r,)``. Exports at the number of active ranks.
+    the frozen ``active`` ``(2r,)``. The exported rank is the number of active ranks.
     """
 
     name = "adaptive"
@@ -30,15 +30,15 @@ class Adaptive(Parametrisation):
         layer.active = (mx.arange(self.room * r) < r).astype(mx.float32)
 
     def factors(self, layer: VariantLinear) -> tuple[mx.array, mx.array]:
-        """A ``(in, 2r)``, and B ``(2r, out)`` with zeros where nothing is active."""
+        """Return A ``(in, 2r)`` and B ``(2r, out)``, with zeros for inactive ranks."""
         return layer["lora_a"], layer["lora_b"] * layer["active"][:, None]
 
     def activate(self, layer: VariantLinear, active: np.ndarray) -> None:
-        """Choose the ranks: a new one starts with B = 0, and so changes nothing.
+        """Select the active ranks. New ranks start with B = 0, which changes nothing.
 
         Args:
-            layer: The layer whose ranks they are.
-            active: Booleans, shape ``(2r,)``, at least one true.
+            layer: The layer to change.
+            active: Booleans, shape ``(2r,)``, of which at least one is true.
         """
         before = np.array(layer["active"]) > 0
         new = mx.array(np.logical_and(active, ~before).astype(np.float32)) > 0
@@ -46,6 +46,6 @@ class Adaptive(Parametrisation):
         layer.active = mx.array(active.astype(np.float32))
 
     def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
-        """The same as plain DoRA of the active ranks alone."""
+        """Return the equivalent plain DoRA adapter, with only the active ranks."""
         index = mx.array(np.flatnonzero(np.array(layer["active"])))
         return layer["lora_a"][:, index], layer["lora_b"][index], layer["m"]

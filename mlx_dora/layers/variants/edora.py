@@ -1,4 +1,4 @@
-"""EDoRA: DoRA between frozen principal directions of the base."""
+"""EDoRA: DoRA with a trained core between frozen principal directions of the base."""
 
 import mlx.core as mx
 
@@ -12,12 +12,13 @@ class EDoRA(Parametrisation):
 
     .. math:: y = m \circ \frac{W_0 x + s\,B\,R\,A x}{\lVert W_0 + s\,B R A \rVert} + b
 
-    EDoRA (arXiv:2501.12067): with U S Vᵀ the r largest directions of W0, A = S·Vᵀ and
-    B = U are frozen, as in its authors' code. There R starts at random, of size 1e-5;
-    here at 0, so that the layer equals its base bit for bit.
+    This is EDoRA (arXiv:2501.12067). With U S Vᵀ the r largest directions of W0,
+    A = S·Vᵀ and B = U are frozen, as in the authors' code. There, R starts at random
+    values of size 1e-5. Here it starts at 0, so that the output equals the base's bit
+    for bit.
 
     Parameters: ``core`` ``(r, r)``, which is Rᵀ, and ``m`` ``(out,)``, float32; frozen
-    ``lora_a`` ``(in, r)`` and ``lora_b`` ``(r, out)``. Exports with B' = BR.
+    ``lora_a`` ``(in, r)`` and ``lora_b`` ``(r, out)``. The exported B is BR.
     """
 
     name = "edora"
@@ -25,17 +26,17 @@ class EDoRA(Parametrisation):
     cached = ("m", "lora_a", "lora_b", "core")
 
     def start(self, layer: VariantLinear, r: int) -> None:
-        """Take A and B from the base, R = 0."""
+        """Compute A and B from the base, and set R = 0."""
         lora_a, lora_b = principal_factors(weight_of(layer.linear), r)
-        root = mx.linalg.norm(lora_b, axis=1)  # √S; 0 where there are fewer directions
+        root = mx.linalg.norm(lora_b, axis=1)  # √S; 0 beyond the base's directions
         layer.lora_a = lora_a * root
         layer.lora_b = lora_b / mx.where(root > 0, root, 1.0)[:, None]
         layer.core = mx.zeros((r, r))
 
     def factors(self, layer: VariantLinear) -> tuple[mx.array, mx.array]:
-        """A ``(in, r)`` and BR ``(r, out)``."""
+        """Return A ``(in, r)`` and BR ``(r, out)``."""
         return layer["lora_a"], layer["core"] @ layer["lora_b"]
 
     def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
-        """The same as plain DoRA of the same rank."""
+        """Return the equivalent plain DoRA adapter of the same rank."""
         return *self.factors(layer), layer["m"]

@@ -1,4 +1,4 @@
-"""MAP: one length and one direction for the whole matrix, not for each row."""
+"""MAP: a length and a direction of the whole matrix instead of each row."""
 
 import mlx.core as mx
 
@@ -14,20 +14,21 @@ EPSILON = 1e-6
 
 
 class MAP(Parametrisation):
-    r"""Two normalised matrices with a trained scalar each.
+    r"""Two normalized matrices, each with a trained scalar.
 
     .. math:: W' = \alpha \frac{W_0}{\lVert W_0 \rVert_F + \epsilon}
         + s\,\beta \frac{BA}{\lVert BA \rVert_F + \epsilon}
 
-    MAP (arXiv:2505.23094), ε = 1e-6, the norms not constant in the backward pass. The
-    paper starts at β = 1 and B = 0, where the gradient of B is multiplied by 1/ε and
-    one step, however small, makes the update's norm β. Here A and B both start at
-    random and β at 0: the layer equals its base bit for bit, and the update grows from
-    nothing. s multiplies β: the step of a lone scalar would otherwise set its pace.
+    This is MAP (arXiv:2505.23094), with ε = 1e-6 and gradients through the norms. The
+    paper starts at β = 1 and B = 0. There the gradient of B is multiplied by 1/ε, and
+    even a tiny step makes the norm of the update β. Here A and B start at random values
+    and β at 0: the output equals the base's bit for bit, and the update grows from 0.
+    The scale s multiplies β, because the step of a single scalar would otherwise limit
+    how fast the update grows.
 
     Parameters: ``lora_a`` ``(in, r)``, ``lora_b`` ``(r, out)``, ``alpha`` and ``beta``
-    ``()``, float32. Exports with B' = B·β(‖W0‖_F + ε)/(α(‖BA‖_F + ε)) and
-    m' = α/(‖W0‖_F + ε)·‖W0 + sB'A‖ of each row.
+    ``()``, float32. The export has B' = B·β(‖W0‖_F + ε)/(α(‖BA‖_F + ε)) and, for each
+    row, m' = α/(‖W0‖_F + ε)·‖W0 + sB'A‖.
     """
 
     name = "map"
@@ -43,22 +44,22 @@ class MAP(Parametrisation):
         layer.beta = mx.array(0.0)
 
     def gain(self, layer: VariantLinear) -> mx.array:
-        """α/(‖W0‖_F + ε), of the base's part alone."""
+        """Return α/(‖W0‖_F + ε), the gain of only the base's part."""
         return layer["alpha"] / _base_length(layer)
 
     def output(self, layer: VariantLinear, x: mx.array, y: mx.array) -> mx.array:
-        """The output for input `x`, given the base's."""
+        """Return the output for input `x` and base output `y`."""
         g = self.gain(layer)
         low = layer.dropout(x) @ layer.lora_a.astype(x.dtype)
         up = (layer.scale * layer["beta"] / _update_length(layer)) * layer.lora_b
         return scaled_sum(y, g, low, up, layer.bias_offset(g))
 
     def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
-        """The same as plain DoRA of the same rank.
+        """Return the equivalent plain DoRA adapter of the same rank.
 
         Raises:
-            DoRAError: If α is 0: nothing is left of the base, and no DoRA adapter can
-                say that.
+            DoRAError: If α is 0, which removes the base; no DoRA adapter can express
+                this.
         """
         alpha, beta, lora_a = layer["alpha"], layer["beta"], layer["lora_a"]
         if alpha == 0:
@@ -76,7 +77,7 @@ def _base_length(layer: VariantLinear) -> mx.array:
 
 
 def _update_length(layer: VariantLinear) -> mx.array:
-    # ‖BA‖² = ⟨AᵀA, BBᵀ⟩: arrays of (r, r).
+    # ‖BA‖² = ⟨AᵀA, BBᵀ⟩, which needs only (r, r) arrays.
     a, b = layer["lora_a"], layer["lora_b"]
     squared = ((a.T @ a) * (b @ b.T)).sum()
     lives = squared > 0  # the square root has no gradient at 0

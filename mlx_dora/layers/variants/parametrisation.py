@@ -1,4 +1,4 @@
-"""A linear layer whose update and gain are parametrised in another way than DoRA's."""
+"""A linear layer whose update and gain have a parametrization other than DoRA's."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -16,19 +16,21 @@ from mlx_dora.matrix.terms import exact_terms, row_gain
 
 
 class Parametrisation(ABC):
-    r"""What a variant makes of its parameters; they are those of a `VariantLinear`.
+    r"""How a variant uses the parameters of its `VariantLinear`.
 
     .. math:: y = g \circ (W_0 x + s\,B(Ax)) + b
 
-    A parametrisation says what A, B and g are, how training starts, and which plain
-    DoRA adapter computes the same. The arrays are the layer's.
+    A parametrization defines A, B and g, the initial values, and the equivalent plain
+    DoRA adapter. The layer holds the arrays.
 
     Attributes:
-        name: As `DoRAConfig.variant` (or ``init``) has it.
+        name: Value of `DoRAConfig.variant` (or ``init``).
         fixed: Names of parameters that are kept but not trained.
-        cached: Names of the parameters that eval mode's constants are made from; empty
-            where nothing is cached.
-        room: Width of the factors held, in ranks asked for.
+        cached: Names of the parameters that eval-mode constants are computed from;
+            empty if nothing is cached.
+        has_norm: Whether the layer divides by a norm that is a constant in the
+            backward pass.
+        room: Ratio of the width of the factors to the requested rank.
     """
 
     name: ClassVar[str]
@@ -38,23 +40,23 @@ class Parametrisation(ABC):
     room: int = 1
 
     def start(self, layer: "VariantLinear", r: int) -> None:  # noqa: B027 - optional
-        """Set the parameters. A is random, B = 0, m = ‖W0‖ and the base is known.
+        """Initialize the parameters, from a random A, B = 0 and m = ‖W0‖.
 
         Args:
-            layer: The layer, with factors of rank `room` times `r`.
-            r: The rank asked for.
+            layer: The layer, with a base and factors of rank `room` times `r`.
+            r: The requested rank.
         """
 
     def factors(self, layer: "VariantLinear") -> tuple[mx.array, mx.array]:
-        """A ``(in, r)`` and B ``(r, out)``."""
+        """Return A ``(in, r)`` and B ``(r, out)``."""
         return layer["lora_a"], layer["lora_b"]
 
     def gain(self, layer: "VariantLinear") -> mx.array:
-        """Gain of each row. Shape ``(out,)`` or ``()``, float32."""
+        """Return the gain of each row. Shape ``(out,)`` or ``()``, float32."""
         return row_gain(layer["m"], layer.norm())
 
     def output(self, layer: "VariantLinear", x: mx.array, y: mx.array) -> mx.array:
-        """The output for input `x`, given the base's, W0·x + b."""
+        """Return the output for input `x` and base output `y`, W0·x + b."""
         if self.cached and (rest := layer.epilogue(x.dtype)) is not None:
             return rest.apply(y, x)
         a, b = self.factors(layer)
@@ -65,22 +67,22 @@ class Parametrisation(ABC):
 
     @abstractmethod
     def export(self, layer: "VariantLinear") -> tuple[mx.array, mx.array, mx.array]:
-        """A, B and m of the plain DoRA adapter that computes the same, at its scale.
+        """Return A, B and m of the equivalent plain DoRA adapter, with the same scale.
 
         Raises:
-            DoRAError: If no DoRA adapter can say what the parameters say.
+            DoRAError: If no DoRA adapter is equivalent.
         """
 
     @classmethod
     def adapt(
         cls, module: Any, r: int = 8, dropout: float = 0.0, scale: float = 20.0
     ) -> "VariantLinear":
-        """Put a layer of this parametrisation over a linear layer.
+        """Wrap a linear layer with this parametrization.
 
         Args:
-            module: The base; kept, unchanged, as ``linear``.
+            module: The base, kept unchanged as ``linear``.
             r: Rank of the update.
-            dropout: Probability of dropping in the low-rank branch.
+            dropout: Dropout probability in the low-rank branch.
             scale: Multiplier s of the update.
 
         Raises:
@@ -97,12 +99,12 @@ class Parametrisation(ABC):
 
 
 class VariantLinear(DoRALayer):
-    """A linear layer trained under a `Parametrisation`.
+    """A linear layer trained with a `Parametrisation`.
 
     Attributes:
         linear: The frozen base.
-        kind: What the parameters mean.
-        enabled: False makes the layer its base.
+        kind: The parametrization.
+        enabled: If False, the layer computes the output of its base.
     """
 
     base_name: ClassVar[str] = "linear"
@@ -117,7 +119,7 @@ class VariantLinear(DoRALayer):
 
     @property
     def room(self) -> int:
-        """Width of the factors held, in ranks asked for."""
+        """Ratio of the width of the factors to the requested rank."""
         return self.kind.room
 
     @property
@@ -127,49 +129,49 @@ class VariantLinear(DoRALayer):
 
     @property
     def cached(self) -> tuple[str, ...]:
-        """Names of the parameters that the eval-mode cache is made from."""
+        """Names of the parameters that the eval-mode cache is computed from."""
         return self.kind.cached
 
     def factors(self) -> tuple[mx.array, mx.array]:
-        """A ``(in, r)`` and B ``(r, out)``, as the parametrisation makes them."""
+        """Return A ``(in, r)`` and B ``(r, out)`` of the parametrization."""
         return self.kind.factors(self)
 
     def adapted(self) -> Adapted:
-        """The plain DoRA adapter that computes the same: A, B, s and m.
+        """Return the equivalent plain DoRA adapter: A, B, s and m.
 
         Raises:
-            DoRAError: If no DoRA adapter can say what the parameters say.
+            DoRAError: If no DoRA adapter is equivalent.
         """
         lora_a, lora_b, m = self.kind.export(self)
         update = LowRank(lora_a=lora_a, lora_b=lora_b, scale=self.scale)
         return Adapted(update=update, m=m)
 
     def set_base(self, base: nn.Module) -> None:
-        """Always raises: what a variant starts from follows from its base.
+        """Always raises: the initial values of a variant depend on its base.
 
         Raises:
-            DoRAError: Use `Parametrisation.adapt` for another base.
+            DoRAError: Always. Use `Parametrisation.adapt` for another base.
         """
         raise DoRAError(
             f"a {self.variant} layer cannot take another base; adapt that base instead."
         )
 
     def hold_norm(self) -> None:
-        """Hold the norm, where the parametrisation has one that is a constant."""
+        """Hold the norm, if the parametrization has a constant norm."""
         if self.kind.has_norm:
             super().hold_norm()
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Adapted output for `x`, as the parametrisation says."""
+        """Return the adapted output for `x`."""
         if not self.enabled:
             return self.linear(x)
         return self.kind.output(self, x, project(self.linear, x))
 
     def export(self) -> DoRALinear:
-        """A plain DoRA layer over the same base that computes the same.
+        """Return an equivalent plain DoRA layer over the same base.
 
         Raises:
-            DoRAError: If no DoRA adapter can say what the parameters say.
+            DoRAError: If no DoRA adapter is equivalent.
         """
         layer = DoRALinear.from_parts(
             self.linear,
@@ -183,9 +185,9 @@ class VariantLinear(DoRALayer):
 
 
 def exact_norm(layer: VariantLinear, lora_a: mx.array, lora_b: mx.array) -> mx.array:
-    """‖W0 + s·BA‖ of each row in float32, cancelling rows from the dense row.
+    """Return ‖W0 + s·BA‖ of each row in float32; rows that cancel are computed densely.
 
-    The norm that the exported layer divides by in eval mode. Shape ``(out,)``.
+    The exported layer divides by this norm in eval mode. Shape ``(out,)``.
     """
     update = LowRank(lora_a=lora_a, lora_b=lora_b, scale=layer.scale)
     return exact_terms(weight_of(layer.linear), update).norm
@@ -198,16 +200,16 @@ def scaled_sum(
     up: mx.array | None = None,
     offset: mx.array | None = None,
 ) -> mx.array:
-    """``gain∘y + low·up + offset`` in float32, rounded once to the dtype of `y`.
+    """Return ``gain∘y + low·up + offset``, rounded once from float32 to `y`'s dtype.
 
-    What the variants end with whose gain does not reach the low-rank part.
+    This is the last step of variants whose gain does not scale the low-rank part.
 
     Args:
-        y: Output of the base. Shape ``(..., out)``.
-        gain: Shape ``(out,)`` or ``()``, float32.
-        low: Low-rank activation. Shape ``(..., r)``; None for no such part.
-        up: Shape ``(r, out)``, float32.
-        offset: Shape ``(out,)`` float32, or None.
+        y: Output of the base, shape ``(..., out)``.
+        gain: Gain, shape ``(out,)`` or ``()``, float32.
+        low: Low-rank activation, shape ``(..., r)``; None for no low-rank part.
+        up: Scaled up projection, shape ``(r, out)``, float32; None like `low`.
+        offset: Offset, shape ``(out,)``, float32, or None.
     """
     out = gain * y.astype(mx.float32)
     if low is not None and up is not None:

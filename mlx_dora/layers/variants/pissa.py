@@ -1,4 +1,4 @@
-"""PiSSA: DoRA that starts from the principal directions of the base."""
+"""PiSSA: DoRA initialized with the principal directions of the base."""
 
 from typing import cast
 
@@ -9,24 +9,24 @@ from mlx_dora.layers._base import weight_of
 from mlx_dora.layers.variants.parametrisation import Parametrisation, VariantLinear
 from mlx_dora.matrix.weight import Weight, row_blocks
 
-# The subspace is iterated this often, with so many directions more than the rank.
-_PASSES = 8
-_SPARE = 8
+_PASSES = 8  # passes of subspace iteration
+_SPARE = 8  # directions to iterate in addition to the rank
 
 
 class PiSSA(Parametrisation):
-    r"""DoRA whose low-rank part starts as W0's own largest directions.
+    r"""DoRA whose low-rank part is initialized with the largest directions of W0.
 
     .. math:: y = m \circ \frac{W_0 x + s\,(B(Ax) - B_0(A_0x))}
         {\lVert W_0 + s\,(BA - B_0A_0) \rVert} + b
 
-    PiSSA (arXiv:2404.02948): with :math:`s B_0A_0` the best rank-r approximation of
-    W0, A and B start at A0 = √(S/s)·Vᵀ and B0 = U·√(S/s), and the frozen rest is
-    W0 − s·B0A0. The rest is not built: A0 and B0 stay beside the base, which keeps its
-    weight, packed or not. At the start the layer equals its base but for rounding.
+    PiSSA (arXiv:2404.02948). With :math:`s B_0A_0` the best rank-r approximation of
+    W0, A and B start at A0 = √(S/s)·Vᵀ and B0 = U·√(S/s), and the frozen residual is
+    W0 − s·B0A0. The residual is not built: the layer stores A0 and B0, and the base
+    keeps its weight, packed or not. Initially, the output equals the base's up to
+    rounding.
 
-    Parameters as `DoRALinear`'s, and frozen ``start_a`` ``(in, r)`` and ``start_b``
-    ``(r, out)``. Exports at rank 2r: A' = [A, A0], B' = [B; −B0].
+    Parameters: those of `DoRALinear`, and frozen ``start_a`` ``(in, r)`` and
+    ``start_b`` ``(r, out)``. The export has rank 2r: A' = [A, A0], B' = [B; −B0].
     """
 
     name = "pissa"
@@ -34,37 +34,37 @@ class PiSSA(Parametrisation):
     cached = ("m", "lora_a", "lora_b", *fixed)
 
     def start(self, layer: VariantLinear, r: int) -> None:
-        """Take A0 and B0 from the base, and A and B from them."""
+        """Compute A0 and B0 from the base, and copy them to A and B."""
         lora_a, lora_b = principal_factors(weight_of(layer.linear), r)
         size = 1 / layer.scale**0.5
         layer.start_a, layer.start_b = lora_a * size, lora_b * size
         layer.lora_a, layer.lora_b = layer.start_a, layer.start_b
 
     def factors(self, layer: VariantLinear) -> tuple[mx.array, mx.array]:
-        """[A, A0] and [B; −B0]: the update of the original base, of rank 2r."""
+        """Return [A, A0] and [B; −B0], the update of the original base, of rank 2r."""
         return (
             mx.concatenate([layer["lora_a"], layer["start_a"]], axis=1),
             mx.concatenate([layer["lora_b"], -layer["start_b"]]),
         )
 
     def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
-        """The same as plain DoRA of rank 2r."""
+        """Return the equivalent plain DoRA adapter of rank 2r."""
         return *self.factors(layer), layer["m"]
 
 
 def principal_factors(weight: Weight, rank: int) -> tuple[mx.array, mx.array]:
-    """√S·Vᵀ and U·√S of the largest singular values, to the accuracy of a start.
+    """Approximate √S·Vᵀ and U·√S of the largest singular values of a weight.
 
-    Subspace iteration from directions that MLX's random state gives, row block by row
-    block: no dense copy of a packed weight.
+    The accuracy suffices for initial values. Subspace iteration starts from MLX's
+    random state and reads the weight in blocks of rows, without a dense copy.
 
     Args:
-        weight: Shape ``(out, in)``, dense or packed.
-        rank: How many.
+        weight: Weight, shape ``(out, in)``, dense or packed.
+        rank: Number of singular values.
 
     Returns:
-        A ``(in, rank)`` and B ``(rank, out)``, float32, evaluated. Where the
-        matrix has fewer directions than `rank`, zeros.
+        A ``(in, rank)`` and B ``(rank, out)``, float32, evaluated, and zero beyond the
+        number of directions of the matrix.
     """
     out, width = weight.shape
     count = min(rank + _SPARE, out, width)
@@ -91,9 +91,9 @@ def principal_factors(weight: Weight, rank: int) -> tuple[mx.array, mx.array]:
         np.pad(lora_a, ((0, 0), (0, lacking))),
         np.pad(lora_b, ((0, lacking), (0, 0))),
     )
-    found = mx.array(lora_a.astype(np.float32)), mx.array(lora_b.astype(np.float32))
-    mx.eval(*found)
-    return found
+    factors = mx.array(lora_a.astype(np.float32)), mx.array(lora_b.astype(np.float32))
+    mx.eval(*factors)
+    return factors
 
 
 def _orthogonal(basis: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pre-Diag: a diagonal in front of the base, beside a low-rank update."""
+"""Pre-Diag: a diagonal that scales the base, and a low-rank update."""
 
 import mlx.core as mx
 
@@ -12,42 +12,43 @@ from mlx_dora.layers.variants.parametrisation import (
 
 
 class PreDiag(Parametrisation):
-    r"""A diagonal that rescales the base's rows alone.
+    r"""A diagonal that scales only the rows of the base.
 
     .. math:: y = d \circ (W_0 x) + s\,B(Ax) + b
 
-    Pre-Diag (arXiv:2511.00051): no norm, so a step reads W0 once less than DoRA's. At
-    the start d = 1 and B = 0, and the layer equals its base bit for bit.
+    This is Pre-Diag (arXiv:2511.00051). It has no norm, so that a step reads W0 once
+    less than in DoRA. Initially d = 1 and B = 0, and the output equals the base's bit
+    for bit.
 
     Parameters: ``lora_a`` ``(in, r)``, ``lora_b`` ``(r, out)`` and ``d`` ``(out,)``,
-    float32. Exports with B'_j = B_j/d_j and m'_j = d_j·‖W0 + sB'A‖_j.
+    float32. The export has B'_j = B_j/d_j and m'_j = d_j·‖W0 + sB'A‖_j.
     """
 
     name = "prediag"
     has_norm = False
 
     def start(self, layer: VariantLinear, r: int) -> None:
-        """Set d = 1 in the place of m."""
+        """Replace m by d = 1."""
         del layer.m
         layer.d = mx.ones_like(layer["_squared_base"])
 
     def gain(self, layer: VariantLinear) -> mx.array:
-        """The diagonal d, of the base's part alone."""
+        """Return the diagonal d, the gain of only the base's part."""
         return layer["d"]
 
     def output(self, layer: VariantLinear, x: mx.array, y: mx.array) -> mx.array:
-        """The output for input `x`, given the base's."""
+        """Return the output for input `x` and base output `y`."""
         d = self.gain(layer)
         low = layer.dropout(x) @ layer.lora_a.astype(x.dtype)
         up = layer.scale * layer.lora_b
         return scaled_sum(y, d, low, up, layer.bias_offset(d))
 
     def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
-        """The same as plain DoRA of the same rank.
+        """Return the equivalent plain DoRA adapter of the same rank.
 
         Raises:
-            DoRAError: If an entry of d is 0: the base's row is gone, and no DoRA
-                adapter can say that.
+            DoRAError: If an entry of d is 0, which removes a row of the base; no DoRA
+                adapter can express this.
         """
         d, lora_a = layer["d"], layer["lora_a"]
         gone = int((d == 0).sum())

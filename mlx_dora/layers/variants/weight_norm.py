@@ -1,4 +1,4 @@
-"""Weight normalisation, what DoRA's decomposition goes back to."""
+"""Weight normalization, on which DoRA's decomposition is based."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,19 +8,19 @@ from mlx_dora.errors import DoRAError
 
 
 class WeightNormLinear(nn.Module):
-    r"""A linear layer whose rows are trained as length and direction, both in full.
+    r"""A linear layer that trains the length and the full direction of each row.
 
     .. math:: y = g \circ \frac{V x}{\lVert V \rVert} + b
 
-    Salimans & Kingma 2016 (arXiv:1602.07868), differentiated through the norm. For
-    comparison: it has no frozen base, and so exports to no adapter.
+    Salimans & Kingma 2016 (arXiv:1602.07868), with gradients through the norm. It is
+    for comparison only: it has no frozen base and cannot be exported to an adapter.
 
-    Parameters: ``v`` ``(out, in)``, ``g`` ``(out,)`` and, if there is one, ``bias``.
+    Parameters: ``v`` ``(out, in)``, ``g`` ``(out,)`` and optionally ``bias``.
 
     Args:
         input_dims: Width of the input.
         output_dims: Width of the output.
-        bias: Whether there is a bias.
+        bias: Whether the layer has a bias.
     """
 
     def __init__(self, input_dims: int, output_dims: int, bias: bool = True) -> None:
@@ -29,14 +29,14 @@ class WeightNormLinear(nn.Module):
 
     @classmethod
     def from_base(cls, linear: nn.Linear) -> "WeightNormLinear":
-        """Start from a linear layer's weight: g = ‖W‖, V = W.
+        """Initialize from a linear layer's weight: g = ‖W‖, V = W.
 
         Raises:
-            DoRAError: If `linear` is of any other class, packed ones included.
+            DoRAError: If `linear` is not exactly an `nn.Linear`, for example packed.
         """
         if type(linear) is not nn.Linear:
             raise DoRAError(
-                "weight normalisation trains the weight of an nn.Linear, got a "
+                "weight normalization trains the weight of an nn.Linear, got a "
                 f"{type(linear).__name__}."
             )
         layer = cls.__new__(cls)
@@ -51,7 +51,7 @@ class WeightNormLinear(nn.Module):
             self.bias = linear.bias
 
     def weight(self) -> mx.array:
-        """g∘V/‖V‖ in V's dtype; a row of zeros stays so. Shape ``(out, in)``."""
+        """Return g∘V/‖V‖ in V's dtype, shape ``(out, in)``; zero rows stay zero."""
         full = self.v.astype(mx.float32)
         squared = mx.square(full).sum(axis=1)  # over a row: one norm per output
         lives = squared > 0
@@ -59,12 +59,12 @@ class WeightNormLinear(nn.Module):
         return (gain[:, None] * full).astype(self.v.dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Output ``(..., out)`` for `x` ``(..., in)``."""
+        """Return the output ``(..., out)`` for `x` ``(..., in)``."""
         y = x @ self.weight().T
         return y + self.bias if "bias" in self else y
 
     def fuse(self) -> nn.Linear:
-        """The same as a plain linear layer."""
+        """Convert to a plain linear layer."""
         weight = self.weight()
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in self)
         linear.weight = weight

@@ -1,4 +1,4 @@
-"""Every variant in float64 NumPy, written from the papers' equations."""
+"""All variants in float64 NumPy, written from the equations of the papers."""
 
 from collections.abc import Callable
 
@@ -19,13 +19,13 @@ def update(p: Params) -> np.ndarray:
 
 
 def made(p: Params) -> np.ndarray:
-    """The update whose factors doran-aux's networks make."""
+    """Return the update with the factors from the networks of doran-aux."""
     a = p["lora_a"] @ np.tanh(p["first.a"])
     return (a @ np.tanh(p["first.b"]) @ p["lora_b"]).T
 
 
 def direction(name: str, p: Params, w: np.ndarray, s: float, fixed: Params):
-    """What the constant norm is the norm of."""
+    """Return the weight whose row norms are the constant norm."""
     if name == "magnitude":
         return w
     if name == "doran-aux":
@@ -94,8 +94,8 @@ EQUATIONS: dict[str, Equation] = {
 def numeric_gradients(
     loss: Callable[[Params], float], params: Params, step: float = 1e-5
 ) -> Params:
-    """Central differences of a float64 function, parameter by parameter."""
-    found = {}
+    """Return central differences of a float64 function for each parameter."""
+    gradients = {}
     for name, value in params.items():
         gradient = np.zeros_like(value)
         for index in np.ndindex(value.shape):
@@ -105,5 +105,5 @@ def numeric_gradients(
                 moved[index] += sign * step
                 sides.append(loss({**params, name: moved}))
             gradient[index] = (sides[0] - sides[1]) / (2 * step)
-        found[name] = gradient
-    return found
+        gradients[name] = gradient
+    return gradients

@@ -82,7 +82,7 @@ def test_the_shared_gradient_is_the_sum_over_the_projections(block: Block) -> No
     for name, value in expected.items():
         assert np.abs(value).max() > 1e-3
         assert_close(gradients[name], value, bound=3e-5)
-    # The same without sharing: each projection's own part.
+    # Compare with separate first layers: the part of each projection.
     alone = Block()
     for name in ("q", "v", "o"):
         alone[name].update(block[name].trainable_parameters())

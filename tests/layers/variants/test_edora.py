@@ -9,7 +9,7 @@ from tests.layers.oracle import dense_weight
 
 
 def decaying(out: int, width: int) -> nn.Linear:
-    """A layer whose singular values fall fast enough for every direction to be sure."""
+    """Return a layer whose singular values decrease fast, so directions are unique."""
     rng = np.random.default_rng(0)
     count = min(out, width)
     left = np.linalg.qr(rng.standard_normal((out, count)))[0]
@@ -31,7 +31,7 @@ def test_the_factors_are_the_bases_largest_directions() -> None:
     assert_close(down, signs * (right[:4].T * sizes[:4]), bound=1e-4)
     layer.core = mx.eye(4)  # R = 1 adds the base's own best approximation
     best = (left[:, :4] * sizes[:4]) @ right[:4]
-    a, b = (to_numpy(one) for one in layer.factors())
+    a, b = (to_numpy(factor) for factor in layer.factors())
     assert_close((a @ b).T, best, bound=1e-4)
 
 

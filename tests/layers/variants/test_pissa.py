@@ -22,9 +22,9 @@ def test_the_start_is_the_best_approximation(shape: tuple[int, int]) -> None:
     right = mx.linalg.qr(mx.random.normal((shape[1], sizes.size)), stream=mx.cpu)[0]
     weight = (left * sizes) @ right.T
     down, up = principal_factors(weight, 4)
-    found = to_numpy(up).T @ to_numpy(down).T
+    product = to_numpy(up).T @ to_numpy(down).T
     _, best = spectrum(to_numpy(weight), 4)
-    assert np.linalg.norm(found - best) < 1e-4 * np.linalg.norm(best)
+    assert np.linalg.norm(product - best) < 1e-4 * np.linalg.norm(best)
     both = [np.linalg.norm(to_numpy(v), axis=a) for v, a in ((down, 0), (up, 1))]
     np.testing.assert_allclose(both[0], both[1], rtol=1e-4)
 

@@ -1,4 +1,4 @@
-"""What holds for every variant, against float64."""
+"""Checks every variant against float64."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ NAMES = sorted(VARIANTS)
 SCALE = 2.0
 
 
-# As in checkpoints: renaming one breaks the resuming of earlier runs.
+# These names are in checkpoints: renaming them breaks resuming of earlier runs.
 TRAINED = {
     "adaptive": {"lora_a", "lora_b", "m"},
     "doran": {"lora_a", "lora_b", "m", "t"},
@@ -56,7 +56,7 @@ def linear(width: int = 12, out: int = 9, bias: bool = True) -> nn.Linear:
 
 
 def moved(layer: Any, size: float = 0.3) -> Any:
-    """Every trained parameter a little away from its start."""
+    """Move every trained parameter slightly away from its initial value."""
     rng = np.random.default_rng(2)
     changed = {}
     for name, value in trained(layer).items():
@@ -76,8 +76,8 @@ def arrays(tree: Any) -> dict[str, mx.array]:
 
 
 def parts(layer: Any) -> tuple[Params, Params]:
-    found = {name: to_numpy(value) for name, value in trained(layer).items()}
-    return found, {name: to_numpy(layer[name]) for name in layer.fixed}
+    parameters = {name: to_numpy(value) for name, value in trained(layer).items()}
+    return parameters, {name: to_numpy(layer[name]) for name in layer.fixed}
 
 
 def true_weight(name: str, layer: Any) -> np.ndarray:
@@ -114,11 +114,11 @@ def test_values_and_gradients_match_float64_differences(name: str, bias: bool) -
 
     parameters = layer.trainable_parameters()
     gradients, dx = mx.grad(loss, argnums=(0, 1))(parameters, inputs)
-    expected, found = numeric_gradients(truth, params), arrays(gradients)
-    assert set(expected) == set(found)
-    for one, value in expected.items():
+    expected, actual = numeric_gradients(truth, params), arrays(gradients)
+    assert set(expected) == set(actual)
+    for key, value in expected.items():
         assert np.abs(value).max() > 1e-3
-        assert_close(found[one], value, bound=3e-5)
+        assert_close(actual[key], value, bound=3e-5)
     assert_close(dx, pull @ true_weight(name, layer))
 
 
@@ -130,7 +130,7 @@ def test_an_untrained_layer_is_its_base(name: str, dtype: mx.Dtype) -> None:
     layer = wrap(name, base)
     x = mx.random.normal((3, 5, 64)).astype(dtype)
     for call in (layer, layer.eval()):
-        if name == "pissa":  # A and B cancel A0 and B0 but for rounding
+        if name == "pissa":  # A and B cancel A0 and B0 up to rounding
             assert_close(call(x), to_numpy(base(x)), dtype, bound=None)
         else:
             assert mx.array_equal(call(x), base(x))
@@ -214,7 +214,7 @@ def test_a_zero_row_gives_no_nan(name: str) -> None:
     for value in arrays(gradients).values():
         assert mx.isfinite(value).all()
     moved(layer)
-    if name == "pissa":  # a row that the update alone makes
+    if name == "pissa":  # this row comes only from the update
         return
     assert_close(layer.export()(x), to_numpy(layer(x)), bound=3e-6)
 
@@ -223,11 +223,11 @@ def test_a_zero_row_gives_no_nan(name: str) -> None:
 def test_every_change_is_seen_in_eval_mode(name: str) -> None:
     layer = moved(wrap(name, linear())).eval()
     x = mx.random.normal((5, 12))
-    flat = {**trained(layer), **{one: layer[one] for one in layer.fixed}}
-    for one, value in flat.items():
+    flat = {**trained(layer), **{key: layer[key] for key in layer.fixed}}
+    for key, value in flat.items():
         before = to_numpy(layer(x))
         factor = mx.random.uniform(1.3, 2.0, value.shape)
-        layer.update(tree_unflatten([(one, value * factor)]))
+        layer.update(tree_unflatten([(key, value * factor)]))
         assert not np.allclose(to_numpy(layer(x)), before)
         expected = to_numpy(x) @ true_weight(name, layer).T
         assert_close(layer(x), expected + to_numpy(layer.linear.bias))
