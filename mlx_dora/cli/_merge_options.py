@@ -23,12 +23,12 @@ def read_weights(
     if value is None:
         return None
     try:
-        found = parse_yaml(value if value[:1] in "[{" else f"[{value}]", repr(value))
+        weights = parse_yaml(value if value[:1] in "[{" else f"[{value}]", repr(value))
     except DoRAError as error:
         raise click.BadParameter(f"{value!r} is not a list of weights.") from error
-    if not isinstance(found, list | dict):
+    if not isinstance(weights, list | dict):
         raise click.BadParameter(f"{value!r} is not a list of weights.")
-    return found
+    return weights
 
 
 def fisher_option(whose: str) -> Callable[[Any], Any]:

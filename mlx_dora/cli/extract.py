@@ -45,7 +45,7 @@ def command(
     if rank is None and energy is None:
         raise click.UsageError("give --rank, --energy or both")
     with WorkDisplay(with_memory=True) as display:
-        found = extract_adapter(
+        extraction = extract_adapter(
             base,
             tuned,
             rank=rank,
@@ -55,6 +55,6 @@ def command(
             overwrite=overwrite,
             progress=display.progress,
         )
-    for line in found.lines():
+    for line in extraction.lines():
         echo(line)
     echo(f"Saved to {save_path}")

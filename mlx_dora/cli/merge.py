@@ -163,14 +163,14 @@ def _suggested_merge(
         )
     for advice in comparison.guidance:
         echo(advice.sentence)
-    found = next((one for one in comparison.guidance if one.method), None)
-    if found is None or found.method is None:
+    choice = next((advice for advice in comparison.guidance if advice.method), None)
+    if choice is None or choice.method is None:
         raise DoRAError(
             "the comparison suggests no way to merge these adapters; to merge them "
             "anyway, name a --method and --weights."
         )
-    echo(f"Method: {found.method}")
-    return found.method, found.weights
+    echo(f"Method: {choice.method}")
+    return choice.method, choice.weights
 
 
 @command.command("fisher")

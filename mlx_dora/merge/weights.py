@@ -58,7 +58,7 @@ def row_weights(
             that must be normalised are negative or sum to 0.
     """
     values = _for_name(weights, name, count)
-    found = np.empty((rows, count))
+    shares = np.empty((rows, count))
     for i, value in enumerate(values):
         array = _array(value)
         if array.ndim == 1 and array.size != rows:
@@ -66,16 +66,16 @@ def row_weights(
                 f"weights of {name}: expected a number or {rows}, one a row, got "
                 f"{array.size}."
             )
-        found[:, i] = array
+        shares[:, i] = array
     if not normalize:
-        return found
-    total = found.sum(1, keepdims=True)
-    if (found < 0).any() or not (total > 0).all():
+        return shares
+    total = shares.sum(1, keepdims=True)
+    if (shares < 0).any() or not (total > 0).all():
         raise DoRAError(
             f"weights of {name}: a mean needs weights of at least 0 with a positive "
-            f"sum, got {[float(v) for v in found[0]]}."
+            f"sum, got {[float(v) for v in shares[0]]}."
         )
-    return found / total
+    return shares / total
 
 
 def _for_name(weights: Weights | None, name: str, count: int) -> Sequence[Weight]:

@@ -68,8 +68,10 @@ def add_logit_errors(
                 progress("logits", len(layers), 1)
         for path in layers:
             put(path, cut.adapter)
-        told = tuple(replace(one, logit_error=errors[one.path]) for one in cut.layers)
-        return replace(cut, layers=told, logit_error=error())
+        measured = tuple(
+            replace(layer, logit_error=errors[layer.path]) for layer in cut.layers
+        )
+        return replace(cut, layers=measured, logit_error=error())
     finally:
         remove_dora(model)
 
@@ -83,7 +85,7 @@ def open_probe(model: str | Path, data: str) -> tuple[nn.Module, Examples]:
     splits = read_splits(DataConfig(data=data))
     loaded, tokenizer = load(model)
     sets = make_datasets(splits, tokenizer)
-    found = sets["test"] or sets["valid"] or sets["train"]
-    if found is None:
+    examples = sets["test"] or sets["valid"] or sets["train"]
+    if examples is None:
         raise DoRAError(f"{data} has no rows.")
-    return loaded, found
+    return loaded, examples

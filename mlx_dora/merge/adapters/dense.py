@@ -93,7 +93,7 @@ def merge_apart(
         The direction, unnormalised, ``(out, in)``, and the magnitude, ``(out,)``.
     """
     direction = merge_task_vectors(method, base, directions, weights, options)
-    lengths = [mx.abs(one) for one in magnitudes]
+    lengths = [mx.abs(m) for m in magnitudes]
     magnitude = merge_task_vectors(method, row_norm(base), lengths, weights, options)
     return direction, mx.maximum(magnitude, 0.0)
 
@@ -165,9 +165,9 @@ def _float64(values: mx.array) -> np.ndarray:
 
 
 def _finite(values: mx.array) -> np.ndarray:
-    if not np.isfinite(found := _float64(values)).all():
+    if not np.isfinite(array := _float64(values)).all():
         raise DoRAError(NOT_FINITE)
-    return found
+    return array
 
 
 def _gains(m: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -60,15 +60,15 @@ class Extraction:
 
     def lines(self) -> list[str]:
         """The report as text."""
-        told = [
-            f"{one.path}: rank {one.rank}, {one.discarded:.2e} of the energy left out, "
-            f"error {one.error:.2e} of the change"
-            for one in self.layers
+        text = [
+            f"{layer.path}: rank {layer.rank}, {layer.discarded:.2e} of the energy left "
+            f"out, error {layer.error:.2e} of the change"
+            for layer in self.layers
         ]
         if self.left_out:
-            told.append(f"Changed, but not covered: {', '.join(self.left_out)}")
-        told.append(f"Extracted {len(self.layers)} matrices.")
-        return told
+            text.append(f"Changed, but not covered: {', '.join(self.left_out)}")
+        text.append(f"Extracted {len(self.layers)} matrices.")
+        return text
 
 
 def extract_adapter(

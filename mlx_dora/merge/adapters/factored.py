@@ -87,15 +87,17 @@ def merge_matrix(
     Returns:
         The adapter, exact to float32 but for `rank`. Inputs with the same A share it.
     """
-    found, norm, weights, inputs, grams = _combination(method, weight, inputs, weights)
-    beta, length, opposed = _keep_base(found, norm, weights)
+    combination, norm, weights, inputs, grams = _combination(
+        method, weight, inputs, weights
+    )
+    beta, length, opposed = _keep_base(combination, norm, weights)
     share = beta.sum(1)
     # A row that is zero everywhere: any update that leaves it zero will do.
     is_zero = np.abs(beta).sum(1) == 0
     beta = np.where(is_zero[:, None], heaviest(weights), beta)
     share = np.where(is_zero, 1.0, share)
     merged = _side_by_side(inputs, beta / share[:, None])
-    if rows := np.flatnonzero(found.cancelled & ~opposed).tolist():
+    if rows := np.flatnonzero(combination.cancelled & ~opposed).tolist():
         dense = np.array(float32_rows(weight, mx.array(rows)), np.float64)
         dense = share[rows, None] * (dense + merged.rows(np.array(rows)))
         length[rows] = np.linalg.norm(dense, axis=1)
@@ -134,13 +136,13 @@ def _combination(
         inputs.append(_unchanged(inputs[0]))
         last = 1 - weights.sum(1, keepdims=True)
         weights = np.concatenate([weights, last], axis=1)
-    grams = row_grams(weight, [one.update for one in inputs])
+    grams = row_grams(weight, [adapted.update for adapted in inputs])
     norm = grams.norm
     if not (norm <= np.finfo(np.float32).max).all():
         raise DoRAError(NOT_FINITE)
     lengths = [
-        norm[:, i] if one.m is None else np.array(one.m, np.float64)
-        for i, one in enumerate(inputs)
+        norm[:, i] if adapted.m is None else np.array(adapted.m, np.float64)
+        for i, adapted in enumerate(inputs)
     ]
     rows = Rows(
         inner=grams.inner,
@@ -149,13 +151,13 @@ def _combination(
         base_norm=grams.base_norm,
     )
     function = entry.row_function
-    found = of_changes(rows, function) if of_base else function(rows)
-    return found, norm, weights, inputs, grams
+    combination = of_changes(rows, function) if of_base else function(rows)
+    return combination, norm, weights, inputs, grams
 
 
-def _unchanged(one: Adapted) -> Adapted:
+def _unchanged(adapted: Adapted) -> Adapted:
     """The base as an input: an update of rank 0."""
-    width, out = one.update.lora_a.shape[0], one.update.lora_b.shape[1]
+    width, out = adapted.update.lora_a.shape[0], adapted.update.lora_b.shape[1]
     nothing = LowRank(lora_a=mx.zeros((width, 0)), lora_b=mx.zeros((0, out)), scale=0.0)
     return Adapted(update=nothing, m=None)
 
@@ -167,17 +169,17 @@ def single(values: np.ndarray) -> mx.array:
 
 
 def _keep_base(
-    found: Combination, norm: np.ndarray, weights: np.ndarray
+    combination: Combination, norm: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Let rows in which W0 cancels out keep the heaviest input's direction."""
-    beta, length = found.coefficients, found.length.copy()
+    beta, length = combination.coefficients, combination.length.copy()
     size = np.abs(beta).sum(1)
     lost = (np.abs(beta.sum(1)) <= _BASE_SHARE * size) & (size > 0)
     if lost.any():
         chosen = heaviest(np.abs(weights) * (norm > 0))
         reach = np.where(norm > 0, length[:, None] / np.where(norm > 0, norm, 1), 0.0)
         beta = np.where(lost[:, None], chosen * reach, beta)
-    return beta, length, found.opposed | lost
+    return beta, length, combination.opposed | lost
 
 
 def _side_by_side(inputs: Sequence[Adapted], shares: np.ndarray) -> Factors:
@@ -185,7 +187,7 @@ def _side_by_side(inputs: Sequence[Adapted], shares: np.ndarray) -> Factors:
     factors = [adapted.update.float64() for adapted in inputs]
     return side_by_side(
         [
-            Factors(a=one.a, b=shares[:, i : i + 1] * one.b)
-            for i, one in enumerate(factors)
+            Factors(a=pair.a, b=shares[:, i : i + 1] * pair.b)
+            for i, pair in enumerate(factors)
         ]
     )

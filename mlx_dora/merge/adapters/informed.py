@@ -53,7 +53,7 @@ def merge_informed(
     Raises:
         DoRAError: If weights by row meet information by element.
     """
-    known = [one for one in informations if one is not None]
+    known = [information for information in informations if information is not None]
     if len(known) < len(informations) or known[0].ndim == 1:
         informed, unknown = informed_weights(weights, informations)
         merged = merge_matrix(
@@ -77,26 +77,26 @@ def _by_element(
 ) -> MergedMatrix:
     base = dense(weight).astype(mx.float32)
     rows, gains = [], []
-    for one in inputs:
-        update = one.update
+    for adapted in inputs:
+        update = adapted.update
         row = base + update.rows(slice(None))
         norm = row_norm(row)
-        length = norm if one.m is None else one.m.astype(mx.float32)
+        length = norm if adapted.m is None else adapted.m.astype(mx.float32)
         gain = row_gain(length, norm)
         rows.append(gain[:, None] * row)
         gains.append(np.array(gain, np.float64))
-    merged = elementwise.fisher(rows, known, [float(one) for one in weights[0]])
+    merged = elementwise.fisher(rows, known, [float(w) for w in weights[0]])
     unknown = int((sum(known[1:], start=known[0]) == 0).sum())
     # The share of W0 that the rows' mean information would give: over it, the merged
     # row is W0 and an update of about the inputs' ranks.
-    informed, _ = informed_weights(weights, [one.mean(axis=1) for one in known])
+    informed, _ = informed_weights(weights, [array.mean(axis=1) for array in known])
     parts = informed * np.stack(gains, axis=1)
     share, size = parts.sum(1), np.abs(parts).sum(1)
     magnitude = row_norm(merged)
     length = np.array(row_norm(base) / mx.maximum(magnitude, 1e-30), np.float64)
     is_plain = share > _LEANS * size
     factors = np.where(is_plain, 1 / np.where(is_plain, share, 1.0), length)
-    total = sum(one.update.lora_a.shape[1] for one in inputs)
+    total = sum(adapted.update.lora_a.shape[1] for adapted in inputs)
     made = factor(
         base,
         mx.array(factors[:, None].astype(np.float32)) * merged,

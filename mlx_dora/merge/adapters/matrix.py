@@ -83,16 +83,16 @@ def _merge_densely(
         raise DoRAError(f"{method} takes one weight an adapter, not one a row.")
     base = dense(weight).astype(mx.float32)
     directions, magnitudes = [], []
-    for one in inputs:
-        update = one.update
+    for adapted in inputs:
+        update = adapted.update
         directions.append(base + update.rows(slice(None)))
         if not all_finite(directions[-1]):
             raise DoRAError(NOT_FINITE)
-        magnitudes.append(row_norm(directions[-1]) if one.m is None else one.m)
+        magnitudes.append(row_norm(directions[-1]) if adapted.m is None else adapted.m)
     direction, magnitude = merge_apart(
         method, base, directions, magnitudes, [float(v) for v in shares[0]], options
     )
-    total = sum(one.update.lora_a.shape[1] for one in inputs)
+    total = sum(adapted.update.lora_a.shape[1] for adapted in inputs)
     return factor(
         base, direction, magnitude, scale=target, rank=rank or total, rescale=False
     )

@@ -129,14 +129,15 @@ def merge_adapters_report(
     check_arguments(adapters, method, weights, rank, options)
     fishers = check_fishers(method, fisher, len(adapters))
     given = [*adapters, model, *(fisher or ())]
-    inputs = (*inputs, *(one for one in given if isinstance(one, str | Path)))
+    inputs = (*inputs, *(source for source in given if isinstance(source, str | Path)))
     if save_path is not None:
         check_output(save_path, inputs=inputs, overwrite=overwrite)
     loaded = [
-        one if isinstance(one, Adapter) else load_adapter(one) for one in adapters
+        source if isinstance(source, Adapter) else load_adapter(source)
+        for source in adapters
     ]
     base = model if isinstance(model, nn.Module) else load_lazily(model)
-    names = [one if isinstance(one, str | Path) else "" for one in adapters]
+    names = [source if isinstance(source, str | Path) else "" for source in adapters]
     check_fit(base, loaded, names, check_base)
     job = _Job(
         adapters=loaded,
@@ -151,17 +152,17 @@ def merge_adapters_report(
     check_paths(fishers, job.modules)
     if rank is not None:
         check_cut(job.modules, job.paths, rank)
-    found = job.merged(rank)
+    report = job.merged(rank)
     if rank is not None and probe is not None:
         full = job.merged(None).adapter
-        found = add_logit_errors(found, full, base, probe, progress=progress)
+        report = add_logit_errors(report, full, base, probe, progress=progress)
     only = job.only_one()
     if only is not None and rank is None:
-        found = replace(found, adapter=only)
-    refuse_not_finite(found.adapter.tensors, "the merged adapter")
+        report = replace(report, adapter=only)
+    refuse_not_finite(report.adapter.tensors, "the merged adapter")
     if save_path is not None:
-        save_adapter(found.adapter, save_path, inputs=inputs, overwrite=overwrite)
-    return found
+        save_adapter(report.adapter, save_path, inputs=inputs, overwrite=overwrite)
+    return report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,13 +192,15 @@ class _Job:
     @cached_property
     def paths(self) -> list[str]:
         """The modules that any adapter has, in natural order."""
-        every = {path for one in self.adapters for path in one.paths}
+        every = {path for adapter in self.adapters for path in adapter.paths}
         return sorted(every, key=natural_order)
 
     @cached_property
     def scale(self) -> float:
         """The multiplier that the merged updates are written for."""
-        return next((s for one in self.adapters if (s := one.config.scale)), 1.0)
+        return next(
+            (s for adapter in self.adapters if (s := adapter.config.scale)), 1.0
+        )
 
     def merged(self, rank: int | None) -> AdapterMerge:
         """Merge every module, with the updates cut to a rank if it is not None."""
@@ -224,7 +227,7 @@ class _Job:
         """Merge one module, its experts one by one; adds to the report's layers."""
         module = self.modules[path]
         weight = weight_of(module)
-        columns = [adapted_matrices(one, path, module) for one in self.adapters]
+        columns = [adapted_matrices(adapter, path, module) for adapter in self.adapters]
         shares = row_weights(
             self.weights,
             path,
@@ -235,7 +238,7 @@ class _Job:
         parts = []
         named = named_matrices(path, weight)
         for (name, matrix), *inputs in zip(named, *columns, strict=True):
-            known = [one.read(path, matrix.shape) for one in self.fishers]
+            known = [fisher.read(path, matrix.shape) for fisher in self.fishers]
             try:
                 merged = merge_one(
                     matrix,

@@ -62,35 +62,35 @@ class AdapterMerge:
 
     def lines(self) -> list[str]:
         """The report as text: a line a layer in which something is to be said."""
-        told = [printable(note) for note in self.notes]
-        for one in self.layers:
+        text = [printable(note) for note in self.notes]
+        for layer in self.layers:
             notes = []
-            if one.inputs < self.count:
-                notes.append(f"in {one.inputs} of {self.count} adapters")
-            if one.discarded > 0:
-                notes.append(f"{one.discarded:.2e} of the energy cut")
-            if one.logit_error is not None:
-                notes.append(f"logits off by {one.logit_error:.2e}")
+            if layer.inputs < self.count:
+                notes.append(f"in {layer.inputs} of {self.count} adapters")
+            if layer.discarded > 0:
+                notes.append(f"{layer.discarded:.2e} of the energy cut")
+            if layer.logit_error is not None:
+                notes.append(f"logits off by {layer.logit_error:.2e}")
             for what, number in (
-                ("opposed", one.opposed),
-                ("recomputed densely", one.recomputed),
-                ("zero", one.zero),
+                ("opposed", layer.opposed),
+                ("recomputed densely", layer.recomputed),
+                ("zero", layer.zero),
             ):
                 if number:
                     notes.append(f"{number} rows {what}")
-            if one.unknown:
-                notes.append(f"{one.unknown} weights without Fisher information")
+            if layer.unknown:
+                notes.append(f"{layer.unknown} weights without Fisher information")
             if notes:
-                told.append(f"{one.name}: rank {one.rank}, {', '.join(notes)}")
+                text.append(f"{layer.name}: rank {layer.rank}, {', '.join(notes)}")
         if self.logit_error is not None:
-            told.append(f"All layers cut: logits off by {self.logit_error:.2e}")
-        ranks = sorted({one.rank for one in self.layers})
+            text.append(f"All layers cut: logits off by {self.logit_error:.2e}")
+        ranks = sorted({layer.rank for layer in self.layers})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        told.append(
+        text.append(
             f"Merged {self.count} adapters on {len(self.layers)} matrices by "
             f"{self.method}: rank {span}."
         )
-        return told
+        return text
 
 
 def layer_report(
@@ -100,7 +100,7 @@ def layer_report(
     return MergedLayer(
         path=path,
         name=name,
-        inputs=sum(f"{path}.lora_a" in one.tensors for one in adapters),
+        inputs=sum(f"{path}.lora_a" in adapter.tensors for adapter in adapters),
         rank=merged.rank,
         opposed=merged.opposed,
         recomputed=merged.recomputed,

@@ -61,10 +61,10 @@ def estimate_fisher(
     """
     config = config or FisherConfig()
     chosen = linear_paths(model, paths)
-    found = SquaredGradients(model, data, chosen, config, progress)
-    tensors = dict(found.matrices())
-    square = sum(squared(one) for one in tensors.values())
-    return Fisher(with_norm(_facts(found), square), tensors)
+    gradients = SquaredGradients(model, data, chosen, config, progress)
+    tensors = dict(gradients.matrices())
+    square = sum(squared(tensor) for tensor in tensors.values())
+    return Fisher(with_norm(_facts(gradients), square), tensors)
 
 
 def write_fisher(
@@ -101,15 +101,15 @@ def write_fisher(
     chosen = None if keys is None else resolve_keys(loaded, keys, -1)
     data = read_targets(config, tokenizer)
     paths = linear_paths(loaded, chosen)
-    found = SquaredGradients(loaded, data, paths, config, progress)
+    gradients = SquaredGradients(loaded, data, paths, config, progress)
     facts = replace(
-        _facts(found),
+        _facts(gradients),
         model=str(model),
         adapter=None if adapter is None else str(adapter),
         data=config.data,
     )
     return save_fisher(
-        save_path, facts, found.matrices(), inputs=inputs, overwrite=overwrite
+        save_path, facts, gradients.matrices(), inputs=inputs, overwrite=overwrite
     )
 
 
@@ -139,21 +139,25 @@ def estimate_on_data(
         raise DoRAError(
             f"give one data set an adapter: expected {len(adapters)}, got {len(data)}."
         )
-    opened = [load_adapter(one) for one in adapters]
+    opened = [load_adapter(path) for path in adapters]
     loaded, tokenizer = load(model)
-    configs = [FisherConfig(data=one) for one in data]
-    sets = [read_targets(one, tokenizer) for one in configs]
+    configs = [FisherConfig(data=name) for name in data]
+    sets = [read_targets(config, tokenizer) for config in configs]
     inside = tuple(f"{path}." for path, _ in blocks(loaded))
-    every = sorted({path for one in opened for path in one.paths}, key=natural_order)
+    every = sorted(
+        {path for adapter in opened for path in adapter.paths}, key=natural_order
+    )
     paths = [path for path in every if path.startswith(inside)]
-    found = []
-    for name, one, rows, config in zip(adapters, opened, sets, configs, strict=True):
-        attach_adapter(loaded, one, check_base=check_base, name=str(name))
-        found.append(
+    estimates = []
+    for name, adapter, rows, config in zip(
+        adapters, opened, sets, configs, strict=True
+    ):
+        attach_adapter(loaded, adapter, check_base=check_base, name=str(name))
+        estimates.append(
             estimate_fisher(loaded, rows, paths=paths, config=config, progress=progress)
         )
         remove_dora(loaded)
-    return found
+    return estimates
 
 
 def read_targets(config: FisherConfig, tokenizer: Any) -> Dataset:
@@ -168,13 +172,13 @@ def read_targets(config: FisherConfig, tokenizer: Any) -> Dataset:
         raise DoRAError(f"{config.data} has no {config.split} data.")
     rows = parts[config.split]
     if not config.whole and all(
-        TokenDataset(one, tokenizer).kind in ("completions", "chat") for one in rows
+        TokenDataset(part, tokenizer).kind in ("completions", "chat") for part in rows
     ):
         masked = replace(config, mask_prompt=True, all_turns=True)
-        rows = [replace(one, config=masked) for one in rows]
-    found = make_datasets({config.split: rows}, tokenizer)[config.split]
-    assert found is not None
-    return found
+        rows = [replace(part, config=masked) for part in rows]
+    dataset = make_datasets({config.split: rows}, tokenizer)[config.split]
+    assert dataset is not None
+    return dataset
 
 
 def linear_paths(model: nn.Module, paths: Sequence[str] | None) -> list[str]:
@@ -209,11 +213,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(base, nn.Linear | nn.QuantizedLinear)
 
 
-def _facts(found: SquaredGradients) -> FisherFacts:
+def _facts(gradients: SquaredGradients) -> FisherFacts:
     return FisherFacts(
-        granularity=found.config.granularity,
-        labels=found.config.labels,
-        rows=found.rows,
-        tokens=found.tokens,
+        granularity=gradients.config.granularity,
+        labels=gradients.config.labels,
+        rows=gradients.rows,
+        tokens=gradients.tokens,
         norm=0.0,
     )

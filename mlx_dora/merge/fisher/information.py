@@ -89,17 +89,17 @@ class Fisher:
             return None
         tensors = self._tensors
         is_file = isinstance(tensors, Checkpoint)
-        found = tensors.tensor(path) if is_file else tensors[path]
+        values = tensors.tensor(path) if is_file else tensors[path]
         wanted = shape if self.facts.granularity == "element" else shape[:1]
-        if found.shape != wanted:
+        if values.shape != wanted:
             raise DoRAError(
-                f"{self.name}: {path} has shape {found.shape}; the weight needs "
+                f"{self.name}: {path} has shape {values.shape}; the weight needs "
                 f"{wanted}."
             )
-        found = found.astype(mx.float32) / self.facts.norm
-        if not (mx.isfinite(found) & (found >= 0)).all():
+        values = values.astype(mx.float32) / self.facts.norm
+        if not (mx.isfinite(values) & (values >= 0)).all():
             raise DoRAError(f"{self.name}: {path} holds NaN, inf or less than 0.")
-        return found
+        return values
 
 
 def save_fisher(
@@ -224,8 +224,8 @@ def check_fishers(
             f"{method} needs {count} estimates of the Fisher information, one for each "
             f"input, got {0 if given is None else len(given)}."
         )
-    opened = [one if isinstance(one, Fisher) else load_fisher(one) for one in given]
-    kinds = sorted({one.facts.granularity for one in opened})
+    opened = [item if isinstance(item, Fisher) else load_fisher(item) for item in given]
+    kinds = sorted({fisher.facts.granularity for fisher in opened})
     if len(kinds) > 1:
         raise DoRAError(f"Fisher information must be alike, got {' and '.join(kinds)}.")
     return opened
@@ -238,10 +238,12 @@ def check_paths(fishers: Sequence[Fisher], known: Iterable[str]) -> None:
         DoRAError: Naming them.
     """
     modules = frozenset(known)
-    for one in fishers:
-        strange = listed("no such modules in the model:", sorted(one.paths - modules))
+    for fisher in fishers:
+        strange = listed(
+            "no such modules in the model:", sorted(fisher.paths - modules)
+        )
         if strange:
-            raise DoRAError(f"{one.name} does not fit the model: {strange[0]}.")
+            raise DoRAError(f"{fisher.name} does not fit the model: {strange[0]}.")
 
 
 def informed_weights(
@@ -257,11 +259,13 @@ def informed_weights(
         Shape ``(rows, N)``, and the number of rows nobody knows anything of, which keep
         `weights`.
     """
-    if any(one is None for one in informations):
+    if any(information is None for information in informations):
         return weights, len(weights)
-    known = np.stack([np.array(one, np.float64) for one in informations], axis=1)
+    known = np.stack(
+        [np.array(information, np.float64) for information in informations], axis=1
+    )
     informed = weights * known
     total = informed.sum(1, keepdims=True)
     is_known = total > 0
-    found = np.where(is_known, informed / np.where(is_known, total, 1.0), weights)
-    return found, int((~is_known).sum())
+    shares = np.where(is_known, informed / np.where(is_known, total, 1.0), weights)
+    return shares, int((~is_known).sum())

@@ -153,17 +153,17 @@ class SquaredGradients:
             targets = sample_targets(self.model, inputs, key)
 
         def loss(zeros: list[mx.array]) -> Any:
-            for one, zero in zip(watched.values(), zeros, strict=True):
-                one._zeros, one._seen = zero, []
+            for module, zero in zip(watched.values(), zeros, strict=True):
+                module._zeros, module._seen = zero, []
             total = summed_loss(self.model, inputs, targets, mask)
-            return total, [one._seen for one in watched.values()]
+            return total, [module._seen for module in watched.values()]
 
         zeros = [mx.zeros((*inputs.shape, self._shapes[path][0])) for path in watched]
         try:
             (_, seen), slopes = mx.value_and_grad(loss)(zeros)
         finally:
-            for one in watched.values():
-                one._zeros, one._seen = None, []
+            for module in watched.values():
+                module._zeros, module._seen = None, []
         for path, inputs_seen, slope in zip(watched, seen, slopes, strict=True):
             # A module that the model passed by has no information.
             if path not in sums or not inputs_seen:
@@ -198,8 +198,8 @@ def _squared_gradients(x: mx.array, slope: mx.array, granularity: str) -> mx.arr
         gram = x @ x.swapaxes(1, 2)  # (rows, tokens, tokens)
         return mx.maximum(((gram @ slope) * slope).sum(axis=(0, 1)), 0.0)
     total = None
-    for one in range(x.shape[0]):
-        square = mx.square(slope[one].T @ x[one])
+    for row in range(x.shape[0]):
+        square = mx.square(slope[row].T @ x[row])
         square = square if granularity == "element" else square.sum(axis=1)
         total = square if total is None else total + square
         mx.eval(total)

@@ -20,7 +20,7 @@ BLOCK = 1 << 19
 
 def parts(block: Block, tensors: Sequence[Tensor]) -> Iterator[mx.array]:
     """The merged tensor as consecutive flat blocks, not evaluated."""
-    flat = [one.reshape(-1) for one in tensors]
+    flat = [tensor.reshape(-1) for tensor in tensors]
     for first in range(0, max(flat[0].size, 1), BLOCK):
         yield block(slice(first, first + BLOCK), flat)
 
@@ -32,11 +32,11 @@ def whole(block: Block, tensors: Sequence[Tensor]) -> mx.array:
 
 def joined(blocks: Iterator[mx.array], shape: tuple[int, ...]) -> mx.array:
     """Consecutive blocks as one tensor, evaluated one after the other."""
-    found = []
-    for one in blocks:
-        mx.eval(one)
-        found.append(one.reshape(-1))
-    tensor = (found[0] if len(found) == 1 else mx.concatenate(found)).reshape(shape)
+    pieces = []
+    for block in blocks:
+        mx.eval(block)
+        pieces.append(block.reshape(-1))
+    tensor = (pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)).reshape(shape)
     mx.eval(tensor)
     return tensor
 
@@ -52,7 +52,7 @@ def linear_block(weights: Sequence[float], normalize: bool) -> Block:
 
     def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
         # The sum first and one division after it, as mergekit rounds.
-        values = [one[index].astype(mx.float32) for one in flat]
+        values = [tensor[index].astype(mx.float32) for tensor in flat]
         return weighted_sum(values, weights) / total
 
     return block
@@ -60,8 +60,8 @@ def linear_block(weights: Sequence[float], normalize: bool) -> Block:
 
 def changes(index: slice, flat: Sequence[Tensor]) -> tuple[mx.array, list[mx.array]]:
     """A block of the base, the first, and what the others differ from it."""
-    start, *others = (one[index].astype(mx.float32) for one in flat)
-    return start, [one - start for one in others]
+    start, *others = (tensor[index].astype(mx.float32) for tensor in flat)
+    return start, [other - start for other in others]
 
 
 def sum_block(
@@ -96,7 +96,7 @@ def agreed_block(
         start, deltas = changes(index, flat)
         moved = [w * d for w, d in zip(weights, thinned(index, deltas), strict=True)]
         elected = mx.where(sum_of(moved) >= 0, 1.0, -1.0)
-        agrees = [mx.sign(one) == elected for one in moved]
+        agrees = [mx.sign(change) == elected for change in moved]
         total = sum_of(
             [mx.where(a, d, 0.0) for a, d in zip(agrees, moved, strict=True)]
         )
@@ -149,7 +149,7 @@ def trimmed(cuts: Sequence[Cut]) -> Thinning:
     """Keeps the largest entries."""
 
     def thin(index: slice, deltas: Sequence[mx.array]) -> list[mx.array]:
-        found = []
+        thinned = []
         for delta, cut in zip(deltas, cuts, strict=True):
             size = mx.abs(delta)
             if cut.last >= index.start + delta.size - 1:
@@ -159,8 +159,8 @@ def trimmed(cuts: Sequence[Cut]) -> Thinning:
             else:
                 place = mx.arange(index.start, index.start + delta.size)
                 keep = (size > cut.least) | (size == cut.least) & (place <= cut.last)
-            found.append(mx.where(keep, delta, 0.0))
-        return found
+            thinned.append(mx.where(keep, delta, 0.0))
+        return thinned
 
     return thin
 
@@ -169,16 +169,16 @@ def dropped(shares: Sequence[float], seed: int, rescale: bool = True) -> Thinnin
     """Keeps each entry with the probability `shares`, divided by it if `rescale`."""
 
     def thin(index: slice, deltas: Sequence[mx.array]) -> list[mx.array]:
-        found = []
+        thinned = []
         for i, (delta, share) in enumerate(zip(deltas, shares, strict=True)):
             if share >= 1:
-                found.append(delta)
+                thinned.append(delta)
                 continue
             key = mx.random.key((seed + 1_000_003 * i + 7 * index.start) % 2**64)
             kept = mx.random.bernoulli(share, delta.shape, key=key)
             larger = delta / max(share, 1e-30) if rescale else delta
-            found.append(mx.where(kept, larger, 0.0))
-        return found
+            thinned.append(mx.where(kept, larger, 0.0))
+        return thinned
 
     return thin
 
@@ -191,8 +191,8 @@ def weighted_sum(values: Sequence[mx.array], weights: Sequence[float]) -> mx.arr
 def sum_of(values: Sequence[mx.array]) -> mx.array:
     """Σ x_i, from the first on."""
     total = values[0]
-    for one in values[1:]:
-        total = total + one
+    for value in values[1:]:
+        total = total + value
     return total
 
 
@@ -202,11 +202,11 @@ def shares_of(density: Sequence[float] | float, count: int) -> list[float]:
     Raises:
         DoRAError: If one is no share.
     """
-    one_for_all = isinstance(density, int | float)
+    is_single = isinstance(density, int | float)
     shares = (
-        [float(density)] * count if one_for_all else [float(one) for one in density]
+        [float(density)] * count if is_single else [float(share) for share in density]
     )
-    if len(shares) != count or not all(0 <= one <= 1 for one in shares):
+    if len(shares) != count or not all(0 <= share <= 1 for share in shares):
         raise DoRAError(
             f"density must be a share from 0 to 1 for each of {count} inputs, got "
             f"{density}."

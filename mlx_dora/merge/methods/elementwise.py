@@ -91,19 +91,19 @@ def tsv(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Bl
         yield from blockwise.parts(block, [base, *tensors])
         return
     start, *others = (
-        np.array(blockwise.held(one).astype(mx.float32), np.float64)
-        for one in (base, *tensors)
+        np.array(blockwise.held(tensor).astype(mx.float32), np.float64)
+        for tensor in (base, *tensors)
     )
     share = max(1, min(start.shape) // len(tensors))
     lefts, sizes, rights = [], [], []
-    for one, weight in zip(others, weights, strict=True):
-        u, s, v = np.linalg.svd(weight * (one - start), full_matrices=False)
+    for other, weight in zip(others, weights, strict=True):
+        u, s, v = np.linalg.svd(weight * (other - start), full_matrices=False)
         kept = min(share, int((s > _TSV_NOISE * s[0]).sum()))
         lefts.append(u[:, :kept])
         sizes.append(s[:kept])
         rights.append(v[:kept].T)
     merged = start
-    if any(one.size for one in sizes):
+    if any(values.size for values in sizes):
         u, v = (_orthonormal(np.concatenate(part, axis=1)) for part in (lefts, rights))
         merged = start + settings.scale * (u * np.concatenate(sizes)) @ v.T
     yield mx.array(merged.astype(np.float32)).reshape(-1)
@@ -132,7 +132,7 @@ def fisher(
     count, total = len(tensors), blockwise.divisor_of(weights)
 
     def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
-        values = [one[index].astype(mx.float32) for one in flat]
+        values = [tensor[index].astype(mx.float32) for tensor in flat]
         known = blockwise.weighted_sum(values[count:], weights)
         products = [a * b for a, b in zip(values[:count], values[count:], strict=True)]
         mean = blockwise.weighted_sum(values[:count], weights) / total

@@ -194,13 +194,13 @@ def of_changes(rows: Rows, function: RowFunction) -> Combination:
     moved = moved + inner[:, -1:, -1:]
     size = gram_norm(moved)
     weights = rows.weights[:, :-1]
-    found = function(Rows(inner=moved, magnitude=size, weights=weights))
-    beta = found.coefficients
+    combination = function(Rows(inner=moved, magnitude=size, weights=weights))
+    beta = combination.coefficients
     merged = _sum(rows, np.concatenate([beta, 1 - beta.sum(1, keepdims=True)], axis=1))
     return Combination(
         coefficients=merged.coefficients,
         length=merged.length,
-        opposed=found.opposed,
+        opposed=combination.opposed,
         cancelled=merged.cancelled,
     )
 

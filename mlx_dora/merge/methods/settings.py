@@ -52,7 +52,7 @@ class TensorSettings:
                     "expected one weight for each input here, got one for each row."
                 )
             weights = weights[0]
-        return [float(one) for one in weights]
+        return [float(weight) for weight in weights]
 
     def normalizes(self, default: bool) -> bool:
         """Whether to divide by the weights, given the method's default."""

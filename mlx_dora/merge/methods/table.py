@@ -205,17 +205,17 @@ def method_named(name: str) -> MergeMethod:
 
 def densities() -> str:
     """The default densities, for a help text: ``ties 0.2, dare 0.5``."""
-    kept = [one for one in METHODS.values() if one.density is not None]
-    return ", ".join(f"{one.name} {one.density}" for one in kept)
+    kept = [entry for entry in METHODS.values() if entry.density is not None]
+    return ", ".join(f"{entry.name} {entry.density}" for entry in kept)
 
 
 def exact_names() -> str:
     """Names of the methods that merge adapters exactly, for a help text."""
-    return ", ".join(one.name for one in METHODS.values() if one.is_exact)
+    return ", ".join(entry.name for entry in METHODS.values() if entry.is_exact)
 
 
 def names_with(parameter: str) -> str:
     """Names of the methods that take a setting, for a help text."""
     return ", ".join(
-        one.name for one in METHODS.values() if parameter in one.parameters
+        entry.name for entry in METHODS.values() if parameter in entry.parameters
     )

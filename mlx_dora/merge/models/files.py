@@ -25,7 +25,7 @@ def choose_tokenizer(
     notes: list[str],
 ) -> tuple[Path | None, str | None]:
     """The folder to take the tokenizer from and the chat template, if not as it is."""
-    folders = list(dict.fromkeys([pattern.folder, *(one.folder for one in inputs)]))
+    folders = list(dict.fromkeys([pattern.folder, *(model.folder for model in inputs)]))
     tokenizer = None
     if plan.tokenizer is not None:
         if plan.tokenizer_model is not None:
@@ -55,7 +55,7 @@ def copy_files(
             if key in config:
                 config[key] = dtype
     if "vocab_size" in config:
-        sizes = [one.config.get("vocab_size", 0) for one in (pattern, *inputs)]
+        sizes = [model.config.get("vocab_size", 0) for model in (pattern, *inputs)]
         config["vocab_size"] = max(sizes)
     (out / "config.json").write_text(json.dumps(config, indent=4), encoding="utf-8")
 

@@ -32,7 +32,7 @@ def merge_informed_tensor(
     Raises:
         DoRAError: If weights are negative or all 0, or by row where they cannot be.
     """
-    known = [one for one in informations if one is not None]
+    known = [information for information in informations if information is not None]
     size = tensors[0].size
     if len(known) < len(informations):
         return merge_tensor("linear", None, tensors, settings)[0], size
@@ -45,6 +45,6 @@ def merge_informed_tensor(
         return merged, unknown * (size // rows)
     if np.ptp(shares, axis=0).any():
         raise DoRAError("Fisher information by element takes one weight a model.")
-    weights = [float(one) for one in shares[0]]
+    weights = [float(share) for share in shares[0]]
     unknown = int((sum(known[1:], start=known[0]) == 0).sum())
     return elementwise.fisher(tensors, known, weights), unknown

@@ -15,7 +15,7 @@ def inner_products(blocks: Sequence[mx.array]) -> np.ndarray:
     """Inner products of the rows of each pair. Shape ``(rows, N, N)``, float64."""
     count = len(blocks)
     mx.eval(blocks)
-    views = [np.array(one, copy=False) for one in blocks]
+    views = [np.array(block, copy=False) for block in blocks]
     inner = np.empty((len(views[0]), count, count))
     with np.errstate(over="ignore", invalid="ignore"):  # callers check
         for i, k in combinations_with_replacement(range(count), 2):
@@ -23,15 +23,15 @@ def inner_products(blocks: Sequence[mx.array]) -> np.ndarray:
     return inner
 
 
-def _products(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    rows, width = one.shape
+def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    rows, width = a.shape
     if rows == 1 and width > _SPAN:
         spans, left = divmod(width, _SPAN)
-        head = [x[0, : width - left].reshape(spans, _SPAN) for x in (one, other)]
-        tail = [x[:, width - left :] for x in (one, other)]
+        head = [x[0, : width - left].reshape(spans, _SPAN) for x in (a, b)]
+        tail = [x[:, width - left :] for x in (a, b)]
         return _products(*head).sum(keepdims=True) + _products(*tail)
     total = np.zeros(rows)
     for first in range(0, width, _SPAN):
         index = slice(first, first + _SPAN)
-        total += np.einsum("jw,jw->j", one[:, index], other[:, index])
+        total += np.einsum("jw,jw->j", a[:, index], b[:, index])
     return total

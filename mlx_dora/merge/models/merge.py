@@ -116,12 +116,14 @@ def run_merge(
     check_output(save_path, inputs=given, overwrite=overwrite)
     fishers = check_fishers(plan.method, plan.fisher, len(plan.models))
     folders = {
-        one: model_folder(one) for one in (*plan.models, plan.base) if one is not None
+        name: model_folder(name)
+        for name in (*plan.models, plan.base)
+        if name is not None
     }
     given += folders.values()
     check_output(save_path, inputs=given, overwrite=overwrite)
     opened = {folder: ModelTensors(folder) for folder in folders.values()}
-    sources = [opened[folders[one]] for one in plan.models]
+    sources = [opened[folders[name]] for name in plan.models]
     base = None if plan.base is None else opened[folders[plan.base]]
     pattern = base or sources[0]
     check_fit(pattern, sources, plan.pad)
@@ -134,14 +136,14 @@ def run_merge(
     job = _job(plan, opened.values(), fishers)
     with resumable_directory(save_path, job, inputs=given, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes, resume=True) as writer:
-            told = _merge_all(writer, plan, pattern, base, sources, fishers, progress)
+            merged = _merge_all(writer, plan, pattern, base, sources, fishers, progress)
         copy_files(pattern, out, plan.dtype, sources)
         put_tokenizer(out, *choice)
     return MergeReport(
         method=plan.method,
         models=plan.models,
-        tensors=tuple(told),
-        resumed=len(pattern.names) - len(told),
+        tensors=tuple(merged),
+        resumed=len(pattern.names) - len(merged),
         peak_bytes=mx.get_peak_memory(),
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
@@ -179,7 +181,7 @@ def _known(
     name: str, pattern: ModelTensors, fishers: Sequence[Fisher]
 ) -> list[mx.array | None]:
     path, shape = name.removesuffix(".weight"), pattern.shape(name)
-    return [one.read(path, shape) for one in fishers]
+    return [fisher.read(path, shape) for fisher in fishers]
 
 
 def _job(
@@ -187,11 +189,11 @@ def _job(
 ) -> str:
     """All that determines the output; inputs by path, size and time of change."""
     files = []
-    for one in opened:
-        for path in sorted(one.folder.glob("*.safetensors")):
+    for model in opened:
+        for path in sorted(model.folder.glob("*.safetensors")):
             state = path.stat()
             files.append([str(path.resolve()), state.st_size, state.st_mtime_ns])
-    facts = [asdict(one.facts) for one in fishers]
+    facts = [asdict(fisher.facts) for fisher in fishers]
     return json.dumps([asdict(plan), files, facts], default=_plain)
 
 

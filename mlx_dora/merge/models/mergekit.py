@@ -67,18 +67,18 @@ def read_mergekit(content: Any) -> MergePlan:
     shared = _known(kit, "parameters", layout.shared, notes)
     own = []
     for model, settings in zip(layout.models, layout.own, strict=True):
-        found = _known(kit, f"parameters of {model}", settings, notes)
-        if wrong := [key for key in settings if key in found and _is_shared(key)]:
+        accepted = _known(kit, f"parameters of {model}", settings, notes)
+        if wrong := [key for key in settings if key in accepted and _is_shared(key)]:
             raise DoRAError(
                 f"parameters of {model}: {', '.join(wrong)} not understood there; put "
                 "it under the file's parameters."
             )
-        own.append(found)
+        own.append(accepted)
     if top.get("name") is not None:
         notes.append("name: has no effect on the merged model.")
     by_row = _is_by_row(kit, shared)
     parameters = {**kit.defaults, **_renamed(kit, shared)}
-    if not any("density" in one for one in own):
+    if not any("density" in values for values in own):
         notes.append(method.note_of(parameters.get("density", 0.0)) or "")
     return MergePlan(
         models=layout.models,
@@ -86,7 +86,7 @@ def read_mergekit(content: Any) -> MergePlan:
         method=method.name,
         granularity="row" if by_row else "tensor",
         weighting=kit.weights,
-        per_model=tuple(_renamed(kit, one) for one in own),
+        per_model=tuple(_renamed(kit, values) for values in own),
         parameters=parameters,
         dtype=text_of("out_dtype", top) or text_of("dtype", top),
         relative=kit.uses_base,
@@ -146,7 +146,7 @@ def _take_base(kit: Mergekit, method: MergeMethod, layout: Layout) -> Layout:
     if kit.starts_at_base:
         if base is None:
             raise DoRAError(f"{kit.name} needs base_model: the model that t = 0 gives.")
-        others = tuple(one for one in models if one != base)
+        others = tuple(model for model in models if model != base)
         if len(others) != 1:
             raise DoRAError(
                 f"{kit.name} takes the base and one other model, got "
@@ -155,7 +155,7 @@ def _take_base(kit: Mergekit, method: MergeMethod, layout: Layout) -> Layout:
         own = dict(zip(models, layout.own, strict=True))
         return _with(layout, (base, *others), (own.get(base, {}), own[others[0]]))
     if method.base == "changes" or (kit.uses_base and base is not None):
-        kept = [i for i, one in enumerate(models) if one != base]
+        kept = [i for i, model in enumerate(models) if model != base]
         if not kept:
             raise DoRAError(f"{kit.name} needs a model beside its base.")
         return _with(layout, [models[i] for i in kept], [layout.own[i] for i in kept])

@@ -81,11 +81,11 @@ def _read_slices(where: str, slices: Any, shared: Settings, base: str | None) ->
     base = text_of("base_model", only) or base
     sources: Any = only.get("sources")
     models, own = _entries(f"{name}: sources", sources, ("layer_range",))
-    ranges = [_layer_range(name, one) for one in sources]
+    ranges = [_layer_range(name, source) for source in sources]
     if len(set(ranges)) > 1 or ranges[0][0] != 0:
         raise DoRAError(
             f"{name}: layer_range must be the same in every source and start at 0, got "
-            f"{', '.join(f'{list(one)}' for one in ranges)}."
+            f"{', '.join(f'{list(span)}' for span in ranges)}."
         )
     return Layout(models=models, own=own, shared=shared, base=base, blocks=ranges[0][1])
 
@@ -93,7 +93,7 @@ def _read_slices(where: str, slices: Any, shared: Settings, base: str | None) ->
 def _layer_range(where: str, source: Settings) -> tuple[int, int]:
     value: Any = source.get("layer_range")
     is_pair = isinstance(value, list) and len(value) == 2
-    if not is_pair or any(type(one) is not int for one in value):
+    if not is_pair or any(type(bound) is not int for bound in value):
         raise DoRAError(
             f"{where}: {source['model']} needs layer_range: [first, end], got "
             f"{value!r:.60}."
@@ -135,13 +135,13 @@ def settings_of(where: str, content: Settings) -> Settings:
     Raises:
         DoRAError: If they are no mapping of numbers, gradients and filters.
     """
-    found = content.get("parameters")
-    if found is None:
+    parameters = content.get("parameters")
+    if parameters is None:
         return {}
-    for name, value in mapping(where, found).items():
+    for name, value in mapping(where, parameters).items():
         if name != "dtype":
             check_setting(f"{where}: {name}", value)
-    return found
+    return parameters
 
 
 def mapping(where: str, content: Any) -> Mapping[str, Any]:

@@ -51,12 +51,12 @@ def merge_one(
         return MergedTensor(name=name, opposed=0, packing_error=None)
     if base is not None and not (plan.relative or plan.entry.needs_base):
         base = None
-    opened = {one.folder: one.source(name) for one in inputs}
+    opened = {model.folder: model.source(name) for model in inputs}
     if base is not None:
         opened[base.folder] = base.source(name)
     if plan.pad:
         opened = _padded(opened)
-    tensors = [opened[one.folder] for one in inputs]
+    tensors = [opened[model.folder] for model in inputs]
     start = None if base is None else opened[base.folder]
     settings = plan.settings_of(pattern.original(name), _rows_of(tensors[0]), blocks)
     try:
@@ -93,7 +93,7 @@ def _merged(
     if not known:
         return merge_blocks(plan.method, start, tensors, settings, plan.granularity)
     whole, unknown = merge_informed_tensor(
-        [held(one) for one in tensors], settings, known
+        [held(tensor) for tensor in tensors], settings, known
     )
     return Merged(iter([whole.reshape(-1)]), unknown=unknown)
 
@@ -109,21 +109,23 @@ def _carried(
     own = pattern.read(name)
     if is_buffer(name):
         return own
-    if not all(mx.array_equal(one.read(name), own) for one in inputs if one != pattern):
+    if not all(
+        mx.array_equal(model.read(name), own) for model in inputs if model != pattern
+    ):
         raise DoRAError(f"{name} holds integers that differ between the models.")
     return own
 
 
 def _padded(opened: Mapping[Path, Tensor]) -> dict[Path, Tensor]:
     """Embeddings of unlike vocabularies: a row that a model lacks is the first's."""
-    rows = max(one.shape[0] if one.ndim else 0 for one in opened.values())
-    if all(one.ndim == 0 or one.shape[0] == rows for one in opened.values()):
+    rows = max(tensor.shape[0] if tensor.ndim else 0 for tensor in opened.values())
+    if all(tensor.ndim == 0 or tensor.shape[0] == rows for tensor in opened.values()):
         return dict(opened)
-    longest = next(one for one in opened.values() if one.shape[0] == rows)
+    longest = next(tensor for tensor in opened.values() if tensor.shape[0] == rows)
     filled: dict[Path, Tensor] = {}
     for folder, tensor in opened.items():
-        one, rest = tensor[:], longest[tensor.shape[0] :]
-        filled[folder] = mx.concatenate([one, rest.astype(one.dtype)])
+        own, rest = tensor[:], longest[tensor.shape[0] :]
+        filled[folder] = mx.concatenate([own, rest.astype(own.dtype)])
     return filled
 
 
@@ -137,7 +139,7 @@ class _Look:
     def at(self, tensors: Sequence[Tensor]) -> None:
         """Refuse inputs that hold some."""
         for folder, tensor in self.opened.items():
-            if any(tensor is one for one in tensors) and not _all_finite(tensor):
+            if any(tensor is other for other in tensors) and not _all_finite(tensor):
                 raise DoRAError(f"{folder}: {self.name} holds NaN or inf.")
 
     def through(
@@ -179,7 +181,7 @@ def _pack(
         merged.astype(kept), packing.group_size, packing.bits, packing.mode
     )
     path = name.removesuffix(".weight")
-    if not all(all_finite(one) for one in (scales, *biases)):
+    if not all(all_finite(part) for part in (scales, *biases)):
         raise DoRAError(
             f"{name}: the merged tensor is too large for scales in {kept}, though no "
             "model holds NaN or inf."
@@ -203,7 +205,7 @@ def _pack(
     return error
 
 
-def _relative_error(found: mx.array, exact: mx.array) -> float:
-    difference = float(mx.square(found.astype(mx.float32) - exact).sum())
+def _relative_error(restored: mx.array, exact: mx.array) -> float:
+    difference = float(mx.square(restored.astype(mx.float32) - exact).sum())
     total = float(mx.square(exact).sum())
     return (difference / total) ** 0.5 if total else 0.0

@@ -63,8 +63,8 @@ class ModelTensors:
             and f"{name.removesuffix('.scales')}.weight" in names
         }
         self._packed = {
-            f"{name.removesuffix('.scales')}.weight": one
-            for name, one in self._packed.items()
+            f"{name.removesuffix('.scales')}.weight": packing
+            for name, packing in self._packed.items()
         }
         parts = {
             f"{name.removesuffix('.weight')}.{leaf}"
@@ -153,11 +153,11 @@ class ModelTensors:
         settings = self.config.get("quantization")
         if isinstance(settings, dict):
             own = settings.get(path)
-            found = {**settings, **own} if isinstance(own, dict) else settings
-            group_size, bits = found.get("group_size"), found.get("bits")
+            entry = {**settings, **own} if isinstance(own, dict) else settings
+            group_size, bits = entry.get("group_size"), entry.get("bits")
             if isinstance(group_size, int) and isinstance(bits, int):
                 return Packing(
-                    group_size=group_size, bits=bits, mode=found.get("mode", "affine")
+                    group_size=group_size, bits=bits, mode=entry.get("mode", "affine")
                 )
         raise DoRAError(
             f"{self.folder}: {path} is packed, but config.json does not say how."

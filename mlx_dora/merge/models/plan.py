@@ -139,9 +139,9 @@ class MergePlan:
             own = self.per_model[model] if model is not None and self.per_model else {}
             for settings in (own, self.parameters):
                 if key in settings:
-                    found = resolve(settings[key], name, depth)
-                    if found is not None:
-                        return found
+                    resolved = resolve(settings[key], name, depth)
+                    if resolved is not None:
+                        return resolved
             return None
 
         if self.weighting is not None:
@@ -157,7 +157,9 @@ class MergePlan:
         rescale = value("rescale")
         return TensorSettings(
             weights=weights,
-            density=tuple(kept if one is None else float(one) for one in densities),
+            density=tuple(
+                kept if density is None else float(density) for density in densities
+            ),
             normalize=None if normalize is None else bool(normalize),
             scale=1.0 if scale is None else float(scale),
             seed=self.seed,
@@ -176,7 +178,7 @@ class MergePlan:
         missing = [m for m, w in zip(self.models, weights, strict=True) if w is None]
         if missing:
             raise DoRAError(f"no weight for {name} of {', '.join(missing)}.")
-        return np.array([float(one) for one in weights if one is not None])
+        return np.array([float(weight) for weight in weights if weight is not None])
 
 
 def plan_models(
@@ -205,7 +207,7 @@ def plan_models(
     entry.check_settings([name for name in given if name != "granularity"], weights)
     note = entry.note_of(given.get("density", entry.density))
     return MergePlan(
-        models=tuple(str(one) for one in models),
+        models=tuple(str(path) for path in models),
         base=None if base is None else str(base),
         method=method,
         granularity=given.pop("granularity", "row"),
@@ -214,6 +216,6 @@ def plan_models(
         dtype=dtype,
         seed=seed,
         pad=pad,
-        fisher=None if fisher is None else tuple(str(one) for one in fisher),
+        fisher=None if fisher is None else tuple(str(path) for path in fisher),
         notes=() if note is None else (note,),
     )

@@ -20,10 +20,10 @@ def depth_of(name: str, blocks: int) -> float:
 
     What is outside the blocks counts as 0, a single block as 1, as in mergekit.
     """
-    found = _BLOCK.search(name)
-    if found is None:
+    match = _BLOCK.search(name)
+    if match is None:
         return 0.0
-    return int(found[1]) / (blocks - 1) if blocks > 1 else 1.0
+    return int(match[1]) / (blocks - 1) if blocks > 1 else 1.0
 
 
 def count_blocks(names: Sequence[str]) -> int:
@@ -43,9 +43,9 @@ def check_setting(what: str, setting: Any) -> None:
     if isinstance(setting, Mapping):
         setting = [setting]
     if isinstance(setting, list | tuple) and setting:
-        if all(_is_scalar(one) for one in setting):
+        if all(_is_scalar(entry) for entry in setting):
             return
-        if all(_is_filter(one) for one in setting):
+        if all(_is_filter(entry) for entry in setting):
             return
     raise DoRAError(
         f"{what} must be a number, a gradient [0, 1, ...], or filters "
@@ -73,10 +73,10 @@ def resolve(setting: Any, name: str, depth: float) -> float | bool | None:
         high = min(low + 1, len(setting) - 1)
         part = place - low
         return (1 - part) * setting[low] + part * setting[high]
-    for one in setting:
-        wanted = one.get("filter")
+    for entry in setting:
+        wanted = entry.get("filter")
         if wanted in (None, "*") or wanted in name:
-            return resolve(one["value"], name, depth)
+            return resolve(entry["value"], name, depth)
     return None
 
 
@@ -96,15 +96,15 @@ def layered(first: Any, second: Any) -> Any:
     return [*filters, *([{"value": second}] if is_plain else second)]
 
 
-def _is_filter(one: Any) -> bool:
+def _is_filter(entry: Any) -> bool:
     """``{filter: text, value: a number or a gradient}``."""
-    if not isinstance(one, Mapping) or "value" not in one:
+    if not isinstance(entry, Mapping) or "value" not in entry:
         return False
-    if not {*one} <= {"value", "filter"}:
+    if not {*entry} <= {"value", "filter"}:
         return False
-    if not isinstance(one.get("filter"), str | None):
+    if not isinstance(entry.get("filter"), str | None):
         return False
-    value = one["value"]
+    value = entry["value"]
     if isinstance(value, list | tuple):
         return bool(value) and all(_is_scalar(each) for each in value)
     return _is_scalar(value)

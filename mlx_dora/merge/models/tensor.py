@@ -92,7 +92,7 @@ def merge_blocks(
     if entry.blocks and (is_plain or entry.base == "changes"):
         settings.plain_weights()
         blocks = _blocks(entry, base, tensors, settings)
-        hidden = [one for one in (base, *tensors) if one is not None]
+        hidden = [tensor for tensor in (base, *tensors) if tensor is not None]
         if entry.is_exact:  # every input goes into each element
             hidden = [] if base is None or entry.base == "changes" else [base]
         return Merged(blocks, hidden)
@@ -129,7 +129,7 @@ def mean_shares(weights: np.ndarray, rows: int) -> np.ndarray:
     if (shares < 0).any() or not (total > 0).all():
         raise DoRAError(
             "a mean of directions needs weights of at least 0 with a positive sum, got "
-            f"{[float(one) for one in shares[0]]}."
+            f"{[float(share) for share in shares[0]]}."
         )
     return shares / total
 
@@ -149,7 +149,7 @@ def _merge_rows(
 ) -> Merged:
     """Row block by row block; without `is_relative` only the base's lengths count."""
     width = tensors[0].shape[-1]
-    rows = [one.reshape((-1, width)) for one in tensors]
+    rows = [tensor.reshape((-1, width)) for tensor in tensors]
     whole_base = None if base is None else base.reshape((-1, width))
     count = rows[0].shape[0]
     shares = _shares(entry, weights, count)
@@ -160,12 +160,12 @@ def _merge_rows(
     def blocks() -> Iterator[mx.array]:
         for first in range(0, count, step):
             index = slice(first, first + step)
-            values = [one[index].astype(mx.float32) for one in rows]
+            values = [matrix[index].astype(mx.float32) for matrix in rows]
             start = base_norm = None
             if whole_base is not None:
                 start = whole_base[index].astype(mx.float32)
                 if is_relative:
-                    values = [one - start for one in values]
+                    values = [value - start for value in values]
                 else:
                     base_norm = np.sqrt(inner_products([start])[:, 0, 0])
             inner = inner_products(values)
@@ -174,8 +174,8 @@ def _merge_rows(
                 continue
             beta, opposed = _coefficients(function, inner, shares[index], base_norm)
             merged.opposed += opposed
-            one = _combined(values, beta)
-            yield one + start if is_relative and start is not None else one
+            block = _combined(values, beta)
+            yield block + start if is_relative and start is not None else block
 
     merged.blocks = blocks()
     return merged
@@ -188,30 +188,34 @@ def _merge_whole(
     weights: np.ndarray,
 ) -> Merged:
     """The tensor as one row; each input is read twice, for the angles and the sum."""
-    flat = [one.reshape(-1) for one in (tensors if base is None else [base, *tensors])]
+    every = tensors if base is None else [base, *tensors]
+    flat = [tensor.reshape(-1) for tensor in every]
     size = flat[0].size
     slices = [slice(i, i + blockwise.BLOCK) for i in range(0, size, blockwise.BLOCK)]
 
     def values(index: slice) -> tuple[mx.array | None, list[mx.array]]:
         if base is not None:
             return blockwise.changes(index, flat)
-        return None, [one[index].astype(mx.float32) for one in flat]
+        return None, [tensor[index].astype(mx.float32) for tensor in flat]
 
     inner = sum(
-        (inner_products([one[None] for one in values(index)[1]]) for index in slices),
+        (
+            inner_products([block[None] for block in values(index)[1]])
+            for index in slices
+        ),
         start=np.zeros((1, len(tensors), len(tensors))),
     )
     shares = _shares(entry, np.atleast_2d(weights)[:1], 1)
     coefficients, opposed = np.full_like(shares, np.nan), 0
     if np.isfinite(inner).all():
         coefficients, opposed = _coefficients(entry.whole_function, inner, shares)
-    betas = [float(one) for one in coefficients[0]]
+    betas = [float(beta) for beta in coefficients[0]]
 
     def blocks() -> Iterator[mx.array]:
         for index in slices:
             start, others = values(index)
-            one = blockwise.weighted_sum(others, betas)
-            yield one if start is None else one + start
+            block = blockwise.weighted_sum(others, betas)
+            yield block if start is None else block + start
 
     return Merged(blocks(), opposed=opposed)
 
@@ -225,8 +229,8 @@ def _coefficients(
     """How much of each row goes into the merged rows, and how many rows cancel."""
     length = gram_norm(inner)
     rows = Rows(inner=inner, magnitude=length, weights=shares, base_norm=base_norm)
-    found = function(rows)
-    return found.coefficients, int(found.opposed.sum())
+    combination = function(rows)
+    return combination.coefficients, int(combination.opposed.sum())
 
 
 def _combined(blocks: Sequence[mx.array], coefficients: np.ndarray) -> mx.array:

@@ -85,10 +85,11 @@ def choose_template(wanted: str, folders: Sequence[Path]) -> tuple[str | None, s
         DoRAError: If the text is no template.
     """
     if wanted == "auto":
-        found = [one.strip() for folder in folders if (one := read_template(folder))]
-        if not found:
+        templates = [read_template(folder) for folder in folders]
+        stripped = [text.strip() for text in templates if text]
+        if not stripped:
             return None, "chat_template: auto has no effect: no model has a template."
-        template, count = Counter(found).most_common(1)[0]
+        template, count = Counter(stripped).most_common(1)[0]
         return template, f"chat_template: that of {count} of {len(folders)} models."
     if "{" not in wanted:
         return None, (
@@ -108,13 +109,13 @@ def read_template(folder: Path) -> str | None:
             raise DoRAError(f"{path} is not UTF-8 text: {error}.") from error
     for name in ("chat_template.json", _CONFIG):
         if (path := folder / name).is_file():
-            found = read_object(path).get("chat_template")
-            if isinstance(found, list):
-                named = [t for t in found if isinstance(t, Mapping)]
+            template = read_object(path).get("chat_template")
+            if isinstance(template, list):
+                named = [t for t in template if isinstance(t, Mapping)]
                 default = [t for t in named if t.get("name") == "default"]
-                found = default[-1].get("template") if default else None
-            if isinstance(found, str):
-                return found
+                template = default[-1].get("template") if default else None
+            if isinstance(template, str):
+                return template
     return None
 
 
