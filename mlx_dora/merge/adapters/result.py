@@ -1,4 +1,4 @@
-"""The adapter that a merge results in: its config, base and history."""
+"""Makes the adapter that a merge results in: its config, base and history."""
 
 from collections.abc import Sequence
 
@@ -22,9 +22,9 @@ def merged_adapter(
         adapters: The inputs.
         tensors: The merged tensors by name.
         paths: The adapted modules.
-        method: How they were merged.
+        method: Name of the merge method.
         scale: Multiplier of every update.
-        names: What the inputs are called.
+        names: Folders of the inputs; empty for adapters in memory.
     """
     ranks = {path: rank_of("lora_a", tensors[f"{path}.lora_a"]) for path in paths}
     depths = [adapter.config.num_layers for adapter in adapters]

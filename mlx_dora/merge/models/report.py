@@ -56,7 +56,8 @@ class MergeReport:
         if unknown := [tensor for tensor in self.tensors if tensor.unknown]:
             text.append(
                 f"{sum(tensor.unknown for tensor in unknown)} weights in "
-                f"{len(unknown)} tensors have no Fisher information and took the weighted mean "
+                f"{len(unknown)} tensors have no Fisher information and "
+                "took the weighted mean "
                 f"({', '.join(tensor.name for tensor in unknown[:5])}"
                 f"{', ...' if len(unknown) > 5 else ''})."
             )

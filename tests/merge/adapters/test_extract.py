@@ -110,7 +110,7 @@ def test_refusals(make_tuned, tmp_path: Path) -> None:
     base, tuned, _ = make_tuned()
     (tmp_path / "there").mkdir()
     cases: list[tuple[dict[str, Any], str]] = [
-        ({}, "give a rank or an energy"),
+        ({}, "give rank, energy"),
         ({"rank": 0}, "rank must be"),
         ({"energy": 1.5}, "energy must be"),
         ({"rank": 2, "keys": ["q_pro"]}, "no module is called 'q_pro'"),

@@ -151,7 +151,7 @@ def test_weights_by_row_go_with_information_by_row_alone() -> None:
     truth = expected(parts, known, [(1 - t)[:, None], t[:, None]])
     assert_close(adapted(dense, merged), truth)
     by_element = information(2, (ROWS, WIDTH))
-    with pytest.raises(DoRAError, match="one weight an adapter"):
+    with pytest.raises(DoRAError, match="one weight per adapter, not one per row"):
         merge_informed(weight, inputs, shares, by_element, scale=1.0)
 
 
