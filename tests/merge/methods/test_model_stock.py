@@ -94,7 +94,7 @@ def test_weights_a_missing_base_and_a_single_model_are_refused(
     base, one, two = (make_tiny_folder(f"m{seed}", seed=seed) for seed in range(3))
     kw: dict[str, Any] = {"method": "model_stock", "save_path": tmp_path / "out"}
     cases: tuple[tuple[list[Path], dict[str, Any], str], ...] = (
-        ([one, two], {"base": base, "weights": [1, 2]}, "takes no weights"),
+        ([one, two], {"base": base, "weights": [1, 2]}, "uses no weights"),
         ([one, two], {}, "model_stock needs a base"),
         ([one], {"base": base}, "model_stock takes at least 2 inputs, got 1"),
     )
