@@ -35,7 +35,8 @@ def slerp(gram: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return weights
     if gram.shape[1] != 2:
         raise DoRAError(
-            f"slerp merges two inputs, got {gram.shape[1]}: use karcher or nmean for more."
+            f"slerp merges two inputs, got {gram.shape[1]}: use karcher or nmean "
+            "instead."
         )
     theta = np.arccos(np.clip(gram[:, 0, 1], -1.0, 1.0))[:, None]
     is_same = theta < _SAME_DIRECTION

@@ -102,7 +102,7 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="model_stock",
-            summary="W0 + t times the mean change; t follows from the angles between changes",
+            summary="W0 + t times the mean change; t from the angles of the changes",
             paper="arXiv:2403.19522",
             rows="rows:model_stock",
             inputs=(2, None),

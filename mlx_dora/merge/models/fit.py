@@ -1,4 +1,4 @@
-"""Whether models fit together, and what becomes of tensors that only some store."""
+"""Checks that models match; describes tensors that only some of them store."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +10,7 @@ from mlx_dora.merge.models.model_tensors import ModelTensors
 
 
 def check_fit(pattern: ModelTensors, inputs: Sequence[ModelTensors], pad: bool) -> None:
-    """Refuse models that differ in names or shapes, all of it in one message."""
+    """Refuse models that differ in names or shapes, naming all problems at once."""
     own = set(pattern.names)
     kind = pattern.config.get("model_type")
     for model in inputs:
@@ -37,7 +37,7 @@ def check_fit(pattern: ModelTensors, inputs: Sequence[ModelTensors], pad: bool) 
         if unlike and all(
             _is_vocabulary(name.split(" ")[0], model, pattern) for name in unlike
         ):
-            problems.append("the vocabularies differ: say pad (--pad) to merge them")
+            problems.append("the vocabularies differ: set pad (--pad) to merge them")
         if problems:
             raise DoRAError(
                 f"{model.folder} does not fit {pattern.folder}: {'; '.join(problems)}."
@@ -52,14 +52,14 @@ def _is_vocabulary(name: str, model: ModelTensors, pattern: ModelTensors) -> boo
 
 
 def notes_of_copies(pattern: ModelTensors, inputs: Sequence[ModelTensors]) -> list[str]:
-    """What happens to stored tensors that follow from others."""
+    """Notes on stored tensors that can be derived from others."""
     notes = []
     own = set(pattern.names)
     left_out = {n for model in inputs for n in model.copies - own}
     if left_out:
         notes.append(
-            f"Left out, since {pattern.folder} does not store them and they follow "
-            f"from other tensors or the config: {_listed(left_out)}."
+            f"Left out, since {pattern.folder} does not store them and they can be "
+            f"derived from other tensors or the config: {_listed(left_out)}."
         )
     heads = {n for n in own if pattern.original(n) != n}
     if heads:
@@ -73,7 +73,9 @@ def notes_of_copies(pattern: ModelTensors, inputs: Sequence[ModelTensors]) -> li
     if shared:
         notes.append(f"The embedding, which is tied, is merged as {_listed(shared)}.")
     if carried := {n for n in pattern.copies if is_buffer(n)}:
-        notes.append(f"Rotary buffers as in {pattern.folder}: {_listed(carried)}.")
+        notes.append(
+            f"Rotary buffers are copied from {pattern.folder}: {_listed(carried)}."
+        )
     return notes
 
 

@@ -1,4 +1,4 @@
-"""What a merge of models did, tensor by tensor."""
+"""Report on a merge of models, tensor by tensor."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,14 @@ from mlx_dora.errors import printable
 
 @dataclass(frozen=True, kw_only=True)
 class MergedTensor:
-    """What became of one tensor of a model.
+    """Report on one merged tensor.
 
     Attributes:
-        name: Its name.
-        opposed: Rows whose directions cancel: they keep the heaviest model's.
-        packing_error: Relative error that packing it again added; None if dense.
-        unknown: Elements without Fisher information, in a merge by that.
+        name: Name of the tensor.
+        opposed: Number of rows whose directions cancel; they keep the direction of
+            the model with the largest weight.
+        packing_error: Relative error from packing it again; None if dense.
+        unknown: Number of elements without Fisher information, in a Fisher merge.
     """
 
     name: str
@@ -24,16 +25,16 @@ class MergedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What a merge of models did.
+    """Report on a merge of models.
 
     Attributes:
-        method: How.
-        models: Folders or Hub ids.
-        tensors: Those merged in this run.
-        resumed: How many an earlier, killed run had merged.
-        peak_bytes: Most memory that MLX held.
-        seconds: Whole duration.
-        notes: What to say of the settings and inputs, a sentence each.
+        method: Name of the method.
+        models: Folders or Hub ids of the merged models.
+        tensors: Reports on the tensors merged in this run.
+        resumed: Number of tensors that an earlier, killed run had merged.
+        peak_bytes: Peak memory of MLX.
+        seconds: Total duration.
+        notes: Notes about the settings and inputs, one sentence each.
     """
 
     method: str
@@ -69,7 +70,7 @@ class MergeReport:
                 f"{worst.packing_error:.2%} error ({worst.name})."
             )
         if self.resumed:
-            text.append(f"{self.resumed} tensors were there from an earlier run.")
+            text.append(f"{self.resumed} tensors came from an earlier run.")
         text.append(
             f"Merged {len(self.tensors)} tensors of {len(self.models)} models by "
             f"{self.method} in {self.seconds:.1f} s, peak memory "

@@ -1,4 +1,4 @@
-"""Which tokenizer and chat template a merged model gets."""
+"""Chooses the tokenizer and chat template of a merged model."""
 
 import json
 import shutil
@@ -26,10 +26,10 @@ _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 def check_vocabularies(folders: Sequence[Path], key: str = "tokenizer_source") -> None:
-    """Refuse models whose tokens have other numbers than the first model's.
+    """Refuse models whose token ids differ from the first model's.
 
     Raises:
-        DoRAError: Naming the models that differ, or that have no tokenizer to compare.
+        DoRAError: Naming the models that differ or have no tokenizer.
     """
     first, *others = folders
     own = _vocabulary(first, key)
@@ -38,12 +38,12 @@ def check_vocabularies(folders: Sequence[Path], key: str = "tokenizer_source") -
             raise DoRAError(
                 f"{key}: the vocabularies of {first} and {other} differ, and merging "
                 "token by token is not supported; leave the key out (--pad merges "
-                "embeddings of unlike sizes row by row)."
+                "embeddings of different sizes row by row)."
             )
 
 
 def _vocabulary(folder: Path, key: str) -> object:
-    """Numbers of the tokens, or what determines them; comparable."""
+    """Token ids, or data that determines them, for comparison."""
     if (path := folder / "tokenizer.json").is_file():
         content = read_object(path)
         model, added = content.get("model"), content.get("added_tokens")
@@ -64,7 +64,7 @@ def _added(tokens: Any) -> object:
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Put the tokenizer files of one model in place of another's."""
+    """Replace a model's tokenizer files with those of another model."""
     for name in FILES:
         (out / name).unlink(missing_ok=True)
         if (source / name).is_file():
@@ -72,17 +72,17 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 
 def choose_template(wanted: str, folders: Sequence[Path]) -> tuple[str | None, str]:
-    """The chat template that a merge config asks for, and a note about it.
+    """Choose the chat template that a merge config asks for, with a note about it.
 
     Args:
-        wanted: ``auto`` for the template that most models have, or a template's text.
-        folders: The models; of equally frequent templates the first model's is taken.
+        wanted: ``auto`` for the most frequent template, or a template's text.
+        folders: The models; among equally frequent templates the first model's wins.
 
     Returns:
-        None to leave the template as it is.
+        The template, or None to leave it unchanged; and the note.
 
     Raises:
-        DoRAError: If the text is no template.
+        DoRAError: If a model's template file is invalid.
     """
     if wanted == "auto":
         templates = [read_template(folder) for folder in folders]
@@ -90,14 +90,14 @@ def choose_template(wanted: str, folders: Sequence[Path]) -> tuple[str | None, s
         if not stripped:
             return None, "chat_template: auto has no effect: no model has a template."
         template, count = Counter(stripped).most_common(1)[0]
-        return template, f"chat_template: that of {count} of {len(folders)} models."
+        return template, f"chat_template: from {count} of {len(folders)} models."
     if "{" not in wanted:
         return None, (
-            f"chat_template: {wanted} is a template of mergekit's own and is not "
+            f"chat_template: {wanted} is a built-in template of mergekit and is not "
             "shipped here; the output keeps its tokenizer's. Give the template's text "
             "to change it."
         )
-    return wanted, "chat_template: the config's own."
+    return wanted, "chat_template: set by the config."
 
 
 def read_template(folder: Path) -> str | None:

@@ -141,8 +141,8 @@ def test_a_matrix_that_is_used_twice_is_left_out_and_named(
     found = dict(SquaredGradients(model, ROWS, paths, config, None).matrices())
     assert list(found) == [PATHS[1]]
     assert caplog.messages == [
-        "model.layers.0.proj.inner is not applied exactly once to each token: left out, "
-        "without Fisher information"
+        "model.layers.0.proj.inner is not applied exactly once to each token: left "
+        "out, without Fisher information"
     ]
 
 

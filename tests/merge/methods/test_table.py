@@ -79,7 +79,7 @@ def test_dare_that_drops_nothing_says_so() -> None:
 
 def test_settings_without_effect_are_refused(tiny_model: Any) -> None:
     for parameters, message in (
-        ({"density": 0.5}, "density has no effect on slerp; it takes weights alone"),
+        ({"density": 0.5}, "density has no effect on slerp; it uses only weights"),
         ({"lambda": 2.0}, "lambda has no effect on slerp"),
     ):
         with pytest.raises(DoRAError, match=message):

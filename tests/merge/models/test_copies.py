@@ -85,7 +85,7 @@ def test_buffers_are_carried_from_the_pattern__tinyllama_127(
     )
     for name in names:
         assert (read(tmp_path / "with", name) == 1).all()
-    assert any("Rotary buffers as in" in line for line in report.lines())
+    assert any("Rotary buffers are copied from" in line for line in report.lines())
     report = merge_models(
         [plain, other], save_path=tmp_path / "without", method="linear"
     )

@@ -136,7 +136,7 @@ def test_fisher_weighs_what_it_knows(
             merge_models(
                 three, save_path=tmp_path / "two", method="fisher", fisher=given
             )
-    with pytest.raises(DoRAError, match="granularity is row"):
+    with pytest.raises(DoRAError, match="use granularity row, not tensor"):
         merge_models(
             three, save_path=tmp_path / "two", method="fisher", fisher=folders,
             parameters={"granularity": "tensor"},

@@ -72,7 +72,7 @@ def test_slerp_starts_at_the_base():
         ({"parameters": {"weight": 10**400}}, "weight must be a number"),
         ({"parameters": {"weight": float("nan")}}, "weight must be a number"),
         ({"parameters": {"weight": [{"filter": 5, "value": 1}]}}, "weight must be"),
-        ({"parameters": {"wait": 1}}, "wait not understood; linear takes weight"),
+        ({"parameters": {"wait": 1}}, "wait is unknown; linear uses weight"),
         ({"models": "a"}, "needs models"),
         ({"models": [{"model": "a", "params": {}}]}, "models: a: params not"),
         ({"models": [{"model": "a+b"}]}, "fuse it first"),

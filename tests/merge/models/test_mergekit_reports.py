@@ -167,7 +167,7 @@ def test_a_list_of_templates_with_damaged_names_gives_the_default(
     for folder in models.values():
         put_template(folder, [{"name": []}, 5, named])
     report = merge(task_arithmetic(models, chat_template="auto"), tmp_path / "out")
-    assert any("that of 2 of 2 models" in line for line in report.lines())
+    assert any("template: from 2 of 2 models" in line for line in report.lines())
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == (
         "mine {{ messages }}"
     )
@@ -177,8 +177,8 @@ def test_a_list_of_templates_with_damaged_names_gives_the_default(
 @pytest.mark.parametrize(
     ("wanted", "expected", "note"),
     [
-        ("auto", "two: {{ messages }}", "that of 2 of 3 models"),
-        ("own {{ messages }}", "own {{ messages }}", "the config's own"),
+        ("auto", "two: {{ messages }}", "from 2 of 3 models"),
+        ("own {{ messages }}", "own {{ messages }}", "set by the config"),
         ("chatml", "one: {{ messages }}", "not shipped here"),
     ],
 )
@@ -255,7 +255,7 @@ def test_passthrough_copies_a_model__mergekit_418(
         assert (read(tmp_path / "copy", name) == own).all()
         factor = 0.5 if name == ATTENTION else 1.0
         assert (read(tmp_path / "scaled", name) == factor * own).all()
-    with pytest.raises(DoRAError, match="passthrough takes one model"):
+    with pytest.raises(DoRAError, match="passthrough uses one model"):
         both = [{"model": models[name]} for name in "AB"]
         merge({"merge_method": "passthrough", "models": both}, tmp_path / "out")
 
