@@ -14,7 +14,7 @@ lengths of its rows, or always for changes from it."""
 
 @dataclass(frozen=True, kw_only=True)
 class Mergekit:
-    """Name and parameters of a method in mergekit's YAML.
+    """How mergekit's YAML names a method and its parameters.
 
     Attributes:
         name: Value of ``merge_method``.

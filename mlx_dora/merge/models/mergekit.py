@@ -1,8 +1,8 @@
 """Reads mergekit's YAML for shared methods, with mergekit's definitions.
 
 Tensors are merged as a whole, as in mergekit. Arithmetic is float32; ``dtype`` sets
-only the dtype of the output. Keys that do not change the weights are accepted with a note.
-Unsupported keys that would change the result are refused by name.
+only the dtype of the output. Keys that do not change the weights are accepted with a
+note. Unsupported keys that would change the result are refused by name.
 """
 
 from collections.abc import Sequence

@@ -307,7 +307,7 @@ def test_the_command_prints_the_notes_and_refuses_options_that_the_file_decides(
     args = ["models", "-c", str(path), "--save-path", str(tmp_path / "x")]
     result = CliRunner().invoke(command, [*args, "--method", "ties", "--density", "1"])
     assert result.exit_code == 2
-    assert "--method, --density: the --config file decides this" in result.stderr
+    assert "--method, --density: set by the --config file" in result.stderr
     path.write_text("name: a\n---\nname: b\n")
     result = CliRunner().invoke(command, args)
     assert result.exit_code == 1
