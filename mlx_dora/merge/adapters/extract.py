@@ -97,7 +97,7 @@ def extract_adapter(
             blocks. Unchanged modules are left out.
         save_path: Folder to write the adapter to.
         overwrite: Replace an existing folder.
-        progress: Called as the work goes on.
+        progress: Progress callback.
 
     Raises:
         DoRAError: If the models do not match or do not differ, or an argument is bad.

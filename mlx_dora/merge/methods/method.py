@@ -134,7 +134,7 @@ class MergeMethod:
             exact = f"{fewest}" if fewest == most else ""
             up_to = f"at most {most}" if most is not None and count > most else ""
             raise DoRAError(
-                f"{self.name} takes {exact or up_to or f'at least {fewest}'} inputs, "
+                f"{self.name} merges {exact or up_to or f'at least {fewest}'} inputs, "
                 f"got {count}."
             )
 

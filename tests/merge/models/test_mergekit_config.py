@@ -25,7 +25,7 @@ def test_gradients_and_filters():
     assert depth_of("model.layers.0.mlp.up_proj.weight", 1) == 1
 
 
-def test_a_models_own_parameter_goes_first_and_falls_through():
+def test_a_models_own_parameter_takes_precedence():
     entries = [
         {"model": "a", "parameters": {"weight": [{"filter": "mlp", "value": 3}]}},
         {"model": "b"},
@@ -91,7 +91,7 @@ def test_slerp_starts_at_the_base():
         ({"merge_method": "ties"}, "ties needs a base"),
     ],
 )
-def test_what_is_not_understood_is_refused(changes, message):
+def test_unknown_keys_and_bad_values_are_refused(changes, message):
     with pytest.raises(DoRAError, match=message):
         read_mergekit(config(**changes))
 
@@ -123,7 +123,7 @@ def source(model, first=0, end=2):
         ({"a": 1}, "slices must be a list"),
     ],
 )
-def test_slices_that_are_no_whole_models_are_refused(slices, message):
+def test_slices_that_are_not_whole_models_are_refused(slices, message):
     with pytest.raises(DoRAError, match=message):
         read_mergekit({"merge_method": "linear", "slices": slices})
 
