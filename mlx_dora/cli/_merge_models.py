@@ -1,4 +1,4 @@
-"""``mlx_dora.merge models``: several whole models as one."""
+"""``mlx_dora.merge models``: merges several whole models."""
 
 from pathlib import Path
 
@@ -23,20 +23,20 @@ from mlx_dora.merge.methods.table import names_with
 
 @click.command("models")
 @click.argument("models", type=PATH_OR_ID, nargs=-1, metavar="[M1 M2 ...]")
-@click.option("--save-path", type=PATH, required=True, help="The model folder to make.")
+@click.option("--save-path", type=PATH, required=True, help="Output model folder.")
 @click.option("--base", type=PATH_OR_ID, help="The model that changes are relative to.")
 @click.option(
     "--method",
     type=click.Choice([*METHODS]),
     default=DEFAULT,
     show_default=True,
-    help="How to merge.",
+    help="Merge method.",
 )
 @click.option(
     "--weights",
     callback=read_weights,
-    help="One a model (0.3,0.7), or YAML from patterns of module paths to such lists; "
-    "equal if not given.",
+    help="One per model (0.3,0.7), or YAML that maps patterns of module paths to such "
+    "lists; equal by default.",
 )
 @click.option(
     "--density",
@@ -51,7 +51,7 @@ from mlx_dora.merge.methods.table import names_with
 @click.option(
     "--normalize/--no-normalize",
     default=None,
-    help=f"Divide by the weights, for {names_with('normalize')}.",
+    help=f"Divide by the sum of the weights, for {names_with('normalize')}.",
 )
 @click.option(
     "--seed",
@@ -64,21 +64,21 @@ from mlx_dora.merge.methods.table import names_with
     type=click.Choice(["row", "tensor"]),
     default="row",
     show_default=True,
-    help="Directions of rows, or of whole tensors as in mergekit.",
+    help="Merge directions of rows, or of whole tensors as in mergekit.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Of the output; the base's, or the first model's, if not given.",
+    help="Dtype of the output; by default that of the base, or of the first model.",
 )
-@click.option("--pad", is_flag=True, help="Merge embeddings of unlike vocabularies.")
-@fisher_option("a model")
+@click.option("--pad", is_flag=True, help="Merge embeddings of different sizes.")
+@fisher_option("model")
 @click.option(
     "-c",
     "--config",
     type=FILE,
-    help="A mergekit YAML file, in place of models and method; of the other options "
-    "only --seed, --pad and --overwrite go with it.",
+    help="A mergekit YAML file, in place of models and method. Only --seed, --pad and "
+    "--overwrite can be combined with it.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 def models_command(
@@ -100,8 +100,8 @@ def models_command(
 ) -> None:
     """Merge whole models, one tensor at a time.
 
-    The base, or else the first model, gives config, tokenizer and dtypes. A merge that
-    was killed goes on where it stopped when the command is given again.
+    The output has the config, tokenizer and dtypes of the base, or else of the first
+    model. A killed merge resumes when the same command is run again.
     """
     from dataclasses import replace
 
@@ -141,7 +141,7 @@ def models_command(
 
 
 def _refuse_beside_config(context: click.Context) -> None:
-    """Refuse options that the file decides."""
+    """Refuse options that the file sets."""
     free = ("config", "save_path", "overwrite", "seed", "pad", "models")
     given = [
         f"--{name.replace('_', '-')}"
@@ -151,5 +151,5 @@ def _refuse_beside_config(context: click.Context) -> None:
     ]
     if given:
         raise click.UsageError(
-            f"{', '.join(given)}: the --config file decides this; change the file"
+            f"{', '.join(given)}: set by the --config file; change the file instead"
         )

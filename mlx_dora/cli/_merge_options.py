@@ -1,4 +1,4 @@
-"""Options and arguments that several commands of ``mlx_dora.merge`` share."""
+"""Options shared by several commands of ``mlx_dora.merge``."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,24 +11,28 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.merge.methods.table import densities, names_with
 
 SEED_HELP = f"Random seed, for {names_with('seed')}."
-SCALE_HELP = f"Factor on the merged changes of the base, for {names_with('lambda')}."
-DENSITY_HELP = f"Share of the changes to keep (default: {densities()})."
+SCALE_HELP = f"Factor on the merged changes, for {names_with('lambda')}."
+DENSITY_HELP = f"Fraction of the changes to keep (default: {densities()})."
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
 
 def read_weights(
     context: click.Context, option: click.Parameter, value: str | None
 ) -> Weights | None:
-    """``0.3,0.7``, or YAML from patterns to lists."""
+    """Parse ``0.3,0.7``, or YAML that maps patterns to lists."""
     if value is None:
         return None
     try:
-        found = parse_yaml(value if value[:1] in "[{" else f"[{value}]", repr(value))
+        weights = parse_yaml(value if value[:1] in "[{" else f"[{value}]", repr(value))
     except DoRAError as error:
-        raise click.BadParameter(f"{value!r} is not a list of weights.") from error
-    if not isinstance(found, list | dict):
-        raise click.BadParameter(f"{value!r} is not a list of weights.")
-    return found
+        raise click.BadParameter(
+            f"{value!r} is not a list of weights, such as 0.3,0.7."
+        ) from error
+    if not isinstance(weights, list | dict):
+        raise click.BadParameter(
+            f"{value!r} is not a list of weights, such as 0.3,0.7."
+        )
+    return weights
 
 
 def fisher_option(whose: str) -> Callable[[Any], Any]:
@@ -36,6 +40,6 @@ def fisher_option(whose: str) -> Callable[[Any], Any]:
         "--fisher",
         type=PATH,
         multiple=True,
-        help=f"For --method fisher: a folder that `fisher` made, once {whose} and in "
-        "their order.",
+        help=f"For --method fisher: a folder written by `fisher`. Repeat for each "
+        f"{whose}, in order.",
     )

@@ -1,4 +1,4 @@
-"""``mlx_dora.extract``: an adapter from a fine-tuned model."""
+"""``mlx_dora.extract``: extracts an adapter from a fine-tuned model."""
 
 import click
 
@@ -12,19 +12,19 @@ from mlx_dora.cli._progress import WorkDisplay
 @click.argument("base", type=PATH_OR_ID)
 @click.argument("tuned", type=PATH_OR_ID)
 @click.option(
-    "--rank", type=click.IntRange(min=1), help="Rank of the updates, or the largest."
+    "--rank",
+    type=click.IntRange(min=1),
+    help="Rank of the updates; a maximum with --energy.",
 )
 @click.option("--energy", type=float, help="Share of each update's energy to keep.")
 @click.option(
     "--key",
     "keys",
     multiple=True,
-    help="A module to cover (self_attn.q_proj, or a full path); all linear layers of "
-    "the blocks if not given.",
+    help="A module to cover (self_attn.q_proj, or a full path); by default all linear "
+    "layers of the blocks. Repeatable.",
 )
-@click.option(
-    "--save-path", type=PATH, required=True, help="The adapter folder to make."
-)
+@click.option("--save-path", type=PATH, required=True, help="Output adapter folder.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 def command(
     base: str,
@@ -35,17 +35,17 @@ def command(
     save_path: str,
     overwrite: bool,
 ) -> None:
-    """Extract a DoRA adapter from BASE and its fine-tuned self, TUNED.
+    """Extract a DoRA adapter from BASE and the fine-tuned model TUNED.
 
-    Magnitudes are exact, directions come from a truncated SVD; the error of each matrix
-    is printed. Give --rank, --energy or both.
+    Magnitudes are exact; directions come from a truncated SVD. Prints the error of each
+    matrix. Give --rank, --energy or both.
     """
     from mlx_dora.merge.adapters.extract import extract_adapter
 
     if rank is None and energy is None:
         raise click.UsageError("give --rank, --energy or both")
     with WorkDisplay(with_memory=True) as display:
-        found = extract_adapter(
+        extraction = extract_adapter(
             base,
             tuned,
             rank=rank,
@@ -55,6 +55,6 @@ def command(
             overwrite=overwrite,
             progress=display.progress,
         )
-    for line in found.lines():
+    for line in extraction.lines():
         echo(line)
     echo(f"Saved to {save_path}")

@@ -1,4 +1,4 @@
-"""``mlx_dora.merge``: several adapters, or several models, as one."""
+"""``mlx_dora.merge``: merges several adapters, or several models."""
 
 from collections.abc import Sequence
 
@@ -36,32 +36,32 @@ def command() -> None:
 @click.option(
     "--model",
     type=PATH_OR_ID,
-    help="The base; what the first adapter says of its base if not given.",
+    help="The base model; by default the base recorded in the first adapter.",
 )
-@click.option(
-    "--save-path", type=PATH, required=True, help="The adapter folder to make."
-)
+@click.option("--save-path", type=PATH, required=True, help="Output adapter folder.")
 @click.option(
     "--method",
     type=click.Choice([*METHODS, AUTO]),
     default=DEFAULT,
     show_default=True,
-    help="How to merge. auto compares the adapters, takes what that suggests and says "
-    f"why. Exact, without a dense weight: {exact_names()}.",
+    help="Merge method. auto compares the adapters, uses the method that this suggests "
+    f"and says why. Exact, without a dense weight: {exact_names()}.",
 )
 @click.option(
     "--weights",
     callback=read_weights,
-    help="One an adapter (0.3,0.7), or YAML from patterns of module paths to such "
-    "lists; equal if not given.",
+    help="One per adapter (0.3,0.7), or YAML that maps patterns of module paths to "
+    "such lists; equal by default.",
 )
-@click.option("--rank", type=click.IntRange(min=1), help="Cut the update to this rank.")
+@click.option(
+    "--rank", type=click.IntRange(min=1), help="Maximum rank of the merged updates."
+)
 @click.option(
     "--logit-error",
     type=PATH_OR_ID,
     metavar="DATA",
-    help="With --rank: on a few rows of this data, say of each layer how far its cut "
-    "moves the logits.",
+    help="Report, per layer, how much the rank cut changes the logits on DATA (needs "
+    "--rank).",
 )
 @click.option(
     "--density",
@@ -84,15 +84,15 @@ def command() -> None:
 @click.option(
     "--check-base/--no-check-base",
     default=True,
-    help="Refuse an adapter of another base or quantisation (the default).",
+    help="Refuse an adapter trained on another base or quantization (the default).",
 )
-@fisher_option("an adapter")
+@fisher_option("adapter")
 @click.option(
     "--data",
     type=PATH_OR_ID,
     multiple=True,
-    help="Data of an adapter, in the adapters' order: --method fisher estimates its "
-    "information there, as `fisher` does if told nothing else. Say it once an adapter.",
+    help="For --method fisher: data of an adapter, to estimate its Fisher information "
+    "on with the defaults of `fisher`. Repeat for each adapter, in order.",
 )
 def adapters_command(
     adapters: tuple[str, ...],
@@ -121,11 +121,11 @@ def adapters_command(
 
     informed = [name for name, entry in METHODS.items() if entry.needs_fisher]
     if data and (fisher or method not in informed):
-        raise click.UsageError("--data is for --method fisher without --fisher")
+        raise click.UsageError("--data needs --method fisher, without --fisher")
     if logit_error and rank is None:
-        raise click.UsageError("--logit-error is for --rank")
+        raise click.UsageError("--logit-error needs --rank")
     model = model or recorded_base(adapters[0])
-    if method == AUTO:  # which takes long: what is wrong with the output goes before
+    if method == AUTO:  # slow: check the output first
         inputs = (*adapters, model, logit_error, *fisher, *data)
         check_output(save_path, inputs=inputs, overwrite=overwrite)
         method, suggested = _suggested_merge(adapters, model, check_base)
@@ -154,7 +154,7 @@ def adapters_command(
 def _suggested_merge(
     adapters: Sequence[str], base: str, check_base: bool
 ) -> tuple[str, Sequence[float] | None]:
-    """The method and weights that a comparison of the adapters suggests; says why."""
+    """Choose method and weights by comparing the adapters; prints the reasons."""
     from mlx_dora.analyze import compare_adapters
 
     with WorkDisplay(with_memory=True) as display:
@@ -163,32 +163,35 @@ def _suggested_merge(
         )
     for advice in comparison.guidance:
         echo(advice.sentence)
-    found = next((one for one in comparison.guidance if one.method), None)
-    if found is None or found.method is None:
+    choice = next((advice for advice in comparison.guidance if advice.method), None)
+    if choice is None or choice.method is None:
         raise DoRAError(
             "the comparison suggests no way to merge these adapters; to merge them "
             "anyway, name a --method and --weights."
         )
-    echo(f"Method: {found.method}")
-    return found.method, found.weights
+    echo(f"Method: {choice.method}")
+    return choice.method, choice.weights
 
 
 @command.command("fisher")
 @dataclass_options(config=FisherConfig, exclude=("mask_prompt", "all_turns"))
 @click.option(
-    "--model", type=PATH_OR_ID, required=True, help="The model, or the adapter's base."
+    "--model",
+    type=PATH_OR_ID,
+    required=True,
+    help="The model, or the base of the adapter.",
 )
 @click.option(
-    "--adapter-path", type=PATH, help="The adapter whose information is wanted."
+    "--adapter-path", type=PATH, help="Estimate the information of this adapter."
 )
 @click.option(
     "--key",
     "keys",
     multiple=True,
-    help="A module to look at (self_attn.q_proj, or a full path); the adapter's, or "
-    "all linear layers of the blocks, if not given.",
+    help="A module to include (self_attn.q_proj, or a full path); by default the "
+    "adapter's modules, or all linear layers of the blocks. Repeatable.",
 )
-@click.option("--save-path", type=PATH, required=True, help="The folder to make.")
+@click.option("--save-path", type=PATH, required=True, help="Output folder.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 def fisher_command(
     config: FisherConfig,
@@ -198,10 +201,11 @@ def fisher_command(
     save_path: str,
     overwrite: bool,
 ) -> None:
-    """Estimate Fisher information on data, for merges by it.
+    """Estimate Fisher information on data, for --method fisher.
 
-    The mean over the rows of the squared gradient of each output row, or each element,
-    of the linear layers. What is saved serves `--fisher` of adapters and models.
+    The information is the mean squared gradient, over the rows of the data, of each
+    output row or element of the linear layers. Use the saved folder with `--fisher` of
+    `adapters` and `models`.
     """
     from mlx_dora.merge.fisher.estimate import write_fisher
 

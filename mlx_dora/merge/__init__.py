@@ -1,7 +1,7 @@
-"""Merging adapters and models by magnitude and direction; extracting adapters.
+"""Merges adapters and models by magnitude and direction; extracts adapters.
 
-The public names are loaded on first use, so that the command line can read the options'
-defaults without MLX.
+Public names are loaded on first use, so that the command line can read the options'
+defaults without importing MLX.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""How much each input counts: one number each, by pattern, or row by row."""
+"""Weights of the inputs of a merge: numbers, by module pattern, or by row."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -9,23 +9,26 @@ import numpy as np
 from mlx_dora.errors import DoRAError
 
 Weight = float | int | mx.array | np.ndarray | Sequence[float]
-"""A number, or one number a row: ``(out,)``."""
+"""A number, or one number per row: shape ``(out,)``."""
 Weights = Sequence[Weight] | Mapping[str, Sequence[Weight]]
-"""One weight an input; or patterns (``*.self_attn.*``) to such lists."""
+"""One weight per input, or such lists by module pattern (``*.self_attn.*``)."""
 
 
 def check_weights(weights: Weights | None, count: int) -> None:
-    """Refuse weights that cannot be right for `count` inputs, whatever the module.
+    """Refuse weights that are invalid for `count` inputs in every module.
 
     Raises:
-        DoRAError: With the pattern, what was expected and what came.
+        DoRAError: With the pattern, the expected number and the given weights.
     """
     if weights is None:
         return
     is_mapping = isinstance(weights, Mapping)
     lists = dict(weights) if is_mapping else {"weights": weights}
     if not lists:
-        raise DoRAError("weights must name a pattern or be left out, got {}.")
+        raise DoRAError(
+            "weights: expected at least one pattern, got {}; leave them out for equal "
+            "weights."
+        )
     for pattern, values in lists.items():
         if isinstance(values, str | float | int) or len(values) != count:
             raise DoRAError(
@@ -35,7 +38,9 @@ def check_weights(weights: Weights | None, count: int) -> None:
         for value in values:
             array = _array(value)
             if array.ndim > 1 or not np.isfinite(array).all():
-                raise DoRAError(f"weights: {value} is not a number, nor one a row.")
+                raise DoRAError(
+                    f"weights: expected a finite number, or one per row, got {value}."
+                )
 
 
 def row_weights(
@@ -44,38 +49,38 @@ def row_weights(
     """The weights of one module, row by row.
 
     Args:
-        weights: As given; None weighs all inputs alike, with 1.
-        name: The module's path; of several patterns that fit, the first counts.
+        weights: As the user gave them; None gives every input weight 1.
+        name: The module's path; the first pattern that matches it is used.
         count: Number of inputs.
         rows: Number of output rows.
-        normalize: Make each row sum to 1.
+        normalize: Divide so that each row sums to 1.
 
     Returns:
         Shape ``(rows, count)``, float64.
 
     Raises:
-        DoRAError: If no pattern fits, an array has not one entry a row, or weights
-            that must be normalised are negative or sum to 0.
+        DoRAError: If no pattern matches, an array does not have one entry per row, or
+            weights to normalize are negative or sum to 0.
     """
     values = _for_name(weights, name, count)
-    found = np.empty((rows, count))
+    shares = np.empty((rows, count))
     for i, value in enumerate(values):
         array = _array(value)
         if array.ndim == 1 and array.size != rows:
             raise DoRAError(
-                f"weights of {name}: expected a number or {rows}, one a row, got "
+                f"weights of {name}: expected a number or {rows}, one per row, got "
                 f"{array.size}."
             )
-        found[:, i] = array
+        shares[:, i] = array
     if not normalize:
-        return found
-    total = found.sum(1, keepdims=True)
-    if (found < 0).any() or not (total > 0).all():
+        return shares
+    total = shares.sum(1, keepdims=True)
+    if (shares < 0).any() or not (total > 0).all():
         raise DoRAError(
             f"weights of {name}: a mean needs weights of at least 0 with a positive "
-            f"sum, got {[float(v) for v in found[0]]}."
+            f"sum, got {[float(v) for v in shares[0]]}."
         )
-    return found / total
+    return shares / total
 
 
 def _for_name(weights: Weights | None, name: str, count: int) -> Sequence[Weight]:
@@ -87,7 +92,8 @@ def _for_name(weights: Weights | None, name: str, count: int) -> Sequence[Weight
         if pattern == name or fnmatchcase(name, pattern):
             return values
     raise DoRAError(
-        f"weights: no pattern fits {name}; add '*' as the last for all others."
+        f"weights: no pattern matches {name}; add '*' as the last pattern to match all "
+        "other modules."
     )
 
 

@@ -28,7 +28,7 @@ def make_weight(
 def make_input(
     dense: np.ndarray, rank: int, scale: float, seed: int, size: float = 0.1
 ) -> Adapted:
-    """A trained adapter: random factors, magnitudes some way off the norms."""
+    """A simulated trained adapter: random factors, magnitudes away from the norms."""
     rng = np.random.default_rng(100 + seed)
     rows, width = dense.shape
     lora_a = rng.standard_normal((width, rank)).astype(np.float32)
@@ -39,12 +39,12 @@ def make_input(
     return Adapted(update=update, m=mx.array(m.astype(np.float32)))
 
 
-def adapted(dense: np.ndarray, one: Adapted | MergedMatrix) -> np.ndarray:
+def adapted(dense: np.ndarray, adapter: Adapted | MergedMatrix) -> np.ndarray:
     """W' of an adapter by Eq. 5 of DoRA, in float64."""
-    update = one.update if isinstance(one, Adapted) else one
+    update = adapter.update if isinstance(adapter, Adapted) else adapter
     low_rank = to_numpy(update.lora_a) @ to_numpy(update.lora_b)
     rows = dense + update.scale * low_rank.T
-    if one.m is None:
+    if adapter.m is None:
         return rows
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    return to_numpy(one.m)[:, None] * rows / np.where(norm > 0, norm, 1.0)
+    return to_numpy(adapter.m)[:, None] * rows / np.where(norm > 0, norm, 1.0)

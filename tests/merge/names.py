@@ -3,8 +3,8 @@
 from mlx_dora.merge.methods import METHODS
 
 ALL = list(METHODS)
-EXACT = [one.name for one in METHODS.values() if one.is_exact]
-NORMALIZED = [one.name for one in METHODS.values() if one.is_mean]
+EXACT = [value.name for value in METHODS.values() if value.is_exact]
+NORMALIZED = [value.name for value in METHODS.values() if value.is_mean]
 MEANS = ["slerp", "karcher", "nmean", "magnitude_weighted"]
 SUMS = ["linear", "task_arithmetic"]
 FISHER = "fisher"

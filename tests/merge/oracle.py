@@ -24,7 +24,7 @@ def dense_slerp(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
 
 
 def dense_nmean(weights: list[np.ndarray], shares: list[float]) -> np.ndarray:
-    parts = [split(one) for one in weights]
+    parts = [split(weight) for weight in weights]
     mean = total(w * u for w, (_, u) in zip(shares, parts, strict=True))
     length = total(w * n for w, (n, _) in zip(shares, parts, strict=True))
     return length * mean / np.linalg.norm(mean, axis=1, keepdims=True)
@@ -32,7 +32,7 @@ def dense_nmean(weights: list[np.ndarray], shares: list[float]) -> np.ndarray:
 
 def dense_karcher(weights: list[np.ndarray], shares: list[float]) -> np.ndarray:
     """Row by row, with vectors; 300 steps are far more than it needs."""
-    parts = [split(one) for one in weights]
+    parts = [split(weight) for weight in weights]
     length = total(w * n for w, (n, _) in zip(shares, parts, strict=True))
     rows = []
     for j in range(len(weights[0])):
@@ -58,9 +58,9 @@ def dense_magnitude_weighted(
     weights: list[np.ndarray], base: np.ndarray, shares: list[float]
 ) -> np.ndarray:
     base_norm = np.linalg.norm(base, axis=1, keepdims=True)
-    parts = [split(one) for one in weights]
+    parts = [split(weight) for weight in weights]
     moved = [w * np.abs(n - base_norm) for w, (n, _) in zip(shares, parts, strict=True)]
-    moved = [one / total(moved) for one in moved]
+    moved = [change / total(moved) for change in moved]
     mean = total(w * u for w, (_, u) in zip(moved, parts, strict=True))
     length = total(w * n for w, (n, _) in zip(moved, parts, strict=True))
     return length * mean / np.linalg.norm(mean, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Merging and extracting refuse what is not finite, by name, at every size else."""
+"""Merging and extracting refuse NaN and inf by name, and work at every other size."""
 
 import warnings
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize(
-    "method", [name for name, one in METHODS.items() if not one.needs_fisher]
+    "method", [name for name, entry in METHODS.items() if not entry.needs_fisher]
 )
 @pytest.mark.parametrize("rank", [None, 2])
 def test_adapters_beyond_float32_are_refused_in_one_line(
@@ -81,16 +81,19 @@ def test_extraction_and_analysis_work_at_every_size(
 ) -> None:
     base, tuned = make_tiny_folder("base"), make_tiny_folder("tuned", seed=1)
     keys = ("self_attn.q_proj",)
-    found = {}
+    result = {}
     for factor in (1.0, size):
         scale_model(base, factor)
         scale_model(tuned, factor)
         out = tmp_path / f"x{factor}"
         made = extract_adapter(base, tuned, rank=8, keys=keys, save_path=out)
-        geometry = [one.delta_d for one in analyze_adapter(out, base).layers]
-        found[factor] = [(one.error, one.discarded) for one in made.layers], geometry
-    np.testing.assert_allclose(found[size][0], found[1.0][0], rtol=1e-3)
-    np.testing.assert_allclose(found[size][1], found[1.0][1], rtol=1e-3)
+        geometry = [layer.delta_d for layer in analyze_adapter(out, base).layers]
+        result[factor] = (
+            [(layer.error, layer.discarded) for layer in made.layers],
+            geometry,
+        )
+    np.testing.assert_allclose(result[size][0], result[1.0][0], rtol=1e-3)
+    np.testing.assert_allclose(result[size][1], result[1.0][1], rtol=1e-3)
 
 
 def test_packed_scales_beyond_their_dtype_are_refused(

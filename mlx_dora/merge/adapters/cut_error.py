@@ -1,4 +1,4 @@
-"""How far cutting the rank of each layer moves a merged adapter's logits."""
+"""Measures how much rank cuts change the logits of a merged adapter."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,20 +30,22 @@ def add_logit_errors(
     max_seq_length: int = 128,
     progress: Progress | None = None,
 ) -> AdapterMerge:
-    """Measure each layer's cut alone, the other layers whole, and all of them together.
+    """Measure the effect of each layer's rank cut, and of all cuts together.
+
+    For the effect of a single layer, all other layers stay uncut.
 
     Args:
-        cut: The merge at the smaller rank.
-        full: The same merge, not cut.
-        model: The base; it is as it was afterwards.
+        cut: The merge with ranks cut.
+        full: The same merge without cuts.
+        model: The base model; unchanged on return.
         data: Rows to compare the logits on.
-        rows: How many of them, spread over the data.
-        max_seq_length: They are cut to this many tokens.
-        progress: Called as the work goes on.
+        rows: Number of rows to use, spread over the data.
+        max_seq_length: Longer rows are cut to this many tokens.
+        progress: Progress callback.
 
     Returns:
-        The report with relative errors: root mean square of the difference of the
-        logits over that of the uncut adapter's.
+        The report with relative errors: the root mean square of the difference in
+        logits, divided by that of the uncut adapter's logits.
     """
     attach_adapter(model, full, check_base=False)
     try:
@@ -60,7 +62,7 @@ def add_logit_errors(
             layers[path].invalidate()
 
         errors: dict[str, float] = {}
-        for path in layers:  # the experts of a module together
+        for path in layers:  # all experts of a module at once
             put(path, cut.adapter)
             errors[path] = error()
             put(path, full)
@@ -68,22 +70,26 @@ def add_logit_errors(
                 progress("logits", len(layers), 1)
         for path in layers:
             put(path, cut.adapter)
-        told = tuple(replace(one, logit_error=errors[one.path]) for one in cut.layers)
-        return replace(cut, layers=told, logit_error=error())
+        measured = tuple(
+            replace(layer, logit_error=errors[layer.path]) for layer in cut.layers
+        )
+        return replace(cut, layers=measured, logit_error=error())
     finally:
         remove_dora(model)
 
 
 def open_probe(model: str | Path, data: str) -> tuple[nn.Module, Examples]:
-    """A base, and the first of test, valid and train that a data set has.
+    """Load a base model and one split of a data set.
+
+    The split is the first of test, valid and train that exists.
 
     Raises:
-        DoRAError: If there is no such model or data, or a row is malformed.
+        DoRAError: If the model or the data cannot be loaded, or a row is malformed.
     """
     splits = read_splits(DataConfig(data=data))
     loaded, tokenizer = load(model)
     sets = make_datasets(splits, tokenizer)
-    found = sets["test"] or sets["valid"] or sets["train"]
-    if found is None:
-        raise DoRAError(f"{data} has no rows.")
-    return loaded, found
+    examples = sets["test"] or sets["valid"] or sets["train"]
+    if examples is None:
+        raise DoRAError(f"{data} has no rows: expected a test, valid or train split.")
+    return loaded, examples

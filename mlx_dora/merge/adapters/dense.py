@@ -1,4 +1,4 @@
-"""From a dense adapted weight back to an adapter: magnitude exact, direction by SVD."""
+"""Turns a dense adapted weight into an adapter: exact magnitude, direction by SVD."""
 
 import math
 from collections.abc import Sequence
@@ -14,17 +14,18 @@ from mlx_dora.merge.methods import method_named
 from mlx_dora.merge.methods.blockwise import joined
 from mlx_dora.merge.methods.settings import TensorSettings, check_seed
 
-# Below this share of ‖W0‖ the new direction leans too far from W0 to be scaled to it.
+# If the projection onto W0 is below this share of ‖W0‖, the direction is too far from
+# W0 to be scaled to it.
 _LEANS = 0.1
 _SWEEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What element-wise methods take beside the weights.
+    """Settings of element-wise methods, besides the weights.
 
     Attributes:
-        density: Share of the entries to keep; None for the method's default.
+        density: Fraction of the entries to keep; None for the method's default.
         seed: Random seed of DARE.
         scale: λ on the merged task vectors.
     """
@@ -39,7 +40,7 @@ class Options:
             raise DoRAError(f"scale must be a finite number, got {self.scale!r}.")
 
     def given(self) -> list[str]:
-        """Names of the settings that are not left at their defaults."""
+        """Names of the settings that differ from their defaults."""
         density = ["density"] if self.density is not None else []
         return [*density, *(["lambda"] if self.scale != 1 else [])]
 
@@ -54,7 +55,7 @@ def merge_task_vectors(
     """Merge tensors of any shape by a method that works on dense tensors.
 
     Raises:
-        DoRAError: For a density that is no share.
+        DoRAError: If the density is not between 0 and 1.
     """
     entry = method_named(method)
     density = entry.density if options.density is None else options.density
@@ -75,25 +76,26 @@ def merge_apart(
     weights: Sequence[float],
     options: Options,
 ) -> tuple[mx.array, mx.array]:
-    r"""Merge directions by an element-wise method, and magnitudes apart by the same.
+    r"""Merge directions and magnitudes separately by the same element-wise method.
 
     The directions' task vectors are :math:`V_i - W_0` and the magnitudes'
-    :math:`|m_i| - \lVert W_0\rVert`, so that a conflict of signs in the one says
-    nothing of the other.
+    :math:`|m_i| - \lVert W_0\rVert`, so a sign
+    conflict in one does not affect the other.
 
     Args:
         method: A method that works on dense tensors.
         base: W0. Shape ``(out, in)``.
-        directions: N directions V_i, of about the base's length. Of its shape.
-        magnitudes: N of shape ``(out,)``.
+        directions: N directions V_i, about as long as the base's rows, each of shape
+            ``(out, in)``.
+        magnitudes: N magnitudes m_i, each of shape ``(out,)``.
         weights: N weights.
-        options: Of the method.
+        options: Settings of the method.
 
     Returns:
-        The direction, unnormalised, ``(out, in)``, and the magnitude, ``(out,)``.
+        The unnormalized direction, ``(out, in)``, and the magnitude, ``(out,)``.
     """
     direction = merge_task_vectors(method, base, directions, weights, options)
-    lengths = [mx.abs(one) for one in magnitudes]
+    lengths = [mx.abs(m) for m in magnitudes]
     magnitude = merge_task_vectors(method, row_norm(base), lengths, weights, options)
     return direction, mx.maximum(magnitude, 0.0)
 
@@ -108,27 +110,27 @@ def factor(
     energy: float | None = None,
     rescale: bool = True,
 ) -> MergedMatrix:
-    r"""The DoRA adapter nearest to rows of given direction and magnitude.
+    r"""Compute the DoRA adapter nearest to rows of given direction and magnitude.
 
-    Each unit direction u is scaled to :math:`k u`, at first with
-    :math:`k = \langle W_0, u\rangle`, which makes :math:`k u - W_0` smallest; its
-    truncated SVD (Eckart and Young, 1936) is the update BA, and
-    :math:`k = \langle W_0 + BA, u\rangle` for the next try, while the loss falls.
+    Each unit direction u is scaled to :math:`k u`. Initially
+    :math:`k = \langle W_0, u\rangle`, which minimizes :math:`k u - W_0`. The truncated
+    SVD of that difference (Eckart and Young, 1936) is the update BA. The next iteration
+    uses :math:`k = \langle W_0 + BA, u\rangle`, for as long as the loss falls.
 
     Args:
         base: W0. Shape ``(out, in)``.
-        direction: Of any length. Shape ``(out, in)``.
-        magnitude: Shape ``(out,)``.
-        scale: Multiplier that the update is written for; not 0.
-        rank: Largest rank.
-        energy: Share of the squared norm that the rank must hold.
-        rescale: False takes the directions in the length they have.
+        direction: Rows of any length. Shape ``(out, in)``.
+        magnitude: Length of each merged row. Shape ``(out,)``.
+        scale: Multiplier of the adapter to make; not 0.
+        rank: Maximum rank.
+        energy: Share of the update's squared norm to keep.
+        rescale: Choose the lengths k as above; False keeps the rows' own lengths.
 
     Raises:
         DoRAError: If neither `rank` nor `energy` is given, or a row is not finite.
     """
     if rank is None and energy is None:
-        raise DoRAError("give a rank or an energy to keep.")
+        raise DoRAError("give rank, energy (a share of the update to keep), or both.")
     start, unit = _finite(base), _finite(direction)
     norm = np.linalg.norm(unit, axis=1)
     unit /= np.where(norm > 0, norm, 1.0)[:, None]
@@ -144,7 +146,7 @@ def factor(
 
     lora_a, up, discarded = truncated(target)
     for _ in range(_SWEEPS if rescale else 0):
-        # The length at which this update fits each direction best.
+        # The length k at which this update fits each direction best.
         fitting, before = along + ((unit @ lora_a) * up).sum(1), discarded
         target = np.where(fitting > _LEANS * target, fitting, target)
         lora_a, up, discarded = truncated(target)
@@ -165,24 +167,24 @@ def _float64(values: mx.array) -> np.ndarray:
 
 
 def _finite(values: mx.array) -> np.ndarray:
-    if not np.isfinite(found := _float64(values)).all():
+    if not np.isfinite(array := _float64(values)).all():
         raise DoRAError(NOT_FINITE)
-    return found
+    return array
 
 
 def _gains(m: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """How much each row's error counts: m over the direction's length, above 0."""
+    """Weight of each row's error: m over the direction's length; positive."""
     gain = np.where(target > 0, np.abs(m) / np.where(target > 0, target, 1.0), 1.0)
     return np.maximum(gain, 1e-6 * max(float(gain.max()), 1e-30))[:, None]
 
 
 def _first_lengths(start: np.ndarray, along: np.ndarray, m: np.ndarray) -> np.ndarray:
-    """The length of each direction that is nearest to W0, or W0's where that is short.
+    """Length at which each direction is nearest to W0; W0's own length if too short.
 
     Args:
         start: W0. Shape ``(out, in)``.
-        along: Products of W0's rows and the unit directions. Shape ``(out,)``.
-        m: Magnitudes, for rows where W0 is 0. Shape ``(out,)``.
+        along: Inner products of W0's rows and the unit directions. Shape ``(out,)``.
+        m: Magnitudes, used where the row of W0 is 0. Shape ``(out,)``.
     """
     base_norm = np.linalg.norm(start, axis=1)
     target = np.where(along > _LEANS * base_norm, along, base_norm)
@@ -194,8 +196,8 @@ def _truncate(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Factors ``(in, r)`` and ``(out, r)`` of the best approximation, and the loss.
 
-    From the Gram matrix of the shorter side: single values below 1e-8 of the largest
-    are noise.
+    Uses the Gram matrix of the shorter side, so singular values below 1e-8 of the
+    largest are noise.
     """
     is_tall = matrix.shape[0] >= matrix.shape[1]
     side = matrix if is_tall else matrix.T  # (long, short)

@@ -29,11 +29,11 @@ from mlx_dora.progress import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractedLayer:
-    """What became of one changed matrix.
+    """Report on one extracted matrix.
 
     Attributes:
-        path: Its full path; of an expert with the index, ``path[3]``.
-        rank: Rank of its update.
+        path: Full path of the matrix; for an expert, with its index: ``path[3]``.
+        rank: Rank of the update.
         discarded: Share of the direction's change that the rank left out.
         error: ‖adapted − tuned‖ over ‖tuned − base‖, Frobenius norms.
     """
@@ -60,15 +60,15 @@ class Extraction:
 
     def lines(self) -> list[str]:
         """The report as text."""
-        told = [
-            f"{one.path}: rank {one.rank}, {one.discarded:.2e} of the energy left out, "
-            f"error {one.error:.2e} of the change"
-            for one in self.layers
+        text = [
+            f"{layer.path}: rank {layer.rank}, {layer.discarded:.2e} of the energy "
+            f"left out, error {layer.error:.2e} of the change"
+            for layer in self.layers
         ]
         if self.left_out:
-            told.append(f"Changed, but not covered: {', '.join(self.left_out)}")
-        told.append(f"Extracted {len(self.layers)} matrices.")
-        return told
+            text.append(f"Changed, but not covered: {', '.join(self.left_out)}")
+        text.append(f"Extracted {len(self.layers)} matrices.")
+        return text
 
 
 def extract_adapter(
@@ -82,25 +82,25 @@ def extract_adapter(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Extraction:
-    """Make a DoRA adapter that turns a base into its fine-tuned self, as far as it can.
+    """Make the DoRA adapter that best turns a base into a fine-tuned model.
 
     Magnitudes are the tuned weights' exact row norms; directions come from a truncated
     SVD. Either model may be packed.
 
     Args:
-        base: Folder or Hub id of the base, which the adapter will belong to.
-        tuned: Of the fine-tuned model.
-        rank: Rank of the updates, or the largest one with `energy`. A matrix that is
-            smaller gets min(out, in).
+        base: Folder or Hub id of the base model. The adapter belongs to it.
+        tuned: Folder or Hub id of the fine-tuned model.
+        rank: Rank of the updates; with `energy`, the largest rank. Limited to
+            min(out, in) for each matrix.
         energy: Share of each update's squared norm to keep, above 0 and at most 1.
-        keys: Modules to cover, as in `DoRAConfig`; all of the blocks' if None.
-            Unchanged modules are left out.
+        keys: Modules to cover, as in `DoRAConfig`; None for all modules in the
+            blocks. Unchanged modules are left out.
         save_path: Folder to write the adapter to.
         overwrite: Replace an existing folder.
-        progress: Called as the work goes on.
+        progress: Progress callback.
 
     Raises:
-        DoRAError: If the models do not fit or do not differ, or an argument is bad.
+        DoRAError: If the models do not match or do not differ, or an argument is bad.
     """
     _check_size(rank, energy)
     if save_path is not None:
@@ -135,7 +135,7 @@ def extract_adapter(
 
 def _check_size(rank: int | None, energy: float | None) -> None:
     if rank is None and energy is None:
-        raise DoRAError("give a rank or an energy to keep.")
+        raise DoRAError("give rank, energy (a share of each update to keep), or both.")
     if rank is not None and (type(rank) is not int or rank < 1):
         raise DoRAError(f"rank must be a whole number of at least 1, got {rank!r}.")
     if energy is not None and not 0 < energy <= 1:
@@ -158,7 +158,7 @@ def _check_paths(
 
 
 def _config_of(tensors: Mapping[str, mx.array]) -> DoRAConfig:
-    """The config of extracted tensors, their ranks as they are."""
+    """Make the config of extracted tensors from their ranks."""
     leaf = ".lora_a"
     ranks = {
         name.removesuffix(leaf): rank_of("lora_a", value)
@@ -182,14 +182,17 @@ def _extract(
     energy: float | None,
     tensors: dict[str, mx.array],
 ) -> list[ExtractedLayer]:
-    """Put one module's adapter into `tensors`, unless nothing of it has changed.
+    """Add one module's adapter to `tensors`, if the module has changed.
 
     Returns:
-        What became of its changed matrices.
+        A report on each changed matrix.
     """
     base, tuned = weight_of(before), weight_of(after)
     if base.shape != tuned.shape:
-        raise DoRAError(f"{path} has shape {tuned.shape} for {base.shape}.")
+        raise DoRAError(
+            f"{path}: the fine-tuned weight has shape {tuned.shape}, expected the "
+            f"base's shape {base.shape}."
+        )
     layers, parts = [], []
     pairs = zip(named_matrices(path, base), matrices(tuned), strict=True)
     for (name, old), new in pairs:
@@ -198,7 +201,7 @@ def _extract(
             raise DoRAError(f"{name} holds NaN or inf.")
         change = _length(goal - weight)
         magnitude = row_norm(goal)
-        if not change:  # among experts that have changed
+        if not change:  # an unchanged expert of a changed module
             zeros = mx.zeros((weight.shape[1], 1)), mx.zeros((1, weight.shape[0]))
             part = {"lora_a": zeros[0], "lora_b": zeros[1], "m": magnitude}
             parts.append(part)
@@ -218,12 +221,12 @@ def _extract(
 
 
 def _length(matrix: mx.array) -> float:
-    """Frobenius norm, of every size that float32 holds."""
+    """Frobenius norm, without overflow for any float32 matrix."""
     return float(np.linalg.norm(np.array(row_norm(matrix), np.float64)))
 
 
 def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> list[str]:
-    """Tensors outside the covered weights that differ."""
+    """Names of changed tensors that the adapter does not cover."""
     before, after = base_tensors(start), base_tensors(end)
     leaves = ("weight", "scales", "biases")
     inside = {f"{path}.{leaf}" for path in covered for leaf in leaves}

@@ -1,4 +1,4 @@
-r"""Merging DoRA adapters of one matrix without its dense weight.
+r"""Merges DoRA adapters of one matrix without building a dense weight.
 
 .. math:: \sum_i \beta_i (W_0 + s_i B_i A_i) = c \, \Bigl(W_0 + \sum_i
     \frac{\beta_i s_i}{c} B_i A_i\Bigr), \qquad c = \sum_i \beta_i
@@ -22,7 +22,8 @@ from mlx_dora.merge.methods import method_named
 from mlx_dora.merge.methods.directions import heaviest
 from mlx_dora.merge.methods.rows import Combination, Rows, of_changes
 
-# Where the β cancel more than this, W0's share is gone and W0 + BA cannot express it.
+# Where the β cancel to less than this share, W0 drops out of the sum and W0 + BA cannot
+# express the row.
 _BASE_SHARE = 1e-3
 NOT_FINITE = (
     "the adapted rows are not finite: the base holds NaN or inf, or an adapter's "
@@ -32,18 +33,20 @@ NOT_FINITE = (
 
 @dataclass(frozen=True, kw_only=True)
 class MergedMatrix:
-    """A merged adapter of one matrix, and what could not be taken as it stood.
+    """The merged adapter of one matrix, with counts of special cases.
 
     Attributes:
-        lora_a: Shape ``(in, r)``, float32.
-        lora_b: Shape ``(r, out)``, float32, for `scale`.
-        m: Shape ``(out,)``, float32.
+        lora_a: Down projection A, shape ``(in, r)``, float32.
+        lora_b: Up projection B, shape ``(r, out)``, float32.
+        m: Magnitudes, shape ``(out,)``, float32.
         scale: Multiplier of the update.
-        opposed: Rows whose directions cancel: they keep the heaviest input's.
-        recomputed: Rows taken densely, the factored sum being noise there.
-        zero: Rows that are zero after the merge.
-        discarded: Share of the update's energy that cutting the rank lost.
-        unknown: Elements without Fisher information, in a merge by that.
+        opposed: Number of rows whose directions cancel; they keep the direction of
+            the input with the largest weight.
+        recomputed: Number of rows computed densely, because their factored sum is
+            lost in rounding.
+        zero: Number of rows that are zero after the merge.
+        discarded: Share of the update's energy lost by cutting the rank.
+        unknown: Number of elements without Fisher information, in a Fisher merge.
     """
 
     lora_a: mx.array
@@ -71,31 +74,34 @@ def merge_matrix(
     scale: float,
     rank: int | None = None,
 ) -> MergedMatrix:
-    """Merge the adapters of one matrix by a method of rows.
+    """Merge the adapters of one matrix by a row method.
 
     Args:
         weight: Base weight. Shape ``(out, in)``, any float dtype or packed; read once.
         inputs: The N adapters.
-        weights: Shape ``(out, N)``; for means each row sums to 1.
-        method: A method's name.
-        scale: Multiplier that the merged update is written for; not 0.
-        rank: Cut the update to this rank, if it is larger.
+        weights: Weights, shape ``(out, N)``; for means each row sums to 1.
+        method: Name of the method.
+        scale: Multiplier of the merged adapter; not 0.
+        rank: Maximum rank of the update.
 
     Raises:
-        DoRAError: If the base holds NaN or inf, or an adapted row is beyond float32.
+        DoRAError: If the base holds NaN or inf, or an adapted row overflows float32.
 
     Returns:
-        The adapter, exact to float32 but for `rank`. Inputs with the same A share it.
+        The merged adapter: exact to float32 precision, except for a cut to `rank`.
+        Inputs with the same A share it.
     """
-    found, norm, weights, inputs, grams = _combination(method, weight, inputs, weights)
-    beta, length, opposed = _keep_base(found, norm, weights)
+    combination, norm, weights, inputs, grams = _combination(
+        method, weight, inputs, weights
+    )
+    beta, length, opposed = _keep_base(combination, norm, weights)
     share = beta.sum(1)
-    # A row that is zero everywhere: any update that leaves it zero will do.
+    # The row is zero in all inputs: use any update that leaves it zero.
     is_zero = np.abs(beta).sum(1) == 0
     beta = np.where(is_zero[:, None], heaviest(weights), beta)
     share = np.where(is_zero, 1.0, share)
     merged = _side_by_side(inputs, beta / share[:, None])
-    if rows := np.flatnonzero(found.cancelled & ~opposed).tolist():
+    if rows := np.flatnonzero(combination.cancelled & ~opposed).tolist():
         dense = np.array(float32_rows(weight, mx.array(rows)), np.float64)
         dense = share[rows, None] * (dense + merged.rows(np.array(rows)))
         length[rows] = np.linalg.norm(dense, axis=1)
@@ -121,12 +127,12 @@ def merge_matrix(
 def _combination(
     method: str, weight: Weight, inputs: Sequence[Adapted], weights: np.ndarray
 ) -> tuple[Combination, np.ndarray, np.ndarray, list[Adapted], RowGrams]:
-    """How to merge each row, with what it is made from.
+    """Apply a row method.
 
     Returns:
         The combination, the norms of the inputs' rows before scaling, their weights,
-        the inputs (with the base as the last where a method merges changes of it) and
-        their inner products.
+        the inputs (with the base last, if the method merges changes of it) and their
+        inner products.
     """
     entry, inputs = method_named(method), list(inputs)
     of_base = entry.base == "changes"
@@ -134,13 +140,13 @@ def _combination(
         inputs.append(_unchanged(inputs[0]))
         last = 1 - weights.sum(1, keepdims=True)
         weights = np.concatenate([weights, last], axis=1)
-    grams = row_grams(weight, [one.update for one in inputs])
+    grams = row_grams(weight, [adapted.update for adapted in inputs])
     norm = grams.norm
     if not (norm <= np.finfo(np.float32).max).all():
         raise DoRAError(NOT_FINITE)
     lengths = [
-        norm[:, i] if one.m is None else np.array(one.m, np.float64)
-        for i, one in enumerate(inputs)
+        norm[:, i] if adapted.m is None else np.array(adapted.m, np.float64)
+        for i, adapted in enumerate(inputs)
     ]
     rows = Rows(
         inner=grams.inner,
@@ -149,43 +155,43 @@ def _combination(
         base_norm=grams.base_norm,
     )
     function = entry.row_function
-    found = of_changes(rows, function) if of_base else function(rows)
-    return found, norm, weights, inputs, grams
+    combination = of_changes(rows, function) if of_base else function(rows)
+    return combination, norm, weights, inputs, grams
 
 
-def _unchanged(one: Adapted) -> Adapted:
+def _unchanged(adapted: Adapted) -> Adapted:
     """The base as an input: an update of rank 0."""
-    width, out = one.update.lora_a.shape[0], one.update.lora_b.shape[1]
+    width, out = adapted.update.lora_a.shape[0], adapted.update.lora_b.shape[1]
     nothing = LowRank(lora_a=mx.zeros((width, 0)), lora_b=mx.zeros((0, out)), scale=0.0)
     return Adapted(update=nothing, m=None)
 
 
 def single(values: np.ndarray) -> mx.array:
-    """As float32; what is beyond it becomes inf, for whoever takes it to refuse."""
+    """Cast to float32; values beyond its range become inf, which callers refuse."""
     with np.errstate(over="ignore"):
         return mx.array(np.ascontiguousarray(values).astype(np.float32))
 
 
 def _keep_base(
-    found: Combination, norm: np.ndarray, weights: np.ndarray
+    combination: Combination, norm: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Let rows in which W0 cancels out keep the heaviest input's direction."""
-    beta, length = found.coefficients, found.length.copy()
+    """Where W0 cancels out, keep the direction of the input with the largest weight."""
+    beta, length = combination.coefficients, combination.length.copy()
     size = np.abs(beta).sum(1)
     lost = (np.abs(beta.sum(1)) <= _BASE_SHARE * size) & (size > 0)
     if lost.any():
         chosen = heaviest(np.abs(weights) * (norm > 0))
         reach = np.where(norm > 0, length[:, None] / np.where(norm > 0, norm, 1), 0.0)
         beta = np.where(lost[:, None], chosen * reach, beta)
-    return beta, length, found.opposed | lost
+    return beta, length, combination.opposed | lost
 
 
 def _side_by_side(inputs: Sequence[Adapted], shares: np.ndarray) -> Factors:
-    """All A side by side and the row-scaled s·B to match; an equal A appears once."""
+    """Stack all A, and the row-scaled s·B to match; equal A appear once."""
     factors = [adapted.update.float64() for adapted in inputs]
     return side_by_side(
         [
-            Factors(a=one.a, b=shares[:, i : i + 1] * one.b)
-            for i, one in enumerate(factors)
+            Factors(a=pair.a, b=shares[:, i : i + 1] * pair.b)
+            for i, pair in enumerate(factors)
         ]
     )

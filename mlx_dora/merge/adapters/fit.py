@@ -1,4 +1,4 @@
-"""Whether adapters, their base and the settings of a merge fit together."""
+"""Checks that adapters, their base and the settings of a merge match."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +20,15 @@ def check_arguments(
     rank: int | None,
     options: Options,
 ) -> None:
-    """Refuse settings that no adapters can be merged with.
+    """Refuse invalid settings of a merge.
 
     Raises:
-        DoRAError: Naming the setting, what is allowed and what came.
+        DoRAError: With the setting, the expected values and the given value.
     """
     entry = method_named(method)
     if not adapters:
         raise DoRAError("give at least one adapter to merge.")
-    # An adapter alone comes back from any mean.
+    # Any mean accepts a single adapter, and returns it unchanged.
     entry.check_count(len(adapters), least=1 if entry.is_mean else None)
     entry.check_settings(options.given(), weights)
     if rank is not None and (type(rank) is not int or rank < 1):
@@ -42,7 +42,7 @@ def check_fit(
     names: Sequence[str | Path],
     check_base: bool,
 ) -> None:
-    """Refuse adapters that are not of the base.
+    """Refuse adapters that do not belong to the base.
 
     Raises:
         DoRAError: Naming the adapter and all of its problems.

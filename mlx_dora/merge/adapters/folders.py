@@ -1,4 +1,4 @@
-"""A merge of adapter folders with all that it needs: estimates, probes, the base."""
+"""Merges adapter folders; loads the base, Fisher information and probe data."""
 
 from collections.abc import Sequence
 
@@ -34,27 +34,27 @@ def merge_folders(
     """Merge adapter folders into one; see `mlx_dora.merge.merge_adapters`.
 
     Args:
-        adapters: The folders.
-        save_path: The folder to make.
-        model: The base; None for the base that the first adapter names.
-        method: A method's name.
-        weights: As of `merge_adapters`.
-        rank: Cut the updates to this rank.
+        adapters: Adapter folders.
+        save_path: Output folder.
+        model: The base model; None for the base recorded in the first adapter.
+        method: Name of the method.
+        weights: As in `merge_adapters`.
+        rank: Maximum rank of the updates.
         overwrite: Replace an existing folder.
-        check_base: Refuse adapters of another base.
+        check_base: Refuse adapters trained on another base.
         options: Settings of the method.
-        fisher: Folders of Fisher information, one an adapter.
-        data: Data of each adapter, to estimate the information on.
-        logit_error: Data on which to measure how much the cut changes the logits.
-        progress: Called as the work goes on.
+        fisher: Folders of Fisher information, one per adapter.
+        data: Data of each adapter, to estimate its Fisher information on.
+        logit_error: Data on which to measure how much the rank cut changes the logits.
+        progress: Progress callback.
 
     Raises:
-        DoRAError: As `merge_adapters`, and if data are given that have no use.
+        DoRAError: As `merge_adapters`, or if data would not be used.
     """
     _check_data(method, rank, fisher, data, logit_error)
     base = model or recorded_base(adapters[0])
     inputs = (*adapters, base, logit_error, *fisher, *data)
-    # Before what takes long.
+    # Before the slow part.
     check_output(save_path, inputs=inputs, overwrite=overwrite)
     loaded, probe = open_probe(base, logit_error) if logit_error else (base, None)
     known = fisher or None
@@ -85,6 +85,9 @@ def _check_data(
     logit_error: str | None,
 ) -> None:
     if data and (fisher or not method_named(method).needs_fisher):
-        raise DoRAError(f"{method} has no use for the adapters' data here.")
+        raise DoRAError(
+            f"{method} does not use the adapters' data: give data only with method "
+            "fisher, without fisher folders."
+        )
     if logit_error is not None and rank is None:
-        raise DoRAError("logits are compared where a rank cuts the updates: give one.")
+        raise DoRAError("logit_error measures a rank cut: give a rank.")

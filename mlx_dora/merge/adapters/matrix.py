@@ -1,4 +1,4 @@
-"""One matrix of a merge of adapters, by whichever way its method takes."""
+"""Merges the adapters of one matrix by any method."""
 
 from collections.abc import Sequence
 
@@ -30,16 +30,16 @@ def merge_one(
     Args:
         weight: Base weight. Shape ``(out, in)``.
         inputs: The N adapters.
-        shares: Weights, those of a mean sum to 1. Shape ``(out, N)``.
-        method: A method's name.
-        rank: Rank to cut the update to; None for the sum of the ranks.
-        target: Multiplier that the merged update is written for.
+        shares: Weights, shape ``(out, N)``; for means each row sums to 1.
+        method: Name of the method.
+        rank: Maximum rank of the update; None for the sum of the inputs' ranks.
+        target: Multiplier of the merged adapter.
         options: Settings of the method.
         known: Fisher information of each input, for a method that needs it.
 
     Raises:
-        DoRAError: If weights differ by row where they cannot, or an adapted row is not
-            finite.
+        DoRAError: If weights differ by row and the method does not support that, or an
+            adapted row is not finite.
     """
     entry = method_named(method)
     if entry.is_mean:
@@ -59,7 +59,7 @@ def merge_one(
 
 
 def _unchanged(only: Adapted, m: mx.array, target: float) -> MergedMatrix:
-    """An adapter as it is, but for the one scale that a folder has."""
+    """A single input, unchanged except for the scale."""
     update = only.update
     up = update.lora_b * (update.scale / target)
     return MergedMatrix(
@@ -80,19 +80,19 @@ def _merge_densely(
     options: Options,
 ) -> MergedMatrix:
     if np.ptp(shares, axis=0).any():
-        raise DoRAError(f"{method} takes one weight an adapter, not one a row.")
+        raise DoRAError(f"{method} needs one weight per adapter, not one per row.")
     base = dense(weight).astype(mx.float32)
     directions, magnitudes = [], []
-    for one in inputs:
-        update = one.update
+    for adapted in inputs:
+        update = adapted.update
         directions.append(base + update.rows(slice(None)))
         if not all_finite(directions[-1]):
             raise DoRAError(NOT_FINITE)
-        magnitudes.append(row_norm(directions[-1]) if one.m is None else one.m)
+        magnitudes.append(row_norm(directions[-1]) if adapted.m is None else adapted.m)
     direction, magnitude = merge_apart(
         method, base, directions, magnitudes, [float(v) for v in shares[0]], options
     )
-    total = sum(one.update.lora_a.shape[1] for one in inputs)
+    total = sum(adapted.update.lora_a.shape[1] for adapted in inputs)
     return factor(
         base, direction, magnitude, scale=target, rank=rank or total, rescale=False
     )

@@ -1,4 +1,4 @@
-"""Several adapters of one base as one ordinary adapter."""
+"""Merges several adapters of one base into one ordinary adapter."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,29 +58,30 @@ def merge_adapters(
 ) -> Adapter:
     """Merge DoRA and LoRA adapters of one base into one DoRA adapter.
 
-    Methods of rows are exact and build no dense weight; the others, and ``fisher`` by
-    element, take one dense matrix at a time and a truncated SVD. The methods and their
-    definitions: ``docs/merging.md``.
+    Row methods are exact and build no dense weight. The others, and ``fisher`` by
+    element, build one dense matrix at a time and use a truncated SVD. See
+    ``docs/merging.md`` for the definitions.
 
     Args:
-        adapters: Folders or adapters; ranks, scales and modules may differ. A module
-            that an adapter lacks counts as the base's there.
-        model: The base: the module itself, or its folder or Hub id.
-        method: How to merge.
-        weights: One an adapter (a number, or an array with one a row), or patterns of
-            module paths to such lists; equal if None. Adapters with weight 0 do not
-            count, and one alone comes back unchanged.
-        rank: Rank of the merged updates; None for the sum of the ranks.
+        adapters: Folders or adapters; ranks, scales and modules may differ. An adapter
+            that lacks a module counts as the base there.
+        model: The base model, or its folder or Hub id.
+        method: Name of the merge method.
+        weights: One per adapter (a number, or an array with one number per row), or a
+            mapping from patterns of module paths to such lists; None for equal
+            weights. A mean ignores adapters with weight 0, and returns a single
+            remaining adapter unchanged.
+        rank: Maximum rank of the merged updates; None for the sum of the ranks.
         save_path: Folder to write the adapter to.
         overwrite: Replace an existing folder.
         check_base: Refuse an adapter that was trained on another base, or on another
-            quantisation of it.
-        density: Share of the changes to keep, for methods that drop some; None for the
-            method's default.
+            quantization of it.
+        density: Fraction of the changes to keep, for methods that drop some; None for
+            the method's default.
         seed: Random seed of DARE.
-        scale: λ on the merged task vectors of the methods that have them.
-        fisher: For that method, the Fisher information of each adapter: what
-            `mlx_dora.merge.estimate_fisher` gives, or folders of it.
+        scale: Factor λ on the merged task vectors, for methods that use them.
+        fisher: Fisher information of each adapter, for method ``fisher``: results of
+            `mlx_dora.merge.estimate_fisher`, or folders.
 
     Returns:
         The merged adapter.
@@ -119,24 +120,38 @@ def merge_adapters_report(
     inputs: Inputs = (),
     progress: Progress | None = None,
 ) -> AdapterMerge:
-    """`merge_adapters`, with what was done to each matrix.
+    """Run `merge_adapters` and report on each matrix.
 
-    With `rank` and a `probe`, of rows of data, also with how far cutting the rank moves
-    the logits on some of these. `inputs` are further files and folders that the output
-    must not replace, hold or lie in.
+    Args:
+        adapters: Folders or adapters.
+        model: The base model, or its folder or Hub id.
+        method: Name of the merge method.
+        weights: Weights of the adapters.
+        rank: Maximum rank of the merged updates.
+        save_path: Folder to write the adapter to.
+        overwrite: Replace an existing folder.
+        check_base: Refuse an adapter that was trained on another base.
+        options: Settings of the method.
+        fisher: Fisher information of each adapter.
+        probe: Rows of data; with `rank`, measure on some of them how much the cut
+            changes the logits.
+        inputs: Further files and folders that the output must not replace, contain or
+            lie in.
+        progress: Progress callback.
     """
     options = options or Options()
     check_arguments(adapters, method, weights, rank, options)
     fishers = check_fishers(method, fisher, len(adapters))
     given = [*adapters, model, *(fisher or ())]
-    inputs = (*inputs, *(one for one in given if isinstance(one, str | Path)))
+    inputs = (*inputs, *(source for source in given if isinstance(source, str | Path)))
     if save_path is not None:
         check_output(save_path, inputs=inputs, overwrite=overwrite)
     loaded = [
-        one if isinstance(one, Adapter) else load_adapter(one) for one in adapters
+        source if isinstance(source, Adapter) else load_adapter(source)
+        for source in adapters
     ]
     base = model if isinstance(model, nn.Module) else load_lazily(model)
-    names = [one if isinstance(one, str | Path) else "" for one in adapters]
+    names = [source if isinstance(source, str | Path) else "" for source in adapters]
     check_fit(base, loaded, names, check_base)
     job = _Job(
         adapters=loaded,
@@ -151,31 +166,31 @@ def merge_adapters_report(
     check_paths(fishers, job.modules)
     if rank is not None:
         check_cut(job.modules, job.paths, rank)
-    found = job.merged(rank)
+    report = job.merged(rank)
     if rank is not None and probe is not None:
         full = job.merged(None).adapter
-        found = add_logit_errors(found, full, base, probe, progress=progress)
+        report = add_logit_errors(report, full, base, probe, progress=progress)
     only = job.only_one()
     if only is not None and rank is None:
-        found = replace(found, adapter=only)
-    refuse_not_finite(found.adapter.tensors, "the merged adapter")
+        report = replace(report, adapter=only)
+    refuse_not_finite(report.adapter.tensors, "the merged adapter")
     if save_path is not None:
-        save_adapter(found.adapter, save_path, inputs=inputs, overwrite=overwrite)
-    return found
+        save_adapter(report.adapter, save_path, inputs=inputs, overwrite=overwrite)
+    return report
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """A merge of opened adapters.
+    """A merge of loaded adapters.
 
     Attributes:
         adapters: The N adapters.
-        names: What they are called; empty for adapters in memory.
+        names: Their folders; empty for adapters in memory.
         modules: Modules of the base by path.
-        method: A method's name.
+        method: Name of the method.
         weights: As given to `merge_adapters`.
         options: Settings of the method.
-        fishers: Fisher information of each adapter, or empty.
+        fishers: Fisher information of each adapter; empty if not used.
         progress: Called after each module.
     """
 
@@ -190,17 +205,19 @@ class _Job:
 
     @cached_property
     def paths(self) -> list[str]:
-        """The modules that any adapter has, in natural order."""
-        every = {path for one in self.adapters for path in one.paths}
+        """Paths of the modules that any adapter has, in natural order."""
+        every = {path for adapter in self.adapters for path in adapter.paths}
         return sorted(every, key=natural_order)
 
     @cached_property
     def scale(self) -> float:
-        """The multiplier that the merged updates are written for."""
-        return next((s for one in self.adapters if (s := one.config.scale)), 1.0)
+        """Multiplier of the merged adapter: the first nonzero scale of the inputs."""
+        return next(
+            (s for adapter in self.adapters if (s := adapter.config.scale)), 1.0
+        )
 
     def merged(self, rank: int | None) -> AdapterMerge:
-        """Merge every module, with the updates cut to a rank if it is not None."""
+        """Merge every module; cut the updates to `rank` if it is not None."""
         tensors: dict[str, mx.array] = {}
         layers: list[MergedLayer] = []
         for path in self.paths:
@@ -221,10 +238,10 @@ class _Job:
     def _module(
         self, path: str, rank: int | None, layers: list[MergedLayer]
     ) -> dict[str, mx.array]:
-        """Merge one module, its experts one by one; adds to the report's layers."""
+        """Merge one module, expert by expert, and append reports to `layers`."""
         module = self.modules[path]
         weight = weight_of(module)
-        columns = [adapted_matrices(one, path, module) for one in self.adapters]
+        columns = [adapted_matrices(adapter, path, module) for adapter in self.adapters]
         shares = row_weights(
             self.weights,
             path,
@@ -235,7 +252,7 @@ class _Job:
         parts = []
         named = named_matrices(path, weight)
         for (name, matrix), *inputs in zip(named, *columns, strict=True):
-            known = [one.read(path, matrix.shape) for one in self.fishers]
+            known = [fisher.read(path, matrix.shape) for fisher in self.fishers]
             try:
                 merged = merge_one(
                     matrix,
@@ -254,12 +271,12 @@ class _Job:
         return adapter_tensors(path, module, weight, parts)
 
     def only_one(self) -> Adapter | None:
-        """The adapter that alone has a weight in a mean everywhere, if there is one."""
+        """The only adapter with nonzero weights in a mean; None for several."""
         if not method_named(self.method).is_mean:
             return None
         counted: set[int] = set()
         for path in self.paths:
-            # Weights that differ by row never leave one adapter alone.
+            # Weights by row always use several adapters.
             try:
                 shares = row_weights(
                     self.weights, path, len(self.adapters), 1, normalize=True

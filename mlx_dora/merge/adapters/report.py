@@ -1,4 +1,4 @@
-"""What a merge of adapters did, layer by layer."""
+"""Report on a merge of adapters, layer by layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from mlx_dora.merge.adapters.factored import MergedMatrix
 
 @dataclass(frozen=True, kw_only=True)
 class MergedLayer:
-    """What became of one matrix.
+    """Report on one merged matrix.
 
     Attributes:
-        path: Full path of its module.
-        name: The same, with the index of an expert: ``path[3]``.
-        inputs: How many of the adapters have it; the others count as the base.
-        rank: Rank of its merged update.
-        opposed: Rows that keep the heaviest input's direction, the directions of the
-            inputs cancelling out.
-        recomputed: Rows taken densely because the factored sums cancel.
-        zero: Rows that are zero.
-        discarded: Share of the update's energy that was cut with the rank.
-        unknown: Elements without Fisher information, in a merge by that.
-        logit_error: How far cutting this layer alone moves the logits, relative; None
-            if it was not measured.
+        path: Full path of the module.
+        name: The path with the index of an expert, if any: ``path[3]``.
+        inputs: Number of adapters that have it; the others count as the base.
+        rank: Rank of the merged update.
+        opposed: Number of rows whose directions cancel; they keep the direction of the
+            input with the largest weight.
+        recomputed: Number of rows computed densely because the factored sums cancel.
+        zero: Number of zero rows.
+        discarded: Share of the update's energy lost by cutting the rank.
+        unknown: Number of elements without Fisher information, in a Fisher merge.
+        logit_error: Relative change of the logits if only this layer is cut; None if
+            it was not measured.
     """
 
     path: str
@@ -41,16 +41,16 @@ class MergedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterMerge:
-    """A merged adapter with a report, layer by layer in natural order.
+    """A merged adapter and a report on it.
 
     Attributes:
         adapter: The merged adapter.
         method: Name of the method.
-        layers: What became of each matrix.
+        layers: Reports on the matrices, in natural order.
         count: Number of inputs.
-        logit_error: How far cutting all layers moves the logits, relative; None if it
+        logit_error: Relative change of the logits if all layers are cut; None if it
             was not measured.
-        notes: What to say of the settings, a sentence each.
+        notes: Notes about the settings, one sentence each.
     """
 
     adapter: Adapter
@@ -61,46 +61,46 @@ class AdapterMerge:
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """The report as text: a line a layer in which something is to be said."""
-        told = [printable(note) for note in self.notes]
-        for one in self.layers:
+        """The report as text: one line for each layer with something to report."""
+        text = [printable(note) for note in self.notes]
+        for layer in self.layers:
             notes = []
-            if one.inputs < self.count:
-                notes.append(f"in {one.inputs} of {self.count} adapters")
-            if one.discarded > 0:
-                notes.append(f"{one.discarded:.2e} of the energy cut")
-            if one.logit_error is not None:
-                notes.append(f"logits off by {one.logit_error:.2e}")
+            if layer.inputs < self.count:
+                notes.append(f"in {layer.inputs} of {self.count} adapters")
+            if layer.discarded > 0:
+                notes.append(f"{layer.discarded:.2e} of the energy cut")
+            if layer.logit_error is not None:
+                notes.append(f"logits off by {layer.logit_error:.2e}")
             for what, number in (
-                ("opposed", one.opposed),
-                ("recomputed densely", one.recomputed),
-                ("zero", one.zero),
+                ("opposed", layer.opposed),
+                ("recomputed densely", layer.recomputed),
+                ("zero", layer.zero),
             ):
                 if number:
                     notes.append(f"{number} rows {what}")
-            if one.unknown:
-                notes.append(f"{one.unknown} weights without Fisher information")
+            if layer.unknown:
+                notes.append(f"{layer.unknown} weights without Fisher information")
             if notes:
-                told.append(f"{one.name}: rank {one.rank}, {', '.join(notes)}")
+                text.append(f"{layer.name}: rank {layer.rank}, {', '.join(notes)}")
         if self.logit_error is not None:
-            told.append(f"All layers cut: logits off by {self.logit_error:.2e}")
-        ranks = sorted({one.rank for one in self.layers})
+            text.append(f"All layers cut: logits off by {self.logit_error:.2e}")
+        ranks = sorted({layer.rank for layer in self.layers})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        told.append(
+        text.append(
             f"Merged {self.count} adapters on {len(self.layers)} matrices by "
             f"{self.method}: rank {span}."
         )
-        return told
+        return text
 
 
 def layer_report(
     path: str, name: str, merged: MergedMatrix, adapters: Sequence[Adapter]
 ) -> MergedLayer:
-    """What became of one matrix of a module that `path` names."""
+    """Make the report on one matrix of the module at `path`."""
     return MergedLayer(
         path=path,
         name=name,
-        inputs=sum(f"{path}.lora_a" in one.tensors for one in adapters),
+        inputs=sum(f"{path}.lora_a" in adapter.tensors for adapter in adapters),
         rank=merged.rank,
         opposed=merged.opposed,
         recomputed=merged.recomputed,

@@ -1,4 +1,4 @@
-"""The adapter that a merge results in: its config, base and history."""
+"""Makes the adapter that a merge results in: its config, base and history."""
 
 from collections.abc import Sequence
 
@@ -22,13 +22,13 @@ def merged_adapter(
         adapters: The inputs.
         tensors: The merged tensors by name.
         paths: The adapted modules.
-        method: How they were merged.
+        method: Name of the merge method.
         scale: Multiplier of every update.
-        names: What the inputs are called.
+        names: Folders of the inputs; empty for adapters in memory.
     """
     ranks = {path: rank_of("lora_a", tensors[f"{path}.lora_a"]) for path in paths}
-    depths = [one.config.num_layers for one in adapters]
-    bases = {one.base for one in adapters}
+    depths = [adapter.config.num_layers for adapter in adapters]
+    bases = {adapter.base for adapter in adapters}
     config = DoRAConfig(
         rank=max(ranks.values()),
         scale=scale,
@@ -45,8 +45,8 @@ def merged_adapter(
 
 
 def _common_base(bases: set[BaseModel]) -> BaseModel:
-    fingerprints = {one.fingerprint for one in bases} - {None}
-    models = {one.model for one in bases} - {None}
+    fingerprints = {base.fingerprint for base in bases} - {None}
+    models = {base.model for base in bases} - {None}
     return BaseModel(
         model=models.pop() if len(models) == 1 else None,
         fingerprint=fingerprints.pop() if len(fingerprints) == 1 else None,

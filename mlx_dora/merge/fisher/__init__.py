@@ -1,4 +1,4 @@
-"""Fisher information of a model's matrices: how it is estimated, kept and read."""
+"""Fisher information of a model's matrices: estimates, saves and reads it."""
 
 from mlx_dora.merge.fisher.config import FisherConfig
 

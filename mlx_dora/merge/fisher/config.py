@@ -1,4 +1,4 @@
-"""How Fisher information is estimated. Imports no MLX: options are made from it."""
+"""Settings for estimating Fisher information; command-line options come from them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,19 +9,21 @@ from mlx_dora.options import option
 
 @dataclass(frozen=True, kw_only=True)
 class FisherConfig(DataConfig):
-    """The data, how much of it, and what to keep of the information.
+    """The data, how much of it to use, and the form of the information.
 
     Attributes:
-        whole: The prompts of completions and chats count too, as plain text does;
-            `mask_prompt` is not looked at.
+        whole: Count the prompts of completions and chats too, like plain text.
+            `mask_prompt` is ignored.
     """
 
-    split: Literal["train", "valid", "test"] = option("train", help="Part of the data.")
-    whole: bool = option(False, help="Count every token, not the answers' alone.")
+    split: Literal["train", "valid", "test"] = option(
+        "train", help="Split of the data."
+    )
+    whole: bool = option(False, help="Count every token, not only the answers.")
     batch_size: int = option(4, help="Rows in a batch.", least=1)
     num_batches: int = option(
         16,
-        help="Batches to look at, spread over the data; -1 for all.",
+        help="Number of batches, spread over the data; -1 for all.",
         least=1,
         special=(-1,),
     )
@@ -30,19 +32,19 @@ class FisherConfig(DataConfig):
     )
     labels: Literal["sampled", "data"] = option(
         "sampled",
-        help="What the squared gradients are of: tokens drawn from the model "
-        "(the Fisher information) or the data's (the empirical one).",
+        help="Target tokens of the gradients: drawn from the model (Fisher "
+        "information) or taken from the data (empirical Fisher information).",
     )
     granularity: Literal["row", "element"] = option(
         "row",
-        help="One number an output row, which merges exactly; or one an "
-        "element, as many as the weights.",
+        help="One number per output row, which merges exactly, or one per "
+        "element, as many as there are weights.",
     )
-    seed: int = option(0, help="Of the drawn tokens.", least=0)
+    seed: int = option(0, help="Random seed for drawing target tokens.", least=0)
     memory_limit: int = option(
         2 * 10**9,
-        help="Most bytes that activations and sums of the looked-at modules "
-        "take at once; what is over it waits for another pass over the data.",
+        help="Maximum bytes for activations and sums of the modules in one pass; "
+        "further modules wait for another pass over the data.",
         unit="bytes",
         least=1,
     )

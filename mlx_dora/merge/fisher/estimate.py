@@ -1,10 +1,10 @@
-r"""Estimating the Fisher information of matrices on data.
+r"""Estimates the Fisher information of matrices on data.
 
-Per row x of the data, with its targets y drawn from the model at each place (or the
-data's own), :math:`G = \partial \log p(y \mid x) / \partial W'`; the information is the
-mean of :math:`G \circ G` over the rows (Matena and Raffel, arXiv:2111.09832).
-Targets drawn place by place have independent gradients of mean 0, so that one backward
-pass gives the sum over the places without bias.
+For each row x of the data, targets y are drawn from the model at each position (or
+taken from the data) and :math:`G = \partial \log p(y \mid x) / \partial W'`. The
+information is the mean of :math:`G \circ G` over the rows (Matena and Raffel,
+arXiv:2111.09832). Targets drawn position by position have independent gradients of mean
+0, so one backward pass gives an unbiased sum over the positions.
 """
 
 from collections.abc import Sequence
@@ -45,26 +45,27 @@ def estimate_fisher(
     config: FisherConfig | None = None,
     progress: Progress | None = None,
 ) -> Fisher:
-    """Estimate the information of a model's linear layers, held in memory.
+    """Estimate the Fisher information of a model's linear layers in memory.
 
     Args:
-        model: With or without an adapter; it is as it was afterwards.
-        data: A data set, or a list of examples: tokens, and the first target's place.
-        paths: Full paths of linear modules in the blocks; None for the adapted ones,
-            or all if there is no adapter.
-        config: How; its data is not looked at.
-        progress: Called as the work goes on.
+        model: A model with or without an adapter; unchanged on return.
+        data: A data set, or a list of examples: tokens, and the index of the first
+            target.
+        paths: Full paths of linear modules in the blocks; None for the adapted
+            modules, or for all if there is no adapter.
+        config: Settings; its data set is ignored.
+        progress: Progress callback.
 
     Raises:
-        DoRAError: If a path is not of a linear module in a block, or no row has a
+        DoRAError: If a path does not name a linear module in a block, or no row has a
             target.
     """
     config = config or FisherConfig()
     chosen = linear_paths(model, paths)
-    found = SquaredGradients(model, data, chosen, config, progress)
-    tensors = dict(found.matrices())
-    square = sum(squared(one) for one in tensors.values())
-    return Fisher(with_norm(_facts(found), square), tensors)
+    gradients = SquaredGradients(model, data, chosen, config, progress)
+    tensors = dict(gradients.matrices())
+    square = sum(squared(tensor) for tensor in tensors.values())
+    return Fisher(with_norm(_facts(gradients), square), tensors)
 
 
 def write_fisher(
@@ -77,20 +78,20 @@ def write_fisher(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> FisherFacts:
-    """Estimate the information of a model, or of one with an adapter, into a folder.
+    """Estimate the Fisher information of a model and write it to a folder.
 
     Args:
-        model: Folder or Hub id.
-        save_path: The folder to make.
-        adapter: Its folder.
-        keys: Modules, as in `DoRAConfig`; the adapted ones, or all linear layers of the
-            blocks, if None.
-        config: The data and how much of it.
+        model: Folder or Hub id of the model.
+        save_path: Output folder.
+        adapter: Folder of an adapter on the model.
+        keys: Modules, as in `DoRAConfig`; None for the adapted modules, or for all
+            linear layers of the blocks if there is no adapter.
+        config: The data and settings.
         overwrite: Replace an existing folder.
-        progress: Called as the work goes on.
+        progress: Progress callback.
 
     Returns:
-        What was found, for a report.
+        Facts about the estimate, for a report.
 
     Raises:
         DoRAError: If the model, the adapter or the data cannot be used.
@@ -101,15 +102,15 @@ def write_fisher(
     chosen = None if keys is None else resolve_keys(loaded, keys, -1)
     data = read_targets(config, tokenizer)
     paths = linear_paths(loaded, chosen)
-    found = SquaredGradients(loaded, data, paths, config, progress)
+    gradients = SquaredGradients(loaded, data, paths, config, progress)
     facts = replace(
-        _facts(found),
+        _facts(gradients),
         model=str(model),
         adapter=None if adapter is None else str(adapter),
         data=config.data,
     )
     return save_fisher(
-        save_path, facts, found.matrices(), inputs=inputs, overwrite=overwrite
+        save_path, facts, gradients.matrices(), inputs=inputs, overwrite=overwrite
     )
 
 
@@ -120,47 +121,51 @@ def estimate_on_data(
     check_base: bool = True,
     progress: Progress | None = None,
 ) -> list[Fisher]:
-    """The information by row of each adapter on its own data, as `FisherConfig` has it.
+    """Estimate the information by row of each adapter on its own data.
 
-    Of all modules in the blocks that any of them has: where an adapter leaves one as it
-    is, the base's rows have information too.
+    Uses the defaults of `FisherConfig`, and covers all modules in the blocks that any
+    adapter has: where an adapter lacks a module, the base's rows have information too.
 
     Args:
         model: Folder or Hub id of the base.
-        adapters: Folders.
-        data: One folder or name each.
-        check_base: Refuse an adapter of another base.
-        progress: Called as the work goes on.
+        adapters: Adapter folders.
+        data: Data folder or name for each adapter.
+        check_base: Refuse an adapter trained on another base.
+        progress: Progress callback.
 
     Raises:
         DoRAError: If an adapter does not fit, or its data cannot be used.
     """
     if len(data) != len(adapters):
         raise DoRAError(
-            f"give one data set an adapter: expected {len(adapters)}, got {len(data)}."
+            f"give one data set per adapter: expected {len(adapters)}, got {len(data)}."
         )
-    opened = [load_adapter(one) for one in adapters]
+    opened = [load_adapter(path) for path in adapters]
     loaded, tokenizer = load(model)
-    configs = [FisherConfig(data=one) for one in data]
-    sets = [read_targets(one, tokenizer) for one in configs]
+    configs = [FisherConfig(data=name) for name in data]
+    sets = [read_targets(config, tokenizer) for config in configs]
     inside = tuple(f"{path}." for path, _ in blocks(loaded))
-    every = sorted({path for one in opened for path in one.paths}, key=natural_order)
+    every = sorted(
+        {path for adapter in opened for path in adapter.paths}, key=natural_order
+    )
     paths = [path for path in every if path.startswith(inside)]
-    found = []
-    for name, one, rows, config in zip(adapters, opened, sets, configs, strict=True):
-        attach_adapter(loaded, one, check_base=check_base, name=str(name))
-        found.append(
+    estimates = []
+    for name, adapter, rows, config in zip(
+        adapters, opened, sets, configs, strict=True
+    ):
+        attach_adapter(loaded, adapter, check_base=check_base, name=str(name))
+        estimates.append(
             estimate_fisher(loaded, rows, paths=paths, config=config, progress=progress)
         )
         remove_dora(loaded)
-    return found
+    return estimates
 
 
 def read_targets(config: FisherConfig, tokenizer: Any) -> Dataset:
-    """The rows of a data set; in completions and chats the answers alone are targets.
+    """Read the rows of a data set; in completions and chats only answers are targets.
 
     Raises:
-        DoRAError: If there is no such data, or a row is malformed.
+        DoRAError: If the data cannot be read, or a row is malformed.
     """
     plain = replace(config, mask_prompt=False, all_turns=False)
     parts = read_splits(plain, [config.split])
@@ -168,20 +173,20 @@ def read_targets(config: FisherConfig, tokenizer: Any) -> Dataset:
         raise DoRAError(f"{config.data} has no {config.split} data.")
     rows = parts[config.split]
     if not config.whole and all(
-        TokenDataset(one, tokenizer).kind in ("completions", "chat") for one in rows
+        TokenDataset(part, tokenizer).kind in ("completions", "chat") for part in rows
     ):
         masked = replace(config, mask_prompt=True, all_turns=True)
-        rows = [replace(one, config=masked) for one in rows]
-    found = make_datasets({config.split: rows}, tokenizer)[config.split]
-    assert found is not None
-    return found
+        rows = [replace(part, config=masked) for part in rows]
+    dataset = make_datasets({config.split: rows}, tokenizer)[config.split]
+    assert dataset is not None
+    return dataset
 
 
 def linear_paths(model: nn.Module, paths: Sequence[str] | None) -> list[str]:
-    """Check the paths of linear modules, or choose them; see `estimate_fisher`.
+    """Check the paths of linear modules, or choose them as `estimate_fisher` says.
 
     Raises:
-        DoRAError: Naming those that are not linear or not in a block.
+        DoRAError: Naming the modules that are not linear or not in a block.
     """
     inside = tuple(f"{path}." for path, _ in blocks(model))
     modules = dict(model.named_modules())
@@ -198,8 +203,8 @@ def linear_paths(model: nn.Module, paths: Sequence[str] | None) -> list[str]:
     ]
     if wrong or not paths:
         raise DoRAError(
-            "Fisher information is estimated of linear layers in the model's blocks; "
-            f"not of {', '.join(wrong[:10]) or 'a model without any'}."
+            "Fisher information is estimated only for linear layers in the model's "
+            f"blocks, not of {', '.join(wrong[:10]) or 'a model without any'}."
         )
     return list(paths)
 
@@ -209,11 +214,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(base, nn.Linear | nn.QuantizedLinear)
 
 
-def _facts(found: SquaredGradients) -> FisherFacts:
+def _facts(gradients: SquaredGradients) -> FisherFacts:
     return FisherFacts(
-        granularity=found.config.granularity,
-        labels=found.config.labels,
-        rows=found.rows,
-        tokens=found.tokens,
+        granularity=gradients.config.granularity,
+        labels=gradients.config.labels,
+        rows=gradients.rows,
+        tokens=gradients.tokens,
         norm=0.0,
     )

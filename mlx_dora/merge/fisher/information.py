@@ -1,9 +1,9 @@
-r"""Fisher information of a model's matrices: in memory or in a folder, and its use.
+r"""Fisher information of a model's matrices, in memory or in a folder.
 
-For each matrix either one number an element, the diagonal
-:math:`F_{jk} = E[(\partial \log p / \partial W'_{jk})^2]`, or one an output row,
-:math:`f_j = \sum_k F_{jk}`. `mlx_dora.merge.fisher.estimate` makes it;
-``docs/merging.md`` says what it means.
+Each matrix has either one number per element, the diagonal
+:math:`F_{jk} = E[(\partial \log p / \partial W'_{jk})^2]`, or one per output row,
+:math:`f_j = \sum_k F_{jk}`. `mlx_dora.merge.fisher.estimate` computes it;
+``docs/merging.md`` explains it.
 """
 
 import json
@@ -29,17 +29,17 @@ FACTS_NAME = "fisher.json"
 
 @dataclass(frozen=True, kw_only=True)
 class FisherFacts:
-    """Where Fisher information is from.
+    """Origin of Fisher information.
 
     Attributes:
         granularity: ``"row"`` or ``"element"``.
         labels: ``"sampled"`` or ``"data"``.
-        rows: Rows of the data that it is the mean over.
-        tokens: Target tokens in them.
-        norm: Root of the sum of squares of all numbers.
-        model: The model, as the user wrote it.
-        adapter: The adapter on it.
-        data: The data.
+        rows: Number of data rows in the mean.
+        tokens: Number of target tokens in them.
+        norm: Square root of the sum of squares of all numbers.
+        model: The model, as the user named it.
+        adapter: The adapter, as the user named it.
+        data: The data set, as the user named it.
     """
 
     granularity: str
@@ -56,9 +56,10 @@ class Fisher:
     """Fisher information by module path, read one matrix at a time.
 
     Args:
-        facts: Where it is from.
-        tensors: Path to ``(out,)`` or ``(out, in)``; or the folder that holds them.
-        name: What an error calls it.
+        facts: Origin of the information.
+        tensors: Arrays of shape ``(out,)`` or ``(out, in)`` by module path; or the
+            folder that holds them.
+        name: Name for error messages.
     """
 
     def __init__(
@@ -72,34 +73,34 @@ class Fisher:
         self.paths = frozenset(names)
 
     def read(self, path: str, shape: tuple[int, ...]) -> mx.array | None:
-        """The information of one matrix over `norm`; None if there is none of it.
+        """Read the information of one matrix, divided by `norm`; None if there is none.
 
-        So scaled, the information of each input is 1 long in all, whatever its data
-        and their number of tokens, and the weights alone say how much it counts (as in
-        the authors' code).
+        With this scaling the information of every input has norm 1, whatever its data
+        and number of tokens, so that only the weights set how much each input counts
+        (as in the authors' code).
 
         Args:
-            path: The module.
-            shape: Of its weight, ``(out, in)``.
+            path: Path of the module.
+            shape: Shape of its weight, ``(out, in)``.
 
         Raises:
-            DoRAError: If it does not fit the weight, is negative, or not finite.
+            DoRAError: If it does not match the weight, is negative, or is not finite.
         """
         if path not in self.paths:
             return None
         tensors = self._tensors
         is_file = isinstance(tensors, Checkpoint)
-        found = tensors.tensor(path) if is_file else tensors[path]
+        values = tensors.tensor(path) if is_file else tensors[path]
         wanted = shape if self.facts.granularity == "element" else shape[:1]
-        if found.shape != wanted:
+        if values.shape != wanted:
             raise DoRAError(
-                f"{self.name}: {path} has shape {found.shape}; the weight needs "
+                f"{self.name}: {path} has shape {values.shape}; the weight needs "
                 f"{wanted}."
             )
-        found = found.astype(mx.float32) / self.facts.norm
-        if not (mx.isfinite(found) & (found >= 0)).all():
-            raise DoRAError(f"{self.name}: {path} holds NaN, inf or less than 0.")
-        return found
+        values = values.astype(mx.float32) / self.facts.norm
+        if not (mx.isfinite(values) & (values >= 0)).all():
+            raise DoRAError(f"{self.name}: {path} holds NaN, inf or negative numbers.")
+        return values
 
 
 def save_fisher(
@@ -111,21 +112,21 @@ def save_fisher(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> FisherFacts:
-    """Write a folder: safetensors, and ``fisher.json`` with the facts.
+    """Write Fisher information: safetensors, and ``fisher.json`` with the facts.
 
     Args:
-        path: The folder to make.
-        facts: Where it is from; the norm is taken from the tensors.
-        tensors: Module path to array; taken one at a time.
-        inputs: All that was read to make it, which is never replaced.
+        path: Output folder.
+        facts: Origin of the information; the norm is computed from the tensors.
+        tensors: Pairs of module path and array, read one at a time.
+        inputs: Files and folders that were read, which are never replaced.
         overwrite: Replace an existing folder.
-        max_shard_bytes: A shard is closed before it would grow past this.
+        max_shard_bytes: Maximum size of a weight file.
 
     Returns:
         The facts with the norm.
 
     Raises:
-        DoRAError: If the folder exists, or there is no information at all.
+        DoRAError: If the folder exists, or all numbers are 0.
     """
     square = 0.0
     with atomic_directory(path, inputs=inputs, overwrite=overwrite) as out:
@@ -139,22 +140,22 @@ def save_fisher(
 
 
 def load_fisher(path: str | Path) -> Fisher:
-    """Open a folder that `save_fisher` wrote; no tensor is read yet.
+    """Open a folder that `save_fisher` wrote, without reading tensors.
 
     Raises:
-        DoRAError: If it is no such folder, or a file of it is broken.
+        DoRAError: If it is not a folder of Fisher information, or a file is broken.
     """
     facts = Path(path) / FACTS_NAME
     if not facts.is_file():
         raise DoRAError(
-            f"{path} has no {FACTS_NAME}: `mlx_dora.merge fisher` makes it."
+            f"{path} has no {FACTS_NAME}: make the folder with `mlx_dora.merge fisher`."
         )
     checkpoint = Checkpoint(path, all_weights=True)
     return Fisher(_facts_of(read_object(facts), facts), checkpoint, str(path))
 
 
 def _facts_of(content: Mapping[str, Any], path: Path) -> FisherFacts:
-    """The facts that a file holds, each of its type and in its range."""
+    """Check the type and range of each fact in a file."""
 
     def is_count(value: Any) -> bool:
         return type(value) is int and value >= 0
@@ -180,12 +181,14 @@ def _facts_of(content: Mapping[str, Any], path: Path) -> FisherFacts:
     bad += [f"{name} is missing" for name in lacking]
     bad += [f"{name} is unknown" for name in unknown]
     if bad:
-        raise DoRAError(f"{path} is not what was written there: {'; '.join(bad)}.")
+        raise DoRAError(
+            f"{path} is damaged or was edited: {'; '.join(bad)}. Estimate it again."
+        )
     return FisherFacts(**content)
 
 
 def squared(tensor: mx.array) -> float:
-    """Sum of squares, which in float32 would overflow for large information."""
+    """Sum of squares, without float32 overflow for large information."""
     largest = float(mx.abs(tensor).max())
     if not largest:
         return 0.0
@@ -193,15 +196,15 @@ def squared(tensor: mx.array) -> float:
 
 
 def with_norm(facts: FisherFacts, square: float) -> FisherFacts:
-    """The facts with the root of a sum of squares.
+    """The facts with `norm` set to the root of a sum of squares.
 
     Raises:
-        DoRAError: If it is 0: no row tells anything of the matrices.
+        DoRAError: If it is 0: the data gives no information about the matrices.
     """
     if not square > 0:
         raise DoRAError(
-            f"{facts.data or 'the data'} tells nothing of these matrices: the "
-            "gradients of its targets are 0."
+            f"{facts.data or 'the data'} gives no information about these matrices: "
+            "the gradients of its targets are 0."
         )
     return FisherFacts(**{**asdict(facts), "norm": square**0.5})
 
@@ -209,25 +212,31 @@ def with_norm(facts: FisherFacts, square: float) -> FisherFacts:
 def check_fishers(
     method: str, given: Sequence[Fisher | str | Path] | None, count: int
 ) -> list[Fisher]:
-    """Open the Fisher information of a merge by a method that needs it.
+    """Open the Fisher information of a merge, if its method needs it.
 
     Raises:
-        DoRAError: If it is not one for each of `count` inputs, or they are of unlike
-            granularity.
+        DoRAError: If the number of estimates is not `count`, their granularities
+            differ, or the method does not use them.
     """
     if not method_named(method).needs_fisher:
         if given is not None:
-            raise DoRAError(f"{method} has no use for Fisher information.")
+            raise DoRAError(
+                f"{method} does not use Fisher information: choose method fisher, or "
+                "give none."
+            )
         return []
     if given is None or len(given) != count:
         raise DoRAError(
             f"{method} needs {count} estimates of the Fisher information, one for each "
             f"input, got {0 if given is None else len(given)}."
         )
-    opened = [one if isinstance(one, Fisher) else load_fisher(one) for one in given]
-    kinds = sorted({one.facts.granularity for one in opened})
+    opened = [item if isinstance(item, Fisher) else load_fisher(item) for item in given]
+    kinds = sorted({fisher.facts.granularity for fisher in opened})
     if len(kinds) > 1:
-        raise DoRAError(f"Fisher information must be alike, got {' and '.join(kinds)}.")
+        raise DoRAError(
+            "Fisher information of all inputs must have the same granularity, got "
+            f"{' and '.join(kinds)}."
+        )
     return opened
 
 
@@ -238,30 +247,34 @@ def check_paths(fishers: Sequence[Fisher], known: Iterable[str]) -> None:
         DoRAError: Naming them.
     """
     modules = frozenset(known)
-    for one in fishers:
-        strange = listed("no such modules in the model:", sorted(one.paths - modules))
+    for fisher in fishers:
+        strange = listed(
+            "no such modules in the model:", sorted(fisher.paths - modules)
+        )
         if strange:
-            raise DoRAError(f"{one.name} does not fit the model: {strange[0]}.")
+            raise DoRAError(f"{fisher.name} does not fit the model: {strange[0]}.")
 
 
 def informed_weights(
     weights: np.ndarray, informations: Sequence[mx.array | None]
 ) -> tuple[np.ndarray, int]:
-    """Weights of each row times its information, made to sum to 1.
+    """Multiply the weights of each row by its information and normalize to sum 1.
 
     Args:
-        weights: Shape ``(rows, N)``; each row sums to 1.
-        informations: N of shape ``(rows,)``; a None makes all count as none.
+        weights: Weights, shape ``(rows, N)``; each row sums to 1.
+        informations: N arrays of shape ``(rows,)``; if any is None, none is used.
 
     Returns:
-        Shape ``(rows, N)``, and the number of rows nobody knows anything of, which keep
-        `weights`.
+        Weights of shape ``(rows, N)``, and the number of rows without information,
+        which keep `weights`.
     """
-    if any(one is None for one in informations):
+    if any(information is None for information in informations):
         return weights, len(weights)
-    known = np.stack([np.array(one, np.float64) for one in informations], axis=1)
+    known = np.stack(
+        [np.array(information, np.float64) for information in informations], axis=1
+    )
     informed = weights * known
     total = informed.sum(1, keepdims=True)
     is_known = total > 0
-    found = np.where(is_known, informed / np.where(is_known, total, 1.0), weights)
-    return found, int((~is_known).sum())
+    shares = np.where(is_known, informed / np.where(is_known, total, 1.0), weights)
+    return shares, int((~is_known).sum())

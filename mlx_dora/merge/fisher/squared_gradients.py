@@ -1,8 +1,8 @@
 r"""Mean squared gradients of linear modules, from their inputs and output gradients.
 
 A matrix applied to inputs X, with gradients D of its outputs, has the gradient
-:math:`G = D^\top X`, whatever holds it: dense, packed, with an adapter. And the row
-sums of :math:`G \circ G` need only :math:`X X^\top`, no array of the weight's size.
+:math:`G = D^\top X`, whether it is dense, packed or adapted. The row sums of
+:math:`G \circ G` need only :math:`X X^\top`, not an array of the weight's size.
 """
 
 import logging
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 class _Watched(nn.Module):
-    """A linear module whose inputs are noted and to whose output zeros are added."""
+    """Wraps a linear module: records its inputs and adds zeros to its output."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        # With an underscore: not parameters.
+        # The underscore keeps these from being parameters.
         self._zeros: mx.array | None = None
         self._seen: list[mx.array] = []
 
@@ -43,7 +43,7 @@ class _Watched(nn.Module):
             return y
         rows, tokens, _ = self._zeros.shape
         if x.shape[:-1] not in ((rows, tokens), (rows * tokens,)):
-            self._seen.append(x)  # to be refused
+            self._seen.append(x)  # refused later, by shape
             return y
         self._seen.append(x.reshape(rows, tokens, -1))
         return y + self._zeros.reshape(y.shape).astype(y.dtype)
@@ -59,16 +59,16 @@ class _Watched(nn.Module):
 
 @dataclass
 class SquaredGradients:
-    """Passes over the batches, each for as many modules as fit.
+    """Computes squared gradients in passes over the batches, within a memory limit.
 
     Attributes:
-        model: With or without an adapter.
-        data: Rows.
-        paths: Linear modules.
-        config: How much of the data, which targets, what to keep.
-        progress: Called as the work goes on.
-        rows: How many rows there are, without those that have no target.
-        tokens: Target tokens in them.
+        model: A model with or without an adapter.
+        data: Rows of the data.
+        paths: Paths of linear modules.
+        config: How much of the data to use, which targets, and the granularity.
+        progress: Progress callback.
+        rows: Number of rows that have a target.
+        tokens: Number of target tokens in them.
     """
 
     model: nn.Module
@@ -99,7 +99,7 @@ class SquaredGradients:
         )
 
     def matrices(self) -> Iterator[tuple[str, mx.array]]:
-        """Each module's information, pass by pass."""
+        """Yield the path and information of each module, pass by pass."""
         groups = self._groups()
         if len(groups) > 1:
             logger.warning(
@@ -153,26 +153,26 @@ class SquaredGradients:
             targets = sample_targets(self.model, inputs, key)
 
         def loss(zeros: list[mx.array]) -> Any:
-            for one, zero in zip(watched.values(), zeros, strict=True):
-                one._zeros, one._seen = zero, []
+            for module, zero in zip(watched.values(), zeros, strict=True):
+                module._zeros, module._seen = zero, []
             total = summed_loss(self.model, inputs, targets, mask)
-            return total, [one._seen for one in watched.values()]
+            return total, [module._seen for module in watched.values()]
 
         zeros = [mx.zeros((*inputs.shape, self._shapes[path][0])) for path in watched]
         try:
             (_, seen), slopes = mx.value_and_grad(loss)(zeros)
         finally:
-            for one in watched.values():
-                one._zeros, one._seen = None, []
+            for module in watched.values():
+                module._zeros, module._seen = None, []
         for path, inputs_seen, slope in zip(watched, seen, slopes, strict=True):
-            # A module that the model passed by has no information.
+            # A module that the model did not call has no information.
             if path not in sums or not inputs_seen:
                 continue
             if len(inputs_seen) > 1 or inputs_seen[0].shape[:-1] != inputs.shape:
                 del sums[path]
                 logger.warning(
-                    "%s is not applied once to each token: left out, without Fisher "
-                    "information",
+                    "%s is not applied exactly once to each token: left out, without "
+                    "Fisher information",
                     path,
                 )
                 continue
@@ -186,7 +186,7 @@ class SquaredGradients:
 
 
 def _squared_gradients(x: mx.array, slope: mx.array, granularity: str) -> mx.array:
-    """Sum over the rows of the data of G∘G, or of its row sums.
+    """Sum G∘G, or its row sums, over the rows of the data.
 
     Args:
         x: Inputs. Shape ``(rows, tokens, in)``.
@@ -198,8 +198,8 @@ def _squared_gradients(x: mx.array, slope: mx.array, granularity: str) -> mx.arr
         gram = x @ x.swapaxes(1, 2)  # (rows, tokens, tokens)
         return mx.maximum(((gram @ slope) * slope).sum(axis=(0, 1)), 0.0)
     total = None
-    for one in range(x.shape[0]):
-        square = mx.square(slope[one].T @ x[one])
+    for row in range(x.shape[0]):
+        square = mx.square(slope[row].T @ x[row])
         square = square if granularity == "element" else square.sum(axis=1)
         total = square if total is None else total + square
         mx.eval(total)
@@ -209,10 +209,10 @@ def _squared_gradients(x: mx.array, slope: mx.array, granularity: str) -> mx.arr
 
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Eval mode, but for what eval mode would run through kernels without gradients.
+    """Put the model in eval mode, but keep every operation differentiable.
 
-    Some blocks (gated delta nets) have such; so blocks are in train mode, and no
-    dropout is.
+    In eval mode some blocks (gated delta nets) use kernels without gradients. So blocks
+    are in train mode, with their dropout in eval mode.
     """
     with eval_mode(model):
         for _, block in blocks(model):
@@ -225,7 +225,7 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _watching(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, _Watched]]:
-    """Put a `_Watched` around each module for a while."""
+    """Wrap each module in a `_Watched` within the context."""
     modules = dict(model.named_modules())
     before = [(path, modules[path]) for path in paths]
     watched = {path: _Watched(module) for path, module in before}

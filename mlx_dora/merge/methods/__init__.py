@@ -1,4 +1,4 @@
-"""The methods of merging: their table, and what they do to plain tensors."""
+"""Merge methods: their table, and their implementation on plain tensors."""
 
 from mlx_dora.merge.methods.method import Mergekit, MergeMethod
 from mlx_dora.merge.methods.table import DEFAULT, MERGEKIT, METHODS, method_named

@@ -1,4 +1,4 @@
-"""Merging element by element in blocks, of tensors in memory or in their files."""
+"""Merges tensors element by element, in blocks, from memory or from files."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.stored import StoredTensor
 
 Tensor = mx.array | StoredTensor
-"""What is merged: sliced, never needed whole."""
+"""A tensor to merge, read in slices."""
 Block = Callable[[slice, Sequence[Tensor]], mx.array]
-"""(place of the block in the tensor, flat tensors) -> the merged block, float32."""
+"""(position of the block in the tensor, flat tensors) -> the merged block, float32."""
 
-# Elements of one block: few enough that what is computed from it stays in the caches.
+# Elements of one block: few enough for intermediate results to stay in the CPU caches.
 BLOCK = 1 << 19
 
 
 def parts(block: Block, tensors: Sequence[Tensor]) -> Iterator[mx.array]:
-    """The merged tensor as consecutive flat blocks, not evaluated."""
-    flat = [one.reshape(-1) for one in tensors]
+    """Yield the merged tensor as consecutive flat blocks, not evaluated."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
     for first in range(0, max(flat[0].size, 1), BLOCK):
         yield block(slice(first, first + BLOCK), flat)
 
@@ -31,37 +31,37 @@ def whole(block: Block, tensors: Sequence[Tensor]) -> mx.array:
 
 
 def joined(blocks: Iterator[mx.array], shape: tuple[int, ...]) -> mx.array:
-    """Consecutive blocks as one tensor, evaluated one after the other."""
-    found = []
-    for one in blocks:
-        mx.eval(one)
-        found.append(one.reshape(-1))
-    tensor = (found[0] if len(found) == 1 else mx.concatenate(found)).reshape(shape)
+    """Join consecutive blocks into one tensor, evaluating one block at a time."""
+    pieces = []
+    for block in blocks:
+        mx.eval(block)
+        pieces.append(block.reshape(-1))
+    tensor = (pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)).reshape(shape)
     mx.eval(tensor)
     return tensor
 
 
 def held(tensor: Tensor) -> mx.array:
-    """The tensor whole, in memory."""
+    """Load a whole tensor into memory."""
     return tensor.reshape(-1)[:].reshape(tensor.shape)
 
 
 def linear_block(weights: Sequence[float], normalize: bool) -> Block:
-    """Of `mlx_dora.merge.methods.elementwise.linear`."""
+    """Block function of `mlx_dora.merge.methods.elementwise.linear`."""
     total = divisor_of(weights) if normalize else 1.0
 
     def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
-        # The sum first and one division after it, as mergekit rounds.
-        values = [one[index].astype(mx.float32) for one in flat]
+        # Sum first, then divide once: rounds as mergekit does.
+        values = [tensor[index].astype(mx.float32) for tensor in flat]
         return weighted_sum(values, weights) / total
 
     return block
 
 
 def changes(index: slice, flat: Sequence[Tensor]) -> tuple[mx.array, list[mx.array]]:
-    """A block of the base, the first, and what the others differ from it."""
-    start, *others = (one[index].astype(mx.float32) for one in flat)
-    return start, [one - start for one in others]
+    """A block of the base (the first tensor), and the changes of the others from it."""
+    start, *others = (tensor[index].astype(mx.float32) for tensor in flat)
+    return start, [other - start for other in others]
 
 
 def sum_block(
@@ -70,7 +70,7 @@ def sum_block(
     scale: float,
     thinned: "Thinning | None" = None,
 ) -> Block:
-    """The base plus the weighted sum of the changes, of which some may be dropped."""
+    """Block function: the base plus the weighted sum of the changes, maybe thinned."""
     total = sum(weights)
     divisor = total if normalize and abs(total) >= 1e-8 else 1.0
 
@@ -84,19 +84,19 @@ def sum_block(
 
 
 Thinning = Callable[[slice, Sequence[mx.array]], list[mx.array]]
-"""(place, blocks of the changes) -> the same with entries set to 0."""
+"""(position, blocks of the changes) -> the blocks with some entries set to 0."""
 
 
 def agreed_block(
     weights: Sequence[float], normalize: bool, scale: float, thinned: Thinning
 ) -> Block:
-    """The base plus the mean of those weighted changes that have the elected sign."""
+    """Block function: the base plus the mean of the changes with the elected sign."""
 
     def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
         start, deltas = changes(index, flat)
         moved = [w * d for w, d in zip(weights, thinned(index, deltas), strict=True)]
         elected = mx.where(sum_of(moved) >= 0, 1.0, -1.0)
-        agrees = [mx.sign(one) == elected for one in moved]
+        agrees = [mx.sign(change) == elected for change in moved]
         total = sum_of(
             [mx.where(a, d, 0.0) for a, d in zip(agrees, moved, strict=True)]
         )
@@ -112,11 +112,11 @@ def agreed_block(
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Which entries are the largest: those over `least`, and of it those up to `last`.
+    """The entries to keep: all larger than `least`, and those equal to it up to `last`.
 
     Attributes:
-        least: The smallest size that is kept.
-        last: Place of the last entry of just that size that is kept.
+        least: Smallest absolute value to keep.
+        last: Index of the last entry to keep among those equal to `least`.
     """
 
     least: float
@@ -124,9 +124,10 @@ class Cut:
 
 
 def cut_of(base: Tensor, tensor: Tensor, density: float) -> Cut:
-    """Find the `density` largest entries of a task vector; of equals, the first ones.
+    """Find the `density` largest entries of a task vector; among equals, the first.
 
-    They are equal often: float32 weights of one size differ by multiples of one step.
+    Equal entries are common: float32 weights of similar size differ by multiples of the
+    same step.
     """
     if density >= 1 or not base.size:
         return Cut(least=0.0, last=base.size)
@@ -146,10 +147,10 @@ def cut_of(base: Tensor, tensor: Tensor, density: float) -> Cut:
 
 
 def trimmed(cuts: Sequence[Cut]) -> Thinning:
-    """Keeps the largest entries."""
+    """Make a thinning that keeps the largest entries."""
 
     def thin(index: slice, deltas: Sequence[mx.array]) -> list[mx.array]:
-        found = []
+        thinned = []
         for delta, cut in zip(deltas, cuts, strict=True):
             size = mx.abs(delta)
             if cut.last >= index.start + delta.size - 1:
@@ -159,26 +160,29 @@ def trimmed(cuts: Sequence[Cut]) -> Thinning:
             else:
                 place = mx.arange(index.start, index.start + delta.size)
                 keep = (size > cut.least) | (size == cut.least) & (place <= cut.last)
-            found.append(mx.where(keep, delta, 0.0))
-        return found
+            thinned.append(mx.where(keep, delta, 0.0))
+        return thinned
 
     return thin
 
 
 def dropped(shares: Sequence[float], seed: int, rescale: bool = True) -> Thinning:
-    """Keeps each entry with the probability `shares`, divided by it if `rescale`."""
+    """Make a thinning that keeps each entry with its input's probability in `shares`.
+
+    With `rescale`, kept entries are divided by that probability.
+    """
 
     def thin(index: slice, deltas: Sequence[mx.array]) -> list[mx.array]:
-        found = []
+        thinned = []
         for i, (delta, share) in enumerate(zip(deltas, shares, strict=True)):
             if share >= 1:
-                found.append(delta)
+                thinned.append(delta)
                 continue
             key = mx.random.key((seed + 1_000_003 * i + 7 * index.start) % 2**64)
             kept = mx.random.bernoulli(share, delta.shape, key=key)
             larger = delta / max(share, 1e-30) if rescale else delta
-            found.append(mx.where(kept, larger, 0.0))
-        return found
+            thinned.append(mx.where(kept, larger, 0.0))
+        return thinned
 
     return thin
 
@@ -189,24 +193,24 @@ def weighted_sum(values: Sequence[mx.array], weights: Sequence[float]) -> mx.arr
 
 
 def sum_of(values: Sequence[mx.array]) -> mx.array:
-    """Σ x_i, from the first on."""
+    """Σ x_i, added in order."""
     total = values[0]
-    for one in values[1:]:
-        total = total + one
+    for value in values[1:]:
+        total = total + value
     return total
 
 
 def shares_of(density: Sequence[float] | float, count: int) -> list[float]:
-    """One density an input.
+    """One density per input.
 
     Raises:
-        DoRAError: If one is no share.
+        DoRAError: If a density is not between 0 and 1, or their number is wrong.
     """
-    one_for_all = isinstance(density, int | float)
+    is_single = isinstance(density, int | float)
     shares = (
-        [float(density)] * count if one_for_all else [float(one) for one in density]
+        [float(density)] * count if is_single else [float(share) for share in density]
     )
-    if len(shares) != count or not all(0 <= one <= 1 for one in shares):
+    if len(shares) != count or not all(0 <= share <= 1 for share in shares):
         raise DoRAError(
             f"density must be a share from 0 to 1 for each of {count} inputs, got "
             f"{density}."
@@ -223,6 +227,6 @@ def divisor_of(weights: Sequence[float]) -> float:
     total = sum(weights)
     if abs(total) < 1e-8:
         raise DoRAError(
-            f"the weights {list(weights)} sum to 0 and cannot be normalised."
+            f"the weights {list(weights)} sum to 0 and cannot be normalized."
         )
     return total

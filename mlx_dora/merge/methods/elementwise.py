@@ -1,10 +1,10 @@
 r"""Methods that merge dense tensors element by element or matrix by matrix.
 
-Each takes the base (None for a method that has no use for it), N tensors of its shape
-and their settings, and returns the merged tensor, float32, as consecutive flat blocks
-that are not yet evaluated: beside the inputs and the result little is alive. Task
-vectors are the changes :math:`\tau_i = W_i - W_0`. Where mergekit has the method too,
-the definition is the same (checked against it in ``tests/merge``).
+Each method accepts the base (None if the method does not use it), N tensors of the same
+shape and their settings. It returns the merged float32 tensor as consecutive flat
+blocks that are not yet evaluated, which keeps memory use low. Task vectors are the
+changes :math:`\tau_i = W_i - W_0`. Methods that mergekit also has follow its definition
+(compared with mergekit in ``tests/merge``).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +16,8 @@ from mlx_dora.merge.methods import blockwise
 from mlx_dora.merge.methods.blockwise import Tensor
 from mlx_dora.merge.methods.settings import TensorSettings
 
-# Singular values below this share of the largest are rounding: making their vectors
-# orthogonal to those of the other tasks would only blur these.
+# Singular values below this share of the largest are rounding errors. Including their
+# vectors in the orthogonalization would only blur those of the other tasks.
 _TSV_NOISE = 1e-5
 
 Blocks = Iterator[mx.array]
@@ -29,7 +29,7 @@ def linear(
     r"""Weighted mean, :math:`\sum_i w_i W_i / \sum_i w_i` (arXiv:2203.05482).
 
     Raises:
-        DoRAError: If the weights sum to 0 and are to be normalised.
+        DoRAError: If the weights sum to 0 but must be normalized.
     """
     weights = settings.plain_weights()
     block = blockwise.linear_block(weights, settings.normalizes(True))
@@ -46,9 +46,9 @@ def task_arithmetic(
 def ties(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Blocks:
     r"""TIES: trim, elect the sign, average those that agree (arXiv:2306.01708).
 
-    Each task vector keeps its `density` largest entries (of equal entries those that
-    come first); the sign of :math:`\sum_i w_i\tau_i` is elected element by element, and
-    the weighted mean of the entries that have it is added to W0, times λ.
+    Each task vector keeps its `density` largest entries (the first, among equals). The
+    sign of :math:`\sum_i w_i\tau_i` is elected for each element. The weighted mean of
+    the entries with that sign, times λ, is added to W0.
     """
     pairs = zip(tensors, _densities(tensors, settings), strict=True)
     thin = blockwise.trimmed([blockwise.cut_of(base, *pair) for pair in pairs])
@@ -61,7 +61,7 @@ def dare(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> B
     .. math:: W_0 + \lambda \sum_i w_i \, (b_i \circ \tau_i) / p_i, \qquad
         b_i \sim \text{Bernoulli}(p_i)
 
-    with the densities p. The same seed drops the same entries.
+    where p are the densities. The same seed drops the same entries.
     """
     thin = _dropped(tensors, settings)
     return _merge(blockwise.sum_block, base, tensors, settings, thin, False)
@@ -76,14 +76,14 @@ def dare_ties(
 
 
 def tsv(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Blocks:
-    r"""TSV-Merge: a share of each task's singular vectors, made orthogonal.
+    r"""TSV-Merge: keep some singular vectors of each task and make them orthogonal.
 
-    Each :math:`w_i\tau_i` keeps its min(out, in) / N largest singular triples; the
-    vectors of all tasks side by side are replaced by the nearest orthonormal ones
-    (Procrustes: :math:`U \to P Q^\top` for :math:`U = P\Sigma Q^\top`), and
-    :math:`W_0 + \lambda \hat U \hat\Sigma \hat V^\top` is returned (arXiv:2412.00081).
-    A tensor that is no matrix gets the weighted mean of the task vectors, times λ. All
-    tensors are held in memory.
+    Each :math:`w_i\tau_i` keeps its min(out, in) / N largest singular triples. The
+    concatenated vectors of all tasks are replaced by the nearest orthonormal vectors
+    (Procrustes: :math:`U \to P Q^\top` for :math:`U = P\Sigma Q^\top`). The result is
+    :math:`W_0 + \lambda \hat U \hat\Sigma \hat V^\top` (arXiv:2412.00081). Tensors that
+    are not matrices get the weighted mean of the task vectors, times λ. All tensors are
+    held in memory.
     """
     weights = settings.plain_weights()
     if base.ndim != 2:
@@ -91,19 +91,19 @@ def tsv(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Bl
         yield from blockwise.parts(block, [base, *tensors])
         return
     start, *others = (
-        np.array(blockwise.held(one).astype(mx.float32), np.float64)
-        for one in (base, *tensors)
+        np.array(blockwise.held(tensor).astype(mx.float32), np.float64)
+        for tensor in (base, *tensors)
     )
     share = max(1, min(start.shape) // len(tensors))
     lefts, sizes, rights = [], [], []
-    for one, weight in zip(others, weights, strict=True):
-        u, s, v = np.linalg.svd(weight * (one - start), full_matrices=False)
+    for other, weight in zip(others, weights, strict=True):
+        u, s, v = np.linalg.svd(weight * (other - start), full_matrices=False)
         kept = min(share, int((s > _TSV_NOISE * s[0]).sum()))
         lefts.append(u[:, :kept])
         sizes.append(s[:kept])
         rights.append(v[:kept].T)
     merged = start
-    if any(one.size for one in sizes):
+    if any(values.size for values in sizes):
         u, v = (_orthonormal(np.concatenate(part, axis=1)) for part in (lefts, rights))
         merged = start + settings.scale * (u * np.concatenate(sizes)) @ v.T
     yield mx.array(merged.astype(np.float32)).reshape(-1)
@@ -118,12 +118,12 @@ def fisher(
 
     .. math:: \frac{\sum_i w_i F_i \circ W_i}{\sum_i w_i F_i}
 
-    with F the diagonal Fisher information. Where every F is 0 nothing is known, and the
-    weighted mean is taken.
+    where F is the diagonal Fisher information. Where every F is 0, the result is the
+    weighted mean.
 
     Args:
-        tensors: N arrays of one shape.
-        fishers: As many of the same shape, at least 0.
+        tensors: N arrays of the same shape.
+        fishers: N nonnegative arrays of that shape.
         weights: N weights.
 
     Returns:
@@ -132,7 +132,7 @@ def fisher(
     count, total = len(tensors), blockwise.divisor_of(weights)
 
     def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
-        values = [one[index].astype(mx.float32) for one in flat]
+        values = [tensor[index].astype(mx.float32) for tensor in flat]
         known = blockwise.weighted_sum(values[count:], weights)
         products = [a * b for a, b in zip(values[:count], values[count:], strict=True)]
         mean = blockwise.weighted_sum(values[:count], weights) / total

@@ -1,4 +1,4 @@
-"""What is asked about a method of merging, and its names in mergekit's YAML."""
+"""Description of a merge method, and of its form in mergekit's YAML."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -8,27 +8,27 @@ from typing import Any, Literal
 from mlx_dora.errors import DoRAError
 
 Base = Literal["unused", "optional", "lengths", "changes"]
-"""What a method takes from the base: nothing, changes of it where it is given, the
-lengths of its rows, or always changes of it."""
+"""How a method uses the base: not at all, for changes from it if it is given, for the
+lengths of its rows, or always for changes from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mergekit:
-    """How mergekit's YAML calls a method, and what it takes there.
+    """How mergekit's YAML names a method and its parameters.
 
     Attributes:
-        name: ``merge_method``.
-        weights: Where weights come from: each model's ``weight``, the interpolation
-            parameter ``t``, or nowhere, all being equal.
-        parameters: Names of the other parameters it takes.
-        defaults: mergekit's defaults where ours differ.
-        renamed: mergekit's name of a parameter to ours.
-        inputs: Least and greatest number of models; None for the method's own.
-        uses_base: Whether it takes changes of the base where there is one.
+        name: Value of ``merge_method``.
+        weights: Source of the weights: each model's ``weight``, the interpolation
+            parameter ``t``, or equal weights.
+        parameters: Names of the other parameters it accepts.
+        defaults: mergekit's defaults where they differ from ours.
+        renamed: Our parameter names by mergekit's names.
+        inputs: Minimum and maximum number of models; None for the method's own.
+        uses_base: Whether it merges changes from the base if there is one.
         starts_at_base: Whether the base is the first of the models it merges.
-        row_when: A parameter, and the value at which tensors are merged row by row and
-            not as a whole.
-        only: Parameters of which one value alone is supported.
+        row_when: A parameter, and the value at which tensors are merged row by row
+            instead of as a whole.
+        only: Parameters that support only the given value.
     """
 
     name: str
@@ -53,27 +53,27 @@ class Mergekit:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeMethod:
-    """A method of merging.
+    """A merge method.
 
     Attributes:
-        name: What users write.
+        name: Name for users.
         summary: What a merged row is, for the documentation.
-        paper: Where it is from; empty for our own.
-        rows: ``module:function`` of `mlx_dora.merge.methods`, of a `Rows`; empty if
-            the method is not a combination of rows.
-        whole: The same for a tensor taken as one row, where that differs.
+        paper: Reference; empty for our own methods.
+        rows: ``module:function`` in `mlx_dora.merge.methods`, a function of `Rows`;
+            empty if the method is not a combination of rows.
+        whole: The function for a tensor treated as one row, if it differs from `rows`.
         blocks: ``module:function`` on dense tensors, block by block.
-        inputs: Least and greatest number of inputs; None for any number.
-        base: What it takes from the base.
-        is_mean: Whether its weights are made to sum to 1.
+        inputs: Minimum and maximum number of inputs; None for no maximum.
+        base: How it uses the base.
+        is_mean: Whether its weights are normalized to sum to 1.
         vectors: Whether tensors without rows (norm weights, biases) get the weighted
             mean, or are merged as one row.
-        by_row_only: Whether it cannot take a tensor as one row.
-        needs_fisher: Whether it takes the inputs' Fisher information.
-        parameters: Names of the settings that it takes beside weights.
-        density: Default share of the changes to keep.
-        takes_weights: Whether inputs can be given weights.
-        mergekit: Its names in mergekit's YAML.
+        by_row_only: Whether it cannot treat a tensor as one row.
+        needs_fisher: Whether it uses the inputs' Fisher information.
+        parameters: Names of the settings that it uses besides weights.
+        density: Default fraction of the changes to keep.
+        takes_weights: Whether it accepts weights of the inputs.
+        mergekit: Its forms in mergekit's YAML.
     """
 
     name: str
@@ -95,7 +95,7 @@ class MergeMethod:
 
     @property
     def needs_base(self) -> bool:
-        """Whether a merge of models by it needs a base."""
+        """Whether merging models by this method needs a base."""
         return self.base in ("lengths", "changes")
 
     @property
@@ -110,7 +110,7 @@ class MergeMethod:
 
     @property
     def whole_function(self) -> Any:
-        """The function of a tensor taken as one row."""
+        """The function of a tensor treated as one row."""
         return _load(self.whole or self.rows)
 
     @property
@@ -119,14 +119,14 @@ class MergeMethod:
         return _load(self.blocks)
 
     def check_count(self, count: int, least: int | None = None) -> None:
-        """Refuse a number of inputs that the method does not take.
+        """Refuse a number of inputs that the method cannot merge.
 
         Args:
-            count: How many there are.
-            least: Fewest that are taken, in place of the method's.
+            count: Number of inputs.
+            least: Minimum number, in place of the method's own.
 
         Raises:
-            DoRAError: With the numbers.
+            DoRAError: With the expected and the given number.
         """
         fewest, most = self.inputs
         fewest = fewest if least is None else least
@@ -134,7 +134,7 @@ class MergeMethod:
             exact = f"{fewest}" if fewest == most else ""
             up_to = f"at most {most}" if most is not None and count > most else ""
             raise DoRAError(
-                f"{self.name} takes {exact or up_to or f'at least {fewest}'} inputs, "
+                f"{self.name} merges {exact or up_to or f'at least {fewest}'} inputs, "
                 f"got {count}."
             )
 
@@ -142,22 +142,25 @@ class MergeMethod:
         """Refuse settings that have no effect on the method.
 
         Args:
-            given: Names of settings.
-            weights: The inputs' weights; None if there are none.
+            given: Names of the settings.
+            weights: The inputs' weights; None if not given.
 
         Raises:
-            DoRAError: Naming them, and the settings that have an effect.
+            DoRAError: Naming these settings, and those that have an effect.
         """
         if weights is not None and not self.takes_weights:
-            raise DoRAError(f"{self.name} takes no weights: all inputs count alike.")
+            raise DoRAError(
+                f"{self.name} uses no weights, all inputs count equally: leave the "
+                "weights out."
+            )
         if idle := [name for name in given if name not in self.parameters]:
             raise DoRAError(
-                f"{', '.join(idle)} has no effect on {self.name}; it takes "
-                f"{', '.join(self.parameters) or 'weights alone'}."
+                f"{', '.join(idle)} has no effect on {self.name}; it uses "
+                f"{', '.join(self.parameters) or 'only weights'}."
             )
 
     def note_of(self, density: Any) -> str | None:
-        """What to say of a density at which nothing is dropped at random."""
+        """A note if random dropping has no effect at a density; None otherwise."""
         is_number = isinstance(density, int | float)
         if "seed" not in self.parameters or not is_number or density < 1:
             return None

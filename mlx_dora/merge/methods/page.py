@@ -1,6 +1,6 @@
 """Writes the table of methods into a page: ``python -m mlx_dora.merge.methods.page``.
 
-The page is ``docs/merging.md``; the table stands where its first line stands already.
+The page is ``docs/merging.md``; the new table replaces the old one.
 """
 
 import sys
@@ -15,14 +15,14 @@ _HEAD = (
 )
 _BASES = {
     "unused": "-",
-    "optional": "optional: its changes",
-    "lengths": "needed: its lengths",
-    "changes": "needed: its changes",
+    "optional": "optional: changes from it",
+    "lengths": "required: its row lengths",
+    "changes": "required: changes from it",
 }
 
 
 def docs_table() -> str:
-    """The table in Markdown, a line for each method."""
+    """Make the table in Markdown, with one line for each method."""
     rule = "| --- " * _HEAD.count(" | ") + "| --- |"
     return "\n".join([_HEAD, rule, *map(_line, METHODS.values())])
 
@@ -50,10 +50,10 @@ def _line(entry: MergeMethod) -> str:
 
 
 def put_table(page: str) -> str:
-    """A page with its old table replaced.
+    """Replace the table in a page.
 
     Args:
-        page: Markdown in which the table's first cell is ``--method``.
+        page: Markdown with a table whose first cell is ``--method``.
     """
     before, _, rest = page.partition("\n| `--method` |")
     lines = rest.split("\n")

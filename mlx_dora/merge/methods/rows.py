@@ -1,8 +1,8 @@
-r"""Methods that merge rows: each returns a combination of the rows it is given.
+r"""Row methods: each returns a combination of the input rows.
 
-:math:`W'_j = \sum_i \beta_{ij} V_{ij}`, with coefficients that follow from the inner
-products of the rows, their lengths and the weights. Adapters are closed under such
-methods (`mlx_dora.merge.adapters.factored`). Everything is float64.
+The combination is :math:`W'_j = \sum_i \beta_{ij} V_{ij}`, with coefficients that
+depend on the inner products of the rows, their lengths and the weights. Adapters are
+closed under these methods (`mlx_dora.merge.adapters.factored`). Everything is float64.
 """
 
 from collections.abc import Callable
@@ -17,28 +17,29 @@ from mlx_dora.matrix.terms import cancels
 from mlx_dora.merge.methods import directions
 from mlx_dora.merge.methods.directions import heaviest, length_of, moved_weights
 
-# A mean of directions shorter than this share of its parts has no sure direction.
+# A mean of directions shorter than this share of its parts has no reliable direction.
 _VANISHES = 1e-3
-# Where mergekit's cosine is above it, its slerp interpolates linearly.
+# Cosine above which mergekit's slerp interpolates linearly.
 _COLLINEAR = 0.9995
 
-# Where mergekit's nuslerp takes rows for parallel, by the square of the sine.
+# Squared sine below which mergekit's nuslerp treats rows as parallel.
 _PARALLEL = 1e-16
 
-# Below it the denominator of Model Stock counts as 0, as in mergekit.
+# Below this the denominator of Model Stock counts as 0, as in mergekit.
 _SINGULAR = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What a method knows of N rows that it merges, for each output row.
+    """The N input rows of each output row, as a method sees them.
 
     Attributes:
-        inner: ⟨V_i, V_k⟩ of the rows before scaling. Shape ``(rows, N, N)``.
-        magnitude: Length that each input gives its row; negative turns the direction
-            round. Shape ``(rows, N)``.
-        weights: Shape ``(rows, N)``; those of a mean sum to 1.
-        base_norm: Length of the base's row. Shape ``(rows,)``; None without a base.
+        inner: Inner products ⟨V_i, V_k⟩ of the rows before scaling, shape
+            ``(rows, N, N)``.
+        magnitude: Length that each input gives its row, shape ``(rows, N)``; a negative
+            magnitude reverses the direction.
+        weights: Weights, shape ``(rows, N)``; for a mean each row sums to 1.
+        base_norm: Length of the base's row, shape ``(rows,)``; None without a base.
     """
 
     inner: np.ndarray
@@ -53,19 +54,19 @@ class Rows:
 
     @cached_property
     def has_direction(self) -> np.ndarray:
-        """Where a row is not zero. Shape ``(rows, N)``."""
+        """Whether each row is nonzero. Shape ``(rows, N)``."""
         return self.norm > 0
 
     @cached_property
     def to_unit(self) -> np.ndarray:
-        """Factors that turn the rows into unit directions; 0 for zero rows."""
+        """Factors that scale the rows to unit directions; 0 for zero rows."""
         sign = np.where(self.magnitude < 0, -1.0, 1.0)
         safe = np.where(self.has_direction, self.norm, 1.0)
         return np.where(self.has_direction, sign / safe, 0.0)
 
     @cached_property
     def length(self) -> np.ndarray:
-        """Lengths after scaling; 0 where there is no direction."""
+        """Lengths after scaling; 0 for zero rows."""
         return np.where(self.has_direction, np.abs(self.magnitude), 0.0)
 
     @cached_property
@@ -76,15 +77,15 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """How to merge each row.
+    """Result of a row method.
 
     Attributes:
-        coefficients: β: the merged row is Σ β_i V_i. Shape ``(rows, N)``.
-        length: Length of the merged row. Shape ``(rows,)``.
-        opposed: Rows whose directions cancel (or cannot be interpolated): they keep the
-            direction of the heaviest input. Shape ``(rows,)``.
-        cancelled: Rows of a sum whose length is lost in rounding, to be taken from the
-            dense row. Shape ``(rows,)``.
+        coefficients: β, shape ``(rows, N)``: the merged row is Σ β_i V_i.
+        length: Length of each merged row, shape ``(rows,)``.
+        opposed: Rows whose directions cancel or cannot be interpolated, shape
+            ``(rows,)``. They keep the direction of the input with the largest weight.
+        cancelled: Rows of a sum whose length is lost in rounding, shape ``(rows,)``.
+            Their length must be computed from the dense row.
     """
 
     coefficients: np.ndarray
@@ -94,51 +95,53 @@ class Combination:
 
 
 RowFunction = Callable[[Rows], Combination]
-"""A method of rows."""
+"""A row method."""
 DirectionFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(Gram matrices of unit directions, weights) -> coefficients of a mean direction."""
 
 
 def slerp(rows: Rows) -> Combination:
-    """The great circle between two directions; the weighted mean of the lengths."""
+    """Interpolate directions on their great circle; take the weighted mean length."""
     return _mean(rows, directions.slerp)
 
 
 def karcher(rows: Rows) -> Combination:
-    """The Karcher mean of the directions; the weighted mean of the lengths."""
+    """Take the Karcher mean of the directions and the weighted mean of the lengths."""
     return _mean(rows, directions.karcher)
 
 
 def nmean(rows: Rows) -> Combination:
-    """The normalised mean of the directions; the weighted mean of the lengths."""
+    """Take the normalized mean of the directions and the weighted mean length."""
     return _mean(rows, directions.nmean)
 
 
 def magnitude_weighted(rows: Rows) -> Combination:
-    """`nmean`, each row weighted by how far its input moved the base's length.
+    """Apply `nmean` with weights by how far each input moved the base's row length.
 
     Raises:
-        DoRAError: Without a base.
+        DoRAError: If there is no base.
     """
     if rows.base_norm is None:
-        raise DoRAError("magnitude_weighted needs a base to compare with.")
+        raise DoRAError(
+            "magnitude_weighted compares row lengths with a base: give a base."
+        )
     weights = moved_weights(rows.magnitude, rows.base_norm, rows.weights)
     return _mean(rows, directions.nmean, weights)
 
 
 def linear(rows: Rows) -> Combination:
-    """The weighted sum of the rows as they are."""
+    """Take the weighted sum of the rows without normalizing them."""
     return _sum(rows, rows.weights)
 
 
 def slerp_vectors(rows: Rows) -> Combination:
-    """Slerp as in mergekit: the coefficients of the directions, put on the rows.
+    """Apply slerp as mergekit does: the directions' coefficients multiply the rows.
 
     Raises:
-        DoRAError: If there are not two inputs.
+        DoRAError: If the number of inputs is not two.
     """
     if rows.weights.shape[1] != 2:
-        raise DoRAError(f"slerp takes two inputs, got {rows.weights.shape[1]}.")
+        raise DoRAError(f"slerp merges two inputs, got {rows.weights.shape[1]}.")
     cosine = np.clip(rows.gram[:, :1, 1], -1, 1)
     is_linear = np.abs(cosine) > _COLLINEAR
     theta = np.arccos(np.where(is_linear, 0.0, cosine))
@@ -147,12 +150,12 @@ def slerp_vectors(rows: Rows) -> Combination:
 
 
 def nuslerp(rows: Rows) -> Combination:
-    r"""Interpolation of two rows as they are, along the great circle they span.
+    r"""Interpolate two rows, without normalizing them, along their great circle.
 
     .. math:: \frac{\sin((1-t)\theta)}{\sin\theta} V_1 +
         \frac{\sin(t\theta)}{\sin\theta} V_2, \qquad t = \frac{w_2}{w_1 + w_2}
 
-    as in mergekit: a straight line where the rows are parallel or opposed.
+    As in mergekit, parallel or opposite rows are interpolated linearly.
     """
     if rows.weights.shape[1] == 1:
         return linear(rows)
@@ -164,13 +167,13 @@ def nuslerp(rows: Rows) -> Combination:
 
 
 def model_stock(rows: Rows) -> Combination:
-    r"""Model Stock (arXiv:2403.19522): the mean change, shortened by the angles.
+    r"""Model Stock (arXiv:2403.19522): the mean change, scaled by its angles.
 
     .. math:: W_0 + \frac{t}{N} \sum_i \tau_i, \qquad
         t = \frac{N \cos\theta}{1 + (N - 1)\cos\theta}
 
-    where the cosine is the mean over all pairs of changes. The rows are changes of the
-    base; where the denominator vanishes the base is kept.
+    where the cosine is the mean over all pairs of changes. The rows are changes from
+    the base. Where the denominator vanishes, the base is kept.
     """
     count = rows.gram.shape[1]
     pairs = np.triu_indices(count, 1)
@@ -183,7 +186,7 @@ def model_stock(rows: Rows) -> Combination:
 
 
 def of_changes(rows: Rows, function: RowFunction) -> Combination:
-    r"""Apply a method to the changes of a base, which is the last of the rows.
+    r"""Apply a method to the changes from a base, which is the last row.
 
     .. math:: W_0 + \sum_i \beta_i (W_i - W_0) = \sum_i \beta_i W_i +
         \Bigl(1 - \sum_i \beta_i\Bigr) W_0
@@ -194,13 +197,13 @@ def of_changes(rows: Rows, function: RowFunction) -> Combination:
     moved = moved + inner[:, -1:, -1:]
     size = gram_norm(moved)
     weights = rows.weights[:, :-1]
-    found = function(Rows(inner=moved, magnitude=size, weights=weights))
-    beta = found.coefficients
+    combination = function(Rows(inner=moved, magnitude=size, weights=weights))
+    beta = combination.coefficients
     merged = _sum(rows, np.concatenate([beta, 1 - beta.sum(1, keepdims=True)], axis=1))
     return Combination(
         coefficients=merged.coefficients,
         length=merged.length,
-        opposed=found.opposed,
+        opposed=combination.opposed,
         cancelled=merged.cancelled,
     )
 
@@ -220,11 +223,11 @@ def _sum(rows: Rows, weights: np.ndarray) -> Combination:
 def _mean(
     rows: Rows, direction: DirectionFunction, weights: np.ndarray | None = None
 ) -> Combination:
-    """A mean direction with the weighted mean of the lengths.
+    """Combine a mean direction with the weighted mean of the lengths.
 
-    A row that is zero in an input has no direction there: the others share its weight,
-    and its magnitude counts as 0. Where the directions cancel, the heaviest input's is
-    kept.
+    A zero row has no direction: the other inputs share its weight, and its magnitude
+    counts as 0. Where the directions cancel, the direction of the input with the
+    largest weight is kept.
     """
     weights = rows.weights if weights is None else weights
     shared = np.where(rows.has_direction, weights, 0.0)

@@ -8,10 +8,10 @@ from mlx_dora.errors import DoRAError
 
 
 def check_seed(seed: object) -> None:
-    """Refuse what is no seed of MLX.
+    """Refuse a seed that MLX does not accept.
 
     Raises:
-        DoRAError: With what came.
+        DoRAError: With the given seed.
     """
     if type(seed) is not int or not 0 <= seed < 2**64:
         raise DoRAError(
@@ -21,15 +21,15 @@ def check_seed(seed: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSettings:
-    """How one tensor is merged.
+    """Settings for merging one tensor.
 
     Attributes:
-        weights: One an input, or one a row and input: ``(N,)`` or ``(rows, N)``.
-        density: Share of the entries to keep, one an input; None for 1.
-        normalize: Divide by the weights; None for the method's default.
-        scale: λ on the merged task vectors.
-        seed: Random seed of DARE.
-        rescale: Divide what DARE keeps by its density.
+        weights: Weights of the inputs, shape ``(N,)``, or by row, shape ``(rows, N)``.
+        density: Fraction of the entries to keep, one per input; None for 1.
+        normalize: Divide by the weights' sum; None for the method's default.
+        scale: Factor λ on the merged task vectors.
+        seed: Random seed for DARE.
+        rescale: Divide the entries that DARE keeps by the density.
     """
 
     weights: np.ndarray
@@ -40,20 +40,20 @@ class TensorSettings:
     rescale: bool = True
 
     def plain_weights(self) -> list[float]:
-        """One weight an input.
+        """One weight per input.
 
         Raises:
-            DoRAError: If they differ by row.
+            DoRAError: If the weights differ by row.
         """
         weights = self.weights
         if weights.ndim == 2:
             if np.ptp(weights, axis=0).any():
                 raise DoRAError(
-                    "expected one weight for each input here, got one for each row."
+                    "this method needs one weight per input, got one per row."
                 )
             weights = weights[0]
-        return [float(one) for one in weights]
+        return [float(weight) for weight in weights]
 
     def normalizes(self, default: bool) -> bool:
-        """Whether to divide by the weights, given the method's default."""
+        """Whether to divide by the weights' sum, given the method's default."""
         return default if self.normalize is None else self.normalize

@@ -1,9 +1,10 @@
-"""The table of merge methods: one entry each.
+"""The table of merge methods.
 
-A new method is one function and one entry here. A function of rows (`methods.rows`)
-serves adapters, exactly and without a dense weight, as well as models; a function of
-blocks (`methods.elementwise`) serves models, and adapters by way of a dense matrix.
-Functions are named and imported on use: the command line lists the methods without MLX.
+To add a method, write one function and add one entry here. A function of rows
+(`methods.rows`) merges models, and adapters exactly without a dense weight. A function
+of blocks (`methods.elementwise`) merges models, and adapters through a dense matrix.
+Entries name their functions, which are imported on use, so that the command line can
+list the methods without importing MLX.
 """
 
 from mlx_dora.errors import DoRAError
@@ -30,7 +31,7 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="nuslerp",
-            summary="the rows interpolated as they are along their great circle",
+            summary="the unnormalized rows, interpolated along their great circle",
             paper="mergekit",
             rows="rows:nuslerp",
             inputs=(2, 2),
@@ -57,7 +58,7 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="nmean",
-            summary="Σ w_i u_i, made a unit vector",
+            summary="Σ w_i u_i, scaled to unit length",
             rows="rows:nmean",
             base="optional",
             is_mean=True,
@@ -72,7 +73,7 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="linear",
-            summary="the row Σ w_i W_i as it is, length included",
+            summary="Σ w_i W_i, with its own length",
             paper="arXiv:2203.05482",
             rows="rows:linear",
             blocks="elementwise:linear",
@@ -91,7 +92,7 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="task_arithmetic",
-            summary="the row W0 + λ Σ w_i (W_i − W0) as it is",
+            summary="W0 + λ Σ w_i (W_i − W0), with its own length",
             paper="arXiv:2212.04089",
             rows="rows:linear",
             blocks="elementwise:task_arithmetic",
@@ -101,7 +102,7 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="model_stock",
-            summary="W0 + t times the mean change, t from the angles of the changes",
+            summary="W0 + t times the mean change; t from the angles of the changes",
             paper="arXiv:2403.19522",
             rows="rows:model_stock",
             inputs=(2, None),
@@ -118,7 +119,7 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="fisher",
-            summary="the rows, or elements, weighted by their Fisher information",
+            summary="mean of rows, or elements, weighted by their Fisher information",
             paper="arXiv:2111.09832",
             rows="rows:linear",
             is_mean=True,
@@ -127,7 +128,7 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="ties",
-            summary="the largest changes, of those the ones with the elected sign",
+            summary="mean of the largest changes that have the elected sign",
             paper="arXiv:2306.01708",
             blocks="elementwise:ties",
             base="changes",
@@ -157,7 +158,7 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="dare_ties",
-            summary="changes dropped at random, of the rest the elected sign's",
+            summary="changes dropped at random, then the elected sign as in `ties`",
             paper="arXiv:2311.03099",
             blocks="elementwise:dare_ties",
             base="changes",
@@ -184,19 +185,19 @@ METHODS: dict[str, MergeMethod] = {
 """The methods by name, in the order of the documentation."""
 
 DEFAULT = "slerp"
-"""The method of a merge that names none."""
+"""The default method."""
 
 MERGEKIT = {
     kit.name: (kit, entry) for entry in METHODS.values() for kit in entry.mergekit
 }
-"""mergekit's name to how its YAML is read, and the method."""
+"""By mergekit's name: its form in YAML, and the method."""
 
 
 def method_named(name: str) -> MergeMethod:
-    """The method of a name.
+    """Look up a method by name.
 
     Raises:
-        DoRAError: If there is none, with all names.
+        DoRAError: If there is no such method, with all names.
     """
     if name not in METHODS:
         raise DoRAError(f"no merge method {name!r}: {', '.join(METHODS)}.")
@@ -205,17 +206,17 @@ def method_named(name: str) -> MergeMethod:
 
 def densities() -> str:
     """The default densities, for a help text: ``ties 0.2, dare 0.5``."""
-    kept = [one for one in METHODS.values() if one.density is not None]
-    return ", ".join(f"{one.name} {one.density}" for one in kept)
+    kept = [entry for entry in METHODS.values() if entry.density is not None]
+    return ", ".join(f"{entry.name} {entry.density}" for entry in kept)
 
 
 def exact_names() -> str:
     """Names of the methods that merge adapters exactly, for a help text."""
-    return ", ".join(one.name for one in METHODS.values() if one.is_exact)
+    return ", ".join(entry.name for entry in METHODS.values() if entry.is_exact)
 
 
 def names_with(parameter: str) -> str:
-    """Names of the methods that take a setting, for a help text."""
+    """Names of the methods that use a setting, for a help text."""
     return ", ".join(
-        one.name for one in METHODS.values() if parameter in one.parameters
+        entry.name for entry in METHODS.values() if parameter in entry.parameters
     )

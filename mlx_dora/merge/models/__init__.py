@@ -1,4 +1,4 @@
-"""Merging whole models, one tensor at a time; mergekit's files."""
+"""Merges whole models, one tensor at a time; reads mergekit's configurations."""
 
 from mlx_dora.merge.models.merge import merge_models, run_merge
 from mlx_dora.merge.models.mergekit import read_mergekit

@@ -1,4 +1,4 @@
-"""The files of a merged model beside its weights: config, tokenizer, chat template."""
+"""Files of a merged model other than weights: config, tokenizer, chat template."""
 
 import json
 import shutil
@@ -24,8 +24,8 @@ def choose_tokenizer(
     inputs: Sequence[ModelTensors],
     notes: list[str],
 ) -> tuple[Path | None, str | None]:
-    """The folder to take the tokenizer from and the chat template, if not as it is."""
-    folders = list(dict.fromkeys([pattern.folder, *(one.folder for one in inputs)]))
+    """Choose the tokenizer's folder and the chat template; None keeps the pattern's."""
+    folders = list(dict.fromkeys([pattern.folder, *(model.folder for model in inputs)]))
     tokenizer = None
     if plan.tokenizer is not None:
         if plan.tokenizer_model is not None:
@@ -45,7 +45,7 @@ def copy_files(
     dtype: str | None,
     inputs: Sequence[ModelTensors],
 ) -> None:
-    """Config, tokenizer and whatever else is not weights, from the pattern."""
+    """Copy all files except weights from the pattern, and update the config."""
     for path in sorted(pattern.folder.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
             shutil.copyfile(path, out / path.name)
@@ -55,13 +55,13 @@ def copy_files(
             if key in config:
                 config[key] = dtype
     if "vocab_size" in config:
-        sizes = [one.config.get("vocab_size", 0) for one in (pattern, *inputs)]
+        sizes = [model.config.get("vocab_size", 0) for model in (pattern, *inputs)]
         config["vocab_size"] = max(sizes)
     (out / "config.json").write_text(json.dumps(config, indent=4), encoding="utf-8")
 
 
 def put_tokenizer(out: Path, tokenizer: Path | None, template: str | None) -> None:
-    """Replace the tokenizer and the chat template, where others were chosen."""
+    """Replace the tokenizer and the chat template, if others were chosen."""
     if tokenizer is not None:
         copy_tokenizer(tokenizer, out)
     if template is not None:

@@ -1,4 +1,4 @@
-"""Whether models fit together, and what becomes of tensors that only some store."""
+"""Checks that models match; describes tensors that only some of them store."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,70 +10,72 @@ from mlx_dora.merge.models.model_tensors import ModelTensors
 
 
 def check_fit(pattern: ModelTensors, inputs: Sequence[ModelTensors], pad: bool) -> None:
-    """Refuse models that differ in names or shapes, all of it in one message."""
+    """Refuse models that differ in names or shapes, naming all problems at once."""
     own = set(pattern.names)
     kind = pattern.config.get("model_type")
-    for one in inputs:
-        if one is pattern:
+    for model in inputs:
+        if model is pattern:
             continue
-        other = one.config.get("model_type")
+        other = model.config.get("model_type")
         if other != kind:
             raise DoRAError(
-                f"{one.folder} is a {other} model and {pattern.folder} a {kind} model: "
-                "their tensors do not mean the same."
+                f"{model.folder} is a {other} model and {pattern.folder} a {kind} "
+                "model: merge only models of the same type."
             )
-        missing = {n for n in own if not one.has(n) and not is_buffer(n)}
-        extra = set(one.names) - one.copies - own
+        missing = {n for n in own if not model.has(n) and not is_buffer(n)}
+        extra = set(model.names) - model.copies - own
         problems = listed("missing:", sorted(missing, key=natural_order))
         problems += listed("extra:", sorted(extra, key=natural_order))
         unlike = [
-            f"{name} {one.shape(name)} for {pattern.shape(name)}"
+            f"{name} {model.shape(name)} for {pattern.shape(name)}"
             for name in sorted(own - missing, key=natural_order)
             if not is_buffer(name)
-            and one.shape(name) != pattern.shape(name)
-            and not (pad and _is_vocabulary(name, one, pattern))
+            and model.shape(name) != pattern.shape(name)
+            and not (pad and _is_vocabulary(name, model, pattern))
         ]
         problems += listed("other shapes:", unlike)
         if unlike and all(
-            _is_vocabulary(name.split(" ")[0], one, pattern) for name in unlike
+            _is_vocabulary(name.split(" ")[0], model, pattern) for name in unlike
         ):
-            problems.append("the vocabularies differ: say pad (--pad) to merge them")
+            problems.append("the vocabularies differ: set pad (--pad) to merge them")
         if problems:
             raise DoRAError(
-                f"{one.folder} does not fit {pattern.folder}: {'; '.join(problems)}."
+                f"{model.folder} does not fit {pattern.folder}: {'; '.join(problems)}."
             )
 
 
-def _is_vocabulary(name: str, one: ModelTensors, pattern: ModelTensors) -> bool:
-    first, second = one.shape(name), pattern.shape(name)
-    sizes = one.config.get("vocab_size"), pattern.config.get("vocab_size")
+def _is_vocabulary(name: str, model: ModelTensors, pattern: ModelTensors) -> bool:
+    first, second = model.shape(name), pattern.shape(name)
+    sizes = model.config.get("vocab_size"), pattern.config.get("vocab_size")
     has_sizes = bool(first) and bool(second) and (first[0], second[0]) == sizes
     return has_sizes and first[1:] == second[1:]
 
 
 def notes_of_copies(pattern: ModelTensors, inputs: Sequence[ModelTensors]) -> list[str]:
-    """What happens to stored tensors that follow from others."""
+    """Notes on stored tensors that can be derived from others."""
     notes = []
     own = set(pattern.names)
-    left_out = {n for one in inputs for n in one.copies - own}
+    left_out = {n for model in inputs for n in model.copies - own}
     if left_out:
         notes.append(
-            f"Left out, since {pattern.folder} does not store them and they follow "
-            f"from other tensors or the config: {_listed(left_out)}."
+            f"Left out, since {pattern.folder} does not store them and they can be "
+            f"derived from other tensors or the config: {_listed(left_out)}."
         )
     heads = {n for n in own if pattern.original(n) != n}
     if heads:
         notes.append(f"{_listed(heads)}: a copy of the merged embedding (tied).")
     shared = [
-        f"{name} of {one.folder}"
+        f"{name} of {model.folder}"
         for name in own - pattern.copies
-        for one in inputs
-        if one.original(name) != name
+        for model in inputs
+        if model.original(name) != name
     ]
     if shared:
         notes.append(f"The embedding, which is tied, is merged as {_listed(shared)}.")
     if carried := {n for n in pattern.copies if is_buffer(n)}:
-        notes.append(f"Rotary buffers as in {pattern.folder}: {_listed(carried)}.")
+        notes.append(
+            f"Rotary buffers are copied from {pattern.folder}: {_listed(carried)}."
+        )
     return notes
 
 

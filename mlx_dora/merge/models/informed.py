@@ -21,18 +21,19 @@ def merge_informed_tensor(
     """Merge one tensor of N models by their Fisher information.
 
     Args:
-        tensors: N arrays of one shape.
-        settings: Its weights.
-        informations: One a model, all ``(out,)`` or all of the tensor's shape; if one
-            is None the weighted mean is taken.
+        tensors: N arrays of the same shape.
+        settings: Settings with the weights of the models.
+        informations: Fisher information of each model, all ``(out,)`` or all of the
+            tensor's shape; if any is None, the result is the weighted mean.
 
     Returns:
-        The tensor, float32, and the number of elements nobody knows anything of.
+        The merged tensor, float32, and the number of elements without information.
 
     Raises:
-        DoRAError: If weights are negative or all 0, or by row where they cannot be.
+        DoRAError: If weights are negative or all 0, or by row and the information by
+            element.
     """
-    known = [one for one in informations if one is not None]
+    known = [information for information in informations if information is not None]
     size = tensors[0].size
     if len(known) < len(informations):
         return merge_tensor("linear", None, tensors, settings)[0], size
@@ -44,7 +45,9 @@ def merge_informed_tensor(
         merged, _ = merge_tensor("linear", None, tensors, by_row)
         return merged, unknown * (size // rows)
     if np.ptp(shares, axis=0).any():
-        raise DoRAError("Fisher information by element takes one weight a model.")
-    weights = [float(one) for one in shares[0]]
+        raise DoRAError(
+            "Fisher information by element needs one weight per model, not one per row."
+        )
+    weights = [float(share) for share in shares[0]]
     unknown = int((sum(known[1:], start=known[0]) == 0).sum())
     return elementwise.fisher(tensors, known, weights), unknown

@@ -1,4 +1,4 @@
-"""Whole models as one, streamed: one tensor at a time, nothing half-written."""
+"""Merges whole models, streaming one tensor at a time; output appears when complete."""
 
 import json
 import time
@@ -28,7 +28,7 @@ from mlx_dora.merge.models.settings import count_blocks
 from mlx_dora.merge.weights import Weights
 from mlx_dora.progress import Progress
 
-# Bytes that MLX may keep for blocks to come; what whole tensors leave is more.
+# Bytes that MLX may cache for further blocks; whole tensors would leave more.
 _KEPT = 1 << 28
 
 
@@ -46,39 +46,39 @@ def merge_models(
 ) -> MergeReport:
     """Merge whole models into a folder that mlx-lm loads.
 
-    Row by row: the length and the direction of each output row apart (``slerp``,
-    ``karcher``, ``nmean``, ``magnitude_weighted``; with a base, the first three merge
-    the changes of it). Norm weights and biases get the weighted mean, and so does what
-    ``fisher`` has no information of. ``linear``,
-    ``task_arithmetic``, ``ties``, ``dare``, ``dare_ties`` and ``tsv`` as in
+    ``slerp``, ``karcher``, ``nmean`` and ``magnitude_weighted`` merge the length and
+    the direction of each output row separately; with a base, the first three merge
+    changes from it. Norm weights and biases get the weighted mean, and so do tensors
+    without information under ``fisher``. ``linear``, ``task_arithmetic``, ``ties``,
+    ``dare``, ``dare_ties`` and ``tsv`` are defined in
     `mlx_dora.merge.methods.elementwise`. The base, or else the first model, is the
-    pattern: its config, tokenizer, dtypes and packing are the output's. Rules:
-    ``docs/merging.md``.
+    pattern: the output has its config, tokenizer, dtypes and packing. See
+    ``docs/merging.md`` for the rules.
 
-    A merge that was killed goes on where it stopped when it is called again alike.
+    A killed merge resumes when it is called again with the same arguments.
 
     Args:
-        models: Folders or Hub ids; the models that are merged.
-        save_path: The folder to make.
-        base: What changes are relative to.
-        method: How to merge.
-        weights: One a model (a number, or an array with one a row), or patterns of
-            module paths to such lists; equal if None.
+        models: Folders or Hub ids of the models to merge.
+        save_path: Output folder.
+        base: Folder or Hub id of the base that changes are relative to.
+        method: Name of the merge method.
+        weights: One per model (a number, or an array with one number per row), or a
+            mapping from patterns of module paths to such lists; None for equal weights.
         parameters: ``density``, ``normalize`` and ``lambda`` (numbers, gradients over
             the blocks, or filters as in mergekit), ``seed``, ``granularity`` (``row``,
-            or ``tensor`` for mergekit's definitions), ``pad`` (embeddings of unlike
-            vocabularies).
-        dtype: Of the output: ``float32``, ``float16`` or ``bfloat16``; the pattern's if
-            None.
-        fisher: Folders of Fisher information, one a model, for that method.
+            or ``tensor`` for mergekit's definitions), ``pad`` (merge
+            embeddings of different vocabulary sizes).
+        dtype: Dtype of the output: ``float32``, ``float16`` or ``bfloat16``; None for
+            the pattern's.
+        fisher: Folders of Fisher information, one per model, for method ``fisher``.
         overwrite: Replace an existing folder.
 
     Returns:
-        What was done.
+        A report on the merge.
 
     Raises:
-        DoRAError: If an input is not in order, the models do not fit together, or the
-            output exists.
+        DoRAError: If an input is invalid, the models do not match, or the output
+            exists.
     """
     plan = plan_models(
         models,
@@ -104,24 +104,26 @@ def run_merge(
     """Carry out a plan; see `merge_models`.
 
     Args:
-        plan: Names the models and what is done with them.
-        save_path: The folder to make.
-        inputs: What the plan was read from; all folders that it names count anyway.
+        plan: The models and the settings of the merge.
+        save_path: Output folder.
+        inputs: Files that the output must not replace, besides the plan's own inputs.
         overwrite: Replace an existing folder.
-        max_shard_bytes: Size of the weight files.
-        progress: Called as the work goes on.
+        max_shard_bytes: Maximum size of a weight file.
+        progress: Progress callback.
     """
     started = time.perf_counter()
     given = [*plan.inputs, *inputs]
     check_output(save_path, inputs=given, overwrite=overwrite)
     fishers = check_fishers(plan.method, plan.fisher, len(plan.models))
     folders = {
-        one: model_folder(one) for one in (*plan.models, plan.base) if one is not None
+        name: model_folder(name)
+        for name in (*plan.models, plan.base)
+        if name is not None
     }
     given += folders.values()
     check_output(save_path, inputs=given, overwrite=overwrite)
     opened = {folder: ModelTensors(folder) for folder in folders.values()}
-    sources = [opened[folders[one]] for one in plan.models]
+    sources = [opened[folders[name]] for name in plan.models]
     base = None if plan.base is None else opened[folders[plan.base]]
     pattern = base or sources[0]
     check_fit(pattern, sources, plan.pad)
@@ -134,14 +136,14 @@ def run_merge(
     job = _job(plan, opened.values(), fishers)
     with resumable_directory(save_path, job, inputs=given, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes, resume=True) as writer:
-            told = _merge_all(writer, plan, pattern, base, sources, fishers, progress)
+            merged = _merge_all(writer, plan, pattern, base, sources, fishers, progress)
         copy_files(pattern, out, plan.dtype, sources)
         put_tokenizer(out, *choice)
     return MergeReport(
         method=plan.method,
         models=plan.models,
-        tensors=tuple(told),
-        resumed=len(pattern.names) - len(told),
+        tensors=tuple(merged),
+        resumed=len(pattern.names) - len(merged),
         peak_bytes=mx.get_peak_memory(),
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
@@ -157,7 +159,7 @@ def _merge_all(
     fishers: Sequence[Fisher],
     progress: Progress | None,
 ) -> list[MergedTensor]:
-    """Merge every tensor that is not written yet."""
+    """Merge every tensor that has not been written yet."""
     names = sorted(pattern.names, key=natural_order)
     blocks = count_blocks(names)
     resumed = writer.written
@@ -179,19 +181,19 @@ def _known(
     name: str, pattern: ModelTensors, fishers: Sequence[Fisher]
 ) -> list[mx.array | None]:
     path, shape = name.removesuffix(".weight"), pattern.shape(name)
-    return [one.read(path, shape) for one in fishers]
+    return [fisher.read(path, shape) for fisher in fishers]
 
 
 def _job(
     plan: MergePlan, opened: Iterable[ModelTensors], fishers: Sequence[Fisher]
 ) -> str:
-    """All that determines the output; inputs by path, size and time of change."""
+    """Everything that determines the output; inputs by path, size and modified time."""
     files = []
-    for one in opened:
-        for path in sorted(one.folder.glob("*.safetensors")):
+    for model in opened:
+        for path in sorted(model.folder.glob("*.safetensors")):
             state = path.stat()
             files.append([str(path.resolve()), state.st_size, state.st_mtime_ns])
-    facts = [asdict(one.facts) for one in fishers]
+    facts = [asdict(fisher.facts) for fisher in fishers]
     return json.dumps([asdict(plan), files, facts], default=_plain)
 
 

@@ -1,8 +1,8 @@
-"""mergekit's YAML, for the methods that both have, with mergekit's definitions.
+"""Reads mergekit's YAML for shared methods, with mergekit's definitions.
 
-Tensors are merged as a whole, as mergekit does; arithmetic is float32 whatever
-``dtype`` says, which here is the output's. Keys that change no weight are accepted with
-a note; what would change the result and is not supported is refused by name.
+Tensors are merged as a whole, as in mergekit. Arithmetic is float32; ``dtype`` sets
+only the dtype of the output. Keys that do not change the weights are accepted with a
+note. Unsupported keys that would change the result are refused by name.
 """
 
 from collections.abc import Sequence
@@ -35,31 +35,31 @@ _TOP = (
     "name",
 )
 _OF_A_MODEL = ("weight", "density", "scale")
-# Parameters of mergekit's that change no weight here, whatever the method.
+# mergekit's parameters that never change a weight here.
 _WITHOUT_EFFECT = {
     "int8_mask": "only saves memory in mergekit",
     "max_iter": "this karcher runs until it converges",
     "tol": "this karcher runs until it converges",
-    "dtype": "it belongs to the top level, where it sets the output's dtype",
+    "dtype": "put it at the top level, where it sets the output's dtype",
 }
 _OF_ANY_METHOD = {key for kit, _ in MERGEKIT.values() for key in kit.takes}
 
 
 def read_mergekit(content: Any) -> MergePlan:
-    """Make a plan of a mergekit configuration.
+    """Make a plan from a mergekit configuration.
 
     Args:
         content: The parsed YAML.
 
     Raises:
-        DoRAError: For a key or a method that is not understood, or a bad value.
+        DoRAError: For an unknown key or method, or a bad value.
     """
     top = mapping("a merge config", content)
     refuse_unknown("the merge config", top, _TOP)
     name = text_of("merge_method", top)
     if name not in MERGEKIT:
         raise DoRAError(
-            f"merge_method {name!r} is not one that is understood here: "
+            f"merge_method {name!r} is not supported here, expected one of "
             f"{', '.join(MERGEKIT)}."
         )
     (kit, method), notes = MERGEKIT[name], []
@@ -67,18 +67,18 @@ def read_mergekit(content: Any) -> MergePlan:
     shared = _known(kit, "parameters", layout.shared, notes)
     own = []
     for model, settings in zip(layout.models, layout.own, strict=True):
-        found = _known(kit, f"parameters of {model}", settings, notes)
-        if wrong := [key for key in settings if key in found and _is_shared(key)]:
+        accepted = _known(kit, f"parameters of {model}", settings, notes)
+        if wrong := [key for key in settings if key in accepted and _is_shared(key)]:
             raise DoRAError(
-                f"parameters of {model}: {', '.join(wrong)} not understood there; put "
+                f"parameters of {model}: {', '.join(wrong)} not supported there; put "
                 "it under the file's parameters."
             )
-        own.append(found)
+        own.append(accepted)
     if top.get("name") is not None:
         notes.append("name: has no effect on the merged model.")
     by_row = _is_by_row(kit, shared)
     parameters = {**kit.defaults, **_renamed(kit, shared)}
-    if not any("density" in one for one in own):
+    if not any("density" in values for values in own):
         notes.append(method.note_of(parameters.get("density", 0.0)) or "")
     return MergePlan(
         models=layout.models,
@@ -86,7 +86,7 @@ def read_mergekit(content: Any) -> MergePlan:
         method=method.name,
         granularity="row" if by_row else "tensor",
         weighting=kit.weights,
-        per_model=tuple(_renamed(kit, one) for one in own),
+        per_model=tuple(_renamed(kit, values) for values in own),
         parameters=parameters,
         dtype=text_of("out_dtype", top) or text_of("dtype", top),
         relative=kit.uses_base,
@@ -98,7 +98,7 @@ def read_mergekit(content: Any) -> MergePlan:
 
 
 def _is_by_row(kit: Mergekit, shared: Settings) -> bool:
-    """Whether rows are merged, not whole tensors; refuses values not supported."""
+    """Whether to merge rows instead of whole tensors; refuses unsupported values."""
     for key, value in kit.only.items():
         if shared.get(key, value) is not value:
             raise DoRAError(f"parameters: {key} must be {value}, got {shared[key]!r}.")
@@ -121,7 +121,7 @@ def _renamed(kit: Mergekit, settings: Settings) -> Settings:
 
 
 def _known(kit: Mergekit, where: str, settings: Settings, notes: list[str]) -> Settings:
-    """The parameters that the method takes; notes of those without effect."""
+    """The parameters that the method uses; adds notes on those without effect."""
     known: dict[str, Any] = {}
     for key, value in settings.items():
         if key in kit.takes:
@@ -134,33 +134,33 @@ def _known(kit: Mergekit, where: str, settings: Settings, notes: list[str]) -> S
             notes.append(f"{where}: {key} has no effect on {kit.name}.")
         else:
             raise DoRAError(
-                f"{where}: {key} not understood; {kit.name} takes "
+                f"{where}: {key} is unknown; {kit.name} uses "
                 f"{', '.join(kit.takes) or 'none'}."
             )
     return known
 
 
 def _take_base(kit: Mergekit, method: MergeMethod, layout: Layout) -> Layout:
-    """Keep to mergekit's rules: which model starts, and which is left out."""
+    """Apply mergekit's rules on which model comes first and which is left out."""
     models, base = layout.models, layout.base
     if kit.starts_at_base:
         if base is None:
-            raise DoRAError(f"{kit.name} needs base_model: the model that t = 0 gives.")
-        others = tuple(one for one in models if one != base)
+            raise DoRAError(f"{kit.name} needs base_model: the result at t = 0.")
+        others = tuple(model for model in models if model != base)
         if len(others) != 1:
             raise DoRAError(
-                f"{kit.name} takes the base and one other model, got "
+                f"{kit.name} merges the base and one other model, got "
                 f"{', '.join(models)}."
             )
         own = dict(zip(models, layout.own, strict=True))
         return _with(layout, (base, *others), (own.get(base, {}), own[others[0]]))
     if method.base == "changes" or (kit.uses_base and base is not None):
-        kept = [i for i, one in enumerate(models) if one != base]
+        kept = [i for i, model in enumerate(models) if model != base]
         if not kept:
-            raise DoRAError(f"{kit.name} needs a model beside its base.")
+            raise DoRAError(f"{kit.name} needs a model besides its base.")
         return _with(layout, [models[i] for i in kept], [layout.own[i] for i in kept])
     if kit.inputs == (1, 1) and len(models) != 1:
-        raise DoRAError(f"{kit.name} takes one model, got {', '.join(models)}.")
+        raise DoRAError(f"{kit.name} uses one model, got {', '.join(models)}.")
     if base is not None and base not in models:
         raise DoRAError(f"{kit.name}: base_model {base} must be among the models.")
     return layout
@@ -177,7 +177,7 @@ def _with(layout: Layout, models: Sequence[str], own: Sequence[Settings]) -> Lay
 
 
 def _tokenizer(top: Settings) -> str | None:
-    """Whose tokenizer the output gets: ``base``, ``union`` or a model's name."""
+    """Source of the output's tokenizer: ``base``, ``union`` or a model's name."""
     if top.get("tokenizer") is None:
         return text_of("tokenizer_source", top)
     if top.get("tokenizer_source") is not None:

@@ -1,4 +1,4 @@
-"""Which models a mergekit file merges: its ``models``, ``slices`` or ``modules``."""
+"""Reads which models a mergekit file merges: ``models``, ``slices`` or ``modules``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Layout:
     Attributes:
         models: Paths or names, in the file's order.
         own: Parameters of each model.
-        shared: Parameters of all models, the file's top level included.
+        shared: Parameters of all models, including the file's top level.
         base: The base model.
         blocks: Number of blocks that ``slices`` cover; None for ``models``.
     """
@@ -35,11 +35,11 @@ class Layout:
 def read_layout(content: Settings) -> Layout:
     """Read the models of a mergekit file.
 
-    ``slices`` over all blocks of every model, and one module with all of them, are
-    whole models too.
+    ``slices`` over all blocks of every model, and a single module with all of them,
+    count as whole models.
 
     Raises:
-        DoRAError: If a part has the wrong type, or blocks are stacked in another order.
+        DoRAError: If a part has the wrong type, or slices would stack blocks.
     """
     forms = [form for form in _FORMS if content.get(form) is not None]
     if len(forms) != 1:
@@ -81,11 +81,11 @@ def _read_slices(where: str, slices: Any, shared: Settings, base: str | None) ->
     base = text_of("base_model", only) or base
     sources: Any = only.get("sources")
     models, own = _entries(f"{name}: sources", sources, ("layer_range",))
-    ranges = [_layer_range(name, one) for one in sources]
+    ranges = [_layer_range(name, source) for source in sources]
     if len(set(ranges)) > 1 or ranges[0][0] != 0:
         raise DoRAError(
             f"{name}: layer_range must be the same in every source and start at 0, got "
-            f"{', '.join(f'{list(one)}' for one in ranges)}."
+            f"{', '.join(f'{list(span)}' for span in ranges)}."
         )
     return Layout(models=models, own=own, shared=shared, base=base, blocks=ranges[0][1])
 
@@ -93,7 +93,7 @@ def _read_slices(where: str, slices: Any, shared: Settings, base: str | None) ->
 def _layer_range(where: str, source: Settings) -> tuple[int, int]:
     value: Any = source.get("layer_range")
     is_pair = isinstance(value, list) and len(value) == 2
-    if not is_pair or any(type(one) is not int for one in value):
+    if not is_pair or any(type(bound) is not int for bound in value):
         raise DoRAError(
             f"{where}: {source['model']} needs layer_range: [first, end], got "
             f"{value!r:.60}."
@@ -113,14 +113,16 @@ def _entries(
         name = entry["model"]
         refuse_unknown(f"{where}: {name}", entry, ("model", "parameters", *extra))
         if "+" in name:
-            raise DoRAError(f"{name}: model+adapter is not understood; fuse it first.")
+            raise DoRAError(
+                f"{name}: model+adapter is not supported; fuse the adapter first."
+            )
         models.append(name)
         own.append(settings_of(f"parameters of {name}", entry))
     return tuple(models), tuple(own)
 
 
 def _over(first: Settings, second: Settings) -> Settings:
-    """Settings that go before others of the same names."""
+    """Combine settings; `first` takes precedence over `second`."""
     both = {
         key: layered(value, second[key])
         for key, value in first.items()
@@ -130,29 +132,29 @@ def _over(first: Settings, second: Settings) -> Settings:
 
 
 def settings_of(where: str, content: Settings) -> Settings:
-    """The ``parameters`` of a part of the file; each one checked.
+    """Read and check the ``parameters`` of a part of the file.
 
     Raises:
-        DoRAError: If they are no mapping of numbers, gradients and filters.
+        DoRAError: If they are not a mapping of numbers, gradients and filters.
     """
-    found = content.get("parameters")
-    if found is None:
+    parameters = content.get("parameters")
+    if parameters is None:
         return {}
-    for name, value in mapping(where, found).items():
+    for name, value in mapping(where, parameters).items():
         if name != "dtype":
             check_setting(f"{where}: {name}", value)
-    return found
+    return parameters
 
 
 def mapping(where: str, content: Any) -> Mapping[str, Any]:
-    """Content that must be a mapping."""
+    """Check that content is a mapping."""
     if not isinstance(content, Mapping):
         raise DoRAError(f"{where} must be a mapping, got {content!r:.60}.")
     return content
 
 
 def text_of(key: str, content: Settings) -> str | None:
-    """The text under a key; None where there is none."""
+    """The text of a key; None if it is missing or empty."""
     value = content.get(key)
     if value is not None and not isinstance(value, str):
         raise DoRAError(f"{key} must be text, got {value!r:.60}.")
@@ -160,13 +162,13 @@ def text_of(key: str, content: Settings) -> str | None:
 
 
 def refuse_unknown(where: str, content: Settings, known: Sequence[str]) -> None:
-    """Refuse keys that mergekit does not have there.
+    """Refuse keys that mergekit does not have in this place.
 
     Raises:
-        DoRAError: With all of them.
+        DoRAError: Naming all unknown keys.
     """
     if unknown := [str(key) for key in content if key not in known]:
         raise DoRAError(
-            f"{where}: {', '.join(unknown)} not understood; known here: "
+            f"{where}: unknown {', '.join(unknown)}; known here: "
             f"{', '.join(known) or 'none'}."
         )

@@ -1,4 +1,4 @@
-"""One tensor of a merge of models: opened, merged, looked at, packed, written."""
+"""Merges one tensor of several models: opens, merges, checks, packs and writes it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,14 +33,14 @@ def merge_one(
     """Merge one tensor block by block into a writer.
 
     Args:
-        writer: Takes it, packed as the pattern's.
-        name: The tensor.
-        plan: How to merge.
+        writer: Writer of the output; the tensor is packed as in the pattern.
+        name: Name of the tensor.
+        plan: Settings of the merge.
         pattern: The model whose dtype and packing the output has.
-        base: What changes are relative to.
-        inputs: The models.
-        blocks: How many blocks the model has, for gradients.
-        known: Fisher information, one an input, for that method.
+        base: The model that changes are relative to.
+        inputs: The models to merge.
+        blocks: Number of blocks of the model, for gradients.
+        known: Fisher information of each input, for method ``fisher``.
 
     Raises:
         DoRAError: If an input holds NaN or inf, or the method cannot be used.
@@ -51,28 +51,28 @@ def merge_one(
         return MergedTensor(name=name, opposed=0, packing_error=None)
     if base is not None and not (plan.relative or plan.entry.needs_base):
         base = None
-    opened = {one.folder: one.source(name) for one in inputs}
+    opened = {model.folder: model.source(name) for model in inputs}
     if base is not None:
         opened[base.folder] = base.source(name)
     if plan.pad:
         opened = _padded(opened)
-    tensors = [opened[one.folder] for one in inputs]
+    tensors = [opened[model.folder] for model in inputs]
     start = None if base is None else opened[base.folder]
     settings = plan.settings_of(pattern.original(name), _rows_of(tensors[0]), blocks)
     try:
         merged = _merged(plan, start, tensors, settings, known)
     except DoRAError as error:
         raise DoRAError(f"{name}: {error}") from error
-    look = _Look(name, opened)
-    look.at(merged.unseen)
+    check = _Check(name, opened)
+    check.inputs(merged.unseen)
     packing, shape = pattern.packing(name), tensors[0].shape
     if packing is None:
         packing_error = None
         wanted = kept if plan.dtype is None else getattr(mx, plan.dtype)
-        writer.add_blocks(name, wanted, shape, look.through(merged.blocks, wanted))
+        writer.add_blocks(name, wanted, shape, check.blocks(merged.blocks, wanted))
     else:
-        whole = joined(look.through(merged.blocks, mx.float32), shape)
-        # Packing of a float32 array would make float32 scales.
+        whole = joined(check.blocks(merged.blocks, mx.float32), shape)
+        # Cast first: packing a float32 array would make float32 scales.
         packing_error = _pack(writer, name, whole, kept, packing)
     return MergedTensor(
         name=name,
@@ -89,11 +89,11 @@ def _merged(
     settings: TensorSettings,
     known: Sequence[mx.array | None],
 ) -> Merged:
-    """The merged tensor, by Fisher information where there is some."""
+    """Merge a tensor, by Fisher information if it is given."""
     if not known:
         return merge_blocks(plan.method, start, tensors, settings, plan.granularity)
     whole, unknown = merge_informed_tensor(
-        [held(one) for one in tensors], settings, known
+        [held(tensor) for tensor in tensors], settings, known
     )
     return Merged(iter([whole.reshape(-1)]), unknown=unknown)
 
@@ -105,45 +105,45 @@ def _rows_of(tensor: Tensor) -> int:
 def _carried(
     name: str, pattern: ModelTensors, inputs: Sequence[ModelTensors]
 ) -> mx.array:
-    """A tensor that is not merged: a buffer, or integers that all models share."""
+    """Read a tensor that is not merged: a buffer, or integers that all models share."""
     own = pattern.read(name)
     if is_buffer(name):
         return own
-    if not all(mx.array_equal(one.read(name), own) for one in inputs if one != pattern):
+    if not all(
+        mx.array_equal(model.read(name), own) for model in inputs if model != pattern
+    ):
         raise DoRAError(f"{name} holds integers that differ between the models.")
     return own
 
 
 def _padded(opened: Mapping[Path, Tensor]) -> dict[Path, Tensor]:
-    """Embeddings of unlike vocabularies: a row that a model lacks is the first's."""
-    rows = max(one.shape[0] if one.ndim else 0 for one in opened.values())
-    if all(one.ndim == 0 or one.shape[0] == rows for one in opened.values()):
+    """Fill missing rows of embeddings from the first model with the most rows."""
+    rows = max(tensor.shape[0] if tensor.ndim else 0 for tensor in opened.values())
+    if all(tensor.ndim == 0 or tensor.shape[0] == rows for tensor in opened.values()):
         return dict(opened)
-    longest = next(one for one in opened.values() if one.shape[0] == rows)
+    longest = next(tensor for tensor in opened.values() if tensor.shape[0] == rows)
     filled: dict[Path, Tensor] = {}
     for folder, tensor in opened.items():
-        one, rest = tensor[:], longest[tensor.shape[0] :]
-        filled[folder] = mx.concatenate([one, rest.astype(one.dtype)])
+        own, rest = tensor[:], longest[tensor.shape[0] :]
+        filled[folder] = mx.concatenate([own, rest.astype(own.dtype)])
     return filled
 
 
 @dataclass(frozen=True)
-class _Look:
-    """Looks for NaN and inf, and says where they come from."""
+class _Check:
+    """Checks for NaN and inf, and reports their source."""
 
     name: str
     opened: Mapping[Path, Tensor]
 
-    def at(self, tensors: Sequence[Tensor]) -> None:
-        """Refuse inputs that hold some."""
+    def inputs(self, tensors: Sequence[Tensor]) -> None:
+        """Refuse those of the inputs that hold NaN or inf."""
         for folder, tensor in self.opened.items():
-            if any(tensor is one for one in tensors) and not _all_finite(tensor):
+            if any(tensor is other for other in tensors) and not _all_finite(tensor):
                 raise DoRAError(f"{folder}: {self.name} holds NaN or inf.")
 
-    def through(
-        self, blocks: Iterable[mx.array], dtype: mx.Dtype
-    ) -> Iterator[mx.array]:
-        """Pass on finite blocks in a dtype, each while the next is being computed."""
+    def blocks(self, blocks: Iterable[mx.array], dtype: mx.Dtype) -> Iterator[mx.array]:
+        """Check and cast blocks; yield each while the next is being computed."""
         waiting = None
         for block in blocks:
             cast = block.astype(dtype)
@@ -155,10 +155,10 @@ class _Look:
             yield self._finite(*waiting)
 
     def _finite(self, block: mx.array, cast: mx.array) -> mx.array:
-        # What float32 holds may be too large for float16; bfloat16 reaches as far.
+        # A float32 value may overflow float16; bfloat16 has the range of float32.
         if is_finite(cast if cast.dtype == mx.float16 else block):
             return cast
-        self.at(list(self.opened.values()))
+        self.inputs(list(self.opened.values()))
         raise DoRAError(
             f"{self.name}: the merged tensor is too large for {cast.dtype}, though no "
             "model holds NaN or inf."
@@ -174,12 +174,12 @@ def _all_finite(tensor: Tensor) -> bool:
 def _pack(
     writer: ShardWriter, name: str, merged: mx.array, kept: mx.Dtype, packing: Packing
 ) -> float:
-    """Write a tensor packed; the relative error that this adds."""
+    """Pack and write a tensor; return the relative error of packing."""
     packed, scales, *biases = mx.quantize(
         merged.astype(kept), packing.group_size, packing.bits, packing.mode
     )
     path = name.removesuffix(".weight")
-    if not all(all_finite(one) for one in (scales, *biases)):
+    if not all(all_finite(part) for part in (scales, *biases)):
         raise DoRAError(
             f"{name}: the merged tensor is too large for scales in {kept}, though no "
             "model holds NaN or inf."
@@ -193,7 +193,7 @@ def _pack(
         mode=packing.mode,
     )
     error = _relative_error(back.dequantize(), merged)
-    # The weight last: a resumed merge takes it for a sign that all is there.
+    # Write the weight last: a resumed merge treats it as proof that all parts exist.
     parts = {f"{path}.scales": scales, name: packed}
     if biases:
         parts = {f"{path}.biases": biases[0], **parts}
@@ -203,7 +203,7 @@ def _pack(
     return error
 
 
-def _relative_error(found: mx.array, exact: mx.array) -> float:
-    difference = float(mx.square(found.astype(mx.float32) - exact).sum())
+def _relative_error(restored: mx.array, exact: mx.array) -> float:
+    difference = float(mx.square(restored.astype(mx.float32) - exact).sum())
     total = float(mx.square(exact).sum())
     return (difference / total) ** 0.5 if total else 0.0

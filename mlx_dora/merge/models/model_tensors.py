@@ -1,4 +1,4 @@
-"""The tensors of a model folder as a merge sees them: packed weights count as dense."""
+"""Reads the tensors of a model folder for a merge, which treats all as dense."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +34,15 @@ class Packing:
 class ModelTensors:
     """A model folder's tensors by name, dense or packed, read one at a time.
 
-    A packed weight and its scales and biases are one tensor here. A head that is tied
-    to the embedding reads as the embedding, whether or not a copy of it is stored.
+    A packed weight with its scales and biases is one tensor here. Reading a head that
+    is tied to the embedding reads the embedding, whether or not a copy is stored.
 
     Args:
         folder: A local model folder.
 
     Raises:
-        DoRAError: If its files are not in order (`Checkpoint`), or a packed weight has
-            no entry in its config.
+        DoRAError: If its files are invalid (`Checkpoint`), or a packed weight has no
+            entry in its config.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,8 +63,8 @@ class ModelTensors:
             and f"{name.removesuffix('.scales')}.weight" in names
         }
         self._packed = {
-            f"{name.removesuffix('.scales')}.weight": one
-            for name, one in self._packed.items()
+            f"{name.removesuffix('.scales')}.weight": packing
+            for name, packing in self._packed.items()
         }
         parts = {
             f"{name.removesuffix('.weight')}.{leaf}"
@@ -77,15 +77,15 @@ class ModelTensors:
 
     @property
     def copies(self) -> frozenset[str]:
-        """Stored tensors that follow from others: rotary buffers, a tied head."""
+        """Stored tensors that can be derived: rotary buffers, a tied head."""
         return frozenset(n for n in self.names if is_buffer(n) or n in self._tied)
 
     def original(self, name: str) -> str:
-        """The tensor that a name reads: the embedding for a tied head."""
+        """Name of the tensor to read: the embedding for a tied head."""
         return self._tied.get(name, name)
 
     def has(self, name: str) -> bool:
-        """Whether a tensor can be read: it is stored, or a head tied to one that is."""
+        """Whether a tensor can be read: it is stored, or is a tied head."""
         return name in self._tied or name in self.names
 
     def packing(self, name: str) -> Packing | None:
@@ -111,7 +111,7 @@ class ModelTensors:
         return mx.bfloat16 if stored == "U8" else _DTYPES.get(stored)
 
     def read(self, name: str) -> mx.array:
-        """A tensor, unpacked and evaluated."""
+        """Read a tensor, unpacked and evaluated."""
         name = self.original(name)
         tensor = self._checkpoint.tensor(name)
         packing = self.packing(name)
@@ -132,13 +132,13 @@ class ModelTensors:
         return tensor
 
     def source(self, name: str) -> Tensor:
-        """A float tensor to be read in blocks; one that is packed is unpacked whole."""
+        """Open a float tensor for reading in blocks; a packed one is unpacked whole."""
         name = self.original(name)
         is_stored = self._checkpoint.info(name).dtype in STREAMED
         return self._checkpoint.stored(name) if is_stored else self.read(name)
 
     def _tied_head(self) -> dict[str, str]:
-        """Head to embedding, if the head is not stored or the config ties it."""
+        """Map the head to the embedding, if they are tied."""
         pair = head_and_embedding(self.names)
         if pair is None:
             return {}
@@ -153,12 +153,13 @@ class ModelTensors:
         settings = self.config.get("quantization")
         if isinstance(settings, dict):
             own = settings.get(path)
-            found = {**settings, **own} if isinstance(own, dict) else settings
-            group_size, bits = found.get("group_size"), found.get("bits")
+            entry = {**settings, **own} if isinstance(own, dict) else settings
+            group_size, bits = entry.get("group_size"), entry.get("bits")
             if isinstance(group_size, int) and isinstance(bits, int):
                 return Packing(
-                    group_size=group_size, bits=bits, mode=found.get("mode", "affine")
+                    group_size=group_size, bits=bits, mode=entry.get("mode", "affine")
                 )
         raise DoRAError(
-            f"{self.folder}: {path} is packed, but config.json does not say how."
+            f"{self.folder}: {path} is packed, but config.json has no quantization "
+            "entry with group_size and bits for it."
         )

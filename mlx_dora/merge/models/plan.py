@@ -1,4 +1,4 @@
-"""What a merge of models is to do, tensor by tensor."""
+"""The plan of a merge of models: its inputs and settings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,28 +30,28 @@ class MergePlan:
     """Inputs and settings of a merge of models.
 
     Attributes:
-        models: Folders or Hub ids, those that are merged.
-        base: What changes are relative to, and the pattern for the output; None makes
-            the first model the pattern.
-        method: A method's name.
+        models: Folders or Hub ids of the models to merge.
+        base: The base that changes are relative to, also the pattern for the output;
+            None makes the first model the pattern.
+        method: Name of the method.
         granularity: ``"row"`` or ``"tensor"``.
-        weighting: Where weights come from: each model's ``weight``, ``t``, or nowhere,
-            all being equal; None takes `weights`.
-        weights: As given to `merge_models`; None for equal ones.
-        per_model: Settings of each model by name (``weight``, ``density``), which go
-            before `parameters`.
-        parameters: Settings of all.
-        dtype: Of the output's tensors; None keeps the pattern's.
-        seed: Random seed of DARE.
-        pad: Merge embeddings of unlike vocabularies.
-        relative: Whether a mean merges changes of the base, where there is one.
-        fisher: Folders of Fisher information, one a model, for that method.
+        weighting: Source of the weights: each model's ``weight``, ``t``, or equal
+            weights; None uses `weights`.
+        weights: As in `merge_models`; None for equal weights.
+        per_model: Settings of each model by name (``weight``, ``density``), which take
+            precedence over `parameters`.
+        parameters: Settings of all models by name.
+        dtype: Dtype of the output; None keeps the pattern's.
+        seed: Random seed for DARE.
+        pad: Merge embeddings of different vocabulary sizes.
+        relative: Whether a mean merges changes from the base, if there is one.
+        fisher: Folders of Fisher information, one per model, for method ``fisher``.
         blocks: Number of blocks that every model must have; None for any number.
-        tokenizer: Whose tokenizer the output gets: ``"base"``, ``"union"`` or a model;
-            all vocabularies must be equal. None keeps the pattern's unchecked.
-        chat_template: ``"auto"`` for the one most models have, or a template's text;
-            None keeps the tokenizer's.
-        notes: What to say of the settings, a sentence each.
+        tokenizer: Source of the output's tokenizer: ``"base"``, ``"union"`` or a model;
+            all vocabularies must be equal. None keeps the pattern's, unchecked.
+        chat_template: ``"auto"`` for the most frequent template of the models, or a
+            template's text; None keeps the tokenizer's.
+        notes: Notes about the settings, one sentence each.
     """
 
     models: tuple[str, ...]
@@ -79,13 +79,15 @@ class MergePlan:
             raise DoRAError("give at least one model to merge.")
         entry.check_count(count)
         if self.base is None and entry.needs_base:
-            raise DoRAError(f"{self.method} needs a base: give one.")
+            raise DoRAError(f"{self.method} needs a base: give base (--base).")
         if self.granularity not in ("row", "tensor"):
             raise DoRAError(
                 f"granularity must be row or tensor, got {self.granularity!r}."
             )
         if self.granularity == "tensor" and entry.by_row_only:
-            raise DoRAError(f"{self.method} weighs rows: its granularity is row.")
+            raise DoRAError(
+                f"{self.method} weighs rows: use granularity row, not tensor."
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise DoRAError(f"dtype must be {', '.join(DTYPES)}, got {self.dtype!r}.")
         check_seed(self.seed)
@@ -98,7 +100,7 @@ class MergePlan:
 
     @property
     def tokenizer_model(self) -> str | None:
-        """The model whose tokenizer the output gets, if the plan names one."""
+        """The model that the plan names as the source of the tokenizer, or None."""
         return None if self.tokenizer in ("base", "union") else self.tokenizer
 
     @property
@@ -109,11 +111,11 @@ class MergePlan:
 
     @property
     def entry(self) -> MergeMethod:
-        """The method."""
+        """The merge method."""
         return method_named(self.method)
 
     def check_blocks(self, blocks: int) -> None:
-        """Refuse models with another number of blocks than the plan is for.
+        """Refuse models whose number of blocks differs from the plan's.
 
         Raises:
             DoRAError: With both numbers.
@@ -125,12 +127,12 @@ class MergePlan:
             )
 
     def settings_of(self, name: str, rows: int, blocks: int) -> TensorSettings:
-        """What to do with one tensor.
+        """Settings for merging one tensor.
 
         Args:
-            name: Its name.
-            rows: How many rows it has.
-            blocks: How many blocks the model has, for gradients.
+            name: Name of the tensor.
+            rows: Number of rows of the tensor.
+            blocks: Number of blocks of the model, for gradients.
         """
         depth = depth_of(name, blocks)
         count = len(self.models)
@@ -139,9 +141,9 @@ class MergePlan:
             own = self.per_model[model] if model is not None and self.per_model else {}
             for settings in (own, self.parameters):
                 if key in settings:
-                    found = resolve(settings[key], name, depth)
-                    if found is not None:
-                        return found
+                    resolved = resolve(settings[key], name, depth)
+                    if resolved is not None:
+                        return resolved
             return None
 
         if self.weighting is not None:
@@ -157,7 +159,9 @@ class MergePlan:
         rescale = value("rescale")
         return TensorSettings(
             weights=weights,
-            density=tuple(kept if one is None else float(one) for one in densities),
+            density=tuple(
+                kept if density is None else float(density) for density in densities
+            ),
             normalize=None if normalize is None else bool(normalize),
             scale=1.0 if scale is None else float(scale),
             seed=self.seed,
@@ -169,14 +173,16 @@ class MergePlan:
     ) -> np.ndarray:
         if self.weighting == "t":
             if t is None:
-                raise DoRAError(f"{self.method} needs t, and none is given for {name}.")
+                raise DoRAError(
+                    f"{self.method} needs parameter t, which is not set for {name}."
+                )
             return np.array([1 - float(t), float(t)])
         if self.weighting == "equal":
             return np.ones(len(weights))
         missing = [m for m, w in zip(self.models, weights, strict=True) if w is None]
         if missing:
             raise DoRAError(f"no weight for {name} of {', '.join(missing)}.")
-        return np.array([float(one) for one in weights if one is not None])
+        return np.array([float(weight) for weight in weights if weight is not None])
 
 
 def plan_models(
@@ -205,7 +211,7 @@ def plan_models(
     entry.check_settings([name for name in given if name != "granularity"], weights)
     note = entry.note_of(given.get("density", entry.density))
     return MergePlan(
-        models=tuple(str(one) for one in models),
+        models=tuple(str(path) for path in models),
         base=None if base is None else str(base),
         method=method,
         granularity=given.pop("granularity", "row"),
@@ -214,6 +220,6 @@ def plan_models(
         dtype=dtype,
         seed=seed,
         pad=pad,
-        fisher=None if fisher is None else tuple(str(one) for one in fisher),
+        fisher=None if fisher is None else tuple(str(path) for path in fisher),
         notes=() if note is None else (note,),
     )

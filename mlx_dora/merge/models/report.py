@@ -1,4 +1,4 @@
-"""What a merge of models did, tensor by tensor."""
+"""Report on a merge of models, tensor by tensor."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,14 @@ from mlx_dora.errors import printable
 
 @dataclass(frozen=True, kw_only=True)
 class MergedTensor:
-    """What became of one tensor of a model.
+    """Report on one merged tensor.
 
     Attributes:
-        name: Its name.
-        opposed: Rows whose directions cancel: they keep the heaviest model's.
-        packing_error: Relative error that packing it again added; None if dense.
-        unknown: Elements without Fisher information, in a merge by that.
+        name: Name of the tensor.
+        opposed: Number of rows whose directions cancel; they keep the direction of
+            the model with the largest weight.
+        packing_error: Relative error from packing it again; None if dense.
+        unknown: Number of elements without Fisher information, in a Fisher merge.
     """
 
     name: str
@@ -24,16 +25,16 @@ class MergedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What a merge of models did.
+    """Report on a merge of models.
 
     Attributes:
-        method: How.
-        models: Folders or Hub ids.
-        tensors: Those merged in this run.
-        resumed: How many an earlier, killed run had merged.
-        peak_bytes: Most memory that MLX held.
-        seconds: Whole duration.
-        notes: What to say of the settings and inputs, a sentence each.
+        method: Name of the method.
+        models: Folders or Hub ids of the merged models.
+        tensors: Reports on the tensors merged in this run.
+        resumed: Number of tensors that an earlier, killed run had merged.
+        peak_bytes: Peak memory of MLX.
+        seconds: Total duration.
+        notes: Notes about the settings and inputs, one sentence each.
     """
 
     method: str
@@ -46,32 +47,33 @@ class MergeReport:
 
     def lines(self) -> list[str]:
         """The report as text."""
-        told = [printable(note) for note in self.notes]
-        told += [
-            f"{one.name}: {one.opposed} rows point opposite ways and keep the heaviest "
-            "model's direction"
-            for one in self.tensors
-            if one.opposed
+        text = [printable(note) for note in self.notes]
+        text += [
+            f"{tensor.name}: {tensor.opposed} rows point opposite ways and keep the "
+            "direction of the model with the largest weight"
+            for tensor in self.tensors
+            if tensor.opposed
         ]
-        if unknown := [one for one in self.tensors if one.unknown]:
-            told.append(
-                f"{sum(one.unknown for one in unknown)} weights in {len(unknown)} "
-                "tensors have no Fisher information and took the weighted mean "
-                f"({', '.join(one.name for one in unknown[:5])}"
+        if unknown := [tensor for tensor in self.tensors if tensor.unknown]:
+            text.append(
+                f"{sum(tensor.unknown for tensor in unknown)} weights in "
+                f"{len(unknown)} tensors have no Fisher information and "
+                "took the weighted mean "
+                f"({', '.join(tensor.name for tensor in unknown[:5])}"
                 f"{', ...' if len(unknown) > 5 else ''})."
             )
-        packed = [one for one in self.tensors if one.packing_error is not None]
+        packed = [tensor for tensor in self.tensors if tensor.packing_error is not None]
         if packed:
-            worst = max(packed, key=lambda one: one.packing_error or 0.0)
-            told.append(
+            worst = max(packed, key=lambda tensor: tensor.packing_error or 0.0)
+            text.append(
                 f"Packing {len(packed)} tensors again added up to "
                 f"{worst.packing_error:.2%} error ({worst.name})."
             )
         if self.resumed:
-            told.append(f"{self.resumed} tensors were there from an earlier run.")
-        told.append(
+            text.append(f"{self.resumed} tensors came from an earlier run.")
+        text.append(
             f"Merged {len(self.tensors)} tensors of {len(self.models)} models by "
             f"{self.method} in {self.seconds:.1f} s, peak memory "
             f"{self.peak_bytes / 1e6:.0f} MB."
         )
-        return told
+        return text

@@ -1,8 +1,9 @@
 """Parameters that differ by tensor: by filter, and by depth as a gradient.
 
-The values of mergekit's YAML: a number or a truth value, a list of numbers (a gradient
-over the blocks, interpolated linearly), or a list of ``{filter: text, value: ...}`` of
-which the first whose text is in the tensor's name counts.
+Values are those of mergekit's YAML: a number or a truth value; a list of numbers, which
+is a gradient over the blocks, interpolated linearly; or a list of
+``{filter: text, value: ...}``, where the first filter contained in the tensor's name
+wins.
 """
 
 import re
@@ -16,36 +17,36 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 def depth_of(name: str, blocks: int) -> float:
-    """Place of a tensor between the first block (0) and the last (1).
+    """Position of a tensor between the first block (0) and the last (1).
 
-    What is outside the blocks counts as 0, a single block as 1, as in mergekit.
+    As in mergekit, tensors outside the blocks are at 0 and a single block is at 1.
     """
-    found = _BLOCK.search(name)
-    if found is None:
+    match = _BLOCK.search(name)
+    if match is None:
         return 0.0
-    return int(found[1]) / (blocks - 1) if blocks > 1 else 1.0
+    return int(match[1]) / (blocks - 1) if blocks > 1 else 1.0
 
 
 def count_blocks(names: Sequence[str]) -> int:
-    """How many blocks the names of a model's tensors tell of."""
+    """Number of blocks of a model, from the names of its tensors."""
     indices = [int(f[1]) for name in names if (f := _BLOCK.search(name))]
     return max(indices, default=-1) + 1
 
 
 def check_setting(what: str, setting: Any) -> None:
-    """Refuse what is no number, truth value, gradient or list of filters.
+    """Refuse a setting that is not a number, truth value, gradient or list of filters.
 
     Raises:
-        DoRAError: With `what`, and what came.
+        DoRAError: With `what`, which names the setting, and the given value.
     """
     if _is_scalar(setting):
         return
     if isinstance(setting, Mapping):
         setting = [setting]
     if isinstance(setting, list | tuple) and setting:
-        if all(_is_scalar(one) for one in setting):
+        if all(_is_scalar(entry) for entry in setting):
             return
-        if all(_is_filter(one) for one in setting):
+        if all(_is_filter(entry) for entry in setting):
             return
     raise DoRAError(
         f"{what} must be a number, a gradient [0, 1, ...], or filters "
@@ -54,12 +55,12 @@ def check_setting(what: str, setting: Any) -> None:
 
 
 def resolve(setting: Any, name: str, depth: float) -> float | bool | None:
-    """The value of a setting for one tensor; None if no filter fits.
+    """The value of a setting for one tensor; None if no filter matches.
 
     Args:
-        setting: As `check_setting` lets it through.
-        name: The tensor's name.
-        depth: See `depth_of`.
+        setting: A setting that passed `check_setting`.
+        name: Name of the tensor.
+        depth: Position of the tensor, from `depth_of`.
     """
     if _is_scalar(setting):
         return setting
@@ -73,19 +74,19 @@ def resolve(setting: Any, name: str, depth: float) -> float | bool | None:
         high = min(low + 1, len(setting) - 1)
         part = place - low
         return (1 - part) * setting[low] + part * setting[high]
-    for one in setting:
-        wanted = one.get("filter")
+    for entry in setting:
+        wanted = entry.get("filter")
         if wanted in (None, "*") or wanted in name:
-            return resolve(one["value"], name, depth)
+            return resolve(entry["value"], name, depth)
     return None
 
 
 def layered(first: Any, second: Any) -> Any:
-    """A setting that takes what `first` leaves open from `second`.
+    """Combine two settings; `second` applies where no filter of `first` matches.
 
     Args:
-        first: As `check_setting` lets it through.
-        second: The same, of lower precedence.
+        first: A setting that passed `check_setting`.
+        second: A checked setting of lower precedence.
     """
     filters = [first] if isinstance(first, Mapping) else first
     if _is_scalar(first) or _is_scalar(filters[0]):
@@ -96,15 +97,15 @@ def layered(first: Any, second: Any) -> Any:
     return [*filters, *([{"value": second}] if is_plain else second)]
 
 
-def _is_filter(one: Any) -> bool:
-    """``{filter: text, value: a number or a gradient}``."""
-    if not isinstance(one, Mapping) or "value" not in one:
+def _is_filter(entry: Any) -> bool:
+    """Whether an entry is ``{filter: text, value: a number or a gradient}``."""
+    if not isinstance(entry, Mapping) or "value" not in entry:
         return False
-    if not {*one} <= {"value", "filter"}:
+    if not {*entry} <= {"value", "filter"}:
         return False
-    if not isinstance(one.get("filter"), str | None):
+    if not isinstance(entry.get("filter"), str | None):
         return False
-    value = one["value"]
+    value = entry["value"]
     if isinstance(value, list | tuple):
         return bool(value) and all(_is_scalar(each) for each in value)
     return _is_scalar(value)

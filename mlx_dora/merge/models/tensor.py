@@ -1,9 +1,9 @@
-r"""One tensor of several models, merged: row by row, or as a whole.
+r"""Merges one tensor of several models, row by row or as a whole.
 
-``granularity="row"`` is ours: length and direction of each output row apart.
-``"tensor"`` is mergekit's: the tensor as one vector, where its slerp interpolates the
-vectors as they are, not their directions. The result is float32. It is made block by
-block from tensors in memory or in their files.
+With ``granularity="row"``, our definition, the length and the direction of each output
+row are merged separately. With ``"tensor"``, mergekit's definition, the tensor is one
+vector, and slerp interpolates the vectors without normalizing them. The float32 result
+is computed block by block from tensors in memory or in files.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,16 +23,16 @@ from mlx_dora.merge.models.inner import inner_products
 
 @dataclass
 class Merged:
-    """A tensor that is merged while its blocks are taken.
+    """A merged tensor, computed while its blocks are read.
 
     Attributes:
-        blocks: Its elements, float32, in consecutive flat blocks; not evaluated.
-        unseen: Inputs whose NaN and inf do not show in the blocks: those that may be
-            masked out, or give only weights. Every other input goes into each element
-            by a product and a sum, which let neither through unseen.
-        opposed: Rows whose directions cancel (they keep the heaviest model's), of the
-            blocks taken so far.
-        unknown: Elements nobody has Fisher information of.
+        blocks: The elements, float32, in consecutive flat blocks; not evaluated.
+        unseen: Inputs whose NaN and inf may not show in the blocks, because they can be
+            masked out or only determine weights. Every other input enters each element
+            through products and sums, which propagate NaN and inf.
+        opposed: Number of rows whose directions cancel, in the blocks read so far; they
+            keep the direction of the model with the largest weight.
+        unknown: Number of elements without Fisher information.
     """
 
     blocks: Iterator[mx.array] = field(default_factory=lambda: iter(()))
@@ -50,11 +50,11 @@ def merge_tensor(
 ) -> tuple[mx.array, int]:
     """Merge one tensor of N models in memory.
 
-    Arguments and errors as those of `merge_blocks`.
+    Arguments and errors are those of `merge_blocks`.
 
     Returns:
         The merged tensor, float32 and evaluated, and the number of rows whose
-        directions cancel (they keep the heaviest model's).
+        directions cancel.
     """
     merged = merge_blocks(method, base, tensors, settings, granularity)
     return blockwise.joined(merged.blocks, tensors[0].shape), merged.opposed
@@ -67,18 +67,18 @@ def merge_blocks(
     settings: TensorSettings,
     granularity: str = "row",
 ) -> Merged:
-    """Merge one tensor of N models, holding a few blocks of it.
+    """Merge one tensor of N models, holding a few blocks of it in memory.
 
-    With a base, methods that have a use for its changes merge these. A tensor with
-    fewer than two axes (norm weights, biases) has no rows: most methods of rows take
-    the weighted mean there. ``ties`` holds the sizes of one task vector, and ``tsv``
-    everything.
+    With a base, methods that support it merge changes from the base. A tensor with
+    fewer than two axes (norm weights, biases) has no rows; most row methods use the
+    weighted mean there. ``ties`` holds the magnitudes of one task vector in memory, and
+    ``tsv`` holds everything.
 
     Args:
-        method: A method's name.
+        method: Name of the method.
         base: The base's tensor, or None.
-        tensors: N of one shape.
-        settings: Of the method, for this tensor.
+        tensors: N tensors of the same shape.
+        settings: Settings of the method for this tensor.
         granularity: ``"row"`` or ``"tensor"``.
 
     Raises:
@@ -86,14 +86,14 @@ def merge_blocks(
     """
     entry = method_named(method)
     if entry.needs_base and base is None:
-        raise DoRAError(f"{method} merges changes of a base: give the base.")
+        raise DoRAError(f"{method} merges changes from a base: give the base.")
     by_row = granularity == "row" and tensors[0].ndim > 1
     is_plain = settings.weights.ndim == 1 or not by_row
     if entry.blocks and (is_plain or entry.base == "changes"):
         settings.plain_weights()
         blocks = _blocks(entry, base, tensors, settings)
-        hidden = [one for one in (base, *tensors) if one is not None]
-        if entry.is_exact:  # every input goes into each element
+        hidden = [tensor for tensor in (base, *tensors) if tensor is not None]
+        if entry.is_exact:  # every input enters each element
             hidden = [] if base is None or entry.base == "changes" else [base]
         return Merged(blocks, hidden)
     if granularity == "row" and not by_row and entry.vectors == "mean":
@@ -114,22 +114,22 @@ def _blocks(
     tensors: Sequence[Tensor],
     settings: TensorSettings,
 ) -> Iterator[mx.array]:
-    """Blocks of a method on dense tensors; nothing is read before one is taken."""
+    """Blocks of a method on dense tensors; reads nothing before the first block."""
     yield from entry.block_function(base, tensors, settings)
 
 
 def mean_shares(weights: np.ndarray, rows: int) -> np.ndarray:
-    """Weights of each row, made to sum to 1.
+    """Weights of each row, normalized to sum to 1.
 
     Raises:
-        DoRAError: If one is negative or all are 0.
+        DoRAError: If a weight is negative or all are 0.
     """
     shares = np.broadcast_to(weights, (rows, weights.shape[-1]))
     total = shares.sum(1, keepdims=True)
     if (shares < 0).any() or not (total > 0).all():
         raise DoRAError(
             "a mean of directions needs weights of at least 0 with a positive sum, got "
-            f"{[float(one) for one in shares[0]]}."
+            f"{[float(share) for share in shares[0]]}."
         )
     return shares / total
 
@@ -147,9 +147,9 @@ def _merge_rows(
     weights: np.ndarray,
     is_relative: bool,
 ) -> Merged:
-    """Row block by row block; without `is_relative` only the base's lengths count."""
+    """Merge blocks of rows; without `is_relative`, use only the base's row lengths."""
     width = tensors[0].shape[-1]
-    rows = [one.reshape((-1, width)) for one in tensors]
+    rows = [tensor.reshape((-1, width)) for tensor in tensors]
     whole_base = None if base is None else base.reshape((-1, width))
     count = rows[0].shape[0]
     shares = _shares(entry, weights, count)
@@ -160,12 +160,12 @@ def _merge_rows(
     def blocks() -> Iterator[mx.array]:
         for first in range(0, count, step):
             index = slice(first, first + step)
-            values = [one[index].astype(mx.float32) for one in rows]
+            values = [matrix[index].astype(mx.float32) for matrix in rows]
             start = base_norm = None
             if whole_base is not None:
                 start = whole_base[index].astype(mx.float32)
                 if is_relative:
-                    values = [one - start for one in values]
+                    values = [value - start for value in values]
                 else:
                     base_norm = np.sqrt(inner_products([start])[:, 0, 0])
             inner = inner_products(values)
@@ -174,8 +174,8 @@ def _merge_rows(
                 continue
             beta, opposed = _coefficients(function, inner, shares[index], base_norm)
             merged.opposed += opposed
-            one = _combined(values, beta)
-            yield one + start if is_relative and start is not None else one
+            block = _combined(values, beta)
+            yield block + start if is_relative and start is not None else block
 
     merged.blocks = blocks()
     return merged
@@ -187,31 +187,35 @@ def _merge_whole(
     tensors: Sequence[Tensor],
     weights: np.ndarray,
 ) -> Merged:
-    """The tensor as one row; each input is read twice, for the angles and the sum."""
-    flat = [one.reshape(-1) for one in (tensors if base is None else [base, *tensors])]
+    """Merge a tensor as one row; reads each input twice, for angles and for the sum."""
+    every = tensors if base is None else [base, *tensors]
+    flat = [tensor.reshape(-1) for tensor in every]
     size = flat[0].size
     slices = [slice(i, i + blockwise.BLOCK) for i in range(0, size, blockwise.BLOCK)]
 
     def values(index: slice) -> tuple[mx.array | None, list[mx.array]]:
         if base is not None:
             return blockwise.changes(index, flat)
-        return None, [one[index].astype(mx.float32) for one in flat]
+        return None, [tensor[index].astype(mx.float32) for tensor in flat]
 
     inner = sum(
-        (inner_products([one[None] for one in values(index)[1]]) for index in slices),
+        (
+            inner_products([block[None] for block in values(index)[1]])
+            for index in slices
+        ),
         start=np.zeros((1, len(tensors), len(tensors))),
     )
     shares = _shares(entry, np.atleast_2d(weights)[:1], 1)
     coefficients, opposed = np.full_like(shares, np.nan), 0
     if np.isfinite(inner).all():
         coefficients, opposed = _coefficients(entry.whole_function, inner, shares)
-    betas = [float(one) for one in coefficients[0]]
+    betas = [float(beta) for beta in coefficients[0]]
 
     def blocks() -> Iterator[mx.array]:
         for index in slices:
             start, others = values(index)
-            one = blockwise.weighted_sum(others, betas)
-            yield one if start is None else one + start
+            block = blockwise.weighted_sum(others, betas)
+            yield block if start is None else block + start
 
     return Merged(blocks(), opposed=opposed)
 
@@ -222,11 +226,11 @@ def _coefficients(
     shares: np.ndarray,
     base_norm: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
-    """How much of each row goes into the merged rows, and how many rows cancel."""
+    """Coefficients of the input rows, and the number of rows that cancel."""
     length = gram_norm(inner)
     rows = Rows(inner=inner, magnitude=length, weights=shares, base_norm=base_norm)
-    found = function(rows)
-    return found.coefficients, int(found.opposed.sum())
+    combination = function(rows)
+    return combination.coefficients, int(combination.opposed.sum())
 
 
 def _combined(blocks: Sequence[mx.array], coefficients: np.ndarray) -> mx.array:

@@ -1,4 +1,4 @@
-"""Which tokenizer and chat template a merged model gets."""
+"""Chooses the tokenizer and chat template of a merged model."""
 
 import json
 import shutil
@@ -26,10 +26,10 @@ _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 def check_vocabularies(folders: Sequence[Path], key: str = "tokenizer_source") -> None:
-    """Refuse models whose tokens have other numbers than the first model's.
+    """Refuse models whose token ids differ from the first model's.
 
     Raises:
-        DoRAError: Naming the models that differ, or that have no tokenizer to compare.
+        DoRAError: Naming the models that differ or have no tokenizer.
     """
     first, *others = folders
     own = _vocabulary(first, key)
@@ -38,12 +38,12 @@ def check_vocabularies(folders: Sequence[Path], key: str = "tokenizer_source") -
             raise DoRAError(
                 f"{key}: the vocabularies of {first} and {other} differ, and merging "
                 "token by token is not supported; leave the key out (--pad merges "
-                "embeddings of unlike sizes row by row)."
+                "embeddings of different sizes row by row)."
             )
 
 
 def _vocabulary(folder: Path, key: str) -> object:
-    """Numbers of the tokens, or what determines them; comparable."""
+    """Token ids, or data that determines them, for comparison."""
     if (path := folder / "tokenizer.json").is_file():
         content = read_object(path)
         model, added = content.get("model"), content.get("added_tokens")
@@ -64,7 +64,7 @@ def _added(tokens: Any) -> object:
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Put the tokenizer files of one model in place of another's."""
+    """Replace a model's tokenizer files with those of another model."""
     for name in FILES:
         (out / name).unlink(missing_ok=True)
         if (source / name).is_file():
@@ -72,31 +72,32 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 
 def choose_template(wanted: str, folders: Sequence[Path]) -> tuple[str | None, str]:
-    """The chat template that a merge config asks for, and a note about it.
+    """Choose the chat template that a merge config asks for, with a note about it.
 
     Args:
-        wanted: ``auto`` for the template that most models have, or a template's text.
-        folders: The models; of equally frequent templates the first model's is taken.
+        wanted: ``auto`` for the most frequent template, or a template's text.
+        folders: The models; among equally frequent templates the first model's wins.
 
     Returns:
-        None to leave the template as it is.
+        The template, or None to leave it unchanged; and the note.
 
     Raises:
-        DoRAError: If the text is no template.
+        DoRAError: If a model's template file is invalid.
     """
     if wanted == "auto":
-        found = [one.strip() for folder in folders if (one := read_template(folder))]
-        if not found:
+        templates = [read_template(folder) for folder in folders]
+        stripped = [text.strip() for text in templates if text]
+        if not stripped:
             return None, "chat_template: auto has no effect: no model has a template."
-        template, count = Counter(found).most_common(1)[0]
-        return template, f"chat_template: that of {count} of {len(folders)} models."
+        template, count = Counter(stripped).most_common(1)[0]
+        return template, f"chat_template: from {count} of {len(folders)} models."
     if "{" not in wanted:
         return None, (
-            f"chat_template: {wanted} is a template of mergekit's own and is not "
+            f"chat_template: {wanted} is a built-in template of mergekit and is not "
             "shipped here; the output keeps its tokenizer's. Give the template's text "
             "to change it."
         )
-    return wanted, "chat_template: the config's own."
+    return wanted, "chat_template: set by the config."
 
 
 def read_template(folder: Path) -> str | None:
@@ -108,13 +109,13 @@ def read_template(folder: Path) -> str | None:
             raise DoRAError(f"{path} is not UTF-8 text: {error}.") from error
     for name in ("chat_template.json", _CONFIG):
         if (path := folder / name).is_file():
-            found = read_object(path).get("chat_template")
-            if isinstance(found, list):
-                named = [t for t in found if isinstance(t, Mapping)]
+            template = read_object(path).get("chat_template")
+            if isinstance(template, list):
+                named = [t for t in template if isinstance(t, Mapping)]
                 default = [t for t in named if t.get("name") == "default"]
-                found = default[-1].get("template") if default else None
-            if isinstance(found, str):
-                return found
+                template = default[-1].get("template") if default else None
+            if isinstance(template, str):
+                return template
     return None
 
 

@@ -1,4 +1,4 @@
-"""What cutting the rank does to the logits, layer by layer."""
+"""Measures how cutting the rank changes the logits, layer by layer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,16 +24,16 @@ TOKENS = [1, 5, 9, 200, 7, 31, 44]
 
 
 def logits(model: nn.Module, adapter: Adapter, cut: Adapter, paths: list[str]):
-    """Of an adapter, some of whose modules are another's."""
+    """Logits of an adapter, with some modules taken from another adapter."""
     attach_adapter(model, adapter, check_base=False)
     for path, layer in adapter_layers(model):
         if path in paths:
             for leaf in ("lora_a", "lora_b", "m"):
                 layer[leaf] = cut.tensors[f"{path}.{leaf}"]
-    found = model(mx.array([TOKENS[:-1]]))
-    mx.eval(found)
+    result = model(mx.array([TOKENS[:-1]]))
+    mx.eval(result)
     remove_dora(model)
-    return to_numpy(found)
+    return to_numpy(result)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -47,32 +47,32 @@ def test_each_layer_and_all_of_them(
     kw: dict = {"model": model, "method": method}
     full = merge_adapters_report(adapters, **kw).adapter
     probe = [(TOKENS, 0)]
-    found = merge_adapters_report(adapters, rank=4, probe=probe, **kw)
+    result = merge_adapters_report(adapters, rank=4, probe=probe, **kw)
     cut = merge_adapters_report(adapters, rank=4, **kw)
     assert cut.logit_error is None
     assert "logits" not in "\n".join(cut.lines())
     before = logits(model, full, full, [])
-    for one in found.layers:
-        expected = relative_rms(logits(model, full, cut.adapter, [one.path]), before)
-        assert one.logit_error == pytest.approx(expected, rel=1e-3, abs=1e-7)
-        line = next(text for text in found.lines() if text.startswith(one.path))
-        assert f"logits off by {one.logit_error:.2e}" in line
-    errors = {one.path: one.logit_error for one in found.layers}
-    if method == "karcher":  # of rank 4 already
+    for layer in result.layers:
+        expected = relative_rms(logits(model, full, cut.adapter, [layer.path]), before)
+        assert layer.logit_error == pytest.approx(expected, rel=1e-3, abs=1e-7)
+        line = next(text for text in result.lines() if text.startswith(layer.path))
+        assert f"logits off by {layer.logit_error:.2e}" in line
+    errors = {layer.path: layer.logit_error for layer in result.layers}
+    if method == "karcher":  # already of rank 4
         assert errors["model.layers.0.mlp.down_proj"] == pytest.approx(0, abs=1e-6)
     assert errors["model.layers.0.self_attn.q_proj"] > 1e-4  # pyright: ignore[reportOptionalOperand]
     together = relative_rms(logits(model, full, cut.adapter, list(errors)), before)
-    assert found.logit_error == pytest.approx(together, rel=1e-3)
+    assert result.logit_error == pytest.approx(together, rel=1e-3)
     assert not adapter_layers(model)
 
 
 def test_one_lora_adapter_is_cut_too(tiny_model: nn.Module) -> None:
-    one = train(tiny_model, 1, kind="lora")
-    found = merge_adapters_report(
-        [one], model=tiny_model, method="nmean", rank=2, probe=[(TOKENS, 0)]
+    first = train(tiny_model, 1, kind="lora")
+    result = merge_adapters_report(
+        [first], model=tiny_model, method="nmean", rank=2, probe=[(TOKENS, 0)]
     )
-    assert found.logit_error is not None
-    assert found.logit_error > 1e-5
+    assert result.logit_error is not None
+    assert result.logit_error > 1e-5
 
 
 def test_the_command(job: tuple[Path, list[str]], tmp_path: Path) -> None:  # noqa: F811

@@ -1,4 +1,4 @@
-"""Element-wise merges of adapters: directions and magnitudes apart, then an SVD."""
+"""Element-wise merges of adapters: directions, magnitudes, then an SVD."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,7 +31,7 @@ def split(model: nn.Module, adapter, path: str) -> tuple[np.ndarray, np.ndarray]
     return base + adapter.config.scale * (a @ b).T, m
 
 
-def test_ties_elects_signs_of_directions_and_of_magnitudes_apart(
+def test_ties_elects_signs_of_directions_and_magnitudes_separately(
     tiny_model: nn.Module,
 ) -> None:
     adapters = [train(tiny_model, 1), train(tiny_model, 2, rank=5)]
@@ -42,7 +42,7 @@ def test_ties_elects_signs_of_directions_and_of_magnitudes_apart(
     )  # fmt: skip
     base = base_of(tiny_model, PATH)
     norm = np.linalg.norm(base, axis=1)
-    parts = [split(tiny_model, one, PATH) for one in adapters]
+    parts = [split(tiny_model, adapter, PATH) for adapter in adapters]
     share = [density] * 2
     direction = base + ties_truth([v - base for v, _ in parts], weights, share, True)
     length = norm + ties_truth([m - norm for _, m in parts], weights, share, True)
@@ -50,7 +50,7 @@ def test_ties_elects_signs_of_directions_and_of_magnitudes_apart(
     assert_close(dense_rows(tiny_model, merged, PATH), length[:, None] * unit)
 
 
-def test_a_conflict_of_lengths_says_nothing_of_directions() -> None:
+def test_a_conflict_of_lengths_does_not_affect_directions() -> None:
     base = mx.array(np.eye(2, 4, dtype=np.float32))
     moved = base + mx.array([[0, 0.5, 0, 0], [0, 0, 0.5, 0]])
     direction, magnitude = merge_apart(
@@ -66,7 +66,7 @@ def test_a_conflict_of_lengths_says_nothing_of_directions() -> None:
 
 
 @pytest.mark.parametrize("method", ["ties", "dare", "dare_ties", "tsv"])
-def test_a_cut_keeps_the_magnitudes_and_tells_the_loss(
+def test_a_cut_keeps_the_magnitudes_and_reports_the_loss(
     tiny_model: nn.Module, method: str
 ) -> None:
     adapters = [train(tiny_model, 1), train(tiny_model, 2, rank=5)]

@@ -48,7 +48,7 @@ ORACLES: dict[str, tuple[int, Oracle]] = {
 
 
 def adapters_of(model: nn.Module, kind: str, count: int) -> list[Adapter]:
-    """Unlike ones: rank, scale, modules, and LoRA as the third."""
+    """Adapters that differ in rank, scale and modules; the third is LoRA."""
     keys = EXPERTS[kind]
     return [
         make_adapter(model, 1, keys),
@@ -69,18 +69,18 @@ def test_directional_merges_of_every_expert(
     report = merge_adapters_report(adapters, model=model, method=method)
     merged = report.adapter
     for path in merged.paths:
-        stacks = [dense_stack(model, one, path) for one in adapters]
-        found = dense_stack(model, merged, path)
-        for index, one in enumerate(found):
-            assert_close(one, oracle([stack[index] for stack in stacks]))
-    stack = [one for one in report.layers if one.path == GATE]
-    assert [one.name for one in stack] == [f"{GATE}[{i}]" for i in range(4)]
-    assert {one.rank for one in stack} == {8 if count == 2 else 11}
-    attach_adapter(model, merged)  # what it says of itself fits
+        stacks = [dense_stack(model, adapter, path) for adapter in adapters]
+        result = dense_stack(model, merged, path)
+        for index, matrix in enumerate(result):
+            assert_close(matrix, oracle([stack[index] for stack in stacks]))
+    stack = [layer for layer in report.layers if layer.path == GATE]
+    assert [layer.name for layer in stack] == [f"{GATE}[{i}]" for i in range(4)]
+    assert {layer.rank for layer in stack} == {8 if count == 2 else 11}
+    attach_adapter(model, merged)  # the merged config matches the model
 
 
 @BITS
-def test_element_wise_merges_take_one_expert_after_the_other(bits: int | None) -> None:
+def test_element_wise_merges_process_one_expert_at_a_time(bits: int | None) -> None:
     model = make_model("qwen3_moe", bits)
     pair = [make_adapter(model, seed, EXPERTS["qwen3_moe"]) for seed in (1, 2)]
     merged = merge_adapters(pair, model=model, method="ties", rank=32, density=0.4)
@@ -88,52 +88,52 @@ def test_element_wise_merges_take_one_expert_after_the_other(bits: int | None) -
     base = dense_stack(model, empty, GATE)
     plain = [
         Adapter(
-            config=one.config,
-            tensors={n: v for n, v in one.tensors.items() if not n.endswith(".m")},
+            config=adapter.config,
+            tensors={n: v for n, v in adapter.tensors.items() if not n.endswith(".m")},
         )
-        for one in pair
+        for adapter in pair
     ]
-    rows = [dense_stack(model, one, GATE) for one in plain]
-    found = dense_stack(model, merged, GATE)
+    rows = [dense_stack(model, adapter, GATE) for adapter in plain]
+    result = dense_stack(model, merged, GATE)
     for index in range(4):
         deltas = [
-            one[index].astype(np.float32) - base[index].astype(np.float32)
-            for one in rows
+            item[index].astype(np.float32) - base[index].astype(np.float32)
+            for item in rows
         ]
         direction = base[index] + ties_truth(deltas, [1.0, 1.0], [0.4, 0.4], True)
         unit = direction / np.linalg.norm(direction, axis=1, keepdims=True)
-        length = np.linalg.norm(found[index], axis=1, keepdims=True)
-        assert_close(found[index], length * unit, bound=1e-4)
+        length = np.linalg.norm(result[index], axis=1, keepdims=True)
+        assert_close(result[index], length * unit, bound=1e-4)
 
 
 @pytest.mark.parametrize("method", [m for m in ALL if m != FISHER])
 def test_copies_give_the_same_experts(method: str) -> None:
     model = make_model("deepseek_v3", 4)
-    one = make_adapter(model, 1, EXPERTS["deepseek_v3"])
+    first = make_adapter(model, 1, EXPERTS["deepseek_v3"])
     options = Options(density=1.0 if METHODS[method].density else None)
     weights = [0.5, 0.5] if METHODS[method].takes_weights else None
     merged = merge_adapters_report(
-        [one, one], model=model, method=method, weights=weights, options=options
+        [first, first], model=model, method=method, weights=weights, options=options
     ).adapter
-    if method == "tsv":  # orthogonalised copies are not one of them
+    if method == "tsv":  # orthogonalized copies differ from a single copy
         return
-    for path in one.paths:
-        truth = dense_stack(model, one, path)
+    for path in first.paths:
+        truth = dense_stack(model, first, path)
         assert_close(dense_stack(model, merged, path), truth, bound=1e-5)
 
 
 @pytest.mark.parametrize("method", [m for m in NORMALIZED if m != FISHER])
 def test_one_adapter_comes_back_bit_for_bit(method: str, tmp_path: Path) -> None:
     model = make_model("qwen3_moe")
-    one, other = adapters_of(model, "qwen3_moe", 2)
+    first, other = adapters_of(model, "qwen3_moe", 2)
     merge_adapters(
-        [one, other], model=model, method=method, weights=[1.0, 0.0],
+        [first, other], model=model, method=method, weights=[1.0, 0.0],
         save_path=tmp_path / "out",
     )  # fmt: skip
-    found = load_adapter(tmp_path / "out")
-    assert found.tensors.keys() == one.tensors.keys()
-    for name, value in one.tensors.items():
-        assert mx.array_equal(found.tensors[name], value)
+    result = load_adapter(tmp_path / "out")
+    assert result.tensors.keys() == first.tensors.keys()
+    for name, value in first.tensors.items():
+        assert mx.array_equal(result.tensors[name], value)
 
 
 def test_rank_is_cut_expert_by_expert(tmp_path: Path) -> None:
@@ -148,11 +148,11 @@ def test_rank_is_cut_expert_by_expert(tmp_path: Path) -> None:
 
 def test_an_adapter_of_other_experts_is_refused() -> None:
     model = make_model("qwen3_moe")
-    one = make_adapter(model, 1, EXPERTS["qwen3_moe"])
-    short = {n: v[:3] for n, v in one.tensors.items()}
-    bad = Adapter(config=one.config, tensors=short)
+    first = make_adapter(model, 1, EXPERTS["qwen3_moe"])
+    short = {n: v[:3] for n, v in first.tensors.items()}
+    bad = Adapter(config=first.config, tensors=short)
     with pytest.raises(DoRAError, match=r"gate_proj.lora_a has shape \(3, 3, 64\)"):
-        merge_adapters([one, bad], model=model, method="slerp")
+        merge_adapters([first, bad], model=model, method="slerp")
 
 
 @BITS
@@ -169,15 +169,15 @@ def test_no_array_as_large_as_the_experts(bits: int | None) -> None:
         "experts.lora_b": 0.05 * mx.random.normal((64, 256, 4)),
         "experts.m": mx.random.uniform(shape=(64, 256)),
     }
-    one = Adapter(config=config, tensors=tensors)
+    first = Adapter(config=config, tensors=tensors)
     other = Adapter(config=config, tensors={n: 0.9 * v for n, v in tensors.items()})
-    mx.eval(one.tensors, other.tensors)
+    mx.eval(first.tensors, other.tensors)
     stack = 64 * 256 * 256 * 4
     for method in ("slerp", "ties"):
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        merge_adapters([one, other], model=model, method=method, rank=4)
+        merge_adapters([first, other], model=model, method=method, rank=4)
         # Two adapters in, one out, and float32 copies of one expert at a time.
         assert mx.get_peak_memory() - before < stack / 2, method
 
@@ -193,12 +193,12 @@ def test_experts_come_out_of_a_fused_model(bits: int | None, tmp_path: Path) -> 
     expected = to_numpy(model(TOKENS))
     config = FuseConfig(mode="dequantize" if bits else "requantize")
     fuse_model(folder, tmp_path / "adapter", tmp_path / "tuned", config=config)
-    found = extract_adapter(
+    result = extract_adapter(
         folder, tmp_path / "tuned", rank=3, save_path=tmp_path / "out"
     )
-    assert len(found.layers) == 8
-    assert f"{path}[1]" in {one.path for one in found.layers if one.error < 1e-2}
-    assert found.adapter.tensors[f"{path}.lora_a"].shape == (4, 3, 64)
+    assert len(result.layers) == 8
+    assert f"{path}[1]" in {layer.path for layer in result.layers if layer.error < 1e-2}
+    assert result.adapter.tensors[f"{path}.lora_a"].shape == (4, 3, 64)
     again, _ = load(folder, tmp_path / "out")
     assert_close(again(TOKENS), expected, bound=1e-3)
 
@@ -215,29 +215,29 @@ def test_experts_that_did_not_change_get_an_update_of_zeros(tmp_path: Path) -> N
     low = mx.random.normal((64, 3)) @ mx.random.normal((3, 64))
     weight[1] = weight[1] + 0.02 * low
     mx.save_safetensors(file, tensors, metadata={"format": "mlx"})
-    found = extract_adapter(folder, tuned, energy=1 - 1e-9)
-    assert [one.path for one in found.layers] == [f"{path}[1]"]
-    rank = found.layers[0].rank
+    result = extract_adapter(folder, tuned, energy=1 - 1e-9)
+    assert [layer.path for layer in result.layers] == [f"{path}[1]"]
+    rank = result.layers[0].rank
     assert rank > 1
-    lora_a = found.adapter.tensors[f"{path}.lora_a"]
+    lora_a = result.adapter.tensors[f"{path}.lora_a"]
     assert lora_a.shape == (4, rank, 64)
     model = make_model("mixtral")
     truth = to_numpy(weight)
-    assert_close(dense_stack(model, found.adapter, path), truth, bound=1e-4)
-    attach_adapter(model, found.adapter, check_base=False)
+    assert_close(dense_stack(model, result.adapter, path), truth, bound=1e-4)
+    attach_adapter(model, result.adapter, check_base=False)
 
 
-def test_experts_of_unlike_ranks_are_filled_with_zeros() -> None:
-    """One expert's A is the same in both, and is taken once."""
+def test_experts_of_different_ranks_are_padded_with_zeros() -> None:
+    """One expert has the same A in both, which is used once."""
     model = make_model("qwen3_moe")
-    one, other = (make_adapter(model, seed, EXPERTS["qwen3_moe"]) for seed in (1, 2))
+    first, other = (make_adapter(model, seed, EXPERTS["qwen3_moe"]) for seed in (1, 2))
     name = f"{GATE}.lora_a"
     shared = mx.array(other.tensors[name])
-    shared[2] = one.tensors[name][2]
+    shared[2] = first.tensors[name][2]
     other = replace(other, tensors=other.tensors | {name: shared})
-    report = merge_adapters_report([one, other], model=model, method="nmean")
+    report = merge_adapters_report([first, other], model=model, method="nmean")
     ranks = [layer.rank for layer in report.layers if layer.path == GATE]
     assert ranks == [6, 6, 3, 6]
-    rows = [dense_stack(model, adapter, GATE)[2] for adapter in (one, other)]
-    found = dense_stack(model, report.adapter, GATE)[2]
-    assert_close(found, dense_nmean(rows, [0.5, 0.5]))
+    rows = [dense_stack(model, adapter, GATE)[2] for adapter in (first, other)]
+    result = dense_stack(model, report.adapter, GATE)[2]
+    assert_close(result, dense_nmean(rows, [0.5, 0.5]))

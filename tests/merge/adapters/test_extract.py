@@ -1,4 +1,4 @@
-"""Adapters out of fine-tuned models."""
+"""Extracts adapters from fine-tuned models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,12 +40,12 @@ def make_tuned(make_tiny_folder: MakeFolder, tmp_path: Path):
 
 def test_a_fused_adapter_comes_out_again(make_tuned, tmp_path: Path) -> None:
     base, tuned, logits = make_tuned()
-    found = extract_adapter(base, tuned, rank=3, save_path=tmp_path / "out")
-    assert [one.path for one in found.layers] == [
+    result = extract_adapter(base, tuned, rank=3, save_path=tmp_path / "out")
+    assert [layer.path for layer in result.layers] == [
         f"model.layers.{i}.{key}" for i in (0, 1) for key in QV
     ]
-    assert found.left_out == ()
-    assert max(one.error for one in found.layers) < 1e-3
+    assert result.left_out == ()
+    assert max(layer.error for layer in result.layers) < 1e-3
     model, _ = load(base, tmp_path / "out")
     assert_close(model(TOKENS), to_numpy(logits), bound=1e-3)
 
@@ -53,22 +53,22 @@ def test_a_fused_adapter_comes_out_again(make_tuned, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [None, 4])
 def test_full_rank_loses_nothing(make_tuned, bits: int | None) -> None:
     base, tuned, _ = make_tuned(bits=bits)
-    found = extract_adapter(base, tuned, energy=1.0)
-    assert max(one.error for one in found.layers) < 1e-4
+    result = extract_adapter(base, tuned, energy=1.0)
+    assert max(layer.error for layer in result.layers) < 1e-4
 
 
 def test_magnitudes_are_exact_at_any_rank(make_tuned) -> None:
     base, tuned, _ = make_tuned()
-    found = extract_adapter(base, tuned, rank=1)
+    result = extract_adapter(base, tuned, rank=1)
     path = "model.layers.0.self_attn.q_proj"
     weight = dict(load(tuned)[0].named_modules())[path].weight
     norms = np.linalg.norm(to_numpy(weight), axis=1)
-    assert_close(found.adapter.tensors[f"{path}.m"], norms, bound=1e-7)
-    assert found.layers[0].error > 0.1
+    assert_close(result.adapter.tensors[f"{path}.m"], norms, bound=1e-7)
+    assert result.layers[0].error > 0.1
 
 
-def test_the_error_is_the_least_of_the_rank() -> None:
-    """Where the rows keep their length the truncated SVD of the change is the best."""
+def test_the_error_is_minimal_for_the_rank() -> None:
+    """If rows keep their length, the truncated SVD of the change is optimal."""
     rng = np.random.default_rng(0)
     base = rng.standard_normal((20, 30))
     change = 1e-3 * rng.standard_normal((20, 30))
@@ -86,31 +86,31 @@ def test_the_error_is_the_least_of_the_rank() -> None:
 @pytest.mark.parametrize("bits", [None, 4])
 def test_energy_chooses_ranks_and_a_rank_is_kept(make_tuned, bits: int | None) -> None:
     base, tuned, _ = make_tuned(bits=bits)
-    found = extract_adapter(base, tuned, energy=0.6)
-    assert all(one.rank < 4 and one.discarded <= 0.4 for one in found.layers)
-    for one in found.layers:
-        assert f"{one.path}: rank {one.rank}, " in "\n".join(found.lines())
-        assert 0 < one.error < 1
+    result = extract_adapter(base, tuned, energy=0.6)
+    assert all(layer.rank < 4 and layer.discarded <= 0.4 for layer in result.layers)
+    for layer in result.layers:
+        assert f"{layer.path}: rank {layer.rank}, " in "\n".join(result.lines())
+        assert 0 < layer.error < 1
     fixed = extract_adapter(base, tuned, rank=3)
-    assert {one.rank for one in fixed.layers} == {3}
-    # Packing again is not low-rank: on a packed base the error tells.
-    assert max(one.error for one in fixed.layers) < 1e-3
+    assert {layer.rank for layer in fixed.layers} == {3}
+    # The rounding of packing is not low-rank: on a packed base the error shows it.
+    assert max(layer.error for layer in fixed.layers) < 1e-3
     capped = extract_adapter(base, tuned, energy=1.0, rank=2)
-    assert {one.rank for one in capped.layers} == {2}
+    assert {layer.rank for layer in capped.layers} == {2}
 
 
-def test_what_is_not_covered_is_named(make_tuned, tmp_path: Path) -> None:
+def test_uncovered_tensors_are_named(make_tuned, tmp_path: Path) -> None:
     base, tuned, _ = make_tuned()
-    found = extract_adapter(base, tuned, rank=2, keys=["self_attn.q_proj"])
+    result = extract_adapter(base, tuned, rank=2, keys=["self_attn.q_proj"])
     names = [f"model.layers.{i}.self_attn.v_proj.weight" for i in (0, 1)]
-    assert list(found.left_out) == names
+    assert list(result.left_out) == names
 
 
 def test_refusals(make_tuned, tmp_path: Path) -> None:
     base, tuned, _ = make_tuned()
     (tmp_path / "there").mkdir()
     cases: list[tuple[dict[str, Any], str]] = [
-        ({}, "give a rank or an energy"),
+        ({}, "give rank, energy"),
         ({"rank": 0}, "rank must be"),
         ({"energy": 1.5}, "energy must be"),
         ({"rank": 2, "keys": ["q_pro"]}, "no module is called 'q_pro'"),

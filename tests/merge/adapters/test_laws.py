@@ -1,4 +1,4 @@
-"""What every merge of adapters must obey: copies, order, size of the weights, bases."""
+"""Laws of every adapter merge: copies, order, size of the weights, bases."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ FULL = 32  # rank of every matrix here
 
 
 def settings(method: str, model: nn.Module, adapters: list[Adapter]) -> dict[str, Any]:
-    """What a method needs beside the adapters."""
+    """Arguments that a method needs besides the adapters."""
     kw: dict[str, Any] = {"model": model, "method": method}
     if method == "fisher":
         kw["fisher"] = known_of(model, adapters)
@@ -34,14 +34,14 @@ def settings(method: str, model: nn.Module, adapters: list[Adapter]) -> dict[str
 
 
 def weighed(method: str, weights: list[float]) -> dict[str, Any]:
-    """Weights, for a method that takes some."""
+    """Weights, for a method that uses them."""
     return {"weights": weights} if METHODS[method].takes_weights else {}
 
 
-def assert_same(model: nn.Module, one: Adapter, other: Adapter, bound: float) -> None:
+def assert_same(model: nn.Module, first: Adapter, other: Adapter, bound: float) -> None:
     for path in PATHS:
         expected = dense_rows(model, other, path)
-        assert_close(dense_rows(model, one, path), expected, bound=bound)
+        assert_close(dense_rows(model, first, path), expected, bound=bound)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -55,35 +55,35 @@ def test_copies_give_the_adapter_back(
     if method == "tsv" and count > 5:
         pytest.skip("of v_proj's 16 singular vectors tsv keeps 16 / N, under rank 3")
     model = make_tiny_model(bits=bits)
-    one = train(model, 1)
+    first = train(model, 1)
     weights = [1 / count] * count
     if method in ("ties", "dare_ties"):
         weights = [1.0] * count
-    if method == "tsv":  # two tasks that are the same are not one: they are whitened
+    if method == "tsv":  # two equal tasks are whitened, so differ from one
         weights = [1.0] + [0.0] * (count - 1)
-    copies = [one] * count
+    copies = [first] * count
     kw = {**settings(method, model, copies), **weighed(method, weights)}
     for rank in (None, 3):
         merged = merge_adapters(copies, rank=rank, **kw)
-        assert_same(model, merged, one, 1e-6)
+        assert_same(model, merged, first, 1e-6)
 
 
 @pytest.mark.parametrize("method", [m for m in ALL if m[:4] != "dare"])
 def test_the_order_of_the_adapters_does_not_matter(
     tiny_model: nn.Module, method: str
 ) -> None:
-    """But for dare, whose random numbers belong to a place."""
+    """Except for dare, whose random numbers depend on the position."""
     count = METHODS[method].inputs[1] or 3
     adapters = [train(tiny_model, i, rank=2 + i) for i in range(count)]
     weights = [0.2, 0.3, 0.5][:count]
     kw = {**settings(method, tiny_model, adapters), "rank": FULL}
     if method == "ties":
         kw["density"] = 0.4
-    one = merge_adapters(adapters, **kw, **weighed(method, weights))
+    first = merge_adapters(adapters, **kw, **weighed(method, weights))
     if method == "fisher":
         kw["fisher"] = kw["fisher"][::-1]
     other = merge_adapters(adapters[::-1], **kw, **weighed(method, weights[::-1]))
-    assert_same(tiny_model, one, other, 1e-5 if method == "tsv" else 1e-6)
+    assert_same(tiny_model, first, other, 1e-5 if method == "tsv" else 1e-6)
 
 
 @pytest.mark.parametrize("method", [*NORMALIZED, "ties", "dare_ties"])
@@ -92,22 +92,22 @@ def test_the_size_of_the_weights_does_not_matter(
 ) -> None:
     adapters = [train(tiny_model, i) for i in (1, 2)]
     kw = {**settings(method, tiny_model, adapters), "rank": FULL}
-    one, other = (
+    first, other = (
         merge_adapters(adapters, weights=[size * w for w in (0.3, 0.7)], **kw)
         for size in (1, 10)
     )
-    assert_same(tiny_model, one, other, 1e-6)
+    assert_same(tiny_model, first, other, 1e-6)
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "dare"])
-def test_of_a_sum_the_weights_scale_the_change(
+def test_the_weights_of_a_sum_scale_the_change(
     tiny_model: nn.Module, method: str
 ) -> None:
     adapters = [train(tiny_model, i) for i in (1, 2)]
     kw = {**settings(method, tiny_model, adapters), "rank": FULL}
-    one = merge_adapters(adapters, weights=[0.3, 0.7], scale=2.0, **kw)
+    first = merge_adapters(adapters, weights=[0.3, 0.7], scale=2.0, **kw)
     other = merge_adapters(adapters, weights=[0.6, 1.4], **kw)
-    assert_same(tiny_model, one, other, 1e-5)
+    assert_same(tiny_model, first, other, 1e-5)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
@@ -117,26 +117,26 @@ def test_slerp_of_whole_adapters_at_its_ends_and_in_the_middle(
     adapters = [train(tiny_model, 1), train(tiny_model, 2, rank=5)]
     merged = merge_adapters(adapters, model=tiny_model, weights=[1 - t, t])
     for path in PATHS:
-        a, b = (dense_rows(tiny_model, one, path) for one in adapters)
+        a, b = (dense_rows(tiny_model, adapter, path) for adapter in adapters)
         expected = dense_slerp(a, b, t) if t == 0.5 else (b if t else a)
         assert_close(dense_rows(tiny_model, merged, path), expected)
 
 
 def test_each_row_may_have_its_own_t(tiny_model: nn.Module) -> None:
-    """By pattern, since the modules have unlike numbers of rows."""
+    """By pattern, since the modules have different numbers of rows."""
     adapters = [train(tiny_model, 1), train(tiny_model, 2, rank=5)]
     t = {"*.q_proj": np.linspace(0, 1, 32), "*.v_proj": np.linspace(1, 0, 16)}
-    weights = {pattern: [1 - one, mx.array(one)] for pattern, one in t.items()}
+    weights = {pattern: [1 - share, mx.array(share)] for pattern, share in t.items()}
     merged = merge_adapters(adapters, model=tiny_model, weights=weights)
     for path in PATHS:
-        a, b = (dense_rows(tiny_model, one, path) for one in adapters)
+        a, b = (dense_rows(tiny_model, adapter, path) for adapter in adapters)
         own = t[f"*.{path.rpartition('.')[2]}"]
         rows = [dense_slerp(a[[j]], b[[j]], own[j])[0] for j in range(len(a))]
         assert_close(dense_rows(tiny_model, merged, path), np.array(rows))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_another_quantisation_of_the_base_is_refused_unless_asked(
+def test_another_quantization_of_the_base_is_refused_unless_asked(
     make_tiny_model: MakeModel, bits: int
 ) -> None:
     model, other = make_tiny_model(bits=bits), make_tiny_model(bits=12 - bits)
@@ -149,13 +149,13 @@ def test_another_quantisation_of_the_base_is_refused_unless_asked(
 
 
 @pytest.mark.parametrize("method", [*MEANS, "linear"])
-def test_the_result_lies_over_the_bases_own_weights(
+def test_the_result_uses_the_bases_own_weights(
     make_tiny_model: MakeModel, method: str
 ) -> None:
-    """A packed base is read as it is packed: the rows are those of its own values."""
+    """A packed base is read packed: the rows are those of its unpacked values."""
     model = make_tiny_model(bits=4)
-    one = train(model, 1)
-    merged = merge_adapters([one, one], model=model, method=method)
+    first = train(model, 1)
+    merged = merge_adapters([first, first], model=model, method=method)
     weight = weight_of(dict(model.named_modules())[PATHS[0]])
     assert not isinstance(weight, mx.array)
-    assert_same(model, merged, one, 1e-6)
+    assert_same(model, merged, first, 1e-6)

@@ -1,4 +1,4 @@
-"""Whole adapters: folders, unlike modules, refusals, the command."""
+"""Merges whole adapters: folders, different modules, refusals, the command."""
 
 import json
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def train(
     keys: tuple[str, ...] = QV,
     kind: str = "dora",
 ) -> Adapter:
-    """An adapter as if trained; the model is left as it was."""
+    """A simulated trained adapter; the model is unchanged on return."""
     mx.random.seed(seed)
     config = DoRAConfig(rank=rank, scale=scale, num_layers=2, keys=keys)
     apply_layers(model, config, kind)  # pyright: ignore[reportArgumentType]
@@ -58,20 +58,20 @@ def known_of(
     model: nn.Module, adapters: list[Adapter], granularity: str = "row"
 ) -> list[Fisher]:
     """Random Fisher information of each adapter's modules."""
-    found = []
-    for seed, one in enumerate(adapters):
+    result = []
+    for seed, adapter in enumerate(adapters):
         rng = np.random.default_rng(seed)
         modules = dict(model.named_modules())
         tensors = {}
-        for path in one.paths:
+        for path in adapter.paths:
             shape = modules[path].weight.shape
             shape = shape if granularity == "element" else shape[:1]
             tensors[path] = mx.array(rng.uniform(1, 9, shape).astype(np.float32))
         facts = FisherFacts(
             granularity=granularity, labels="data", rows=1, tokens=1, norm=1.0 + seed
         )
-        found.append(Fisher(facts, tensors))
-    return found
+        result.append(Fisher(facts, tensors))
+    return result
 
 
 def dense_rows(model: nn.Module, adapter: Adapter, path: str) -> np.ndarray:
@@ -91,7 +91,9 @@ def dense_rows(model: nn.Module, adapter: Adapter, path: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_merges_unlike_adapters_and_says_so(make_tiny_model: MakeModel, bits) -> None:
+def test_merges_different_adapters_and_reports_it(
+    make_tiny_model: MakeModel, bits
+) -> None:
     model = make_tiny_model(bits=bits)
     adapters = [
         train(model, 1),
@@ -101,9 +103,9 @@ def test_merges_unlike_adapters_and_says_so(make_tiny_model: MakeModel, bits) ->
     report = merge_adapters_report(adapters, model=model, method="karcher")
     merged = report.adapter
     for path in merged.paths:
-        parts = [dense_rows(model, one, path) for one in adapters]
+        parts = [dense_rows(model, adapter, path) for adapter in adapters]
         assert_close(dense_rows(model, merged, path), dense_karcher(parts, [1 / 3] * 3))
-    ranks = {one.path: one.rank for one in report.layers}
+    ranks = {layer.path: layer.rank for layer in report.layers}
     assert ranks["model.layers.0.self_attn.q_proj"] == 11
     assert ranks["model.layers.0.self_attn.v_proj"] == 8
     assert ranks["model.layers.1.mlp.down_proj"] == 5
@@ -117,8 +119,8 @@ def test_merges_unlike_adapters_and_says_so(make_tiny_model: MakeModel, bits) ->
 def test_one_adapter_comes_back_bit_for_bit(
     tiny_model: nn.Module, tmp_path: Path, method: str, kind: str
 ) -> None:
-    one, other = train(tiny_model, 1, kind=kind), train(tiny_model, 2)
-    for inputs, weights in (([one], None), ([one, other], [0.3, 0.0])):
+    first, other = train(tiny_model, 1, kind=kind), train(tiny_model, 2)
+    for inputs, weights in (([first], None), ([first, other], [0.3, 0.0])):
         merge_adapters(
             inputs,
             model=tiny_model,
@@ -128,12 +130,12 @@ def test_one_adapter_comes_back_bit_for_bit(
             save_path=tmp_path / "out",
             overwrite=True,
         )
-        found = load_adapter(tmp_path / "out")
-        assert found.config.scale == one.config.scale
-        assert found.fine_tune_type == kind
-        assert found.tensors.keys() == one.tensors.keys()
-        for name, value in one.tensors.items():
-            assert mx.array_equal(found.tensors[name], value)
+        result = load_adapter(tmp_path / "out")
+        assert result.config.scale == first.config.scale
+        assert result.fine_tune_type == kind
+        assert result.tensors.keys() == first.tensors.keys()
+        for name, value in first.tensors.items():
+            assert mx.array_equal(result.tensors[name], value)
 
 
 def test_weights_by_pattern(tiny_model: nn.Module) -> None:
@@ -144,16 +146,16 @@ def test_weights_by_pattern(tiny_model: nn.Module) -> None:
         ("model.layers.0.self_attn.q_proj", 0.75),
         ("model.layers.1.self_attn.v_proj", 0.5),
     ):
-        parts = [dense_rows(tiny_model, one, path) for one in adapters]
+        parts = [dense_rows(tiny_model, adapter, path) for adapter in adapters]
         assert_close(
             dense_rows(tiny_model, merged, path), dense_slerp(parts[0], parts[1], t)
         )
-    path = "model.layers.0.self_attn.v_proj.lora_a"  # one adapter alone: as it was
+    path = "model.layers.0.self_attn.v_proj.lora_a"  # a single adapter: unchanged
     assert mx.array_equal(merged.tensors[path], adapters[0].tensors[path])
 
 
 @pytest.mark.parametrize("granularity", ["row", "element"])
-def test_fisher_weighs_by_what_is_known_of_each(
+def test_fisher_weighs_adapters_by_their_information(
     tiny_model: nn.Module, granularity: str
 ) -> None:
     adapters = [train(tiny_model, 1), train(tiny_model, 2, rank=5)]
@@ -167,9 +169,9 @@ def test_fisher_weighs_by_what_is_known_of_each(
         rank=32 if granularity == "element" else None,
     )
     path = "model.layers.1.self_attn.q_proj"
-    parts = [dense_rows(tiny_model, one, path) for one in adapters]
+    parts = [dense_rows(tiny_model, adapter, path) for adapter in adapters]
     shape = parts[0].shape
-    f, g = (to_numpy(one.read(path, shape)) for one in known)  # pyright: ignore[reportArgumentType]
+    f, g = (to_numpy(information.read(path, shape)) for information in known)  # pyright: ignore[reportArgumentType]
     if granularity == "row":
         f, g = f[:, None], g[:, None]
     truth = (f * parts[0] + 3 * g * parts[1]) / (f + 3 * g)
@@ -180,11 +182,11 @@ def test_fisher_weighs_by_what_is_known_of_each(
     report = merge_adapters_report(
         adapters, model=tiny_model, method="fisher", fisher=alone
     )
-    # Of v_proj the second knows nothing: the plain mean, and it is said.
-    line = next(one for one in report.lines() if "layers.0.self_attn.v_proj" in one)
+    # The second has no information on v_proj: the plain mean, which is reported.
+    line = next(line for line in report.lines() if "layers.0.self_attn.v_proj" in line)
     assert "512 weights without Fisher information" in line
     path = "model.layers.1.self_attn.v_proj"
-    parts = [dense_rows(tiny_model, one, path) for one in adapters]
+    parts = [dense_rows(tiny_model, adapter, path) for adapter in adapters]
     merged = dense_rows(tiny_model, report.adapter, path)
     assert_close(merged, (parts[0] + parts[1]) / 2)
 
@@ -195,12 +197,12 @@ def test_embeddings_merge_too(tiny_model: nn.Module) -> None:
     merged = merge_adapters(adapters, model=tiny_model, method="slerp")
     base = to_numpy(tiny_model["model"]["embed_tokens"].weight)
 
-    def rows(one: Adapter) -> np.ndarray:
+    def rows(adapter: Adapter) -> np.ndarray:
         a, b, m = (
-            to_numpy(one.tensors[f"model.embed_tokens.{leaf}"])
+            to_numpy(adapter.tensors[f"model.embed_tokens.{leaf}"])
             for leaf in ("lora_a", "lora_b", "m")
         )
-        full = base + one.config.scale * a @ b
+        full = base + adapter.config.scale * a @ b
         return m[:, None] * full / np.linalg.norm(full, axis=1, keepdims=True)
 
     assert_close(rows(merged), dense_slerp(rows(adapters[0]), rows(adapters[1]), 0.5))
@@ -215,27 +217,35 @@ def test_refusals(make_tiny_model: MakeModel, tmp_path: Path) -> None:
         merge_adapters(adapters, model=model)
     merged = merge_adapters(adapters, model=model, check_base=False)
     assert merged.base.fingerprint is None
-    one = adapters[0]
+    first = adapters[0]
     (tmp_path / "out").mkdir()
-    full = Adapter(config=one.config, tensors=one.tensors, fine_tune_type="full")
-    spoilt = {**one.tensors, next(iter(one.tensors)): mx.array([float("nan")])}
+    full = Adapter(config=first.config, tensors=first.tensors, fine_tune_type="full")
+    spoilt = {**first.tensors, next(iter(first.tensors)): mx.array([float("nan")])}
     cases: list[tuple[list[Adapter], dict[str, Any], str]] = [
         ([], {}, "at least one"),
-        ([one] * 3, {}, "slerp takes at most 2 inputs, got 3"),
-        ([one], {"method": "mean"}, "no merge method 'mean'"),
-        ([one], {"rank": 0}, "rank must be"),
-        ([one, one], {"weights": [1.0]}, "expected 2, one for each input"),
-        ([one, one], {"weights": [1.0, float("nan")]}, "not a number"),
-        ([one, one], {"weights": [0, 0]}, "positive sum"),
-        ([one, one], {"weights": [2, -1]}, "at least 0"),
-        ([one, one], {"weights": {"*.q_proj": [1, 1]}}, "no pattern fits"),
-        ([one, one], {"weights": [1, mx.ones(3)]}, "one a row"),
-        ([one], {"save_path": tmp_path / "out"}, "already exists"),
-        ([one, one], {"method": "dare", "seed": -1}, "seed must be a whole number"),
-        ([one, one], {"method": "dare", "seed": 2**64}, "seed must be a whole number"),
-        ([one, one], {"method": "ties", "scale": float("nan")}, "scale must be a fin"),
+        ([first] * 3, {}, "slerp merges at most 2 inputs, got 3"),
+        ([first], {"method": "mean"}, "no merge method 'mean'"),
+        ([first], {"rank": 0}, "rank must be"),
+        ([first, first], {"weights": [1.0]}, "expected 2, one for each input"),
+        ([first, first], {"weights": [1.0, float("nan")]}, "a finite number, or one"),
+        ([first, first], {"weights": [0, 0]}, "positive sum"),
+        ([first, first], {"weights": [2, -1]}, "at least 0"),
+        ([first, first], {"weights": {"*.q_proj": [1, 1]}}, "no pattern matches"),
+        ([first, first], {"weights": [1, mx.ones(3)]}, "one per row"),
+        ([first], {"save_path": tmp_path / "out"}, "already exists"),
+        ([first, first], {"method": "dare", "seed": -1}, "seed must be a whole number"),
+        (
+            [first, first],
+            {"method": "dare", "seed": 2**64},
+            "seed must be a whole number",
+        ),
+        (
+            [first, first],
+            {"method": "ties", "scale": float("nan")},
+            "scale must be a fin",
+        ),
         ([full], {}, "fully fine-tuned"),
-        ([Adapter(config=one.config, tensors=spoilt)], {}, "NaN"),
+        ([Adapter(config=first.config, tensors=spoilt)], {}, "NaN"),
     ]
     for inputs, kw, message in cases:
         with pytest.raises(DoRAError, match=message):
@@ -248,8 +258,8 @@ def test_the_command_writes_what_mlx_lm_loads(
     base = make_tiny_folder("base")
     model, _ = load(base)
     for seed in (1, 2):
-        one = train(model, seed)
-        save_adapter(one, tmp_path / f"a{seed}", base_model=str(base))
+        single = train(model, seed)
+        save_adapter(single, tmp_path / f"a{seed}", base_model=str(base))
     inputs = [str(tmp_path / f"a{seed}") for seed in (1, 2)]
     out = tmp_path / "out"
     args = ["adapters", *inputs, "--save-path", str(out), "--weights", "1,2"]
@@ -281,7 +291,7 @@ def test_the_command_writes_what_mlx_lm_loads(
 
 
 @pytest.mark.parametrize("is_opposed", [False, True])
-def test_auto_takes_what_the_comparison_suggests(
+def test_auto_uses_the_suggestion_of_the_comparison(
     make_tiny_folder: MakeFolder, tmp_path: Path, is_opposed: bool
 ) -> None:
     base = make_tiny_folder("base")
@@ -296,18 +306,18 @@ def test_auto_takes_what_the_comparison_suggests(
         second = replace(second, tensors=flipped)
     for name, adapter in (("one", first), ("two", second)):
         save_adapter(adapter, tmp_path / name)
-    found = CliRunner().invoke(
+    result = CliRunner().invoke(
         command,
         ["adapters", str(tmp_path / "one"), str(tmp_path / "two"), "--method", "auto",
          "--model", str(base), "--save-path", str(tmp_path / "out")],
     )  # fmt: skip
     if is_opposed:
-        assert found.exit_code == 1
-        assert "name a --method" in found.output
+        assert result.exit_code == 1
+        assert "name a --method" in result.output
         assert not (tmp_path / "out").exists()
     else:
-        assert found.exit_code == 0, found.output
-        chosen = found.output.partition("Method: ")[2].splitlines()[0]
+        assert result.exit_code == 0, result.output
+        chosen = result.output.partition("Method: ")[2].splitlines()[0]
         assert chosen == "task_arithmetic"
         summed = merge_adapters(
             [first, second], model=model, method=chosen, weights=[1.0, 1.0]

@@ -1,4 +1,4 @@
-"""From data to Fisher information to a merge by it."""
+"""Estimates Fisher information on data and merges by it."""
 
 import json
 from collections.abc import Callable
@@ -35,19 +35,19 @@ def write_data(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def job(make_tiny_folder: MakeFolder, tmp_path: Path) -> tuple[Path, list[str]]:
-    """A base, two adapters with unlike modules, and data for each."""
+    """A base, two adapters with different modules, and data for each."""
     base = make_tiny_folder("base")
     model, _ = load(base)
     keys = (QV, (*QV, "mlp.down_proj"))
     for i, own in enumerate(keys, 1):
-        one = train(model, i, keys=own, rank=2 + i)
-        save_adapter(one, tmp_path / f"a{i}", base_model=str(base))
+        first = train(model, i, keys=own, rank=2 + i)
+        save_adapter(first, tmp_path / f"a{i}", base_model=str(base))
         rows = [{"prompt": w, "completion": f" {w}"} for w in WORDS[i:]]
         write_data(tmp_path / f"d{i}", rows)
     return base, [str(tmp_path / name) for name in ("a1", "a2", "d1", "d2")]
 
 
-def test_answers_alone_are_targets_unless_asked(
+def test_only_answers_are_targets_by_default(
     make_tiny_folder: MakeFolder, tmp_path: Path
 ) -> None:
     _, tokenizer = load(make_tiny_folder())
@@ -70,10 +70,10 @@ def test_answers_alone_are_targets_unless_asked(
         targets(pairs, split="valid")
 
 
-def test_which_modules_are_looked_at(tiny_model: nn.Module) -> None:
+def test_which_modules_are_estimated(tiny_model: nn.Module) -> None:
     rows = [([1, 2, 3, 4], 1)]
-    found = estimate_fisher(tiny_model, rows)
-    assert len(found.paths) == 14  # the seven linear layers of both blocks
+    result = estimate_fisher(tiny_model, rows)
+    assert len(result.paths) == 14  # the seven linear layers of both blocks
     attach_adapter(tiny_model, train(tiny_model, 1))
     adapted = estimate_fisher(tiny_model, rows)
     assert adapted.paths == {f"model.layers.{i}.{key}" for i in (0, 1) for key in QV}
@@ -82,7 +82,7 @@ def test_which_modules_are_looked_at(tiny_model: nn.Module) -> None:
             estimate_fisher(tiny_model, rows, paths=[wrong])
 
 
-def test_the_command_makes_what_both_merges_take(
+def test_the_commands_output_serves_both_merges(
     job: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     base, (a1, a2, d1, d2) = job
@@ -107,18 +107,18 @@ def test_the_command_makes_what_both_merges_take(
     )
     assert result.exit_code == 0, result.output
     assert "without Fisher" not in result.stdout
-    # The same in one go.
+    # The same in a single command.
     result = CliRunner().invoke(
         command,
         [*args, "--data", d1, "--data", d2, "--save-path", str(tmp_path / "two")],
     )
     assert result.exit_code == 0, result.output
-    one, two = (load_adapter(tmp_path / name) for name in ("one", "two"))
-    for name, value in one.tensors.items():
-        assert_close(two.tensors[name], to_numpy(value), bound=1e-5)
-    # And in Python.
+    first, second = (load_adapter(tmp_path / name) for name in ("one", "two"))
+    for name, value in first.tensors.items():
+        assert_close(second.tensors[name], to_numpy(value), bound=1e-5)
+    # The same in Python.
     merged = merge_adapters([a1, a2], model=base, method="fisher", fisher=made)
-    assert all(mx.array_equal(merged.tensors[k], v) for k, v in one.tensors.items())
+    assert all(mx.array_equal(merged.tensors[k], v) for k, v in first.tensors.items())
     result = CliRunner().invoke(
         command,
         ["models", str(base), str(base), "--method", "fisher", *files,
@@ -168,6 +168,6 @@ def test_a_failure_leaves_no_folder_and_the_file_is_resumed_by_no_other(
     assert not list(tmp_path.glob("*out*"))
     facts = write_fisher(base, tmp_path / "out", config=config)
     assert facts.granularity == "element"
-    found = load_fisher(tmp_path / "out")
+    result = load_fisher(tmp_path / "out")
     path = "model.layers.0.mlp.up_proj"
-    assert found.read(path, (64, 32)) is not None
+    assert result.read(path, (64, 32)) is not None

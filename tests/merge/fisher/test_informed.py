@@ -24,15 +24,18 @@ def shares_of(weights) -> np.ndarray:
 
 
 def information(count: int, shape, seed: int = 5) -> list[mx.array]:
-    """From small to large, as real information is."""
+    """Information that spans small to large values, like real information."""
     rng = np.random.default_rng(seed)
     return [mx.array(np.exp(rng.normal(size=shape, scale=2)).astype(np.float32))
             for _ in range(count)]  # fmt: skip
 
 
 def expected(parts, known, weights) -> np.ndarray:
-    known = [to_numpy(one) for one in known]
-    known = [one[:, None] if one.ndim == 1 else one for one in known]
+    known = [to_numpy(information) for information in known]
+    known = [
+        information[:, None] if information.ndim == 1 else information
+        for information in known
+    ]
     top = total(w * f * p for w, f, p in zip(weights, known, parts, strict=True))
     return top / total(w * f for w, f in zip(weights, known, strict=True))
 
@@ -47,7 +50,7 @@ def test_by_row_the_merge_is_exact(bits) -> None:
     merged = merge_informed(weight, inputs, shares_of(weights), known, scale=3.0)
     assert merged.rank == 23
     assert merged.unknown == 0
-    parts = [adapted(dense, one) for one in inputs]
+    parts = [adapted(dense, adapted_input) for adapted_input in inputs]
     assert_close(adapted(dense, merged), expected(parts, known, weights))
 
 
@@ -57,7 +60,7 @@ def test_by_element_the_merge_is_exact_at_full_rank(bits) -> None:
     inputs = [make_input(dense, 4, 2.0, 1), make_input(dense, 6, 0.5, 2)]
     weights = [0.3, 0.7]
     known = information(2, (ROWS, WIDTH))
-    parts = [adapted(dense, one) for one in inputs]
+    parts = [adapted(dense, adapted_input) for adapted_input in inputs]
     truth = expected(parts, known, weights)
     full = merge_informed(
         weight, inputs, shares_of(weights), known, scale=3.0, rank=ROWS
@@ -83,38 +86,40 @@ def test_equal_information_is_the_linear_mean(granularity: str) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["row", "element"])
-def test_copies_come_back_whatever_is_known_of_each(granularity: str) -> None:
+def test_copies_come_back_whatever_their_information(granularity: str) -> None:
     weight, dense = make_weight()
-    one = make_input(dense, 4, 2.0, 1)
-    update = one.update
+    first = make_input(dense, 4, 2.0, 1)
+    update = first.update
     twice = LowRank(lora_a=2 * update.lora_a, lora_b=update.lora_b / 2, scale=2.0)
-    copies = [one, replace(one, update=twice), one]
+    copies = [first, replace(first, update=twice), first]
     shape = ROWS if granularity == "row" else (ROWS, WIDTH)
     known = information(3, shape)
     for rank in (None, 4):
         merged = merge_informed(
             weight, copies, shares_of([0.2, 0.5, 0.3]), known, scale=2.0, rank=rank
         )
-        assert_close(adapted(dense, merged), adapted(dense, one), bound=1e-6)
+        assert_close(adapted(dense, merged), adapted(dense, first), bound=1e-6)
         assert merged.discarded < 1e-10
 
 
 @pytest.mark.parametrize("granularity", ["row", "element"])
-def test_what_nobody_knows_counts_by_the_weights_and_is_counted(granularity) -> None:
+def test_elements_without_information_use_the_weights_and_are_counted(
+    granularity,
+) -> None:
     weight, dense = make_weight()
     inputs = [make_input(dense, 4, 2.0, 1), make_input(dense, 6, 0.5, 2)]
     shape = (ROWS,) if granularity == "row" else (ROWS, WIDTH)
-    known = [one * (mx.arange(ROWS).reshape(-1, *[1] * (len(shape) - 1)) >= 3)
-             for one in information(2, shape)]  # fmt: skip
+    known = [item * (mx.arange(ROWS).reshape(-1, *[1] * (len(shape) - 1)) >= 3)
+             for item in information(2, shape)]  # fmt: skip
     known[0] = mx.where(mx.arange(ROWS).reshape(-1, *[1] * (len(shape) - 1)) == 5,
                         0.0, known[0])  # fmt: skip
     shares = shares_of([0.25, 0.75])
     merged = merge_informed(weight, inputs, shares, known, scale=1.0, rank=ROWS)
     assert merged.unknown == 3 * WIDTH
-    found = adapted(dense, merged)
-    parts = [adapted(dense, one) for one in inputs]
-    assert_close(found[:3], (0.25 * parts[0] + 0.75 * parts[1])[:3])
-    assert_close(found[5:6], parts[1][5:6])  # the first knows nothing of it
+    result = adapted(dense, merged)
+    parts = [adapted(dense, adapted_input) for adapted_input in inputs]
+    assert_close(result[:3], (0.25 * parts[0] + 0.75 * parts[1])[:3])
+    assert_close(result[5:6], parts[1][5:6])  # the first has no information on it
     nothing = merge_informed(weight, inputs, shares, [known[0], None], scale=1.0)
     assert nothing.unknown == ROWS * WIDTH
     assert_close(adapted(dense, nothing), 0.25 * parts[0] + 0.75 * parts[1])
@@ -126,32 +131,32 @@ def test_a_negative_magnitude_and_a_zero_row() -> None:
     weight[5] = 0.0
     dense[5] = 0.0
     inputs = [make_input(dense, 4, 2.0, 1), make_input(dense, 6, 0.5, 2)]
-    for one in inputs:
-        assert one.m is not None
-        one.update.lora_b[:, 5] = 0.0
-        one.m[5] = 0.0
-        one.m[7] = -one.m[7]
+    for adapted_input in inputs:
+        assert adapted_input.m is not None
+        adapted_input.update.lora_b[:, 5] = 0.0
+        adapted_input.m[5] = 0.0
+        adapted_input.m[7] = -adapted_input.m[7]
     known = information(2, (ROWS, WIDTH))
     merged = merge_informed(
         weight, inputs, shares_of([0.5, 0.5]), known, scale=1.0, rank=ROWS
     )
-    parts = [adapted(dense, one) for one in inputs]
+    parts = [adapted(dense, adapted_input) for adapted_input in inputs]
     assert_close(adapted(dense, merged), expected(parts, known, [0.5, 0.5]))
     assert np.isfinite(to_numpy(merged.lora_b)).all()
 
 
-def test_weights_by_row_go_with_information_by_row_alone() -> None:
+def test_weights_by_row_need_information_by_row() -> None:
     weight, dense = make_weight()
     inputs = [make_input(dense, 4, 2.0, 1), make_input(dense, 6, 0.5, 2)]
     t = np.linspace(0.1, 0.9, ROWS)
     shares = np.stack([1 - t, t], axis=1)
     known = information(2, ROWS)
     merged = merge_informed(weight, inputs, shares, known, scale=1.0)
-    parts = [adapted(dense, one) for one in inputs]
+    parts = [adapted(dense, adapted_input) for adapted_input in inputs]
     truth = expected(parts, known, [(1 - t)[:, None], t[:, None]])
     assert_close(adapted(dense, merged), truth)
     by_element = information(2, (ROWS, WIDTH))
-    with pytest.raises(DoRAError, match="one weight an adapter"):
+    with pytest.raises(DoRAError, match="one weight per adapter, not one per row"):
         merge_informed(weight, inputs, shares, by_element, scale=1.0)
 
 
@@ -162,10 +167,10 @@ def test_tensors_of_models(granularity: str) -> None:
     shape = ROWS if granularity == "row" else (ROWS, WIDTH)
     known = information(2, shape)
     settings = TensorSettings(weights=np.array([1.0, 3.0]))
-    arrays = [mx.array(one) for one in tensors]
-    found, unknown = merge_informed_tensor(arrays, settings, known)
+    arrays = [mx.array(tensor) for tensor in tensors]
+    result, unknown = merge_informed_tensor(arrays, settings, known)
     assert unknown == 0
-    assert_close(found, expected(tensors, known, [1.0, 3.0]))
+    assert_close(result, expected(tensors, known, [1.0, 3.0]))
     mean, unknown = merge_informed_tensor(arrays, settings, [known[0], None])
     assert unknown == ROWS * WIDTH
     assert_close(mean, (tensors[0] + 3.0 * tensors[1]) / 4)

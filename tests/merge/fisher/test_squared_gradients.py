@@ -22,8 +22,8 @@ def estimate(model: nn.Module, rows=ROWS, **kw) -> dict[str, mx.array]:
 
 
 def acting(model: Toy) -> list[np.ndarray]:
-    """The weight that each block multiplies with."""
-    found = []
+    """The weight matrix of each block."""
+    result = []
     for layer in model.model.layers:
         module = layer.proj
         base = weight_of(module.get("linear", module))
@@ -32,8 +32,8 @@ def acting(model: Toy) -> list[np.ndarray]:
             a, b, m = (to_numpy(module[leaf]) for leaf in ("lora_a", "lora_b", "m"))
             dense = dense + module.scale * (a @ b).T
             dense *= (m / np.linalg.norm(dense, axis=1))[:, None]
-        found.append(dense)
-    return found
+        result.append(dense)
+    return result
 
 
 def adapt(model: Toy) -> None:
@@ -46,19 +46,19 @@ def adapt(model: Toy) -> None:
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_squares_are_those_of_each_rows_gradient(bits, adapted: bool) -> None:
+def test_squares_are_taken_of_each_rows_gradient(bits, adapted: bool) -> None:
     model = make_toy(bits)
     if adapted:
         adapt(model)
     weights = acting(model)
-    truth = [np.zeros_like(one) for one in weights]
+    truth = [np.zeros_like(weight) for weight in weights]
     for tokens, first in ROWS:
-        _, found = gradients(model, weights, tokens, first)
+        _, result = gradients(model, weights, tokens, first)
         places = [
-            grads[label] for grads, label in zip(found, tokens[first:], strict=True)
+            grads[label] for grads, label in zip(result, tokens[first:], strict=True)
         ]
         for i in (0, 1):
-            truth[i] += np.square(np.sum([one[i] for one in places], axis=0))
+            truth[i] += np.square(np.sum([place[i] for place in places], axis=0))
     by_element = estimate(model, granularity="element")
     by_row = estimate(model)
     for i, path in enumerate(PATHS):
@@ -67,15 +67,15 @@ def test_squares_are_those_of_each_rows_gradient(bits, adapted: bool) -> None:
 
 
 def test_drawn_labels_give_the_fisher_information() -> None:
-    """Not the empirical one: the mean is over what the model itself expects."""
+    """Not the empirical information: the mean is over the model's own distribution."""
     model = make_toy()
     row = ([1, 5, 2, 9, 3], 2)
     weights = acting(model)
-    probabilities, found = gradients(model, weights, *row)
+    probabilities, result = gradients(model, weights, *row)
     truth = [
         sum(
             p * np.square(grads[i]).sum(1)
-            for ps, places in zip(probabilities, found, strict=True)
+            for ps, places in zip(probabilities, result, strict=True)
             for p, grads in zip(ps, places, strict=True)
         )
         for i in (0, 1)
@@ -90,11 +90,11 @@ def test_drawn_labels_give_the_fisher_information() -> None:
 
 def test_drawn_labels_follow_the_seed() -> None:
     model = make_toy()
-    one, same, other = (
+    first, same, other = (
         estimate(model, labels="sampled", seed=seed)[PATHS[0]] for seed in (1, 1, 2)
     )
-    assert mx.array_equal(one, same)
-    assert not mx.array_equal(one, other)
+    assert mx.array_equal(first, same)
+    assert not mx.array_equal(first, other)
 
 
 @pytest.mark.parametrize("granularity", ["row", "element"])
@@ -138,11 +138,11 @@ def test_a_matrix_that_is_used_twice_is_left_out_and_named(
     model.model.layers[0]["proj"] = Twice(model.model.layers[0].proj)
     paths = ["model.layers.0.proj.inner", PATHS[1]]
     config = FisherConfig(batch_size=2)
-    found = dict(SquaredGradients(model, ROWS, paths, config, None).matrices())
-    assert list(found) == [PATHS[1]]
+    result = dict(SquaredGradients(model, ROWS, paths, config, None).matrices())
+    assert list(result) == [PATHS[1]]
     assert caplog.messages == [
-        "model.layers.0.proj.inner is not applied once to each token: left out, "
-        "without Fisher information"
+        "model.layers.0.proj.inner is not applied exactly once to each token: left "
+        "out, without Fisher information"
     ]
 
 
@@ -151,17 +151,17 @@ class Flat(Twice):
         return self.inner(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
-def test_rows_laid_end_to_end_are_told_apart() -> None:
+def test_rows_laid_end_to_end_are_separated() -> None:
     model = make_toy()
     expected = estimate(model)[PATHS[0]]
     model.model.layers[0]["proj"] = Flat(model.model.layers[0].proj)
     paths = ["model.layers.0.proj.inner"]
     config = FisherConfig(batch_size=2, labels="data")
-    found = dict(SquaredGradients(model, ROWS, paths, config, None).matrices())
-    assert_close(found[paths[0]], to_numpy(expected), bound=1e-6)
+    result = dict(SquaredGradients(model, ROWS, paths, config, None).matrices())
+    assert_close(result[paths[0]], to_numpy(expected), bound=1e-6)
 
 
-def test_by_row_no_array_of_the_weights_size_is_made(tiny_model: nn.Module) -> None:
+def test_by_row_uses_no_array_of_the_weights_size(tiny_model: nn.Module) -> None:
     path = "model.layers.1.mlp.down_proj"
     config = FisherConfig(batch_size=1)
     wide = nn.Linear(4096, 4096, bias=False)
@@ -171,9 +171,9 @@ def test_by_row_no_array_of_the_weights_size_is_made(tiny_model: nn.Module) -> N
     mx.eval(tiny_model.parameters())
     path = f"{path}.layers.1"
     rows = [(list(range(12)), 0)]
-    found = SquaredGradients(tiny_model, rows, [path], config, None)
+    result = SquaredGradients(tiny_model, rows, [path], config, None)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    assert dict(found.matrices())[path].shape == (4096,)
+    assert dict(result.matrices())[path].shape == (4096,)
     assert mx.get_peak_memory() - before < 4 * 4096 * 4096 / 4

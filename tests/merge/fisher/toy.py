@@ -35,7 +35,7 @@ class Trunk(nn.Module):
 
 
 class Toy(nn.Module):
-    """Each token's logits follow from that token alone."""
+    """Each token's logits depend only on that token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def make_toy(bits: int | None = None) -> Toy:
 def gradients(
     model: Toy, weights: Sequence[np.ndarray], tokens: Sequence[int], first: int
 ) -> tuple[np.ndarray, list[list[list[np.ndarray]]]]:
-    """Of each target place: the labels' probabilities, and ∂log p(label)/∂W of both.
+    """For each target: the labels' probabilities, and ∂log p(label)/∂W of both blocks.
 
     Args:
         model: For its embedding, biases and head.
@@ -82,7 +82,7 @@ def gradients(
     bias = [
         to_numpy(layer.proj.get("linear", layer.proj)["bias"]) for layer in trunk.layers
     ]
-    probabilities, found = [], []
+    probabilities, slopes = [], []
     for place in range(first - 1, len(tokens) - 1):
         x0 = to_numpy(trunk.embed.weight)[tokens[place]]
         t0 = np.tanh(weights[0] @ x0 + bias[0])
@@ -92,10 +92,10 @@ def gradients(
         p = np.exp(z - z.max())
         p /= p.sum()
         probabilities.append(p)
-        found.append([])
+        slopes.append([])
         for label in range(VOCABULARY):
             dx = head.T @ (np.eye(VOCABULARY)[label] - p)
             d1 = dx * (1 - t1**2)
             d0 = (dx + weights[1].T @ d1) * (1 - t0**2)
-            found[-1].append([np.outer(d0, x0), np.outer(d1, x1)])
-    return np.array(probabilities), found
+            slopes[-1].append([np.outer(d0, x0), np.outer(d1, x1)])
+    return np.array(probabilities), slopes

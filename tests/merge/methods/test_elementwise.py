@@ -13,19 +13,19 @@ from tests.merge.oracle import total
 
 
 class Methods:
-    """`elementwise`'s functions with their settings as keywords, on arrays."""
+    """Functions of `elementwise` on arrays, with settings as keywords."""
 
     def __getattr__(self, name):
         def call(base, tensors, weights, *, density=None, scale=1.0, **settings):
             if isinstance(density, float):
                 density = [density] * len(tensors)
-            found = TensorSettings(
+            tensor_settings = TensorSettings(
                 weights=np.array(weights),
                 density=None if density is None else tuple(density),
                 scale=scale,
                 **settings,
             )
-            blocks = getattr(elementwise, name)(base, tensors, found)
+            blocks = getattr(elementwise, name)(base, tensors, tensor_settings)
             return blockwise.joined(blocks, tensors[0].shape)
 
         return call
@@ -45,11 +45,11 @@ def make(count=3, shape=(30, 50), seed=0):
 
 
 def arrays(*values):
-    return [mx.array(one) for one in values]
+    return [mx.array(value) for value in values]
 
 
 def taus(base, tuned):
-    return [one.astype(float) - base for one in tuned]
+    return [array.astype(float) - base for array in tuned]
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +71,10 @@ def test_task_arithmetic():
     base, tuned = make()
     w = [0.4, 0.5, 0.8]
     moved = total(a * t for a, t in zip(w, taus(base, tuned), strict=True))
-    found = methods.task_arithmetic(mx.array(base), arrays(*tuned), w, scale=0.5)
-    assert_close(found, base + 0.5 * moved)
-    found = methods.task_arithmetic(mx.array(base), arrays(*tuned), w, normalize=True)
-    assert_close(found, base + moved / sum(w))
+    result = methods.task_arithmetic(mx.array(base), arrays(*tuned), w, scale=0.5)
+    assert_close(result, base + 0.5 * moved)
+    result = methods.task_arithmetic(mx.array(base), arrays(*tuned), w, normalize=True)
+    assert_close(result, base + moved / sum(w))
 
 
 def ties_truth(deltas, weights, densities, normalize):
@@ -85,8 +85,8 @@ def ties_truth(deltas, weights, densities, normalize):
         trimmed.append(np.where(np.abs(delta) >= least, delta, 0))
     moved = [w * d for w, d in zip(weights, trimmed, strict=True)]
     sign = np.where(total(moved) >= 0, 1, -1)
-    agrees = [np.sign(one) == sign for one in moved]
-    moved_sum = total(one * a for one, a in zip(moved, agrees, strict=True))
+    agrees = [np.sign(change) == sign for change in moved]
+    moved_sum = total(change * a for change, a in zip(moved, agrees, strict=True))
     share = total(w * a for w, a in zip(weights, agrees, strict=True))
     return moved_sum / np.where(share == 0, 1, share) if normalize else moved_sum
 
@@ -95,52 +95,53 @@ def ties_truth(deltas, weights, densities, normalize):
 def test_ties(normalize):
     base, tuned = make()
     w, density = [1.0, 0.5, 2.0], [0.2, 0.5, 1.0]
-    found = methods.ties(
+    result = methods.ties(
         mx.array(base), arrays(*tuned), w, density=density, normalize=normalize
     )
-    deltas = [(one - base).astype(float) for one in tuned]  # as the threshold sees them
-    assert_close(found, base + ties_truth(deltas, w, density, normalize))
+    # Subtract in float32, as the code does to find the threshold.
+    deltas = [(array - base).astype(float) for array in tuned]
+    assert_close(result, base + ties_truth(deltas, w, density, normalize))
 
 
-def test_of_equal_entries_ties_keeps_the_first_ones_and_no_more() -> None:
+def test_ties_keeps_the_first_of_equal_entries() -> None:
     base = np.zeros((30, 50), np.float32)
     rng = np.random.default_rng(3)
-    one = rng.choice([-2.0, -1.0, 0.5, 1.0], base.shape).astype(np.float32)
+    single = rng.choice([-2.0, -1.0, 0.5, 1.0], base.shape).astype(np.float32)
     for density in (0.1, 0.4, 0.6, 0.9):
-        kept = int(density * one.size)
-        first = np.argsort(-np.abs(one).ravel(), kind="stable")[:kept]
-        truth = np.zeros(one.size)
-        truth[first] = one.ravel()[first]
-        found = methods.ties(mx.array(base), arrays(one), [1.0], density=density)
-        assert (to_numpy(found).ravel() == truth).all()
+        kept = int(density * single.size)
+        first = np.argsort(-np.abs(single).ravel(), kind="stable")[:kept]
+        truth = np.zeros(single.size)
+        truth[first] = single.ravel()[first]
+        result = methods.ties(mx.array(base), arrays(single), [1.0], density=density)
+        assert (to_numpy(result).ravel() == truth).all()
 
 
 def test_half_precision_is_rounded_once() -> None:
     _, tuned = make()
-    halves = [mx.array(one).astype(mx.bfloat16) for one in tuned]
-    truth = np.mean([to_numpy(one) for one in halves], axis=0)
+    halves = [mx.array(array).astype(mx.bfloat16) for array in tuned]
+    truth = np.mean([to_numpy(half) for half in halves], axis=0)
     assert_close(methods.linear(None, halves, [1, 1, 1]), truth, bound=1e-6)
 
 
-def test_ties_with_nothing_kept_is_the_base():
+def test_ties_at_density_0_returns_the_base():
     base, tuned = make()
-    found = methods.ties(mx.array(base), arrays(*tuned), [1, 1, 1], density=0.0)
-    assert (to_numpy(found) == base).all()
+    result = methods.ties(mx.array(base), arrays(*tuned), [1, 1, 1], density=0.0)
+    assert (to_numpy(result) == base).all()
     with pytest.raises(DoRAError, match="density must be a share"):
         methods.ties(mx.array(base), arrays(*tuned), [1, 1, 1], density=1.5)
 
 
-def test_dare_keeps_the_share_it_is_told_and_rescales_it():
+def test_dare_keeps_the_given_share_and_rescales_it():
     base, tuned = make(1, (400, 100))
-    found = methods.dare(mx.array(base), arrays(*tuned), [1.0], density=0.3, seed=4)
-    moved = to_numpy(found) - base
+    result = methods.dare(mx.array(base), arrays(*tuned), [1.0], density=0.3, seed=4)
+    moved = to_numpy(result) - base
     kept = np.abs(moved) > 1e-7
     assert kept.mean() == pytest.approx(0.3, abs=0.01)
     assert_close(moved[kept], (taus(base, tuned)[0] / 0.3)[kept], bound=1e-5)
     again = methods.dare(mx.array(base), arrays(*tuned), [1.0], density=0.3, seed=4)
-    assert (to_numpy(again) == to_numpy(found)).all()
+    assert (to_numpy(again) == to_numpy(result)).all()
     other = methods.dare(mx.array(base), arrays(*tuned), [1.0], density=0.3, seed=5)
-    assert (to_numpy(other) != to_numpy(found)).any()
+    assert (to_numpy(other) != to_numpy(result)).any()
     last = methods.dare(
         mx.array(base), arrays(*tuned), [1.0], density=0.3, seed=2**64 - 1
     )
@@ -148,30 +149,30 @@ def test_dare_keeps_the_share_it_is_told_and_rescales_it():
     assert share == pytest.approx(0.3, abs=0.01)
 
 
-def test_dare_drops_other_entries_in_each_block_and_of_each_model():
+def test_dare_drops_different_entries_in_each_block_and_model():
     base = np.zeros((40, 100), np.float32)
     tuned = np.ones_like(base)
-    one, two = (
+    first, second = (
         to_numpy(methods.dare(mx.array(base), arrays(*pair), w, density=0.5)) > 0
         for pair, w in (([tuned], [1.0]), ([base, tuned], [1.0, 1.0]))
     )
-    flat = one.ravel()
+    flat = first.ravel()
     assert (flat[:400] != flat[400:800]).any()
-    assert (one != two).any()
+    assert (first != second).any()
 
 
 def test_dare_ties_without_dropping_is_ties_without_trimming():
     base, tuned = make()
     w = [1.0, 0.5, 2.0]
     given = mx.array(base), arrays(*tuned), w
-    found = methods.dare_ties(*given, density=1.0)
-    assert_close(found, to_numpy(methods.ties(*given, density=1.0)), bound=1e-7)
+    result = methods.dare_ties(*given, density=1.0)
+    assert_close(result, to_numpy(methods.ties(*given, density=1.0)), bound=1e-7)
 
 
-def test_tsv_of_one_task_is_that_task():
+def test_tsv_of_one_task_returns_that_task():
     base, tuned = make(1)
-    found = methods.tsv(mx.array(base), arrays(*tuned), [1.0])
-    assert_close(found, tuned[0].astype(float), bound=1e-6)
+    result = methods.tsv(mx.array(base), arrays(*tuned), [1.0])
+    assert_close(result, tuned[0].astype(float), bound=1e-6)
 
 
 def test_tsv_joins_orthogonal_tasks_without_loss():
@@ -180,18 +181,18 @@ def test_tsv_joins_orthogonal_tasks_without_loss():
     u, _ = np.linalg.qr(rng.standard_normal((30, 12)))
     v, _ = np.linalg.qr(rng.standard_normal((50, 12)))
     deltas = [(u[:, i : i + 4] * [3, 2, 1.5, 1]) @ v[:, i : i + 4].T for i in (0, 4, 8)]
-    tuned = [(base + one).astype(np.float32) for one in deltas]
-    found = methods.tsv(mx.array(base), arrays(*tuned), [1.0] * 3)
-    assert_close(found, base + total(deltas), bound=1e-4)
+    tuned = [(base + delta).astype(np.float32) for delta in deltas]
+    result = methods.tsv(mx.array(base), arrays(*tuned), [1.0] * 3)
+    assert_close(result, base + total(deltas), bound=1e-4)
 
 
 def test_tsv_whitens_what_the_tasks_share():
-    """Two equal tasks of rank one: once the task, with the norm of both together."""
+    """Two equal tasks of rank 1: the task once, with the norm of both together."""
     base = np.zeros((6, 6), np.float32)
     tau = np.zeros((6, 6), np.float32)
     tau[0, 0] = 1
-    found = methods.tsv(mx.array(base), arrays(tau, tau), [1.0, 1.0])
-    rng = np.linalg.svd(to_numpy(found), compute_uv=False)
+    result = methods.tsv(mx.array(base), arrays(tau, tau), [1.0, 1.0])
+    rng = np.linalg.svd(to_numpy(result), compute_uv=False)
     assert rng.max() <= 2 + 1e-6
 
 
@@ -199,8 +200,8 @@ def test_fisher():
     _, tuned = make()
     rng = np.random.default_rng(2)
     known = [rng.uniform(0, 1, (30, 50)).astype(np.float32) for _ in tuned]
-    for one in known:
-        one[0, :5] = 0
+    for information in known:
+        information[0, :5] = 0
     w = [1.0, 2.0, 3.0]
     f = [a * k.astype(float) for a, k in zip(w, known, strict=True)]
     with np.errstate(invalid="ignore"):
@@ -214,11 +215,11 @@ def test_whole_tensors_of_millions_keep_five_digits() -> None:
     first = rng.standard_normal((1500, 1201), dtype=np.float32)
     second = first + 0.1 * rng.standard_normal(first.shape, dtype=np.float32)
     settings = TensorSettings(weights=np.array([0.7, 0.3]))
-    found, _ = merge_tensor(
+    result, _ = merge_tensor(
         "slerp", None, [mx.array(first), mx.array(second)], settings, "tensor"
     )
     a, b = first.astype(np.float64), second.astype(np.float64)
     theta = np.arccos((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
     truth = (np.sin(0.7 * theta) * a + np.sin(0.3 * theta) * b) / np.sin(theta)
-    error = np.linalg.norm(np.array(found) - truth) / np.linalg.norm(truth)
+    error = np.linalg.norm(np.array(result) - truth) / np.linalg.norm(truth)
     assert error < 1e-6

@@ -1,4 +1,4 @@
-"""Model Stock against its paper's formula, as mergekit has it, in float64."""
+"""Model Stock against the formula of its paper and of mergekit, in float64."""
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -22,9 +22,9 @@ from tests.merge.oracle import total
 
 
 def dense_model_stock(base: np.ndarray, tuned: Sequence[np.ndarray]) -> np.ndarray:
-    """Along the last axis, as mergekit/merge_methods/model_stock.py has it."""
+    """The formula of mergekit/merge_methods/model_stock.py, along the last axis."""
     base = base.astype(float)
-    moved = [one - base for one in tuned]
+    moved = [array - base for array in tuned]
     cosines = [
         (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
         for a, b in combinations(moved, 2)
@@ -57,23 +57,25 @@ def test_models_are_merged_as_mergekit_does(
         base, *tuned = (read(folder, name) for folder in folders)
         shape = base.shape if settings else (-1,)
         truth = dense_model_stock(
-            base.reshape(shape), [one.reshape(shape) for one in tuned]
+            base.reshape(shape), [array.reshape(shape) for array in tuned]
         )
-        found = read(tmp_path / "out", name)
-        assert_close(mx.array(found), truth.reshape(base.shape))
+        result = read(tmp_path / "out", name)
+        assert_close(mx.array(result), truth.reshape(base.shape))
 
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("size", [0.1, 1e-4])
 def test_adapters_are_merged_exactly(bits: int | None, size: float) -> None:
-    """Small changes too, whose inner products are far below those of the rows."""
+    """Includes small changes, whose inner products are far below those of the rows."""
     weight, dense = make_weight(bits=bits)
     inputs = [make_input(dense, 2 + i, 1.0, i, size=size) for i in range(3)]
     if size < 1e-3:
-        inputs = [Adapted(update=one.update, m=None) for one in inputs]
+        inputs = [
+            Adapted(update=adapted_input.update, m=None) for adapted_input in inputs
+        ]
     shares = np.ones((40, 3))
     merged = merge_matrix(weight, inputs, shares, method="model_stock", scale=3.0)
-    parts = [adapted(dense, one) for one in inputs]
+    parts = [adapted(dense, adapted_input) for adapted_input in inputs]
     truth = dense_model_stock(dense, parts)
     assert_close(adapted(dense, merged), truth)
     if size > 1e-3:
@@ -83,20 +85,20 @@ def test_adapters_are_merged_exactly(bits: int | None, size: float) -> None:
 def test_where_the_angles_cancel_the_base_is_kept_and_counted() -> None:
     opposed = np.array([[[1.0, -1.0], [-1.0, 1.0]]])  # 1 + (2 - 1) cos = 0
     rows = Rows(inner=opposed, magnitude=np.ones((1, 2)), weights=np.ones((1, 2)))
-    found = model_stock(rows)
-    assert (found.coefficients == 0).all()
-    assert found.opposed.tolist() == [True]
+    result = model_stock(rows)
+    assert (result.coefficients == 0).all()
+    assert result.opposed.tolist() == [True]
 
 
 def test_weights_a_missing_base_and_a_single_model_are_refused(
     make_tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base, one, two = (make_tiny_folder(f"m{seed}", seed=seed) for seed in range(3))
+    base, first, two = (make_tiny_folder(f"m{seed}", seed=seed) for seed in range(3))
     kw: dict[str, Any] = {"method": "model_stock", "save_path": tmp_path / "out"}
     cases: tuple[tuple[list[Path], dict[str, Any], str], ...] = (
-        ([one, two], {"base": base, "weights": [1, 2]}, "takes no weights"),
-        ([one, two], {}, "model_stock needs a base"),
-        ([one], {"base": base}, "model_stock takes at least 2 inputs, got 1"),
+        ([first, two], {"base": base, "weights": [1, 2]}, "uses no weights"),
+        ([first, two], {}, "model_stock needs a base"),
+        ([first], {"base": base}, "model_stock merges at least 2 inputs, got 1"),
     )
     for models, more, message in cases:
         with pytest.raises(DoRAError, match=message):

@@ -18,7 +18,7 @@ from tests.merge.models.test_merge import MATRIX, NORM, edit, read
 
 
 def dense_nuslerp(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
-    """Along the last axis, as mergekit/merge_methods/nuslerp.py has it."""
+    """The formula of mergekit/merge_methods/nuslerp.py, along the last axis."""
     a, b = a.astype(float), b.astype(float)
     unit_a, unit_b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
     theta = np.arccos(np.clip((unit_a * unit_b).sum(-1, keepdims=True), -1, 1))
@@ -64,7 +64,7 @@ def test_adapters_are_merged_exactly(bits: int | None) -> None:
     inputs = [make_input(dense, 4, 2.0, 1), make_input(dense, 16, 0.5, 2)]
     shares = np.tile([0.25, 0.75], (40, 1))
     merged = merge_matrix(weight, inputs, shares, method="nuslerp", scale=3.0)
-    first, second = (adapted(dense, one) for one in inputs)
+    first, second = (adapted(dense, adapted_input) for adapted_input in inputs)
     truth = dense_nuslerp(first, second, 0.75)
     assert_close(adapted(dense, merged), truth)
 
@@ -78,7 +78,7 @@ def test_parallel_and_opposed_rows_are_interpolated_on_a_line(sign: float) -> No
     assert np.allclose(nuslerp(rows).coefficients, [[0.25, 0.75]])
 
 
-def test_columns_and_other_numbers_of_models_are_refused() -> None:
+def test_column_merges_and_wrong_model_counts_are_refused() -> None:
     entries = [{"model": name, "parameters": {"weight": 1}} for name in "abc"]
     config: dict[str, Any] = {"merge_method": "nuslerp", "models": entries[:2]}
     for parameters, message in (
@@ -87,5 +87,5 @@ def test_columns_and_other_numbers_of_models_are_refused() -> None:
     ):
         with pytest.raises(DoRAError, match=message):
             read_mergekit({**config, "parameters": parameters})
-    with pytest.raises(DoRAError, match="nuslerp takes 2 inputs, got 3"):
+    with pytest.raises(DoRAError, match="nuslerp merges 2 inputs, got 3"):
         read_mergekit({**config, "models": entries})

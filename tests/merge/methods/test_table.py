@@ -1,4 +1,4 @@
-"""The table of methods: what every entry promises, and what is made from it."""
+"""The table of methods: its entries, and the texts generated from it."""
 
 import json
 from collections.abc import Callable
@@ -29,24 +29,24 @@ def test_every_entry_names_functions_that_exist(name: str) -> None:
             assert callable(getattr(entry, f"{get}_function"))
 
 
-def test_methods_are_named_nowhere_else_in_the_code() -> None:
-    """No comparison with a method's name outside the table."""
-    found = [
+def test_only_the_table_compares_method_names() -> None:
+    """No code outside the table compares the name of a method."""
+    result = [
         f"{path.name}: {line.strip()}"
         for path in (ROOT / "mlx_dora" / "merge").rglob("*.py")
         for line in path.read_text(encoding="utf-8").splitlines()
         for compared in ("method == ", "method != ", "method in ", "method not in ")
         if compared in line
     ]
-    assert found == []
+    assert result == []
 
 
-def test_the_page_holds_the_table() -> None:
+def test_the_docs_page_contains_the_table() -> None:
     page = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
     assert docs_table() in page, "run: python -m mlx_dora.merge.methods.page"
 
 
-def test_help_says_the_default_densities() -> None:
+def test_help_lists_the_default_densities() -> None:
     for verb in ("adapters", "models"):
         text = " ".join(CliRunner().invoke(command, [verb, "--help"]).output.split())
         assert "(default: ties 0.2, dare 0.5, dare_ties 0.5)" in text
@@ -57,17 +57,17 @@ def test_help_says_the_default_densities() -> None:
 def test_models_have_the_default_density_of_adapters(
     make_tiny_folder: Callable[..., Path], tmp_path: Path, method: str
 ) -> None:
-    base, one = (make_tiny_folder(f"m{seed}", seed=seed) for seed in range(2))
+    base, first = (make_tiny_folder(f"m{seed}", seed=seed) for seed in range(2))
     kw: dict[str, Any] = {"base": base, "method": method}
-    merge_models([one], save_path=tmp_path / "out", **kw)
+    merge_models([first], save_path=tmp_path / "out", **kw)
     kept = read(tmp_path / "out", MATRIX) != read(base, MATRIX)
     assert kept.mean() == pytest.approx({"ties": 0.2, "dare": 0.5}[method], abs=0.04)
     density = {"density": METHODS[method].density}
-    merge_models([one], save_path=tmp_path / "again", parameters=density, **kw)
+    merge_models([first], save_path=tmp_path / "again", parameters=density, **kw)
     assert (read(tmp_path / "again", MATRIX) == read(tmp_path / "out", MATRIX)).all()
 
 
-def test_dare_that_drops_nothing_says_so() -> None:
+def test_dare_at_density_1_reports_that_it_drops_nothing() -> None:
     kw: dict[str, Any] = {"base": "b", "method": "dare"}
     plan = plan_models(["a"], parameters={"density": 1.0}, **kw)
     assert plan.notes == ("dare with density 1 drops nothing.",)
@@ -79,7 +79,7 @@ def test_dare_that_drops_nothing_says_so() -> None:
 
 def test_settings_without_effect_are_refused(tiny_model: Any) -> None:
     for parameters, message in (
-        ({"density": 0.5}, "density has no effect on slerp; it takes weights alone"),
+        ({"density": 0.5}, "density has no effect on slerp; it uses only weights"),
         ({"lambda": 2.0}, "lambda has no effect on slerp"),
     ):
         with pytest.raises(DoRAError, match=message):

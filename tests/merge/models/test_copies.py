@@ -24,14 +24,14 @@ BUFFER = "model.layers.{}.self_attn.rotary_emb.inv_freq"
 
 @pytest.fixture
 def tied(make_tiny_folder: Callable[..., Path]) -> tuple[Path, Path]:
-    """Two tied models of which the second stores a copy of its head."""
+    """Two tied models; the second stores a copy of its head."""
     plain, copied = (make_tiny_folder(f"m{seed}", seed=seed) for seed in (1, 2))
     edit(copied, lm_head__weight=mx.array(read(copied, EMBEDDING)))
     return plain, copied
 
 
-def mean(one: Path, other: Path, name: str = EMBEDDING) -> np.ndarray:
-    return (read(one, name).astype(float) + read(other, name)) / 2
+def mean(first: Path, other: Path, name: str = EMBEDDING) -> np.ndarray:
+    return (read(first, name).astype(float) + read(other, name)) / 2
 
 
 def test_a_copied_head_of_an_input_is_left_out_with_a_note__mlx_lm_1298(
@@ -46,7 +46,7 @@ def test_a_copied_head_of_an_input_is_left_out_with_a_note__mlx_lm_1298(
 def test_a_copied_head_of_the_pattern_stays_a_copy__mergekit_464(
     tied: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Whatever the settings by name say, which would set the two apart."""
+    """Even if settings by name would make the head and the embedding differ."""
     plain, copied = tied
     weights = {"lm_head": [1.0, 0.0], "*": [1.0, 1.0]}
     report = merge_models(
@@ -85,7 +85,7 @@ def test_buffers_are_carried_from_the_pattern__tinyllama_127(
     )
     for name in names:
         assert (read(tmp_path / "with", name) == 1).all()
-    assert any("Rotary buffers as in" in line for line in report.lines())
+    assert any("Rotary buffers are copied from" in line for line in report.lines())
     report = merge_models(
         [plain, other], save_path=tmp_path / "without", method="linear"
     )
@@ -93,16 +93,16 @@ def test_buffers_are_carried_from_the_pattern__tinyllama_127(
     assert names[0] in report.lines()[0]
 
 
-def test_analysis_passes_over_a_copied_head__mlx_examples_564(
+def test_analysis_skips_a_copied_head__mlx_examples_564(
     tied: tuple[Path, Path], make_tiny_folder: Callable[..., Path]
 ) -> None:
     plain, copied = tied
     again = make_tiny_folder("again", seed=2)  # the same without the copy
     expected = analyze_finetune(plain, again).layers
     for pair in ((plain, copied), (copied, plain)):
-        found = analyze_finetune(*pair).layers
-        assert [one.name for one in found] == [one.name for one in expected]
-        assert found[0].delta_d == pytest.approx(expected[0].delta_d)
+        result = analyze_finetune(*pair).layers
+        assert [layer.name for layer in result] == [layer.name for layer in expected]
+        assert result[0].delta_d == pytest.approx(expected[0].delta_d)
     edit(copied, lm_head__weight=mx.ones((320, 32)))
     with pytest.raises(DoRAError, match=f"lacks {HEAD}"):
         analyze_finetune(plain, copied)

@@ -45,7 +45,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def three(make_tiny_folder: MakeFolder) -> list[Path]:
-    """Three models with unlike weights, norms included."""
+    """Three models with different weights, including norm weights."""
     folders = [make_tiny_folder(f"m{seed}", seed=seed) for seed in range(3)]
     for i, folder in enumerate(folders):
         edit(folder, model__norm__weight=(1.0 + i) * mx.ones(32))
@@ -56,7 +56,7 @@ def test_rows_are_merged_apart_and_vectors_by_the_mean(
     three: list[Path], tmp_path: Path
 ) -> None:
     merge_models(three[:2], save_path=tmp_path / "out", weights=[1, 3])
-    a, b = (read(one, MATRIX) for one in three[:2])
+    a, b = (read(folder, MATRIX) for folder in three[:2])
     assert_close(mx.array(read(tmp_path / "out", MATRIX)), dense_slerp(a, b, 0.75))
     assert read(tmp_path / "out", "model.norm.weight")[0] == pytest.approx(1.75)
     model, tokenizer = load(tmp_path / "out")
@@ -69,11 +69,11 @@ def test_weights_by_pattern_and_by_row(three: list[Path], tmp_path: Path) -> Non
     weights = {"*.layers.1.mlp.down_proj": [1 - t, t], "*.layers.0.*": [1, 0],
                "*": [1, 3]}  # fmt: skip
     merge_models(three[:2], save_path=tmp_path / "out", weights=weights)
-    a, b = (read(one, MATRIX) for one in three[:2])
+    a, b = (read(folder, MATRIX) for folder in three[:2])
     rows = [dense_slerp(a[[j]], b[[j]], t[j])[0] for j in range(32)]
     assert_close(mx.array(read(tmp_path / "out", MATRIX)), np.array(rows))
     for name, share in (("layers.0.mlp.up_proj", 0.0), ("layers.1.mlp.up_proj", 0.75)):
-        a, b = (read(one, f"model.{name}.weight") for one in three[:2])
+        a, b = (read(folder, f"model.{name}.weight") for folder in three[:2])
         expected = dense_slerp(a, b, share) if share else a
         assert_close(mx.array(read(tmp_path / "out", f"model.{name}.weight")), expected)
 
@@ -84,7 +84,7 @@ def test_changes_of_a_base_are_merged_when_there_is_one(
     base, *tuned = three
     merge_models(tuned, base=base, method="karcher", save_path=tmp_path / "out")
     start = read(base, MATRIX)
-    moved = [read(one, MATRIX) - start for one in tuned]
+    moved = [read(folder, MATRIX) - start for folder in tuned]
     expected = start + dense_karcher(moved, [0.5, 0.5])
     assert_close(mx.array(read(tmp_path / "out", MATRIX)), expected)
 
@@ -106,7 +106,7 @@ def known_of(folder: Path, count: int, granularity: str = "row") -> list[Path]:
 
 
 @pytest.mark.parametrize("granularity", ["row", "element"])
-def test_fisher_weighs_what_it_knows(
+def test_fisher_weighs_models_by_their_information(
     three: list[Path], tmp_path: Path, granularity: str
 ) -> None:
     folders = known_of(tmp_path, 3, granularity)
@@ -115,16 +115,16 @@ def test_fisher_weighs_what_it_knows(
         fisher=folders,
     )  # fmt: skip
     known = []
-    for one in folders:
-        value = read(one, MATRIX.removesuffix(".weight"))
+    for folder in folders:
+        value = read(folder, MATRIX.removesuffix(".weight"))
         value = value / np.linalg.norm(value)
         known.append(value if granularity == "element" else value[:, None])
-    parts = [read(one, MATRIX) for one in three]
+    parts = [read(folder, MATRIX) for folder in three]
     top = total(w * f * p for w, f, p in zip([1, 2, 3], known, parts, strict=True))
     under = total(w * f for w, f in zip([1, 2, 3], known, strict=True))
     assert_close(mx.array(read(tmp_path / "out", MATRIX)), top / under)
-    name = "model.layers.0.mlp.up_proj.weight"  # nothing is known of it
-    mean = total(w * read(one, name) for w, one in zip([1, 2, 3], three, strict=True))
+    name = "model.layers.0.mlp.up_proj.weight"  # has no information
+    mean = total(w * read(path, name) for w, path in zip([1, 2, 3], three, strict=True))
     assert_close(mx.array(read(tmp_path / "out", name)), mean / 6)
     text = "\n".join(report.lines())
     assert "in 19 tensors have no Fisher information" in text
@@ -136,7 +136,7 @@ def test_fisher_weighs_what_it_knows(
             merge_models(
                 three, save_path=tmp_path / "two", method="fisher", fisher=given
             )
-    with pytest.raises(DoRAError, match="granularity is row"):
+    with pytest.raises(DoRAError, match="use granularity row, not tensor"):
         merge_models(
             three, save_path=tmp_path / "two", method="fisher", fisher=folders,
             parameters={"granularity": "tensor"},
@@ -148,7 +148,7 @@ def test_fisher_weighs_what_it_knows(
 def test_copies_come_back(three: list[Path], tmp_path: Path, method, granularity):
     if method in ("magnitude_weighted", "fisher") and granularity == "tensor":
         return
-    base, one, _ = three
+    base, first, _ = three
     parameters: dict[str, Any] = {"granularity": granularity}
     weights = [1.0, 1.0]
     if method in ("dare", "task_arithmetic"):
@@ -157,9 +157,9 @@ def test_copies_come_back(three: list[Path], tmp_path: Path, method, granularity
         parameters["density"] = 1.0
     if method == "tsv":
         weights = [1.0, 0.0]
-        edit(one, **{MATRIX.replace(".", "__"): mx.array(read(base, MATRIX)) + 1.0})
+        edit(first, **{MATRIX.replace(".", "__"): mx.array(read(base, MATRIX)) + 1.0})
     merge_models(
-        [one, one],
+        [first, first],
         base=base,
         save_path=tmp_path / "out",
         method=method,
@@ -167,25 +167,25 @@ def test_copies_come_back(three: list[Path], tmp_path: Path, method, granularity
         parameters=parameters,
         fisher=known_of(tmp_path, 2) if method == "fisher" else None,
     )
-    found = mx.array(read(tmp_path / "out", MATRIX))
-    assert_close(found, read(one, MATRIX), bound=1e-6)
+    result = mx.array(read(tmp_path / "out", MATRIX))
+    assert_close(result, read(first, MATRIX), bound=1e-6)
 
 
-def test_packed_models_are_packed_again_with_the_error_said(
+def test_packed_models_are_packed_again_and_the_error_is_reported(
     make_tiny_folder: MakeFolder, tmp_path: Path
 ) -> None:
     a, b = (make_tiny_folder(f"q{s}", seed=s, bits=4) for s in (1, 2))
     dense = make_tiny_folder("dense", seed=3)
     report = merge_models([a, dense], save_path=tmp_path / "out")
-    errors = [one.packing_error for one in report.tensors]
-    assert 0.01 < max(one for one in errors if one is not None) < 0.2
+    errors = [tensor.packing_error for tensor in report.tensors]
+    assert 0.01 < max(item for item in errors if item is not None) < 0.2
     assert "Packing 15 tensors again" in "\n".join(report.lines())
     assert load(tmp_path / "out")[0].layers
     merge_models([a, b], save_path=tmp_path / "same", weights=[1, 0])
-    found, own = Checkpoint(tmp_path / "same"), Checkpoint(a)
+    result, own = Checkpoint(tmp_path / "same"), Checkpoint(a)
     for name in (f"{MATRIX[:-7]}.scales", MATRIX):
-        assert found.info(name).dtype == own.info(name).dtype
-        assert found.info(name).shape == own.info(name).shape
+        assert result.info(name).dtype == own.info(name).dtype
+        assert result.info(name).shape == own.info(name).shape
     merge_models([dense, a], save_path=tmp_path / "dense_out")
     assert "model.embed_tokens.scales" not in Checkpoint(tmp_path / "dense_out").names
 
@@ -197,11 +197,11 @@ def test_the_dtype_is_kept_or_as_asked(
     a, b = (make_tiny_folder(f"m{s}", seed=s, dtype=mx.bfloat16) for s in (1, 2))
     merge_models([a, b], save_path=tmp_path / "out", dtype=dtype)
     kept = {"BF16"} if dtype is None else {"F16"}
-    found = Checkpoint(tmp_path / "out")
-    assert {found.info(name).dtype for name in found.names} == kept
+    result = Checkpoint(tmp_path / "out")
+    assert {result.info(name).dtype for name in result.names} == kept
 
 
-def test_unlike_vocabularies_need_pad(
+def test_different_vocabularies_need_pad(
     make_tiny_folder: MakeFolder, tmp_path: Path
 ) -> None:
     a = make_tiny_folder("a", seed=1)
@@ -213,9 +213,9 @@ def test_unlike_vocabularies_need_pad(
         [a, b], save_path=tmp_path / "out", method="linear", parameters={"pad": True}
     )
     name = "model.embed_tokens.weight"
-    found, one, two = (read(f, name) for f in (tmp_path / "out", a, b))
-    assert_close(mx.array(found[:320]), (one + two[:320]) / 2)
-    assert_close(mx.array(found[320:]), two[320:], bound=1e-7)
+    result, first, second = (read(f, name) for f in (tmp_path / "out", a, b))
+    assert_close(mx.array(result[:320]), (first + second[:320]) / 2)
+    assert_close(mx.array(result[320:]), second[320:], bound=1e-7)
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 330
     assert load(tmp_path / "out")[0](TOKENS).shape[-1] == 330
 
@@ -226,7 +226,7 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.mkdir()
     cases: list[tuple[list[Path], dict[str, Any], str]] = [
-        ([a, b, c], {}, "slerp takes 2 inputs, got 3"),
+        ([a, b, c], {}, "slerp merges 2 inputs, got 3"),
         ([a, b], {"method": "ties"}, "ties needs a base"),
         ([a, b], {"method": "best"}, "no merge method 'best'"),
         ([a, b], {"parameters": {"densty": 1}}, "unknown densty"),
@@ -268,16 +268,16 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
     with pytest.raises(DoRAError, match="is a qwen2 model"):
         merge_models([a, c], save_path=out)
     names = [path.name for path in tmp_path.iterdir()]
-    # Nothing is left, hidden or not.
+    # No files are left, hidden or not.
     assert sorted(names) == ["m0", "m1", "m2", "there"]
 
 
 def overlapping(whole: bytes) -> bytes:
-    """The file with its last tensor moved over the one before it."""
+    """The file with its last tensor moved over the previous tensor."""
     size = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8 : 8 + size])
     header.pop("__metadata__", None)
-    last = max(header.values(), key=lambda one: one["data_offsets"])
+    last = max(header.values(), key=lambda entry: entry["data_offsets"])
     last["data_offsets"] = [place - 4 for place in last["data_offsets"]]
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + whole[8 + size : -4]
@@ -286,7 +286,7 @@ def overlapping(whole: bytes) -> bytes:
 def test_memory_is_bounded(
     make_tiny_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As small beside the tensor as in a real model.
+    # Keep the ratio of block to tensor as small as in a real model.
     monkeypatch.setattr(blockwise, "BLOCK", 1 << 14)
     sizes = {"vocab_size": 20_000, "hidden_size": 64, "num_hidden_layers": 1}
     models = [make_tiny_folder(f"m{s}", seed=s, **sizes) for s in range(4)]
@@ -295,7 +295,7 @@ def test_memory_is_bounded(
     for method in ("karcher", "ties", "linear"):
         before = mx.get_active_memory()
         plan = plan_models(
-            [str(one) for one in models[1:]],
+            [str(name) for name in models[1:]],
             base=str(models[0]),
             method=method,
             parameters={"density": 0.5} if METHODS[method].density else {},

@@ -1,4 +1,4 @@
-"""Merges of models that are killed, or find the disk full."""
+"""Merges of models that are killed, or that fill the disk."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ run_merge(plan_models([a, b]), out, max_shard_bytes=20_000, progress=progress)
 """
 
 
-def test_a_killed_merge_shows_nothing_and_is_gone_on_with(
+def test_a_killed_merge_leaves_no_output_and_can_be_resumed(
     three: list[Path], tmp_path: Path
 ) -> None:
     a, b, _ = three
@@ -50,7 +50,7 @@ def test_a_killed_merge_shows_nothing_and_is_gone_on_with(
     assert done.returncode == -signal.SIGKILL
     assert not out.exists()
     assert list(tmp_path.glob("*/model.safetensors")) == [
-        one / "model.safetensors" for one in three
+        folder / "model.safetensors" for folder in three
     ] or not list(tmp_path.glob("out*"))
     plan = plan_models([str(a), str(b)])
     report = run_merge(plan, out, max_shard_bytes=20_000)
@@ -82,7 +82,7 @@ merge_models(sys.argv[1:3], save_path=sys.argv[3], dtype="bfloat16")
 """
 
 
-def test_a_merge_killed_inside_a_shard_starts_it_again(
+def test_a_merge_killed_inside_a_shard_restarts_that_shard(
     three: list[Path], tmp_path: Path
 ) -> None:
     a, b, _ = three
@@ -117,7 +117,7 @@ def test_a_full_disk_ends_a_merge_with_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m0", "m1", "m2"]
 
 
-def test_other_settings_do_not_take_over_what_was_left(
+def test_other_settings_do_not_resume_the_leftovers(
     three: list[Path], tmp_path: Path
 ) -> None:
     a, b, _ = three

@@ -46,7 +46,7 @@ CONFIGS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     },
     "karcher": lambda m: {
         "merge_method": "karcher",
-        "models": [{"model": one} for one in m],
+        "models": [{"model": name} for name in m],
     },
     "task_arithmetic": lambda m: {
         "merge_method": "task_arithmetic",
@@ -102,8 +102,8 @@ def exact_slerp(tensors: Arrays, settings: TensorSettings) -> np.ndarray:
 
 
 def exact_karcher(tensors: Arrays, settings: TensorSettings) -> np.ndarray:
-    norms = [np.linalg.norm(one) for one in tensors]
-    units = [one / size for one, size in zip(tensors, norms, strict=True)]
+    norms = [np.linalg.norm(tensor) for tensor in tensors]
+    units = [tensor / size for tensor, size in zip(tensors, norms, strict=True)]
     mean = total(units)
     mean /= np.linalg.norm(mean)
     for _ in range(20):
@@ -132,17 +132,17 @@ def exact_ties(tensors: Arrays, settings: TensorSettings) -> np.ndarray:
     base, *others = tensors
     assert settings.density is not None
     moved = []
-    for weight, share, one in zip(
+    for weight, share, array in zip(
         settings.weights, settings.density, others, strict=True
     ):
-        delta = (one - base).astype(np.float32).astype(np.float64).ravel()
+        delta = (array - base).astype(np.float32).astype(np.float64).ravel()
         kept = np.argsort(-np.abs(delta), kind="stable")[: int(share * delta.size)]
         trimmed = np.zeros_like(delta)
         trimmed[kept] = weight * delta[kept]
         moved.append(trimmed.reshape(base.shape))
     sign = np.where(total(moved) >= 0, 1, -1)
-    agrees = [np.sign(one) == sign for one in moved]
-    merged = total(one * agree for one, agree in zip(moved, agrees, strict=True))
+    agrees = [np.sign(change) == sign for change in moved]
+    merged = total(change * agree for change, agree in zip(moved, agrees, strict=True))
     share = total(w * a for w, a in zip(settings.weights, agrees, strict=True))
     return base + merged / np.where(share == 0, 1, share)
 
@@ -161,16 +161,16 @@ def assert_same(ours: Path, theirs: Path, plan: MergePlan) -> None:
 
     mergekit sums whole tensors in float32: its karcher of the embeddings is 2e-2 off.
     """
-    found, expected = Checkpoint(ours), Checkpoint(theirs)
+    result, expected = Checkpoint(ours), Checkpoint(theirs)
     needs_base = plan.base is not None and plan.method in ("task_arithmetic", "ties")
     names = [plan.base, *plan.models] if needs_base else plan.models
-    inputs = [Checkpoint(str(one)) for one in names]
-    blocks = count_blocks(found.names)
-    assert found.names == expected.names
+    inputs = [Checkpoint(str(name)) for name in names]
+    blocks = count_blocks(result.names)
+    assert result.names == expected.names
     off = []
     for name in expected.names:
-        merged = to_numpy(found.tensor(name))
-        tensors = [to_numpy(one.tensor(name)) for one in inputs]
+        merged = to_numpy(result.tensor(name))
+        tensors = [to_numpy(folder.tensor(name)) for folder in inputs]
         settings = plan.settings_of(name, 1, blocks)
         exact = EXACT[plan.method](tensors, settings)
         error = relative_rms(merged, exact)
@@ -191,19 +191,19 @@ def assert_same(ours: Path, theirs: Path, plan: MergePlan) -> None:
 def assert_only_equals_differ(
     ours: np.ndarray, theirs: np.ndarray, tensors: Arrays, settings: TensorSettings
 ) -> None:
-    """Of entries equal to the smallest that is kept, mergekit's sort keeps any."""
+    """Among entries equal to the smallest kept entry, mergekit keeps any."""
     differs = np.abs(ours - theirs) > 1e-6 * np.abs(theirs).max()
     assert settings.density is not None
     is_equal = np.zeros(ours.shape, bool)
-    for share, one in zip(settings.density, tensors[1:], strict=True):
-        size = np.abs((one - tensors[0]).astype(np.float32))
+    for share, array in zip(settings.density, tensors[1:], strict=True):
+        size = np.abs((array - tensors[0]).astype(np.float32))
         place = size.size - int(share * size.size)
         is_equal |= size == np.partition(size.ravel(), place)[place]
     assert not (differs & ~is_equal).any()
 
 
 def perturbed(source: Path, folder: Path, seed: int) -> Path:
-    """A checkpoint as if fine-tuned: every tensor moved by some percent."""
+    """A simulated fine-tuned checkpoint: every tensor moved by a few percent."""
     folder.mkdir()
     for path in source.iterdir():
         if path.suffix == ".json" and "index" not in path.name:
@@ -220,7 +220,7 @@ def perturbed(source: Path, folder: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def trio(tmp_path_factory: pytest.TempPathFactory, smollm: Path) -> list[str]:
-    """SmolLM2 and two checkpoints a little off it."""
+    """SmolLM2 and two slightly perturbed copies."""
     peers_python("torch", "mergekit")
     at = tmp_path_factory.mktemp("models")
     tuned = [perturbed(smollm, at / f"tuned{seed}", seed) for seed in (1, 2)]
@@ -244,7 +244,7 @@ def test_agrees_with_mergekit_on_a_real_model(
 def test_rowwise_slerp_is_mergekits_where_rows_have_one_length(
     make_tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Its nuslerp interpolates rows as they are, ours length and direction apart."""
+    """Its nuslerp interpolates whole rows; our slerp separates length and direction."""
     models = [make_tiny_folder(f"m{seed}", seed=seed) for seed in (1, 2)]
     for folder in models:
         path = str(folder / "model.safetensors")
@@ -257,8 +257,8 @@ def test_rowwise_slerp_is_mergekits_where_rows_have_one_length(
         mx.eval(unit)
         mx.save_safetensors(path, unit, {"format": "pt"})
     entries = [
-        {"model": str(one), "parameters": {"weight": w}}
-        for one, w in zip(models, (0.3, 0.7), strict=True)
+        {"model": str(name), "parameters": {"weight": w}}
+        for name, w in zip(models, (0.3, 0.7), strict=True)
     ]
     config = {
         "merge_method": "nuslerp",

@@ -25,7 +25,7 @@ def test_gradients_and_filters():
     assert depth_of("model.layers.0.mlp.up_proj.weight", 1) == 1
 
 
-def test_a_models_own_parameter_goes_first_and_falls_through():
+def test_a_models_own_parameter_takes_precedence():
     entries = [
         {"model": "a", "parameters": {"weight": [{"filter": "mlp", "value": 3}]}},
         {"model": "b"},
@@ -72,11 +72,14 @@ def test_slerp_starts_at_the_base():
         ({"parameters": {"weight": 10**400}}, "weight must be a number"),
         ({"parameters": {"weight": float("nan")}}, "weight must be a number"),
         ({"parameters": {"weight": [{"filter": 5, "value": 1}]}}, "weight must be"),
-        ({"parameters": {"wait": 1}}, "wait not understood; linear takes weight"),
+        ({"parameters": {"wait": 1}}, "wait is unknown; linear uses weight"),
         ({"models": "a"}, "needs models"),
-        ({"models": [{"model": "a", "params": {}}]}, "models: a: params not"),
-        ({"models": [{"model": "a+b"}]}, "fuse it first"),
-        ({"models": [{"model": "a", "parameters": {"normalize": 1}}]}, "not underst"),
+        ({"models": [{"model": "a", "params": {}}]}, "models: a: unknown params"),
+        ({"models": [{"model": "a+b"}]}, "fuse the adapter first"),
+        (
+            {"models": [{"model": "a", "parameters": {"normalize": 1}}]},
+            "not supported there",
+        ),
         ({"base_model": "c"}, "must be among the models"),
         ({"dtype": "int8"}, "dtype must be"),
         ({"parameters": {"weight": "much"}}, "weight must be a number"),
@@ -88,7 +91,7 @@ def test_slerp_starts_at_the_base():
         ({"merge_method": "ties"}, "ties needs a base"),
     ],
 )
-def test_what_is_not_understood_is_refused(changes, message):
+def test_unknown_keys_and_bad_values_are_refused(changes, message):
     with pytest.raises(DoRAError, match=message):
         read_mergekit(config(**changes))
 
@@ -120,7 +123,7 @@ def source(model, first=0, end=2):
         ({"a": 1}, "slices must be a list"),
     ],
 )
-def test_slices_that_are_no_whole_models_are_refused(slices, message):
+def test_slices_that_are_not_whole_models_are_refused(slices, message):
     with pytest.raises(DoRAError, match=message):
         read_mergekit({"merge_method": "linear", "slices": slices})
 

@@ -62,9 +62,9 @@ def test_int8_mask_is_accepted_and_changes_nothing__mergekit_338(
         },
         tmp_path / "out",
     )
-    base, a, b = (read(Path(one), MATRIX) for one in models.values())
+    base, a, b = (read(Path(path), MATRIX) for path in models.values())
     moved = ties_truth(
-        [(one - base).astype(float) for one in (a, b)], [0.5, 0.3], [0.5, 0.4], True
+        [(item - base).astype(float) for item in (a, b)], [0.5, 0.3], [0.5, 0.4], True
     )
     assert_close(mx.array(read(tmp_path / "out", MATRIX)), base + moved)
     assert "int8_mask has no effect here" in report.lines()[0]
@@ -90,11 +90,11 @@ def test_karchers_limits_are_accepted__mergekit_230(
 
 
 def task_arithmetic(models: dict[str, str], **more: Any) -> Config:
-    one = {"model": models["A"], "parameters": {"weight": 1.0}}
+    first = {"model": models["A"], "parameters": {"weight": 1.0}}
     return {
         "merge_method": "task_arithmetic",
         "base_model": models["BASE"],
-        "models": [one],
+        "models": [first],
         "dtype": "float32",
         **more,
     }
@@ -117,7 +117,7 @@ def put_template(folder: str, text: str | list[Any]) -> None:
         ({"tokenizer": {"source": "A"}, "name": "x"}, "A"),
     ],
 )
-def test_a_tokenizer_of_equal_vocabulary_is_taken__mergekit_479(
+def test_a_tokenizer_of_equal_vocabulary_is_used__mergekit_479(
     models: dict[str, str], tmp_path: Path, keys: Config, owner: str
 ) -> None:
     put_template(models["A"], "A: {{ messages }}")
@@ -149,7 +149,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(
     merge(task_arithmetic(models), tmp_path / "out")  # as before, unchecked
 
 
-def test_the_tokenizers_model_is_no_output(
+def test_the_tokenizers_model_cannot_be_the_output(
     models: dict[str, str], tmp_path: Path
 ) -> None:
     config = task_arithmetic(models, tokenizer_source=models["B"])
@@ -167,7 +167,7 @@ def test_a_list_of_templates_with_damaged_names_gives_the_default(
     for folder in models.values():
         put_template(folder, [{"name": []}, 5, named])
     report = merge(task_arithmetic(models, chat_template="auto"), tmp_path / "out")
-    assert any("that of 2 of 2 models" in line for line in report.lines())
+    assert any("template: from 2 of 2 models" in line for line in report.lines())
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == (
         "mine {{ messages }}"
     )
@@ -177,12 +177,12 @@ def test_a_list_of_templates_with_damaged_names_gives_the_default(
 @pytest.mark.parametrize(
     ("wanted", "expected", "note"),
     [
-        ("auto", "two: {{ messages }}", "that of 2 of 3 models"),
-        ("own {{ messages }}", "own {{ messages }}", "the config's own"),
+        ("auto", "two: {{ messages }}", "from 2 of 3 models"),
+        ("own {{ messages }}", "own {{ messages }}", "set by the config"),
         ("chatml", "one: {{ messages }}", "not shipped here"),
     ],
 )
-def test_the_chat_template_is_the_wanted_one(
+def test_the_chat_template_is_chosen(
     models: dict[str, str], tmp_path: Path, is_file: bool, wanted, expected, note
 ) -> None:
     from transformers import AutoTokenizer
@@ -196,8 +196,8 @@ def test_the_chat_template_is_the_wanted_one(
     config = task_arithmetic(models, chat_template=wanted)
     config["models"].append({"model": models["B"], "parameters": {"weight": 0.0}})
     report = merge(config, tmp_path / "out")
-    found = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-    assert found == expected
+    result = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert result == expected
     assert any(note in line for line in report.lines())
 
 
@@ -213,7 +213,7 @@ def test_slices_over_all_blocks_are_whole_models__mergekit_96(
 ) -> None:
     top = {"merge_method": "slerp", "base_model": models["A"], "parameters": {"t": T}}
     plain = [{"model": models[name]} for name in "AB"]
-    slices = [{"sources": [{**one, "layer_range": [0, 2]} for one in plain]}]
+    slices = [{"sources": [{**entry, "layer_range": [0, 2]} for entry in plain]}]
     forms = {
         "models": {"models": plain},
         "slices": {"slices": slices},
@@ -248,14 +248,14 @@ def test_passthrough_copies_a_model__mergekit_418(
     merge({"merge_method": "passthrough", "slices": [{"sources": [source]}]},
           tmp_path / "copy")  # fmt: skip
     scale = [{"filter": "o_proj", "value": 0.5}, {"value": 1.0}]
-    one = {"model": models["A"], "parameters": {"scale": scale}}
-    merge({"merge_method": "passthrough", "models": [one]}, tmp_path / "scaled")
+    first = {"model": models["A"], "parameters": {"scale": scale}}
+    merge({"merge_method": "passthrough", "models": [first]}, tmp_path / "scaled")
     for name in (MATRIX, ATTENTION, "model.embed_tokens.weight"):
         own = read(Path(models["A"]), name)
         assert (read(tmp_path / "copy", name) == own).all()
         factor = 0.5 if name == ATTENTION else 1.0
         assert (read(tmp_path / "scaled", name) == factor * own).all()
-    with pytest.raises(DoRAError, match="passthrough takes one model"):
+    with pytest.raises(DoRAError, match="passthrough uses one model"):
         both = [{"model": models[name]} for name in "AB"]
         merge({"merge_method": "passthrough", "models": both}, tmp_path / "out")
 
@@ -278,7 +278,7 @@ def test_dare_drops_and_rescales__mergekit_9(
         },
         tmp_path / "out",
     )
-    base, tuned = (read(Path(models[one]), name) for one in ("BASE", "A"))
+    base, tuned = (read(Path(models[item]), name) for item in ("BASE", "A"))
     moved = read(tmp_path / "out", name) - base
     is_kept = np.abs(moved) > 1e-7
     assert is_kept.mean() == pytest.approx(0.53, abs=0.02)
@@ -286,7 +286,7 @@ def test_dare_drops_and_rescales__mergekit_9(
     assert_close(mx.array(moved[is_kept]), factor * (tuned - base)[is_kept], bound=1e-5)
 
 
-def test_the_command_prints_the_notes_and_refuses_options_that_the_file_decides(
+def test_the_command_prints_the_notes_and_refuses_options_that_the_file_sets(
     models: dict[str, str], tmp_path: Path
 ) -> None:
     path = tmp_path / "merge.yaml"
@@ -294,20 +294,20 @@ def test_the_command_prints_the_notes_and_refuses_options_that_the_file_decides(
         f"merge_method: dare_linear\nbase_model: {models['BASE']}\nname: mine\n"
         f"models:\n- model: {models['A']}\n  parameters: {{weight: 1, density: 0.5}}\n"
     )
-    found = []
+    actual = []
     for i, seed in enumerate((["--seed", "1"], ["--seed", "1"], ["--seed", "2"])):
         out = tmp_path / f"out{i}"
         args = ["models", "-c", str(path), "--save-path", str(out), *seed]
         result = CliRunner().invoke(command, args)
         assert result.exit_code == 0, result.output
         assert "name: has no effect on the merged model." in result.stdout
-        found.append(read(out, MATRIX))
-    assert (found[0] == found[1]).all()
-    assert (found[0] != found[2]).any()
+        actual.append(read(out, MATRIX))
+    assert (actual[0] == actual[1]).all()
+    assert (actual[0] != actual[2]).any()
     args = ["models", "-c", str(path), "--save-path", str(tmp_path / "x")]
     result = CliRunner().invoke(command, [*args, "--method", "ties", "--density", "1"])
     assert result.exit_code == 2
-    assert "--method, --density: the --config file decides this" in result.stderr
+    assert "--method, --density: set by the --config file" in result.stderr
     path.write_text("name: a\n---\nname: b\n")
     result = CliRunner().invoke(command, args)
     assert result.exit_code == 1

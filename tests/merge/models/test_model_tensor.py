@@ -1,4 +1,4 @@
-"""One tensor of a merge of models: from files, and what is not finite."""
+"""Merges one tensor of several models: from files, and with NaN or inf."""
 
 import itertools
 from collections.abc import Callable
@@ -26,10 +26,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "granularity"), CASES)
-def test_no_method_hides_what_is_not_finite(
+def test_no_method_hides_nan_or_inf(
     tmp_path: Path, method: str, granularity: str
 ) -> None:
-    """One entry, in the base or a model, of a matrix or a vector; masked out or not."""
+    """A bad entry in the base or a model, in a matrix or vector, masked or not."""
     rng = np.random.default_rng(1)
     shapes = {"a.weight": (6, 7), "norm.weight": (8,)}
     folders = [tmp_path / name for name in ("base", "one", "two")]
@@ -43,10 +43,14 @@ def test_no_method_hides_what_is_not_finite(
         folders, shapes, (np.nan, np.inf, -np.inf)
     ):
         for folder in folders:
-            values = {one: rng.standard_normal(shape) for one, shape in shapes.items()}
+            values = {
+                name: rng.standard_normal(shape) for name, shape in shapes.items()
+            }
             if folder == bad:
                 values[name].flat[5] = value
-            tensors = {one: mx.array(v.astype(np.float32)) for one, v in values.items()}
+            tensors = {
+                name: mx.array(v.astype(np.float32)) for name, v in values.items()
+            }
             mx.save_safetensors(str(folder / "model.safetensors"), tensors)
         base, *tuned = folders
         with pytest.raises(DoRAError, match=f"{bad}: {name} holds NaN or inf"):
@@ -56,7 +60,7 @@ def test_no_method_hides_what_is_not_finite(
             )  # fmt: skip
 
 
-def test_what_float16_cannot_hold_is_refused(
+def test_float16_overflow_is_refused(
     make_tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = make_tiny_folder()
@@ -74,7 +78,7 @@ def test_what_float16_cannot_hold_is_refused(
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize(("method", "granularity"), CASES)
-def test_files_are_merged_as_arrays_are(
+def test_files_and_arrays_merge_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method, granularity, dtype
 ) -> None:
     monkeypatch.setattr(blockwise, "BLOCK", 500)
@@ -87,5 +91,5 @@ def test_files_are_merged_as_arrays_are(
     settings = TensorSettings(weights=np.array([0.4, 0.6]), density=(0.3, 0.5))
     (base, *held), (base_file, *stored) = list(arrays.values()), files
     expected, _ = merge_tensor(method, base, held, settings, granularity)
-    found, _ = merge_tensor(method, base_file, stored, settings, granularity)
-    assert mx.array_equal(found, expected)
+    result, _ = merge_tensor(method, base_file, stored, settings, granularity)
+    assert mx.array_equal(result, expected)
