@@ -39,6 +39,8 @@ def is_local(text: str) -> bool:
     """Whether a text is a local path, not a Hub id."""
     if not text or "\0" in text or len(text) > 4096:
         return False
+    if text.startswith(("{", "[")):  # YAML: its paths are shortened singly
+        return False
     path = Path(text)
     starts = text.startswith(("~", "./", "../")) or path.is_absolute()
     return starts or text.count("/") > 1 or ("/" in text and path.exists())

@@ -133,7 +133,7 @@ def test_module_that_keys_name_must_have_tensors(
     )
     config["lora_parameters"]["keys"] = ["mlp.up_proj", "mlp.down_proj"]
     path.write_text(json.dumps(config))
-    with pytest.raises(DoRAError, match=r"what has no tensors: model.layers.0.mlp"):
+    with pytest.raises(DoRAError, match=r"that have no tensors: model\.layers\.0\.mlp"):
         load(folder, tmp_path / "a")
 
 

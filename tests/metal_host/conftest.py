@@ -16,9 +16,10 @@ def host(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) 
     """
     if COMPILER is None:
         pytest.skip("no g++: the kernels cannot be compiled for this machine")
-    cache = getattr(pytestconfig, "cache", None)
-    place = tmp_path_factory.mktemp("host") if cache is None else None
-    return Host(Builder(place or cache.mkdir("metal_host")))
+    cache: pytest.Cache | None = getattr(pytestconfig, "cache", None)
+    if cache is None:
+        return Host(Builder(tmp_path_factory.mktemp("metal_host")))
+    return Host(Builder(cache.mkdir("metal_host")))
 
 
 @pytest.fixture(scope="session")
