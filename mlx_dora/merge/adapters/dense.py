@@ -199,6 +199,8 @@ def _truncate(
     Uses the Gram matrix of the shorter side, so singular values below 1e-8 of the
     largest are noise.
     """
+    if not np.isfinite(matrix).all():
+        raise DoRAError(NOT_FINITE)
     is_tall = matrix.shape[0] >= matrix.shape[1]
     side = matrix if is_tall else matrix.T  # (long, short)
     squares, vectors = np.linalg.eigh(side.T @ side)

@@ -5,9 +5,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_dora.errors import DoRAError
 from mlx_dora.layers import weight_of
 from mlx_dora.merge import merge_adapters
-from mlx_dora.merge.adapters.dense import Options, merge_apart
+from mlx_dora.merge.adapters.dense import Options, _truncate, merge_apart
 from tests.checks import assert_close, to_numpy
 from tests.merge.adapters.test_merge import dense_rows, train
 from tests.merge.methods.test_elementwise import ties_truth
@@ -80,3 +81,10 @@ def test_a_cut_keeps_the_magnitudes_and_reports_the_loss(
     sizes = np.linalg.svd(a @ b, compute_uv=False)
     assert sizes[4:].max() > 1e-6
     assert cut.config.rank == 4
+
+
+def test_a_change_that_is_not_finite_is_refused_before_its_svd() -> None:
+    change = np.ones((4, 3))
+    change[1, 2] = np.inf
+    with pytest.raises(DoRAError, match="not finite"):
+        _truncate(change, 2, None)
