@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 WRONG = """
@@ -52,6 +54,7 @@ def test_a_case_is_one_line_with_machine_and_losses(tmp_path: Path) -> None:
             assert figures["p20_ms"] <= figures["median_ms"] <= figures["p80_ms"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_of_variants_continues(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from mlx_dora.fuse.model import fuse_model
 from tests.checks import assert_close, to_numpy
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_adapter_means_the_same_everywhere(smollm: Path, tmp_path: Path) -> None:
     model, tokenizer = load(smollm)
