@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-import click
+from mlx_dora.cli._echo import echo
 
 
 def with_recorded_base(args: Sequence[str]) -> list[str]:
@@ -19,11 +19,21 @@ def with_recorded_base(args: Sequence[str]) -> list[str]:
     adapter = _value(args, "--adapter-path")
     if adapter is None or _value(args, "--model") is not None:
         return list(args)
+    return ["--model", announced_base(adapter), *args]
+
+
+def announced_base(adapter_path: str) -> str:
+    """Return the base that an adapter records, and say so on stderr.
+
+    Raises:
+        DoRAError: If the adapter's folder is invalid or records no base.
+    """
     from mlx_dora.adapters.recorded_base import recorded_base
 
-    model = recorded_base(adapter)
-    click.echo(f"Base: {model}, as recorded by the adapter.", err=True)
-    return ["--model", model, *args]
+    model = recorded_base(adapter_path)
+    # The name comes from a file: `echo` escapes what a terminal would obey.
+    echo(f"Base: {model}, as recorded by the adapter.", err=True)
+    return model
 
 
 def _value(args: Sequence[str], name: str) -> str | None:

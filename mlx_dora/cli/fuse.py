@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import click
 
+from mlx_dora.cli._base_model import announced_base
 from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._options import dataclass_options
@@ -84,7 +85,6 @@ def command(
     one tensor is in memory at a time. A dense layer keeps its dtype and size. The
     report shows what share of each layer's update survived.
     """
-    from mlx_dora.adapters.recorded_base import recorded_base
     from mlx_dora.evaluate.fused import PROMPTS, verify_fused
     from mlx_dora.fuse.model import fuse_model
 
@@ -93,8 +93,7 @@ def command(
 
         check_upload(upload_repo)
     if model is None:
-        model = recorded_base(adapter_path)
-        click.echo(f"Base: {model}, as recorded by the adapter.", err=True)
+        model = announced_base(adapter_path)
     report = fuse_model(
         model,
         adapter_path,

@@ -84,10 +84,8 @@ def command(
         if upload_repo is not None:
             _publish_adapter(train, upload_repo)
         echo("Next:")
-        for one in next_commands(train):
-            # A line end in a quoted path stays one, so that the command works.
-            for line in f"  {one}".split("\n"):
-                echo(line)
+        for line in next_commands(train):
+            echo(f"  {line}")
     return None
 
 
