@@ -339,4 +339,4 @@ def test_the_command_writes_table_json_and_report(make_tiny_folder, tmp_path):
     assert "+1.000" in done.output
     done = CliRunner().invoke(command, ["models", str(folder), str(folder)])
     assert done.exit_code == 0, done.output
-    assert "minimal" in done.output
+    assert "equal in both models and left out" in done.output
