@@ -41,10 +41,11 @@ class Browser:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         flags += ["--remote-debugging-pipe", f"--user-data-dir={self._folder.name}"]
         flags += ["--no-first-run", "--disable-dev-shm-usage", "about:blank"]
-        # The protocol uses descriptors 3 and 4. MLX's libraries are not preloaded.
+        # The protocol uses descriptors 3 and 4; dash cannot copy those above 9 to them.
+        # MLX's libraries are not preloaded.
         start = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", start, program, *flags],
+            ["bash", "-c", start, program, *flags],
             pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

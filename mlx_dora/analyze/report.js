@@ -50,20 +50,20 @@ function heat(w, value, text, title, detail) {
 
 const ordered = [...rows].sort((a, b) => modules.indexOf(moduleOf(a.name)) - modules.indexOf(moduleOf(b.name)) || (a.layer ?? -1) - (b.layer ?? -1));
 function boxes(w, key, scale, title, isSigned) {
-  const q = r => r.quantiles[key].map(v => v * scale), h = 270, top = Math.max(...ordered.map(r => q(r)[5])) * 1.08 || 1, low = isSigned ? Math.min(0, ...ordered.map(r => q(r)[1])) * 1.08 : 0;
-  const f = frame(w, h, {range: [0, ordered.length], title: null}, {range: [low, top], title}, 58), one = f.X(1) - f.X(0), bw = Math.min(16, one * .62), step = Math.ceil(16 / one);
+  const q = r => r.quantiles[key].map(v => v * scale), h = 258, top = Math.max(...ordered.map(r => q(r)[5])) * 1.08 || 1, low = isSigned ? Math.min(0, ...ordered.map(r => q(r)[1])) * 1.08 : 0;
+  const f = frame(w, h, {range: [0, ordered.length], title: null}, {range: [low, top], title}, 46), one = f.X(1) - f.X(0), bw = Math.min(16, one * .62), step = Math.ceil(20 / one);
   let s = f.s, from = 0, own = 0;
   ordered.forEach((r, i) => {
     const v = q(r), x = f.X(i + .5), c = hue(look(r.module)), last = i === ordered.length - 1 || ordered[i + 1].module !== r.module;
     s += `<g ${tip(r.name + "\n" + ["least", "5 %", "25 %", "median", "75 %", "95 %", "most"].map((n, k) => `${n} ${num(v[k], 4)}`).join("\n"))}><rect x="${x - bw / 2 - 1}" y="${f.Y(v[5])}" width="${bw + 2}" height="${Math.max(1, f.Y(v[1]) - f.Y(v[5]))}" fill="transparent" stroke="none"/><line x1="${x}" x2="${x}" y1="${f.Y(v[1])}" y2="${f.Y(v[5])}" stroke="${c}"/><rect x="${x - bw / 2}" y="${f.Y(v[4])}" width="${bw}" height="${Math.max(1, f.Y(v[2]) - f.Y(v[4]))}" rx="2" fill="${c}" stroke="none"/><line x1="${x - bw / 2}" x2="${x + bw / 2}" y1="${f.Y(v[3])}" y2="${f.Y(v[3])}" stroke="var(--card)" stroke-width="2"/></g>`;
-    if (!none(r.layer) && own % step === 0) s += `<text class="layer" x="${x}" y="${h - 40}" text-anchor="middle">${r.layer}</text>`;
+    if (!none(r.layer) && own % step === 0) s += `<text class="layer" x="${x}" y="${h - 28}" text-anchor="middle">${r.layer}</text>`;
     own += 1;
     if (!last) return;
     const a = f.X(from) + 3, b = f.X(i + 1) - 3;
-    s += `<line class="axis" x1="${a}" x2="${b}" y1="${h - 33}" y2="${h - 33}"/><text class="name" x="${(a + b) / 2}" y="${h - 18}" text-anchor="middle">${esc(cut(r.module, Math.max(3, Math.floor((b - a) / 6.2))))}</text>`;
+    s += `<line class="axis" x1="${a}" x2="${b}" y1="${h - 21}" y2="${h - 21}"/><text class="name" x="${(a + b) / 2}" y="${h - 6}" text-anchor="middle">${esc(cut(r.module, Math.max(3, Math.floor((b - a) / 6.2))))}</text>`;
     from = i + 1; own = 0;
   });
-  return svg(w, h, s + `<text x="${(f.left + f.right) / 2}" y="${h - 2}" text-anchor="middle">layer, module</text>`, title + " of the rows of each matrix");
+  return svg(w, h, s, title + " of the rows of each matrix");
 }
 const roomy = () => 60 + Math.max(7 * ordered.length, 66 * modules.length);
 
@@ -113,7 +113,7 @@ function adaptation() {
   const boxed = {"angle, degrees": ["angle", 180 / Math.PI], "Δm / ‖W₀‖, percent": ["delta_m_relative", 100, true]};
   const columns = [["matrix", r => r.name], ["ΔM", r => r.delta_m, v => num(v), "Mean change of a row's length"], ["relative ΔM", r => r.delta_m_relative, pct, "The same, as a share of the length"], ["ΔD", r => r.delta_d, v => num(v), "Mean of 1 − cosine of a row's angle"],
     ["angle", r => r.mean_angle, deg, "Mean angle of a row (CSV: radians)"], ["Δm with angle", r => r.correlation, v => signed(v), "Correlation of both over the rows"], ["eff. rank", r => r.effective_rank || null, v => num(v), "How many directions the update uses"], ["kind", r => r.classification]];
-  return `${head}${tiles([[whole(rows.length), (rows.length === 1 ? "matrix" : "matrices") + (data.kind === "models" ? " changed" : "") + (left ? ` of ${whole(rows.length + left)}` : "")], [deg(mean(rows.map(r => r.mean_angle))), "mean angle of a row"], [pct(mean(rows.map(r => r.delta_m_relative))), "mean change of length"], [pct(data.radial_share), "of the squared change is magnitude"],
+  return `${head}${tiles([[whole(rows.length), left ? `of ${whole(rows.length + left)} matrices changed` : rows.length === 1 ? "matrix" : "matrices"], [deg(mean(rows.map(r => r.mean_angle))), "mean angle of a row"], [pct(mean(rows.map(r => r.delta_m_relative))), "mean change of length"], [pct(data.radial_share), "of the squared change is magnitude"],
     [signed(c.pearson), `correlation of ΔM with ΔD${none(c.interval[0]) ? "" : ` (95 %: ${signed(c.interval[0])} to ${signed(c.interval[1])}; n ${c.n})`}`]])}<div class="grid">${advice}`
     + card("Magnitude against direction", "Each point is a matrix, as in figure 2 of the DoRA paper.", chart("scatter", (w, o) => scatter(w, ...keys[o])) + moduleLegend(), false, choose("scatter", Object.keys(keys)))
     + card("Layer by module", "The bar below is the scale.", chart("heat", (w, o) => heat(w, ...heats[o], o)), false, choose("heat", Object.keys(heats)))

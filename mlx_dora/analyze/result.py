@@ -56,6 +56,11 @@ class AdaptationAnalysis:
         return {layer.name: layer.classification for layer in self.layers}
 
     @property
+    def radial_share(self) -> float | None:
+        """Magnitude's mean share of the squared change; see `guidance.radial_share`."""
+        return radial_share(self.layers)
+
+    @property
     def guidance(self) -> list[Advice]:
         """Suggestions for merging, each with its reason."""
         return adaptation_advice(self.layers)
@@ -73,7 +78,7 @@ class AdaptationAnalysis:
             "source": self.source,
             "base": self.base,
             "correlation": correlation_dict(self.association),
-            "radial_share": radial_share(self.layers),
+            "radial_share": self.radial_share,
             "unchanged": self.unchanged,
             "layers": [layer.to_dict() for layer in self.layers],
             "guidance": [advice.to_dict() for advice in self.guidance],

@@ -83,10 +83,7 @@ def test_rotated_rows_are_direction_alone():
 def test_identical_weights_did_nothing():
     base = weights()
     result = analyze_finetune(base, base, spectrum=True)
-    layer = only(result)
-    assert (layer.delta_m, layer.delta_d, layer.effective_rank) == (0, 0, 0)
-    assert layer.classification == "minimal"
-    assert np.isnan(layer.correlation)
+    assert (result.layers, result.unchanged) == ([], ["layers.0.q_proj"])
     assert np.isnan(result.correlation)
     assert result.guidance[0].rule == "unchanged"
     json.dumps(result.to_dict(), allow_nan=False)
