@@ -95,7 +95,7 @@ class Browser:
         width: int = 1200,
         height: int = 900,
         dark: bool = False,
-        media: str = "screen",
+        media: str = "",
     ) -> "Tab":
         """Open a file or an address and wait until it is loaded."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]

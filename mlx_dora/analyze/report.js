@@ -22,13 +22,13 @@ function scatter(w, key, title) {
   const h = Math.max(260, Math.min(340, w * .66)), top = k => Math.max(...rows.map(r => r[k])) * 1.05 || 1, f = frame(w, h, {range: [0, top(key)], title}, {range: [0, top("delta_d")], title: "ΔD"});
   const spots = new Map(); // points in the same place, which would hide each other
   for (const r of rows) { const x = Math.round(f.X(r[key])), y = Math.round(f.Y(r.delta_d)), k = x + "," + y; if (!spots.has(k)) spots.set(k, {x, y, members: []}); spots.get(k).members.push(r); }
-  const points = rows.map(r => marker(look(r.module), f.X(r[key]), f.Y(r.delta_d), 5, `fill-opacity=".85" ${tip(describe(r))}`)).join("");
+  const points = rows.map(r => marker(look(r.module), f.X(r[key]), f.Y(r.delta_d), 5, tip(describe(r)))).join("");
   return svg(w, h, f.s + points + [...spots.values()].filter(s => s.members.length > 2).map(s => `<text class="name count" x="${s.x + 8}" y="${s.y - 7}" ${tip(s.members.map(r => r.name).slice(0, 12).join("\n") + (s.members.length > 12 ? `\nand ${s.members.length - 12} more` : ""))}>×${s.members.length}</text>`).join(""), `${title} against ΔD, ${many(rows.length, "matrix", "matrices")}`);
 }
 
 function heat(w, value, text, title, detail) {
   const layers = [...new Set(rows.map(r => layerOf(r.name)))].sort((a, b) => (a ?? -1) - (b ?? -1)), L = 14 + 6.4 * Math.min(16, Math.max(...modules.map(m => m.length)));
-  const cw = Math.min(60, (w - L - 4) / layers.length), ch = Math.max(22, Math.min(34, 260 / modules.length)), end = modules.length * ch, h = end + 86, cells = new Map();
+  const cw = Math.min(60, (w - L - 4) / layers.length), ch = Math.max(22, Math.min(37, 280 / modules.length)), end = modules.length * ch, h = end + 86, cells = new Map();
   for (const r of rows) { const k = moduleOf(r.name) + "|" + layerOf(r.name); if (!none(value(r))) cells.set(k, [...(cells.get(k) || []), r]); }
   const means = [...cells.values()].map(g => mean(g.map(value))), least = Math.min(...means, Infinity), most = Math.max(...means, -Infinity);
   const size = Math.max(Math.abs(least), Math.abs(most)), [lo, hi] = !means.length ? [0, 1] : least < 0 ? [-size, size] : [least, most > least ? most : least || 1];
@@ -51,7 +51,7 @@ function heat(w, value, text, title, detail) {
 const ordered = [...rows].sort((a, b) => modules.indexOf(moduleOf(a.name)) - modules.indexOf(moduleOf(b.name)) || (a.layer ?? -1) - (b.layer ?? -1));
 function boxes(w, key, scale, title, isSigned) {
   const q = r => r.quantiles[key].map(v => v * scale), h = 258, top = Math.max(...ordered.map(r => q(r)[5])) * 1.08 || 1, low = isSigned ? Math.min(0, ...ordered.map(r => q(r)[1])) * 1.08 : 0;
-  const f = frame(w, h, {range: [0, ordered.length], title: null}, {range: [low, top], title}, 46), one = f.X(1) - f.X(0), bw = Math.min(16, one * .62), step = Math.ceil(20 / one);
+  const f = frame(w, h, {range: [0, ordered.length], title: null}, {range: [low, top], title}, 46), one = f.X(1) - f.X(0), bw = Math.min(16, one * .62), step = Math.ceil((5 + 6.4 * String(Math.max(...ordered.map(r => r.layer ?? 0))).length) / one);
   let s = f.s, from = 0, own = 0;
   ordered.forEach((r, i) => {
     const v = q(r), x = f.X(i + .5), c = hue(look(r.module)), last = i === ordered.length - 1 || ordered[i + 1].module !== r.module;
@@ -87,7 +87,7 @@ function grid(w, measure, title) {
       if (c >= 34) s += `<text x="${L + k * c + c / 2}" y="${i * c + c / 2 + 4}" text-anchor="middle" style="fill:var(--${Math.abs(v) > .5 ? "card" : "ink"});pointer-events:none">${lo < 0 ? signed(v) : v.toFixed(2)}</text>`;
     });
   });
-  return svg(w, h, s + colorBar(L, n * c + below + 4, Math.min(240, w - L - 10), lo, 1, v => lo < 0 ? signed(v, 1) : v.toFixed(1), title), title + " of each pair of adapters");
+  return svg(w, h, s + colorBar(L, n * c + below + 4, Math.min(240, w - L - 10), lo, 1, v => v && lo < 0 ? signed(v, 1) : num(v, 2), title), title + " of each pair of adapters");
 }
 
 const advice = card("What the numbers suggest", "Each line is one stated rule; see docs/analysis.md.", bullets(data.guidance.map(g => g.sentence)), true);
@@ -101,7 +101,7 @@ function comparison() {
   return `<h1>${data.adapters.length} adapters compared</h1><p class="soft">${data.labels.map((a, i) => esc(a) + (none(data.adapter_ranks[i]) ? "" : ` (rank ${data.adapter_ranks[i]})`)).join(" · ")}</p><div class="grid">${advice}`
     + card("Adapter against adapter", "Energy-weighted means over matrices.", chart("grid", (w, o) => grid(w, grids[o], o)), false, choose("grid", Object.keys(grids)))
     + card("Where they agree and conflict", `Mean over ${many(new Set(data.pairs.map(pair)).size, "pair", "pairs")}${Math.min(...rows.map(r => r.update_cosine)) < 0 ? "; orange is negative" : ""}.`, chart("heat", (w, o) => heat(w, heats[o], num, o, data.adapters.length > 2 ? r => `${pair(r)} ${num(heats[o](r))}` : null)), false, choose("heat", Object.keys(heats)))
-    + card("Every pair on every matrix", "The most opposed first; a heading sorts.", table("pairs", columns, data.pairs, {column: 2, descending: false}), true) + "</div>";
+    + card("Every pair on every matrix", "The most opposed first. Click a heading to sort.", table("pairs", columns, data.pairs, {column: 2, descending: false}), true) + "</div>";
 }
 function adaptation() {
   const c = data.correlation, ranks = [...new Set(rows.map(r => r.rank).filter(Boolean))].sort((a, b) => a - b), left = data.unchanged.length;
@@ -114,11 +114,11 @@ function adaptation() {
   const columns = [["matrix", r => r.name], ["ΔM", r => r.delta_m, v => num(v), "Mean change of a row's length"], ["relative ΔM", r => r.delta_m_relative, pct, "The same, as a share of the length"], ["ΔD", r => r.delta_d, v => num(v), "Mean of 1 − cosine of a row's angle"],
     ["angle", r => r.mean_angle, deg, "Mean angle of a row (CSV: radians)"], ["Δm with angle", r => r.correlation, v => signed(v), "Correlation of both over the rows"], ["eff. rank", r => r.effective_rank || null, v => num(v), "How many directions the update uses"], ["kind", r => r.classification]];
   return `${head}${tiles([[whole(rows.length), left ? `of ${whole(rows.length + left)} matrices changed` : rows.length === 1 ? "matrix" : "matrices"], [deg(mean(rows.map(r => r.mean_angle))), "mean angle of a row"], [pct(mean(rows.map(r => r.delta_m_relative))), "mean change of length"], [pct(data.radial_share), "of the squared change is magnitude"],
-    [signed(c.pearson), `correlation of ΔM with ΔD${none(c.interval[0]) ? "" : ` (95 %: ${signed(c.interval[0])} to ${signed(c.interval[1])}; n ${c.n})`}`]])}<div class="grid">${advice}`
+    [signed(c.pearson), `correlation of ΔM with ΔD${none(c.interval[0]) ? "" : ` (95 %: ${signed(c.interval[0])} to ${signed(c.interval[1])}; n ${c.n})`}`]])}<div class="grid">${advice}`
     + card("Magnitude against direction", "Each point is a matrix, as in figure 2 of the DoRA paper.", chart("scatter", (w, o) => scatter(w, ...keys[o])) + moduleLegend(), false, choose("scatter", Object.keys(keys)))
     + card("Layer by module", "The bar below is the scale.", chart("heat", (w, o) => heat(w, ...heats[o], o)), false, choose("heat", Object.keys(heats)))
     + card("Rows inside each matrix", "Median, middle half, and 5 to 95 % of the rows; the numbers are layers.", chart("dist", (w, o) => boxes(w, boxed[o][0], boxed[o][1], o, boxed[o][2]), roomy), true, choose("dist", Object.keys(boxed)))
     + (data.log && data.log.length > 1 ? card("Training", "From log.jsonl beside the adapter.", chart("curve", curve) + legend([[0, "training"], [4, "validation (dashed)"]]), true) : "")
-    + card("Every matrix", "Sorted by ΔD; a heading sorts.", table("matrices", columns, rows, {column: 3, descending: true}), true) + "</div>";
+    + card("Every matrix", "Click a heading to sort.", table("matrices", columns, rows, {column: 3, descending: true}), true) + "</div>";
 }
 show(data.kind === "comparison" ? comparison() : adaptation());

@@ -112,7 +112,7 @@ function colorBar(x, y, w, lo, hi, text, title) {
 }
 function draw(id, width) {
   const box = document.getElementById(id), pick = document.querySelector(`select[data-view="${id}"]`), w = Math.max(width || box.clientWidth, charts[id].least());
-  box.innerHTML = charts[id].draw(w, pick && pick.value);
+  if (w > 100) box.innerHTML = charts[id].draw(w, pick && pick.value);
 }
 
 // Tooltips: by mouse, and by arrow keys inside a focused chart.
@@ -132,8 +132,10 @@ document.addEventListener("keydown", e => {
   const list = [...graph.querySelectorAll("[data-tip]")], at = list.findIndex(t => t.classList.contains("on"));
   if (!list.length) return;
   e.preventDefault(); hideTip();
-  const t = list[at < 0 ? step > 0 ? 0 : list.length - 1 : (at + step + list.length) % list.length], r = t.getBoundingClientRect();
-  t.classList.add("on"); showTip(t, r.right, r.bottom);
+  const t = list[at < 0 ? step > 0 ? 0 : list.length - 1 : (at + step + list.length) % list.length];
+  t.classList.add("on"); t.scrollIntoView({block: "nearest", inline: "nearest"});
+  const r = t.getBoundingClientRect();
+  showTip(t, r.right, r.bottom);
 });
 
 // Puts the page together: html, then how it was made.
@@ -141,7 +143,7 @@ function show(html) {
   const page = document.getElementById("page"), facts = data.provenance;
   if (facts) html += `<footer class="soft"><p>${Object.entries(facts).filter(f => f[0] !== "command").map(f => esc(f[1])).join(" · ")}</p>${facts.command ? `<p><code>${esc(facts.command)}</code></p>` : ""}</footer>`;
   page.innerHTML = html;
-  const all = width => { for (const id in charts) draw(id, width && (document.getElementById(id).closest(".wide") ? 680 : 520)); };
+  const all = width => { for (const id in charts) draw(id, width && (document.getElementById(id).closest(".wide") ? 650 : 310)); };
   for (const s of document.querySelectorAll("select[data-view]")) s.onchange = () => draw(s.dataset.view);
   for (const b of document.querySelectorAll("[data-sort]")) b.onclick = () => { const [id, i] = b.dataset.sort.split(":"); sortBy(id, +i); };
   for (const b of document.querySelectorAll("[data-copy]")) b.onclick = () => copy(b);
