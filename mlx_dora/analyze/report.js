@@ -18,8 +18,13 @@ const moduleLegend = () => legend(modules.map(m => [look(m), m]));
 const many = (n, one, more) => `${whole(n)} ${n === 1 ? one : more}`;
 const describe = r => `${r.name}\nΔM ${num(r.delta_m, 5)}   relative ${pct(r.delta_m_relative)}\nΔD ${num(r.delta_d, 5)}   mean angle ${deg(r.mean_angle)}\nmagnitude's share ${pct(r.radial_share)}\neffective rank ${r.effective_rank ? num(r.effective_rank) : "–"}${r.rank ? " of " + r.rank : ""}\n${r.classification}`;
 
+// The range of an axis: from 0, unless all values are far from it.
+function span(key) {
+  const values = rows.map(r => r[key]), low = Math.min(...values), high = Math.max(...values) || 1, pad = .08 * (high - low);
+  return low > high / 2 && pad ? [low - pad, high + pad] : [0, high * 1.05];
+}
 function scatter(w, key, title) {
-  const h = Math.max(260, Math.min(340, w * .66)), top = k => Math.max(...rows.map(r => r[k])) * 1.05 || 1, f = frame(w, h, {range: [0, top(key)], title}, {range: [0, top("delta_d")], title: "ΔD"});
+  const h = Math.max(260, Math.min(340, w * .66)), f = frame(w, h, {range: span(key), title}, {range: span("delta_d"), title: "ΔD"});
   const spots = new Map(); // points in the same place, which would hide each other
   for (const r of rows) { const x = Math.round(f.X(r[key])), y = Math.round(f.Y(r.delta_d)), k = x + "," + y; if (!spots.has(k)) spots.set(k, {x, y, members: []}); spots.get(k).members.push(r); }
   const points = rows.map(r => marker(look(r.module), f.X(r[key]), f.Y(r.delta_d), 5, tip(describe(r)))).join("");
@@ -51,7 +56,7 @@ function heat(w, value, text, title, detail) {
 const ordered = [...rows].sort((a, b) => modules.indexOf(moduleOf(a.name)) - modules.indexOf(moduleOf(b.name)) || (a.layer ?? -1) - (b.layer ?? -1));
 function boxes(w, key, scale, title, isSigned) {
   const q = r => r.quantiles[key].map(v => v * scale), h = 258, top = Math.max(...ordered.map(r => q(r)[5])) * 1.08 || 1, low = isSigned ? Math.min(0, ...ordered.map(r => q(r)[1])) * 1.08 : 0;
-  const f = frame(w, h, {range: [0, ordered.length], title: null}, {range: [low, top], title}, 46), one = f.X(1) - f.X(0), bw = Math.min(16, one * .62), step = Math.ceil((5 + 6.4 * String(Math.max(...ordered.map(r => r.layer ?? 0))).length) / one);
+  const f = frame(w, h, {range: [0, ordered.length], title: null}, {range: [low, top], title}, 46), one = f.X(1) - f.X(0), bw = Math.min(16, one * .62), step = Math.ceil((3 + 6.2 * String(Math.max(...ordered.map(r => r.layer ?? 0))).length) / one);
   let s = f.s, from = 0, own = 0;
   ordered.forEach((r, i) => {
     const v = q(r), x = f.X(i + .5), c = hue(look(r.module)), last = i === ordered.length - 1 || ordered[i + 1].module !== r.module;
@@ -65,7 +70,7 @@ function boxes(w, key, scale, title, isSigned) {
   });
   return svg(w, h, s, title + " of the rows of each matrix");
 }
-const roomy = () => 60 + Math.max(7 * ordered.length, 66 * modules.length);
+const roomy = () => Math.min(4000, 60 + Math.max(4 * ordered.length, 66 * modules.length));
 
 function curve(w) {
   const h = 250, series = ["train_loss", "val_loss"].map(k => data.log.filter(r => typeof r[k] === "number").map(r => [r.step, r[k]])), all = series.flat();
@@ -100,7 +105,7 @@ function comparison() {
     ["disturbs 1st", r => r.disturbs_first, three, "Size of the second's output on the first's inputs, relative to the first's"], ["disturbs 2nd", r => r.disturbs_second, three, "Size of the first's output on the second's inputs, relative to the second's"]];
   return `<h1>${data.adapters.length} adapters compared</h1><p class="soft">${data.labels.map((a, i) => esc(a) + (none(data.adapter_ranks[i]) ? "" : ` (rank ${data.adapter_ranks[i]})`)).join(" · ")}</p><div class="grid">${advice}`
     + card("Adapter against adapter", "Energy-weighted means over matrices.", chart("grid", (w, o) => grid(w, grids[o], o)), false, choose("grid", Object.keys(grids)))
-    + card("Where they agree and conflict", `Mean over ${many(new Set(data.pairs.map(pair)).size, "pair", "pairs")}${Math.min(...rows.map(r => r.update_cosine)) < 0 ? "; orange is negative" : ""}.`, chart("heat", (w, o) => heat(w, heats[o], num, o, data.adapters.length > 2 ? r => `${pair(r)} ${num(heats[o](r))}` : null)), false, choose("heat", Object.keys(heats)))
+    + card("Where they agree", `Mean over ${many(new Set(data.pairs.map(pair)).size, "pair", "pairs")}${Math.min(...rows.map(r => r.update_cosine)) < 0 ? "; orange is negative" : ""}.`, chart("heat", (w, o) => heat(w, heats[o], num, o, data.adapters.length > 2 ? r => `${pair(r)} ${num(heats[o](r))}` : null)), false, choose("heat", Object.keys(heats)))
     + card("Every pair on every matrix", "The most opposed first. Click a heading to sort.", table("pairs", columns, data.pairs, {column: 2, descending: false}), true) + "</div>";
 }
 function adaptation() {
@@ -111,7 +116,7 @@ function adaptation() {
   const keys = {"absolute ΔM": ["delta_m", "ΔM"], "relative ΔM": ["delta_m_relative", "ΔM / ‖W₀‖"]};
   const heats = {"mean angle": [r => r.mean_angle, deg], "relative ΔM": [r => r.delta_m_relative, pct], "magnitude's share": [r => r.radial_share, pct], ...(rows.some(r => r.effective_rank) ? {"effective rank": [r => r.effective_rank, num]} : {})};
   const boxed = {"angle, degrees": ["angle", 180 / Math.PI], "Δm / ‖W₀‖, percent": ["delta_m_relative", 100, true]};
-  const columns = [["matrix", r => r.name], ["ΔM", r => r.delta_m, v => num(v), "Mean change of a row's length"], ["relative ΔM", r => r.delta_m_relative, pct, "The same, as a share of the length"], ["ΔD", r => r.delta_d, v => num(v), "Mean of 1 − cosine of a row's angle"],
+  const columns = [["matrix", r => r.name], ["ΔM", r => r.delta_m, v => num(v), "Mean change of a row's length"], ["relative ΔM", r => r.delta_m_relative, pct, "The same, as a share of the length"], ["ΔD", r => r.delta_d, v => v.toExponential(2), "Mean of 1 − cosine of a row's angle"],
     ["angle", r => r.mean_angle, deg, "Mean angle of a row (CSV: radians)"], ["Δm with angle", r => r.correlation, v => signed(v), "Correlation of both over the rows"], ["eff. rank", r => r.effective_rank || null, v => num(v), "How many directions the update uses"], ["kind", r => r.classification]];
   return `${head}${tiles([[whole(rows.length), left ? `of ${whole(rows.length + left)} matrices changed` : rows.length === 1 ? "matrix" : "matrices"], [deg(mean(rows.map(r => r.mean_angle))), "mean angle of a row"], [pct(mean(rows.map(r => r.delta_m_relative))), "mean change of length"], [pct(data.radial_share), "of the squared change is magnitude"],
     [signed(c.pearson), `correlation of ΔM with ΔD${none(c.interval[0]) ? "" : ` (95 %: ${signed(c.interval[0])} to ${signed(c.interval[1])}; n ${c.n})`}`]])}<div class="grid">${advice}`
