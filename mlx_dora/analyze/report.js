@@ -89,7 +89,7 @@ function grid(w, measure, title) {
     line.forEach((v, k) => {
       if (v === null) return;
       s += `<rect x="${L + k * c + 1}" y="${i * c + 1}" width="${c - 2}" height="${c - 2}" rx="4" fill="${tint(v, lo, 1)}" ${tip(`${data.labels[i]}\n${data.labels[k]}\n${title} ${num(v, 5)}`)}/>`;
-      if (c >= 34) s += `<text x="${L + k * c + c / 2}" y="${i * c + c / 2 + 4}" text-anchor="middle" style="fill:var(--${Math.abs(v) > .5 ? "card" : "ink"});pointer-events:none">${lo < 0 ? signed(v) : v.toFixed(2)}</text>`;
+      if (c >= 34) s += `<text x="${L + k * c + c / 2}" y="${i * c + c / 2 + 4}" text-anchor="middle" style="fill:${Math.abs(v) > .8 ? "var(--card)" : Math.abs(v) > .5 ? "#15171a" : "var(--ink)"};pointer-events:none">${lo < 0 ? signed(v) : v.toFixed(2)}</text>`;
     });
   });
   return svg(w, h, s + colorBar(L, n * c + below + 4, Math.min(240, w - L - 10), lo, 1, v => v && lo < 0 ? signed(v, 1) : num(v, 2), title), title + " of each pair of adapters");
@@ -117,7 +117,7 @@ function adaptation() {
   const heats = {"mean angle": [r => r.mean_angle, deg], "relative ΔM": [r => r.delta_m_relative, pct], "magnitude's share": [r => r.radial_share, pct], ...(rows.some(r => r.effective_rank) ? {"effective rank": [r => r.effective_rank, num]} : {})};
   const boxed = {"angle, degrees": ["angle", 180 / Math.PI], "Δm / ‖W₀‖, percent": ["delta_m_relative", 100, true]};
   const columns = [["matrix", r => r.name], ["ΔM", r => r.delta_m, v => num(v), "Mean change of a row's length"], ["relative ΔM", r => r.delta_m_relative, pct, "The same, as a share of the length"], ["ΔD", r => r.delta_d, v => v.toExponential(2), "Mean of 1 − cosine of a row's angle"],
-    ["angle", r => r.mean_angle, deg, "Mean angle of a row (CSV: radians)"], ["Δm with angle", r => r.correlation, v => signed(v), "Correlation of both over the rows"], ["eff. rank", r => r.effective_rank || null, v => num(v), "How many directions the update uses"], ["kind", r => r.classification]];
+    ["angle", r => r.mean_angle, deg, "Mean angle of a row (CSV: radians)"], ["Δm with angle", r => r.correlation, v => signed(v), "Correlation of both over the rows"], ["eff. rank", r => r.effective_rank || null, v => num(v), "How many directions the update uses, weighted by energy"], ["kind", r => r.classification, null, "What most rows did: rotated, amplified, attenuated, mixed, or minimal (less than a thousandth)"]];
   return `${head}${tiles([[whole(rows.length), left ? `of ${whole(rows.length + left)} matrices changed` : rows.length === 1 ? "matrix" : "matrices"], [deg(mean(rows.map(r => r.mean_angle))), "mean angle of a row"], [pct(mean(rows.map(r => r.delta_m_relative))), "mean change of length"], [pct(data.radial_share), "of the squared change is magnitude"],
     [signed(c.pearson), `correlation of ΔM with ΔD${none(c.interval[0]) ? "" : ` (95 %: ${signed(c.interval[0])} to ${signed(c.interval[1])}; n ${c.n})`}`]])}<div class="grid">${advice}`
     + card("Magnitude against direction", "Each point is a matrix, as in figure 2 of the DoRA paper.", chart("scatter", (w, o) => scatter(w, ...keys[o])) + moduleLegend(), false, choose("scatter", Object.keys(keys)))

@@ -22,8 +22,9 @@ const bullets = list => `<ul>${list.map(t => `<li>${esc(t)}</li>`).join("")}</ul
 const tables = {}, MOST = 2000; // rows drawn at once
 function table(id, columns, rows, sort = null) {
   tables[id] = {columns, rows, sort, filter: "", texts: columns.map(c => rows.some(r => typeof c[1](r) === "string"))};
-  return `<div class="tools"><input type="search" placeholder="Filter" aria-label="Filter the rows" data-filter="${id}"><span class="soft" role="status" id="${id}-count"></span><button type="button" data-copy="${id}">Copy as CSV</button></div><div class="scroll" tabindex="0" role="region" aria-label="Table"><table id="${id}"><thead><tr>${columns.map((c, i) => `<th scope="col" class="${isText(id, i) ? "text" : ""}"><button type="button" data-sort="${id}:${i}"${c[3] ? ` title="${esc(c[3])}"` : ""}>${esc(c[0])}</button></th>`).join("")}</tr></thead><tbody></tbody></table></div>`;
+  return `<div class="tools"><input type="search" placeholder="Filter" aria-label="Filter the rows" data-filter="${id}"><span class="soft" role="status" id="${id}-count"></span><button type="button" data-copy="${id}">Copy as CSV</button></div><div class="scroll" tabindex="0" role="region" aria-label="Table"><table id="${id}"><thead><tr>${columns.map((c, i) => `<th scope="col" class="${isText(id, i) ? "text" : ""}"><button type="button" data-sort="${id}:${i}"${c[3] ? ` title="${esc(c[3])}"` : ""}>${esc(c[0])}</button></th>`).join("")}</tr></thead><tbody></tbody></table></div>${meanings(columns)}`;
 }
+const meanings = columns => columns.some(c => c[3]) ? `<details class="soft"><summary>What the columns mean</summary><ul>${columns.filter(c => c[3]).map(c => `<li><b>${esc(c[0])}</b>: ${esc(c[3])}</li>`).join("")}</ul></details>` : "";
 const isText = (id, i) => tables[id].texts[i];
 const textOf = (c, r) => { const v = c[1](r); return none(v) ? "–" : c[2] ? c[2](v) : String(v); };
 function visible(id) {

@@ -73,6 +73,12 @@ def test_a_heading_sorts_by_click_and_by_key(browser: Browser, page: Path):
     assert tab.evaluate(outline) == "solid"
 
 
+def test_the_columns_are_explained(browser: Browser, page: Path):
+    tab = browser.open(page)
+    explained = tab.evaluate("document.querySelector('details').textContent")
+    assert explained == "What the columns meanvalue: a number"
+
+
 def test_a_filter_keeps_rows_with_all_words(browser: Browser, page: Path):
     tab = browser.open(page)
     tab.evaluate("document.querySelector('[data-filter]').focus()")
