@@ -10,7 +10,7 @@ function look(module) {
   for (const c of module) hash = (hash * 31 + c.codePointAt(0)) % 10007;
   return 7 + hash % 3 + 10 * (hash % 7);
 }
-const rows = data.layers || data.pairs, moduleOf = n => n.split("[")[0].split(".").pop();
+const everything = data.layers || data.pairs, rows = everything, moduleOf = n => n.split("[")[0].split(".").pop();
 const layerOf = n => { const p = n.split(".").find(x => /^\d+$/.test(x)); return p === undefined ? null : +p; };
 const place = m => { const i = KNOWN.findIndex(names => names.includes(m)); return i < 0 ? 99 : i; };
 const modules = [...new Set(rows.map(r => moduleOf(r.name)))].sort((a, b) => place(a) - place(b) || (a < b ? -1 : 1));
@@ -31,7 +31,7 @@ function scatter(w, key, title) {
   return svg(w, h, f.s + points + [...spots.values()].filter(s => s.members.length > 2).map(s => `<text class="name count" x="${s.x + 8}" y="${s.y - 7}" ${tip(s.members.map(r => r.name).slice(0, 12).join("\n") + (s.members.length > 12 ? `\nand ${s.members.length - 12} more` : ""))}>×${s.members.length}</text>`).join(""), `${title} against ΔD, ${many(rows.length, "matrix", "matrices")}`);
 }
 
-function heat(w, value, text, title, detail) {
+function heat(w, value, text, title, detail, rows = everything) {
   const layers = [...new Set(rows.map(r => layerOf(r.name)))].sort((a, b) => (a ?? -1) - (b ?? -1)), L = 14 + 6.4 * Math.min(16, Math.max(...modules.map(m => m.length)));
   const cw = Math.min(60, (w - L - 4) / layers.length), ch = Math.max(22, Math.min(37, 280 / modules.length)), end = modules.length * ch, h = end + 86, cells = new Map();
   for (const r of rows) { const k = moduleOf(r.name) + "|" + layerOf(r.name); if (!none(value(r))) cells.set(k, [...(cells.get(k) || []), r]); }
@@ -99,13 +99,13 @@ const advice = card("What the numbers suggest", "Each line is one stated rule; s
 function comparison() {
   const grids = {"cosine of the updates": "update_cosine", "cosine of adapted rows": "direction_cosine", "overlap of what they read": "input_overlap", "overlap of what they write": "output_overlap", "Δm of opposite sign": "sign_conflict"};
   const heats = {"cosine of the updates": r => r.update_cosine, "overlap of what they read": r => r.input_overlap, "overlap of what they write": r => r.output_overlap, "disturbance of the first": r => r.disturbs_first, "disturbance of the second": r => r.disturbs_second, "Δm of opposite sign": r => r.sign_conflict};
-  const pair = r => `${data.labels[r.first]} – ${data.labels[r.second]}`, three = v => num(v);
+  const pair = r => `${data.labels[r.first]} – ${data.labels[r.second]}`, names = [...new Set(data.pairs.map(pair))], several = names.length > 1, all = `mean of ${names.length} pairs`, three = v => num(v);
   const columns = [["matrix", r => r.name], ["pair", pair], ["cosine", r => r.update_cosine, v => signed(v, 3), "Cosine of the two updates: +1 agree, 0 unrelated, −1 opposed"], ["reads", r => r.input_overlap, three, "Overlap of the input directions, 0 to 1"],
     ["writes", r => r.output_overlap, three, "Overlap of the output directions, 0 to 1"], ["Δm opposed", r => r.sign_conflict, pct, "Share of the magnitude changes that have opposite signs"],
     ["disturbs 1st", r => r.disturbs_first, three, "Size of the second's output on the first's inputs, relative to the first's"], ["disturbs 2nd", r => r.disturbs_second, three, "Size of the first's output on the second's inputs, relative to the second's"]];
   return `<h1>${data.adapters.length} adapters compared</h1><p class="soft">${data.labels.map((a, i) => esc(a) + (none(data.adapter_ranks[i]) ? "" : ` (rank ${data.adapter_ranks[i]})`)).join(" · ")}</p><div class="grid">${advice}`
     + card("Adapter against adapter", "Energy-weighted means over matrices.", chart("grid", (w, o) => grid(w, grids[o], o)), false, choose("grid", Object.keys(grids)))
-    + card("Where they agree", `Mean over ${many(new Set(data.pairs.map(pair)).size, "pair", "pairs")}${Math.min(...rows.map(r => r.update_cosine)) < 0 ? "; orange is negative" : ""}.`, chart("heat", (w, o) => heat(w, heats[o], num, o, data.adapters.length > 2 ? r => `${pair(r)} ${num(heats[o](r))}` : null)), false, choose("heat", Object.keys(heats)))
+    + card("Where they agree", `By layer and module${Math.min(...rows.map(r => r.update_cosine)) < 0 ? "; orange is negative" : ""}.`, chart("heat", (w, o, p) => heat(w, heats[o], num, o, several ? r => `${pair(r)} ${num(heats[o](r))}` : null, several && p !== all ? rows.filter(r => pair(r) === p) : rows)), false, choose("heat", Object.keys(heats)) + (several ? choose("heat", [all, ...names]) : ""))
     + card("Every pair on every matrix", "The most opposed first. Click a heading to sort.", table("pairs", columns, data.pairs, {column: 2, descending: false}), true) + "</div>";
 }
 function adaptation() {

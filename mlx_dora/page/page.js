@@ -71,10 +71,10 @@ function marker(i, x, y, r, more = "") {
 }
 const legend = list => `<div class="legend">${list.map(([i, name]) => `<span><svg width="14" height="14" aria-hidden="true">${marker(i, 7, 7, 5)}</svg>${esc(name)}</span>`).join("")}</div>`;
 
-// Charts. draw(width, option) returns an SVG of that width; a card's select gives the option.
+// Charts. draw(width, ...options) returns an SVG of that width; the card's selects give the options.
 const charts = {};
 const chart = (id, draw, least = () => 0) => { charts[id] = {draw, least}; return `<div class="chart" id="${id}"></div>`; };
-const choose = (id, options) => `<select data-view="${id}" aria-label="What to show">${options.map(o => `<option>${o}</option>`).join("")}</select>`;
+const choose = (id, options) => `<select data-view="${id}" aria-label="What to show">${options.map(o => `<option>${esc(o)}</option>`).join("")}</select>`;
 const svg = (w, h, inner, label) => `<svg width="${w}" height="${h}" viewBox="0 0 ${w} ${h}" role="img" tabindex="0" aria-label="${esc(label)}. The arrow keys move through the values.">${inner}</svg>`;
 const tip = text => `data-tip="${esc(text)}"`;
 const power = e => "×10" + String(e).replace(/[-\d]/g, c => c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c]);
@@ -112,8 +112,8 @@ function colorBar(x, y, w, lo, hi, text, title) {
     + marks.map(([v, a], i) => `<text x="${x + i * w / 2}" y="${y + 36}" text-anchor="${a}">${text(v)}</text>`).join("");
 }
 function draw(id, width) {
-  const box = document.getElementById(id), pick = document.querySelector(`select[data-view="${id}"]`), w = Math.max(width || box.clientWidth, charts[id].least());
-  if (w > 100) box.innerHTML = charts[id].draw(w, pick && pick.value);
+  const box = document.getElementById(id), picks = [...document.querySelectorAll(`select[data-view="${id}"]`)].map(s => s.value), w = Math.max(width || box.clientWidth, charts[id].least());
+  if (w > 100) box.innerHTML = charts[id].draw(w, ...picks);
 }
 
 // Tooltips: by mouse, and by arrow keys inside a focused chart.
