@@ -4,7 +4,8 @@ cli > demo | doctor | publish | serve > train | analyze | merge > evaluate >
 data | fuse | peft > adapters > layers > decomposition > kernels | io > matrix >
 options > errors | openblas | progress
 
-Imports point right; packages joined by | never import each other.
+Imports point right; packages joined by | never import each other; `page`
+stands beside `io`.
 """
 
 import ast
@@ -25,7 +26,7 @@ LAYERS = (
     ("adapters",),
     ("layers",),
     ("decomposition",),
-    ("kernels", "io"),
+    ("kernels", "io", "page"),
     ("matrix",),
     ("options",),
     ("errors", "openblas", "progress"),

@@ -24,6 +24,16 @@ def analysis_lines(
         by: Grouping, one of `BY`. All groups but experts show means over matrices.
         top: Greatest number of lines to show; None for all.
     """
+    left = len(analysis.unchanged)
+    total = len(analysis.layers) + left
+    unchanged = [f"{left} of {total} matrices are equal in both models and left out."]
+    lines = unchanged if left else []
+    if not analysis.layers:
+        return lines + advice_lines(analysis.guidance)
+    return lines + _matrix_lines(analysis, by, top)
+
+
+def _matrix_lines(analysis: AdaptationAnalysis, by: str, top: int | None) -> list[str]:
     groups: dict[str, list[MatrixAnalysis]] = {}
     for matrix in analysis.layers:
         keys = {

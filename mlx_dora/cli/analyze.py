@@ -11,6 +11,7 @@ from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
 from mlx_dora.cli._progress import WorkDisplay
+from mlx_dora.cli._publish import command_line
 
 if TYPE_CHECKING:
     from mlx_dora.analyze.compare import AdapterComparison
@@ -185,5 +186,5 @@ def _write(
         write_text(json_file, text + "\n")
         echo(f"Saved {json_file}")
     if report is not None:
-        write_text(report, render_report(content, log))
+        write_text(report, render_report(content, log, command_line()))
         echo(f"Saved {report}")
