@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.gate import rounded
-from mlx_dora.io.header import DTYPE_BITS, TensorInfo
+from mlx_dora.io.header import TensorInfo
 
 # NumPy's dtype for each stored dtype, and MLX's view of the bits (None: the same).
 _READ_AS: dict[str, tuple[str, mx.Dtype | None]] = {
@@ -57,7 +57,7 @@ class StoredTensor:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return self._info.nbytes * 8 // DTYPE_BITS[self._info.dtype]
+        return math.prod(self._info.shape)
 
     def reshape(self, shape: int | tuple[int, ...]) -> "StoredTensor":
         """Return the tensor with another shape; one size may be -1."""

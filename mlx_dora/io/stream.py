@@ -13,8 +13,6 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_dora.io.header import DTYPE_BITS
-
 # The header and the eight bytes of its length together fill whole pages.
 HEADER_ROOM = (1 << 18) - 8
 # Largest number of bytes in memory that wait to be written.
@@ -164,7 +162,7 @@ class TensorStream:
 
 def nbytes_of(dtype: mx.Dtype, shape: tuple[int, ...]) -> int:
     """Return the size of a tensor in a file, in bytes."""
-    return math.prod(shape) * DTYPE_BITS[_DTYPES[dtype]] // 8
+    return math.prod(shape) * dtype.size
 
 
 def _length(entry: dict[str, dict[str, object]]) -> int:
