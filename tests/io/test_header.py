@@ -91,7 +91,11 @@ def test_a_file_without_tensors_has_an_empty_header(tmp_path: Path) -> None:
         ({"a": entry(0, 8, [-2])}, 8, "integer `-2`"),
         ({"a": entry(0, 8, [2.0])}, 8, "floating point `2.0`"),
         ({"a": entry(0, 8, [True, 2])}, 8, "boolean `true`"),
-        ({"a": {**entry(0, 8), "data_offsets": [8, 0]}}, 8, "invalid offset for tensor `a`"),
+        (
+            {"a": {**entry(0, 8), "data_offsets": [8, 0]}},
+            8,
+            "invalid offset for tensor `a`",
+        ),
         ({"a": {**entry(0, 8), "data_offsets": [0]}}, 8, "a tuple of size 2"),
         ({"a": {**entry(0, 8), "dtype": ["F32"]}}, 8, "expected string"),
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, "missing field `data_offsets`"),
