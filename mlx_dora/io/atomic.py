@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,20 +15,12 @@ from mlx_dora.io.aside import (
     NEW_NAME,
     aside_of,
     fresh_holder,
+    lasting_holder,
     put_in_place,
     remove_leftovers,
 )
 from mlx_dora.io.header import read_header
 from mlx_dora.io.output import Inputs, check_output
-
-__all__ = [
-    "atomic_directory",
-    "check_output",
-    "flush",
-    "flush_tree",
-    "write_tensors",
-    "write_text",
-]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -39,7 +32,7 @@ _WRITE_FAILED = "[write]"
 
 @contextlib.contextmanager
 def atomic_directory(
-    path: str | Path, *, inputs: Inputs, overwrite: bool = False
+    path: str | Path, *, inputs: Inputs, overwrite: bool = False, job: str | None = None
 ) -> Iterator[Path]:
     """Write a folder that appears complete or not at all.
 
@@ -54,9 +47,13 @@ def atomic_directory(
         inputs: All files and folders that are read; see `check_output`.
         overwrite: Replace an existing `path`. The old folder is moved before the rename
             and deleted last.
+        job: Text that contains everything that determines the output. With it, a killed
+            or interrupted process leaves its folder, and the next call with the same
+            `path` and `job` yields that folder with its content.
 
     Raises:
-        DoRAError: If `path` must not be written; see `check_output`.
+        DoRAError: If `path` must not be written (see `check_output`), another process
+            writes the same job, or its folder is a link or belongs to another user.
         OSError: If the disk is full; the error names `path`.
     """
     inputs = tuple(inputs)
@@ -66,13 +63,22 @@ def atomic_directory(
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         check_output(path, inputs=inputs, overwrite=overwrite)
-        with fresh_holder(target) as holder:
-            yield holder / NEW_NAME
-            flush_tree(holder / NEW_NAME)
+        with _holder(target, job) as holder:
+            work = holder / NEW_NAME
+            for leftover in work.glob(".*.partial*"):
+                leftover.unlink()
+            yield work
+            flush_tree(work)
             # Check again: the target may have appeared while the block ran.
             check_output(path, inputs=inputs, overwrite=overwrite)
             put_in_place(holder, target)
             flush(target.parent)
+
+
+def _holder(target: Path, job: str | None) -> contextlib.AbstractContextManager[Path]:
+    if job is None:
+        return fresh_holder(target)
+    return lasting_holder(target, hashlib.sha256(job.encode()).hexdigest()[:16])
 
 
 class full_disk_names:
