@@ -95,7 +95,7 @@ def option_problems(config: Any) -> Iterator[str]:
         values = {field.name: getattr(config, field.name)}
         if isinstance(values[field.name], dict) and (entry := _entry_of(kinds)):
             mapping = values.pop(field.name)
-            kinds = (entry,)
+            kinds = _kinds(entry)
             values = {f"{field.name} {key!r:.60}": mapping[key] for key in mapping}
         for name, value in values.items():
             if expected := _expected(kinds, field.metadata, value):

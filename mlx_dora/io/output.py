@@ -1,5 +1,6 @@
 """Checks where a command may write: never over, around or inside its inputs."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +20,9 @@ _MARKERS = {
 
 _SUBFOLDERS = {"checkpoints", "best", "adapter", ".cache", "wandb", "swanlog"}
 """Folders that outputs contain: training, lossless fuse, Hub cache and logs."""
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.partial(\.safetensors)?")
+"""A file that a killed process was writing (`mlx_dora.io.atomic`)."""
 
 _LISTED = 5
 
@@ -145,7 +149,7 @@ def _identities(path: Path) -> list[tuple[int, int]]:
 
 def _refuse_foreign(path: str | Path, target: Path) -> None:
     """Refuse to delete a folder that mlx_dora did not make."""
-    entries = sorted(target.iterdir())
+    entries = sorted(p for p in target.iterdir() if not _LEFTOVER.fullmatch(p.name))
     if not entries:
         return
     names = {entry.name for entry in entries}

@@ -34,7 +34,7 @@ from mlx_dora.peft.copies import copy_problems, take_copies
 from mlx_dora.peft.modules import ModelModules
 from mlx_dora.peft.names import class_of, look_plain, names_of
 from mlx_dora.peft.tensors import PEFT_TENSORS_NAME, our_tensors
-from mlx_dora.peft.writing import CLASS_KEY, OURS_KEY, to_peft  # noqa: F401 moves soon
+from mlx_dora.peft.writing import CLASS_KEY, OURS_KEY
 
 # Scales this close count as equal, because s·r/r may differ from s by rounding.
 _SAME_SCALE = 1e-12
