@@ -14,8 +14,7 @@ import mlx.core as mx
 from mlx_dora.io.aside import (
     NEW_NAME,
     aside_of,
-    fresh_holder,
-    lasting_holder,
+    holding,
     put_in_place,
     remove_leftovers,
 )
@@ -59,11 +58,12 @@ def atomic_directory(
     inputs = tuple(inputs)
     check_output(path, inputs=inputs, overwrite=overwrite)
     target = Path(path).expanduser().resolve()
+    digest = job and hashlib.sha256(job.encode()).hexdigest()[:16]
     with full_disk_names(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         check_output(path, inputs=inputs, overwrite=overwrite)
-        with _holder(target, job) as holder:
+        with holding(target, digest) as holder:
             work = holder / NEW_NAME
             for leftover in work.glob(".*.partial*"):
                 leftover.unlink()
@@ -73,12 +73,6 @@ def atomic_directory(
             check_output(path, inputs=inputs, overwrite=overwrite)
             put_in_place(holder, target)
             flush(target.parent)
-
-
-def _holder(target: Path, job: str | None) -> contextlib.AbstractContextManager[Path]:
-    if job is None:
-        return fresh_holder(target)
-    return lasting_holder(target, hashlib.sha256(job.encode()).hexdigest()[:16])
 
 
 class full_disk_names:

@@ -151,7 +151,7 @@ class ShardWriter:
         max_shard_bytes: Largest size of a shard. A new shard starts when a tensor would
             exceed it or the header's reserved space; a larger tensor gets its own.
         resume: Continue with the shards that an earlier writer left in the folder, and
-            keep them on failure (`mlx_dora.io.resumable`).
+            keep them on failure (`mlx_dora.io.atomic`).
     """
 
     def __init__(
