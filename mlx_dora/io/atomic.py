@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import mlx.core as mx
 
@@ -88,12 +88,7 @@ class full_disk_names:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
         if isinstance(error, OSError):
             number = error.errno
         elif kind is Exception and (match := _OS_ERROR.search(str(error))):

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 import mlx.core as mx
 
@@ -240,12 +239,7 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._discard()
         elif not self._is_usable:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.files import load_adapter
@@ -56,22 +56,15 @@ def adapter_card(
     Raises:
         DoRAError: If the adapter or its base cannot be read.
     """
-    adapter = load_adapter(folder)
-    kind, is_full = adapter.fine_tune_type, adapter.fine_tune_type == "full"
-    relation = "finetune" if is_full else "adapter"
-    perplexity = _perplexity(adapter)
-    use = [
-        f"hf download {shlex.quote(repo or _NO_REPO)} --local-dir adapter",
-        f"mlx_lm.generate --model {shlex.quote(_shown(base))} --adapter-path adapter "
-        "--prompt ...",
-    ]
-    parts = [
-        f"# {inline(_shown(base))}: {_KINDS[kind]}",
-        *_training(adapter, command, data),
-        *_results(adapter, perplexity),
-        *_changes(adapter, base),
-    ]
-    return _card(card_data(base, kind, relation, data, perplexity), parts, use)
+    adapter, shown = load_adapter(folder), _shown(base)
+    use = (
+        f"hf download {shlex.quote(repo or _NO_REPO)} --local-dir adapter\n"
+        f"mlx_lm.generate --model {shlex.quote(shown)} --adapter-path adapter "
+        "--prompt ..."
+    )
+    lead = [f"# {inline(shown)}: {_KINDS[adapter.fine_tune_type]}"]
+    relation = "finetune" if adapter.fine_tune_type == "full" else "adapter"
+    return _card(adapter, base, relation, lead, command, data, use)
 
 
 def fused_card(
@@ -93,28 +86,39 @@ def fused_card(
     Raises:
         DoRAError: If the adapter or its base cannot be read.
     """
-    adapter = load_adapter(adapter_path)
-    kind, total = adapter.fine_tune_type, report.total
-    fused = (
+    adapter, total = load_adapter(adapter_path), report.total
+    lead = [
+        f"# {inline(_shown(base))} with a {_KINDS[adapter.fine_tune_type]} fused in",
         f"An adapter is fused into {len(report.layers)} layers: "
         f"{100 * total.kept:.1f} % of its update kept, cosine {total.cosine:.3f}, "
-        f"{report.bytes_before:,} bytes before, {report.bytes_after:,} after."
-    )
-    data, perplexity = recorded_datasets(adapter_path), _perplexity(adapter)
+        f"{report.bytes_before:,} bytes before, {report.bytes_after:,} after.",
+    ]
+    use = f"mlx_lm.generate --model {shlex.quote(repo or _NO_REPO)} --prompt ..."
+    data = recorded_datasets(adapter_path)
+    return _card(adapter, base, "finetune", lead, command, data, use)
+
+
+def _card(
+    adapter: Adapter,
+    base: str,
+    relation: str,
+    lead: Sequence[str],
+    command: Sequence[str],
+    data: Sequence[str],
+    use: str,
+) -> str:
+    perplexity = _perplexity(adapter)
+    head = card_data(base, adapter.fine_tune_type, relation, data, perplexity)
     parts = [
-        f"# {inline(_shown(base))} with a {_KINDS[kind]} fused in",
-        fused,
+        *lead,
         *_training(adapter, command, data),
         *_results(adapter, perplexity),
         *_changes(adapter, base),
+        "## Use",
+        block(use),
     ]
-    use = [f"mlx_lm.generate --model {shlex.quote(repo or _NO_REPO)} --prompt ..."]
-    return _card(card_data(base, kind, "finetune", data, perplexity), parts, use)
-
-
-def _card(data: ModelCardData, parts: Sequence[str], use: Sequence[str]) -> str:
-    text = "\n\n".join([*parts, "## Use", block("\n".join(use))])
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+    body = "\n\n".join(parts)
+    return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n"))
 
 
 def _shown(base: str) -> str:
@@ -140,7 +144,9 @@ def _training(
         if name not in losses and value is not None
     }
     parts = ["## How it was made", block(without_folders(command))]
-    return [*parts, table(["setting", "value"], list(settings.items()))]
+    if settings:
+        parts.append(table(["setting", "value"], list(settings.items())))
+    return parts
 
 
 def _loss(adapter: Adapter, name: str) -> float | None:
