@@ -12,15 +12,23 @@ the value if `recorded` is set.
 import dataclasses
 import functools
 import math
+import operator
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlx_dora.errors import DoRAError
 
 MISSING = dataclasses.MISSING
+
+_BOUNDS = {
+    "above": ("above", operator.gt),
+    "least": ("at least", operator.ge),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 def option(
@@ -29,6 +37,7 @@ def option(
     help: str,
     least: float | None = None,
     above: float | None = None,
+    most: float | None = None,
     below: float | None = None,
     special: tuple[int, ...] = (),
     may_change: bool = False,
@@ -44,6 +53,7 @@ def option(
         help: Help text of the command line.
         least: Smallest allowed value.
         above: Bound that the value must exceed.
+        most: Largest allowed value.
         below: Bound that the value must stay under.
         special: Additional allowed values, for example -1 for "all".
         may_change: Whether a resumed run may use another value. Set it only if the
@@ -51,12 +61,14 @@ def option(
         recorded: Whether the adapter records the value in its training summary.
         variant: The only variant of DoRA that reads the option. The adapter records it
             for that variant.
-        **metadata: Further command line settings: ``choices``, ``flags``, ``unit``.
+        **metadata: ``items``, the name of a list's items in messages, and further
+            command line settings: ``choices``, ``flags``, ``unit``.
     """
     facts = {
         "help": help,
         "least": least,
         "above": above,
+        "most": most,
         "below": below,
         "special": special,
         "may_change": may_change,
@@ -73,12 +85,21 @@ def check_options(config: Any) -> None:
     Raises:
         DoRAError: Names the field, the allowed values and the value received.
     """
+    for problem in option_problems(config):
+        raise DoRAError(f"{problem}.")
+
+
+def option_problems(config: Any) -> Iterator[str]:
+    """Yield what `check_options` refuses: one text per field or entry of a mapping."""
     for field, kinds in _fields(type(config)):
-        value = getattr(config, field.name)
-        if (value is None and types.NoneType in kinds) or _is_special(field, value):
-            continue
-        if problem := _problem(kinds, field.metadata, value):
-            raise DoRAError(f"{field.name} must be {problem}, got {value!r:.200}.")
+        values = {field.name: getattr(config, field.name)}
+        if isinstance(values[field.name], dict) and (entry := _entry_of(kinds)):
+            mapping = values.pop(field.name)
+            kinds = _kinds(entry)
+            values = {f"{field.name} {key!r:.60}": mapping[key] for key in mapping}
+        for name, value in values.items():
+            if expected := _expected(kinds, field.metadata, value):
+                yield f"{name} must be {expected}, got {value!r:.200}"
 
 
 def names_with(config: Any, fact: str, value: Any = True) -> list[str]:
@@ -100,34 +121,55 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
-def _is_special(field: dataclasses.Field[Any], value: Any) -> bool:
-    return type(value) is int and value in field.metadata.get("special", ())
+def _entry_of(kinds: tuple[Any, ...]) -> Any:
+    """Return the type of a mapping's values; None if they are not checked."""
+    for kind in kinds:
+        if typing.get_origin(kind) in (dict, Mapping):
+            entry = typing.get_args(kind)[1]
+            return None if entry is Any else entry
+    return None
 
 
-def _problem(kinds: tuple[Any, ...], facts: Mapping[str, Any], value: Any) -> str:
+def _expected(kinds: tuple[Any, ...], facts: Mapping[str, Any], value: Any) -> str:
     """Describe what the value must be; empty if the value is valid."""
-    kind = kinds[0]
-    if typing.get_origin(kind) is typing.Literal:
-        choices = typing.get_args(kind)
-        return "" if value in choices else _either(choices)
-    if kind is bool:
-        return "" if type(value) is bool else "true or false"
-    if kind is int:
-        if type(value) is not int:
-            return "a whole number"
-        return "" if _is_within(facts, value) else _bounds(facts)
-    if kind is float:
+    if type(value) is int and value in facts.get("special", ()):
+        return ""
+    if value is None and types.NoneType in kinds:
+        return ""
+    wanted = [_wanted(kind, facts, value) for kind in kinds if kind != types.NoneType]
+    return " or ".join(wanted) if all(wanted) else ""
+
+
+_WORDS = {
+    bool: ("true or false", "flags"),
+    int: ("a whole number", "whole numbers"),
+    str: ("text", "texts"),
+    dict: ("a mapping", "mappings"),
+    Mapping: ("a mapping", "mappings"),
+    list: ("a list", "lists"),
+}
+
+
+def _wanted(kind: Any, facts: Mapping[str, Any], value: Any) -> str:
+    origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is typing.Literal:
+        return "" if value in args else _either(args)
+    if origin is tuple:
+        items = facts.get("items") or _WORDS[args[0]][1]
+        is_list = isinstance(value, list | tuple)
+        valid = is_list and not any(_wanted(args[0], facts, item) for item in value)
+        return "" if valid else f"a list of {items}"
+    if origin is float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return f"a finite number {_bounds(facts)}".rstrip()
         if _is_finite(value) and _is_within(facts, value):
             return ""
         return _bounds(facts) or "a finite number"
-    if kind is str:
-        return "" if isinstance(value, str) else "text"
-    origins = tuple(typing.get_origin(kind) or kind for kind in kinds)
-    if dict in origins and not isinstance(value, origins):
-        return "a mapping or a list" if list in origins else "a mapping"
-    return ""
+    if origin not in _WORDS:
+        return ""
+    if not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
+        return _WORDS[origin][0]
+    return "" if origin is not int or _is_within(facts, value) else _bounds(facts)
 
 
 def _is_finite(value: float) -> bool:
@@ -137,19 +179,17 @@ def _is_finite(value: float) -> bool:
 
 
 def _is_within(facts: Mapping[str, Any], value: float) -> bool:
-    least, above, below = (facts.get(name) for name in ("least", "above", "below"))
-    return (
-        (least is None or value >= least)
-        and (above is None or value > above)
-        and (below is None or value < below)
+    return all(
+        compare(value, facts[name])
+        for name, (_, compare) in _BOUNDS.items()
+        if facts.get(name) is not None
     )
 
 
 def _bounds(facts: Mapping[str, Any]) -> str:
-    words = {"above": "above", "least": "at least", "below": "below"}
     parts = [
         f"{text} {facts[name]}"
-        for name, text in words.items()
+        for name, (text, _) in _BOUNDS.items()
         if facts.get(name) is not None
     ]
     special = "".join(f"{value} or " for value in facts.get("special", ()))

@@ -13,14 +13,13 @@ from mlx_dora.adapters.fingerprint import fingerprint
 from mlx_dora.adapters.keys import blocks, natural_order, shortened
 from mlx_dora.adapters.surgery import FineTuneType, exported_layers
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.finite import all_finite
 from mlx_dora.layers import DoRALayer
 
 _LARGEST = 1e18
 """Numbers below it can be squared and summed in float32."""
 
 LEAVES = {"dora": ("lora_a", "lora_b", "m"), "lora": ("lora_a", "lora_b")}
-
-# Largest number of names that a message lists for each kind of problem.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +178,7 @@ def adapter_problems(adapter: Adapter) -> list[str]:
         return ["it holds no tensors"]
     problems = listed(
         "NaN or inf in",
-        (name for name, is_finite in _finite(tensors).items() if not is_finite),
+        (name for name, tensor in tensors.items() if not all_finite(tensor)),
     )
     if adapter.fine_tune_type == "full":
         return problems
@@ -234,17 +233,6 @@ def _rank_problems(adapter: Adapter, path: str) -> list[str]:
                 f"{rank_of(leaf, tensor)}; the config says {expected}"
             )
     return problems
-
-
-def _finite(tensors: Mapping[str, mx.array]) -> dict[str, bool]:
-    """Return whether each float tensor is free of NaN and inf; evaluates them once."""
-    flags = {
-        name: mx.isfinite(tensor).all()
-        for name, tensor in tensors.items()
-        if mx.issubdtype(tensor.dtype, mx.floating)
-    }
-    mx.eval(flags)
-    return {name: bool(flag) for name, flag in flags.items()}
 
 
 def listed(what: str, names: Iterable[str]) -> list[str]:

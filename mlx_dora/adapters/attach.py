@@ -16,9 +16,10 @@ from mlx_dora.adapters.adapter import (
 )
 from mlx_dora.adapters.fingerprint import fingerprint
 from mlx_dora.adapters.keys import blocks, natural_order, resolve_keys
-from mlx_dora.adapters.surgery import adapter_layers, apply_layers
+from mlx_dora.adapters.surgery import adapted_already, adapter_layers, apply_layers
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import dora_class
+from mlx_dora.layers.layout import layout_of
 
 
 def attach_adapter(
@@ -64,11 +65,8 @@ def fit_problems(
     model: nn.Module, adapter: Adapter, check_base: bool = False
 ) -> list[str]:
     """Return why an adapter cannot be attached to this model; empty if it can."""
-    if adapted := adapter_layers(model):
-        return [
-            f"the model has {len(adapted)} adapted layers already; remove them with "
-            "remove_dora first"
-        ]
+    if problem := adapted_already(model):
+        return [problem]
     problems = []
     expected = adapter.base.fingerprint
     if check_base and expected is not None and fingerprint(model) != expected:
@@ -148,18 +146,13 @@ def _module_problems(adapter: Adapter, path: str, module: nn.Module) -> list[str
 
 def _leaf_shapes(module: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a module's adapter of this rank, in mlx-lm's layout."""
-    *experts, rows, width = module["weight"].shape
+    *stack, rows, width = module["weight"].shape
     if "scales" in module:
         width = width * 32 // module.bits
-    if experts:
-        return {
-            "lora_a": (*experts, rank, width),
-            "lora_b": (*experts, rows, rank),
-            "m": (*experts, rows),
-        }
-    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-        return {"lora_a": (rows, rank), "lora_b": (rank, width), "m": (rows,)}
-    return {"lora_a": (width, rank), "lora_b": (rank, rows), "m": (rows,)}
+    shape = (*stack, rows, width)
+    # The weight has as many axes as lora_a must have.
+    lora_a, lora_b = layout_of(module, module["weight"]).shapes(shape, rank)
+    return {"lora_a": lora_a, "lora_b": lora_b, "m": shape[:-1]}
 
 
 def _full_problems(model: nn.Module, adapter: Adapter) -> list[str]:

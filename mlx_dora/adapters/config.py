@@ -4,7 +4,7 @@ Does not import MLX, because the command line makes its options from the fields.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ class DoRAConfig:
         None,
         help="Modules to adapt, relative to a block (self_attn.q_proj) or as full "
         "paths; by default, all linear layers and embeddings of the blocks.",
+        items="module names",
     )
     num_layers: int = option(
         16,
@@ -56,7 +57,9 @@ class DoRAConfig:
         help="Parametrization of the adapter in training; it is saved as plain DoRA.",
     )
     rank_pattern: dict[str, int] | None = option(
-        None, help="Ranks of individual modules: full path, or its end, to rank."
+        None,
+        help="Ranks of individual modules: full path, or its end, to rank.",
+        least=1,
     )
     use_rslora: bool = option(
         False, help="Divide the scale by the square root of the rank (rsLoRA)."
@@ -67,7 +70,9 @@ class DoRAConfig:
         "directions (pissa), which are saved at twice the rank.",
     )
     magnitude_keys: tuple[str, ...] | None = option(
-        None, help="Additional modules of which only the magnitude is trained."
+        None,
+        help="Additional modules of which only the magnitude is trained.",
+        items="module names",
     )
     aux_width: int = option(
         1,
@@ -80,19 +85,18 @@ class DoRAConfig:
         check_options(self)
         self._check_keys("keys")
         self._check_keys("magnitude_keys")
-        self._check_rank_pattern()
+        if not all(isinstance(name, str) and name for name in self.rank_pattern or {}):
+            raise DoRAError(f"rank_pattern must name modules, got {self.rank_pattern}.")
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern or {}) or None)
         self._check_variant()
 
     def _check_keys(self, name: str) -> None:
         keys = getattr(self, name)
         if keys is None:
             return
-        is_list = isinstance(keys, Iterable) and not isinstance(keys, str | Mapping)
-        if not is_list or not all(isinstance(key, str) and key for key in keys):
-            raise DoRAError(f"{name} must be a list of module names, got {keys!r}.")
-        if not keys:
+        if not keys or not all(keys):
             raise DoRAError(
-                f"{name} must name a module or be left out, got an empty list."
+                f"{name} must name a module or be left out, got {list(keys)}."
             )
         object.__setattr__(self, name, tuple(dict.fromkeys(keys)))
 
@@ -136,15 +140,6 @@ class DoRAConfig:
     def is_plain(self) -> bool:
         """Whether every layer is a plain DoRA or LoRA layer during training, too."""
         return (self.variant, self.init, self.magnitude_keys) == ("dora", "lora", None)
-
-    def _check_rank_pattern(self) -> None:
-        if self.rank_pattern is None:
-            return
-        for name, rank in self.rank_pattern.items():
-            if not isinstance(name, str) or not name:
-                raise DoRAError(f"rank_pattern: {name!r} is not a module name.")
-            _check_whole(f"rank_pattern: the rank of {name!r}", rank)
-        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern) or None)
 
     def pattern_for(self, path: str) -> str | None:
         """Return the longest key of `rank_pattern` that matches a module, or None."""
@@ -201,10 +196,3 @@ class DoRAConfig:
             )
         given = {key: value for key, value in parameters.items() if value is not None}
         return DoRAConfig(num_layers=num_layers, **given)
-
-
-def _check_whole(what: str, value: object) -> None:
-    if type(value) is not int:
-        raise DoRAError(f"{what} must be a whole number, got {value!r}.")
-    if value < 1:
-        raise DoRAError(f"{what} must be at least 1, got {value}.")

@@ -16,7 +16,6 @@ from mlx_dora.adapters.adapter import (
     adapter_problems,
     take_adapter,
 )
-from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.format import config_json, pad_rank, strip_rank
 from mlx_dora.adapters.one_save import (
     CONFIG_NAME,
@@ -29,16 +28,6 @@ from mlx_dora.adapters.surgery import FineTuneType, base_of, dora_layers
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
 from mlx_dora.io.output import Inputs
-
-__all__ = [
-    "Adapter",
-    "BaseModel",
-    "attach_adapter",
-    "load_adapter",
-    "read_adapter",
-    "save_adapter",
-    "write_adapter_files",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +56,9 @@ def save_adapter(
         DoRAError: If `path` must not be written, exists and `overwrite` is false, or
             the adapter holds NaN or inf or is otherwise invalid. Nothing is written.
     """
-    adapter = _adapter_of(model_or_adapter)
+    adapter = model_or_adapter
+    if not isinstance(adapter, Adapter):
+        adapter = take_adapter(adapter)
     if base_model is not None:
         adapter = replace(adapter, base=replace(adapter.base, model=base_model))
     _refuse_problems(adapter, f"{path} is not written: ")
@@ -103,21 +94,16 @@ def write_adapter_files(
     Raises:
         DoRAError: If the adapter holds NaN or inf; the files are unchanged.
     """
-    if isinstance(model_or_adapter, Adapter):
-        adapter = model_or_adapter
-        if base is not None or training is not None:
-            adapter = replace(
-                adapter,
-                base=base or adapter.base,
-                training=training if training is not None else adapter.training,
-            )
-    else:
+    adapter = model_or_adapter
+    if not isinstance(adapter, Adapter):
         adapter = take_adapter(
-            model_or_adapter,
-            fine_tune_type=fine_tune_type,
-            base=base,
-            training=training,
+            adapter, fine_tune_type=fine_tune_type, base=base, training=training
         )
+    adapter = replace(
+        adapter,
+        base=base or adapter.base,
+        training=adapter.training if training is None else training,
+    )
     _refuse_problems(adapter, f"{folder} is unchanged: ")
     if warn:
         _warn_of_stock(model_or_adapter, adapter)
@@ -148,12 +134,6 @@ def read_adapter(path: str | Path) -> Adapter:
     """
     adapter, tensors = read_one_save(Path(path))
     return replace(adapter, tensors=strip_rank(tensors, adapter.config))
-
-
-def _adapter_of(model_or_adapter: nn.Module | Adapter) -> Adapter:
-    if isinstance(model_or_adapter, Adapter):
-        return model_or_adapter
-    return take_adapter(model_or_adapter)
 
 
 def _refuse_problems(adapter: Adapter, before: str) -> None:

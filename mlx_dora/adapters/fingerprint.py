@@ -28,11 +28,7 @@ def fingerprint(model: nn.Module) -> str:
     Returns:
         ``"sha256:"`` and 64 hexadecimal digits.
     """
-    tensors = base_tensors(model)
-    return digest_of(
-        {name: tensor_line(name, tensor) for name, tensor in tensors.items()},
-        lambda name: sample_of(tensors[name]),
-    )
+    return fingerprint_of(base_tensors(model))
 
 
 def fingerprint_of(tensors: dict[str, mx.array]) -> str:

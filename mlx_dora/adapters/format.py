@@ -1,14 +1,15 @@
 """Converts an adapter's config to and from JSON, and pads ranks for mlx-lm."""
 
 import logging
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import mlx.core as mx
 
 from mlx_dora.adapters.adapter import Adapter, BaseModel, rank_axis, rank_of
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.errors import DoRAError, printable
+from mlx_dora.options import option, option_problems
 
 logger = logging.getLogger(__name__)
 
@@ -75,35 +76,33 @@ def parse_config(
         model = content.get("model")
         base = BaseModel(model=model if isinstance(model, str) else None)
         return Adapter(config=config, tensors={}, base=base, fine_tune_type=kind)
-    version = ours.get("version")
-    if type(version) is not int or version > FORMAT_VERSION:
+    given: dict[str, Any] = {f.name: ours.get(f.name) for f in fields(_Section)}
+    section = _Section(**given)
+    for problem in option_problems(section):
+        raise DoRAError(f"mlx_dora.{problem}.")
+    if section.version > FORMAT_VERSION:
         raise DoRAError(
-            f"format version {version!r} is newer than this mlx_dora supports "
+            f"format version {section.version} is newer than this mlx_dora supports "
             f"({FORMAT_VERSION}); upgrade mlx_dora."
         )
-    base, training = ours.get("base") or {}, ours.get("training")
-    for name, value in (("base", base), ("training", training or {})):
-        if not isinstance(value, dict):
-            raise DoRAError(f"mlx_dora.{name} must be an object, got {value!r:.60}.")
-    for name in ("model", "fingerprint"):
-        if not isinstance(base.get(name), str | None):
-            raise DoRAError(
-                f"mlx_dora.base.{name} must be text, got {base[name]!r:.60}."
-            )
-    if ours.get("variant", PLAIN) != PLAIN:
-        raise DoRAError(
-            f"mlx_dora.variant must be {PLAIN!r}, got {ours['variant']!r:.60}."
-        )
+    base = section.base or {}
     return Adapter(
-        config=replace(
-            config,
-            rank_pattern=ours.get("rank_pattern"),
-        ),
+        config=replace(config, rank_pattern=ours.get("rank_pattern")),
         tensors={},
         base=BaseModel(model=base.get("model"), fingerprint=base.get("fingerprint")),
         fine_tune_type=kind,
-        training=training,
+        training=section.training,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Section:
+    """The section ``mlx_dora`` of a config, but for the rank pattern."""
+
+    version: int = option(help="Version of the format.")
+    base: dict[str, str | None] | None = option(help="Name and hash of the base.")
+    training: dict[str, Any] | None = option(help="Summary of the training.")
+    variant: Literal["dora"] | None = option(help="Parametrization of the tensors.")
 
 
 def _lora_parameters(content: dict[str, Any], is_host: bool) -> dict[str, Any]:

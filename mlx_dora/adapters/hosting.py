@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -56,7 +56,7 @@ def load(
         DoRAError: If the model does not exist or cannot be loaded, or the adapter does
             not fit.
     """
-    loaded, tokenizer, _ = load_with_config(
+    return load_with_config(
         model,
         adapter_path,
         lazy=lazy,
@@ -65,8 +65,7 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
         check_base=check_base,
-    )
-    return loaded, tokenizer
+    )[:2]
 
 
 def load_with_config(
@@ -214,12 +213,7 @@ class Hosting:
     def __enter__(self) -> "Hosting":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # Also restores modules that were imported meanwhile and hold our replacements.
         _swap([(ours, theirs) for theirs, ours in self._swaps])
 

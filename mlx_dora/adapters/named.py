@@ -11,7 +11,7 @@ from mlx_dora.adapters.adapter import Adapter, overflow_problems
 from mlx_dora.adapters.attach import all_problems
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.matrices import adapted_matrices, adapter_tensors
-from mlx_dora.adapters.surgery import adapter_layers, put_modules
+from mlx_dora.adapters.surgery import adapted_already, put_modules
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import DoRALayer, dora_class, weight_of
 from mlx_dora.matrix.blend import Measured, blend, measured
@@ -54,11 +54,8 @@ class NamedAdapters:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if adapted := adapter_layers(model):
-            raise DoRAError(
-                f"the model has {len(adapted)} adapted layers already; remove them "
-                "with remove_dora and add the adapter by name."
-            )
+        if problem := adapted_already(model):
+            raise DoRAError(f"{problem}, and add the adapter by name.")
         self.active: dict[str, float] = {}
         self._model = model
         self._places: dict[str, _Place] = {}

@@ -20,7 +20,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import flush
 from mlx_dora.io.gate import check_dtypes, read_tensors
 from mlx_dora.io.header import read_header_and_metadata
-from mlx_dora.io.json import parse
+from mlx_dora.io.json import read_object
 
 TENSORS_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -100,7 +100,7 @@ def _read(folder: Path) -> tuple[Adapter, dict[str, mx.array]]:
     _check_present(folder)
     try:
         state = _state(config_path), _state(tensors_path)
-        content = _content(config_path)
+        content = read_object(config_path)
         infos, metadata = read_header_and_metadata(tensors_path)
         adapter = _parsed(content, config_path)
         is_full = adapter.fine_tune_type == "full"
@@ -175,16 +175,9 @@ def _state(path: Path) -> tuple[int, int, int]:
     return state.st_ino, state.st_mtime_ns, state.st_size
 
 
-def _content(path: Path) -> dict[str, Any]:
-    content = parse(path.read_bytes(), path)
-    if not isinstance(content, dict):
-        raise DoRAError(f"{path} must hold a JSON object, got {content!r:.60}.")
-    return content
-
-
 def _id_of(config_path: Path) -> str | None:
     try:
-        ours = _content(config_path).get("mlx_dora")
+        ours = read_object(config_path).get("mlx_dora")
     except (DoRAError, FileNotFoundError):
         return None
     return ours.get("save") if isinstance(ours, dict) else None

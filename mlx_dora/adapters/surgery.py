@@ -56,6 +56,16 @@ def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return sorted(layers, key=lambda item: natural_order(item[0]))
 
 
+def adapted_already(model: nn.Module) -> str:
+    """Return the problem of a model that has adapters; empty if it has none."""
+    if not (layers := adapter_layers(model)):
+        return ""
+    return (
+        f"the model has {len(layers)} adapted layers already ({layers[0][0]}, ...); "
+        "remove them with remove_dora first"
+    )
+
+
 def base_of(layer: nn.Module) -> nn.Module:
     """Return the frozen module that an adapted layer wraps."""
     return layer["embedding"] if "embedding" in layer else layer["linear"]
@@ -236,11 +246,8 @@ def adaptable_paths(model: nn.Module, config: DoRAConfig) -> list[str]:
     Raises:
         DoRAError: As for `apply_dora`, except that classes of modules are not checked.
     """
-    if adapted := adapter_layers(model):
-        raise DoRAError(
-            f"the model has {len(adapted)} adapted layers already ({adapted[0][0]}, "
-            "...); remove them with remove_dora first."
-        )
+    if problem := adapted_already(model):
+        raise DoRAError(f"{problem}.")
     paths = resolve_keys(model, config.keys, config.num_layers)
     if config.magnitude_keys is not None:
         alone = resolve_keys(model, config.magnitude_keys, config.num_layers)

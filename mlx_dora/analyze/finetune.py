@@ -1,7 +1,7 @@
 """Compares two versions of a model's weights, one block of rows at a time."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,9 +12,9 @@ from mlx_dora.analyze.metrics import MatrixAnalysis, measure
 from mlx_dora.analyze.result import AdaptationAnalysis
 from mlx_dora.decomposition import Array, as_array
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.blocks import READABLE, read_blocks
 from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.io.derived import head_and_embedding
+from mlx_dora.io.stored import FLOATS, StoredTensor
 from mlx_dora.matrix.geometry import blocks_geometry
 from mlx_dora.progress import Progress
 
@@ -93,13 +93,13 @@ class _Source:
 
     def __init__(self, weights: Weights, name: str) -> None:
         self._name = str(weights) if isinstance(weights, str | Path) else name
-        self._arrays: Mapping[str, mx.array] | None = None
-        self._files: Checkpoint | None = None
+        self._tensor: Callable[[str], mx.array | StoredTensor]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.deeper: list[str] = []  # more than two axes
         if isinstance(weights, Mapping):
-            self._arrays = {k: as_array(k, value) for k, value in weights.items()}
-            for key, value in self._arrays.items():
+            arrays = {k: as_array(k, value) for k, value in weights.items()}
+            self._tensor = arrays.__getitem__
+            for key, value in arrays.items():
                 if mx.issubdtype(value.dtype, mx.floating):
                     self._take(key, value.shape)
             packed = [key for key in weights if key.endswith(".scales")]
@@ -109,10 +109,11 @@ class _Source:
                 f"{type(weights).__name__}."
             )
         else:
-            self._files = files = Checkpoint(weights)
+            files = Checkpoint(weights)
+            self._tensor = files.stored
             for key in files.names:
                 info = files.info(key)
-                if info.dtype in READABLE:
+                if info.dtype in FLOATS:
                     self._take(key, info.shape)
             packed = [key for key in files.names if key.endswith(".scales")]
         if packed:
@@ -141,14 +142,10 @@ class _Source:
         return all(np.array_equal(head, embedding) for head, embedding in both)
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
-        if self._files is not None:
-            yield from read_blocks(self._files, name)
-            return
-        assert self._arrays is not None
-        array = self._arrays[name]
-        step = max(1, _BLOCK // max(array.shape[1], 1))
-        for start in range(0, array.shape[0], step):
-            yield np.array(array[start : start + step].astype(mx.float32))
+        tensor = self._tensor(name)
+        step = max(1, _BLOCK // max(tensor.shape[1], 1))
+        for start in range(0, tensor.shape[0], step):
+            yield np.array(tensor[start : start + step].astype(mx.float32))
 
 
 def _shared(before: _Source, after: _Source) -> list[str]:

@@ -1,18 +1,38 @@
-"""The ``--upload-repo`` option."""
+"""The options ``--card`` and ``--upload-repo``."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mlx_dora.cli._echo import echo
 
-upload_option = click.option(
+_CARD = click.option(
+    "--card",
+    is_flag=True,
+    help="Write a model card, README.md, into the folder.",
+)
+_UPLOAD = click.option(
     "--upload-repo",
     metavar="ID",
     help="Write a model card and upload the folder to this Hugging Face Hub "
     "repository, which is created if missing.",
 )
+
+
+def publish_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options to a command."""
+    return _CARD(_UPLOAD(command))
+
+
+def check_repo(repo: str | None) -> None:
+    """Refuse an upload that cannot succeed, before any slow work."""
+    if repo is not None:
+        from mlx_dora.publish.upload import check_upload
+
+        check_upload(repo)
 
 
 def command_line() -> list[str]:
@@ -21,10 +41,13 @@ def command_line() -> list[str]:
     return [name, *sys.argv[1:]]
 
 
-def publish(folder: str | Path, card: str, repo: str) -> None:
-    """Write the model card, upload the folder, and print its address."""
+def publish(folder: str | Path, card: str, repo: str | None) -> None:
+    """Write the model card; upload the folder if `repo` is given."""
     from mlx_dora.io.atomic import write_text
     from mlx_dora.publish.upload import upload_folder
 
-    write_text(Path(folder) / "README.md", card)
-    echo(f"Uploaded to {upload_folder(folder, repo)}")
+    path = Path(folder) / "README.md"
+    write_text(path, card)
+    echo(f"Model card: {path}")
+    if repo is not None:
+        echo(f"Uploaded to {upload_folder(folder, repo)}")

@@ -9,7 +9,7 @@ from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._paths import PATH, PATH_OR_ID
-from mlx_dora.cli._publish import command_line, publish, upload_option
+from mlx_dora.cli._publish import check_repo, command_line, publish, publish_options
 from mlx_dora.evaluate.tolerance import FuseTolerance
 from mlx_dora.fuse.config import FuseConfig
 
@@ -53,7 +53,7 @@ EXIT_NOT_VERIFIED = 3
     "repeated.",
 )
 @dataclass_options(tolerance=FuseTolerance)
-@upload_option
+@publish_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 @click.option(
     "--check-base/--no-check-base",
@@ -74,6 +74,7 @@ def command(
     verify: bool,
     prompts: tuple[str, ...],
     tolerance: FuseTolerance,
+    card: bool,
     upload_repo: str | None,
     overwrite: bool,
     check_base: bool,
@@ -88,10 +89,7 @@ def command(
     from mlx_dora.evaluate.fused import PROMPTS, verify_fused
     from mlx_dora.fuse.model import fuse_model
 
-    if upload_repo is not None:
-        from mlx_dora.publish.upload import check_upload
-
-        check_upload(upload_repo)
+    check_repo(upload_repo)
     if model is None:
         model = announced_base(adapter_path)
     report = fuse_model(
@@ -121,9 +119,9 @@ def command(
             problems = "; ".join(checked.problems)
             echo(f"Error: not verified: {problems}", err=True)
             return EXIT_NOT_VERIFIED
-    if upload_repo is not None:
+    if card or upload_repo is not None:
         from mlx_dora.publish.card import fused_card
 
-        card = fused_card(save_path, adapter_path, model, report, command_line())
-        publish(save_path, card, upload_repo)
+        text = fused_card(adapter_path, model, report, command_line(), upload_repo)
+        publish(save_path, text, upload_repo)
     return 0

@@ -12,8 +12,9 @@ from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import EXIT_BAD_INPUT, exit_code_of, verb
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._progress import TrainDisplay, duration, size
-from mlx_dora.cli._publish import command_line, publish, upload_option
+from mlx_dora.cli._publish import check_repo, command_line, publish, publish_options
 from mlx_dora.cli._shell import quote
+from mlx_dora.data.config import hub_entries
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.run.journal import TrainReport
 
@@ -31,9 +32,13 @@ HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
     is_flag=True,
     help="Predict the memory that training needs, and exit.",
 )
-@upload_option
+@publish_options
 def command(
-    train: TrainConfig, dora: DoRAConfig, plan: bool, upload_repo: str | None
+    train: TrainConfig,
+    dora: DoRAConfig,
+    plan: bool,
+    card: bool,
+    upload_repo: str | None,
 ) -> int | None:
     """Fine-tune a model with DoRA (or LoRA, or in full).
 
@@ -60,10 +65,7 @@ def command(
 
     if mx.distributed.init().rank() > 0:
         return _work_in_silence(train, dora)
-    if upload_repo is not None:
-        from mlx_dora.publish.upload import check_upload
-
-        check_upload(upload_repo)
+    check_repo(upload_repo)
     display = TrainDisplay(train.iters if train.epochs is None else None)
     with display:
         result = run_job(
@@ -81,7 +83,7 @@ def command(
         tokens = f"{result.test.tokens:,} tokens"
         echo(f"Test loss {loss:.4f}, perplexity {perplexity:.3f} ({tokens}).")
     if result.train is not None:
-        if upload_repo is not None:
+        if card or upload_repo is not None:
             _publish_adapter(train, upload_repo)
         echo("Next:")
         for line in next_commands(train):
@@ -89,12 +91,13 @@ def command(
     return None
 
 
-def _publish_adapter(train: TrainConfig, repo: str) -> None:
+def _publish_adapter(train: TrainConfig, repo: str | None) -> None:
     from mlx_dora.publish.card import adapter_card
 
-    data = train.data if train.hf_dataset is None else str(train.hf_dataset)
-    card = adapter_card(train.adapter_path, str(train.model), command_line(), data)
-    publish(train.adapter_path, card, repo)
+    entries = hub_entries(train.hf_dataset)
+    data = [entry["path"] for entry in entries] or [train.data]
+    folder, base = train.adapter_path, str(train.model)
+    publish(folder, adapter_card(folder, base, command_line(), data, repo), repo)
 
 
 def _work_in_silence(train: TrainConfig, dora: DoRAConfig) -> int:

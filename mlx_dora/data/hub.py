@@ -15,7 +15,7 @@ def _hub() -> Any:
     except ImportError:
         raise DoRAError(
             "reading a data set from the Hugging Face Hub needs the package "
-            "'datasets': pip install datasets."
+            "'datasets': pip install 'mlx_dora[data]'."
         ) from None
     return datasets
 

@@ -3,13 +3,10 @@
 This module does not import MLX, so that the command line can read the fields quickly.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from mlx_dora.errors import DoRAError
-
-_MODES = ("requantize", "lossless", "dequantize")
-_SCALES = ("float32", "float16")
+from mlx_dora.options import check_options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,37 +23,23 @@ class FuseConfig:
         scales: Dtype of the scales after a lossless fuse.
     """
 
-    mode: Literal["requantize", "lossless", "dequantize"] = field(
-        default="requantize",
-        metadata={
-            "help": "How to fuse a quantized base: repack each adapted layer with the "
-            "bits that --keep needs; or multiply the magnitudes into the scales and "
-            "write the low-rank part as a LoRA adapter to OUT/adapter; or make the "
-            "whole model dense."
-        },
+    mode: Literal["requantize", "lossless", "dequantize"] = option(
+        "requantize",
+        help="How to fuse a quantized base: repack each adapted layer with the bits "
+        "that --keep needs; or multiply the magnitudes into the scales and write the "
+        "low-rank part as a LoRA adapter to OUT/adapter; or make the whole model "
+        "dense.",
     )
-    keep: float = field(
-        default=0.9,
-        metadata={
-            "help": "Share of each layer's update that packing must keep; 0 always "
-            "keeps the base's bits."
-        },
+    keep: float = option(
+        0.9,
+        help="Share of each layer's update that packing must keep; 0 always keeps the "
+        "base's bits.",
+        least=0,
+        below=1,
     )
-    scales: Literal["float32", "float16"] = field(
-        default="float32",
-        metadata={"help": "Dtype of the scales that hold the magnitudes (lossless)."},
+    scales: Literal["float32", "float16"] = option(
+        "float32", help="Dtype of the scales that hold the magnitudes (lossless)."
     )
 
     def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            DoRAError: If a setting has a value that is not allowed.
-        """
-        for name, known in (("mode", _MODES), ("scales", _SCALES)):
-            value = getattr(self, name)
-            if value not in known:
-                raise DoRAError(f"{name} must be {', '.join(known)}; got {value!r}.")
-        is_number = isinstance(self.keep, int | float)
-        if not is_number or not 0 <= self.keep < 1:
-            raise DoRAError(f"keep must be at least 0 and below 1, got {self.keep!r}.")
+        check_options(self)

@@ -22,40 +22,22 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def fresh_holder(target: Path) -> Iterator[Path]:
-    """Create and lock ``.<name>.<random>.partial`` beside `target`; delete it later.
+def holding(target: Path, digest: str | None = None) -> Iterator[Path]:
+    """Create and lock a holder beside `target`, with a folder ``new`` in it.
 
-    Yields the holder, with an empty folder ``new`` in it.
-    """
-    holder, handle = target, None
-    while handle is None:
-        holder = aside_of(target, ".partial")
-        holder.mkdir(mode=0o700)
-        # None if another process removed the folder before it was locked.
-        with contextlib.suppress(FileNotFoundError, BlockingIOError):
-            handle = _lock(holder)
-    try:
-        (holder / NEW_NAME).mkdir()
-        yield holder
-    finally:
-        discard(holder, target)
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def lasting_holder(target: Path, digest: str) -> Iterator[Path]:
-    """Create or reuse ``.<name>.<digest>.resume`` beside `target`, and lock it.
-
-    Yields the holder, with a folder ``new`` in it. An interrupt keeps the holder;
+    Without a digest, creates ``.<name>.<random>.partial`` and deletes it at the end.
+    With one, creates or reuses ``.<name>.<digest>.resume``; an interrupt keeps it, and
     success and any other error delete it.
 
     Raises:
         DoRAError: If another process has locked the holder, or the holder is a link or
             belongs to another user.
     """
-    holder = target.with_name(f".{target.name}.{digest}.resume")
-    handle = None
+    holder, handle = target, None
     while handle is None:
+        holder = aside_of(target, ".partial")
+        if digest is not None:
+            holder = target.with_name(f".{target.name}.{digest}.resume")
         with contextlib.suppress(FileExistsError):
             holder.mkdir(mode=0o700)
         if not _is_ours(holder):
@@ -65,22 +47,23 @@ def lasting_holder(target: Path, digest: str) -> Iterator[Path]:
             )
         try:
             handle = _lock(holder)
-        except FileNotFoundError:
+        except FileNotFoundError:  # deleted by another process before it was locked
             continue
         except BlockingIOError:
-            raise DoRAError(f"another process is writing {target}.") from None
+            if digest is not None:
+                raise DoRAError(f"another process is writing {target}.") from None
+    is_kept = False
     try:
         put_back(holder, target)
         (holder / NEW_NAME).mkdir(exist_ok=True)
         yield holder
-        discard(holder, target)
     except KeyboardInterrupt:
-        put_back(holder, target)
-        raise
-    except BaseException:
-        discard(holder, target)
+        is_kept = digest is not None
         raise
     finally:
+        put_back(holder, target)
+        if not is_kept:
+            discard(holder, target)
         os.close(handle)
 
 

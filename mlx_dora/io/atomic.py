@@ -2,32 +2,24 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_dora.io.aside import (
     NEW_NAME,
     aside_of,
-    fresh_holder,
+    holding,
     put_in_place,
     remove_leftovers,
 )
 from mlx_dora.io.header import read_header
 from mlx_dora.io.output import Inputs, check_output
-
-__all__ = [
-    "atomic_directory",
-    "check_output",
-    "flush",
-    "flush_tree",
-    "write_tensors",
-    "write_text",
-]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -39,7 +31,7 @@ _WRITE_FAILED = "[write]"
 
 @contextlib.contextmanager
 def atomic_directory(
-    path: str | Path, *, inputs: Inputs, overwrite: bool = False
+    path: str | Path, *, inputs: Inputs, overwrite: bool = False, job: str | None = None
 ) -> Iterator[Path]:
     """Write a folder that appears complete or not at all.
 
@@ -54,21 +46,29 @@ def atomic_directory(
         inputs: All files and folders that are read; see `check_output`.
         overwrite: Replace an existing `path`. The old folder is moved before the rename
             and deleted last.
+        job: Text that contains everything that determines the output. With it, a killed
+            or interrupted process leaves its folder, and the next call with the same
+            `path` and `job` yields that folder with its content.
 
     Raises:
-        DoRAError: If `path` must not be written; see `check_output`.
+        DoRAError: If `path` must not be written (see `check_output`), another process
+            writes the same job, or its folder is a link or belongs to another user.
         OSError: If the disk is full; the error names `path`.
     """
     inputs = tuple(inputs)
     check_output(path, inputs=inputs, overwrite=overwrite)
     target = Path(path).expanduser().resolve()
+    digest = job and hashlib.sha256(job.encode()).hexdigest()[:16]
     with full_disk_names(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         check_output(path, inputs=inputs, overwrite=overwrite)
-        with fresh_holder(target) as holder:
-            yield holder / NEW_NAME
-            flush_tree(holder / NEW_NAME)
+        with holding(target, digest) as holder:
+            work = holder / NEW_NAME
+            for leftover in work.glob(".*.partial*"):
+                leftover.unlink()
+            yield work
+            flush_tree(work)
             # Check again: the target may have appeared while the block ran.
             check_output(path, inputs=inputs, overwrite=overwrite)
             put_in_place(holder, target)
@@ -88,12 +88,7 @@ class full_disk_names:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
         if isinstance(error, OSError):
             number = error.errno
         elif kind is Exception and (match := _OS_ERROR.search(str(error))):

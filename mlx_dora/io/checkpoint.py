@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 import mlx.core as mx
 
@@ -12,7 +11,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.aside import aside_of
 from mlx_dora.io.atomic import flush, write_text
 from mlx_dora.io.foreign import foreign
-from mlx_dora.io.gate import check_dtypes, read_one
+from mlx_dora.io.gate import check_dtypes
 from mlx_dora.io.header import TensorInfo, read_header
 from mlx_dora.io.stored import StoredTensor
 from mlx_dora.io.stream import TensorStream, nbytes_of
@@ -81,7 +80,7 @@ class Checkpoint:
         """Return a lazy array, whose bytes are read when it is evaluated."""
         path = self.shard(name)
         if path in self._by_numpy:
-            return read_one(path, name, self._infos[name])
+            return self.stored(name).whole()
         unread = self._unread.get(path, {})
         if name not in unread:
             with foreign(path):
@@ -92,7 +91,7 @@ class Checkpoint:
 
     def stored(self, name: str) -> StoredTensor:
         """Return a tensor that is read slice by slice."""
-        return StoredTensor(self.shard(name), self.info(name))
+        return StoredTensor(self.shard(name), self.info(name), name)
 
     def _read_index(self, index: Path) -> None:
         listing = weight_map(index)
@@ -151,7 +150,7 @@ class ShardWriter:
         max_shard_bytes: Largest size of a shard. A new shard starts when a tensor would
             exceed it or the header's reserved space; a larger tensor gets its own.
         resume: Continue with the shards that an earlier writer left in the folder, and
-            keep them on failure (`mlx_dora.io.resumable`).
+            keep them on failure (`mlx_dora.io.atomic`).
     """
 
     def __init__(
@@ -240,12 +239,7 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._discard()
         elif not self._is_usable:

@@ -13,35 +13,15 @@ from functools import lru_cache
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.foreign import foreign
 from mlx_dora.io.header import TensorInfo, read_header
-
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Dtypes accepted for weights; F64 is rounded to float32."""
+from mlx_dora.io.stored import DTYPES, FLOATS, StoredTensor
 
 # Last parts of the names of weights; every other tensor may hold integers.
 _WEIGHTS = ("weight", "scales", "biases", "lora_a", "lora_b", "m")
 _LISTED = 3
-# NumPy's dtype for each stored dtype.
-_NUMPY = {
-    "BOOL": "?",
-    "U8": "<u1",
-    "I8": "<i1",
-    "U16": "<u2",
-    "I16": "<i2",
-    "F16": "<f2",
-    "BF16": "<u2",
-    "U32": "<u4",
-    "I32": "<i4",
-    "F32": "<f4",
-    "U64": "<u8",
-    "I64": "<i8",
-    "F64": "<f8",
-}
-
 logger = logging.getLogger(__name__)
 
 
@@ -105,7 +85,9 @@ def read_tensors(
     if not infos:
         return {}
     if holds_float64(infos):
-        return {name: read_one(path, name, info) for name, info in infos.items()}
+        return {
+            name: StoredTensor(path, info, name).whole() for name, info in infos.items()
+        }
     with foreign(path):
         loaded = mx.load(str(path))
     assert isinstance(loaded, dict)
@@ -115,36 +97,6 @@ def read_tensors(
 def holds_float64(infos: Mapping[str, TensorInfo]) -> bool:
     """Whether a file holds float64, which prevents MLX from reading any of it."""
     return any(info.dtype == "F64" for info in infos.values())
-
-
-def read_one(path: str | Path, name: str, info: TensorInfo) -> mx.array:
-    """Read one tensor with NumPy; float64 is rounded to float32.
-
-    Raises:
-        DoRAError: If a float64 value is too large for float32.
-    """
-    kind = np.dtype(_NUMPY[info.dtype])
-    count = info.nbytes // kind.itemsize
-    values = np.fromfile(path, kind, count, offset=info.start).reshape(info.shape)
-    if info.dtype == "F64":
-        values = rounded(values, f"{path}: {name}")
-    array = mx.array(values)
-    return array.view(mx.bfloat16) if info.dtype == "BF16" else array
-
-
-def rounded(values: np.ndarray, name: str) -> np.ndarray:
-    """Return a float32 copy of float64 values.
-
-    Raises:
-        DoRAError: If a finite value is too large for float32.
-    """
-    with np.errstate(over="ignore"):
-        single = values.astype(np.float32)
-    if np.isinf(single).any() and not np.array_equal(
-        np.isinf(single), np.isinf(values)
-    ):
-        raise DoRAError(f"{name} holds float64 values too large for float32.")
-    return single
 
 
 def _refusal(
@@ -159,7 +111,7 @@ def _refusal(
             f"float8 ({dtype}), which is not supported; dequantize the model to "
             f"bfloat16, float16 or float32 first{how}"
         )
-    if dtype not in _NUMPY:
+    if dtype not in DTYPES:
         kind = "complex numbers" if dtype == "C64" else "a dtype that MLX cannot read"
         return f"{kind} ({dtype}); float32, float16 or bfloat16 is expected"
     is_weight = all_weights or name.rpartition(".")[2] in _WEIGHTS

@@ -1,6 +1,7 @@
 """Checks where a command may write: never over, around or inside its inputs."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mlx_dora.errors import DoRAError
@@ -19,6 +20,9 @@ _MARKERS = {
 
 _SUBFOLDERS = {"checkpoints", "best", "adapter", ".cache", "wandb", "swanlog"}
 """Folders that outputs contain: training, lossless fuse, Hub cache and logs."""
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.partial(\.safetensors)?")
+"""A file that a killed process was writing (`mlx_dora.io.atomic`)."""
 
 _LISTED = 5
 
@@ -74,12 +78,7 @@ def refuse_inputs(path: str | Path, inputs: Inputs) -> None:
         raise DoRAError(f"{str(path)!r} cannot be an output.")
     own = _identities(target)
     working = _identities(Path.cwd())
-    for source in inputs:
-        if source is None:
-            continue
-        theirs = _identities(Path(source).expanduser())
-        if not theirs or not Path(source).expanduser().exists():
-            continue
+    for source, theirs in _existing(inputs):
         if target.exists() and own[0] == theirs[0]:
             raise DoRAError(f"{path} is the input {source}; choose another output.")
         if target.exists() and own[0] in theirs:
@@ -110,16 +109,11 @@ def check_output_file(
     target = Path(path).expanduser().resolve()
     if target.is_dir():
         raise DoRAError(f"{path} is a folder, not a file; name a file to write.")
-    own = _identities(target)
+    own, inputs = _identities(target), [s for s in inputs if s is not None]
     for source in inputs:
-        if source is None:
-            continue
-        place = Path(source).expanduser()
-        if place.resolve() == target:
+        if Path(source).expanduser().resolve() == target:
             raise DoRAError(f"{path} is {source}, used already; choose another output.")
-        theirs = _identities(place) if place.exists() else []
-        if not theirs or not target.exists():
-            continue
+    for source, theirs in _existing(inputs) if target.exists() else ():
         if own[0] == theirs[0]:
             raise DoRAError(f"{path} is the input {source}; choose another output.")
         if theirs[0] in own and target.suffix != ".html":
@@ -128,6 +122,13 @@ def check_output_file(
             )
     if target.exists() and not overwrite:
         raise DoRAError(f"{path} exists; add --overwrite to replace it.")
+
+
+def _existing(inputs: Inputs) -> Iterator[tuple[str | Path, list[tuple[int, int]]]]:
+    """Yield each input that exists, with its identities."""
+    for source in inputs:
+        if source is not None and (place := Path(source).expanduser()).exists():
+            yield source, _identities(place)
 
 
 def _identities(path: Path) -> list[tuple[int, int]]:
@@ -145,7 +146,7 @@ def _identities(path: Path) -> list[tuple[int, int]]:
 
 def _refuse_foreign(path: str | Path, target: Path) -> None:
     """Refuse to delete a folder that mlx_dora did not make."""
-    entries = sorted(target.iterdir())
+    entries = sorted(p for p in target.iterdir() if not _LEFTOVER.fullmatch(p.name))
     if not entries:
         return
     names = {entry.name for entry in entries}

@@ -10,18 +10,27 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.gate import rounded
-from mlx_dora.io.header import DTYPE_BITS, TensorInfo
+from mlx_dora.io.header import TensorInfo
 
-# NumPy's dtype for each stored dtype, and MLX's view of the bits (None: the same).
-_READ_AS: dict[str, tuple[str, mx.Dtype | None]] = {
-    "F64": ("<f8", None),
-    "F32": ("<f4", None),
-    "F16": ("<f2", None),
+DTYPES: dict[str, tuple[str, mx.Dtype]] = {
+    "BOOL": ("?", mx.bool_),
+    "U8": ("<u1", mx.uint8),
+    "I8": ("<i1", mx.int8),
+    "U16": ("<u2", mx.uint16),
+    "I16": ("<i2", mx.int16),
+    "F16": ("<f2", mx.float16),
     "BF16": ("<u2", mx.bfloat16),
+    "U32": ("<u4", mx.uint32),
+    "I32": ("<i4", mx.int32),
+    "F32": ("<f4", mx.float32),
+    "U64": ("<u8", mx.uint64),
+    "I64": ("<i8", mx.int64),
+    "F64": ("<f8", mx.float64),
 }
-STREAMED = tuple(_READ_AS)
-"""Dtypes that `StoredTensor` reads."""
+"""Dtypes that `StoredTensor` reads: NumPy's, with the same bits, and MLX's."""
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes accepted for weights; F64 is rounded to float32."""
 
 
 class _Owner:
@@ -29,21 +38,23 @@ class _Owner:
 
 
 class StoredTensor:
-    """A float tensor in its file; indexing reads a slice along the first axis.
+    """A tensor in its file; indexing reads a slice along the first axis.
 
     Offers the part of `mx.array` that block-wise code needs: ``shape``, ``ndim``,
     ``size``, ``reshape`` and slices.
 
     Args:
         path: A safetensors file whose header was checked.
-        info: The tensor's header entry; its dtype is in `STREAMED`.
+        info: The tensor's header entry; its dtype is in `DTYPES`.
+        name: Name of the tensor in error messages.
 
     Raises:
         OSError: If the file cannot be opened.
     """
 
-    def __init__(self, path: Path, info: TensorInfo) -> None:
+    def __init__(self, path: Path, info: TensorInfo, name: str = "it") -> None:
         self.shape = info.shape
+        self._name = name
         self._path, self._info = path, info
         self._file = os.open(path, os.O_RDONLY)
         self._owner = _Owner()  # shared with the results of `reshape`
@@ -57,7 +68,7 @@ class StoredTensor:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return self._info.nbytes * 8 // DTYPE_BITS[self._info.dtype]
+        return math.prod(self._info.shape)
 
     def reshape(self, shape: int | tuple[int, ...]) -> "StoredTensor":
         """Return the tensor with another shape; one size may be -1."""
@@ -74,11 +85,12 @@ class StoredTensor:
         """Read consecutive entries of the first axis.
 
         Raises:
-            DoRAError: If the file is now shorter than its header says.
+            DoRAError: If the file is now shorter than its header says, or a float64
+                value is too large for float32.
         """
         first, end, step = index.indices(self.shape[0])
         assert step == 1
-        kind, seen = _READ_AS[self._info.dtype]
+        kind, dtype = DTYPES[self._info.dtype]
         block = np.empty((max(end - first, 0), *self.shape[1:]), kind)
         width = block.itemsize * math.prod(self.shape[1:])
         place = self._info.start + first * width
@@ -89,6 +101,24 @@ class StoredTensor:
                 raise DoRAError(f"{self._path} became shorter while it was read.")
             place, rest = place + got, rest[got:]
         if self._info.dtype == "F64":
-            block = rounded(block, str(self._path))
-        array = mx.array(block)
-        return array if seen is None else array.view(seen)
+            return mx.array(_rounded(block, f"{self._path}: {self._name}"))
+        return mx.array(block).view(dtype)
+
+    def whole(self) -> mx.array:
+        """Read the whole tensor."""
+        return self.reshape(-1)[:].reshape(self.shape)
+
+
+def _rounded(values: np.ndarray, name: str) -> np.ndarray:
+    """Return a float32 copy of float64 values.
+
+    Raises:
+        DoRAError: If a finite value is too large for float32.
+    """
+    with np.errstate(over="ignore"):
+        single = values.astype(np.float32)
+    if np.isinf(single).any() and not np.array_equal(
+        np.isinf(single), np.isinf(values)
+    ):
+        raise DoRAError(f"{name} holds float64 values too large for float32.")
+    return single

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_dora.io.header import DTYPE_BITS
+from mlx_dora.io.stored import DTYPES
 
 # The header and the eight bytes of its length together fill whole pages.
 HEADER_ROOM = (1 << 18) - 8
@@ -22,22 +22,7 @@ _WAITING = 1 << 25
 # Bytes between two flushes, which run during writing so that the last one is short.
 _FLUSH = 1 << 26
 
-_DTYPES = {
-    mx.bool_: "BOOL",
-    mx.uint8: "U8",
-    mx.uint16: "U16",
-    mx.uint32: "U32",
-    mx.uint64: "U64",
-    mx.int8: "I8",
-    mx.int16: "I16",
-    mx.int32: "I32",
-    mx.int64: "I64",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.float32: "F32",
-    mx.float64: "F64",
-    mx.complex64: "C64",
-}
+_NAMES = {dtype: name for name, (_, dtype) in DTYPES.items()}
 
 
 class TensorStream:
@@ -132,7 +117,7 @@ class TensorStream:
     ) -> dict[str, object]:
         end = self._expected + nbytes_of(dtype, shape)
         return {
-            "dtype": _DTYPES[dtype],
+            "dtype": _NAMES[dtype],
             "shape": list(shape),
             "data_offsets": [self._expected, end],
         }
@@ -164,7 +149,7 @@ class TensorStream:
 
 def nbytes_of(dtype: mx.Dtype, shape: tuple[int, ...]) -> int:
     """Return the size of a tensor in a file, in bytes."""
-    return math.prod(shape) * DTYPE_BITS[_DTYPES[dtype]] // 8
+    return math.prod(shape) * dtype.size
 
 
 def _length(entry: dict[str, dict[str, object]]) -> int:

@@ -80,6 +80,10 @@ SAME = frozenset({
     "qwen3", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "solar_open",
     "stablelm", "starcoder2",
 })
+_WRAPPED = (
+    "gemma3", "gemma4", "kimi_k25", "lfm2-vl", "mistral3", "pixtral", "qwen2_vl",
+    "qwen3_vl", "qwen3_vl_moe",
+)
 # fmt: on
 _MULTIMODAL = ClassNames(
     starts=(
@@ -91,6 +95,8 @@ _TEXT_PART = ClassNames(
     starts=(("language_model.model", "model"), ("language_model.lm_head", "lm_head"))
 )
 DIFFERENT: dict[str, ClassNames] = {
+    **dict.fromkeys(_WRAPPED, _MULTIMODAL),
+    **dict.fromkeys(("llama4", "qwen3_5", "qwen3_5_moe"), _TEXT_PART),
     "exaone": ClassNames(
         starts=(("transformer.h", "model.layers"),),
         ends=(
@@ -108,8 +114,6 @@ DIFFERENT: dict[str, ClassNames] = {
         "transformers applies to the activations, so the same adapter would compute "
         "something else"
     ),
-    "gemma3": _MULTIMODAL,
-    "gemma4": _MULTIMODAL,
     "gpt2": ClassNames(starts=(("model.h", "transformer.h"),), has_conv1d=True),
     "gpt_neox": ClassNames(
         starts=(("model.h", "gpt_neox.layers"), ("model.embed_out", "lm_head"))
@@ -120,7 +124,6 @@ DIFFERENT: dict[str, ClassNames] = {
         ends=(("mlp.down_proj", "shared_mlp.output_linear"),),
         missing=("mlp.gate_proj", "mlp.up_proj"),
     ),
-    "kimi_k25": _MULTIMODAL,
     "kimi_linear": ClassNames(
         ends=(
             ("self_attn.f_a_proj", "self_attn.forget_gate.f_a_proj"),
@@ -133,7 +136,6 @@ DIFFERENT: dict[str, ClassNames] = {
             for name in ("gate", "up", "down")
         )
     ),
-    "lfm2-vl": _MULTIMODAL,
     "lfm2_moe": ClassNames(
         ends=(
             ("feed_forward.gate_proj", "feed_forward.w1"),
@@ -141,7 +143,6 @@ DIFFERENT: dict[str, ClassNames] = {
             ("feed_forward.up_proj", "feed_forward.w3"),
         )
     ),
-    "llama4": _TEXT_PART,
     "llama4_text": ClassNames(starts=(("output", "lm_head"),)),
     "minimax_m3_vl": ClassNames(
         starts=_MULTIMODAL.starts,
@@ -160,7 +161,6 @@ DIFFERENT: dict[str, ClassNames] = {
             "self_attn.index_q_proj",
         ),
     ),
-    "mistral3": _MULTIMODAL,
     "muse_glimmer": ClassNames(
         starts=(("model.layers", "model.language_model.layers"),)
     ),
@@ -177,10 +177,4 @@ DIFFERENT: dict[str, ClassNames] = {
         ),
     ),
     "nemotron_h": ClassNames(starts=(("backbone", "model"),)),
-    "pixtral": _MULTIMODAL,
-    "qwen2_vl": _MULTIMODAL,
-    "qwen3_5": _TEXT_PART,
-    "qwen3_5_moe": _TEXT_PART,
-    "qwen3_vl": _MULTIMODAL,
-    "qwen3_vl_moe": _MULTIMODAL,
 }

@@ -1,7 +1,7 @@
 """Handles base weights that PEFT saved with an adapter; drops equal copies."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -67,7 +67,8 @@ def copy_problems(
         path = path_of(peft_path.removesuffix(".base_layer"))
         own = weights.get(f"{path}.weight")
         if own is None and path.rpartition(".")[2] in HEADS:
-            what = _compared_when_tied(copy, embeddings) if embeddings else _PACKED
+            is_equal = any(_is_equal(copy, embedding) for embedding in embeddings)
+            what = ("" if is_equal else _TIED) if embeddings else _PACKED
         elif own is None:
             what = "weights that the model does not have:"
         elif f"{path}.scales" in weights:
@@ -91,12 +92,6 @@ def _compared(copy: mx.array, own: mx.array) -> str:
     if copy.shape != own.shape:
         return "weights of the base in another shape than the model's (resized?):"
     return "" if _is_equal(copy, own) else _DIFFERENT
-
-
-def _compared_when_tied(copy: mx.array, embeddings: Iterable[mx.array]) -> str:
-    if any(_is_equal(copy, own) for own in embeddings):
-        return ""
-    return _TIED
 
 
 def _is_equal(copy: mx.array, own: mx.array) -> bool:

@@ -25,7 +25,7 @@ from mlx_dora.adapters.keys import natural_order, shortened
 from mlx_dora.adapters.one_save import CONFIG_NAME
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.gate import read_tensors
-from mlx_dora.io.header import read_metadata
+from mlx_dora.io.header import read_header_and_metadata
 from mlx_dora.io.json import parse
 from mlx_dora.peft.classes import ClassNames
 from mlx_dora.peft.config import PeftConfig
@@ -34,7 +34,7 @@ from mlx_dora.peft.copies import copy_problems, take_copies
 from mlx_dora.peft.modules import ModelModules
 from mlx_dora.peft.names import class_of, look_plain, names_of
 from mlx_dora.peft.tensors import PEFT_TENSORS_NAME, our_tensors
-from mlx_dora.peft.writing import CLASS_KEY, OURS_KEY, to_peft  # noqa: F401 moves soon
+from mlx_dora.peft.writing import CLASS_KEY, OURS_KEY
 
 # Scales this close count as equal, because s·r/r may differ from s by rounding.
 _SAME_SCALE = 1e-12
@@ -62,7 +62,8 @@ def from_peft(path: str | Path, model: nn.Module | str | Path | None = None) -> 
     config, file = _files_of(Path(path))
     if isinstance(model, str | Path):
         model = load_lazily(model)
-    raw, metadata = read_tensors(file, all_weights=True), read_metadata(file)
+    raw = read_tensors(file, all_weights=True)
+    _, metadata = read_header_and_metadata(file)
     ours = _remembered(metadata, file)
     copies = take_copies(raw)
     tensors, problems = our_tensors(raw)

@@ -2,9 +2,11 @@
 
 import re
 import shlex
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mlx_dora.errors import printable
+from mlx_dora.publish.names import is_local, name_of
 
 _MAX = 300
 # Characters with a meaning in Markdown or HTML inside a line.
@@ -25,31 +27,35 @@ def block(text: str) -> str:
     return "\n".join([fence, *lines, fence])
 
 
-def without_folders(words: list[str]) -> str:
-    """Join a command line, reducing local paths to their last name."""
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table; escapes the cells and rounds their numbers."""
+    lines = [heads, ["---"] * len(heads), *([_cell(c) for c in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def without_folders(words: Sequence[str]) -> str:
+    """Join a command line, reducing local paths to their last name or Hub id."""
     return shlex.join(_word(word) for word in words)
 
 
-def name_of(path: str) -> str:
-    """Return the last name of a local path; return any other text unchanged."""
-    return Path(path.rstrip("/")).name or path if is_local(path) else path
-
-
-def is_local(text: str) -> bool:
-    """Whether a text is a local path, not a Hub id."""
-    if not text or "\0" in text or len(text) > 4096:
-        return False
-    if text.startswith(("{", "[")):  # YAML: its paths are shortened singly
-        return False
-    path = Path(text)
-    starts = text.startswith(("~", "./", "../")) or path.is_absolute()
-    return starts or text.count("/") > 1 or ("/" in text and path.exists())
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{inline(str(k))} {_cell(item)}" for k, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_cell, value))
+    return inline(name_of(str(value)))
 
 
 def _word(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    if equals and flag.startswith("-") and is_local(value):
-        return f"{flag}={name_of(value)}"
+    # --flag=PATH, or -fPATH
+    if match := re.fullmatch(r"(-[^=/~]*=|-[a-zA-Z])(.+)", word, re.DOTALL):
+        return match[1] + _word(match[2]) if is_local(match[2]) else _inner(word)
     if is_local(word) and not re.match(r"\w+://", word):
         return name_of(word)
+    return _inner(word)
+
+
+def _inner(word: str) -> str:
     return _INNER_PATH.sub(lambda match: name_of(match[0]), word)

@@ -4,10 +4,8 @@ from pathlib import Path
 import mlx.nn as nn
 import pytest
 
-from mlx_dora.adapters.files import (
-    attach_adapter,
-    load_adapter,
-)
+from mlx_dora.adapters.attach import attach_adapter
+from mlx_dora.adapters.files import load_adapter
 from mlx_dora.adapters.surgery import dora_layers, remove_dora
 from mlx_dora.errors import DoRAError
 from tests.adapters.folders import edit_config, read_config

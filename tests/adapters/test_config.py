@@ -23,10 +23,10 @@ from mlx_dora.errors import DoRAError
         ({"num_layers": -2}, "num_layers must be -1 or at least 0, got -2."),
         ({"num_layers": 1.5}, "num_layers must be a whole number, got 1.5."),
         ({"keys": "q_proj"}, "keys must be a list of module names, got 'q_proj'."),
-        ({"keys": []}, "got an empty list"),
+        ({"keys": []}, "keys must name a module or be left out, got []."),
         ({"keys": ["a", 3]}, "keys must be a list of module names"),
-        ({"rank_pattern": {"q": 0}}, "the rank of 'q' must be at least 1, got 0."),
-        ({"rank_pattern": {"": 1}}, "'' is not a module name"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern 'q' must be at least 1, got 0."),
+        ({"rank_pattern": {"": 1}}, "rank_pattern must name modules, got {'': 1}."),
         ({"rank_pattern": ["q"]}, "rank_pattern must be a mapping"),
         (
             {"variant": "lora"},

@@ -8,11 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_dora.adapters.adapter import Adapter, BaseModel
+from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import (
-    Adapter,
-    BaseModel,
-    attach_adapter,
     load_adapter,
     save_adapter,
     write_adapter_files,
@@ -188,9 +187,21 @@ def test_adapter_without_tensors_is_refused(saved: Path) -> None:
         ({"lora_parameters": {"rank": 8, "scale": float("nan")}}, "finite"),
         ({"num_layers": "two"}, "num_layers must be"),
         ({"mlx_dora": {"version": 2}}, "newer than this mlx_dora supports"),
-        ({"mlx_dora": {"version": 1, "variant": "map"}}, "variant must be 'dora'"),
+        (
+            {"mlx_dora": {"version": 1, "variant": "map"}},
+            "variant must be dora, got 'map'",
+        ),
         ({"mlx_dora": {"version": 1, "rank_pattern": {"q": 0}}}, "at least 1, got 0"),
-        ({"mlx_dora": {"version": 1, "base": 3}}, "base must be an object"),
+        (
+            {"mlx_dora": {"version": 1, "base": 3}},
+            "mlx_dora.base must be a mapping, got 3",
+        ),
+        (
+            {"mlx_dora": {"version": 1, "base": {"model": 3}}},
+            "base 'model' must be text",
+        ),
+        ({"mlx_dora": {"version": "1"}}, "mlx_dora.version must be a whole number"),
+        ({"mlx_dora": {"version": 1, "training": [1]}}, "training must be a mapping"),
         ({"mlx_dora": []}, "mlx_dora must be an object"),
     ],
 )

@@ -53,7 +53,7 @@ MISTRAL3 = {
     "model_type": "mistral3",
     "text_config": {**TEXT, "model_type": "mistral", "tie_word_embeddings": False},
 }
-VISION = {"vision_config": {"model_type": "a_tower", "hidden_size": 16}}
+VISION = {"vision_config": {"model_type": "siglip_vision_model", "hidden_size": 16}}
 TOWER = {
     GEMMA3["model_type"]: ("vision_tower.layers.0.q_proj", "multi_modal_projector.up"),
     MISTRAL3["model_type"]: ("vision_tower.a.q_proj", "multi_modal_projector.linear_1"),

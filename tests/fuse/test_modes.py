@@ -292,8 +292,8 @@ def test_streamed_fuse_equals_fuse_in_memory(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "sideways"}, "mode must be requantize, lossless, dequantize"),
-        ({"scales": "bfloat16"}, "scales must be float32, float16"),
+        ({"mode": "sideways"}, "mode must be requantize, lossless or dequantize"),
+        ({"scales": "bfloat16"}, "scales must be float32 or float16"),
         ({"keep": 1.0}, "keep must be at least 0 and below 1, got 1.0"),
         ({"keep": float("nan")}, "keep must be"),
     ],

@@ -111,7 +111,7 @@ def _attach() -> None:
 def _card() -> None:
     from mlx_dora.publish.card import adapter_card
 
-    text = adapter_card("a1", "m0", ["mlx_dora", "train"], "data")
+    text = adapter_card("a1", "m0", ["mlx_dora", "train"], ["data"])
     assert "\x1b" not in text
 
 

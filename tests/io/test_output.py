@@ -77,6 +77,15 @@ def test_a_folder_not_made_by_mlx_dora_is_not_replaced(
         check_output(tmp_path / "o", inputs=(), overwrite=True)
 
 
+def test_what_a_killed_writer_left_does_not_prevent_overwriting(tmp_path: Path) -> None:
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / ".adapters.safetensors.0123456789ab.partial.safetensors").touch()
+    check_output(tmp_path / "o", inputs=(), overwrite=True)
+    (tmp_path / "o" / "notes.partial").touch()
+    with pytest.raises(DoRAError, match=r"not an output.*holds notes\.partial\)"):
+        check_output(tmp_path / "o", inputs=(), overwrite=True)
+
+
 @pytest.mark.parametrize(
     "marker",
     [

@@ -30,13 +30,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 REPORT_20: list[tuple[dict[str, Any], str]] = [
-    ({"r": 0}, r"r must be a whole number of at least 1, got 0"),
+    ({"r": 0}, r"r must be at least 1, got 0"),
     ({"rank_pattern": {"*q_proj": 4}}, r"'\*q_proj' is not a regular .* '\.\*q_proj'"),
     (
         {"target_modules": "*.q_proj"},
         r"'\*\.q_proj' is not a regular .* '\.\*\.q_proj'",
     ),
-    ({"rank_pattern": [1]}, r"rank_pattern must be an object .*, got \[1\]"),
+    ({"rank_pattern": [1]}, r"rank_pattern must be a mapping, got \[1\]"),
 ]
 BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     *REPORT_20,
@@ -49,20 +49,20 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"lora_alpha": 10**400}, "is too large a number"),
     ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
     ({"lora_alpha": None}, "lora_alpha must be a finite number"),
-    ({"lora_dropout": 1.5}, "lora_dropout must be from 0 to below 1"),
+    ({"lora_dropout": 1.5}, "lora_dropout must be at least 0 and below 1"),
     ({"lora_dropout": "x"}, "lora_dropout must be"),
     ({"use_dora": "false"}, "use_dora must be true or false"),
     ({"use_rslora": 1}, "use_rslora must be true or false"),
-    ({"rank_pattern": "x"}, "rank_pattern must be an object"),
+    ({"rank_pattern": "x"}, "rank_pattern must be a mapping"),
     ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern 'q_proj' must be"),
     ({"rank_pattern": {"q_proj": [4]}}, r"rank_pattern 'q_proj' must be"),
     ({"alpha_pattern": {"q_proj": "4"}}, r"alpha_pattern 'q_proj' must be"),
     ({"alpha_pattern": {"q(": 4}}, r"'q\(' is not a regular expression"),
     ({"alpha_pattern": {"(a+)+b": 4}}, "could take forever"),
     ({"target_modules": "(a|b)*c"}, "could take forever"),
-    ({"target_modules": 5}, "target_modules must be a text or a list of texts"),
-    ({"target_modules": ["q_proj", 5]}, "target_modules must be a text or a list"),
-    ({"target_modules": {"q_proj": 1}}, "target_modules must be a text or a list"),
+    ({"target_modules": 5}, "target_modules must be text or a list of texts"),
+    ({"target_modules": ["q_proj", 5]}, "target_modules must be text or a list"),
+    ({"target_modules": {"q_proj": 1}}, "target_modules must be text or a list"),
     ({"exclude_modules": "["}, r"'\[' is not a regular expression"),
     ({"layers_to_transform": "0"}, "layers_to_transform must be"),
     ({"layers_to_transform": [0.5]}, "layers_to_transform must be"),

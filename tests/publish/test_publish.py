@@ -82,8 +82,31 @@ def test_a_trained_and_a_fused_folder_arrive_with_their_cards(
     assert done.returncode == 0, done.stderr
     assert set(hub.files) >= {"README.md", "config.json", "model.safetensors"}
     assert "is fused into" in hub.files["README.md"].decode()
+    assert str(tmp_path) not in hub.files["README.md"].decode()
     (tmp_path / "m.safetensors").write_bytes(hub.files["model.safetensors"])
     assert mx.load(str(tmp_path / "m.safetensors"))
+
+
+def test_a_card_needs_no_upload(
+    hub: Hub, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    data = write_data(tmp_path / "data", train=8, valid=4, test=0)
+    adapter, fused = tmp_path / "adapter", tmp_path / "fused"
+    trained = run(
+        hub, "train", "--model", tiny_model_folder, "--data", data,
+        "--adapter-path", adapter, "--iters", 1, "--num-layers", 1,
+        "--batch-size", 2, "--rank", 2, "--card", token="",
+    )  # fmt: skip
+    assert f"Model card: {adapter / 'README.md'}" in trained.stdout, trained.stderr
+    done = run(
+        hub, "fuse", "--adapter-path", adapter, "--save-path", fused, "--card", token=""
+    )
+    assert done.returncode == 0, done.stderr
+    for folder in (adapter, fused):
+        card = (folder / "README.md").read_text()
+        assert "| validation loss |" in card
+        assert str(tmp_path) not in card
+    assert not hub.files
 
 
 def test_an_upload_that_cannot_succeed_is_refused_before_the_work(

@@ -12,10 +12,9 @@ import numpy as np
 
 from mlx_dora.adapters.hosting import model_folder
 from mlx_dora.adapters.keys import natural_order
-from mlx_dora.io.atomic import check_output
+from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.io.output import Inputs
-from mlx_dora.io.resumable import resumable_directory
 from mlx_dora.merge.fisher.information import Fisher, check_fishers, check_paths
 from mlx_dora.merge.methods import DEFAULT
 from mlx_dora.merge.models.files import choose_tokenizer, copy_files, put_tokenizer
@@ -134,7 +133,7 @@ def run_merge(
     given.append(choice[0])
     mx.reset_peak_memory()
     job = _job(plan, opened.values(), fishers)
-    with resumable_directory(save_path, job, inputs=given, overwrite=overwrite) as out:
+    with atomic_directory(save_path, inputs=given, overwrite=overwrite, job=job) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes, resume=True) as writer:
             merged = _merge_all(writer, plan, pattern, base, sources, fishers, progress)
         copy_files(pattern, out, plan.dtype, sources)

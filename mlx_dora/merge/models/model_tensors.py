@@ -10,7 +10,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.io.derived import head_and_embedding, is_buffer, ties_embeddings
 from mlx_dora.io.json import read_object
-from mlx_dora.io.stored import STREAMED
+from mlx_dora.io.stored import FLOATS
 from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.merge.methods.blockwise import Tensor
 
@@ -134,7 +134,7 @@ class ModelTensors:
     def source(self, name: str) -> Tensor:
         """Open a float tensor for reading in blocks; a packed one is unpacked whole."""
         name = self.original(name)
-        is_stored = self._checkpoint.info(name).dtype in STREAMED
+        is_stored = self._checkpoint.info(name).dtype in FLOATS
         return self._checkpoint.stored(name) if is_stored else self.read(name)
 
     def _tied_head(self) -> dict[str, str]:
