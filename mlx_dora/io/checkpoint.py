@@ -12,7 +12,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.aside import aside_of
 from mlx_dora.io.atomic import flush, write_text
 from mlx_dora.io.foreign import foreign
-from mlx_dora.io.gate import check_dtypes, read_one
+from mlx_dora.io.gate import check_dtypes, read_tensor
 from mlx_dora.io.header import TensorInfo, read_header
 from mlx_dora.io.stored import StoredTensor
 from mlx_dora.io.stream import TensorStream, nbytes_of
@@ -81,7 +81,7 @@ class Checkpoint:
         """Return a lazy array, whose bytes are read when it is evaluated."""
         path = self.shard(name)
         if path in self._by_numpy:
-            return read_one(path, name, self._infos[name])
+            return read_tensor(path, name, self._infos[name])
         unread = self._unread.get(path, {})
         if name not in unread:
             with foreign(path):

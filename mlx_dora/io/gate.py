@@ -105,7 +105,7 @@ def read_tensors(
     if not infos:
         return {}
     if holds_float64(infos):
-        return {name: read_one(path, name, info) for name, info in infos.items()}
+        return {name: read_tensor(path, name, info) for name, info in infos.items()}
     with foreign(path):
         loaded = mx.load(str(path))
     assert isinstance(loaded, dict)
@@ -117,7 +117,7 @@ def holds_float64(infos: Mapping[str, TensorInfo]) -> bool:
     return any(info.dtype == "F64" for info in infos.values())
 
 
-def read_one(path: str | Path, name: str, info: TensorInfo) -> mx.array:
+def read_tensor(path: str | Path, name: str, info: TensorInfo) -> mx.array:
     """Read one tensor with NumPy; float64 is rounded to float32.
 
     Raises:

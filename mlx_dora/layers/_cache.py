@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import is_
 
 import mlx.core as mx
 
@@ -27,10 +26,6 @@ class EvalCache:
     norm: mx.array
     gain: mx.array | None = None
     epilogue: "Epilogue | None" = None
-
-    def is_of(self, sources: Sources) -> bool:
-        """Return whether the cache was computed from these arrays."""
-        return all(map(is_, self.sources, sources))
 
 
 @dataclass(frozen=True, kw_only=True)

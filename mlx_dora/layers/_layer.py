@@ -1,13 +1,14 @@
 """The base class of DoRA layers: the frozen base, norms and eval-mode cache."""
 
 import math
+from operator import is_
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.kernels import adapted_norm
+from mlx_dora.kernels.adapted_norm import row_norm
 from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._cache import Epilogue, EvalCache, Sources, is_traced
 from mlx_dora.layers._fuse import fused_module
@@ -30,6 +31,23 @@ class _ReadDirectly(DoRAError, AttributeError):
     """Raised when `DoRALayer.weight` is read; makes ``hasattr`` return False."""
 
 
+class Kind:
+    """Facts about a layer's parametrization; these are those of plain DoRA.
+
+    Attributes:
+        name: Value of `DoRAConfig.variant` (or ``init``).
+        fixed: Names of parameters that are kept but not trained.
+        cached: Names of the parameters that eval-mode constants are computed from;
+            empty if nothing is cached.
+        room: Ratio of the width of the factors to the requested rank.
+    """
+
+    name: ClassVar[str] = "dora"
+    fixed: ClassVar[tuple[str, ...]] = ()
+    cached: ClassVar[tuple[str, ...]] = ("m", "lora_a", "lora_b")
+    room: int = 1
+
+
 class DoRALayer(nn.Module):
     """Abstract base class of the adapted layers.
 
@@ -48,6 +66,7 @@ class DoRALayer(nn.Module):
     lora_a: mx.array
     lora_b: mx.array
     m: mx.array
+    kind: Any = Kind()  # a variant's own code knows its subclass
     _cache: EvalCache | None
     _measured: mx.array
 
@@ -99,29 +118,10 @@ class DoRALayer(nn.Module):
             "giving keys."
         )
 
-    @property
-    def variant(self) -> str:
-        """Name of the layer's parametrisation."""
-        return "dora"
-
-    @property
-    def room(self) -> int:
-        """Ratio of the width of the factors to the requested rank."""
-        return 1
-
-    @property
-    def fixed(self) -> tuple[str, ...]:
-        """Names of parameters that are kept but not trained."""
-        return ()
-
-    @property
-    def cached(self) -> tuple[str, ...]:
-        """Names of the parameters that the eval-mode cache is computed from."""
-        return ("m", "lora_a", "lora_b")
-
     def factors(self) -> tuple[mx.array, mx.array]:
         """Return A ``(..., in, r)`` and B ``(..., r, out)`` of the update."""
-        return self.layout.turn(self["lora_a"], self["lora_b"])
+        stored = self["lora_a"], self["lora_b"]
+        return stored if self.layout is LINEAR else self.layout.turn(*stored)
 
     def adapted(self) -> Adapted:
         """Return the adapter of the base's weight: A, B, s and m."""
@@ -196,7 +196,7 @@ class DoRALayer(nn.Module):
         if "_norm" in self:
             return self["_norm"]
         base = self[self.base_name]
-        return adapted_norm(
+        return row_norm(
             weight_from(base, base),
             *self.factors(),
             self.scale,
@@ -208,7 +208,7 @@ class DoRALayer(nn.Module):
         if not self.training and (cache := self.eval_cache()) is not None:
             assert cache.gain is not None
             return cache.gain
-        return row_gain(self["m"], self["_norm"] if "_norm" in self else self.norm())
+        return row_gain(self["m"], self.norm())
 
     def bias_offset(self, gain: mx.array) -> mx.array | None:
         """Return (1 − g)·b, which corrects g∘(W0x + b + …) for the scaled bias."""
@@ -233,11 +233,11 @@ class DoRALayer(nn.Module):
         if self.training:
             return None
         cache, sources = self._cache, self._sources()
-        if cache is None or not cache.is_of(sources):
+        if cache is None or not all(map(is_, cache.sources, sources)):
             cache = None
         elif cache.gain is not None:
             return cache
-        if is_traced([self[name] for name in self.cached]):
+        if is_traced([self[name] for name in self.kind.cached]):
             return None
         if cache is None:
             updates = self._update().matrices()
@@ -276,7 +276,7 @@ class DoRALayer(nn.Module):
 
     def _sources(self) -> Sources:
         base = self[self.base_name]
-        return (*map(self.get, self.cached), base["weight"], base.get("bias"))
+        return (*map(self.get, self.kind.cached), base["weight"], base.get("bias"))
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)

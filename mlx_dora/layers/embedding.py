@@ -91,4 +91,4 @@ class DoRAEmbedding(DoRALayer):
         g = self.gain()  # m / ‖E + s·AB‖
         a, b = self.factors()
         h = self.dropout(x) @ a.astype(x.dtype)
-        return rescale(y, h, self.scale * b.astype(mx.float32), g)
+        return rescale(y, h, self.scale * b.astype(mx.float32), g, None)

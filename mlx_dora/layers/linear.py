@@ -10,6 +10,7 @@ from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.matrix.low_rank import Adapted
 from mlx_dora.matrix.packed import unpacks
+from mlx_dora.matrix.terms import row_gain
 from mlx_dora.matrix.weight import as_packed
 
 _PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
@@ -126,7 +127,7 @@ class DoRALinear(DoRALayer):
         y = project(self.linear, x)  # W0·x + b
         if not self.training and (rest := self.epilogue(x.dtype)) is not None:
             return rest.apply(y, x)
-        g = self.gain()  # m / ‖W0 + s·BA‖
+        g = row_gain(self.m, self.norm())  # m / ‖W0 + s·BA‖
         h = self.dropout(x) @ self.lora_a.astype(x.dtype)
         up = self.scale * self.lora_b.astype(mx.float32)
         # g∘(W0·x + b + s·B(Ax)) + (1 − g)∘b

@@ -104,4 +104,4 @@ def adapt(
 
 def is_adapted_as(layer: DoRALayer, variant: str) -> bool:
     """Return whether `adapt` makes this kind of layer for a variant."""
-    return layer.variant == ("dora" if variant in _PLAIN else variant)
+    return layer.kind.name == ("dora" if variant in _PLAIN else variant)

@@ -9,13 +9,13 @@ import mlx.nn as nn
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels.rescale import rescale
 from mlx_dora.layers._base import weight_of
-from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.layers._layer import DoRALayer, Kind
 from mlx_dora.layers.linear import DoRALinear, project
 from mlx_dora.matrix.low_rank import Adapted, LowRank
 from mlx_dora.matrix.terms import exact_terms, row_gain
 
 
-class Parametrisation(ABC):
+class Parametrisation(Kind, ABC):
     r"""How a variant uses the parameters of its `VariantLinear`.
 
     .. math:: y = g \circ (W_0 x + s\,B(Ax)) + b
@@ -24,22 +24,14 @@ class Parametrisation(ABC):
     DoRA adapter. The layer holds the arrays.
 
     Attributes:
-        name: Value of `DoRAConfig.variant` (or ``init``).
-        fixed: Names of parameters that are kept but not trained.
-        cached: Names of the parameters that eval-mode constants are computed from;
-            empty if nothing is cached.
         has_norm: Whether the layer divides by a norm that is a constant in the
             backward pass.
-        room: Ratio of the width of the factors to the requested rank.
     """
 
-    name: ClassVar[str]
-    fixed: ClassVar[tuple[str, ...]] = ()
-    cached: ClassVar[tuple[str, ...]] = ()
+    cached = ()
     has_norm: ClassVar[bool] = True
-    room: int = 1
 
-    def start(self, layer: "VariantLinear", r: int) -> None:  # noqa: B027 - optional
+    def start(self, layer: "VariantLinear", r: int) -> None:
         """Initialize the parameters, from a random A, B = 0 and m = ‖W0‖.
 
         Args:
@@ -110,27 +102,6 @@ class VariantLinear(DoRALayer):
     base_name: ClassVar[str] = "linear"
     base_types = DoRALinear.base_types
     linear: nn.Linear | nn.QuantizedLinear
-    kind: Any  # a Parametrisation; a variant's own code knows which
-
-    @property
-    def variant(self) -> str:
-        """Name of the layer's parametrisation."""
-        return self.kind.name
-
-    @property
-    def room(self) -> int:
-        """Ratio of the width of the factors to the requested rank."""
-        return self.kind.room
-
-    @property
-    def fixed(self) -> tuple[str, ...]:
-        """Names of parameters that are kept but not trained."""
-        return self.kind.fixed
-
-    @property
-    def cached(self) -> tuple[str, ...]:
-        """Names of the parameters that the eval-mode cache is computed from."""
-        return self.kind.cached
 
     def factors(self) -> tuple[mx.array, mx.array]:
         """Return A ``(in, r)`` and B ``(r, out)`` of the parametrization."""
@@ -153,7 +124,8 @@ class VariantLinear(DoRALayer):
             DoRAError: Always. Use `Parametrisation.adapt` for another base.
         """
         raise DoRAError(
-            f"a {self.variant} layer cannot take another base; adapt that base instead."
+            f"a {self.kind.name} layer cannot take another base; adapt that base "
+            "instead."
         )
 
     def hold_norm(self) -> None:

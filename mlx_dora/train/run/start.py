@@ -57,12 +57,13 @@ def make_trainable(
             check_adaptable(layer.base, wanted[path])
             if not is_adapted_as(layer, wanted[path]):
                 raise DoRAError(
-                    f"the model's layer {path} is adapted as {layer.variant}, the "
+                    f"the model's layer {path} is adapted as {layer.kind.name}, the "
                     f"config asks for {wanted[path]}."
                 )
             if "lora_b" not in layer:  # only a magnitude
                 continue
-            rank = rank_of("lora_a", layer.lora_a) // layer.room
+            kind = layer.kind
+            rank = rank_of("lora_a", layer.lora_a) // kind.room
             actual = rank, float(layer.scale)
             expected = config.rank_of(path), config.scale_of(path)
             if actual != expected:
@@ -70,9 +71,9 @@ def make_trainable(
                     f"the model's DoRA layer {path} has rank and scale {actual}, the "
                     f"config says {expected}."
                 )
-            if layer.variant == DoRANAux.name and layer.room != config.aux_width:
+            if kind.name == DoRANAux.name and kind.room != config.aux_width:
                 raise DoRAError(
-                    f"the model's layer {path} has aux_width {layer.room}, the config "
+                    f"the model's layer {path} has aux_width {kind.room}, the config "
                     f"says {config.aux_width}."
                 )
         logger.info("training the %d existing DoRA layers of the model", len(present))
@@ -109,7 +110,7 @@ def kept_tensors(model: nn.Module) -> dict[str, mx.array]:
     fixed = {
         f"{path}.{name}": layer[name]
         for path, layer in dora_layers(model)
-        for name in layer.fixed
+        for name in layer.kind.fixed
     }
     return {**trainable_tensors(model), **fixed}
 
