@@ -1,6 +1,7 @@
 """The base class of DoRA layers: the frozen base, norms and eval-mode cache."""
 
 import math
+from dataclasses import replace
 from operator import is_
 from typing import Any, ClassVar, Self
 
@@ -57,7 +58,6 @@ class DoRALayer(nn.Module):
     """
 
     base_name: ClassVar[str]
-    base_types: ClassVar[tuple[type[nn.Module], ...]]
     layout: ClassVar[Layout] = LINEAR
     path: str = ""  # path in the model, for messages
     dropout: nn.Dropout
@@ -71,13 +71,18 @@ class DoRALayer(nn.Module):
     _measured: mx.array
 
     @classmethod
+    def base_types(cls) -> tuple[type[nn.Module], ...]:
+        """Return the classes of modules that this layer can wrap, dense first."""
+        raise NotImplementedError
+
+    @classmethod
     def from_base(
         cls, module: Any, r: int = 8, dropout: float = 0.0, scale: float = 20.0
     ) -> Self:
         """Wrap a module, which is kept unchanged in the attribute `base_name`.
 
         Args:
-            module: A module of a class in `base_types`.
+            module: A module of one of the `base_types`.
             r: Rank of the update.
             dropout: Dropout probability in the low-rank branch.
             scale: Multiplier s of the update.
@@ -145,7 +150,7 @@ class DoRALayer(nn.Module):
             DoRAError: If the adapted weight holds NaN or inf.
         """
         adapted = self.adapted().matrices()
-        return fused_module(self.base, adapted, self.base_types[0], dequantize)
+        return fused_module(self.base, adapted, self.base_types()[0], dequantize)
 
     def export(self) -> "DoRALayer":
         """Return an equivalent plain DoRA layer over the same base: this layer.
@@ -158,16 +163,16 @@ class DoRALayer(nn.Module):
         """Replace the base, and set m to the norms of its rows.
 
         Raises:
-            DoRAError: If the class of `base` is not in `base_types`. Subclasses are
-                refused, because they may compute something else.
+            DoRAError: If the class of `base` is none of the `base_types`. Subclasses
+                are refused, because they may compute something else.
         """
         self.check_base(base)
         self._put_base(base)
 
     def check_base(self, base: nn.Module) -> None:
-        """Raise DoRAError if the class of `base` is not in `base_types`."""
-        if type(base) not in self.base_types:
-            raise unsupported(base, self.base_types)
+        """Raise DoRAError if the class of `base` is none of the `base_types`."""
+        if type(base) not in self.base_types():
+            raise unsupported(base, self.base_types())
 
     def take(
         self,
@@ -269,9 +274,7 @@ class DoRALayer(nn.Module):
             offset=self.bias_offset(cache.gain),
         )
         mx.eval(made.lora_a, made.up, made.offset)
-        self._cache = EvalCache(
-            sources=cache.sources, norm=cache.norm, gain=cache.gain, epilogue=made
-        )
+        self._cache = replace(cache, epilogue=made)
         return made
 
     def _sources(self) -> Sources:

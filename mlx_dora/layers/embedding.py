@@ -41,7 +41,6 @@ class DoRAEmbedding(DoRALayer):
 
     base_name: ClassVar[str] = "embedding"
     layout = EMBEDDING
-    base_types = (nn.Embedding, nn.QuantizedEmbedding)
     embedding: nn.Embedding | nn.QuantizedEmbedding
 
     def __init__(
@@ -55,9 +54,12 @@ class DoRAEmbedding(DoRALayer):
         super().__init__()
         self._adapt(nn.Embedding(num_embeddings, dims), r, dropout, scale)
 
-    def set_embedding(self, embedding: nn.Module) -> None:
-        """Replace the base, and set m to the norms of its rows."""
-        self.set_base(embedding)
+    @classmethod
+    def base_types(cls) -> tuple[type[nn.Module], ...]:
+        """Return the classes of modules that this layer can wrap."""
+        return nn.Embedding, nn.QuantizedEmbedding
+
+    set_embedding = DoRALayer.set_base
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the adapted rows of the tokens `x`, shape ``(..., dims)``."""

@@ -66,7 +66,6 @@ class DoRALinear(DoRALayer):
     """
 
     base_name: ClassVar[str] = "linear"
-    base_types = (nn.Linear, nn.QuantizedLinear)
     linear: nn.Linear | nn.QuantizedLinear
 
     def __init__(
@@ -80,6 +79,11 @@ class DoRALinear(DoRALayer):
     ) -> None:
         super().__init__()
         self._adapt(nn.Linear(input_dims, output_dims, bias=bias), r, dropout, scale)
+
+    @classmethod
+    def base_types(cls) -> tuple[type[nn.Module], ...]:
+        """Return the classes of modules that this layer can wrap."""
+        return nn.Linear, nn.QuantizedLinear
 
     @classmethod
     def from_parts(
@@ -116,9 +120,7 @@ class DoRALinear(DoRALayer):
         mx.eval(layer.lora_a, layer.lora_b, layer.m)
         return layer
 
-    def set_linear(self, linear: nn.Module) -> None:
-        """Replace the base, and set m to the norms of its rows."""
-        self.set_base(linear)
+    set_linear = DoRALayer.set_base
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the adapted output for `x`, Eq. 5."""

@@ -1,6 +1,5 @@
 """A linear layer whose update and gain have a parametrization other than DoRA's."""
 
-from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -15,7 +14,7 @@ from mlx_dora.matrix.low_rank import Adapted, LowRank
 from mlx_dora.matrix.terms import exact_terms, row_gain
 
 
-class Parametrisation(Kind, ABC):
+class Parametrisation(Kind):
     r"""How a variant uses the parameters of its `VariantLinear`.
 
     .. math:: y = g \circ (W_0 x + s\,B(Ax)) + b
@@ -57,13 +56,13 @@ class Parametrisation(Kind, ABC):
         up = layer.scale * b.astype(mx.float32)
         return rescale(y, h, up, g, layer.bias_offset(g))
 
-    @abstractmethod
     def export(self, layer: "VariantLinear") -> tuple[mx.array, mx.array, mx.array]:
         """Return A, B and m of the equivalent plain DoRA adapter, with the same scale.
 
         Raises:
             DoRAError: If no DoRA adapter is equivalent.
         """
+        return *self.factors(layer), layer["m"]
 
     @classmethod
     def adapt(
@@ -100,8 +99,12 @@ class VariantLinear(DoRALayer):
     """
 
     base_name: ClassVar[str] = "linear"
-    base_types = DoRALinear.base_types
     linear: nn.Linear | nn.QuantizedLinear
+
+    @classmethod
+    def base_types(cls) -> tuple[type[nn.Module], ...]:
+        """Return the classes of modules that this layer can wrap."""
+        return DoRALinear.base_types()
 
     def factors(self) -> tuple[mx.array, mx.array]:
         """Return A ``(in, r)`` and B ``(r, out)`` of the parametrization."""
@@ -165,27 +168,25 @@ def exact_norm(layer: VariantLinear, lora_a: mx.array, lora_b: mx.array) -> mx.a
     return exact_terms(weight_of(layer.linear), update).norm
 
 
-def scaled_sum(
-    y: mx.array,
-    gain: mx.array,
-    low: mx.array | None = None,
-    up: mx.array | None = None,
-    offset: mx.array | None = None,
+def rescaled_base(
+    layer: VariantLinear, x: mx.array, y: mx.array, up: mx.array | None = None
 ) -> mx.array:
-    """Return ``gain∘y + low·up + offset``, rounded once from float32 to `y`'s dtype.
-
-    This is the last step of variants whose gain does not scale the low-rank part.
+    """Return ``g∘(W0·x) + h·up + b``, where g does not scale the update.
 
     Args:
-        y: Output of the base, shape ``(..., out)``.
-        gain: Gain, shape ``(out,)`` or ``()``, float32.
-        low: Low-rank activation, shape ``(..., r)``; None for no low-rank part.
-        up: Scaled up projection, shape ``(r, out)``, float32; None like `low`.
-        offset: Offset, shape ``(out,)``, float32, or None.
+        layer: The layer, whose parametrization defines g.
+        x: Input, shape ``(..., in)``.
+        y: Output of the base, W0·x + b. Shape ``(..., out)``.
+        up: Scaled up projection, shape ``(r, out)``, float32; None for no update.
+
+    Returns:
+        Output, rounded once from float32 to the dtype of `y`.
     """
+    gain = layer.kind.gain(layer)
     out = gain * y.astype(mx.float32)
-    if low is not None and up is not None:
-        out = out + low.astype(mx.float32) @ up
-    if offset is not None:
+    if up is not None:
+        h = layer.dropout(x) @ layer.lora_a.astype(x.dtype)
+        out = out + h.astype(mx.float32) @ up
+    if (offset := layer.bias_offset(gain)) is not None:
         out = out + offset
     return out.astype(y.dtype)
