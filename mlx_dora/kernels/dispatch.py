@@ -21,20 +21,6 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.kernels._source import in_cuda, read_source
 from mlx_dora.kernels.plans import KERNELS, Kernel, Launch
 
-__all__ = [
-    "CROSSOVERS",
-    "KERNELS",
-    "SWITCH",
-    "allowed_error",
-    "backend_of",
-    "build",
-    "chosen_backend",
-    "relative_error",
-    "run",
-    "select",
-    "takes_kernel",
-]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 _LOG = logging.getLogger(__name__)

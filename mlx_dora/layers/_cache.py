@@ -17,14 +17,12 @@ class EvalCache:
     Attributes:
         sources: Arrays that the cache was computed from, compared by identity. Holding
             them prevents their addresses from being reused.
-        norm: n = ‖W0 + s·BA‖. Shape ``(..., out)``, float32.
-        gain: g = m/n, or None while only the norm is known.
+        gain: g = m/‖W0 + s·BA‖. Shape ``(..., out)``, float32.
         epilogue: Constants for one dtype of activations, or None.
     """
 
     sources: Sources
-    norm: mx.array
-    gain: mx.array | None = None
+    gain: mx.array
     epilogue: "Epilogue | None" = None
 
 

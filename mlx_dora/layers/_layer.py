@@ -13,7 +13,7 @@ from mlx_dora.kernels.adapted_norm import row_norm
 from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._cache import Epilogue, EvalCache, Sources, is_traced
 from mlx_dora.layers._fuse import fused_module
-from mlx_dora.layers.layout import LINEAR, Layout
+from mlx_dora.layers.layout import Layout, rearranged
 from mlx_dora.matrix.low_rank import Adapted, LowRank
 from mlx_dora.matrix.terms import exact_terms, row_gain
 from mlx_dora.matrix.weight import matrices, row_squares, weight_from
@@ -58,7 +58,7 @@ class DoRALayer(nn.Module):
     """
 
     base_name: ClassVar[str]
-    layout: ClassVar[Layout] = LINEAR
+    layout: ClassVar[Layout] = "linear"
     path: str = ""  # path in the model, for messages
     dropout: nn.Dropout
     scale: float
@@ -98,15 +98,16 @@ class DoRALayer(nn.Module):
     def _adapt(self, base: nn.Module, r: int, dropout: float, scale: float) -> None:
         """Set the base, and initialize a random A, B = 0 and m = ‖W0‖."""
         self.check_base(base)
-        shape = tuple(weight_of(base).shape)
-        shape_a, shape_b = self.layout.shapes(shape, r)
-        # Kaiming-uniform with a = sqrt(5)
-        bound = 1 / math.sqrt(shape[self.layout.fan_axis])
+        *stack, out, width = weight_of(base).shape
+        a, b = mx.zeros((*stack, width, r)), mx.zeros((*stack, r, out))
+        lora_a, lora_b = rearranged(self.layout, a, b)
+        fan = lora_a.size // (math.prod(stack) * r)
+        bound = 1 / math.sqrt(fan)  # Kaiming-uniform with a = sqrt(5)
         self.dropout = nn.Dropout(p=dropout)
         self.scale = scale
         self.enabled = True
-        self.lora_a = mx.random.uniform(low=-bound, high=bound, shape=shape_a)
-        self.lora_b = mx.zeros(shape_b)
+        self.lora_a = mx.random.uniform(low=-bound, high=bound, shape=lora_a.shape)
+        self.lora_b = mx.zeros(lora_b.shape)
         self._put_base(base)
 
     @property
@@ -126,7 +127,7 @@ class DoRALayer(nn.Module):
     def factors(self) -> tuple[mx.array, mx.array]:
         """Return A ``(..., in, r)`` and B ``(..., r, out)`` of the update."""
         stored = self["lora_a"], self["lora_b"]
-        return stored if self.layout is LINEAR else self.layout.turn(*stored)
+        return stored if self.layout == "linear" else rearranged(self.layout, *stored)
 
     def adapted(self) -> Adapted:
         """Return the adapter of the base's weight: A, B, s and m."""
@@ -194,7 +195,7 @@ class DoRALayer(nn.Module):
             norm: Norms of the adapted rows, shape of `m`, float32.
         """
         self.lora_a, self.lora_b, self.m, self.scale = lora_a, lora_b, m, scale
-        self._cache = EvalCache(sources=self._sources(), norm=norm)
+        self._cache_gain(self._sources(), norm)
 
     def norm(self) -> mx.array:
         """Return the norm ‖W0 + s·BA‖ of every row in float32, without a gradient."""
@@ -211,7 +212,6 @@ class DoRALayer(nn.Module):
     def gain(self) -> mx.array:
         """Return the gain g = m/n of every row, float32; exact, cached in eval mode."""
         if not self.training and (cache := self.eval_cache()) is not None:
-            assert cache.gain is not None
             return cache.gain
         return row_gain(self["m"], self.norm())
 
@@ -234,34 +234,31 @@ class DoRALayer(nn.Module):
         self._cache = None
 
     def eval_cache(self) -> EvalCache | None:
-        """Return norm and gain of eval mode; None while training or being traced."""
+        """Return the gain of eval mode; None while training or being traced."""
         if self.training:
             return None
         cache, sources = self._cache, self._sources()
-        if cache is None or not all(map(is_, cache.sources, sources)):
-            cache = None
-        elif cache.gain is not None:
+        if cache is not None and all(map(is_, cache.sources, sources)):
             return cache
         if is_traced([self[name] for name in self.kind.cached]):
             return None
-        if cache is None:
-            updates = self._update().matrices()
-            parts = zip(matrices(weight_of(self.base)), updates, strict=True)
-            norms = [exact_terms(*part).norm for part in parts]
-            norm = norms[0] if self["m"].ndim == 1 else mx.stack(norms)
-        else:
-            norm = cache.norm
-        # Gradients in eval mode treat the norm as a constant too.
-        norm = mx.stop_gradient(norm)
-        gain = row_gain(self["m"], norm)
-        mx.eval(norm, gain)  # a server may fill and use it in different threads
-        self._cache = EvalCache(sources=sources, norm=norm, gain=gain)
+        updates = self._update().matrices()
+        parts = zip(matrices(weight_of(self.base)), updates, strict=True)
+        norms = [exact_terms(*part).norm for part in parts]
+        norm = norms[0] if self["m"].ndim == 1 else mx.stack(norms)
+        self._cache_gain(sources, norm)
         return self._cache
+
+    def _cache_gain(self, sources: Sources, norm: mx.array) -> None:
+        # Gradients in eval mode treat the norm as a constant too.
+        gain = row_gain(self["m"], mx.stop_gradient(norm))
+        mx.eval(gain)  # a server may fill and use it in different threads
+        self._cache = EvalCache(sources=sources, gain=gain)
 
     def epilogue(self, dtype: mx.Dtype) -> Epilogue | None:
         """Return eval-mode constants for activations of `dtype`; None if not cached."""
         cache = self.eval_cache()
-        if cache is None or cache.gain is None:
+        if cache is None:
             return None
         known = cache.epilogue
         if known is not None and known.lora_a.dtype == dtype:

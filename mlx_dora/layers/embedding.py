@@ -7,7 +7,6 @@ import mlx.nn as nn
 
 from mlx_dora.kernels.rescale import rescale
 from mlx_dora.layers._layer import DoRALayer
-from mlx_dora.layers.layout import EMBEDDING
 from mlx_dora.layers.linear import project
 from mlx_dora.matrix.low_rank import LowRank
 from mlx_dora.matrix.terms import floored_norm, row_gain, terms_of
@@ -40,7 +39,7 @@ class DoRAEmbedding(DoRALayer):
     """
 
     base_name: ClassVar[str] = "embedding"
-    layout = EMBEDDING
+    layout = "embedding"
     embedding: nn.Embedding | nn.QuantizedEmbedding
 
     def __init__(

@@ -6,7 +6,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.layers._layer import DoRALayer
-from mlx_dora.layers.layout import STACK
 
 if TYPE_CHECKING:
     from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
@@ -46,7 +45,7 @@ class DoRAMultiLinear(DoRALayer):
     """
 
     base_name: ClassVar[str] = "linear"
-    layout = STACK
+    layout = "stack"
     linear: "MultiLinear | QuantizedMultiLinear"
 
     def __init__(

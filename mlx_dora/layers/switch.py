@@ -6,7 +6,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.layers._layer import DoRALayer
-from mlx_dora.layers.layout import STACK
 
 if TYPE_CHECKING:
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
@@ -44,7 +43,7 @@ class DoRASwitchLinear(DoRALayer):
     """
 
     base_name: ClassVar[str] = "linear"
-    layout = STACK
+    layout = "stack"
     linear: "SwitchLinear | QuantizedSwitchLinear"
 
     def __init__(
