@@ -18,7 +18,9 @@ from mlx_dora.layers.variants.parametrisation import Parametrisation
 from mlx_dora.layers.variants.pissa import PiSSA
 from mlx_dora.layers.variants.prediag import PreDiag
 
-_LAYERS = (DoRALinear, DoRAEmbedding)
+_LAYERS: dict[type[nn.Module], type[DoRALayer]] = {
+    cls: layer for layer in (DoRALinear, DoRAEmbedding) for cls in layer.base_types()
+}
 _HOST_LAYERS = (DoRASwitchLinear, DoRAMultiLinear)
 """Layers for experts and heads, whose classes are mlx-lm's."""
 
@@ -38,10 +40,10 @@ def dora_class(module: nn.Module) -> type[DoRALayer]:
     Raises:
         DoRAError: If `module` is of any other class, subclasses included.
     """
-    layers: tuple[type[DoRALayer], ...] = _LAYERS
-    if type(module).__module__.startswith("mlx_lm."):  # slow to import, but imported
-        layers += _HOST_LAYERS
-    known = {cls: layer for layer in layers for cls in layer.base_types()}
+    known = _LAYERS
+    if type(module).__module__.startswith("mlx_lm."):  # then it is imported already
+        hosts = {cls: layer for layer in _HOST_LAYERS for cls in layer.base_types()}
+        known = _LAYERS | hosts
     if type(module) not in known:
         raise unsupported(module, tuple(known))
     return known[type(module)]
