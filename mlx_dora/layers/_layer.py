@@ -101,7 +101,7 @@ class DoRALayer(nn.Module):
         *stack, out, width = weight_of(base).shape
         a, b = mx.zeros((*stack, width, r)), mx.zeros((*stack, r, out))
         lora_a, lora_b = rearranged(self.layout, a, b)
-        fan = lora_a.size // (math.prod(stack) * r)
+        fan = out if self.layout == "embedding" else width  # other axis of lora_a
         bound = 1 / math.sqrt(fan)  # Kaiming-uniform with a = sqrt(5)
         self.dropout = nn.Dropout(p=dropout)
         self.scale = scale
