@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from mlx_dora.decomposition import dora_decompose, dora_merge
     from mlx_dora.errors import DoRAError
     from mlx_dora.fuse.model import fuse_dora
-    from mlx_dora.layers import DoRAEmbedding, DoRALinear
-    from mlx_dora.layers.multi import DoRAMultiLinear
-    from mlx_dora.layers.switch import DoRASwitchLinear
+    from mlx_dora.layers import (
+        DoRAEmbedding,
+        DoRALinear,
+        DoRAMultiLinear,
+        DoRASwitchLinear,
+    )
     from mlx_dora.peft import from_peft, to_peft
 
 preload()
@@ -33,8 +36,8 @@ _HOME = {
     "DoRAEmbedding": "mlx_dora.layers",
     "DoRAError": "mlx_dora.errors",
     "DoRALinear": "mlx_dora.layers",
-    "DoRAMultiLinear": "mlx_dora.layers.multi",
-    "DoRASwitchLinear": "mlx_dora.layers.switch",
+    "DoRAMultiLinear": "mlx_dora.layers",
+    "DoRASwitchLinear": "mlx_dora.layers",
     "NamedAdapters": "mlx_dora.adapters.named",
     "apply_dora": "mlx_dora.adapters.surgery",
     "disabled": "mlx_dora.adapters.surgery",

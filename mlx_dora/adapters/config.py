@@ -1,7 +1,4 @@
-"""Settings of a DoRA adapter: rank, scale and adapted modules.
-
-Does not import MLX, because the command line makes its options from the fields.
-"""
+"""Settings of a DoRA adapter: rank, scale and adapted modules."""
 
 import math
 from collections.abc import Mapping

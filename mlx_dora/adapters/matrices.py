@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_dora.adapters.adapter import Adapter, rank_of
 from mlx_dora.adapters.format import pad_rank
 from mlx_dora.layers import weight_of
-from mlx_dora.layers.layout import layout_of
+from mlx_dora.layers.layout import layout_of, rearranged
 from mlx_dora.matrix.low_rank import Adapted, LowRank
 from mlx_dora.matrix.weight import Weight, matrices
 
@@ -39,9 +39,8 @@ def adapted_matrices(adapter: Adapter, path: str, module: nn.Module) -> list[Ada
         )
         return Adapted(update=update, m=None).matrices()
     lora_b = adapter.tensors[f"{path}.lora_b"]
-    a, b = layout_of(module, lora_a).turn(
-        lora_a.astype(mx.float32), lora_b.astype(mx.float32)
-    )
+    layout = layout_of(module, lora_a)
+    a, b = rearranged(layout, lora_a.astype(mx.float32), lora_b.astype(mx.float32))
     update = LowRank(lora_a=a, lora_b=b, scale=adapter.config.scale_of(path))
     m = adapter.tensors.get(f"{path}.m")
     return Adapted(
@@ -74,7 +73,7 @@ def adapter_tensors(
             for leaf in parts[0]
         }
     lora_a, lora_b = values["lora_a"], values["lora_b"]
-    lora_a, lora_b = layout_of(module, lora_a).turn(lora_a, lora_b)
+    lora_a, lora_b = rearranged(layout_of(module, lora_a), lora_a, lora_b)
     values = values | {"lora_a": lora_a, "lora_b": lora_b}
     mx.eval(values)
     return {f"{path}.{leaf}": value for leaf, value in values.items()}

@@ -278,7 +278,7 @@ def _share_in_blocks(
     places = [f"{path}." for path, _ in blocks(model)]
     groups: dict[str, list[VariantLinear]] = {}
     for path, layer in layers:
-        if isinstance(layer, VariantLinear) and layer.variant == DoRANAux.name:
+        if isinstance(layer, VariantLinear) and layer.kind.name == DoRANAux.name:
             place = next((p for p in places if path.startswith(p)), path)
             groups.setdefault(place, []).append(layer)
     for group in groups.values():

@@ -1,24 +1,12 @@
 """Analysis of how fine-tuning changed magnitude and direction.
 
-The results are exact and need no dense weight. Public names are loaded on first use, so
-that the command line can be built without MLX.
+The results are exact and need no dense weight.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mlx_dora.analyze.adapter import analyze_adapter
-    from mlx_dora.analyze.compare import compare_adapters
-    from mlx_dora.analyze.decomposition import DoRADecomposition
-    from mlx_dora.analyze.finetune import analyze_finetune
-
-_HOME = {
-    "DoRADecomposition": "mlx_dora.analyze.decomposition",
-    "analyze_adapter": "mlx_dora.analyze.adapter",
-    "analyze_finetune": "mlx_dora.analyze.finetune",
-    "compare_adapters": "mlx_dora.analyze.compare",
-}
+from mlx_dora.analyze.adapter import analyze_adapter
+from mlx_dora.analyze.compare import compare_adapters
+from mlx_dora.analyze.decomposition import DoRADecomposition
+from mlx_dora.analyze.finetune import analyze_finetune
 
 __all__ = [
     "DoRADecomposition",
@@ -26,13 +14,3 @@ __all__ = [
     "analyze_finetune",
     "compare_adapters",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'mlx_dora.analyze' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -1,36 +1,15 @@
 """Training data: JSON lines to rows, targets and batches.
 
-Training, evaluation and Fisher estimates read their data here. Names are loaded on
-first use, because importing the settings must not import MLX.
+Training, evaluation and Fisher estimates read their data here.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mlx_dora.data.batches import Batch, batches_once, pack_batch, pad_batch
-    from mlx_dora.data.config import DataConfig
-    from mlx_dora.data.counts import RowCounts
-    from mlx_dora.data.dataset import Dataset, TokenDataset
-    from mlx_dora.data.loading import as_dataset, load_datasets
-    from mlx_dora.data.schedule import Schedule
-    from mlx_dora.data.targets import Example, target_spans
-
-_HOME = {
-    "Batch": "mlx_dora.data.batches",
-    "DataConfig": "mlx_dora.data.config",
-    "Dataset": "mlx_dora.data.dataset",
-    "Example": "mlx_dora.data.targets",
-    "RowCounts": "mlx_dora.data.counts",
-    "Schedule": "mlx_dora.data.schedule",
-    "TokenDataset": "mlx_dora.data.dataset",
-    "as_dataset": "mlx_dora.data.loading",
-    "batches_once": "mlx_dora.data.batches",
-    "load_datasets": "mlx_dora.data.loading",
-    "pack_batch": "mlx_dora.data.batches",
-    "pad_batch": "mlx_dora.data.batches",
-    "target_spans": "mlx_dora.data.targets",
-}
+from mlx_dora.data.batches import Batch, batches_once, pack_batch, pad_batch
+from mlx_dora.data.config import DataConfig
+from mlx_dora.data.counts import RowCounts
+from mlx_dora.data.dataset import Dataset, TokenDataset
+from mlx_dora.data.loading import as_dataset, load_datasets
+from mlx_dora.data.schedule import Schedule
+from mlx_dora.data.targets import Example, target_spans
 
 __all__ = [
     "Batch",
@@ -47,13 +26,3 @@ __all__ = [
     "pad_batch",
     "target_spans",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'mlx_dora.data' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

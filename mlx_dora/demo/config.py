@@ -1,4 +1,4 @@
-"""Settings of the demo. Does not import MLX, because the command line imports it."""
+"""Settings of the demo."""
 
 from dataclasses import dataclass
 from pathlib import Path

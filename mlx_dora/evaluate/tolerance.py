@@ -1,4 +1,4 @@
-"""Allowed differences between a fused and an unfused model. Imports no MLX."""
+"""Allowed differences between a fused and an unfused model."""
 
 from dataclasses import dataclass
 

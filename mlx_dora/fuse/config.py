@@ -1,7 +1,4 @@
-"""Settings for fusing packed weights.
-
-This module does not import MLX, so that the command line can read the fields quickly.
-"""
+"""Settings for fusing packed weights."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -89,7 +89,7 @@ def fuse_dora(model: nn.Module, dequantize: bool = False) -> FuseReport:
             module = fused_module(
                 layer.base,
                 layer.adapted().matrices(),
-                layer.base_types[0],
+                layer.base_types()[0],
                 dequantize,
                 own,
             )

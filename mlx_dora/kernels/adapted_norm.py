@@ -1,16 +1,13 @@
 """Norms of the adapted rows, the denominator of DoRA's Eq. 5."""
 
-import os
-
 import mlx.core as mx
 
 from mlx_dora.kernels import plain
 from mlx_dora.kernels.dispatch import (
     KERNELS,
-    SWITCH,
-    backend_of,
     relative_error,
     run,
+    select,
     takes_kernel,
 )
 from mlx_dora.kernels.plans import plan_adapted_norm, plan_adapted_norm_packed
@@ -57,13 +54,21 @@ def adapted_norm(
         DoRAError: If the shapes do not fit together.
     """
     LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale).check_fits(weight.shape)
-    backend = backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
-    is_matrix = len(weight.shape) == 2
-    takes = backend != "reference" and is_matrix and _takes(weight, lora_a.shape[1])
+    return row_norm(weight, lora_a, lora_b, scale, squared_base=squared_base)
+
+
+def _pays(
+    weight: Weight,
+    lora_a: mx.array,
+    lora_b: mx.array,
+    scale: float,
+    *,
+    squared_base: mx.array | None = None,
+) -> bool:
+    if len(weight.shape) > 2 or not _takes(weight, lora_a.shape[1]):
+        return False
     # The kernels do not scale values before squaring; given squares are trusted.
-    if takes and (squared_base is not None or are_ordinary(row_squares(weight))):
-        return mx.stop_gradient(launched(weight, lora_a, lora_b, scale))
-    return plain.adapted_norm(weight, lora_a, lora_b, scale, squared_base=squared_base)
+    return squared_base is not None or are_ordinary(row_squares(weight))
 
 
 def _takes(weight: Weight, rank: int) -> bool:
@@ -90,9 +95,17 @@ def _takes(weight: Weight, rank: int) -> bool:
 
 
 def launched(
-    weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float
+    weight: Weight,
+    lora_a: mx.array,
+    lora_b: mx.array,
+    scale: float,
+    *,
+    squared_base: mx.array | None = None,
 ) -> mx.array:
-    """Run the kernel for any size; no gradient is defined."""
+    """Run the kernel for any size; a constant in the backward pass.
+
+    The kernel sums the squares itself, so that `squared_base` is not used.
+    """
     out, width = weight.shape
     r = lora_a.shape[1]
     low_rank = (
@@ -103,12 +116,16 @@ def launched(
     if not isinstance(weight, QuantizedWeight):
         launch = plan_adapted_norm((out, width), r)
         (norm,) = run(_DENSE, (weight, *low_rank), launch)
-        return norm
-    assert weight.biases is not None
-    launch = plan_adapted_norm_packed(out, r, weight.bits, weight.group_size)
-    parts = (weight.weight, weight.scales, weight.biases)
-    (norm,) = run(_PACKED, (*parts, *low_rank), launch)
-    return norm
+    else:
+        assert weight.biases is not None
+        launch = plan_adapted_norm_packed(out, r, weight.bits, weight.group_size)
+        parts = (weight.weight, weight.scales, weight.biases)
+        (norm,) = run(_PACKED, (*parts, *low_rank), launch)
+    return mx.stop_gradient(norm)
+
+
+row_norm = select(plain.adapted_norm, launched, _pays)
+"""Compute `adapted_norm` without checking shapes, for layers; also for stacks."""
 
 
 def _sample(dtype: mx.Dtype) -> mx.array:

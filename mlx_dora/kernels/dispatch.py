@@ -11,8 +11,8 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import cast
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -21,19 +21,8 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.kernels._source import in_cuda, read_source
 from mlx_dora.kernels.plans import KERNELS, Kernel, Launch
 
-__all__ = [
-    "CROSSOVERS",
-    "KERNELS",
-    "SWITCH",
-    "allowed_error",
-    "backend_of",
-    "build",
-    "chosen_backend",
-    "relative_error",
-    "run",
-    "takes_kernel",
-]
-
+P = ParamSpec("P")
+R = TypeVar("R")
 _LOG = logging.getLogger(__name__)
 SWITCH = "MLX_DORA_KERNELS"
 _CHOICES = ("auto", "metal", "cuda", "reference")
@@ -110,6 +99,28 @@ def device_backend() -> str:
     if mx.default_device().type != mx.gpu:
         return "reference"
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def select(
+    plain: Callable[P, R], kernel: Callable[P, R], pays: Callable[P, bool]
+) -> Callable[P, R]:
+    """Return an op that runs `kernel` where it pays, and `plain` otherwise.
+
+    Args:
+        plain: The op in plain MLX.
+        kernel: The op with the kernel, for arguments of any size.
+        pays: Whether to use the kernel for these arguments; see `takes_kernel`.
+    """
+
+    @wraps(plain)
+    def op(*args: P.args, **kwargs: P.kwargs) -> R:
+        # Both are cached look-ups, so that the choice is cheap on a CPU.
+        backend = backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
+        if backend == "reference" or not pays(*args, **kwargs):
+            return plain(*args, **kwargs)
+        return kernel(*args, **kwargs)
+
+    return op
 
 
 def takes_kernel(

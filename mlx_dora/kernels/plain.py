@@ -3,6 +3,7 @@
 `naive` specifies each op. The public ops document them and check arguments.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -15,10 +16,10 @@ from mlx_dora.matrix.weight import (
     are_ordinary,
     matrices,
     measured_rows,
-    near_one,
     product,
     row_blocks,
     row_squares,
+    scaled_to_unit,
 )
 
 
@@ -63,8 +64,10 @@ def adapted_norm(
 
 def _scaled_norm(weight: Weight, update: LowRank) -> mx.array:
     """Compute `adapted_norm` with rows of W and BA, and columns of A, scaled near 1."""
-    scaled = update.near_one()
-    up, up_power = near_one(update.scale * scaled.lora_b.swapaxes(-1, -2), axis=-1)
+    scaled = update.with_unit_columns()
+    up, up_power = scaled_to_unit(
+        update.scale * scaled.lora_b.swapaxes(-1, -2), axis=-1
+    )
     blocks = [measured_rows(block) for _, block in row_blocks(weight)]
     q0 = mx.concatenate([mx.square(norm) for _, norm, _ in blocks])
     products = mx.concatenate([full @ scaled.lora_a for full, _, _ in blocks])
@@ -143,7 +146,10 @@ def _rescale_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
     )
 
 
-rescale = cast(Any, _rescale)
+rescale = cast(
+    Callable[[mx.array, mx.array, mx.array, mx.array, mx.array | None], mx.array],
+    _rescale,
+)
 """``g∘(y + h·up) + offset`` in float32, rounded once to the dtype of `y`.
 
 It is differentiable in all arguments. The gradient of g needs only the output, and is 0

@@ -43,43 +43,15 @@ class Launch:
 _LOW_RANK = ("lora_a", "lora_b", "scale")
 
 KERNELS = {
-    kernel.name: kernel
-    for kernel in (
-        Kernel(
-            name="normalize_rows",
-            inputs=("weight", "magnitude"),
-            outputs=("rescaled", "norm"),
-        ),
-        Kernel(
-            name="adapted_norm",
-            inputs=("weight", *_LOW_RANK),
-            outputs=("norm",),
-        ),
-        Kernel(
-            name="adapted_norm_packed",
-            inputs=("weight", "scales", "biases", *_LOW_RANK),
-            outputs=("norm",),
-        ),
-        Kernel(
-            name="fused_weight",
-            inputs=("weight", *_LOW_RANK, "magnitude"),
-            outputs=("fused",),
-        ),
-        Kernel(
-            name="dora_scale",
-            inputs=("y", "h", "up", "gain", "offset"),
-            outputs=("composed",),
-        ),
-        Kernel(
-            name="dora_scale_backward",
-            inputs=("dy", "o", "gain", "offset"),
-            outputs=("scaled", "partial"),
-        ),
-        Kernel(
-            name="dora_scale_columns",
-            inputs=("partial", "gain"),
-            outputs=("sums",),
-        ),
+    name: Kernel(name=name, inputs=inputs, outputs=outputs)
+    for name, inputs, outputs in (
+        ("normalize_rows", ("weight", "magnitude"), ("rescaled", "norm")),
+        ("adapted_norm", ("weight", *_LOW_RANK), ("norm",)),
+        ("adapted_norm_packed", ("weight", "scales", "biases", *_LOW_RANK), ("norm",)),
+        ("fused_weight", ("weight", *_LOW_RANK, "magnitude"), ("fused",)),
+        ("dora_scale", ("y", "h", "up", "gain", "offset"), ("composed",)),
+        ("dora_scale_backward", ("dy", "o", "gain", "offset"), ("scaled", "partial")),
+        ("dora_scale_columns", ("partial", "gain"), ("sums",)),
     )
 }
 

@@ -1,6 +1,5 @@
 """DoRA's forward epilogue: the last step of every adapted layer, with gradients."""
 
-import os
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,10 +9,9 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import plain
 from mlx_dora.kernels.dispatch import (
     KERNELS,
-    SWITCH,
-    backend_of,
     relative_error,
     run,
+    select,
     takes_kernel,
 )
 from mlx_dora.kernels.plans import (
@@ -26,124 +24,6 @@ from mlx_dora.matrix.terms import row_gain
 _FORWARD = KERNELS["dora_scale"]
 _BACKWARD = KERNELS["dora_scale_backward"]
 _COLUMNS = KERNELS["dora_scale_columns"]
-
-
-def rescale(
-    y: mx.array,
-    h: mx.array,
-    up: mx.array,
-    gain: mx.array,
-    offset: mx.array | None = None,
-) -> mx.array:
-    r"""Add the low-rank part, rescale every output, and add an offset.
-
-    .. math:: o = g \circ (y + h\,U) + \mathrm{offset}
-
-    It is differentiable in all arguments. The gradient of g needs only the output:
-    :math:`dg_j = \sum_t do_{tj} (o_{tj} - \mathrm{offset}_j) / g_j`; at g = 0 it is
-    defined as 0.
-
-    Args:
-        y: Base output. Shape ``(..., out)``, any float dtype.
-        h: Low-rank activation x·A. Shape ``(..., r)``.
-        up: s·B. Shape ``(r, out)``, float32.
-        gain: g = m/n. Shape ``(out,)``, float32.
-        offset: Offset to add, shape ``(out,)``, float32, or None.
-
-    Returns:
-        Output, shape ``(..., out)``, in the dtype of `y`; computed in float32 and
-        rounded once.
-    """
-    # Both are cached look-ups, so that the choice is cheap on a CPU.
-    backend = backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
-    if backend == "reference" or not _takes(y, up.shape[0]):
-        return plain.rescale(y, h, up, gain, offset)
-    return launched(y, h, up, gain, offset)
-
-
-def compose(
-    y: mx.array,
-    h: mx.array,
-    up: mx.array,
-    gain: mx.array,
-    offset: mx.array | None = None,
-) -> mx.array:
-    """Compute `rescale` for inference; gradients work, but take more memory."""
-    backend = backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
-    if backend == "reference" or not _takes(y, up.shape[0]):
-        return plain.compose(y, h, up, gain, offset)
-    return launched(y, h, up, gain, offset)
-
-
-def dora_scale(
-    y: mx.array,
-    h: mx.array,
-    lora_b: mx.array,
-    scale: float,
-    m: mx.array,
-    norm: mx.array,
-    bias: mx.array | None = None,
-) -> mx.array:
-    r"""Add the low-rank part, rescale every output, and add the bias.
-
-    .. math:: o = g \circ (y + s \, h B) + b, \qquad g = m / n
-
-    This is Eq. 5 of DoRA (arXiv:2402.09353) on activations. It is differentiable in y,
-    h, lora_b, m and bias; the norm is a constant (section 4.3). At m = 0 the gradient
-    of m is defined as 0.
-
-    Args:
-        y: Base output W0·x. Shape ``(..., out)``, any float dtype.
-        h: Low-rank activation x·A. Shape ``(..., r)``.
-        lora_b: Up projection. Shape ``(r, out)``.
-        scale: Multiplier of the low-rank update.
-        m: Magnitudes. Shape ``(out,)``, float32.
-        norm: Norms of the adapted rows, see `adapted_norm`. Shape ``(out,)``, float32.
-        bias: Bias of the base, shape ``(out,)``, or None.
-
-    Returns:
-        Output, shape ``(..., out)``, in the dtype of `y`; computed in float32 and
-        rounded once. A row of norm 0 gives only its bias.
-
-    Raises:
-        DoRAError: If the shapes do not fit together.
-    """
-    _check_shapes(y, h, lora_b, m, norm, bias)
-    up = scale * lora_b.astype(mx.float32)
-    gain = row_gain(m, mx.stop_gradient(norm.astype(mx.float32)))
-    offset = None if bias is None else bias.astype(mx.float32)
-    return rescale(y, h, up, gain, offset)
-
-
-def _check_shapes(
-    y: mx.array,
-    h: mx.array,
-    lora_b: mx.array,
-    m: mx.array,
-    norm: mx.array,
-    bias: mx.array | None,
-) -> None:
-    r, out = lora_b.shape
-    rows = {"m": m.shape, "norm": norm.shape, "last axis of y": y.shape[-1:]}
-    if bias is not None:
-        rows["bias"] = bias.shape
-    wrong = [
-        f"{name} has shape {shape}" for name, shape in rows.items() if shape != (out,)
-    ]
-    if h.shape != (*y.shape[:-1], r):
-        wrong.append(f"h has shape {h.shape}, expected {(*y.shape[:-1], r)}")
-    if wrong:
-        raise DoRAError(f"lora_b of shape {(r, out)} does not fit: {'; '.join(wrong)}.")
-
-
-def _takes(y: mx.array, rank: int) -> bool:
-    return takes_kernel(
-        "dora_scale",
-        elements=y.size,
-        rank=rank,
-        dtype=y.dtype,
-        check=lambda: _check(y.dtype),
-    )
 
 
 def launched(
@@ -221,3 +101,101 @@ def _check(dtype: mx.Dtype) -> float:
 
         worst = max(worst, relative_error(all_of(launched), all_of(plain.rescale)))
     return worst
+
+
+def _pays(
+    y: mx.array, h: mx.array, up: mx.array, gain: mx.array, offset: mx.array | None
+) -> bool:
+    return takes_kernel(
+        "dora_scale",
+        elements=y.size,
+        rank=up.shape[0],
+        dtype=y.dtype,
+        check=lambda: _check(y.dtype),
+    )
+
+
+rescale = select(plain.rescale, launched, _pays)
+r"""Add the low-rank part, rescale every output, and add an offset.
+
+.. math:: o = g \circ (y + h\,U) + \mathrm{offset}
+
+It is differentiable in all arguments. The gradient of g needs only the output:
+:math:`dg_j = \sum_t do_{tj} (o_{tj} - \mathrm{offset}_j) / g_j`; at g = 0 it is defined
+as 0.
+
+Args:
+    y: Base output. Shape ``(..., out)``, any float dtype.
+    h: Low-rank activation x·A. Shape ``(..., r)``.
+    up: s·B. Shape ``(r, out)``, float32.
+    gain: g = m/n. Shape ``(out,)``, float32.
+    offset: Offset to add, shape ``(out,)``, float32, or None.
+
+Returns:
+    Output, shape ``(..., out)``, in the dtype of `y`; computed in float32 and rounded
+    once.
+"""
+
+compose = select(plain.compose, launched, _pays)
+"""Compute `rescale` for inference; gradients work, but take more memory."""
+
+
+def dora_scale(
+    y: mx.array,
+    h: mx.array,
+    lora_b: mx.array,
+    scale: float,
+    m: mx.array,
+    norm: mx.array,
+    bias: mx.array | None = None,
+) -> mx.array:
+    r"""Add the low-rank part, rescale every output, and add the bias.
+
+    .. math:: o = g \circ (y + s \, h B) + b, \qquad g = m / n
+
+    This is Eq. 5 of DoRA (arXiv:2402.09353) on activations. It is differentiable in y,
+    h, lora_b, m and bias; the norm is a constant (section 4.3). At m = 0 the gradient
+    of m is defined as 0.
+
+    Args:
+        y: Base output W0·x. Shape ``(..., out)``, any float dtype.
+        h: Low-rank activation x·A. Shape ``(..., r)``.
+        lora_b: Up projection. Shape ``(r, out)``.
+        scale: Multiplier of the low-rank update.
+        m: Magnitudes. Shape ``(out,)``, float32.
+        norm: Norms of the adapted rows, see `adapted_norm`. Shape ``(out,)``, float32.
+        bias: Bias of the base, shape ``(out,)``, or None.
+
+    Returns:
+        Output, shape ``(..., out)``, in the dtype of `y`; computed in float32 and
+        rounded once. A row of norm 0 gives only its bias.
+
+    Raises:
+        DoRAError: If the shapes do not fit together.
+    """
+    _check_shapes(y, h, lora_b, m, norm, bias)
+    up = scale * lora_b.astype(mx.float32)
+    gain = row_gain(m, mx.stop_gradient(norm.astype(mx.float32)))
+    offset = None if bias is None else bias.astype(mx.float32)
+    return rescale(y, h, up, gain, offset)
+
+
+def _check_shapes(
+    y: mx.array,
+    h: mx.array,
+    lora_b: mx.array,
+    m: mx.array,
+    norm: mx.array,
+    bias: mx.array | None,
+) -> None:
+    r, out = lora_b.shape
+    rows = {"m": m.shape, "norm": norm.shape, "last axis of y": y.shape[-1:]}
+    if bias is not None:
+        rows["bias"] = bias.shape
+    wrong = [
+        f"{name} has shape {shape}" for name, shape in rows.items() if shape != (out,)
+    ]
+    if h.shape != (*y.shape[:-1], r):
+        wrong.append(f"h has shape {h.shape}, expected {(*y.shape[:-1], r)}")
+    if wrong:
+        raise DoRAError(f"lora_b of shape {(r, out)} does not fit: {'; '.join(wrong)}.")

@@ -5,13 +5,17 @@ from mlx_dora.layers._fuse import fused_module
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers.embedding import DoRAEmbedding
 from mlx_dora.layers.linear import DoRALinear
+from mlx_dora.layers.multi import DoRAMultiLinear
 from mlx_dora.layers.norms import held_norms
+from mlx_dora.layers.switch import DoRASwitchLinear
 from mlx_dora.layers.wrap import adapt, check_adaptable, dora_class
 
 __all__ = [
     "DoRAEmbedding",
     "DoRALayer",
     "DoRALinear",
+    "DoRAMultiLinear",
+    "DoRASwitchLinear",
     "adapt",
     "check_adaptable",
     "dora_class",

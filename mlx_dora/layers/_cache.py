@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import is_
 
 import mlx.core as mx
 
@@ -18,19 +17,13 @@ class EvalCache:
     Attributes:
         sources: Arrays that the cache was computed from, compared by identity. Holding
             them prevents their addresses from being reused.
-        norm: n = ‖W0 + s·BA‖. Shape ``(..., out)``, float32.
-        gain: g = m/n, or None while only the norm is known.
+        gain: g = m/‖W0 + s·BA‖. Shape ``(..., out)``, float32.
         epilogue: Constants for one dtype of activations, or None.
     """
 
     sources: Sources
-    norm: mx.array
-    gain: mx.array | None = None
+    gain: mx.array
     epilogue: "Epilogue | None" = None
-
-    def is_of(self, sources: Sources) -> bool:
-        """Return whether the cache was computed from these arrays."""
-        return all(map(is_, self.sources, sources))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,19 @@
 """The base class of DoRA layers: the frozen base, norms and eval-mode cache."""
 
 import math
+from dataclasses import replace
+from operator import is_
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.kernels import adapted_norm
+from mlx_dora.kernels.adapted_norm import row_norm
 from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._cache import Epilogue, EvalCache, Sources, is_traced
 from mlx_dora.layers._fuse import fused_module
-from mlx_dora.layers.layout import LINEAR, Layout
+from mlx_dora.layers.layout import Layout, rearranged
 from mlx_dora.matrix.low_rank import Adapted, LowRank
 from mlx_dora.matrix.terms import exact_terms, row_gain
 from mlx_dora.matrix.weight import matrices, row_squares, weight_from
@@ -30,6 +32,23 @@ class _ReadDirectly(DoRAError, AttributeError):
     """Raised when `DoRALayer.weight` is read; makes ``hasattr`` return False."""
 
 
+class Kind:
+    """Facts about a layer's parametrization; these are those of plain DoRA.
+
+    Attributes:
+        name: Value of `DoRAConfig.variant` (or ``init``).
+        fixed: Names of parameters that are kept but not trained.
+        cached: Names of the parameters that eval-mode constants are computed from;
+            empty if nothing is cached.
+        room: Ratio of the width of the factors to the requested rank.
+    """
+
+    name: ClassVar[str] = "dora"
+    fixed: ClassVar[tuple[str, ...]] = ()
+    cached: ClassVar[tuple[str, ...]] = ("m", "lora_a", "lora_b")
+    room: int = 1
+
+
 class DoRALayer(nn.Module):
     """Abstract base class of the adapted layers.
 
@@ -39,8 +58,7 @@ class DoRALayer(nn.Module):
     """
 
     base_name: ClassVar[str]
-    base_types: ClassVar[tuple[type[nn.Module], ...]]
-    layout: ClassVar[Layout] = LINEAR
+    layout: ClassVar[Layout] = "linear"
     path: str = ""  # path in the model, for messages
     dropout: nn.Dropout
     scale: float
@@ -48,8 +66,14 @@ class DoRALayer(nn.Module):
     lora_a: mx.array
     lora_b: mx.array
     m: mx.array
+    kind: Any = Kind()  # a variant's own code knows its subclass
     _cache: EvalCache | None
     _measured: mx.array
+
+    @classmethod
+    def base_types(cls) -> tuple[type[nn.Module], ...]:
+        """Return the classes of modules that this layer can wrap, dense first."""
+        raise NotImplementedError
 
     @classmethod
     def from_base(
@@ -58,7 +82,7 @@ class DoRALayer(nn.Module):
         """Wrap a module, which is kept unchanged in the attribute `base_name`.
 
         Args:
-            module: A module of a class in `base_types`.
+            module: A module of one of the `base_types`.
             r: Rank of the update.
             dropout: Dropout probability in the low-rank branch.
             scale: Multiplier s of the update.
@@ -74,15 +98,16 @@ class DoRALayer(nn.Module):
     def _adapt(self, base: nn.Module, r: int, dropout: float, scale: float) -> None:
         """Set the base, and initialize a random A, B = 0 and m = ‖W0‖."""
         self.check_base(base)
-        shape = tuple(weight_of(base).shape)
-        shape_a, shape_b = self.layout.shapes(shape, r)
-        # Kaiming-uniform with a = sqrt(5)
-        bound = 1 / math.sqrt(shape[self.layout.fan_axis])
+        *stack, out, width = weight_of(base).shape
+        a, b = mx.zeros((*stack, width, r)), mx.zeros((*stack, r, out))
+        lora_a, lora_b = rearranged(self.layout, a, b)
+        fan = out if self.layout == "embedding" else width  # other axis of lora_a
+        bound = 1 / math.sqrt(fan)  # Kaiming-uniform with a = sqrt(5)
         self.dropout = nn.Dropout(p=dropout)
         self.scale = scale
         self.enabled = True
-        self.lora_a = mx.random.uniform(low=-bound, high=bound, shape=shape_a)
-        self.lora_b = mx.zeros(shape_b)
+        self.lora_a = mx.random.uniform(low=-bound, high=bound, shape=lora_a.shape)
+        self.lora_b = mx.zeros(lora_b.shape)
         self._put_base(base)
 
     @property
@@ -99,29 +124,10 @@ class DoRALayer(nn.Module):
             "giving keys."
         )
 
-    @property
-    def variant(self) -> str:
-        """Name of the layer's parametrisation."""
-        return "dora"
-
-    @property
-    def room(self) -> int:
-        """Ratio of the width of the factors to the requested rank."""
-        return 1
-
-    @property
-    def fixed(self) -> tuple[str, ...]:
-        """Names of parameters that are kept but not trained."""
-        return ()
-
-    @property
-    def cached(self) -> tuple[str, ...]:
-        """Names of the parameters that the eval-mode cache is computed from."""
-        return ("m", "lora_a", "lora_b")
-
     def factors(self) -> tuple[mx.array, mx.array]:
         """Return A ``(..., in, r)`` and B ``(..., r, out)`` of the update."""
-        return self.layout.turn(self["lora_a"], self["lora_b"])
+        stored = self["lora_a"], self["lora_b"]
+        return stored if self.layout == "linear" else rearranged(self.layout, *stored)
 
     def adapted(self) -> Adapted:
         """Return the adapter of the base's weight: A, B, s and m."""
@@ -145,7 +151,7 @@ class DoRALayer(nn.Module):
             DoRAError: If the adapted weight holds NaN or inf.
         """
         adapted = self.adapted().matrices()
-        return fused_module(self.base, adapted, self.base_types[0], dequantize)
+        return fused_module(self.base, adapted, self.base_types()[0], dequantize)
 
     def export(self) -> "DoRALayer":
         """Return an equivalent plain DoRA layer over the same base: this layer.
@@ -158,16 +164,16 @@ class DoRALayer(nn.Module):
         """Replace the base, and set m to the norms of its rows.
 
         Raises:
-            DoRAError: If the class of `base` is not in `base_types`. Subclasses are
-                refused, because they may compute something else.
+            DoRAError: If the class of `base` is none of the `base_types`. Subclasses
+                are refused, because they may compute something else.
         """
         self.check_base(base)
         self._put_base(base)
 
     def check_base(self, base: nn.Module) -> None:
-        """Raise DoRAError if the class of `base` is not in `base_types`."""
-        if type(base) not in self.base_types:
-            raise unsupported(base, self.base_types)
+        """Raise DoRAError if the class of `base` is none of the `base_types`."""
+        if type(base) not in self.base_types():
+            raise unsupported(base, self.base_types())
 
     def take(
         self,
@@ -189,14 +195,14 @@ class DoRALayer(nn.Module):
             norm: Norms of the adapted rows, shape of `m`, float32.
         """
         self.lora_a, self.lora_b, self.m, self.scale = lora_a, lora_b, m, scale
-        self._cache = EvalCache(sources=self._sources(), norm=norm)
+        self._cache_gain(self._sources(), norm)
 
     def norm(self) -> mx.array:
         """Return the norm ‖W0 + s·BA‖ of every row in float32, without a gradient."""
         if "_norm" in self:
             return self["_norm"]
         base = self[self.base_name]
-        return adapted_norm(
+        return row_norm(
             weight_from(base, base),
             *self.factors(),
             self.scale,
@@ -206,9 +212,8 @@ class DoRALayer(nn.Module):
     def gain(self) -> mx.array:
         """Return the gain g = m/n of every row, float32; exact, cached in eval mode."""
         if not self.training and (cache := self.eval_cache()) is not None:
-            assert cache.gain is not None
             return cache.gain
-        return row_gain(self["m"], self["_norm"] if "_norm" in self else self.norm())
+        return row_gain(self["m"], self.norm())
 
     def bias_offset(self, gain: mx.array) -> mx.array | None:
         """Return (1 − g)·b, which corrects g∘(W0x + b + …) for the scaled bias."""
@@ -229,34 +234,31 @@ class DoRALayer(nn.Module):
         self._cache = None
 
     def eval_cache(self) -> EvalCache | None:
-        """Return norm and gain of eval mode; None while training or being traced."""
+        """Return the gain of eval mode; None while training or being traced."""
         if self.training:
             return None
         cache, sources = self._cache, self._sources()
-        if cache is None or not cache.is_of(sources):
-            cache = None
-        elif cache.gain is not None:
+        if cache is not None and all(map(is_, cache.sources, sources)):
             return cache
-        if is_traced([self[name] for name in self.cached]):
+        if is_traced([self[name] for name in self.kind.cached]):
             return None
-        if cache is None:
-            updates = self._update().matrices()
-            parts = zip(matrices(weight_of(self.base)), updates, strict=True)
-            norms = [exact_terms(*part).norm for part in parts]
-            norm = norms[0] if self["m"].ndim == 1 else mx.stack(norms)
-        else:
-            norm = cache.norm
-        # Gradients in eval mode treat the norm as a constant too.
-        norm = mx.stop_gradient(norm)
-        gain = row_gain(self["m"], norm)
-        mx.eval(norm, gain)  # a server may fill and use it in different threads
-        self._cache = EvalCache(sources=sources, norm=norm, gain=gain)
+        updates = self._update().matrices()
+        parts = zip(matrices(weight_of(self.base)), updates, strict=True)
+        norms = [exact_terms(*part).norm for part in parts]
+        norm = norms[0] if self["m"].ndim == 1 else mx.stack(norms)
+        self._cache_gain(sources, norm)
         return self._cache
+
+    def _cache_gain(self, sources: Sources, norm: mx.array) -> None:
+        # Gradients in eval mode treat the norm as a constant too.
+        gain = row_gain(self["m"], mx.stop_gradient(norm))
+        mx.eval(gain)  # a server may fill and use it in different threads
+        self._cache = EvalCache(sources=sources, gain=gain)
 
     def epilogue(self, dtype: mx.Dtype) -> Epilogue | None:
         """Return eval-mode constants for activations of `dtype`; None if not cached."""
         cache = self.eval_cache()
-        if cache is None or cache.gain is None:
+        if cache is None:
             return None
         known = cache.epilogue
         if known is not None and known.lora_a.dtype == dtype:
@@ -269,14 +271,12 @@ class DoRALayer(nn.Module):
             offset=self.bias_offset(cache.gain),
         )
         mx.eval(made.lora_a, made.up, made.offset)
-        self._cache = EvalCache(
-            sources=cache.sources, norm=cache.norm, gain=cache.gain, epilogue=made
-        )
+        self._cache = replace(cache, epilogue=made)
         return made
 
     def _sources(self) -> Sources:
         base = self[self.base_name]
-        return (*map(self.get, self.cached), base["weight"], base.get("bias"))
+        return (*map(self.get, self.kind.cached), base["weight"], base.get("bias"))
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)

@@ -7,7 +7,6 @@ import mlx.nn as nn
 
 from mlx_dora.kernels.rescale import rescale
 from mlx_dora.layers._layer import DoRALayer
-from mlx_dora.layers.layout import EMBEDDING
 from mlx_dora.layers.linear import project
 from mlx_dora.matrix.low_rank import LowRank
 from mlx_dora.matrix.terms import floored_norm, row_gain, terms_of
@@ -40,8 +39,7 @@ class DoRAEmbedding(DoRALayer):
     """
 
     base_name: ClassVar[str] = "embedding"
-    layout = EMBEDDING
-    base_types = (nn.Embedding, nn.QuantizedEmbedding)
+    layout = "embedding"
     embedding: nn.Embedding | nn.QuantizedEmbedding
 
     def __init__(
@@ -55,9 +53,12 @@ class DoRAEmbedding(DoRALayer):
         super().__init__()
         self._adapt(nn.Embedding(num_embeddings, dims), r, dropout, scale)
 
-    def set_embedding(self, embedding: nn.Module) -> None:
-        """Replace the base, and set m to the norms of its rows."""
-        self.set_base(embedding)
+    @classmethod
+    def base_types(cls) -> tuple[type[nn.Module], ...]:
+        """Return the classes of modules that this layer can wrap."""
+        return nn.Embedding, nn.QuantizedEmbedding
+
+    set_embedding = DoRALayer.set_base
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the adapted rows of the tokens `x`, shape ``(..., dims)``."""
@@ -91,4 +92,4 @@ class DoRAEmbedding(DoRALayer):
         g = self.gain()  # m / ‖E + s·AB‖
         a, b = self.factors()
         h = self.dropout(x) @ a.astype(x.dtype)
-        return rescale(y, h, self.scale * b.astype(mx.float32), g)
+        return rescale(y, h, self.scale * b.astype(mx.float32), g, None)

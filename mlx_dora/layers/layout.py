@@ -4,58 +4,35 @@ The equations use A ``(in, r)`` and B ``(r, out)`` for a weight ``(out, in)``. L
 layers store these; embeddings and stacks of matrices use other layouts.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 
-Pair = tuple[mx.array, mx.array]
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+Layout = Literal["linear", "embedding", "stack"]
+"""How an adapter stores its factors.
+
+- ``linear``: ``lora_a`` ``(in, r)``, ``lora_b`` ``(r, out)``.
+- ``embedding``: ``lora_a`` ``(num_embeddings, r)``, the output's side; ``lora_b``
+  ``(r, dims)``.
+- ``stack``: ``lora_a`` ``(n, r, in)``, ``lora_b`` ``(n, out, r)``, as in mlx-lm's
+  experts.
+"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """A layout of the factors.
-
-    Attributes:
-        turn: Converts stored ``(lora_a, lora_b)`` to A and B, and back; it is its own
-            inverse.
-        shapes: Returns the shapes of the stored factors for a weight's shape and a
-            rank.
-        fan_axis: Axis of the weight whose size scales the initial values of `lora_a`.
-    """
-
-    turn: Callable[[mx.array, mx.array], Pair]
-    shapes: Callable[[tuple[int, ...], int], Shapes]
-    fan_axis: int = -1
-
-
-LINEAR = Layout(
-    turn=lambda lora_a, lora_b: (lora_a, lora_b),
-    shapes=lambda weight, r: ((weight[1], r), (r, weight[0])),
-)
-"""``lora_a`` ``(in, r)``, ``lora_b`` ``(r, out)``."""
-
-EMBEDDING = Layout(
-    turn=lambda lora_a, lora_b: (lora_b.T, lora_a.T),
-    shapes=lambda weight, r: ((weight[0], r), (r, weight[1])),
-    fan_axis=0,
-)
-"""``lora_a`` ``(num_embeddings, r)``, the output's side; ``lora_b`` ``(r, dims)``."""
-
-STACK = Layout(
-    turn=lambda lora_a, lora_b: (lora_a.swapaxes(-1, -2), lora_b.swapaxes(-1, -2)),
-    shapes=lambda weight, r: (
-        (weight[0], r, weight[2]),
-        (weight[0], weight[1], r),
-    ),
-)
-"""``lora_a`` ``(n, r, in)``, ``lora_b`` ``(n, out, r)``, as in mlx-lm's experts."""
+def rearranged(
+    layout: Layout, lora_a: mx.array, lora_b: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Convert stored factors to A and B, or back; the function is its own inverse."""
+    if layout == "embedding":
+        return lora_b.T, lora_a.T
+    if layout == "stack":
+        return lora_a.swapaxes(-1, -2), lora_b.swapaxes(-1, -2)
+    return lora_a, lora_b
 
 
 def layout_of(module: nn.Module, lora_a: mx.array) -> Layout:
     """Return the layout of an adapter of `module` that has this `lora_a`."""
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-        return EMBEDDING
-    return STACK if lora_a.ndim > 2 else LINEAR
+        return "embedding"
+    return "stack" if lora_a.ndim > 2 else "linear"

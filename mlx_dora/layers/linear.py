@@ -10,6 +10,7 @@ from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.matrix.low_rank import Adapted
 from mlx_dora.matrix.packed import unpacks
+from mlx_dora.matrix.terms import row_gain
 from mlx_dora.matrix.weight import as_packed
 
 _PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
@@ -65,7 +66,6 @@ class DoRALinear(DoRALayer):
     """
 
     base_name: ClassVar[str] = "linear"
-    base_types = (nn.Linear, nn.QuantizedLinear)
     linear: nn.Linear | nn.QuantizedLinear
 
     def __init__(
@@ -79,6 +79,11 @@ class DoRALinear(DoRALayer):
     ) -> None:
         super().__init__()
         self._adapt(nn.Linear(input_dims, output_dims, bias=bias), r, dropout, scale)
+
+    @classmethod
+    def base_types(cls) -> tuple[type[nn.Module], ...]:
+        """Return the classes of modules that this layer can wrap."""
+        return nn.Linear, nn.QuantizedLinear
 
     @classmethod
     def from_parts(
@@ -115,9 +120,7 @@ class DoRALinear(DoRALayer):
         mx.eval(layer.lora_a, layer.lora_b, layer.m)
         return layer
 
-    def set_linear(self, linear: nn.Module) -> None:
-        """Replace the base, and set m to the norms of its rows."""
-        self.set_base(linear)
+    set_linear = DoRALayer.set_base
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the adapted output for `x`, Eq. 5."""
@@ -126,7 +129,7 @@ class DoRALinear(DoRALayer):
         y = project(self.linear, x)  # W0·x + b
         if not self.training and (rest := self.epilogue(x.dtype)) is not None:
             return rest.apply(y, x)
-        g = self.gain()  # m / ‖W0 + s·BA‖
+        g = row_gain(self.m, self.norm())  # m / ‖W0 + s·BA‖
         h = self.dropout(x) @ self.lora_a.astype(x.dtype)
         up = self.scale * self.lora_b.astype(mx.float32)
         # g∘(W0·x + b + s·B(Ax)) + (1 − g)∘b

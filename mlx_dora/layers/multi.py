@@ -1,12 +1,14 @@
 """DoRA for the heads of latent attention, `MultiLinear` and `QuantizedMultiLinear`."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import mlx.core as mx
-from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+import mlx.nn as nn
 
 from mlx_dora.layers._layer import DoRALayer
-from mlx_dora.layers.layout import STACK
+
+if TYPE_CHECKING:
+    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
 
 class DoRAMultiLinear(DoRALayer):
@@ -43,9 +45,8 @@ class DoRAMultiLinear(DoRALayer):
     """
 
     base_name: ClassVar[str] = "linear"
-    layout = STACK
-    base_types = (MultiLinear, QuantizedMultiLinear)
-    linear: MultiLinear | QuantizedMultiLinear
+    layout = "stack"
+    linear: "MultiLinear | QuantizedMultiLinear"
 
     def __init__(
         self,
@@ -56,9 +57,18 @@ class DoRAMultiLinear(DoRALayer):
         dropout: float = 0.0,
         scale: float = 20.0,
     ) -> None:
+        from mlx_lm.models.mla import MultiLinear
+
         super().__init__()
         base = MultiLinear(input_dims, output_dims, num_heads)
         self._adapt(base, r, dropout, scale)
+
+    @classmethod
+    def base_types(cls) -> tuple[type[nn.Module], ...]:
+        """Return the classes of modules that this layer can wrap."""
+        from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+
+        return MultiLinear, QuantizedMultiLinear
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
         """Multiply by every head's matrix or its transpose.

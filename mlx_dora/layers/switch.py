@@ -1,12 +1,14 @@
 """DoRA for mlx-lm's experts, `SwitchLinear` and `QuantizedSwitchLinear`."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+import mlx.nn as nn
 
 from mlx_dora.layers._layer import DoRALayer
-from mlx_dora.layers.layout import STACK
+
+if TYPE_CHECKING:
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 
 class DoRASwitchLinear(DoRALayer):
@@ -41,9 +43,8 @@ class DoRASwitchLinear(DoRALayer):
     """
 
     base_name: ClassVar[str] = "linear"
-    layout = STACK
-    base_types = (SwitchLinear, QuantizedSwitchLinear)
-    linear: SwitchLinear | QuantizedSwitchLinear
+    layout = "stack"
+    linear: "SwitchLinear | QuantizedSwitchLinear"
 
     def __init__(
         self,
@@ -55,9 +56,18 @@ class DoRASwitchLinear(DoRALayer):
         scale: float = 20.0,
         bias: bool = False,
     ) -> None:
+        from mlx_lm.models.switch_layers import SwitchLinear
+
         super().__init__()
         base = SwitchLinear(input_dims, output_dims, num_experts, bias=bias)
         self._adapt(base, r, dropout, scale)
+
+    @classmethod
+    def base_types(cls) -> tuple[type[nn.Module], ...]:
+        """Return the classes of modules that this layer can wrap."""
+        from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+        return SwitchLinear, QuantizedSwitchLinear
 
     def __call__(
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False

@@ -1,13 +1,13 @@
 """Selects the layer that adapts a module, by its exact class and the variant."""
 
-from importlib import import_module
-
 import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers._layer import DoRALayer, unsupported
 from mlx_dora.layers.embedding import DoRAEmbedding
 from mlx_dora.layers.linear import DoRALinear
+from mlx_dora.layers.multi import DoRAMultiLinear
+from mlx_dora.layers.switch import DoRASwitchLinear
 from mlx_dora.layers.variants.adaptive import Adaptive
 from mlx_dora.layers.variants.doran import DoRAN
 from mlx_dora.layers.variants.doran_aux import DoRANAux
@@ -18,16 +18,11 @@ from mlx_dora.layers.variants.parametrisation import Parametrisation
 from mlx_dora.layers.variants.pissa import PiSSA
 from mlx_dora.layers.variants.prediag import PreDiag
 
-_LAYERS = {
-    cls: layer for layer in (DoRALinear, DoRAEmbedding) for cls in layer.base_types
+_LAYERS: dict[type[nn.Module], type[DoRALayer]] = {
+    cls: layer for layer in (DoRALinear, DoRAEmbedding) for cls in layer.base_types()
 }
-
-# Modules of mlx-lm's experts and heads, and the layers that adapt them. Importing
-# mlx-lm is slow, but a model with these modules has already imported it.
-_STACKS = {
-    "mlx_lm.models.switch_layers": ("mlx_dora.layers.switch", "DoRASwitchLinear"),
-    "mlx_lm.models.mla": ("mlx_dora.layers.multi", "DoRAMultiLinear"),
-}
+_HOST_LAYERS = (DoRASwitchLinear, DoRAMultiLinear)
+"""Layers for experts and heads, whose classes are mlx-lm's."""
 
 # Variants that train the plain DoRA layers.
 _PLAIN = ("dora", "bidora")
@@ -45,15 +40,13 @@ def dora_class(module: nn.Module) -> type[DoRALayer]:
     Raises:
         DoRAError: If `module` is of any other class, subclasses included.
     """
-    known: dict[type[nn.Module], type[DoRALayer]] = dict(_LAYERS)
-    if (home := type(module).__module__) in _STACKS:
-        name, stack = _STACKS[home]
-        layer_class: type[DoRALayer] = getattr(import_module(name), stack)
-        known |= dict.fromkeys(layer_class.base_types, layer_class)
-    layer = known.get(type(module))
-    if layer is None:
+    known = _LAYERS
+    if type(module).__module__.startswith("mlx_lm."):  # then it is imported already
+        hosts = {cls: layer for layer in _HOST_LAYERS for cls in layer.base_types()}
+        known = _LAYERS | hosts
+    if type(module) not in known:
         raise unsupported(module, tuple(known))
-    return layer
+    return known[type(module)]
 
 
 def check_adaptable(module: nn.Module, variant: str = "dora") -> None:
@@ -68,7 +61,7 @@ def check_adaptable(module: nn.Module, variant: str = "dora") -> None:
     """
     if variant in _PLAIN:
         dora_class(module)
-    elif type(module) not in DoRALinear.base_types:
+    elif type(module) not in DoRALinear.base_types():
         kind = type(module)
         raise DoRAError(
             f"{kind.__module__}.{kind.__name__} cannot take {variant}, which adapts "
@@ -104,4 +97,4 @@ def adapt(
 
 def is_adapted_as(layer: DoRALayer, variant: str) -> bool:
     """Return whether `adapt` makes this kind of layer for a variant."""
-    return layer.variant == ("dora" if variant in _PLAIN else variant)
+    return layer.kind.name == ("dora" if variant in _PLAIN else variant)

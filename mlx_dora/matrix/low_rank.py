@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.matrix.weight import near_one
+from mlx_dora.matrix.weight import scaled_to_unit
 
 # Singular values below this share of the largest are rounding noise.
 _RANK_TOLERANCE = 1e-6
@@ -83,12 +83,12 @@ class LowRank:
         factors = zip(self.lora_a, self.lora_b, strict=True)
         return [replace(self, lora_a=a, lora_b=b) for a, b in factors]
 
-    def near_one(self) -> "LowRank":
+    def with_unit_columns(self) -> "LowRank":
         """Return this update in float32, with columns of A scaled near 1.
 
         The squares of such columns neither overflow nor underflow.
         """
-        a, powers = near_one(self.lora_a.astype(mx.float32), axis=-2)
+        a, powers = scaled_to_unit(self.lora_a.astype(mx.float32), axis=-2)
         b = self.lora_b.astype(mx.float32) * powers.swapaxes(-1, -2)
         return replace(self, lora_a=a, lora_b=b)
 

@@ -7,7 +7,7 @@ with :math:`q_0 = \lVert W_0\rVert^2`, :math:`c = \langle W_0, BA\rangle` and
 same formulas serve MLX's float32 and NumPy's float64.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic
 
 import mlx.core as mx
@@ -74,22 +74,22 @@ class Terms(Generic[Array]):
         c: ⟨W0, BA⟩.
         p: ‖BA‖².
         scale: Multiplier s of the update BA.
+        squared: n² = ‖W0 + s·BA‖², which rounding can make negative.
+        parts: ‖W0‖² + ‖s·BA‖², the size of the parts that cancel in `squared`.
     """
 
     q0: Array
     c: Array
     p: Array
     scale: float
+    squared: Array = field(init=False)
+    parts: Array = field(init=False)
 
-    @property
-    def squared(self) -> Array:
-        """n² = ‖W0 + s·BA‖², which rounding can make negative."""
-        return self.q0 + (2 * self.scale) * self.c + self.scale**2 * self.p
-
-    @property
-    def parts(self) -> Array:
-        """‖W0‖² + ‖s·BA‖², the size of the parts that cancel in `squared`."""
-        return self.q0 + self.scale**2 * self.p
+    def __post_init__(self) -> None:
+        update = self.scale**2 * self.p
+        squared = self.q0 + (2 * self.scale) * self.c + update
+        object.__setattr__(self, "squared", squared)
+        object.__setattr__(self, "parts", self.q0 + update)
 
     @property
     def cancelled(self) -> Array:
@@ -145,7 +145,7 @@ def exact_terms(weight: Weight, update: LowRank) -> ExactTerms:
         DoRAError: If the shapes do not fit together.
     """
     update.check_fits(weight.shape)
-    scaled = update.near_one()
+    scaled = update.with_unit_columns()
     q0, product = base_products(weight, scaled.lora_a)
     return with_exact_norm(weight, update, terms_of(q0, product, scaled))
 

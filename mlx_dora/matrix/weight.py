@@ -158,7 +158,7 @@ def measured_rows(block: mx.array) -> tuple[mx.array, mx.array, mx.array | None]
     squares = squared_rows(full)
     if not full.size or are_ordinary(squares):
         return full, mx.sqrt(squares), None
-    full, power = near_one(full, axis=-1)
+    full, power = scaled_to_unit(full, axis=-1)
     return full, mx.sqrt(squared_rows(full)), power[..., 0]
 
 
@@ -178,7 +178,7 @@ def beyond_squares(squares: mx.array) -> mx.array:
     return ~((squares >= _LEAST_SQUARE) & (squares <= _LARGEST_SQUARE))
 
 
-def near_one(values: mx.array, axis: int) -> tuple[mx.array, mx.array]:
+def scaled_to_unit(values: mx.array, axis: int) -> tuple[mx.array, mx.array]:
     """Scale rows (or columns) near 1 by powers of two, which is exact.
 
     Squares of values above about 1e18 overflow float32, and squares of values below
@@ -245,14 +245,14 @@ def base_products(
     """
     a, columns = lora_a.astype(mx.float32), None
     if in_float64:
-        a, columns = near_one(a, axis=-2)
+        a, columns = scaled_to_unit(a, axis=-2)
     squares: list[Any] = []
     products: list[Any] = []
     for _, block in row_blocks(weight, _SMALL_BLOCK if in_float64 else None):
         full, power = block.astype(mx.float32), None
         square = squared_rows(full)
         if in_float64 and not are_ordinary(square):
-            full, power = near_one(full, axis=-1)
+            full, power = scaled_to_unit(full, axis=-1)
         product = full @ a
         mx.eval(full, square, product)
         if in_float64:

@@ -1,7 +1,4 @@
-"""Settings of a training, with mlx-lm's names and defaults.
-
-Imports no MLX, so that the command line can build its options from the fields quickly.
-"""
+"""Settings of a training, with mlx-lm's names and defaults."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,8 +1,7 @@
 """Measures how far each DoRA layer has moved from its base during training."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +13,7 @@ from mlx_dora.matrix.low_rank import row_inner
 from mlx_dora.matrix.terms import one_minus_cosine, row_gain
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LayerGeometry:
     """Change of a layer from its base (section 3.2 of DoRA, arXiv:2402.09353).
 
@@ -44,9 +43,7 @@ def measure_geometry(model: nn.Module) -> dict[str, LayerGeometry]:
         mx.stack([_measure(layer.export()) for _, layer in layers]), np.float64
     )
     return {
-        path: LayerGeometry(
-            delta_m=row[0], delta_d=row[1], gain_min=row[2], gain_max=row[3]
-        )
+        path: LayerGeometry(*row)
         for (path, _), row in zip(layers, values.tolist(), strict=True)
     }
 
@@ -91,8 +88,3 @@ def summarise(layers: Mapping[str, LayerGeometry]) -> dict[str, float]:
     if len(values) > 2 and np.ptp(delta_m) > 0 and np.ptp(delta_d) > 0:
         fields["correlation"] = float(np.corrcoef(delta_m, delta_d)[0, 1])
     return fields
-
-
-def by_layer(layers: Mapping[str, LayerGeometry]) -> dict[str, dict[str, Any]]:
-    """The geometry of each layer as JSON values, for ``log.jsonl``."""
-    return {path: asdict(layer) for path, layer in layers.items()}

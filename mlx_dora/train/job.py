@@ -14,7 +14,7 @@ from mlx_dora.adapters.hosting import load, model_folder
 from mlx_dora.data.loading import make_datasets
 from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.loss import LossResult, evaluate_loss
+from mlx_dora.evaluate.loss import LossResult
 from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import together
@@ -23,6 +23,7 @@ from mlx_dora.train.peers import watched_peers
 from mlx_dora.train.plot import PLOT_NAME, can_plot, plot_losses
 from mlx_dora.train.run.finetune import finetune
 from mlx_dora.train.run.journal import StepReport, TrainReport
+from mlx_dora.train.run.run import measure_loss
 from mlx_dora.train.run.start import check_folder
 from mlx_dora.train.services import HostCallback, check_services
 
@@ -111,7 +112,9 @@ def _run(
             if can_plot() and group.rank() == 0:
                 plot = folder / PLOT_NAME
                 plot_losses(report.history, plot)
-    test = _test(model, data["test"], train, progress, group) if train.test else None
+    test = None
+    if train.test:
+        test = measure_loss(model, data["test"], train, "test", progress, group)
     return JobResult(train=report, test=test, plot=plot)
 
 
@@ -155,29 +158,3 @@ def _check_tested(path: str) -> None:
             f"{error} (test without train evaluates an existing adapter; set train too "
             "to make an adapter first)"
         ) from error
-
-
-def _test(
-    model: Any,
-    data: Any,
-    train: TrainConfig,
-    progress: Progress | None,
-    group: mx.distributed.Group,
-) -> LossResult:
-    rows = len(data)
-    if train.test_batches != -1:
-        rows = min(rows, train.test_batches * train.batch_size)
-
-    def report(done: int) -> None:
-        if progress is not None:
-            progress("test", rows, done)
-
-    return evaluate_loss(
-        model,
-        data,
-        batch_size=train.batch_size,
-        max_seq_length=train.max_seq_length,
-        num_batches=train.test_batches,
-        progress=report,
-        group=group,
-    )

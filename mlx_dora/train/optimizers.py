@@ -48,12 +48,7 @@ def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
         raise DoRAError(
             f"optimizer_config.{config.optimizer} must be a mapping, got {settings!r}."
         )
-    signature = inspect.signature(OPTIMIZERS[config.optimizer]).parameters
-    known = {
-        name: parameter.default
-        for name, parameter in signature.items()
-        if name != "learning_rate"
-    }
+    known = _defaults(config.optimizer)
     unknown = [str(name) for name in settings if name not in known]
     if unknown:
         raise DoRAError(
@@ -103,16 +98,19 @@ def build_optimizer(config: TrainConfig) -> optim.Optimizer:
 
 def describe_training(config: TrainConfig) -> dict[str, Any]:
     """The settings to record with the adapter, including defaults."""
-    signature = inspect.signature(OPTIMIZERS[config.optimizer]).parameters
-    settings = {
-        name: parameter.default
-        for name, parameter in signature.items()
-        if name != "learning_rate"
-    }
     return {
         **{name: getattr(config, name) for name in names_with(config, "recorded")},
-        "optimizer_config": {**settings, **optimizer_settings(config)},
+        "optimizer_config": {
+            **_defaults(config.optimizer),
+            **optimizer_settings(config),
+        },
     }
+
+
+def _defaults(optimizer: str) -> dict[str, Any]:
+    """The default settings of an optimizer, except its learning rate."""
+    parameters = inspect.signature(OPTIMIZERS[optimizer]).parameters.values()
+    return {p.name: p.default for p in parameters if p.name != "learning_rate"}
 
 
 def describe_variant(dora: DoRAConfig, train: TrainConfig) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def reallocate(model: nn.Module, gradient: Any) -> dict[str, int]:
     layers = {
         path: layer
         for path, layer in dora_layers(model)
-        if isinstance(layer, VariantLinear) and layer.variant == Adaptive.name
+        if isinstance(layer, VariantLinear) and layer.kind.name == Adaptive.name
     }
     if not layers:
         return {}

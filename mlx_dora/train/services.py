@@ -1,7 +1,7 @@
 """Passes reports to mlx-lm's training callbacks: the user's, wandb and swanlab."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -37,23 +37,16 @@ def service_listener(
         folder: Folder for the services' files; its name becomes the run's name.
         settings: Settings of the training to record.
     """
-    callback: Any = None
 
-    def listen(report: StepReport) -> None:
-        nonlocal callback
-        if callback is None:
-            from mlx_lm.tuner.callbacks import get_reporting_callbacks
+    @cache
+    def host() -> Any:
+        from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
-            services = ",".join(config.services)
-            callback = get_reporting_callbacks(
-                services,
-                config.project_name,
-                str(folder),
-                settings,  # pyright: ignore[reportArgumentType] - accepts a dict
-            )
-        report_to_host(callback, report)
+        services = ",".join(config.services)
+        arguments: Any = (services, config.project_name, str(folder), settings)
+        return get_reporting_callbacks(*arguments)
 
-    return listen
+    return lambda report: report_to_host(host(), report)
 
 
 class HostCallback(Protocol):

@@ -30,34 +30,17 @@ class DoRAN(Parametrisation):
     name = "doran"
 
     def start(self, layer: VariantLinear, r: int) -> None:
-        """Initialize τ and m = ‖W0‖ + τ."""
-        start_softened(layer)
+        """Set t so that τ is a tenth of the mean row norm, and m = ‖W0‖ + τ."""
+        size = mx.maximum(_SHARE * layer.m.mean(), 1e-6)
+        layer.t = size + mx.log(-mx.expm1(-size))  # inverse of softplus
+        layer.m = layer.m + nn.softplus(layer.t)
 
     def gain(self, layer: VariantLinear) -> mx.array:
-        """Return m/(n + τ)."""
-        return softened_gain(layer)
+        """Return m/(n + τ) of each row, with τ = softplus(t) > 0."""
+        return layer["m"] / (layer.norm() + nn.softplus(layer["t"]))
 
     def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
         """Return the equivalent plain DoRA adapter of the same rank."""
         lora_a, lora_b = self.factors(layer)
-        return lora_a, lora_b, softened_magnitude(layer, lora_a, lora_b)
-
-
-def start_softened(layer: VariantLinear) -> None:
-    """Set t so that τ is a tenth of the mean row norm, and m = ‖W0‖ + τ."""
-    size = mx.maximum(_SHARE * layer.m.mean(), 1e-6)
-    layer.t = size + mx.log(-mx.expm1(-size))  # inverse of softplus
-    layer.m = layer.m + nn.softplus(layer.t)
-
-
-def softened_gain(layer: VariantLinear) -> mx.array:
-    """Return m/(n + τ) of each row, with τ = softplus(t) > 0."""
-    return layer["m"] / (layer.norm() + nn.softplus(layer["t"]))
-
-
-def softened_magnitude(
-    layer: VariantLinear, lora_a: mx.array, lora_b: mx.array
-) -> mx.array:
-    """Return the magnitude m·n/(n + τ), which gives plain DoRA the same gain."""
-    norm = exact_norm(layer, lora_a, lora_b)
-    return layer["m"] * norm / (norm + nn.softplus(layer["t"]))
+        norm = exact_norm(layer, lora_a, lora_b)
+        return lora_a, lora_b, layer["m"] * norm / (norm + nn.softplus(layer["t"]))

@@ -36,7 +36,3 @@ class EDoRA(Parametrisation):
     def factors(self, layer: VariantLinear) -> tuple[mx.array, mx.array]:
         """Return A ``(in, r)`` and BR ``(r, out)``."""
         return layer["lora_a"], layer["core"] @ layer["lora_b"]
-
-    def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
-        """Return the equivalent plain DoRA adapter of the same rank."""
-        return *self.factors(layer), layer["m"]

@@ -6,7 +6,7 @@ from mlx_dora.layers._base import weight_of
 from mlx_dora.layers.variants.parametrisation import (
     Parametrisation,
     VariantLinear,
-    scaled_sum,
+    rescaled_base,
 )
 from mlx_dora.matrix.terms import row_gain
 
@@ -40,9 +40,4 @@ class Magnitude(Parametrisation):
 
     def output(self, layer: VariantLinear, x: mx.array, y: mx.array) -> mx.array:
         """Return the output for input `x` and base output `y`."""
-        g = self.gain(layer)
-        return scaled_sum(y, g, offset=layer.bias_offset(g))
-
-    def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
-        """Return the equivalent plain DoRA adapter of rank 1."""
-        return *self.factors(layer), layer["m"]
+        return rescaled_base(layer, x, y)

@@ -7,7 +7,7 @@ from mlx_dora.layers.variants.parametrisation import (
     Parametrisation,
     VariantLinear,
     exact_norm,
-    scaled_sum,
+    rescaled_base,
 )
 
 EPSILON = 1e-6
@@ -49,10 +49,8 @@ class MAP(Parametrisation):
 
     def output(self, layer: VariantLinear, x: mx.array, y: mx.array) -> mx.array:
         """Return the output for input `x` and base output `y`."""
-        g = self.gain(layer)
-        low = layer.dropout(x) @ layer.lora_a.astype(x.dtype)
         up = (layer.scale * layer["beta"] / _update_length(layer)) * layer.lora_b
-        return scaled_sum(y, g, low, up, layer.bias_offset(g))
+        return rescaled_base(layer, x, y, up)
 
     def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
         """Return the equivalent plain DoRA adapter of the same rank.

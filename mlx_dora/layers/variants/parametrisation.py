@@ -1,6 +1,5 @@
 """A linear layer whose update and gain have a parametrization other than DoRA's."""
 
-from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -9,13 +8,13 @@ import mlx.nn as nn
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels.rescale import rescale
 from mlx_dora.layers._base import weight_of
-from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.layers._layer import DoRALayer, Kind
 from mlx_dora.layers.linear import DoRALinear, project
 from mlx_dora.matrix.low_rank import Adapted, LowRank
 from mlx_dora.matrix.terms import exact_terms, row_gain
 
 
-class Parametrisation(ABC):
+class Parametrisation(Kind):
     r"""How a variant uses the parameters of its `VariantLinear`.
 
     .. math:: y = g \circ (W_0 x + s\,B(Ax)) + b
@@ -24,22 +23,14 @@ class Parametrisation(ABC):
     DoRA adapter. The layer holds the arrays.
 
     Attributes:
-        name: Value of `DoRAConfig.variant` (or ``init``).
-        fixed: Names of parameters that are kept but not trained.
-        cached: Names of the parameters that eval-mode constants are computed from;
-            empty if nothing is cached.
         has_norm: Whether the layer divides by a norm that is a constant in the
             backward pass.
-        room: Ratio of the width of the factors to the requested rank.
     """
 
-    name: ClassVar[str]
-    fixed: ClassVar[tuple[str, ...]] = ()
-    cached: ClassVar[tuple[str, ...]] = ()
+    cached = ()
     has_norm: ClassVar[bool] = True
-    room: int = 1
 
-    def start(self, layer: "VariantLinear", r: int) -> None:  # noqa: B027 - optional
+    def start(self, layer: "VariantLinear", r: int) -> None:
         """Initialize the parameters, from a random A, B = 0 and m = ‖W0‖.
 
         Args:
@@ -65,13 +56,13 @@ class Parametrisation(ABC):
         up = layer.scale * b.astype(mx.float32)
         return rescale(y, h, up, g, layer.bias_offset(g))
 
-    @abstractmethod
     def export(self, layer: "VariantLinear") -> tuple[mx.array, mx.array, mx.array]:
         """Return A, B and m of the equivalent plain DoRA adapter, with the same scale.
 
         Raises:
             DoRAError: If no DoRA adapter is equivalent.
         """
+        return *self.factors(layer), layer["m"]
 
     @classmethod
     def adapt(
@@ -108,29 +99,12 @@ class VariantLinear(DoRALayer):
     """
 
     base_name: ClassVar[str] = "linear"
-    base_types = DoRALinear.base_types
     linear: nn.Linear | nn.QuantizedLinear
-    kind: Any  # a Parametrisation; a variant's own code knows which
 
-    @property
-    def variant(self) -> str:
-        """Name of the layer's parametrisation."""
-        return self.kind.name
-
-    @property
-    def room(self) -> int:
-        """Ratio of the width of the factors to the requested rank."""
-        return self.kind.room
-
-    @property
-    def fixed(self) -> tuple[str, ...]:
-        """Names of parameters that are kept but not trained."""
-        return self.kind.fixed
-
-    @property
-    def cached(self) -> tuple[str, ...]:
-        """Names of the parameters that the eval-mode cache is computed from."""
-        return self.kind.cached
+    @classmethod
+    def base_types(cls) -> tuple[type[nn.Module], ...]:
+        """Return the classes of modules that this layer can wrap."""
+        return DoRALinear.base_types()
 
     def factors(self) -> tuple[mx.array, mx.array]:
         """Return A ``(in, r)`` and B ``(r, out)`` of the parametrization."""
@@ -153,7 +127,8 @@ class VariantLinear(DoRALayer):
             DoRAError: Always. Use `Parametrisation.adapt` for another base.
         """
         raise DoRAError(
-            f"a {self.variant} layer cannot take another base; adapt that base instead."
+            f"a {self.kind.name} layer cannot take another base; adapt that base "
+            "instead."
         )
 
     def hold_norm(self) -> None:
@@ -193,27 +168,25 @@ def exact_norm(layer: VariantLinear, lora_a: mx.array, lora_b: mx.array) -> mx.a
     return exact_terms(weight_of(layer.linear), update).norm
 
 
-def scaled_sum(
-    y: mx.array,
-    gain: mx.array,
-    low: mx.array | None = None,
-    up: mx.array | None = None,
-    offset: mx.array | None = None,
+def rescaled_base(
+    layer: VariantLinear, x: mx.array, y: mx.array, up: mx.array | None = None
 ) -> mx.array:
-    """Return ``gain∘y + low·up + offset``, rounded once from float32 to `y`'s dtype.
-
-    This is the last step of variants whose gain does not scale the low-rank part.
+    """Return ``g∘(W0·x) + h·up + b``, where g does not scale the update.
 
     Args:
-        y: Output of the base, shape ``(..., out)``.
-        gain: Gain, shape ``(out,)`` or ``()``, float32.
-        low: Low-rank activation, shape ``(..., r)``; None for no low-rank part.
-        up: Scaled up projection, shape ``(r, out)``, float32; None like `low`.
-        offset: Offset, shape ``(out,)``, float32, or None.
+        layer: The layer, whose parametrization defines g.
+        x: Input, shape ``(..., in)``.
+        y: Output of the base, W0·x + b. Shape ``(..., out)``.
+        up: Scaled up projection, shape ``(r, out)``, float32; None for no update.
+
+    Returns:
+        Output, rounded once from float32 to the dtype of `y`.
     """
+    gain = layer.kind.gain(layer)
     out = gain * y.astype(mx.float32)
-    if low is not None and up is not None:
-        out = out + low.astype(mx.float32) @ up
-    if offset is not None:
+    if up is not None:
+        h = layer.dropout(x) @ layer.lora_a.astype(x.dtype)
+        out = out + h.astype(mx.float32) @ up
+    if (offset := layer.bias_offset(gain)) is not None:
         out = out + offset
     return out.astype(y.dtype)

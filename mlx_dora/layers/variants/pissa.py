@@ -47,10 +47,6 @@ class PiSSA(Parametrisation):
             mx.concatenate([layer["lora_b"], -layer["start_b"]]),
         )
 
-    def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
-        """Return the equivalent plain DoRA adapter of rank 2r."""
-        return *self.factors(layer), layer["m"]
-
 
 def principal_factors(weight: Weight, rank: int) -> tuple[mx.array, mx.array]:
     """Approximate √S·Vᵀ and U·√S of the largest singular values of a weight.

@@ -7,7 +7,7 @@ from mlx_dora.layers.variants.parametrisation import (
     Parametrisation,
     VariantLinear,
     exact_norm,
-    scaled_sum,
+    rescaled_base,
 )
 
 
@@ -38,10 +38,7 @@ class PreDiag(Parametrisation):
 
     def output(self, layer: VariantLinear, x: mx.array, y: mx.array) -> mx.array:
         """Return the output for input `x` and base output `y`."""
-        d = self.gain(layer)
-        low = layer.dropout(x) @ layer.lora_a.astype(x.dtype)
-        up = layer.scale * layer.lora_b
-        return scaled_sum(y, d, low, up, layer.bias_offset(d))
+        return rescaled_base(layer, x, y, layer.scale * layer.lora_b)
 
     def export(self, layer: VariantLinear) -> tuple[mx.array, mx.array, mx.array]:
         """Return the equivalent plain DoRA adapter of the same rank.

@@ -3,8 +3,7 @@
 To add a method, write one function and add one entry here. A function of rows
 (`methods.rows`) merges models, and adapters exactly without a dense weight. A function
 of blocks (`methods.elementwise`) merges models, and adapters through a dense matrix.
-Entries name their functions, which are imported on use, so that the command line can
-list the methods without importing MLX.
+Entries name their functions, which are imported on use.
 """
 
 from mlx_dora.errors import DoRAError

@@ -61,8 +61,8 @@ class MemoryPlan:
     logits: int
     peak: int
     limit: int
-    longest: int
-    largest_batch: int
+    longest: int = 0
+    largest_batch: int = 0
     advice: tuple[str, ...] = ()
 
     @property
@@ -169,8 +169,6 @@ def _peak(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan:
         logits=logits,
         peak=always + kept + kept_scores * score + max(logits, backward),
         limit=limit,
-        longest=0,
-        largest_batch=0,
     )
 
 

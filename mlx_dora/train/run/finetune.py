@@ -3,29 +3,58 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.adapters.surgery import export_variants
-from mlx_dora.data.batches import Batch
+from mlx_dora.adapters.adapter import BaseModel
+from mlx_dora.adapters.config import DoRAConfig, Variant
+from mlx_dora.adapters.fingerprint import fingerprint
+from mlx_dora.adapters.surgery import apply_layers, dora_layers, export_variants
+from mlx_dora.data.batches import Batch, Examples
+from mlx_dora.data.documents import check_packable
+from mlx_dora.data.loading import as_dataset
+from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import Loss, loss_fn
 from mlx_dora.progress import Progress
+from mlx_dora.train.bilevel import BilevelStepper
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.group import check_alike, together
+from mlx_dora.train.optimizers import describe_training, describe_variant
+from mlx_dora.train.ranks import AdaptiveStepper
+from mlx_dora.train.run.feed import Feed, MakeBatches
 from mlx_dora.train.run.interrupt import interruption
-from mlx_dora.train.run.journal import StepReport, TrainReport
+from mlx_dora.train.run.journal import Journal, StepReport, TrainReport
 from mlx_dora.train.run.lock import training_lock
 from mlx_dora.train.run.loop import loop
-from mlx_dora.train.run.prepare import prepare
 from mlx_dora.train.run.resume import resume
 from mlx_dora.train.run.run import Run
-from mlx_dora.train.run.start import trainable_tensors
-from mlx_dora.train.services import HostCallback
+from mlx_dora.train.run.settings import run_settings
+from mlx_dora.train.run.start import (
+    check_folder,
+    check_lora_plus,
+    check_present,
+    trainable_tensors,
+)
+from mlx_dora.train.services import (
+    HostCallback,
+    check_services,
+    listener_of,
+    service_listener,
+)
+from mlx_dora.train.stepper import Stepper
 
 logger = logging.getLogger(__name__)
+
+_STEPPERS: dict[Variant, type[Stepper]] = {
+    "adaptive": AdaptiveStepper,
+    "bidora": BilevelStepper,
+}
+"""Steppers of the variants whose updates differ from plain DoRA's."""
 
 
 def finetune(
@@ -83,19 +112,21 @@ def finetune(
         KeyboardInterrupt: After Ctrl-C, once the step is done and the adapter is saved;
             `Stopped` after SIGTERM or SIGHUP.
     """
-    run = prepare(
-        model,
-        tokenizer,
-        train_set,
-        valid_set,
-        train=train,
-        dora=dora,
-        folder=Path(adapter_path).expanduser(),
-        callback=callback,
-        progress=progress,
-        loss=loss,
-        batches=batches,
-    )
+    group, folder = mx.distributed.init(), Path(adapter_path).expanduser()
+    with together(group):
+        if group.rank() == 0:
+            check_folder(folder, train)
+            check_services(train)
+        data = as_dataset(train_set, tokenizer, train, "the training data")
+        valid_data = None
+        if valid_set is not None and len(valid_set) and train.val_batches:
+            valid_data = as_dataset(valid_set, tokenizer, train, "the validation data")
+    listeners = [] if callback is None else [listener_of(callback)]
+    run = _prepare(model, train, dora, data, valid_data, folder, loss, batches)
+    run.progress = progress
+    if train.services and run.is_writer:
+        listeners.append(service_listener(train, folder, run.summary))
+    run.journal = Journal(folder if run.is_writer else None, listeners)
     with ExitStack() as stack:
         with run.together():
             if run.is_writer:
@@ -108,6 +139,76 @@ def finetune(
         )
         raise interruption(interrupted)
     return _report(run)
+
+
+def _prepare(
+    model: nn.Module,
+    train: TrainConfig,
+    dora: DoRAConfig,
+    data: Examples,
+    valid_data: Examples | None,
+    folder: Path,
+    loss: Loss,
+    batches: MakeBatches | None,
+) -> Run:
+    """Make the model trainable and assemble a run."""
+    group = mx.distributed.init()
+    with together(group):
+        kind = _STEPPERS.get(dora.variant, Stepper)
+        feed = Feed(kind.levels(data, train), train, batches)
+        if train.epochs is not None:
+            train = replace(train, iters=feed.length(train.epochs))
+        epoch_ends = None
+        if train.epochs_per_eval is not None:
+            epoch_ends = feed.epoch_ends(train.epochs_per_eval, train.iters)
+        optimizer = kind.make_optimizer(train)
+        base = BaseModel(model=train.model, fingerprint=fingerprint(model))
+        mx.random.seed(train.seed)
+        modules = _adapt(model, train, dora)
+        check_lora_plus(model, train.lora_plus_ratio)
+        if train.packing:
+            check_packable(model)
+        optimizer.init(model.trainable_parameters())
+        settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
+    check_alike({**settings, "iters": train.iters, "epochs": train.epochs}, group)
+    return Run(
+        model=model,
+        train=train,
+        folder=folder,
+        group=group,
+        loss=loss,
+        feed=feed,
+        valid_data=valid_data,
+        epoch_ends=epoch_ends,
+        optimizer=optimizer,
+        base=base,
+        settings=settings,
+        summary={**describe_training(train), **describe_variant(dora, train)},
+        modules=tuple(modules),
+        make_stepper=partial(
+            kind, model, optimizer, loss=loss, group=group, settings=train
+        ),
+    )
+
+
+def _adapt(model: nn.Module, train: TrainConfig, dora: DoRAConfig) -> list[str]:
+    """Adapt the model, or use its existing DoRA layers; return what is trained."""
+    is_dora = train.fine_tune_type == "dora"
+    if not is_dora and not dora.is_plain:
+        raise DoRAError(
+            "variant, init and magnitude_keys apply to DoRA only; with fine_tune_type "
+            f"{train.fine_tune_type} leave them out."
+        )
+    if is_dora and (present := dora_layers(model)):
+        check_present(model, dora, present)
+        return [path for path, _ in present]
+    paths = apply_layers(model, dora, train.fine_tune_type)
+    if not paths:
+        raise DoRAError(
+            f"nothing to train: num_layers is {dora.num_layers}, and no key names a "
+            "module outside the blocks. Raise num_layers or add a key."
+        )
+    return paths
 
 
 def _report(run: Run) -> TrainReport:

@@ -2,24 +2,26 @@
 
 import logging
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.train.run.state import Saved
 
 logger = logging.getLogger(__name__)
 
 
-class Guard:
+class Guard(Saved):
     """Skips steps that have no target, or whose loss or gradient is not finite.
 
     Args:
         limit: Stop after this many consecutive steps that are not finite.
     """
 
+    saved = ("in_a_row", "empty", "not_finite")
+
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._in_a_row = 0
+        self.in_a_row = 0
         self.empty = 0
         self.not_finite = 0
 
@@ -39,37 +41,23 @@ class Guard:
             self.empty += 1
             return False
         if math.isfinite(loss) and math.isfinite(norm):
-            self._in_a_row = 0
+            self.in_a_row = 0
             return True
         self.not_finite += 1
-        self._in_a_row += 1
+        self.in_a_row += 1
         what = "loss" if not math.isfinite(loss) else "gradient"
-        if self._in_a_row < self._limit:
+        if self.in_a_row < self._limit:
             logger.warning("step %d skipped: its %s is not finite", step, what)
             return False
         raise DoRAError(
-            f"the {what} was not finite in {self._in_a_row} steps in a row, up to step "
+            f"the {what} was not finite in {self.in_a_row} steps in a row, up to step "
             f"{step}: stopped; what was saved before remains. Lower the learning rate "
             "or the adapter's scale, or clip with max_grad_norm."
         )
 
-    def state(self) -> dict[str, Any]:
-        """The values that a checkpoint stores."""
-        return {
-            "in_a_row": self._in_a_row,
-            "empty": self.empty,
-            "not_finite": self.not_finite,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restore the values of `state`."""
-        self._in_a_row = state["in_a_row"]
-        self.empty = state["empty"]
-        self.not_finite = state["not_finite"]
-
 
 @dataclass(kw_only=True)
-class Best:
+class Best(Saved):
     """The best validation so far, and the number of validations since.
 
     Args:
@@ -79,6 +67,8 @@ class Best:
         step: Step of the best validation.
         since: Number of validations since the best.
     """
+
+    saved = ("loss", "step", "since")
 
     patience: int
     loss: float | None = None
@@ -97,12 +87,3 @@ class Best:
     def is_enough(self) -> bool:
         """Whether the training should stop early."""
         return 0 < self.patience <= self.since
-
-    def state(self) -> dict[str, Any]:
-        """The values that a checkpoint stores."""
-        return asdict(self)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restore the values of `state`, except the patience."""
-        self.loss, self.step = state["loss"], state["step"]
-        self.since = state["since"]

@@ -2,20 +2,22 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict
 
 import mlx.core as mx
 
-from mlx_dora.train.geometry import LayerGeometry, by_layer, summarise
+from mlx_dora.train.geometry import LayerGeometry, summarise
 from mlx_dora.train.run.journal import StepReport
+from mlx_dora.train.run.state import Saved
 
 
-class Meter:
+class Meter(Saved):
     """Sums over the steps since the last report, and over the whole training."""
+
+    saved = ("loss", "tokens", "batches", "step_seconds", "trained_tokens", "seconds")
 
     def __init__(self) -> None:
         self.trained_tokens = 0
-        self._earlier = 0.0
         self._began = self._last = time.perf_counter()
         mx.reset_peak_memory()
         self._clear()
@@ -23,7 +25,11 @@ class Meter:
     @property
     def seconds(self) -> float:
         """Time since the training began, without the pause before a resume."""
-        return self._earlier + time.perf_counter() - self._began
+        return time.perf_counter() - self._began
+
+    @seconds.setter
+    def seconds(self, seconds: float) -> None:
+        self._began = time.perf_counter() - seconds
 
     def start_step(self) -> None:
         """Start timing a step."""
@@ -31,8 +37,8 @@ class Meter:
 
     def end_step(self, batches: int) -> None:
         """Stop timing a step, once its arrays are evaluated."""
-        self._step_seconds += time.perf_counter() - self._last
-        self._batches += batches
+        self.step_seconds += time.perf_counter() - self._last
+        self.batches += batches
 
     def add(self, loss: float, tokens: int) -> None:
         """Add the loss of a step.
@@ -41,8 +47,8 @@ class Meter:
             loss: Sum of the losses of the target tokens.
             tokens: Number of target tokens.
         """
-        self._loss += loss
-        self._tokens += tokens
+        self.loss += loss
+        self.tokens += tokens
 
     def report(
         self,
@@ -62,19 +68,20 @@ class Meter:
             with_layers: Whether to report the geometry of each layer.
             skipped: Number of steps skipped so far.
         """
-        self.trained_tokens += self._tokens
-        seconds = max(self._step_seconds, 1e-9)
+        self.trained_tokens += self.tokens
+        seconds = max(self.step_seconds, 1e-9)
+        layers = {path: asdict(layer) for path, layer in geometry.items()}
         report = StepReport(
             step=step,
-            train_loss=self._loss / self._tokens if self._tokens else None,
+            train_loss=self.loss / self.tokens if self.tokens else None,
             learning_rate=float(learning_rate),
-            tokens_per_second=self._tokens / seconds,
-            steps_per_second=self._batches / seconds,
+            tokens_per_second=self.tokens / seconds,
+            steps_per_second=self.batches / seconds,
             skipped_steps=skipped or None,
             trained_tokens=self.trained_tokens,
             seconds=self.seconds,
             peak_memory_bytes=mx.get_peak_memory(),
-            layers=by_layer(geometry) if geometry and with_layers else None,
+            layers=layers if geometry and with_layers else None,
             **summarise(geometry),
         )
         self._clear()
@@ -91,23 +98,6 @@ class Meter:
             peak_memory_bytes=mx.get_peak_memory(),
         )
 
-    def state(self) -> dict[str, Any]:
-        """The values that a checkpoint stores."""
-        return {
-            "loss": self._loss,
-            "tokens": self._tokens,
-            "batches": self._batches,
-            "step_seconds": self._step_seconds,
-            "trained_tokens": self.trained_tokens,
-            "seconds": self.seconds,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restore the values of `state`."""
-        self._loss, self._tokens = state["loss"], state["tokens"]
-        self._batches, self._step_seconds = state["batches"], state["step_seconds"]
-        self.trained_tokens, self._earlier = state["trained_tokens"], state["seconds"]
-
     def _clear(self) -> None:
-        self._loss, self._tokens = 0.0, 0
-        self._step_seconds, self._batches = 0.0, 0
+        self.loss, self.tokens = 0.0, 0
+        self.step_seconds, self.batches = 0.0, 0

@@ -17,12 +17,7 @@ from mlx_dora.train.run.start import kept_tensors
 def restore(
     checkpoint: Checkpoint, model: nn.Module, optimizer: optim.Optimizer
 ) -> None:
-    """Load a checkpoint's weights and optimizer state.
-
-    Args:
-        checkpoint: The checkpoint to load.
-        model: The model, made trainable as in the checkpointed run.
-        optimizer: The optimizer, initialized for the model.
+    """Load a checkpoint into a model made trainable as in its run, and its optimizer.
 
     Raises:
         DoRAError: If names or shapes differ from those of the model or optimizer.
@@ -45,22 +40,11 @@ def restore(
 def share_start(
     model: nn.Module, optimizer: optim.Optimizer, group: mx.distributed.Group
 ) -> None:
-    """Copy the first process's weights and optimizer state to all processes.
-
-    Args:
-        model: The model, made trainable in the same way everywhere.
-        optimizer: The optimizer, initialized for the model, or restored in the first
-            process.
-        group: The processes.
-    """
+    """Copy the first process's weights and optimizer state to all processes."""
     if group.size() > 1:
         weights = share_tensors(kept_tensors(model), group)
-        _put(
-            model,
-            optimizer,
-            weights,
-            share_tensors(optimizer_tensors(optimizer), group),
-        )
+        moments = share_tensors(optimizer_tensors(optimizer), group)
+        _put(model, optimizer, weights, moments)
 
 
 def _put(
@@ -70,12 +54,10 @@ def _put(
     moments: Mapping[str, mx.array],
 ) -> None:
     model.load_weights(list(weights.items()), strict=False)
-    optimizer.state = cast(
-        dict,
-        tree_map_with_path(
-            lambda name, old: moments[name].astype(old.dtype), optimizer.state
-        ),
+    state = tree_map_with_path(
+        lambda name, old: moments[name].astype(old.dtype), optimizer.state
     )
+    optimizer.state = cast(dict, state)
     mx.eval(model.trainable_parameters(), optimizer.state)
 
 

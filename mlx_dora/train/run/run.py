@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.files import write_adapter_files
 from mlx_dora.data.batches import Batch, Examples
-from mlx_dora.evaluate.loss import Loss, evaluate_loss
+from mlx_dora.evaluate.loss import Loss, LossResult, evaluate_loss, loss_fn
 from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.geometry import measure_geometry
@@ -27,6 +27,33 @@ from mlx_dora.train.run.meter import Meter
 from mlx_dora.train.run.restore import optimizer_tensors
 from mlx_dora.train.run.start import BEST_NAME, kept_tensors
 from mlx_dora.train.stepper import Stepper
+
+
+def measure_loss(
+    model: nn.Module,
+    data: Examples,
+    train: TrainConfig,
+    phase: Literal["validate", "test"],
+    progress: Progress | None,
+    group: mx.distributed.Group,
+    loss: Loss = loss_fn,
+) -> LossResult:
+    """Measure the loss on validation or test data, in batches like those of training.
+
+    The arguments are those of `Run`; `phase` names the data.
+    """
+    count = train.val_batches if phase == "validate" else train.test_batches
+    rows = len(data) if count == -1 else min(len(data), count * train.batch_size)
+    return evaluate_loss(
+        model,
+        data,
+        batch_size=train.batch_size,
+        max_seq_length=train.max_seq_length,
+        num_batches=count,
+        loss=loss,
+        progress=progress and partial(progress, phase, rows),
+        group=group,
+    )
 
 
 @dataclass(kw_only=True)
@@ -47,13 +74,13 @@ class Run:
         settings: Settings that must be unchanged when the run is resumed.
         summary: Settings that the adapter records.
         modules: Paths of the trained modules.
-        journal: Records the reports.
+        make_stepper: Makes the stepper from the batches of the levels after the first.
+        progress: Called after every step and during validations; may be None.
+        step: Number of batches done.
+        meter: Sums since the last report.
         guard: Skips steps that are not finite.
         best: The best validation so far.
-        meter: Sums since the last report.
-        progress: Called after every step and during validations; may be None.
-        make_stepper: Makes the stepper from the batches of the levels after the first.
-        step: Number of batches done.
+        journal: Records the reports. Set by `finetune`.
         stepper: Updates the weights. Set by `resume`.
         source: The batches from `step` on. Set by `resume`.
     """
@@ -71,15 +98,19 @@ class Run:
     settings: dict[str, Any]
     summary: dict[str, Any]
     modules: tuple[str, ...]
-    journal: Journal
-    guard: Guard
-    best: Best
-    meter: Meter
-    progress: Progress | None
     make_stepper: Callable[[Sequence[Iterator[Batch]]], Stepper]
+    progress: Progress | None = None
     step: int = 0
+    meter: Meter = field(default_factory=Meter)
+    guard: Guard = field(init=False)
+    best: Best = field(init=False)
+    journal: Journal = field(init=False)
     stepper: Stepper = field(init=False)
     source: Iterator[Batch] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.train.max_bad_steps)
+        self.best = Best(patience=self.train.early_stop)
 
     @property
     def is_writer(self) -> bool:
@@ -107,20 +138,9 @@ class Run:
         train, data = self.train, self.valid_data
         if data is None or self.journal.has("val_loss", self.step):
             return
-        rows = len(data)
-        if train.val_batches != -1:
-            rows = min(rows, train.val_batches * train.batch_size)
         began = self.meter.seconds
-        advance = self.progress and partial(self.progress, "validate", rows)
-        result = evaluate_loss(
-            self.model,
-            data,
-            batch_size=train.batch_size,
-            max_seq_length=train.max_seq_length,
-            num_batches=train.val_batches,
-            loss=self.loss,
-            progress=advance,
-            group=self.group,
+        result = measure_loss(
+            self.model, data, train, "validate", self.progress, self.group, self.loss
         )
         with self.together():
             self.journal.add(self.meter.validation(self.step, result.loss, began))

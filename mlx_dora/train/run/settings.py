@@ -24,19 +24,12 @@ def run_settings(
 ) -> dict[str, Any]:
     """Collect the settings that a resumed run must share, as JSON values.
 
-    Args:
-        train: Settings of the training.
-        dora: Settings of the adapter.
-        base: Fingerprint of the base model.
-        data: The training examples.
-        processes: Number of processes that share a batch; it affects rounding and
-            dropout.
+    `base` is the fingerprint of the base model. `processes` is the number of processes
+    that share a batch, which affects rounding and dropout.
     """
-    kept = {
-        name: getattr(train, name) for name in names_with(train, "may_change", False)
-    }
+    names = names_with(train, "may_change", False)
     settings = {
-        **kept,
+        **{name: getattr(train, name) for name in names},
         **{f"adapter.{name}": value for name, value in asdict(dora).items()},
         "base model": base,
         "training data": digest(data),
@@ -61,13 +54,8 @@ def check_settings(
 ) -> None:
     """Refuse to resume with settings that differ from those of the checkpoint.
 
-    Args:
-        checkpoint: The checkpoint to resume from.
-        settings: Current settings, from `run_settings`.
-        force: Whether to resume anyway, with a warning.
-
     Raises:
-        DoRAError: If settings differ; lists the differences.
+        DoRAError: If settings differ and `force` is not set; lists the differences.
     """
     before = checkpoint.state.settings
     differences = [

@@ -1,7 +1,7 @@
-"""Prepares the start of a training: trainable layers, saved weights, the folder."""
+"""Checks the start of a training: existing layers, saved weights, the folder."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,15 +11,15 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.adapter import rank_of
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.adapters.surgery import apply_layers, dora_layers, variants_of
+from mlx_dora.adapters.surgery import dora_layers, variants_of
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.gate import check_dtypes, read_tensors
 from mlx_dora.io.header import read_header
 from mlx_dora.io.output import Inputs, refuse_inputs
-from mlx_dora.layers import check_adaptable
+from mlx_dora.layers import DoRALayer, check_adaptable
 from mlx_dora.layers.variants.doran_aux import DoRANAux
 from mlx_dora.layers.wrap import is_adapted_as
-from mlx_dora.train.config import FineTuneType, TrainConfig
+from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.run.checkpoint import FOLDER_NAME as CHECKPOINTS
 from mlx_dora.train.run.checkpoint import WEIGHTS_NAME, has_checkpoints
 from mlx_dora.train.stepper import B_NAME, is_up_factor
@@ -32,58 +32,39 @@ BEST_NAME = "best"
 _LISTED = 5
 
 
-def make_trainable(
-    model: nn.Module, config: DoRAConfig, fine_tune_type: FineTuneType
-) -> list[str]:
-    """Adapt the model, or use its existing DoRA layers.
-
-    Returns:
-        Paths of the modules to train.
+def check_present(
+    model: nn.Module, config: DoRAConfig, present: Sequence[tuple[str, DoRALayer]]
+) -> None:
+    """Check that a model's DoRA layers are those that a config would make.
 
     Raises:
-        DoRAError: If nothing would be trained, existing DoRA layers differ from
-            `config` in kind, rank or scale, or `config` has a variant and
-            `fine_tune_type` is not ``"dora"``.
+        DoRAError: If a layer differs from `config` in kind, rank or scale.
     """
-    if fine_tune_type != "dora" and not config.is_plain:
-        raise DoRAError(
-            "variant, init and magnitude_keys apply to DoRA only; with fine_tune_type "
-            f"{fine_tune_type} leave them out."
-        )
-    present = dora_layers(model) if fine_tune_type == "dora" else []
-    if present:
-        wanted = variants_of(model, config, [path for path, _ in present])
-        for path, layer in present:
-            check_adaptable(layer.base, wanted[path])
-            if not is_adapted_as(layer, wanted[path]):
-                raise DoRAError(
-                    f"the model's layer {path} is adapted as {layer.variant}, the "
-                    f"config asks for {wanted[path]}."
-                )
-            if "lora_b" not in layer:  # only a magnitude
-                continue
-            rank = rank_of("lora_a", layer.lora_a) // layer.room
-            actual = rank, float(layer.scale)
-            expected = config.rank_of(path), config.scale_of(path)
-            if actual != expected:
-                raise DoRAError(
-                    f"the model's DoRA layer {path} has rank and scale {actual}, the "
-                    f"config says {expected}."
-                )
-            if layer.variant == DoRANAux.name and layer.room != config.aux_width:
-                raise DoRAError(
-                    f"the model's layer {path} has aux_width {layer.room}, the config "
-                    f"says {config.aux_width}."
-                )
-        logger.info("training the %d existing DoRA layers of the model", len(present))
-        return [path for path, _ in present]
-    paths = apply_layers(model, config, fine_tune_type)
-    if not paths:
-        raise DoRAError(
-            f"nothing to train: num_layers is {config.num_layers}, and no key names a "
-            "module outside the blocks. Raise num_layers or add a key."
-        )
-    return paths
+    wanted = variants_of(model, config, [path for path, _ in present])
+    for path, layer in present:
+        check_adaptable(layer.base, wanted[path])
+        if not is_adapted_as(layer, wanted[path]):
+            raise DoRAError(
+                f"the model's layer {path} is adapted as {layer.kind.name}, the "
+                f"config asks for {wanted[path]}."
+            )
+        if "lora_b" not in layer:  # only a magnitude
+            continue
+        kind = layer.kind
+        rank = rank_of("lora_a", layer.lora_a) // kind.room
+        actual = rank, float(layer.scale)
+        expected = config.rank_of(path), config.scale_of(path)
+        if actual != expected:
+            raise DoRAError(
+                f"the model's DoRA layer {path} has rank and scale {actual}, the "
+                f"config says {expected}."
+            )
+        if kind.name == DoRANAux.name and kind.room != config.aux_width:
+            raise DoRAError(
+                f"the model's layer {path} has aux_width {kind.room}, the config "
+                f"says {config.aux_width}."
+            )
+    logger.info("training the %d existing DoRA layers of the model", len(present))
 
 
 def check_lora_plus(model: nn.Module, ratio: float) -> None:
@@ -109,7 +90,7 @@ def kept_tensors(model: nn.Module) -> dict[str, mx.array]:
     fixed = {
         f"{path}.{name}": layer[name]
         for path, layer in dora_layers(model)
-        for name in layer.fixed
+        for name in layer.kind.fixed
     }
     return {**trainable_tensors(model), **fixed}
 

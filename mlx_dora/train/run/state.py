@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_dora.errors import DoRAError
 
@@ -16,9 +16,9 @@ class TrainState:
         step: Number of batches done. With the seed, it determines the position in the
             data and the random numbers of later steps.
         log_bytes: Length of ``log.jsonl`` in bytes.
-        meter: Sums since the last report and totals, see `Meter.state`.
-        guard: Skipped steps, see `Guard.state`.
-        best: The best validation so far, see `Best.state`.
+        meter: Sums since the last report and totals, from `Meter`.
+        guard: Skipped steps, from `Guard`.
+        best: The best validation so far, from `Best`.
         settings: Settings that must be unchanged when the run is resumed.
     """
 
@@ -28,6 +28,25 @@ class TrainState:
     guard: dict[str, Any]
     best: dict[str, Any]
     settings: dict[str, Any]
+
+
+class Saved:
+    """An object of which a checkpoint stores some attributes.
+
+    Attributes:
+        saved: Names of the stored attributes.
+    """
+
+    saved: ClassVar[tuple[str, ...]]
+
+    def state(self) -> dict[str, Any]:
+        """Return the values that a checkpoint stores."""
+        return {name: getattr(self, name) for name in self.saved}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore the values of `state`."""
+        for name in self.saved:
+            setattr(self, name, state[name])
 
 
 _Check = tuple[str, Callable[[Any], bool]]

@@ -77,7 +77,7 @@ def arrays(tree: Any) -> dict[str, mx.array]:
 
 def parts(layer: Any) -> tuple[Params, Params]:
     parameters = {name: to_numpy(value) for name, value in trained(layer).items()}
-    return parameters, {name: to_numpy(layer[name]) for name in layer.fixed}
+    return parameters, {name: to_numpy(layer[name]) for name in layer.kind.fixed}
 
 
 def true_weight(name: str, layer: Any) -> np.ndarray:
@@ -141,7 +141,7 @@ def test_an_untrained_layer_is_its_base(name: str, dtype: mx.Dtype) -> None:
 def test_parameters_keep_the_names_of_checkpoints(name: str) -> None:
     layer = wrap(name, linear())
     assert set(trained(layer)) == TRAINED[name]
-    assert set(layer.fixed) == FIXED.get(name, set())
+    assert set(layer.kind.fixed) == FIXED.get(name, set())
     base = {"linear.weight", "linear.bias"}
     everything = TRAINED[name] | FIXED.get(name, set()) | base
     assert set(arrays(layer.parameters())) == everything
@@ -223,7 +223,7 @@ def test_a_zero_row_gives_no_nan(name: str) -> None:
 def test_every_change_is_seen_in_eval_mode(name: str) -> None:
     layer = moved(wrap(name, linear())).eval()
     x = mx.random.normal((5, 12))
-    flat = {**trained(layer), **{key: layer[key] for key in layer.fixed}}
+    flat = {**trained(layer), **{key: layer[key] for key in layer.kind.fixed}}
     for key, value in flat.items():
         before = to_numpy(layer(x))
         factor = mx.random.uniform(1.3, 2.0, value.shape)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
@@ -109,15 +108,3 @@ def test_mergekits_names_are_unique_and_read(tmp_path: Path) -> None:
         if kit.starts_at_base:
             config["base_model"] = "m0"
         assert read_mergekit(json.loads(json.dumps(config))).method == entry.name
-
-
-def test_listing_the_methods_needs_no_mlx() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys, mlx_dora.merge.methods; print('mlx' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "False"
-    assert mx.array(1).item() == 1

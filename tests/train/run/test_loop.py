@@ -111,9 +111,9 @@ def test_norms_are_computed_once_per_update(
     from mlx_dora.layers import _layer
 
     calls = []
-    plain = _layer.adapted_norm
+    plain = _layer.row_norm
     monkeypatch.setattr(
-        _layer, "adapted_norm", lambda *a, **k: calls.append(1) or plain(*a, **k)
+        _layer, "row_norm", lambda *a, **k: calls.append(1) or plain(*a, **k)
     )
     _, report = run(iters=8, grad_accumulation_steps=4, grad_checkpoint=True)
     # Once for the report and once when the adapter is saved, which checks them.

@@ -5,9 +5,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_dora import DoRAConfig
+from mlx_dora import DoRAConfig, apply_dora
 from mlx_dora.errors import DoRAError
-from mlx_dora.train.run.start import load_weights, make_trainable, trainable_tensors
+from mlx_dora.train.run.start import load_weights, trainable_tensors
 
 CONFIG = DoRAConfig(rank=2, num_layers=1, keys=("self_attn.q_proj",))
 
@@ -15,7 +15,7 @@ CONFIG = DoRAConfig(rank=2, num_layers=1, keys=("self_attn.q_proj",))
 @pytest.fixture
 def model(make_tiny_model: Callable[..., nn.Module]) -> nn.Module:
     model = make_tiny_model()
-    make_trainable(model, CONFIG, "dora")
+    apply_dora(model, CONFIG)
     return model
 
 
