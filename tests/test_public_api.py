@@ -69,7 +69,6 @@ NAMES = {
         "atomic_directory",
         "read_header",
         "read_tensors",
-        "resumable_directory",
         "write_tensors",
         "write_text",
     ],

@@ -4,7 +4,6 @@ from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
 from mlx_dora.io.checkpoint import Checkpoint, ShardWriter
 from mlx_dora.io.gate import read_tensors
 from mlx_dora.io.header import read_header
-from mlx_dora.io.resumable import resumable_directory
 from mlx_dora.io.stream import TensorStream
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "atomic_directory",
     "read_header",
     "read_tensors",
-    "resumable_directory",
     "write_tensors",
     "write_text",
 ]
