@@ -15,6 +15,7 @@ import selectors
 import subprocess
 import sys
 import tempfile
+from io import StringIO
 from pathlib import Path
 
 from rich.console import Console
@@ -119,9 +120,7 @@ def main() -> None:
         record(recording)
     text = recording.read_text(encoding="utf-8").replace("\r\n", "\n")
     text = text.replace(str(Path.home()), "~")
-    console = Console(
-        record=True, width=WIDTH, file=Path(os.devnull).open("w"), force_terminal=True
-    )
+    console = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True)
     console.print("[bold]$[/] pip install 'mlx-dora\\[cpu]' && mlx_dora.demo")
     for line in abridged(text.splitlines()):
         console.print(Text.from_ansi(line), soft_wrap=True)
