@@ -42,7 +42,7 @@ mlx-lm {version} has {files} files in `mlx_lm/models`: {classes} model classes a
 every module in its blocks that can take DoRA, trains it for four steps, and saves,
 loads and fuses the result. After each of these, it compares the logits of a prompt and
 of a token decoded after the prompt from the cache. Then it repeats everything with the
-model packed into {bits} bits.
+model packed into {bits} bits [F5](figures.md#f5).
 """
 _INDEXERS = """\
 Adapted by default, but without effect: the indexers of sparse attention, which no
