@@ -58,11 +58,13 @@ def problems(site: Path) -> list[str]:
                 target /= "index.html"
             if not target.is_file():
                 found.append(f"{name}: {link} leads nowhere")
-            elif parts.fragment and target in pages:
-                if unquote(parts.fragment) not in pages[target].anchors:
-                    found.append(f"{name}: {link} has no such anchor")
+                continue
+            anchors = pages[target].anchors if target in pages else set()
+            if parts.fragment and unquote(parts.fragment) not in anchors:
+                found.append(f"{name}: {link} has no such anchor")
     for style in site.rglob("*.css"):
-        for url in re.findall(r"url\(['\"]?(https?:[^)'\"]+)", style.read_text("utf-8")):
+        text = style.read_text(encoding="utf-8")
+        for url in re.findall(r"url\(['\"]?(https?:[^)'\"]+)", text):
             found.append(f"{style.relative_to(site)}: loads {url}")
     print(f"{len(pages)} pages, {sum(len(p.links) for p in pages.values())} links")
     return found
