@@ -4,8 +4,8 @@
 
 RECORDING is a file: the script plays it back if it exists, and otherwise runs
 `mlx_dora.demo` on a terminal of 84 columns and records its output there. The picture
-shows that output with the home folder as `~` and long passages left out, marked by an
-ellipsis.
+shows that output with the home folder as `~`. Times and long passages are left out,
+marked by an ellipsis.
 """
 
 import os
@@ -24,7 +24,7 @@ from rich.text import Text
 
 ASSETS = Path(__file__).parent / "assets"
 WIDTH = 84
-SHOWN_STEPS = 2  # of the lines of training
+SHOWN_STEPS = 1  # of the lines of training
 SHOWN_ROWS = 4  # of the table of matrices
 SHOWN_SAMPLES = 1
 
@@ -97,6 +97,8 @@ def abridged(lines: list[str]) -> list[str]:
     hidden = False
     for line in lines:
         plain = re.sub(r"\x1b\[[\d;]*m", "", line)
+        if plain.startswith("Done in"):
+            break
         for at, (start, _) in enumerate(passages):
             if start.match(plain):
                 seen[at] += 1
@@ -108,8 +110,6 @@ def abridged(lines: list[str]) -> list[str]:
             kept.append(line)
         elif kept[-1].strip() != "…":
             kept.append("   …")
-        if plain.startswith("Done in"):
-            break
     return kept
 
 
@@ -120,10 +120,11 @@ def main() -> None:
         record(recording)
     text = recording.read_text(encoding="utf-8").replace("\r\n", "\n")
     text = text.replace(str(Path.home()), "~")
+    text = re.sub(r" (\d+:)?\d+:\d\d(?=,)", " …", text)
     console = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True)
-    console.print("[bold]$[/] pip install 'mlx-dora\\[cpu]' && mlx_dora.demo")
+    console.print("[bold]$[/] mlx_dora.demo")
     for line in abridged(text.splitlines()):
-        console.print(Text.from_ansi(line), soft_wrap=True)
+        console.print(Text.from_ansi(line))
     console.save_svg(
         str(ASSETS / "demo.svg"),
         title="mlx_dora.demo",
