@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -45,11 +46,29 @@ def test_the_readme_leads_to_the_index() -> None:
     assert "](docs/README.md)" in text
 
 
-def test_the_drawing_of_the_packages_is_up_to_date() -> None:
-    script = ROOT / "docs" / "_draw_house.py"
-    spec = importlib.util.spec_from_file_location("_draw_house", script)
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_drawing_of_the_packages_is_up_to_date() -> None:
     drawing = ROOT / "docs" / "assets" / "house.svg"
-    assert module.draw() == drawing.read_text(encoding="utf-8"), f"run python {script}"
+    drawn = script("_draw_house").draw()
+    assert drawn == drawing.read_text(encoding="utf-8"), "python docs/_draw_house.py"
+
+
+def test_the_link_checker_finds_what_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "b.html").write_text('<h1 id="here">b</h1>')
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html#here">good</a><a href="b.html#there">bad</a>'
+        '<a href="c.html">bad</a><a href="https://example.com">not followed</a>'
+        '<script src="https://example.com/x.js"></script>'
+    )
+    assert script("_check_links").problems(tmp_path) == [
+        "a.html: b.html#there has no such anchor",
+        "a.html: c.html leads nowhere",
+        "a.html: loads https://example.com/x.js",
+    ]
