@@ -99,6 +99,8 @@ def abridged(lines: list[str]) -> list[str]:
         plain = re.sub(r"\x1b\[[\d;]*m", "", line)
         if plain.startswith("Done in"):
             break
+        if re.match(r"   and \d+ more", plain):  # the ellipsis says so
+            continue
         for at, (start, _) in enumerate(passages):
             if start.match(plain):
                 seen[at] += 1

@@ -25,12 +25,10 @@ MEASURED = re.compile(
 NOT_MEASURED = {  # sections whose figures are settings, sizes or limits
     "README.md": {"mlx_dora"},
     "docs/analysis.md": {"What is measured", "What the numbers suggest"},
-    "docs/fuse.md": {"A quantized base"},
+    "docs/fuse.md": {"A quantized base", "Adapters of earlier mlx-lm"},
     "docs/merging.md": {"Magnitude and direction apart"},
     "docs/method.md": {"Fuse"},
-    "docs/peft.md": set(),
     "docs/training.md": {"Against mlx-lm's trainer"},
-    "metal/README.md": set(),
 }
 
 
