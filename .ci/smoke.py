@@ -1,20 +1,17 @@
 """Smoke test of an installed wheel, run outside the checkout: smoke.py CHECKOUT."""
 
+import mlx_dora  # isort: skip - loads OpenBLAS, so before mlx
+
 import subprocess
 import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import mlx_dora
-from mlx_dora import openblas
+import mlx.core as mx
+import mlx.nn as nn
 
-openblas.preload()
-
-import mlx.core as mx  # noqa: E402 - OpenBLAS first
-import mlx.nn as nn  # noqa: E402
-
-from mlx_dora.kernels import _source, dispatch  # noqa: E402
+from mlx_dora.kernels import _source, dispatch
 
 
 def main(checkout: Path) -> None:

@@ -26,6 +26,8 @@ stderr::
         bench.report(bench.measure(case, settings))
 """
 
+from mlx_dora import openblas  # isort: skip - loads OpenBLAS, so before mlx
+
 import gc
 import json
 import time
@@ -34,17 +36,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import click
+import mlx.core as mx
+import numpy as np
 from _machine import describe_machine
-
-from mlx_dora import openblas
+from mlx.utils import tree_flatten
 
 BLAS = openblas.preload()
-
-import click  # noqa: E402 - OpenBLAS first
-import mlx.core as mx  # noqa: E402 - OpenBLAS first
-import numpy as np  # noqa: E402 - OpenBLAS first
-from mlx.utils import tree_flatten  # noqa: E402 - OpenBLAS first
-
 Arrays = Any  # an array or a tree of arrays: what `mx.eval` accepts
 
 

@@ -15,6 +15,8 @@ Calls are those of functions in this package as `sys.setprofile` sees them, gene
 expressions included. One JSON line.
 """
 
+from mlx_dora import openblas  # isort: skip - loads OpenBLAS, so before mlx
+
 import contextlib
 import json
 import sys
@@ -25,12 +27,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from mlx_dora import openblas
-
-openblas.preload()  # before MLX
-
-import mlx.core as mx  # noqa: E402
-import mlx.nn as nn  # noqa: E402
+import mlx.core as mx
+import mlx.nn as nn
 
 ROOT = Path(openblas.__file__).parent
 RANK = 37

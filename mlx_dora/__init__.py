@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 preload()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Adapter": "mlx_dora.adapters.files",

@@ -6,17 +6,15 @@ import logging
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from mlx_dora import openblas
+from tests.compat.causes import CAUSES, CAUSES_PACKED
+from tests.compat.put_through import Outcome, put_through
+from tests.compat.tiny_models import model_files
 
-openblas.preload()
-
-import mlx_lm  # noqa: E402 - OpenBLAS first
-
-from tests.compat.causes import CAUSES, CAUSES_PACKED  # noqa: E402
-from tests.compat.put_through import Outcome, put_through  # noqa: E402
-from tests.compat.tiny_models import model_files  # noqa: E402
+openblas.preload()  # importing mlx_dora has done it, before MLX was imported
 
 BITS = 4
 # State: its name in the table of counts, its heading, and that of its second column.
@@ -42,7 +40,7 @@ mlx-lm {version} has {files} files in `mlx_lm/models`: {classes} model classes a
 every module in its blocks that can take DoRA, trains it for four steps, and saves,
 loads and fuses the result. After each of these, it compares the logits of a prompt and
 of a token decoded after the prompt from the cache. Then it repeats everything with the
-model packed into {bits} bits.
+model packed into {bits} bits [F5](figures.md#f5).
 """
 _INDEXERS = """\
 Adapted by default, but without effect: the indexers of sparse attention, which no
@@ -70,7 +68,7 @@ def render(dense: Sequence[Outcome], packed: Sequence[Outcome]) -> str:
     """Render the page, without figures that rounding could change."""
     parts = [name for name, is_model in model_files().items() if not is_model]
     introduction = _INTRODUCTION.format(
-        version=mlx_lm.__version__,
+        version=version("mlx-lm"),
         files=len(dense) + len(parts),
         classes=len(dense),
         parts=len(parts),
