@@ -5,7 +5,7 @@ Does not import MLX, because the command line makes its options from the fields.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mlx_dora.errors import DoRAError
@@ -88,7 +88,7 @@ class DoRAConfig:
         if keys is None:
             return
         is_list = isinstance(keys, Iterable) and not isinstance(keys, str | Mapping)
-        if not is_list or not all(isinstance(key, str) and key for key in keys):
+        if not is_list or [key for key in keys if not (isinstance(key, str) and key)]:
             raise DoRAError(f"{name} must be a list of module names, got {keys!r}.")
         if not keys:
             raise DoRAError(
@@ -159,6 +159,28 @@ class DoRAConfig:
         """Return the rank of the module at `path`."""
         name = self.pattern_for(path)
         return self.rank if name is None else (self.rank_pattern or {})[name]
+
+    def ranks_of(self, paths: Iterable[str]) -> dict[str, int]:
+        """Return the ranks of modules by path."""
+        if self.rank_pattern is None:
+            return dict.fromkeys(paths, self.rank)
+        return {path: self.rank_of(path) for path in paths}
+
+    def scales_of(self, paths: Iterable[str]) -> dict[str, float]:
+        """Return the multipliers of modules by path."""
+        if not self.use_rslora:
+            return dict.fromkeys(paths, float(self.scale))
+        return {path: self.scale_of(path) for path in paths}
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> "DoRAConfig":
+        """Return this config for modules with these ranks, by full path."""
+        # List every rank, because a pattern also matches longer paths with that end.
+        return replace(
+            self,
+            rank=max(ranks.values()),
+            keys=tuple(ranks),
+            rank_pattern=dict(ranks) if len(set(ranks.values())) > 1 else None,
+        )
 
     def scale_of(self, path: str) -> float:
         """Return the multiplier of the module at `path`, including rsLoRA's factor."""

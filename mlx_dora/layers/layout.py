@@ -54,8 +54,13 @@ STACK = Layout(
 """``lora_a`` ``(n, r, in)``, ``lora_b`` ``(n, out, r)``, as in mlx-lm's experts."""
 
 
-def layout_of(module: nn.Module, lora_a: mx.array) -> Layout:
-    """Return the layout of an adapter of `module` that has this `lora_a`."""
+def layout_of(module: nn.Module, stacked: int) -> Layout:
+    """Return the layout of a module's adapter.
+
+    Args:
+        module: The module.
+        stacked: Number of axes of its weight before the last two: 0 or 1.
+    """
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
         return EMBEDDING
-    return STACK if lora_a.ndim > 2 else LINEAR
+    return STACK if stacked else LINEAR

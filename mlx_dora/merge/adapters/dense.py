@@ -1,21 +1,38 @@
-"""Turns a dense adapted weight into an adapter: exact magnitude, direction by SVD."""
+r"""Merges adapters through a dense weight: exact magnitude, direction by SVD.
+
+Adapters are not closed under methods that work element by element. Fisher information
+by element is such a method:
+
+.. math:: W'_{jk} = \frac{\sum_i w_i F_{ijk} W'_{ijk}}{\sum_i w_i F_{ijk}}
+
+With one number per row, it is a weighted mean of rows, under which adapters are closed
+(`mlx_dora.merge.adapters.factored`).
+"""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.matrix.weight import row_norms
-from mlx_dora.merge.adapters.factored import NOT_FINITE, MergedMatrix, single
-from mlx_dora.merge.methods import method_named
+from mlx_dora.io.finite import all_finite
+from mlx_dora.matrix import Adapted, Weight, row_gain
+from mlx_dora.matrix.weight import dense, row_norms
+from mlx_dora.merge.adapters.factored import (
+    NOT_FINITE,
+    MergedMatrix,
+    merge_matrix,
+    single,
+)
+from mlx_dora.merge.fisher.information import informed_weights
+from mlx_dora.merge.methods import METHODS, elementwise
 from mlx_dora.merge.methods.blockwise import joined
 from mlx_dora.merge.methods.settings import TensorSettings, check_seed
 
-# If the projection onto W0 is below this share of ‖W0‖, the direction is too far from
-# W0 to be scaled to it.
+# Below this share of ‖W0‖, the part of a row along W0 is too short to scale the row to
+# W0.
 _LEANS = 0.1
 _SWEEPS = 20
 
@@ -45,27 +62,114 @@ class Options:
         return [*density, *(["lambda"] if self.scale != 1 else [])]
 
 
-def merge_task_vectors(
+def merge_dense(
+    weight: Weight,
+    inputs: Sequence[Adapted],
+    shares: np.ndarray,
+    *,
     method: str,
-    base: mx.array,
-    tensors: Sequence[mx.array],
-    weights: Sequence[float],
+    scale: float,
+    rank: int | None,
     options: Options,
-) -> mx.array:
-    """Merge tensors of any shape by a method that works on dense tensors.
+) -> MergedMatrix:
+    """Merge the adapters of one matrix by a method that works on dense tensors.
+
+    Arguments are those of `mlx_dora.merge.adapters.factored.merge_matrix`, and the
+    method's settings.
 
     Raises:
-        DoRAError: If the density is not between 0 and 1.
+        DoRAError: If weights differ by row, or an adapted row is not finite.
     """
-    entry = method_named(method)
-    density = entry.density if options.density is None else options.density
-    settings = TensorSettings(
-        weights=np.array(weights, np.float64),
-        density=None if density is None else (density,) * len(tensors),
-        seed=options.seed,
-        scale=options.scale,
+    if np.ptp(shares, axis=0).any():
+        raise DoRAError(f"{method} needs one weight per adapter, not one per row.")
+    base, rows, magnitudes = _dense_rows(weight, inputs)
+    weights = [float(share) for share in shares[0]]
+    direction, magnitude = merge_apart(method, base, rows, magnitudes, weights, options)
+    rank = rank or _total_rank(inputs)
+    return factor(base, direction, magnitude, scale=scale, rank=rank, rescale=False)
+
+
+def merge_informed(
+    weight: Weight,
+    inputs: Sequence[Adapted],
+    weights: np.ndarray,
+    informations: Sequence[mx.array | None],
+    *,
+    scale: float,
+    rank: int | None = None,
+) -> MergedMatrix:
+    """Merge the adapters of one matrix by their Fisher information.
+
+    Args:
+        weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
+        inputs: The N adapters.
+        weights: Weights, shape ``(out, N)``; each row sums to 1.
+        informations: Fisher information of each adapter, all ``(out,)`` or all
+            ``(out, in)``. If any is None, only the weights count.
+        scale: Multiplier of the merged adapter; not 0.
+        rank: Maximum rank of the update; None for the sum of the inputs' ranks.
+
+    Returns:
+        The merged adapter. Elements for which no input has information are merged by
+        the weights, and counted in `MergedMatrix.unknown`.
+
+    Raises:
+        DoRAError: If weights by row are combined with information by element.
+    """
+    known = [information for information in informations if information is not None]
+    if len(known) < len(informations) or known[0].ndim == 1:
+        informed, unknown = informed_weights(weights, informations)
+        merged = merge_matrix(
+            weight, inputs, informed, method="linear", scale=scale, rank=rank
+        )
+        return replace(merged, unknown=unknown * weight.shape[1])
+    if np.ptp(weights, axis=0).any():
+        raise DoRAError(
+            "Fisher information by element needs one weight per adapter, not one per "
+            "row."
+        )
+    base, rows, magnitudes = _dense_rows(weight, inputs)
+    gains = [
+        row_gain(m, row_norm(row)) for m, row in zip(magnitudes, rows, strict=True)
+    ]
+    rows = [gain[:, None] * row for gain, row in zip(gains, rows, strict=True)]
+    merged, unknown = elementwise.fisher(rows, known, [float(w) for w in weights[0]])
+    # Estimate W0's share of each row from the mean information. Divided by it, the row
+    # is W0 plus an update of about the inputs' ranks.
+    informed, _ = informed_weights(weights, [array.mean(axis=1) for array in known])
+    parts = informed * np.stack([np.array(g, np.float64) for g in gains], axis=1)
+    share, size = parts.sum(1), np.abs(parts).sum(1)
+    magnitude = row_norm(merged)
+    length = np.array(row_norm(base) / mx.maximum(magnitude, 1e-30), np.float64)
+    is_plain = share > _LEANS * size
+    factors = np.where(is_plain, 1 / np.where(is_plain, share, 1.0), length)
+    made = factor(
+        base,
+        mx.array(factors[:, None].astype(np.float32)) * merged,
+        magnitude,
+        scale=scale,
+        rank=rank or max(_total_rank(inputs), 1),
+        rescale=False,
     )
-    return joined(entry.block_function(base, tensors, settings), base.shape)
+    return replace(made, unknown=unknown)
+
+
+def _dense_rows(
+    weight: Weight, inputs: Sequence[Adapted]
+) -> tuple[mx.array, list[mx.array], list[mx.array]]:
+    """W0 in float32, and the rows W0 + s·BA and magnitudes of each input."""
+    base = dense(weight).astype(mx.float32)
+    rows, magnitudes = [], []
+    for adapted in inputs:
+        rows.append(base + adapted.update.rows(slice(None)))
+        if not all_finite(rows[-1]):
+            raise DoRAError(NOT_FINITE)
+        magnitudes.append(row_norm(rows[-1]) if adapted.m is None else adapted.m)
+    return base, rows, magnitudes
+
+
+def _total_rank(inputs: Sequence[Adapted]) -> int:
+    return sum(adapted.update.rank for adapted in inputs)
 
 
 def merge_apart(
@@ -93,10 +197,23 @@ def merge_apart(
 
     Returns:
         The unnormalized direction, ``(out, in)``, and the magnitude, ``(out,)``.
+
+    Raises:
+        DoRAError: If the density is not between 0 and 1.
     """
-    direction = merge_task_vectors(method, base, directions, weights, options)
+    entry = METHODS[method]
+    density = entry.density if options.density is None else options.density
+    settings = TensorSettings(
+        weights=np.array(weights, np.float64),
+        density=None if density is None else (density,) * len(directions),
+        seed=options.seed,
+        scale=options.scale,
+    )
     lengths = [mx.abs(m) for m in magnitudes]
-    magnitude = merge_task_vectors(method, row_norm(base), lengths, weights, options)
+    direction, magnitude = (
+        joined(entry.block_function(start, tensors, settings), start.shape)
+        for start, tensors in ((base, directions), (row_norm(base), lengths))
+    )
     return direction, mx.maximum(magnitude, 0.0)
 
 

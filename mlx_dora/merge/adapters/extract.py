@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_dora.adapters.adapter import Adapter, BaseModel, rank_of
+from mlx_dora.adapters.adapter import Adapter, BaseModel, ranks_in
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint
@@ -21,8 +21,8 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.io.finite import refuse_not_finite
 from mlx_dora.kernels import fused_weight
-from mlx_dora.layers import dora_class, weight_of
-from mlx_dora.matrix.weight import dense, matrices
+from mlx_dora.layers import dora_class
+from mlx_dora.matrix.weight import dense, matrices, weight_of
 from mlx_dora.merge.adapters.dense import factor, row_norm
 from mlx_dora.progress import Progress
 
@@ -118,7 +118,7 @@ def extract_adapter(
     if not layers:
         raise DoRAError(f"{tuned} does not differ from {base} in any adapted matrix.")
     adapter = Adapter(
-        config=_config_of(tensors),
+        config=DoRAConfig(scale=1.0, num_layers=-1).with_ranks(ranks_in(tensors)),
         tensors=tensors,
         base=BaseModel(model=str(base), fingerprint=fingerprint(start)),
         training={"extracted": {"tuned": str(tuned), "rank": rank, "energy": energy}},
@@ -157,23 +157,6 @@ def _check_paths(
         check_cut(before, paths, rank)
 
 
-def _config_of(tensors: Mapping[str, mx.array]) -> DoRAConfig:
-    """Make the config of extracted tensors from their ranks."""
-    leaf = ".lora_a"
-    ranks = {
-        name.removesuffix(leaf): rank_of("lora_a", value)
-        for name, value in tensors.items()
-        if name.endswith(leaf)
-    }
-    return DoRAConfig(
-        rank=max(ranks.values()),
-        scale=1.0,
-        keys=tuple(ranks),
-        num_layers=-1,
-        rank_pattern=ranks if len(set(ranks.values())) > 1 else None,
-    )
-
-
 def _extract(
     path: str,
     before: nn.Module,
@@ -202,14 +185,13 @@ def _extract(
         change = _length(goal - weight)
         magnitude = row_norm(goal)
         if not change:  # an unchanged expert of a changed module
-            zeros = mx.zeros((weight.shape[1], 1)), mx.zeros((1, weight.shape[0]))
-            part = {"lora_a": zeros[0], "lora_b": zeros[1], "m": magnitude}
-            parts.append(part)
+            a, b = mx.zeros((weight.shape[1], 1)), mx.zeros((1, weight.shape[0]))
+            parts.append({"lora_a": a, "lora_b": b, "m": magnitude})
             continue
         made = factor(weight, goal, magnitude, scale=1.0, rank=rank, energy=energy)
         adapted = fused_weight(weight, made.lora_a, made.lora_b, 1.0, made.m)
         error = _length(adapted - goal) / change
-        parts.append({n: getattr(made, n) for n in ("lora_a", "lora_b", "m")})
+        parts.append(made.tensors)
         layers.append(
             ExtractedLayer(
                 path=name, rank=made.rank, discarded=made.discarded, error=error

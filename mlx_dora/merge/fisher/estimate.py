@@ -14,8 +14,8 @@ from typing import Any
 
 import mlx.nn as nn
 
+from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import attach_adapter
-from mlx_dora.adapters.files import load_adapter
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.keys import blocks, natural_order, resolve_keys
 from mlx_dora.adapters.surgery import adapter_layers, remove_dora
@@ -116,7 +116,8 @@ def write_fisher(
 
 def estimate_on_data(
     model: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[Adapter],
+    names: Sequence[str],
     data: Sequence[str],
     check_base: bool = True,
     progress: Progress | None = None,
@@ -128,7 +129,8 @@ def estimate_on_data(
 
     Args:
         model: Folder or Hub id of the base.
-        adapters: Adapter folders.
+        adapters: The adapters.
+        names: Names of the adapters for error messages.
         data: Data folder or name for each adapter.
         check_base: Refuse an adapter trained on another base.
         progress: Progress callback.
@@ -140,20 +142,17 @@ def estimate_on_data(
         raise DoRAError(
             f"give one data set per adapter: expected {len(adapters)}, got {len(data)}."
         )
-    opened = [load_adapter(path) for path in adapters]
     loaded, tokenizer = load(model)
     configs = [FisherConfig(data=name) for name in data]
     sets = [read_targets(config, tokenizer) for config in configs]
     inside = tuple(f"{path}." for path, _ in blocks(loaded))
     every = sorted(
-        {path for adapter in opened for path in adapter.paths}, key=natural_order
+        {path for adapter in adapters for path in adapter.paths}, key=natural_order
     )
     paths = [path for path in every if path.startswith(inside)]
     estimates = []
-    for name, adapter, rows, config in zip(
-        adapters, opened, sets, configs, strict=True
-    ):
-        attach_adapter(loaded, adapter, check_base=check_base, name=str(name))
+    for name, adapter, rows, config in zip(names, adapters, sets, configs, strict=True):
+        attach_adapter(loaded, adapter, check_base=check_base, name=name)
         estimates.append(
             estimate_fisher(loaded, rows, paths=paths, config=config, progress=progress)
         )

@@ -113,7 +113,7 @@ def fisher(
     tensors: Sequence[mx.array],
     fishers: Sequence[mx.array],
     weights: Sequence[float],
-) -> mx.array:
+) -> tuple[mx.array, int]:
     r"""Fisher-weighted mean, element by element (arXiv:2111.09832).
 
     .. math:: \frac{\sum_i w_i F_i \circ W_i}{\sum_i w_i F_i}
@@ -127,7 +127,7 @@ def fisher(
         weights: N weights.
 
     Returns:
-        The merged tensor, evaluated.
+        The merged tensor, evaluated, and the number of elements without information.
     """
     count, total = len(tensors), blockwise.divisor_of(weights)
 
@@ -140,7 +140,9 @@ def fisher(
         merged = blockwise.weighted_sum(products, weights) / safe
         return mx.where(known > 0, merged, mean)
 
-    return blockwise.whole(block, [*tensors, *fishers])
+    every = [*tensors, *fishers]
+    merged = blockwise.joined(blockwise.parts(block, every), tensors[0].shape)
+    return merged, int((sum(fishers[1:], start=fishers[0]) == 0).sum())
 
 
 def _merge(

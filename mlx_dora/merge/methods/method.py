@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from typing import Any, Literal
 
@@ -93,27 +94,27 @@ class MergeMethod:
     takes_weights: bool = True
     mergekit: tuple[Mergekit, ...] = ()
 
-    @property
+    @cached_property
     def needs_base(self) -> bool:
         """Whether merging models by this method needs a base."""
         return self.base in ("lengths", "changes")
 
-    @property
+    @cached_property
     def is_exact(self) -> bool:
         """Whether it merges adapters exactly, without a dense weight."""
         return bool(self.rows)
 
-    @property
+    @cached_property
     def row_function(self) -> Any:
         """The function of rows."""
         return _load(self.rows)
 
-    @property
+    @cached_property
     def whole_function(self) -> Any:
         """The function of a tensor treated as one row."""
         return _load(self.whole or self.rows)
 
-    @property
+    @cached_property
     def block_function(self) -> Any:
         """The function on dense tensors."""
         return _load(self.blocks)

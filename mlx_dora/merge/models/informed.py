@@ -49,5 +49,4 @@ def merge_informed_tensor(
             "Fisher information by element needs one weight per model, not one per row."
         )
     weights = [float(share) for share in shares[0]]
-    unknown = int((sum(known[1:], start=known[0]) == 0).sum())
-    return elementwise.fisher(tensors, known, weights), unknown
+    return elementwise.fisher(tensors, known, weights)

@@ -151,7 +151,8 @@ class MergePlan:
             weights = self._named_weights(name, own, value("t"))
         else:
             module = name.removesuffix(".weight").removesuffix(".bias")
-            shares = row_weights(self.weights, module, count, rows, normalize=False)
+            given = check_weights(self.weights, count)
+            shares = row_weights(given, {module: rows}, normalize=False)[module]
             weights = shares if np.ptp(shares, axis=0).any() else shares[0]
         densities = [value("density", i) for i in range(count)]
         kept = self.entry.density or 1.0
