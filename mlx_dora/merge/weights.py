@@ -96,13 +96,20 @@ def row_weights(
                     f"{value.size}."
                 )
             share[:, i] = value
-        if normalize:
-            total = share.sum(1, keepdims=True)
-            if (share < 0).any() or not (total > 0).all():
-                raise DoRAError(
-                    f"weights of {name}: a mean needs weights of at least 0 with a "
-                    f"positive sum, got {[float(v) for v in share[0]]}."
-                )
-            share /= total
-        shares[name] = share
+        shares[name] = normalized(share, f"weights of {name}: ") if normalize else share
     return shares
+
+
+def normalized(weights: np.ndarray, where: str = "") -> np.ndarray:
+    """Weights ``(rows, N)`` divided so that each row sums to 1.
+
+    Raises:
+        DoRAError: If a weight is negative or all of a row are 0; begins with `where`.
+    """
+    total = weights.sum(1, keepdims=True)
+    if (weights < 0).any() or not (total > 0).all():
+        raise DoRAError(
+            f"{where}a mean needs weights of at least 0 with a positive sum, got "
+            f"{[float(weight) for weight in weights[0]]}."
+        )
+    return weights / total
