@@ -64,13 +64,10 @@ def row_weights(
     *,
     normalize: bool,
 ) -> dict[str, np.ndarray]:
-    """The weights of modules, row by row.
+    """The weights of modules, row by row, from the first pattern that matches a path.
 
-    Args:
-        weights: As `check_weights` returns them; the first pattern that matches a
-            module's path is used.
-        rows: Number of output rows of each module, by path.
-        normalize: Divide so that each row sums to 1.
+    `rows` is the number of output rows of each module, by path. `normalize` divides so
+    that each row sums to 1.
 
     Returns:
         By path, shape ``(rows, count)``, float64.
@@ -81,13 +78,15 @@ def row_weights(
     """
     shares = {}
     for name, size in rows.items():
-        fitting = [key for key in weights if key == name or fnmatchcase(name, key)]
-        if not fitting:
+        for pattern in weights:
+            if pattern == name or fnmatchcase(name, pattern):
+                break
+        else:
             raise DoRAError(
                 f"weights: no pattern matches {name}; add '*' as the last pattern to "
                 "match all other modules."
             )
-        values = weights[fitting[0]]
+        values = weights[pattern]
         share = np.empty((size, len(values)))
         for i, value in enumerate(values):
             if value.ndim == 1 and value.size != size:

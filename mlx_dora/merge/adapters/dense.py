@@ -100,14 +100,9 @@ def merge_informed(
 ) -> MergedMatrix:
     """Merge the adapters of one matrix by their Fisher information.
 
-    Args:
-        weight: Base weight. Shape ``(out, in)``, any float dtype or packed.
-        inputs: The N adapters.
-        weights: Weights, shape ``(out, N)``; each row sums to 1.
-        informations: Fisher information of each adapter, all ``(out,)`` or all
-            ``(out, in)``. If any is None, only the weights count.
-        scale: Multiplier of the merged adapter; not 0.
-        rank: Maximum rank of the update; None for the sum of the inputs' ranks.
+    Other arguments are those of `mlx_dora.merge.adapters.factored.merge_matrix`.
+    `informations` holds the information of each adapter, all ``(out,)`` or all
+    ``(out, in)``. If any is None, only the weights count.
 
     Returns:
         The merged adapter. Elements for which no input has information are merged by
@@ -186,14 +181,7 @@ def merge_apart(
     :math:`|m_i| - \lVert W_0\rVert`, so a sign
     conflict in one does not affect the other.
 
-    Args:
-        method: A method that works on dense tensors.
-        base: W0. Shape ``(out, in)``.
-        directions: N directions V_i, about as long as the base's rows, each of shape
-            ``(out, in)``.
-        magnitudes: N magnitudes m_i, each of shape ``(out,)``.
-        weights: N weights.
-        options: Settings of the method.
+    The directions, each ``(out, in)``, are about as long as the rows of the base.
 
     Returns:
         The unnormalized direction, ``(out, in)``, and the magnitude, ``(out,)``.
@@ -234,14 +222,9 @@ def factor(
     SVD of that difference (Eckart and Young, 1936) is the update BA. The next iteration
     uses :math:`k = \langle W_0 + BA, u\rangle`, for as long as the loss falls.
 
-    Args:
-        base: W0. Shape ``(out, in)``.
-        direction: Rows of any length. Shape ``(out, in)``.
-        magnitude: Length of each merged row. Shape ``(out,)``.
-        scale: Multiplier of the adapter to make; not 0.
-        rank: Maximum rank.
-        energy: Share of the update's squared norm to keep.
-        rescale: Choose the lengths k as above; False keeps the rows' own lengths.
+    Rows of `direction` may have any length; without `rescale`, k is that length.
+    `magnitude` is the length of each merged row, and `energy` a share of the update's
+    squared norm to keep.
 
     Raises:
         DoRAError: If neither `rank` nor `energy` is given, or a row is not finite.
@@ -298,10 +281,8 @@ def _gains(m: np.ndarray, target: np.ndarray) -> np.ndarray:
 def _first_lengths(start: np.ndarray, along: np.ndarray, m: np.ndarray) -> np.ndarray:
     """Length at which each direction is nearest to W0; W0's own length if too short.
 
-    Args:
-        start: W0. Shape ``(out, in)``.
-        along: Inner products of W0's rows and the unit directions. Shape ``(out,)``.
-        m: Magnitudes, used where the row of W0 is 0. Shape ``(out,)``.
+    `along` are inner products of W0's rows and the unit directions. Where the row of W0
+    is 0, the magnitude is used.
     """
     base_norm = np.linalg.norm(start, axis=1)
     target = np.where(along > _LEANS * base_norm, along, base_norm)

@@ -1,9 +1,8 @@
 """A DoRA adapter from a base and a fine-tuned model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -108,7 +107,12 @@ def extract_adapter(
     start, end = load(base, lazy=True)[0], load(tuned, lazy=True)[0]
     before, after = dict(start.named_modules()), dict(end.named_modules())
     paths = resolve_keys(start, keys, -1)
-    _check_paths(paths, before, after, tuned, rank)
+    if missing := [path for path in paths if path not in after]:
+        raise DoRAError(f"{tuned} lacks {', '.join(missing[:10])}.")
+    for path in paths:
+        dora_class(before[path])
+    if rank is not None and paths:
+        check_cut(before, paths, rank)
     tensors: dict[str, mx.array] = {}
     layers: list[ExtractedLayer] = []
     for path in paths:
@@ -126,11 +130,8 @@ def extract_adapter(
     refuse_not_finite(tensors, "the extracted adapter")
     if save_path is not None:
         save_adapter(adapter, save_path, inputs=(base, tuned), overwrite=overwrite)
-    return Extraction(
-        adapter=adapter,
-        layers=tuple(layers),
-        left_out=tuple(_left_out(start, end, set(paths))),
-    )
+    left_out = tuple(_left_out(start, end, set(paths)))
+    return Extraction(adapter=adapter, layers=tuple(layers), left_out=left_out)
 
 
 def _check_size(rank: int | None, energy: float | None) -> None:
@@ -142,21 +143,6 @@ def _check_size(rank: int | None, energy: float | None) -> None:
         raise DoRAError(f"energy must be above 0 and at most 1, got {energy!r}.")
 
 
-def _check_paths(
-    paths: Sequence[str],
-    before: Mapping[str, nn.Module],
-    after: Mapping[str, nn.Module],
-    tuned: str | Path,
-    rank: int | None,
-) -> None:
-    if missing := [path for path in paths if path not in after]:
-        raise DoRAError(f"{tuned} lacks {', '.join(missing[:10])}.")
-    for path in paths:
-        dora_class(before[path])
-    if rank is not None and paths:
-        check_cut(before, paths, rank)
-
-
 def _extract(
     path: str,
     before: nn.Module,
@@ -165,11 +151,7 @@ def _extract(
     energy: float | None,
     tensors: dict[str, mx.array],
 ) -> list[ExtractedLayer]:
-    """Add one module's adapter to `tensors`, if the module has changed.
-
-    Returns:
-        A report on each changed matrix.
-    """
+    """Add a changed module's adapter to `tensors`; report on each changed matrix."""
     base, tuned = weight_of(before), weight_of(after)
     if base.shape != tuned.shape:
         raise DoRAError(
@@ -192,10 +174,9 @@ def _extract(
         adapted = fused_weight(weight, made.lora_a, made.lora_b, 1.0, made.m)
         error = _length(adapted - goal) / change
         parts.append(made.tensors)
+        lost = made.discarded
         layers.append(
-            ExtractedLayer(
-                path=name, rank=made.rank, discarded=made.discarded, error=error
-            )
+            ExtractedLayer(path=name, rank=made.rank, discarded=lost, error=error)
         )
     if layers:
         tensors |= adapter_tensors(path, before, base, parts)
@@ -213,11 +194,10 @@ def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> list[str]:
     leaves = ("weight", "scales", "biases")
     inside = {f"{path}.{leaf}" for path in covered for leaf in leaves}
     names = sorted((before.keys() | after.keys()) - inside, key=natural_order)
+    both = before.keys() & after.keys()
+    # Arrays of different shapes are not equal.
     return [
         name
         for name in names
-        if name not in before
-        or name not in after
-        or before[name].shape != after[name].shape
-        or not cast(bool, mx.array_equal(before[name], after[name]).item())
+        if name not in both or not mx.array_equal(before[name], after[name])
     ]

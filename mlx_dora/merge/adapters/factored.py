@@ -80,13 +80,9 @@ def merge_matrix(
 ) -> MergedMatrix:
     """Merge the adapters of one matrix by a row method.
 
-    Args:
-        weight: Base weight. Shape ``(out, in)``, any float dtype or packed; read once.
-        inputs: The N adapters.
-        weights: Weights, shape ``(out, N)``; for means each row sums to 1.
-        method: Name of the method.
-        scale: Multiplier of the merged adapter; not 0.
-        rank: Maximum rank of the update.
+    The base weight ``(out, in)`` is read once. The N inputs have weights ``(out, N)``;
+    for means each row sums to 1. The merged adapter has the multiplier `scale`, not 0,
+    and at most `rank`, if given.
 
     Raises:
         DoRAError: If the base holds NaN or inf, or an adapted row overflows float32.

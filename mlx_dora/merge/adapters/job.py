@@ -133,15 +133,7 @@ class Job:
         known: Sequence[mx.array | None],
         rank: int | None,
     ) -> MergedMatrix:
-        """Merge the adapters of one matrix.
-
-        Args:
-            weight: Base weight. Shape ``(out, in)``.
-            inputs: The N adapters.
-            shares: Weights, shape ``(out, N)``.
-            known: Fisher information of each input; empty if not used.
-            rank: Maximum rank of the update; None for the sum of the inputs' ranks.
-        """
+        """Merge the adapters of one matrix with weights ``(out, N)``."""
         method, scale = self.method, self.scale
         if method.is_mean:  # adapters with weight 0 do not count
             used = np.flatnonzero(shares.any(0)).tolist()

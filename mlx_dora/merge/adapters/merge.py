@@ -159,7 +159,7 @@ def merge_adapters_report(
     report = job.merged(rank)
     if rank is not None and probe is not None:
         full = job.merged(None).adapter
-        report = add_logit_errors(report, full, base, probe, progress=progress)
+        report = add_logit_errors(report, full, base, probe, progress)
     only = job.only_one()
     if only is not None and rank is None:
         report = replace(report, adapter=only)

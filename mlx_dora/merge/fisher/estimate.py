@@ -80,18 +80,8 @@ def write_fisher(
 ) -> FisherFacts:
     """Estimate the Fisher information of a model and write it to a folder.
 
-    Args:
-        model: Folder or Hub id of the model.
-        save_path: Output folder.
-        adapter: Folder of an adapter on the model.
-        keys: Modules, as in `DoRAConfig`; None for the adapted modules, or for all
-            linear layers of the blocks if there is no adapter.
-        config: The data and settings.
-        overwrite: Replace an existing folder.
-        progress: Progress callback.
-
-    Returns:
-        Facts about the estimate, for a report.
+    The model may have an adapter. `keys` are those of `DoRAConfig`; None covers the
+    adapted modules, or all linear layers of the blocks if there is no adapter.
 
     Raises:
         DoRAError: If the model, the adapter or the data cannot be used.
@@ -126,14 +116,7 @@ def estimate_on_data(
 
     Uses the defaults of `FisherConfig`, and covers all modules in the blocks that any
     adapter has: where an adapter lacks a module, the base's rows have information too.
-
-    Args:
-        model: Folder or Hub id of the base.
-        adapters: The adapters.
-        names: Names of the adapters for error messages.
-        data: Data folder or name for each adapter.
-        check_base: Refuse an adapter trained on another base.
-        progress: Progress callback.
+    Error messages call the adapters by `names`.
 
     Raises:
         DoRAError: If an adapter does not fit, or its data cannot be used.
@@ -189,17 +172,12 @@ def linear_paths(model: nn.Module, paths: Sequence[str] | None) -> list[str]:
     """
     inside = tuple(f"{path}." for path, _ in blocks(model))
     modules = dict(model.named_modules())
+    linear = {p for p in modules if p.startswith(inside) and _is_linear(modules[p])}
     if paths is None:
         adapted = [path for path, _ in adapter_layers(model)]
         chosen = adapted or resolve_keys(model, None, -1)
-        paths = [p for p in chosen if p.startswith(inside) and _is_linear(modules[p])]
-    wrong = [
-        path
-        for path in paths
-        if path not in modules
-        or not path.startswith(inside)
-        or not _is_linear(modules[path])
-    ]
+        paths = [path for path in chosen if path in linear]
+    wrong = [path for path in paths if path not in linear]
     if wrong or not paths:
         raise DoRAError(
             "Fisher information is estimated only for linear layers in the model's "

@@ -185,11 +185,6 @@ def fisher(
     where F is the diagonal Fisher information. Where every F is 0, the result is the
     weighted mean.
 
-    Args:
-        tensors: N arrays of the same shape.
-        fishers: N nonnegative arrays of that shape.
-        weights: N weights.
-
     Returns:
         The merged tensor, evaluated, and the number of elements without information.
     """

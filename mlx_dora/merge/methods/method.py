@@ -1,6 +1,6 @@
 """Description of a merge method, and of its form in mergekit's YAML."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -13,7 +13,7 @@ Base = Literal["unused", "optional", "lengths", "changes"]
 lengths of its rows, or always for changes from it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Mergekit:
     """How mergekit's YAML names a method and its parameters.
 
@@ -92,7 +92,7 @@ class MergeMethod:
     parameters: tuple[str, ...] = ()
     density: float | None = None
     takes_weights: bool = True
-    mergekit: tuple[Mergekit, ...] = ()
+    mergekit: Sequence[Mergekit] = ()
 
     @cached_property
     def needs_base(self) -> bool:
@@ -122,9 +122,7 @@ class MergeMethod:
     def check_count(self, count: int, least: int | None = None) -> None:
         """Refuse a number of inputs that the method cannot merge.
 
-        Args:
-            count: Number of inputs.
-            least: Minimum number, in place of the method's own.
+        `least` is a minimum in place of the method's own.
 
         Raises:
             DoRAError: With the expected and the given number.
@@ -140,11 +138,7 @@ class MergeMethod:
             )
 
     def check_settings(self, given: Iterable[str], weights: object = None) -> None:
-        """Refuse settings that have no effect on the method.
-
-        Args:
-            given: Names of the settings.
-            weights: The inputs' weights; None if not given.
+        """Refuse settings (by name) and weights that have no effect on the method.
 
         Raises:
             DoRAError: Naming these settings, and those that have an effect.

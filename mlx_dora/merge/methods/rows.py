@@ -16,7 +16,6 @@ from functools import cached_property
 
 import numpy as np
 
-from mlx_dora.errors import DoRAError
 from mlx_dora.matrix.grams import gram_norm
 from mlx_dora.matrix.terms import cancels
 
@@ -58,21 +57,16 @@ class Rows:
         return gram_norm(self.inner)
 
     @cached_property
-    def has_direction(self) -> np.ndarray:
-        """Whether each row is nonzero. Shape ``(rows, N)``."""
-        return self.norm > 0
-
-    @cached_property
     def to_unit(self) -> np.ndarray:
         """Factors that scale the rows to unit directions; 0 for zero rows."""
         sign = np.where(self.magnitude < 0, -1.0, 1.0)
-        safe = np.where(self.has_direction, self.norm, 1.0)
-        return np.where(self.has_direction, sign / safe, 0.0)
+        safe = np.where(self.norm > 0, self.norm, 1.0)
+        return np.where(self.norm > 0, sign / safe, 0.0)
 
     @cached_property
     def length(self) -> np.ndarray:
         """Lengths after scaling; 0 for zero rows."""
-        return np.where(self.has_direction, np.abs(self.magnitude), 0.0)
+        return np.where(self.norm > 0, np.abs(self.magnitude), 0.0)
 
     @cached_property
     def gram(self) -> np.ndarray:
@@ -113,9 +107,6 @@ def slerp(rows: Rows) -> Combination:
 
     where t is the weight of the second direction. Shoemake, "Animating rotation with
     quaternion curves" (SIGGRAPH 1985), row by row.
-
-    Raises:
-        DoRAError: If there are more than two inputs.
     """
     return _mean(rows, _great_circle)
 
@@ -149,14 +140,8 @@ def magnitude_weighted(rows: Rows) -> Combination:
 
     so that a magnitude that only one task has moved survives the merge. A row that no
     input moved keeps its weights.
-
-    Raises:
-        DoRAError: If there is no base.
     """
-    if rows.base_norm is None:
-        raise DoRAError(
-            "magnitude_weighted compares row lengths with a base: give a base."
-        )
+    assert rows.base_norm is not None  # the method needs a base
     base_norm = rows.base_norm[:, None]
     moved = rows.weights * np.abs(np.abs(rows.magnitude) - base_norm)
     total = moved.sum(1, keepdims=True)
@@ -171,13 +156,7 @@ def linear(rows: Rows) -> Combination:
 
 
 def slerp_vectors(rows: Rows) -> Combination:
-    """Apply slerp as mergekit does: the directions' coefficients multiply the rows.
-
-    Raises:
-        DoRAError: If the number of inputs is not two.
-    """
-    if rows.weights.shape[1] != 2:
-        raise DoRAError(f"slerp merges two inputs, got {rows.weights.shape[1]}.")
+    """Apply slerp as mergekit does: the directions' coefficients multiply the rows."""
     cosine = np.clip(rows.gram[:, :1, 1], -1, 1)
     return _sum(rows, _turned(rows.weights, cosine, np.abs(cosine) > _COLLINEAR))
 
@@ -253,7 +232,7 @@ def _mean(rows: Rows, direction: DirectionFunction) -> Combination:
     counts as 0. Where the directions cancel, the direction of the input with the
     largest weight is kept.
     """
-    shared = np.where(rows.has_direction, rows.weights, 0.0)
+    shared = np.where(rows.norm > 0, rows.weights, 0.0)
     total = shared.sum(1, keepdims=True)
     shared = shared / np.where(total > 0, total, 1.0)
     alpha = direction(rows.gram, shared)
@@ -284,11 +263,6 @@ def _turned(
 def _great_circle(gram: np.ndarray, weights: np.ndarray) -> np.ndarray:
     if gram.shape[1] == 1:
         return weights
-    if gram.shape[1] != 2:
-        raise DoRAError(
-            f"slerp merges two inputs, got {gram.shape[1]}: use karcher or nmean "
-            "instead."
-        )
     cosine = np.clip(gram[:, :1, 1], -1.0, 1.0)
     return _turned(weights, cosine, np.arccos(cosine) < _SAME_DIRECTION)
 

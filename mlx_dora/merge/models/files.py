@@ -129,9 +129,7 @@ def _added(tokens: Any) -> object:
 def _choose_template(wanted: str, folders: Sequence[Path]) -> tuple[str | None, str]:
     """Choose the chat template that a merge config asks for, with a note about it.
 
-    Args:
-        wanted: ``auto`` for the most frequent template, or a template's text.
-        folders: The models; among equally frequent templates the first model's wins.
+    ``auto`` takes the most frequent template; among equals, the first model's.
 
     Returns:
         The template, or None to leave it unchanged; and the note.

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_dora.adapters.hosting import model_folder
 from mlx_dora.adapters.keys import natural_order
+from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.io.output import Inputs
@@ -103,13 +104,7 @@ def run_merge(
 ) -> MergeReport:
     """Carry out a plan; see `merge_models`.
 
-    Args:
-        plan: The models and the settings of the merge.
-        save_path: Output folder.
-        inputs: Files that the output must not replace, besides the plan's own inputs.
-        overwrite: Replace an existing folder.
-        max_shard_bytes: Maximum size of a weight file.
-        progress: Progress callback.
+    The output does not replace files in `inputs` or the plan's own inputs.
     """
     started = time.perf_counter()
     given = [*plan.inputs, *inputs]
@@ -130,7 +125,11 @@ def run_merge(
     notes = [*plan.notes, *notes_of_copies(pattern, sources)]
     check_paths(fishers, [name.removesuffix(".weight") for name in pattern.names])
     blocks = count_blocks(pattern.names)
-    plan.check_blocks(blocks)
+    if plan.blocks not in (None, blocks):
+        raise DoRAError(
+            f"slices: layer_range covers {plan.blocks} blocks of models with {blocks}; "
+            "only slices over all blocks are supported."
+        )
     choice = choose_tokenizer(plan, pattern, sources, notes)
     given.append(choice[0])
     mx.reset_peak_memory()

@@ -28,7 +28,7 @@ class Job:
         pattern: The model whose names, dtypes and packing the output has.
         base: The model that changes are relative to.
         inputs: The models to merge.
-        fishers: Fisher information of each input, for method ``fisher``.
+        fishers: Fisher information of each input; empty if not used.
         blocks: Number of blocks of each model, for gradients.
     """
 

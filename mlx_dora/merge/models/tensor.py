@@ -78,14 +78,7 @@ def merge_blocks(
     With a base, methods that support it merge changes from the base. A tensor with
     fewer than two axes (norm weights, biases) has no rows; most row methods use the
     weighted mean there. ``ties`` holds the magnitudes of one task vector in memory, and
-    ``tsv`` holds everything.
-
-    Args:
-        method: Name of the method.
-        base: The base's tensor, or None.
-        tensors: N tensors of the same shape.
-        settings: Settings of the method for this tensor.
-        granularity: ``"row"`` or ``"tensor"``.
+    ``tsv`` holds everything. The granularity is ``"row"`` or ``"tensor"``.
 
     Raises:
         DoRAError: If the method needs a base, or weights cannot be used.
@@ -121,11 +114,8 @@ def merge_informed_tensor(
 ) -> tuple[mx.array, int]:
     """Merge one tensor of N models by their Fisher information.
 
-    Args:
-        tensors: N arrays of the same shape.
-        settings: Settings with the weights of the models.
-        informations: Fisher information of each model, all ``(out,)`` or all of the
-            tensor's shape; if any is None, the result is the weighted mean.
+    The information of the models is all ``(out,)`` or all of the tensor's shape. If any
+    is None, the result is the weighted mean.
 
     Returns:
         The merged tensor, float32, and the number of elements without information.
