@@ -76,6 +76,7 @@ def row_weights(
         DoRAError: If no pattern matches, an array does not have one entry per row, or
             weights to normalize are negative or sum to 0.
     """
+    made: dict[tuple[str, int], np.ndarray] = {}  # many modules have equal weights
     shares = {}
     for name, size in rows.items():
         for pattern in weights:
@@ -86,17 +87,23 @@ def row_weights(
                 f"weights: no pattern matches {name}; add '*' as the last pattern to "
                 "match all other modules."
             )
-        values = weights[pattern]
-        share = np.empty((size, len(values)))
-        for i, value in enumerate(values):
-            if value.ndim == 1 and value.size != size:
-                raise DoRAError(
-                    f"weights of {name}: expected a number or {size}, one per row, got "
-                    f"{value.size}."
-                )
-            share[:, i] = value
-        shares[name] = normalized(share, f"weights of {name}: ") if normalize else share
+        if (pattern, size) not in made:
+            where = f"weights of {name}: "
+            share = _by_row(weights[pattern], size, where)
+            made[pattern, size] = normalized(share, where) if normalize else share
+        shares[name] = made[pattern, size]
     return shares
+
+
+def _by_row(values: Sequence[np.ndarray], size: int, where: str) -> np.ndarray:
+    share = np.empty((size, len(values)))
+    for i, value in enumerate(values):
+        if value.ndim == 1 and value.size != size:
+            raise DoRAError(
+                f"{where}expected a number or {size}, one per row, got {value.size}."
+            )
+        share[:, i] = value
+    return share
 
 
 def normalized(weights: np.ndarray, where: str = "") -> np.ndarray:

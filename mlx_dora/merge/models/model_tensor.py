@@ -13,6 +13,7 @@ from mlx_dora.io.finite import all_finite, is_finite
 from mlx_dora.matrix.weight import dense, weight_from
 from mlx_dora.merge.fisher.information import Fisher
 from mlx_dora.merge.methods.blockwise import Tensor, held, joined, slices
+from mlx_dora.merge.methods.settings import TensorSettings
 from mlx_dora.merge.models.model_tensors import ModelTensors, Packing
 from mlx_dora.merge.models.plan import MergePlan
 from mlx_dora.merge.models.report import MergedTensor
@@ -58,14 +59,16 @@ class Job:
             opened = _padded(opened)
         tensors = [opened[model.folder] for model in self.inputs]
         start = None if base is None else opened[base.folder]
+        shape = tensors[0].shape
+        rows = tensors[0].size // shape[-1] if len(shape) > 1 else 1
+        settings = plan.settings_of(self.pattern.original(name), rows, self.blocks)
         try:
-            merged = self._merged(name, start, tensors)
+            merged = self._merged(name, start, tensors, settings)
         except DoRAError as error:
             raise DoRAError(f"{name}: {error}") from error
         check = _Check(name, opened)
         check.inputs(merged.unseen)
-        packing, shape = self.pattern.packing(name), tensors[0].shape
-        packing_error = None
+        packing, packing_error = self.pattern.packing(name), None
         if packing is None:
             wanted = kept if plan.dtype is None else getattr(mx, plan.dtype)
             writer.add_blocks(name, wanted, shape, check.blocks(merged.blocks, wanted))
@@ -81,12 +84,14 @@ class Job:
         )
 
     def _merged(
-        self, name: str, start: Tensor | None, tensors: Sequence[Tensor]
+        self,
+        name: str,
+        start: Tensor | None,
+        tensors: Sequence[Tensor],
+        settings: TensorSettings,
     ) -> Merged:
         """Merge a tensor, by Fisher information if it is given."""
-        plan, shape = self.plan, tensors[0].shape
-        rows = tensors[0].size // shape[-1] if len(shape) > 1 else 1
-        settings = plan.settings_of(self.pattern.original(name), rows, self.blocks)
+        plan = self.plan
         if not self.fishers:
             return merge_blocks(plan.method, start, tensors, settings, plan.granularity)
         path = name.removesuffix(".weight")
