@@ -22,7 +22,7 @@ from mlx_dora.io.finite import refuse_not_finite
 from mlx_dora.kernels import fused_weight
 from mlx_dora.layers import dora_class
 from mlx_dora.matrix.weight import dense, matrices, weight_of
-from mlx_dora.merge.adapters.dense import factor, row_norm
+from mlx_dora.merge.adapters.factor import factor, row_norm
 from mlx_dora.progress import Progress
 
 
