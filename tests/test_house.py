@@ -124,3 +124,9 @@ def test_a_forward_within_a_training_step_is_eight_calls_in_five_files() -> None
         assert len(calls[how]) <= most
         assert len({file for file, _ in calls[how]}) <= files
     assert calls["step"][0] == ("layers/linear.py", "__call__")
+
+
+def test_a_matrix_of_an_adapter_merge_is_120_calls_in_ten_files() -> None:
+    found = count_calls().merge_calls()
+    assert found["calls"] <= 120
+    assert len(found["files"]) <= 10

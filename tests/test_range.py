@@ -9,7 +9,7 @@ import pytest
 from mlx_dora import dora_decompose, dora_merge
 from mlx_dora.kernels import adapted_norm, fused_weight, normalize_rows
 from mlx_dora.matrix import Adapted, LowRank, exact_terms, row_geometry, row_grams
-from mlx_dora.merge.adapters.dense import row_norm
+from mlx_dora.merge.adapters.factor import row_norm
 from tests.checks import BOUNDS, to_numpy
 
 # With 65 columns the largest norm is 9 times this.

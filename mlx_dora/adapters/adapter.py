@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from mlx_dora.adapters.fingerprint import fingerprint
 from mlx_dora.adapters.keys import blocks, natural_order, shortened
 from mlx_dora.adapters.surgery import FineTuneType, exported_layers
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.finite import all_finite
+from mlx_dora.io.finite import not_finite
 from mlx_dora.layers import DoRALayer
 
 _LARGEST = 1e18
@@ -55,7 +56,7 @@ class Adapter:
     fine_tune_type: FineTuneType = "dora"
     training: Mapping[str, Any] | None = None
 
-    @property
+    @cached_property
     def paths(self) -> list[str]:
         """Paths of the adapted modules, in natural order."""
         paths = {name.rpartition(".")[0] for name in self.tensors}
@@ -98,7 +99,6 @@ def take_adapter(
     kind: FineTuneType = "dora" if kinds.pop() else "lora"
     scale = max((float(layer.scale) for _, layer in layers), key=abs)
     tensors: dict[str, mx.array] = {}
-    ranks = {}
     for path, layer in layers:
         if isinstance(layer, DoRALayer) and not mx.isfinite(layer.norm()).all():
             raise DoRAError(
@@ -111,19 +111,14 @@ def take_adapter(
             if leaf == "lora_b" and layer.scale != scale:
                 value = value * (layer.scale / scale)
             tensors[f"{path}.{leaf}"] = value
-        ranks[path] = rank_of("lora_a", layer["lora_a"])
-    rank = max(ranks.values())
+    ranks = ranks_in(tensors)
     # nn.Dropout stores 1 - p.
     kept = min(layer.dropout._p_1 for _, layer in layers)
     config = DoRAConfig(
-        rank=rank,
         scale=scale,
         dropout=round(1 - kept, 9),
-        keys=tuple(ranks),
         num_layers=_covering_blocks(model, ranks),
-        # List every rank, because a pattern also matches longer paths with that end.
-        rank_pattern=ranks if len(set(ranks.values())) > 1 else None,
-    )
+    ).with_ranks(ranks)
     return Adapter(
         config=config,
         tensors=tensors,
@@ -171,30 +166,35 @@ def rank_of(leaf: str, tensor: mx.array) -> int:
     return tensor.shape[rank_axis(leaf, tensor.ndim)]
 
 
+def ranks_in(tensors: Mapping[str, mx.array]) -> dict[str, int]:
+    """Return the rank of each module from an adapter's tensors."""
+    axis, leaf = rank_axis("lora_a", 2), ".lora_a"
+    return {
+        name.removesuffix(leaf): tensor.shape[axis]
+        for name, tensor in tensors.items()
+        if name.endswith(leaf)
+    }
+
+
 def adapter_problems(adapter: Adapter) -> list[str]:
     """Return the problems of an adapter that do not depend on a model."""
     tensors = adapter.tensors
     if not tensors:
         return ["it holds no tensors"]
-    problems = listed(
-        "NaN or inf in",
-        (name for name, tensor in tensors.items() if not all_finite(tensor)),
-    )
+    problems = listed("NaN or inf in", not_finite(tensors))
     if adapter.fine_tune_type == "full":
         return problems
     leaves = LEAVES[adapter.fine_tune_type]
     strange = [name for name in tensors if name.rpartition(".")[2] not in leaves]
     problems += listed(f"not {adapter.fine_tune_type} parameters:", strange)
     paths = dict.fromkeys(
-        name.rpartition(".")[0] for name in tensors if name not in strange
+        [name.rpartition(".")[0] for name in tensors if name not in strange]
     )
     missing = [
         f"{p}.{leaf}" for p in paths for leaf in leaves if f"{p}.{leaf}" not in tensors
     ]
     problems += listed("missing:", missing)
-    for path in paths:
-        problems += _rank_problems(adapter, path)
-    return problems
+    return problems + _rank_problems(adapter, paths)
 
 
 def overflow_problems(adapter: Adapter) -> list[str]:
@@ -218,19 +218,25 @@ def overflow_problems(adapter: Adapter) -> list[str]:
     return listed("values too large to compute with in float32 in", beyond)
 
 
-def _rank_problems(adapter: Adapter, path: str) -> list[str]:
-    expected = adapter.config.rank_of(path)
+def _rank_problems(adapter: Adapter, paths: Iterable[str]) -> list[str]:
+    axes = {
+        (leaf, ndim): rank_axis(leaf, ndim)
+        for leaf in ("lora_a", "lora_b")
+        for ndim in (2, 3)
+    }
+    expected = adapter.config.ranks_of(paths)
     problems = []
-    for leaf in ("lora_a", "lora_b"):
-        tensor = adapter.tensors.get(f"{path}.{leaf}")
-        if tensor is None:
+    for name, tensor in adapter.tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf not in ("lora_a", "lora_b"):
             continue
-        if tensor.ndim not in (2, 3):
-            problems.append(f"{path}.{leaf} has shape {tensor.shape}, not a matrix")
-        elif rank_of(leaf, tensor) != expected:
+        axis = axes.get((leaf, tensor.ndim))
+        if axis is None:
+            problems.append(f"{name} has shape {tensor.shape}, not a matrix")
+        elif tensor.shape[axis] != expected[path]:
             problems.append(
-                f"{path}.{leaf} has shape {tensor.shape} and so rank "
-                f"{rank_of(leaf, tensor)}; the config says {expected}"
+                f"{name} has shape {tensor.shape} and so rank {tensor.shape[axis]}; "
+                f"the config says {expected[path]}"
             )
     return problems
 

@@ -1,5 +1,6 @@
 """Attaches an adapter from disk to a model, or reports all problems."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import mlx.core as mx
@@ -12,14 +13,12 @@ from mlx_dora.adapters.adapter import (
     adapter_problems,
     listed,
     overflow_problems,
-    rank_of,
 )
 from mlx_dora.adapters.fingerprint import fingerprint
 from mlx_dora.adapters.keys import blocks, natural_order, resolve_keys
 from mlx_dora.adapters.surgery import adapted_already, adapter_layers, apply_layers
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import dora_class
-from mlx_dora.layers.layout import layout_of
 
 
 def attach_adapter(
@@ -77,10 +76,8 @@ def fit_problems(
     unknown = [path for path in adapter.paths if path not in modules]
     problems += listed("no such modules in the model:", unknown)
     problems += _key_problems(model, adapter)
-    for path in adapter.paths:
-        if path in modules:
-            problems += _module_problems(adapter, path, modules[path])
-    return problems
+    known = {path: modules[path] for path in adapter.paths if path in modules}
+    return problems + _module_problems(adapter, known)
 
 
 def all_problems(model: nn.Module, adapter: Adapter, check_base: bool) -> list[str]:
@@ -125,34 +122,53 @@ def _key_problems(model: nn.Module, adapter: Adapter) -> list[str]:
     )
 
 
-def _module_problems(adapter: Adapter, path: str, module: nn.Module) -> list[str]:
+def _module_problems(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Check the class of each module, and the shapes of its tensors."""
+    classes = {type(module): module for module in modules.values()}
+    unfit = {}
     if adapter.fine_tune_type == "dora":
-        try:
-            dora_class(module)
-        except DoRAError as error:
-            return [f"{path}: {str(error).rstrip('.')}"]
-    lora_a = adapter.tensors.get(f"{path}.lora_a")
-    if "weight" not in module or lora_a is None or lora_a.ndim not in (2, 3):
-        return []
+        unfit = {kind: _unfit(module) for kind, module in classes.items()}
     problems = []
-    for leaf, shape in _leaf_shapes(module, rank_of("lora_a", lora_a)).items():
-        tensor = adapter.tensors.get(f"{path}.{leaf}")
-        if tensor is not None and tensor.shape != shape:
-            problems.append(
-                f"{path}.{leaf} has shape {tensor.shape}; the model needs {shape}"
-            )
+    for path, module in modules.items():
+        if reason := unfit.get(type(module)):
+            problems.append(f"{path}: {reason}")
+            continue
+        lora_a = adapter.tensors.get(f"{path}.lora_a")
+        if "weight" not in module or lora_a is None or lora_a.ndim not in (2, 3):
+            continue
+        rank = lora_a.shape[1]  # in every layout
+        for leaf, shape in _leaf_shapes(module, rank).items():
+            tensor = adapter.tensors.get(f"{path}.{leaf}")
+            if tensor is not None and tensor.shape != shape:
+                problems.append(
+                    f"{path}.{leaf} has shape {tensor.shape}; the model needs {shape}"
+                )
     return problems
 
 
 def _leaf_shapes(module: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a module's adapter of this rank, in mlx-lm's layout."""
-    *stack, rows, width = module["weight"].shape
+    *experts, rows, width = module["weight"].shape
     if "scales" in module:
         width = width * 32 // module.bits
-    shape = (*stack, rows, width)
-    # The weight has as many axes as lora_a must have.
-    lora_a, lora_b = layout_of(module, module["weight"]).shapes(shape, rank)
-    return {"lora_a": lora_a, "lora_b": lora_b, "m": shape[:-1]}
+    if experts:
+        return {
+            "lora_a": (*experts, rank, width),
+            "lora_b": (*experts, rows, rank),
+            "m": (*experts, rows),
+        }
+    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+        return {"lora_a": (rows, rank), "lora_b": (rank, width), "m": (rows,)}
+    return {"lora_a": (width, rank), "lora_b": (rank, rows), "m": (rows,)}
+
+
+def _unfit(module: nn.Module) -> str:
+    """Why no DoRA layer adapts a module; empty if there is such a layer."""
+    try:
+        dora_class(module)
+    except DoRAError as error:
+        return str(error).rstrip(".")
+    return ""
 
 
 def _full_problems(model: nn.Module, adapter: Adapter) -> list[str]:

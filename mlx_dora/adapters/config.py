@@ -1,8 +1,8 @@
 """Settings of a DoRA adapter: rank, scale and adapted modules."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mlx_dora.errors import DoRAError
@@ -151,6 +151,28 @@ class DoRAConfig:
         """Return the rank of the module at `path`."""
         name = self.pattern_for(path)
         return self.rank if name is None else (self.rank_pattern or {})[name]
+
+    def ranks_of(self, paths: Iterable[str]) -> dict[str, int]:
+        """Return the ranks of modules by path."""
+        if self.rank_pattern is None:
+            return dict.fromkeys(paths, self.rank)
+        return {path: self.rank_of(path) for path in paths}
+
+    def scales_of(self, paths: Iterable[str]) -> dict[str, float]:
+        """Return the multipliers of modules by path."""
+        if not self.use_rslora:
+            return dict.fromkeys(paths, float(self.scale))
+        return {path: self.scale_of(path) for path in paths}
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> "DoRAConfig":
+        """Return this config for modules with these ranks, by full path."""
+        # List every rank, because a pattern also matches longer paths with that end.
+        return replace(
+            self,
+            rank=max(ranks.values()),
+            keys=tuple(ranks),
+            rank_pattern=dict(ranks) if len(set(ranks.values())) > 1 else None,
+        )
 
     def scale_of(self, path: str) -> float:
         """Return the multiplier of the module at `path`, including rsLoRA's factor."""

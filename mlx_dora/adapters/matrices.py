@@ -3,7 +3,7 @@
 Converts the layouts of embeddings and stacks to matrices of shape ``(out, in)``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,27 +25,36 @@ def named_matrices(path: str, weight: Weight) -> list[tuple[str, Weight]]:
 
 
 def adapted_matrices(adapter: Adapter, path: str, module: nn.Module) -> list[Adapted]:
-    """Return the adapted matrices, with A of shape ``(in, r)`` and B ``(r, out)``.
+    """Return the adapted matrices of a single module; see `adapted_modules`."""
+    return adapted_modules(adapter, {path: module})[path]
 
-    If the adapter does not have the module, the updates have rank 0.
+
+def adapted_modules(
+    adapter: Adapter, modules: Mapping[str, nn.Module]
+) -> dict[str, list[Adapted]]:
+    """Return the adapted matrices of modules, by path.
+
+    A has shape ``(in, r)`` and B ``(r, out)``. If the adapter does not have a
+    module, the updates have rank 0.
     """
-    lora_a = adapter.tensors.get(f"{path}.lora_a")
-    if lora_a is None:
-        *stack, rows, width = weight_of(module).shape
-        update = LowRank(
-            lora_a=mx.zeros((*stack, width, 0)),
-            lora_b=mx.zeros((*stack, 0, rows)),
-            scale=0.0,
-        )
-        return Adapted(update=update, m=None).matrices()
-    lora_b = adapter.tensors[f"{path}.lora_b"]
-    layout = layout_of(module, lora_a)
-    a, b = rearranged(layout, lora_a.astype(mx.float32), lora_b.astype(mx.float32))
-    update = LowRank(lora_a=a, lora_b=b, scale=adapter.config.scale_of(path))
-    m = adapter.tensors.get(f"{path}.m")
-    return Adapted(
-        update=update, m=None if m is None else m.astype(mx.float32)
-    ).matrices()
+    adapted = {}
+    for path, scale in adapter.config.scales_of(modules).items():
+        lora_a = adapter.tensors.get(f"{path}.lora_a")
+        m = adapter.tensors.get(f"{path}.m")
+        if lora_a is None:
+            *stack, rows, width = weight_of(modules[path]).shape
+            a, b = mx.zeros((*stack, width, 0)), mx.zeros((*stack, 0, rows))
+            scale = 0.0
+        else:
+            a, b = rearranged(
+                layout_of(modules[path], lora_a.ndim - 2),
+                lora_a.astype(mx.float32),
+                adapter.tensors[f"{path}.lora_b"].astype(mx.float32),
+            )
+        update = LowRank(lora_a=a, lora_b=b, scale=scale)
+        m = None if m is None else m.astype(mx.float32)
+        adapted[path] = Adapted(update=update, m=m).matrices()
+    return adapted
 
 
 def adapter_tensors(
@@ -73,7 +82,7 @@ def adapter_tensors(
             for leaf in parts[0]
         }
     lora_a, lora_b = values["lora_a"], values["lora_b"]
-    lora_a, lora_b = rearranged(layout_of(module, lora_a), lora_a, lora_b)
+    lora_a, lora_b = rearranged(layout_of(module, lora_a.ndim - 2), lora_a, lora_b)
     values = values | {"lora_a": lora_a, "lora_b": lora_b}
     mx.eval(values)
     return {f"{path}.{leaf}": value for leaf, value in values.items()}

@@ -117,7 +117,7 @@ def adapters_command(
     from mlx_dora.adapters.recorded_base import recorded_base
     from mlx_dora.io.atomic import check_output
     from mlx_dora.merge.adapters.dense import Options
-    from mlx_dora.merge.adapters.folders import merge_folders
+    from mlx_dora.merge.adapters.merge import merge_adapters_report
 
     informed = [name for name, entry in METHODS.items() if entry.needs_fisher]
     if data and (fisher or method not in informed):
@@ -131,19 +131,19 @@ def adapters_command(
         method, suggested = _suggested_merge(adapters, model, check_base)
         weights = weights or suggested
     with WorkDisplay(with_memory=True) as display:
-        report = merge_folders(
+        report = merge_adapters_report(
             adapters,
-            save_path,
             model=model,
             method=method,
             weights=weights,
             rank=rank,
+            save_path=save_path,
             overwrite=overwrite,
             check_base=check_base,
             options=Options(density=density, seed=seed, scale=scale),
-            fisher=fisher,
+            fisher=fisher or None,
             data=data,
-            logit_error=logit_error,
+            probe=logit_error,
             progress=display.progress,
         )
     for line in report.lines():

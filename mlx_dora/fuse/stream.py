@@ -1,7 +1,7 @@
 """Fuses a model tensor by tensor, and frees each tensor once it is written."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import mlx.core as mx
@@ -235,16 +235,9 @@ def _packing(
 
 
 def _rest_adapter(adapter: Adapter, rest: Parts, fingerprint: str) -> Adapter:
-    paths = tuple(dict.fromkeys(name.rpartition(".")[0] for name in rest))
-    ranks = {path: adapter.config.rank_of(path) for path in paths}
-    config = replace(
-        adapter.config,
-        rank=max(ranks.values()),
-        keys=paths,
-        rank_pattern=ranks if len(set(ranks.values())) > 1 else None,
-    )
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in rest)
     return Adapter(
-        config=config,
+        config=adapter.config.with_ranks(adapter.config.ranks_of(paths)),
         tensors=rest,
         base=BaseModel(fingerprint=fingerprint),
         fine_tune_type="lora",

@@ -32,6 +32,17 @@ def all_finite(tensor: mx.array) -> bool:
     return all(is_finite(flat[first : first + _BLOCK]) for first in starts)
 
 
+def not_finite(tensors: Mapping[str, mx.array]) -> list[str]:
+    """Names of the tensors that hold NaN or inf; evaluates all of them."""
+    flags = {
+        name: mx.isfinite(tensor).all()
+        for name, tensor in tensors.items()
+        if mx.issubdtype(tensor.dtype, mx.floating)
+    }
+    mx.eval(flags)
+    return [name for name, flag in flags.items() if not flag]
+
+
 def refuse_not_finite(tensors: Mapping[str, mx.array], what: str) -> None:
     """Refuse tensors that hold NaN or inf.
 
@@ -42,7 +53,6 @@ def refuse_not_finite(tensors: Mapping[str, mx.array], what: str) -> None:
     Raises:
         DoRAError: If a tensor holds NaN or inf; names the first and counts the others.
     """
-    names = [name for name, tensor in tensors.items() if not all_finite(tensor)]
-    if names:
+    if names := not_finite(tensors):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise DoRAError(f"{what}: {names[0]}{more} holds NaN or inf.")

@@ -1,6 +1,5 @@
 """Drop-in layers for MLX models: a frozen base, a low-rank update and a magnitude."""
 
-from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._fuse import fused_module
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers.embedding import DoRAEmbedding
@@ -9,6 +8,7 @@ from mlx_dora.layers.multi import DoRAMultiLinear
 from mlx_dora.layers.norms import held_norms
 from mlx_dora.layers.switch import DoRASwitchLinear
 from mlx_dora.layers.wrap import adapt, check_adaptable, dora_class
+from mlx_dora.matrix.weight import weight_of
 
 __all__ = [
     "DoRAEmbedding",

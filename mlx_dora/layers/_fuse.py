@@ -9,7 +9,6 @@ import mlx.nn as nn
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels.fusing import dense_fused, packed_fused
-from mlx_dora.layers._base import weight_of
 from mlx_dora.matrix.low_rank import Adapted
 from mlx_dora.matrix.weight import (
     Weight,
@@ -17,6 +16,7 @@ from mlx_dora.matrix.weight import (
     matrices,
     stacked,
     unpacked_dtype,
+    weight_of,
 )
 
 

@@ -10,13 +10,12 @@ import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels.adapted_norm import row_norm
-from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._cache import Epilogue, EvalCache, Sources, is_traced
 from mlx_dora.layers._fuse import fused_module
 from mlx_dora.layers.layout import Layout, rearranged
 from mlx_dora.matrix.low_rank import Adapted, LowRank
 from mlx_dora.matrix.terms import exact_terms, row_gain
-from mlx_dora.matrix.weight import matrices, row_squares, weight_from
+from mlx_dora.matrix.weight import matrices, row_squares, weight_from, weight_of
 
 
 def unsupported(module: nn.Module, known: tuple[type[nn.Module], ...]) -> DoRAError:

@@ -31,8 +31,13 @@ def rearranged(
     return lora_a, lora_b
 
 
-def layout_of(module: nn.Module, lora_a: mx.array) -> Layout:
-    """Return the layout of an adapter of `module` that has this `lora_a`."""
+def layout_of(module: nn.Module, stacked: int) -> Layout:
+    """Return the layout of a module's adapter.
+
+    Args:
+        module: The module.
+        stacked: Number of axes of its weight before the last two: 0 or 1.
+    """
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
         return "embedding"
-    return "stack" if lora_a.ndim > 2 else "linear"
+    return "stack" if stacked else "linear"

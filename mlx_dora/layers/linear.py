@@ -6,12 +6,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.kernels.rescale import rescale
-from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.matrix.low_rank import Adapted
 from mlx_dora.matrix.packed import unpacks
 from mlx_dora.matrix.terms import row_gain
-from mlx_dora.matrix.weight import as_packed
+from mlx_dora.matrix.weight import as_packed, weight_of
 
 _PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.matrix.low_rank import LowRank
+from mlx_dora.matrix.low_rank import Factors, LowRank
 from mlx_dora.matrix.terms import Terms
 from mlx_dora.matrix.weight import Weight, base_products, float32_rows
 
@@ -21,11 +21,13 @@ class RowGrams:
         base_norm: ‖W0‖ of each row. Shape ``(out,)``.
         recomputed: Number of rows computed densely because an update nearly cancels
             the base.
+        factors: The N updates in float64.
     """
 
     inner: np.ndarray
     base_norm: np.ndarray
     recomputed: int
+    factors: list[Factors]
 
     @property
     def norm(self) -> np.ndarray:
@@ -61,7 +63,7 @@ def row_grams(weight: Weight, updates: Sequence[LowRank]) -> RowGrams:
         [update.lora_a.astype(mx.float32) for update in updates], axis=1
     )
     q0, product = base_products(weight, lora_a, in_float64=True)  # (out,), (out, Σr)
-    ends = np.cumsum([0, *(update.rank for update in updates)])
+    ends = np.cumsum([0, *[update.lora_a.shape[-1] for update in updates]])
     factors = [update.float64() for update in updates]
     cross = [
         (product[:, start:end] * own.b).sum(1)
@@ -82,4 +84,9 @@ def row_grams(weight: Weight, updates: Sequence[LowRank]) -> RowGrams:
         base = np.array(float32_rows(weight, mx.array(rows)), np.float64)
         full = np.stack([base + own.rows(rows) for own in factors], 1)
         inner[rows] = full @ full.transpose(0, 2, 1)
-    return RowGrams(inner=inner, base_norm=np.sqrt(q0), recomputed=int(rows.size))
+    return RowGrams(
+        inner=inner,
+        base_norm=np.sqrt(q0),
+        recomputed=int(rows.size),
+        factors=factors,
+    )

@@ -118,10 +118,10 @@ class Adapted:
 
     def matrices(self) -> list["Adapted"]:
         """Return the adapter of each matrix in a stack, or this one for a matrix."""
+        if self.update.lora_a.ndim == 2:
+            return [self]
         updates = self.update.matrices()
-        if self.m is None:
-            return [Adapted(update=update, m=None) for update in updates]
-        magnitudes = [self.m] if self.m.ndim == 1 else list(self.m)
+        magnitudes = [None] * len(updates) if self.m is None else list(self.m)
         pairs = zip(updates, magnitudes, strict=True)
         return [Adapted(update=update, m=m) for update, m in pairs]
 

@@ -53,6 +53,15 @@ def weight_from(parts: Mapping[str, Any], packing: Any) -> Weight:
     )
 
 
+def weight_of(module: Any) -> Weight:
+    """Return a module's weight, dense or packed; a stack for experts or heads.
+
+    Raises:
+        DoRAError: If the weight is packed with a global scale.
+    """
+    return weight_from(module, module)
+
+
 def as_packed(weight: Weight) -> QuantizedWeight | None:
     """Return the weight if it is packed, None if it is dense."""
     return weight if isinstance(weight, QuantizedWeight) else None

@@ -14,16 +14,20 @@ Weights = Sequence[Weight] | Mapping[str, Sequence[Weight]]
 """One weight per input, or such lists by module pattern (``*.self_attn.*``)."""
 
 
-def check_weights(weights: Weights | None, count: int) -> None:
-    """Refuse weights that are invalid for `count` inputs in every module.
+def check_weights(weights: Weights | None, count: int) -> dict[str, list[np.ndarray]]:
+    """Check and convert the weights of `count` inputs.
+
+    Returns:
+        A number or an array by row for each input, by module pattern; one pattern,
+        ``*``, if the weights are the same for all modules.
 
     Raises:
         DoRAError: With the pattern, the expected number and the given weights.
     """
     if weights is None:
-        return
+        return {"*": [np.array(1.0)] * count}
     is_mapping = isinstance(weights, Mapping)
-    lists = dict(weights) if is_mapping else {"weights": weights}
+    lists = dict(weights) if is_mapping else {"*": weights}
     if not lists:
         raise DoRAError(
             "weights: expected at least one pattern, got {}; leave them out for equal "
@@ -35,72 +39,83 @@ def check_weights(weights: Weights | None, count: int) -> None:
                 f"weights{f' of {pattern!r}' if is_mapping else ''}: expected {count}, "
                 f"one for each input, got {values}."
             )
-        for value in values:
-            array = _array(value)
-            if array.ndim > 1 or not np.isfinite(array).all():
-                raise DoRAError(
-                    f"weights: expected a finite number, or one per row, got {value}."
-                )
+    return {
+        pattern: [_array(value) for value in values]
+        for pattern, values in lists.items()
+    }
+
+
+def _array(value: Weight) -> np.ndarray:
+    is_mlx = isinstance(value, mx.array)
+    try:
+        array = np.array(value.astype(mx.float32) if is_mlx else value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise DoRAError(f"weights: {value!r} is not a number.") from error
+    if array.ndim > 1 or not np.isfinite(array).all():
+        raise DoRAError(
+            f"weights: expected a finite number, or one per row, got {value}."
+        )
+    return array
 
 
 def row_weights(
-    weights: Weights | None, name: str, count: int, rows: int, *, normalize: bool
-) -> np.ndarray:
-    """The weights of one module, row by row.
+    weights: Mapping[str, Sequence[np.ndarray]],
+    rows: Mapping[str, int],
+    *,
+    normalize: bool,
+) -> dict[str, np.ndarray]:
+    """The weights of modules, row by row, from the first pattern that matches a path.
 
-    Args:
-        weights: As the user gave them; None gives every input weight 1.
-        name: The module's path; the first pattern that matches it is used.
-        count: Number of inputs.
-        rows: Number of output rows.
-        normalize: Divide so that each row sums to 1.
+    `rows` is the number of output rows of each module, by path. `normalize` divides so
+    that each row sums to 1.
 
     Returns:
-        Shape ``(rows, count)``, float64.
+        By path, shape ``(rows, count)``, float64.
 
     Raises:
         DoRAError: If no pattern matches, an array does not have one entry per row, or
             weights to normalize are negative or sum to 0.
     """
-    values = _for_name(weights, name, count)
-    shares = np.empty((rows, count))
-    for i, value in enumerate(values):
-        array = _array(value)
-        if array.ndim == 1 and array.size != rows:
+    made: dict[tuple[str, int], np.ndarray] = {}  # many modules have equal weights
+    shares = {}
+    for name, size in rows.items():
+        for pattern in weights:
+            if pattern == name or fnmatchcase(name, pattern):
+                break
+        else:
             raise DoRAError(
-                f"weights of {name}: expected a number or {rows}, one per row, got "
-                f"{array.size}."
+                f"weights: no pattern matches {name}; add '*' as the last pattern to "
+                "match all other modules."
             )
-        shares[:, i] = array
-    if not normalize:
-        return shares
-    total = shares.sum(1, keepdims=True)
-    if (shares < 0).any() or not (total > 0).all():
+        if (pattern, size) not in made:
+            where = f"weights of {name}: "
+            share = _by_row(weights[pattern], size, where)
+            made[pattern, size] = normalized(share, where) if normalize else share
+        shares[name] = made[pattern, size]
+    return shares
+
+
+def _by_row(values: Sequence[np.ndarray], size: int, where: str) -> np.ndarray:
+    share = np.empty((size, len(values)))
+    for i, value in enumerate(values):
+        if value.ndim == 1 and value.size != size:
+            raise DoRAError(
+                f"{where}expected a number or {size}, one per row, got {value.size}."
+            )
+        share[:, i] = value
+    return share
+
+
+def normalized(weights: np.ndarray, where: str = "") -> np.ndarray:
+    """Weights ``(rows, N)`` divided so that each row sums to 1.
+
+    Raises:
+        DoRAError: If a weight is negative or all of a row are 0; begins with `where`.
+    """
+    total = weights.sum(1, keepdims=True)
+    if (weights < 0).any() or not (total > 0).all():
         raise DoRAError(
-            f"weights of {name}: a mean needs weights of at least 0 with a positive "
-            f"sum, got {[float(v) for v in shares[0]]}."
+            f"{where}a mean needs weights of at least 0 with a positive sum, got "
+            f"{[float(weight) for weight in weights[0]]}."
         )
-    return shares / total
-
-
-def _for_name(weights: Weights | None, name: str, count: int) -> Sequence[Weight]:
-    if weights is None:
-        return [1.0] * count
-    if not isinstance(weights, Mapping):
-        return weights
-    for pattern, values in weights.items():
-        if pattern == name or fnmatchcase(name, pattern):
-            return values
-    raise DoRAError(
-        f"weights: no pattern matches {name}; add '*' as the last pattern to match all "
-        "other modules."
-    )
-
-
-def _array(value: Weight) -> np.ndarray:
-    if isinstance(value, mx.array):
-        value = np.array(value.astype(mx.float32))
-    try:
-        return np.asarray(value, np.float64)
-    except (TypeError, ValueError) as error:
-        raise DoRAError(f"weights: {value!r} is not a number.") from error
+    return weights / total

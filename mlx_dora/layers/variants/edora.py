@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 
-from mlx_dora.layers._base import weight_of
 from mlx_dora.layers.variants.parametrisation import Parametrisation, VariantLinear
 from mlx_dora.layers.variants.pissa import principal_factors
+from mlx_dora.matrix.weight import weight_of
 
 
 class EDoRA(Parametrisation):

@@ -2,13 +2,13 @@
 
 import mlx.core as mx
 
-from mlx_dora.layers._base import weight_of
 from mlx_dora.layers.variants.parametrisation import (
     Parametrisation,
     VariantLinear,
     rescaled_base,
 )
 from mlx_dora.matrix.terms import row_gain
+from mlx_dora.matrix.weight import weight_of
 
 
 class Magnitude(Parametrisation):

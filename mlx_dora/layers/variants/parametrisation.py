@@ -7,11 +7,11 @@ import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels.rescale import rescale
-from mlx_dora.layers._base import weight_of
 from mlx_dora.layers._layer import DoRALayer, Kind
 from mlx_dora.layers.linear import DoRALinear, project
 from mlx_dora.matrix.low_rank import Adapted, LowRank
 from mlx_dora.matrix.terms import exact_terms, row_gain
+from mlx_dora.matrix.weight import weight_of
 
 
 class Parametrisation(Kind):

@@ -5,9 +5,8 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.layers._base import weight_of
 from mlx_dora.layers.variants.parametrisation import Parametrisation, VariantLinear
-from mlx_dora.matrix.weight import Weight, row_blocks
+from mlx_dora.matrix.weight import Weight, row_blocks, weight_of
 
 _PASSES = 8  # passes of subspace iteration
 _SPARE = 8  # directions to iterate in addition to the rank

@@ -19,29 +19,21 @@ from mlx_dora.evaluate.agreement import compare_probe, take_probe
 from mlx_dora.merge.adapters.report import AdapterMerge
 from mlx_dora.progress import Progress
 
+# Rows to compare the logits on, spread over the data, and their maximum length.
+_ROWS, _TOKENS = 4, 128
+
 
 def add_logit_errors(
     cut: AdapterMerge,
     full: Adapter,
     model: nn.Module,
     data: Examples,
-    *,
-    rows: int = 4,
-    max_seq_length: int = 128,
     progress: Progress | None = None,
 ) -> AdapterMerge:
     """Measure the effect of each layer's rank cut, and of all cuts together.
 
-    For the effect of a single layer, all other layers stay uncut.
-
-    Args:
-        cut: The merge with ranks cut.
-        full: The same merge without cuts.
-        model: The base model; unchanged on return.
-        data: Rows to compare the logits on.
-        rows: Number of rows to use, spread over the data.
-        max_seq_length: Longer rows are cut to this many tokens.
-        progress: Progress callback.
+    `full` is the same merge without cuts. For the effect of a single layer, all other
+    layers stay uncut. The base model is unchanged on return.
 
     Returns:
         The report with relative errors: the root mean square of the difference in
@@ -49,7 +41,7 @@ def add_logit_errors(
     """
     attach_adapter(model, full, check_base=False)
     try:
-        probe = take_probe(model, data, rows=rows, max_seq_length=max_seq_length)
+        probe = take_probe(model, data, rows=_ROWS, max_seq_length=_TOKENS)
         layers = dict(adapter_layers(model))
 
         def error() -> float:

@@ -1,15 +1,14 @@
 """A DoRA adapter from a base and a fine-tuned model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_dora.adapters.adapter import Adapter, BaseModel, rank_of
+from mlx_dora.adapters.adapter import Adapter, BaseModel, ranks_in
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint
@@ -21,9 +20,9 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.io.finite import refuse_not_finite
 from mlx_dora.kernels import fused_weight
-from mlx_dora.layers import dora_class, weight_of
-from mlx_dora.matrix.weight import dense, matrices
-from mlx_dora.merge.adapters.dense import factor, row_norm
+from mlx_dora.layers import dora_class
+from mlx_dora.matrix.weight import dense, matrices, weight_of
+from mlx_dora.merge.adapters.factor import factor, row_norm
 from mlx_dora.progress import Progress
 
 
@@ -108,7 +107,12 @@ def extract_adapter(
     start, end = load(base, lazy=True)[0], load(tuned, lazy=True)[0]
     before, after = dict(start.named_modules()), dict(end.named_modules())
     paths = resolve_keys(start, keys, -1)
-    _check_paths(paths, before, after, tuned, rank)
+    if missing := [path for path in paths if path not in after]:
+        raise DoRAError(f"{tuned} lacks {', '.join(missing[:10])}.")
+    for path in paths:
+        dora_class(before[path])
+    if rank is not None and paths:
+        check_cut(before, paths, rank)
     tensors: dict[str, mx.array] = {}
     layers: list[ExtractedLayer] = []
     for path in paths:
@@ -118,7 +122,7 @@ def extract_adapter(
     if not layers:
         raise DoRAError(f"{tuned} does not differ from {base} in any adapted matrix.")
     adapter = Adapter(
-        config=_config_of(tensors),
+        config=DoRAConfig(scale=1.0, num_layers=-1).with_ranks(ranks_in(tensors)),
         tensors=tensors,
         base=BaseModel(model=str(base), fingerprint=fingerprint(start)),
         training={"extracted": {"tuned": str(tuned), "rank": rank, "energy": energy}},
@@ -126,11 +130,8 @@ def extract_adapter(
     refuse_not_finite(tensors, "the extracted adapter")
     if save_path is not None:
         save_adapter(adapter, save_path, inputs=(base, tuned), overwrite=overwrite)
-    return Extraction(
-        adapter=adapter,
-        layers=tuple(layers),
-        left_out=tuple(_left_out(start, end, set(paths))),
-    )
+    left_out = tuple(_left_out(start, end, set(paths)))
+    return Extraction(adapter=adapter, layers=tuple(layers), left_out=left_out)
 
 
 def _check_size(rank: int | None, energy: float | None) -> None:
@@ -142,38 +143,6 @@ def _check_size(rank: int | None, energy: float | None) -> None:
         raise DoRAError(f"energy must be above 0 and at most 1, got {energy!r}.")
 
 
-def _check_paths(
-    paths: Sequence[str],
-    before: Mapping[str, nn.Module],
-    after: Mapping[str, nn.Module],
-    tuned: str | Path,
-    rank: int | None,
-) -> None:
-    if missing := [path for path in paths if path not in after]:
-        raise DoRAError(f"{tuned} lacks {', '.join(missing[:10])}.")
-    for path in paths:
-        dora_class(before[path])
-    if rank is not None and paths:
-        check_cut(before, paths, rank)
-
-
-def _config_of(tensors: Mapping[str, mx.array]) -> DoRAConfig:
-    """Make the config of extracted tensors from their ranks."""
-    leaf = ".lora_a"
-    ranks = {
-        name.removesuffix(leaf): rank_of("lora_a", value)
-        for name, value in tensors.items()
-        if name.endswith(leaf)
-    }
-    return DoRAConfig(
-        rank=max(ranks.values()),
-        scale=1.0,
-        keys=tuple(ranks),
-        num_layers=-1,
-        rank_pattern=ranks if len(set(ranks.values())) > 1 else None,
-    )
-
-
 def _extract(
     path: str,
     before: nn.Module,
@@ -182,11 +151,7 @@ def _extract(
     energy: float | None,
     tensors: dict[str, mx.array],
 ) -> list[ExtractedLayer]:
-    """Add one module's adapter to `tensors`, if the module has changed.
-
-    Returns:
-        A report on each changed matrix.
-    """
+    """Add a changed module's adapter to `tensors`; report on each changed matrix."""
     base, tuned = weight_of(before), weight_of(after)
     if base.shape != tuned.shape:
         raise DoRAError(
@@ -202,18 +167,16 @@ def _extract(
         change = _length(goal - weight)
         magnitude = row_norm(goal)
         if not change:  # an unchanged expert of a changed module
-            zeros = mx.zeros((weight.shape[1], 1)), mx.zeros((1, weight.shape[0]))
-            part = {"lora_a": zeros[0], "lora_b": zeros[1], "m": magnitude}
-            parts.append(part)
+            a, b = mx.zeros((weight.shape[1], 1)), mx.zeros((1, weight.shape[0]))
+            parts.append({"lora_a": a, "lora_b": b, "m": magnitude})
             continue
         made = factor(weight, goal, magnitude, scale=1.0, rank=rank, energy=energy)
         adapted = fused_weight(weight, made.lora_a, made.lora_b, 1.0, made.m)
         error = _length(adapted - goal) / change
-        parts.append({n: getattr(made, n) for n in ("lora_a", "lora_b", "m")})
+        parts.append(made.tensors)
+        lost = made.discarded
         layers.append(
-            ExtractedLayer(
-                path=name, rank=made.rank, discarded=made.discarded, error=error
-            )
+            ExtractedLayer(path=name, rank=made.rank, discarded=lost, error=error)
         )
     if layers:
         tensors |= adapter_tensors(path, before, base, parts)
@@ -231,11 +194,10 @@ def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> list[str]:
     leaves = ("weight", "scales", "biases")
     inside = {f"{path}.{leaf}" for path in covered for leaf in leaves}
     names = sorted((before.keys() | after.keys()) - inside, key=natural_order)
+    both = before.keys() & after.keys()
+    # Arrays of different shapes are not equal.
     return [
         name
         for name in names
-        if name not in before
-        or name not in after
-        or before[name].shape != after[name].shape
-        or not cast(bool, mx.array_equal(before[name], after[name]).item())
+        if name not in both or not mx.array_equal(before[name], after[name])
     ]

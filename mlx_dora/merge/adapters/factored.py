@@ -5,7 +5,7 @@ r"""Merges DoRA adapters of one matrix without building a dense weight.
 
 DoRA divides each row by its length, so the merged row is W0 plus one update of rank
 Σ r_i, with the sign of c in its magnitude: DoRA adapters are closed under every method
-of `mlx_dora.merge.methods.directions`, exactly (``docs/merging.md``).
+of `mlx_dora.merge.methods.rows`, exactly (``docs/merging.md``).
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.matrix import Adapted, Factors, LowRank, RowGrams, Weight, row_grams
+from mlx_dora.matrix import Adapted, Factors, LowRank, Weight, row_grams
 from mlx_dora.matrix.low_rank import side_by_side
 from mlx_dora.matrix.weight import float32_rows
-from mlx_dora.merge.methods import method_named
-from mlx_dora.merge.methods.directions import heaviest
-from mlx_dora.merge.methods.rows import Combination, Rows, of_changes
+from mlx_dora.merge.methods import METHODS
+from mlx_dora.merge.methods.rows import Combination, Rows, heaviest, of_changes
 
 # Where the β cancel to less than this share, W0 drops out of the sum and W0 + BA cannot
 # express the row.
@@ -64,6 +63,11 @@ class MergedMatrix:
         """Rank of the update."""
         return self.lora_a.shape[1]
 
+    @property
+    def tensors(self) -> dict[str, mx.array]:
+        """A, B and m, by their names in an adapter."""
+        return {"lora_a": self.lora_a, "lora_b": self.lora_b, "m": self.m}
+
 
 def merge_matrix(
     weight: Weight,
@@ -76,13 +80,9 @@ def merge_matrix(
 ) -> MergedMatrix:
     """Merge the adapters of one matrix by a row method.
 
-    Args:
-        weight: Base weight. Shape ``(out, in)``, any float dtype or packed; read once.
-        inputs: The N adapters.
-        weights: Weights, shape ``(out, N)``; for means each row sums to 1.
-        method: Name of the method.
-        scale: Multiplier of the merged adapter; not 0.
-        rank: Maximum rank of the update.
+    The base weight ``(out, in)`` is read once. The N inputs have weights ``(out, N)``;
+    for means each row sums to 1. The merged adapter has the multiplier `scale`, not 0,
+    and at most `rank`, if given.
 
     Raises:
         DoRAError: If the base holds NaN or inf, or an adapted row overflows float32.
@@ -91,53 +91,10 @@ def merge_matrix(
         The merged adapter: exact to float32 precision, except for a cut to `rank`.
         Inputs with the same A share it.
     """
-    combination, norm, weights, inputs, grams = _combination(
-        method, weight, inputs, weights
-    )
-    beta, length, opposed = _keep_base(combination, norm, weights)
-    share = beta.sum(1)
-    # The row is zero in all inputs: use any update that leaves it zero.
-    is_zero = np.abs(beta).sum(1) == 0
-    beta = np.where(is_zero[:, None], heaviest(weights), beta)
-    share = np.where(is_zero, 1.0, share)
-    merged = _side_by_side(inputs, beta / share[:, None])
-    if rows := np.flatnonzero(combination.cancelled & ~opposed).tolist():
-        dense = np.array(float32_rows(weight, mx.array(rows)), np.float64)
-        dense = share[rows, None] * (dense + merged.rows(np.array(rows)))
-        length[rows] = np.linalg.norm(dense, axis=1)
-    discarded = 0.0
-    if rank is not None and rank < merged.a.shape[1]:
-        if not (np.isfinite(merged.a).all() and np.isfinite(merged.b).all()):
-            raise DoRAError(NOT_FINITE)
-        safe = np.where(is_zero, 1.0, np.abs(share))
-        merged, discarded = merged.cut(rank, safe)
-    m = np.sign(share) * length
-    return MergedMatrix(
-        lora_a=single(merged.a),
-        lora_b=single((merged.b / scale).T),
-        m=single(m),
-        scale=scale,
-        opposed=int(opposed.sum()),
-        recomputed=grams.recomputed + len(rows),
-        zero=int((length == 0).sum()),
-        discarded=discarded,
-    )
-
-
-def _combination(
-    method: str, weight: Weight, inputs: Sequence[Adapted], weights: np.ndarray
-) -> tuple[Combination, np.ndarray, np.ndarray, list[Adapted], RowGrams]:
-    """Apply a row method.
-
-    Returns:
-        The combination, the norms of the inputs' rows before scaling, their weights,
-        the inputs (with the base last, if the method merges changes of it) and their
-        inner products.
-    """
-    entry, inputs = method_named(method), list(inputs)
+    entry, inputs = METHODS[method], list(inputs)
     of_base = entry.base == "changes"
     if of_base:  # W0 + Σ β_i (W_i − W0): the base is the last of the rows
-        inputs.append(_unchanged(inputs[0]))
+        inputs.append(_unchanged(weight))
         last = 1 - weights.sum(1, keepdims=True)
         weights = np.concatenate([weights, last], axis=1)
     grams = row_grams(weight, [adapted.update for adapted in inputs])
@@ -156,12 +113,42 @@ def _combination(
     )
     function = entry.row_function
     combination = of_changes(rows, function) if of_base else function(rows)
-    return combination, norm, weights, inputs, grams
+    beta, opposed = _keep_base(combination, norm, weights)
+    length, share = combination.length.copy(), beta.sum(1)
+    # The row is zero in all inputs: use any update that leaves it zero.
+    is_zero = np.abs(beta).sum(1) == 0
+    beta = np.where(is_zero[:, None], heaviest(weights), beta)
+    share = np.where(is_zero, 1.0, share)
+    shares = beta / share[:, None]
+    pairs = enumerate(grams.factors)
+    merged = side_by_side(
+        [Factors(a=own.a, b=shares[:, i : i + 1] * own.b) for i, own in pairs]
+    )
+    if recomputed := np.flatnonzero(combination.cancelled & ~opposed).tolist():
+        dense = np.array(float32_rows(weight, mx.array(recomputed)), np.float64)
+        dense = dense + merged.rows(np.array(recomputed))
+        length[recomputed] = np.linalg.norm(share[recomputed, None] * dense, axis=1)
+    discarded = 0.0
+    if rank is not None and rank < merged.a.shape[1]:
+        if not (np.isfinite(merged.a).all() and np.isfinite(merged.b).all()):
+            raise DoRAError(NOT_FINITE)
+        safe = np.where(is_zero, 1.0, np.abs(share))
+        merged, discarded = merged.cut(rank, safe)
+    return MergedMatrix(
+        lora_a=single(merged.a),
+        lora_b=single((merged.b / scale).T),
+        m=single(np.sign(share) * length),
+        scale=scale,
+        opposed=int(opposed.sum()),
+        recomputed=grams.recomputed + len(recomputed),
+        zero=int((length == 0).sum()),
+        discarded=discarded,
+    )
 
 
-def _unchanged(adapted: Adapted) -> Adapted:
+def _unchanged(weight: Weight) -> Adapted:
     """The base as an input: an update of rank 0."""
-    width, out = adapted.update.lora_a.shape[0], adapted.update.lora_b.shape[1]
+    out, width = weight.shape
     nothing = LowRank(lora_a=mx.zeros((width, 0)), lora_b=mx.zeros((0, out)), scale=0.0)
     return Adapted(update=nothing, m=None)
 
@@ -174,24 +161,13 @@ def single(values: np.ndarray) -> mx.array:
 
 def _keep_base(
     combination: Combination, norm: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Where W0 cancels out, keep the direction of the input with the largest weight."""
-    beta, length = combination.coefficients, combination.length.copy()
+    beta, length = combination.coefficients, combination.length
     size = np.abs(beta).sum(1)
     lost = (np.abs(beta.sum(1)) <= _BASE_SHARE * size) & (size > 0)
     if lost.any():
         chosen = heaviest(np.abs(weights) * (norm > 0))
         reach = np.where(norm > 0, length[:, None] / np.where(norm > 0, norm, 1), 0.0)
         beta = np.where(lost[:, None], chosen * reach, beta)
-    return beta, length, combination.opposed | lost
-
-
-def _side_by_side(inputs: Sequence[Adapted], shares: np.ndarray) -> Factors:
-    """Stack all A, and the row-scaled s·B to match; equal A appear once."""
-    factors = [adapted.update.float64() for adapted in inputs]
-    return side_by_side(
-        [
-            Factors(a=pair.a, b=shares[:, i : i + 1] * pair.b)
-            for i, pair in enumerate(factors)
-        ]
-    )
+    return beta, combination.opposed | lost

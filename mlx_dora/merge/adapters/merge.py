@@ -1,43 +1,29 @@
 """Merges several adapters of one base into one ordinary adapter."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_dora.adapters.adapter import LEAVES, Adapter
+from mlx_dora.adapters.adapter import Adapter
+from mlx_dora.adapters.attach import all_problems
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.hosting import load_lazily
-from mlx_dora.adapters.keys import natural_order
-from mlx_dora.adapters.matrices import (
-    adapted_matrices,
-    adapter_tensors,
-    named_matrices,
-)
 from mlx_dora.adapters.refusals import check_cut
 from mlx_dora.data.batches import Examples
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
 from mlx_dora.io.finite import refuse_not_finite
-from mlx_dora.io.output import Inputs
-from mlx_dora.layers import weight_of
-from mlx_dora.merge.adapters.cut_error import add_logit_errors
+from mlx_dora.merge.adapters.cut_error import add_logit_errors, open_probe
 from mlx_dora.merge.adapters.dense import Options
-from mlx_dora.merge.adapters.fit import check_arguments, check_fit
-from mlx_dora.merge.adapters.matrix import merge_one
-from mlx_dora.merge.adapters.report import (
-    AdapterMerge,
-    MergedLayer,
-    layer_report,
-)
-from mlx_dora.merge.adapters.result import merged_adapter
+from mlx_dora.merge.adapters.job import Job
+from mlx_dora.merge.adapters.report import AdapterMerge
+from mlx_dora.merge.fisher.estimate import estimate_on_data
 from mlx_dora.merge.fisher.information import Fisher, check_fishers, check_paths
-from mlx_dora.merge.methods import DEFAULT, method_named
-from mlx_dora.merge.weights import Weights, row_weights
+from mlx_dora.merge.methods import DEFAULT, MergeMethod, method_named
+from mlx_dora.merge.weights import Weights, check_weights
 from mlx_dora.progress import Progress
 
 
@@ -116,49 +102,53 @@ def merge_adapters_report(
     check_base: bool = True,
     options: Options | None = None,
     fisher: Sequence[Fisher | str | Path] | None = None,
-    probe: Examples | None = None,
-    inputs: Inputs = (),
+    data: Sequence[str] = (),
+    probe: Examples | str | None = None,
     progress: Progress | None = None,
 ) -> AdapterMerge:
     """Run `merge_adapters` and report on each matrix.
 
-    Args:
-        adapters: Folders or adapters.
-        model: The base model, or its folder or Hub id.
-        method: Name of the merge method.
-        weights: Weights of the adapters.
-        rank: Maximum rank of the merged updates.
-        save_path: Folder to write the adapter to.
-        overwrite: Replace an existing folder.
-        check_base: Refuse an adapter that was trained on another base.
-        options: Settings of the method.
-        fisher: Fisher information of each adapter.
-        probe: Rows of data; with `rank`, measure on some of them how much the cut
-            changes the logits.
-        inputs: Further files and folders that the output must not replace, contain or
-            lie in.
-        progress: Progress callback.
+    `data` names data of each adapter, on which to estimate its Fisher information.
+    `probe` holds or names rows on which to measure how the cut to `rank` changes the
+    logits.
     """
-    options = options or Options()
-    check_arguments(adapters, method, weights, rank, options)
-    fishers = check_fishers(method, fisher, len(adapters))
-    given = [*adapters, model, *(fisher or ())]
-    inputs = (*inputs, *(source for source in given if isinstance(source, str | Path)))
+    options, entry = options or Options(), method_named(method)
+    given = _checked(entry, len(adapters), weights, rank, options)
+    if data and (fisher or not entry.needs_fisher):
+        raise DoRAError(
+            f"{method} does not use the adapters' data: give data only with method "
+            "fisher, without fisher folders."
+        )
+    if probe is not None and rank is None:
+        raise DoRAError("logit_error measures a rank cut: give a rank.")
+    fishers = [] if data else check_fishers(method, fisher, len(adapters))
+    read = (*adapters, model, probe, *(fisher or ()), *data)
+    inputs = tuple(source for source in read if isinstance(source, str | Path))
     if save_path is not None:
         check_output(save_path, inputs=inputs, overwrite=overwrite)
     loaded = [
         source if isinstance(source, Adapter) else load_adapter(source)
         for source in adapters
     ]
-    base = model if isinstance(model, nn.Module) else load_lazily(model)
-    names = [source if isinstance(source, str | Path) else "" for source in adapters]
-    check_fit(base, loaded, names, check_base)
-    job = _Job(
+    names = [str(s) if isinstance(s, str | Path) else "" for s in adapters]
+    if isinstance(model, nn.Module):
+        if data or isinstance(probe, str):
+            raise DoRAError("reading data needs the base's folder or Hub id as model.")
+        base = model
+    else:
+        if isinstance(probe, str):
+            base, probe = open_probe(model, probe)
+        else:
+            base = load_lazily(model)
+        if data:
+            fishers = estimate_on_data(model, loaded, names, data, check_base, progress)
+    _check_fit(base, loaded, names, check_base)
+    job = Job(
         adapters=loaded,
-        names=[str(name) for name in names],
+        names=names,
         modules=dict(base.named_modules()),
-        method=method,
-        weights=weights,
+        method=entry,
+        weights=given,
         options=options,
         fishers=fishers,
         progress=progress,
@@ -169,7 +159,7 @@ def merge_adapters_report(
     report = job.merged(rank)
     if rank is not None and probe is not None:
         full = job.merged(None).adapter
-        report = add_logit_errors(report, full, base, probe, progress=progress)
+        report = add_logit_errors(report, full, base, probe, progress)
     only = job.only_one()
     if only is not None and rank is None:
         report = replace(report, adapter=only)
@@ -179,109 +169,34 @@ def merge_adapters_report(
     return report
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """A merge of loaded adapters.
+def _checked(
+    method: MergeMethod,
+    count: int,
+    weights: Weights | None,
+    rank: int | None,
+    options: Options,
+) -> dict[str, list[np.ndarray]]:
+    """Refuse invalid settings of a merge; returns the weights by pattern."""
+    if not count:
+        raise DoRAError("give at least one adapter to merge.")
+    # Any mean accepts a single adapter, and returns it unchanged.
+    method.check_count(count, least=1 if method.is_mean else None)
+    method.check_settings(options.given(), weights)
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise DoRAError(f"rank must be a whole number of at least 1, got {rank!r}.")
+    return check_weights(weights, count)
 
-    Attributes:
-        adapters: The N adapters.
-        names: Their folders; empty for adapters in memory.
-        modules: Modules of the base by path.
-        method: Name of the method.
-        weights: As given to `merge_adapters`.
-        options: Settings of the method.
-        fishers: Fisher information of each adapter; empty if not used.
-        progress: Called after each module.
-    """
 
-    adapters: list[Adapter]
-    names: list[str]
-    modules: dict[str, nn.Module]
-    method: str
-    weights: Weights | None
-    options: Options
-    fishers: list[Fisher]
-    progress: Progress | None
-
-    @cached_property
-    def paths(self) -> list[str]:
-        """Paths of the modules that any adapter has, in natural order."""
-        every = {path for adapter in self.adapters for path in adapter.paths}
-        return sorted(every, key=natural_order)
-
-    @cached_property
-    def scale(self) -> float:
-        """Multiplier of the merged adapter: the first nonzero scale of the inputs."""
-        return next(
-            (s for adapter in self.adapters if (s := adapter.config.scale)), 1.0
-        )
-
-    def merged(self, rank: int | None) -> AdapterMerge:
-        """Merge every module; cut the updates to `rank` if it is not None."""
-        tensors: dict[str, mx.array] = {}
-        layers: list[MergedLayer] = []
-        for path in self.paths:
-            tensors |= self._module(path, rank, layers)
-            if self.progress is not None:
-                self.progress("merge", len(self.paths), 1)
-        note = method_named(self.method).note_of(self.options.density)
-        return AdapterMerge(
-            adapter=merged_adapter(
-                self.adapters, tensors, self.paths, self.method, self.scale, self.names
-            ),
-            method=self.method,
-            layers=tuple(layers),
-            count=len(self.adapters),
-            notes=() if note is None else (note,),
-        )
-
-    def _module(
-        self, path: str, rank: int | None, layers: list[MergedLayer]
-    ) -> dict[str, mx.array]:
-        """Merge one module, expert by expert, and append reports to `layers`."""
-        module = self.modules[path]
-        weight = weight_of(module)
-        columns = [adapted_matrices(adapter, path, module) for adapter in self.adapters]
-        shares = row_weights(
-            self.weights,
-            path,
-            len(self.adapters),
-            weight.shape[-2],
-            normalize=method_named(self.method).is_mean,
-        )
-        parts = []
-        named = named_matrices(path, weight)
-        for (name, matrix), *inputs in zip(named, *columns, strict=True):
-            known = [fisher.read(path, matrix.shape) for fisher in self.fishers]
-            try:
-                merged = merge_one(
-                    matrix,
-                    inputs,
-                    shares,
-                    self.method,
-                    rank,
-                    self.scale,
-                    self.options,
-                    known,
-                )
-            except DoRAError as error:
-                raise DoRAError(f"{name}: {error}") from error
-            parts.append({n: getattr(merged, n) for n in LEAVES["dora"]})
-            layers.append(layer_report(path, name, merged, self.adapters))
-        return adapter_tensors(path, module, weight, parts)
-
-    def only_one(self) -> Adapter | None:
-        """The only adapter with nonzero weights in a mean; None for several."""
-        if not method_named(self.method).is_mean:
-            return None
-        counted: set[int] = set()
-        for path in self.paths:
-            # Weights by row always use several adapters.
-            try:
-                shares = row_weights(
-                    self.weights, path, len(self.adapters), 1, normalize=True
-                )
-            except DoRAError:
-                return None
-            counted.update(np.flatnonzero(shares[0]).tolist())
-        return self.adapters[counted.pop()] if len(counted) == 1 else None
+def _check_fit(
+    model: nn.Module, adapters: Sequence[Adapter], names: Sequence[str], check: bool
+) -> None:
+    """Refuse adapters that do not belong to the base, naming all of their problems."""
+    for i, (adapter, name) in enumerate(zip(adapters, names, strict=True), 1):
+        name = name or f"adapter {i}"
+        if adapter.fine_tune_type == "full":
+            raise DoRAError(
+                f"{name} holds fully fine-tuned weights: merge them as models, or "
+                "extract an adapter first."
+            )
+        if problems := all_problems(model, adapter, check):
+            raise DoRAError(f"{name} does not fit the model: {'; '.join(problems)}.")

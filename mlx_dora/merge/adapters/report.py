@@ -1,11 +1,9 @@
 """Report on a merge of adapters, layer by layer."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.errors import printable
-from mlx_dora.merge.adapters.factored import MergedMatrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +15,8 @@ class MergedLayer:
         name: The path with the index of an expert, if any: ``path[3]``.
         inputs: Number of adapters that have it; the others count as the base.
         rank: Rank of the merged update.
-        opposed: Number of rows whose directions cancel; they keep the direction of the
-            input with the largest weight.
-        recomputed: Number of rows computed densely because the factored sums cancel.
-        zero: Number of zero rows.
-        discarded: Share of the update's energy lost by cutting the rank.
-        unknown: Number of elements without Fisher information, in a Fisher merge.
+        opposed, recomputed, zero, discarded, unknown: As in
+            `mlx_dora.merge.adapters.factored.MergedMatrix`.
         logit_error: Relative change of the logits if only this layer is cut; None if
             it was not measured.
     """
@@ -91,20 +85,3 @@ class AdapterMerge:
             f"{self.method}: rank {span}."
         )
         return text
-
-
-def layer_report(
-    path: str, name: str, merged: MergedMatrix, adapters: Sequence[Adapter]
-) -> MergedLayer:
-    """Make the report on one matrix of the module at `path`."""
-    return MergedLayer(
-        path=path,
-        name=name,
-        inputs=sum(f"{path}.lora_a" in adapter.tensors for adapter in adapters),
-        rank=merged.rank,
-        opposed=merged.opposed,
-        recomputed=merged.recomputed,
-        zero=merged.zero,
-        discarded=merged.discarded,
-        unknown=merged.unknown,
-    )

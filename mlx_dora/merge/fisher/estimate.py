@@ -14,8 +14,8 @@ from typing import Any
 
 import mlx.nn as nn
 
+from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import attach_adapter
-from mlx_dora.adapters.files import load_adapter
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.keys import blocks, natural_order, resolve_keys
 from mlx_dora.adapters.surgery import adapter_layers, remove_dora
@@ -80,18 +80,8 @@ def write_fisher(
 ) -> FisherFacts:
     """Estimate the Fisher information of a model and write it to a folder.
 
-    Args:
-        model: Folder or Hub id of the model.
-        save_path: Output folder.
-        adapter: Folder of an adapter on the model.
-        keys: Modules, as in `DoRAConfig`; None for the adapted modules, or for all
-            linear layers of the blocks if there is no adapter.
-        config: The data and settings.
-        overwrite: Replace an existing folder.
-        progress: Progress callback.
-
-    Returns:
-        Facts about the estimate, for a report.
+    The model may have an adapter. `keys` are those of `DoRAConfig`; None covers the
+    adapted modules, or all linear layers of the blocks if there is no adapter.
 
     Raises:
         DoRAError: If the model, the adapter or the data cannot be used.
@@ -116,7 +106,8 @@ def write_fisher(
 
 def estimate_on_data(
     model: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[Adapter],
+    names: Sequence[str],
     data: Sequence[str],
     check_base: bool = True,
     progress: Progress | None = None,
@@ -125,13 +116,7 @@ def estimate_on_data(
 
     Uses the defaults of `FisherConfig`, and covers all modules in the blocks that any
     adapter has: where an adapter lacks a module, the base's rows have information too.
-
-    Args:
-        model: Folder or Hub id of the base.
-        adapters: Adapter folders.
-        data: Data folder or name for each adapter.
-        check_base: Refuse an adapter trained on another base.
-        progress: Progress callback.
+    Error messages call the adapters by `names`.
 
     Raises:
         DoRAError: If an adapter does not fit, or its data cannot be used.
@@ -140,20 +125,17 @@ def estimate_on_data(
         raise DoRAError(
             f"give one data set per adapter: expected {len(adapters)}, got {len(data)}."
         )
-    opened = [load_adapter(path) for path in adapters]
     loaded, tokenizer = load(model)
     configs = [FisherConfig(data=name) for name in data]
     sets = [read_targets(config, tokenizer) for config in configs]
     inside = tuple(f"{path}." for path, _ in blocks(loaded))
     every = sorted(
-        {path for adapter in opened for path in adapter.paths}, key=natural_order
+        {path for adapter in adapters for path in adapter.paths}, key=natural_order
     )
     paths = [path for path in every if path.startswith(inside)]
     estimates = []
-    for name, adapter, rows, config in zip(
-        adapters, opened, sets, configs, strict=True
-    ):
-        attach_adapter(loaded, adapter, check_base=check_base, name=str(name))
+    for name, adapter, rows, config in zip(names, adapters, sets, configs, strict=True):
+        attach_adapter(loaded, adapter, check_base=check_base, name=name)
         estimates.append(
             estimate_fisher(loaded, rows, paths=paths, config=config, progress=progress)
         )
@@ -190,17 +172,12 @@ def linear_paths(model: nn.Module, paths: Sequence[str] | None) -> list[str]:
     """
     inside = tuple(f"{path}." for path, _ in blocks(model))
     modules = dict(model.named_modules())
+    linear = {p for p in modules if p.startswith(inside) and _is_linear(modules[p])}
     if paths is None:
         adapted = [path for path, _ in adapter_layers(model)]
         chosen = adapted or resolve_keys(model, None, -1)
-        paths = [p for p in chosen if p.startswith(inside) and _is_linear(modules[p])]
-    wrong = [
-        path
-        for path in paths
-        if path not in modules
-        or not path.startswith(inside)
-        or not _is_linear(modules[path])
-    ]
+        paths = [path for path in chosen if path in linear]
+    wrong = [path for path in paths if path not in linear]
     if wrong or not paths:
         raise DoRAError(
             "Fisher information is estimated only for linear layers in the model's "

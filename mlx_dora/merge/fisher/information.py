@@ -9,7 +9,7 @@ Each matrix has either one number per element, the diagonal
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,7 @@ class Fisher:
 
         With this scaling the information of every input has norm 1, whatever its data
         and number of tokens, so that only the weights set how much each input counts
-        (as in the authors' code).
-
-        Args:
-            path: Path of the module.
-            shape: Shape of its weight, ``(out, in)``.
+        (as in the authors' code). The weight has the shape ``(out, in)``.
 
         Raises:
             DoRAError: If it does not match the weight, is negative, or is not finite.
@@ -114,16 +110,11 @@ def save_fisher(
 ) -> FisherFacts:
     """Write Fisher information: safetensors, and ``fisher.json`` with the facts.
 
-    Args:
-        path: Output folder.
-        facts: Origin of the information; the norm is computed from the tensors.
-        tensors: Pairs of module path and array, read one at a time.
-        inputs: Files and folders that were read, which are never replaced.
-        overwrite: Replace an existing folder.
-        max_shard_bytes: Maximum size of a weight file.
+    `tensors` are pairs of module path and array, read one at a time. Files and folders
+    in `inputs` are never replaced.
 
     Returns:
-        The facts with the norm.
+        The facts, with the norm of the tensors.
 
     Raises:
         DoRAError: If the folder exists, or all numbers are 0.
@@ -160,26 +151,22 @@ def _facts_of(content: Mapping[str, Any], path: Path) -> FisherFacts:
     def is_count(value: Any) -> bool:
         return type(value) is int and value >= 0
 
+    def is_name(value: Any) -> bool:
+        return isinstance(value, str | None)
+
     checks: dict[str, Callable[[Any], bool]] = {
         "granularity": lambda value: value in ("row", "element"),
         "labels": lambda value: value in ("sampled", "data"),
         "rows": is_count,
         "tokens": is_count,
         "norm": lambda value: isinstance(value, int | float) and 0 < value < math.inf,
+        **dict.fromkeys(("model", "adapter", "data"), is_name),
     }
-    names = dict.fromkeys(("model", "adapter", "data"), None)
-    lacking = [name for name in checks if name not in content]
-    unknown = [name for name in content if name not in {**checks, **names}]
-    bad = [
-        f"{name} is {content[name]!r:.60}"
-        for name in {**checks, **names}
-        if name in content
-        and not checks.get(name, lambda value: isinstance(value, str | None))(
-            content[name]
-        )
-    ]
-    bad += [f"{name} is missing" for name in lacking]
-    bad += [f"{name} is unknown" for name in unknown]
+    given = [name for name in checks if name in content]
+    bad = [f"{n} is {content[n]!r:.60}" for n in given if not checks[n](content[n])]
+    needed = [name for name, check in checks.items() if check is not is_name]
+    bad += [f"{name} is missing" for name in needed if name not in content]
+    bad += [f"{name} is unknown" for name in content if name not in checks]
     if bad:
         raise DoRAError(
             f"{path} is damaged or was edited: {'; '.join(bad)}. Estimate it again."
@@ -206,7 +193,7 @@ def with_norm(facts: FisherFacts, square: float) -> FisherFacts:
             f"{facts.data or 'the data'} gives no information about these matrices: "
             "the gradients of its targets are 0."
         )
-    return FisherFacts(**{**asdict(facts), "norm": square**0.5})
+    return replace(facts, norm=square**0.5)
 
 
 def check_fishers(
@@ -258,15 +245,12 @@ def check_paths(fishers: Sequence[Fisher], known: Iterable[str]) -> None:
 def informed_weights(
     weights: np.ndarray, informations: Sequence[mx.array | None]
 ) -> tuple[np.ndarray, int]:
-    """Multiply the weights of each row by its information and normalize to sum 1.
+    """Multiply weights ``(rows, N)`` by information ``(rows,)``; normalize to sum 1.
 
-    Args:
-        weights: Weights, shape ``(rows, N)``; each row sums to 1.
-        informations: N arrays of shape ``(rows,)``; if any is None, none is used.
+    If any information is None, none is used.
 
     Returns:
-        Weights of shape ``(rows, N)``, and the number of rows without information,
-        which keep `weights`.
+        The weights, and the number of rows without information, which keep theirs.
     """
     if any(information is None for information in informations):
         return weights, len(weights)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
+from mlx_dora.errors import DoRAError
 from mlx_dora.merge.methods import blockwise
-from mlx_dora.merge.methods.blockwise import Tensor
+from mlx_dora.merge.methods.blockwise import Tensor, changes, sum_of, weighted_sum
 from mlx_dora.merge.methods.settings import TensorSettings
 
 # Singular values below this share of the largest are rounding errors. Including their
@@ -21,6 +22,8 @@ from mlx_dora.merge.methods.settings import TensorSettings
 _TSV_NOISE = 1e-5
 
 Blocks = Iterator[mx.array]
+Thinning = Callable[[slice, Sequence[mx.array]], list[mx.array]]
+"""(position, blocks of the changes) -> the blocks with some entries set to 0."""
 
 
 def linear(
@@ -32,7 +35,12 @@ def linear(
         DoRAError: If the weights sum to 0 but must be normalized.
     """
     weights = settings.plain_weights()
-    block = blockwise.linear_block(weights, settings.normalizes(True))
+    total = _divisor(weights) if settings.normalizes(True) else 1.0
+
+    def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
+        # Sum first, then divide once: rounds as mergekit does.
+        return weighted_sum(blockwise.values(index, flat), weights) / total
+
     return blockwise.parts(block, tensors)
 
 
@@ -40,7 +48,7 @@ def task_arithmetic(
     base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings
 ) -> Blocks:
     r"""Task arithmetic, :math:`W_0 + \lambda\sum_i w_i\tau_i` (arXiv:2212.04089)."""
-    return _merge(blockwise.sum_block, base, tensors, settings, None, False)
+    return _summed(base, tensors, settings)
 
 
 def ties(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Blocks:
@@ -50,9 +58,50 @@ def ties(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> B
     sign of :math:`\sum_i w_i\tau_i` is elected for each element. The weighted mean of
     the entries with that sign, times λ, is added to W0.
     """
-    pairs = zip(tensors, _densities(tensors, settings), strict=True)
-    thin = blockwise.trimmed([blockwise.cut_of(base, *pair) for pair in pairs])
-    return _merge(blockwise.agreed_block, base, tensors, settings, thin, True)
+    pairs = zip(tensors, settings.densities(), strict=True)
+    cuts = [_cut_of(base, tensor, density) for tensor, density in pairs]
+
+    def trimmed(index: slice, deltas: Sequence[mx.array]) -> list[mx.array]:
+        thinned = []
+        for delta, (least, last) in zip(deltas, cuts, strict=True):
+            size = mx.abs(delta)
+            if last >= index.start + delta.size - 1:
+                keep = size >= least
+            elif last < index.start:
+                keep = size > least
+            else:
+                place = mx.arange(index.start, index.start + delta.size)
+                keep = (size > least) | (size == least) & (place <= last)
+            thinned.append(mx.where(keep, delta, 0.0))
+        return thinned
+
+    yield from _elected(base, tensors, settings, trimmed)
+
+
+def _cut_of(base: Tensor, tensor: Tensor, density: float) -> tuple[float, int]:
+    """Find the `density` largest entries of a task vector; among equals, the first.
+
+    Equal entries are common: float32 weights of similar size differ by multiples of the
+    same step.
+
+    Returns:
+        The smallest absolute value to keep, and the index of the last entry to keep
+        among those equal to it.
+    """
+    if density >= 1 or not base.size:
+        return 0.0, base.size
+    if density <= 0:
+        return float("inf"), -1
+    kept = max(1, int(density * base.size))
+    sizes = np.empty(base.size, np.float32)
+    flat = [base.reshape(-1), tensor.reshape(-1)]
+    for index in blockwise.slices(base.size):
+        sizes[index] = np.array(mx.abs(changes(index, flat)[1][0]), copy=False)
+    place = sizes.size - kept
+    least = np.partition(sizes, place)[place]
+    equal = np.flatnonzero(sizes == least)
+    over = int(np.count_nonzero(sizes > least))
+    return float(least), int(equal[kept - over - 1])
 
 
 def dare(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Blocks:
@@ -63,16 +112,33 @@ def dare(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> B
 
     where p are the densities. The same seed drops the same entries.
     """
-    thin = _dropped(tensors, settings)
-    return _merge(blockwise.sum_block, base, tensors, settings, thin, False)
+    return _summed(base, tensors, settings, thin=_dropped(settings))
 
 
 def dare_ties(
     base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings
 ) -> Blocks:
     """DARE's dropping and rescaling, then the sign election and mean of TIES."""
-    thin = _dropped(tensors, settings)
-    return _merge(blockwise.agreed_block, base, tensors, settings, thin, True)
+    return _elected(base, tensors, settings, _dropped(settings))
+
+
+def _dropped(settings: TensorSettings) -> Thinning:
+    """Make a thinning that keeps each entry with its input's density as probability."""
+    shares, seed = settings.densities(), settings.seed
+
+    def thin(index: slice, deltas: Sequence[mx.array]) -> list[mx.array]:
+        thinned = []
+        for i, (delta, share) in enumerate(zip(deltas, shares, strict=True)):
+            if share >= 1:
+                thinned.append(delta)
+                continue
+            key = mx.random.key((seed + 1_000_003 * i + 7 * index.start) % 2**64)
+            kept = mx.random.bernoulli(share, delta.shape, key=key)
+            larger = delta / max(share, 1e-30) if settings.rescale else delta
+            thinned.append(mx.where(kept, larger, 0.0))
+        return thinned
+
+    return thin
 
 
 def tsv(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Blocks:
@@ -85,10 +151,8 @@ def tsv(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Bl
     are not matrices get the weighted mean of the task vectors, times λ. All tensors are
     held in memory.
     """
-    weights = settings.plain_weights()
     if base.ndim != 2:
-        block = blockwise.sum_block(weights, True, settings.scale)
-        yield from blockwise.parts(block, [base, *tensors])
+        yield from _summed(base, tensors, settings, normalize=True)
         return
     start, *others = (
         np.array(blockwise.held(tensor).astype(mx.float32), np.float64)
@@ -96,7 +160,7 @@ def tsv(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Bl
     )
     share = max(1, min(start.shape) // len(tensors))
     lefts, sizes, rights = [], [], []
-    for other, weight in zip(others, weights, strict=True):
+    for other, weight in zip(others, settings.plain_weights(), strict=True):
         u, s, v = np.linalg.svd(weight * (other - start), full_matrices=False)
         kept = min(share, int((s > _TSV_NOISE * s[0]).sum()))
         lefts.append(u[:, :kept])
@@ -113,7 +177,7 @@ def fisher(
     tensors: Sequence[mx.array],
     fishers: Sequence[mx.array],
     weights: Sequence[float],
-) -> mx.array:
+) -> tuple[mx.array, int]:
     r"""Fisher-weighted mean, element by element (arXiv:2111.09832).
 
     .. math:: \frac{\sum_i w_i F_i \circ W_i}{\sum_i w_i F_i}
@@ -121,50 +185,75 @@ def fisher(
     where F is the diagonal Fisher information. Where every F is 0, the result is the
     weighted mean.
 
-    Args:
-        tensors: N arrays of the same shape.
-        fishers: N nonnegative arrays of that shape.
-        weights: N weights.
-
     Returns:
-        The merged tensor, evaluated.
+        The merged tensor, evaluated, and the number of elements without information.
     """
-    count, total = len(tensors), blockwise.divisor_of(weights)
+    count, total = len(tensors), _divisor(weights)
 
     def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
-        values = [tensor[index].astype(mx.float32) for tensor in flat]
-        known = blockwise.weighted_sum(values[count:], weights)
-        products = [a * b for a, b in zip(values[:count], values[count:], strict=True)]
-        mean = blockwise.weighted_sum(values[:count], weights) / total
-        safe = mx.where(known > 0, known, 1.0)
-        merged = blockwise.weighted_sum(products, weights) / safe
+        every = blockwise.values(index, flat)
+        known = weighted_sum(every[count:], weights)
+        products = [a * b for a, b in zip(every[:count], every[count:], strict=True)]
+        mean = weighted_sum(every[:count], weights) / total
+        merged = weighted_sum(products, weights) / mx.where(known > 0, known, 1.0)
         return mx.where(known > 0, merged, mean)
 
-    return blockwise.whole(block, [*tensors, *fishers])
+    blocks = blockwise.parts(block, [*tensors, *fishers])
+    unknown = int((sum(fishers[1:], start=fishers[0]) == 0).sum())
+    return blockwise.joined(blocks, tensors[0].shape), unknown
 
 
-def _merge(
-    make: Callable[..., blockwise.Block],
+def _summed(
     base: Tensor,
     tensors: Sequence[Tensor],
     settings: TensorSettings,
-    thin: blockwise.Thinning | None,
-    normalize: bool,
+    *,
+    thin: Thinning | None = None,
+    normalize: bool = False,
 ) -> Blocks:
-    weights = settings.plain_weights()
-    normalize = settings.normalizes(normalize)
-    block = make(weights, normalize, settings.scale, thin)
+    """The base plus the weighted sum of the changes, maybe thinned."""
+    weights, total = settings.plain_weights(), sum(settings.plain_weights())
+    normalize = (settings.normalizes(False) or normalize) and abs(total) >= 1e-8
+    factor = settings.scale / (total if normalize else 1.0)
+
+    def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
+        start, deltas = changes(index, flat)
+        if thin is not None:
+            deltas = thin(index, deltas)
+        return start + weighted_sum(deltas, weights) * factor
+
     return blockwise.parts(block, [base, *tensors])
 
 
-def _densities(tensors: Sequence[Tensor], settings: TensorSettings) -> list[float]:
-    density = settings.density or (1.0,) * len(tensors)
-    return blockwise.shares_of(density, len(tensors))
+def _elected(
+    base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings, thin: Thinning
+) -> Blocks:
+    """The base plus the weighted mean of the changes that have the elected sign."""
+    weights, normalize = settings.plain_weights(), settings.normalizes(True)
+
+    def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
+        start, deltas = changes(index, flat)
+        moved = [w * d for w, d in zip(weights, thin(index, deltas), strict=True)]
+        elected = mx.where(sum_of(moved) >= 0, 1.0, -1.0)
+        agrees = [mx.sign(change) == elected for change in moved]
+        pairs = zip(agrees, moved, strict=True)
+        total = sum_of([mx.where(agree, change, 0.0) for agree, change in pairs])
+        if normalize:
+            pairs = zip(agrees, weights, strict=True)
+            share = sum_of([mx.where(agree, weight, 0.0) for agree, weight in pairs])
+            total = total / mx.where(share == 0, 1.0, share)
+        return start + settings.scale * total
+
+    return blockwise.parts(block, [base, *tensors])
 
 
-def _dropped(tensors: Sequence[Tensor], settings: TensorSettings) -> blockwise.Thinning:
-    shares = _densities(tensors, settings)
-    return blockwise.dropped(shares, settings.seed, settings.rescale)
+def _divisor(weights: Sequence[float]) -> float:
+    total = sum(weights)
+    if abs(total) < 1e-8:
+        raise DoRAError(
+            f"the weights {list(weights)} sum to 0 and cannot be normalized."
+        )
+    return total
 
 
 def _orthonormal(columns: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Description of a merge method, and of its form in mergekit's YAML."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ Base = Literal["unused", "optional", "lengths", "changes"]
 lengths of its rows, or always for changes from it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Mergekit:
     """How mergekit's YAML names a method and its parameters.
 
@@ -91,29 +92,29 @@ class MergeMethod:
     parameters: tuple[str, ...] = ()
     density: float | None = None
     takes_weights: bool = True
-    mergekit: tuple[Mergekit, ...] = ()
+    mergekit: Sequence[Mergekit] = ()
 
-    @property
+    @cached_property
     def needs_base(self) -> bool:
         """Whether merging models by this method needs a base."""
         return self.base in ("lengths", "changes")
 
-    @property
+    @cached_property
     def is_exact(self) -> bool:
         """Whether it merges adapters exactly, without a dense weight."""
         return bool(self.rows)
 
-    @property
+    @cached_property
     def row_function(self) -> Any:
         """The function of rows."""
         return _load(self.rows)
 
-    @property
+    @cached_property
     def whole_function(self) -> Any:
         """The function of a tensor treated as one row."""
         return _load(self.whole or self.rows)
 
-    @property
+    @cached_property
     def block_function(self) -> Any:
         """The function on dense tensors."""
         return _load(self.blocks)
@@ -121,9 +122,7 @@ class MergeMethod:
     def check_count(self, count: int, least: int | None = None) -> None:
         """Refuse a number of inputs that the method cannot merge.
 
-        Args:
-            count: Number of inputs.
-            least: Minimum number, in place of the method's own.
+        `least` is a minimum in place of the method's own.
 
         Raises:
             DoRAError: With the expected and the given number.
@@ -139,11 +138,7 @@ class MergeMethod:
             )
 
     def check_settings(self, given: Iterable[str], weights: object = None) -> None:
-        """Refuse settings that have no effect on the method.
-
-        Args:
-            given: Names of the settings.
-            weights: The inputs' weights; None if not given.
+        """Refuse settings (by name) and weights that have no effect on the method.
 
         Raises:
             DoRAError: Naming these settings, and those that have an effect.

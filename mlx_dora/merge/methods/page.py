@@ -50,11 +50,7 @@ def _line(entry: MergeMethod) -> str:
 
 
 def put_table(page: str) -> str:
-    """Replace the table in a page.
-
-    Args:
-        page: Markdown with a table whose first cell is ``--method``.
-    """
+    """Replace the table in a page of Markdown; its first cell is ``--method``."""
     before, _, rest = page.partition("\n| `--method` |")
     lines = rest.split("\n")
     end = next(i for i, line in enumerate(lines[1:], 1) if not line.startswith("|"))

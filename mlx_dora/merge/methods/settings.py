@@ -45,14 +45,25 @@ class TensorSettings:
         Raises:
             DoRAError: If the weights differ by row.
         """
-        weights = self.weights
-        if weights.ndim == 2:
-            if np.ptp(weights, axis=0).any():
-                raise DoRAError(
-                    "this method needs one weight per input, got one per row."
-                )
-            weights = weights[0]
-        return [float(weight) for weight in weights]
+        weights = np.atleast_2d(self.weights)
+        if np.ptp(weights, axis=0).any():
+            raise DoRAError("this method needs one weight per input, got one per row.")
+        return weights[0].tolist()
+
+    def densities(self) -> list[float]:
+        """One density per input.
+
+        Raises:
+            DoRAError: If a density is not between 0 and 1, or their number is wrong.
+        """
+        count = self.weights.shape[-1]
+        given = self.density or (1.0,) * count
+        if len(given) != count or not all(0 <= share <= 1 for share in given):
+            raise DoRAError(
+                f"density must be a share from 0 to 1 for each of {count} inputs, got "
+                f"{given}."
+            )
+        return list(given)
 
     def normalizes(self, default: bool) -> bool:
         """Whether to divide by the weights' sum, given the method's default."""

@@ -10,7 +10,9 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.merge.methods.method import Mergekit, MergeMethod
 
 _SUM = ("normalize", "lambda")
-_DARE = (*_SUM, "density", "rescale")
+_CUT = (*_SUM, "density")
+_DARE = (*_CUT, "rescale")
+_ALL = {"density": 1.0}  # what mergekit keeps by default
 
 METHODS: dict[str, MergeMethod] = {
     entry.name: entry
@@ -24,9 +26,7 @@ METHODS: dict[str, MergeMethod] = {
             inputs=(2, 2),
             base="optional",
             is_mean=True,
-            mergekit=(
-                Mergekit(name="slerp", weights="t", inputs=(2, 2), starts_at_base=True),
-            ),
+            mergekit=[Mergekit("slerp", "t", inputs=(2, 2), starts_at_base=True)],
         ),
         MergeMethod(
             name="nuslerp",
@@ -37,14 +37,14 @@ METHODS: dict[str, MergeMethod] = {
             base="optional",
             is_mean=True,
             vectors="row",
-            mergekit=(
+            mergekit=[
                 Mergekit(
-                    name="nuslerp",
+                    "nuslerp",
                     uses_base=True,
                     row_when=("nuslerp_flatten", False),
                     only={"nuslerp_row_wise": False},
-                ),
-            ),
+                )
+            ],
         ),
         MergeMethod(
             name="karcher",
@@ -53,7 +53,7 @@ METHODS: dict[str, MergeMethod] = {
             rows="rows:karcher",
             base="optional",
             is_mean=True,
-            mergekit=(Mergekit(name="karcher", weights="equal"),),
+            mergekit=[Mergekit("karcher", "equal")],
         ),
         MergeMethod(
             name="nmean",
@@ -78,16 +78,16 @@ METHODS: dict[str, MergeMethod] = {
             blocks="elementwise:linear",
             is_mean=True,
             parameters=("normalize",),
-            mergekit=(
-                Mergekit(name="linear", parameters=("normalize",)),
+            mergekit=[
+                Mergekit("linear", parameters=("normalize",)),
                 Mergekit(
-                    name="passthrough",
+                    "passthrough",
                     parameters=("scale",),
                     defaults={"weight": 1.0, "normalize": False},
                     renamed={"scale": "weight"},
                     inputs=(1, 1),
                 ),
-            ),
+            ],
         ),
         MergeMethod(
             name="task_arithmetic",
@@ -97,7 +97,7 @@ METHODS: dict[str, MergeMethod] = {
             blocks="elementwise:task_arithmetic",
             base="changes",
             parameters=_SUM,
-            mergekit=(Mergekit(name="task_arithmetic", parameters=_SUM),),
+            mergekit=[Mergekit("task_arithmetic", parameters=_SUM)],
         ),
         MergeMethod(
             name="model_stock",
@@ -108,13 +108,7 @@ METHODS: dict[str, MergeMethod] = {
             base="changes",
             vectors="row",
             takes_weights=False,
-            mergekit=(
-                Mergekit(
-                    name="model_stock",
-                    weights="equal",
-                    row_when=("filter_wise", True),
-                ),
-            ),
+            mergekit=[Mergekit("model_stock", "equal", row_when=("filter_wise", True))],
         ),
         MergeMethod(
             name="fisher",
@@ -131,15 +125,9 @@ METHODS: dict[str, MergeMethod] = {
             paper="arXiv:2306.01708",
             blocks="elementwise:ties",
             base="changes",
-            parameters=(*_SUM, "density"),
+            parameters=_CUT,
             density=0.2,
-            mergekit=(
-                Mergekit(
-                    name="ties",
-                    parameters=(*_SUM, "density"),
-                    defaults={"density": 1.0},
-                ),
-            ),
+            mergekit=[Mergekit("ties", parameters=_CUT, defaults=_ALL)],
         ),
         MergeMethod(
             name="dare",
@@ -149,11 +137,7 @@ METHODS: dict[str, MergeMethod] = {
             base="changes",
             parameters=(*_DARE, "seed"),
             density=0.5,
-            mergekit=(
-                Mergekit(
-                    name="dare_linear", parameters=_DARE, defaults={"density": 1.0}
-                ),
-            ),
+            mergekit=[Mergekit("dare_linear", parameters=_DARE, defaults=_ALL)],
         ),
         MergeMethod(
             name="dare_ties",
@@ -163,13 +147,13 @@ METHODS: dict[str, MergeMethod] = {
             base="changes",
             parameters=(*_DARE, "seed"),
             density=0.5,
-            mergekit=(
+            mergekit=[
                 Mergekit(
-                    name="dare_ties",
+                    "dare_ties",
                     parameters=_DARE,
-                    defaults={"density": 1.0, "normalize": False},
-                ),
-            ),
+                    defaults={**_ALL, "normalize": False},
+                )
+            ],
         ),
         MergeMethod(
             name="tsv",
@@ -205,17 +189,14 @@ def method_named(name: str) -> MergeMethod:
 
 def densities() -> str:
     """The default densities, for a help text: ``ties 0.2, dare 0.5``."""
-    kept = [entry for entry in METHODS.values() if entry.density is not None]
-    return ", ".join(f"{entry.name} {entry.density}" for entry in kept)
+    return ", ".join(f"{e.name} {e.density}" for e in METHODS.values() if e.density)
 
 
 def exact_names() -> str:
     """Names of the methods that merge adapters exactly, for a help text."""
-    return ", ".join(entry.name for entry in METHODS.values() if entry.is_exact)
+    return ", ".join(name for name, entry in METHODS.items() if entry.is_exact)
 
 
 def names_with(parameter: str) -> str:
     """Names of the methods that use a setting, for a help text."""
-    return ", ".join(
-        entry.name for entry in METHODS.values() if parameter in entry.parameters
-    )
+    return ", ".join(n for n, entry in METHODS.items() if parameter in entry.parameters)

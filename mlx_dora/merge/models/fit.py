@@ -26,17 +26,20 @@ def check_fit(pattern: ModelTensors, inputs: Sequence[ModelTensors], pad: bool) 
         extra = set(model.names) - model.copies - own
         problems = listed("missing:", sorted(missing, key=natural_order))
         problems += listed("extra:", sorted(extra, key=natural_order))
-        unlike = [
-            f"{name} {model.shape(name)} for {pattern.shape(name)}"
+        unlike = {
+            name: _is_vocabulary(name, model, pattern)
             for name in sorted(own - missing, key=natural_order)
-            if not is_buffer(name)
-            and model.shape(name) != pattern.shape(name)
-            and not (pad and _is_vocabulary(name, model, pattern))
-        ]
-        problems += listed("other shapes:", unlike)
-        if unlike and all(
-            _is_vocabulary(name.split(" ")[0], model, pattern) for name in unlike
-        ):
+            if not is_buffer(name) and model.shape(name) != pattern.shape(name)
+        }
+        problems += listed(
+            "other shapes:",
+            [
+                f"{name} {model.shape(name)} for {pattern.shape(name)}"
+                for name, is_vocabulary in unlike.items()
+                if not (pad and is_vocabulary)
+            ],
+        )
+        if unlike and not pad and all(unlike.values()):
             problems.append("the vocabularies differ: set pad (--pad) to merge them")
         if problems:
             raise DoRAError(

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_dora.adapters.hosting import model_folder
 from mlx_dora.adapters.keys import natural_order
+from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.io.output import Inputs
@@ -19,10 +20,10 @@ from mlx_dora.merge.fisher.information import Fisher, check_fishers, check_paths
 from mlx_dora.merge.methods import DEFAULT
 from mlx_dora.merge.models.files import choose_tokenizer, copy_files, put_tokenizer
 from mlx_dora.merge.models.fit import check_fit, notes_of_copies
-from mlx_dora.merge.models.model_tensor import merge_one
+from mlx_dora.merge.models.model_tensor import Job
 from mlx_dora.merge.models.model_tensors import ModelTensors
 from mlx_dora.merge.models.plan import MergePlan, plan_models
-from mlx_dora.merge.models.report import MergedTensor, MergeReport
+from mlx_dora.merge.models.report import MergeReport
 from mlx_dora.merge.models.settings import count_blocks
 from mlx_dora.merge.weights import Weights
 from mlx_dora.progress import Progress
@@ -102,13 +103,7 @@ def run_merge(
 ) -> MergeReport:
     """Carry out a plan; see `merge_models`.
 
-    Args:
-        plan: The models and the settings of the merge.
-        save_path: Output folder.
-        inputs: Files that the output must not replace, besides the plan's own inputs.
-        overwrite: Replace an existing folder.
-        max_shard_bytes: Maximum size of a weight file.
-        progress: Progress callback.
+    The output does not replace files in `inputs` or the plan's own inputs.
     """
     started = time.perf_counter()
     given = [*plan.inputs, *inputs]
@@ -128,62 +123,49 @@ def run_merge(
     check_fit(pattern, sources, plan.pad)
     notes = [*plan.notes, *notes_of_copies(pattern, sources)]
     check_paths(fishers, [name.removesuffix(".weight") for name in pattern.names])
-    plan.check_blocks(count_blocks(pattern.names))
+    blocks = count_blocks(pattern.names)
+    if plan.blocks not in (None, blocks):
+        raise DoRAError(
+            f"slices: layer_range covers {plan.blocks} blocks of models with {blocks}; "
+            "only slices over all blocks are supported."
+        )
     choice = choose_tokenizer(plan, pattern, sources, notes)
     given.append(choice[0])
     mx.reset_peak_memory()
-    job = _job(plan, opened.values(), fishers)
-    with atomic_directory(save_path, inputs=given, overwrite=overwrite, job=job) as out:
+    names = sorted(pattern.names, key=natural_order)
+    job = Job(
+        plan=plan,
+        pattern=pattern,
+        base=base,
+        inputs=sources,
+        fishers=fishers,
+        blocks=blocks,
+    )
+    key = _state(plan, opened.values(), fishers)
+    with atomic_directory(save_path, inputs=given, overwrite=overwrite, job=key) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes, resume=True) as writer:
-            merged = _merge_all(writer, plan, pattern, base, sources, fishers, progress)
+            resumed, merged = writer.written, []
+            for name in names:
+                if name not in resumed:
+                    merged.append(job.merge(name, writer))
+                    if mx.get_cache_memory() > _KEPT:
+                        mx.clear_cache()
+                if progress is not None:
+                    progress("merge", len(names), 1)
         copy_files(pattern, out, plan.dtype, sources)
         put_tokenizer(out, *choice)
     return MergeReport(
         method=plan.method,
         models=plan.models,
         tensors=tuple(merged),
-        resumed=len(pattern.names) - len(merged),
+        resumed=len(names) - len(merged),
         peak_bytes=mx.get_peak_memory(),
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
     )
 
 
-def _merge_all(
-    writer: ShardWriter,
-    plan: MergePlan,
-    pattern: ModelTensors,
-    base: ModelTensors | None,
-    inputs: Sequence[ModelTensors],
-    fishers: Sequence[Fisher],
-    progress: Progress | None,
-) -> list[MergedTensor]:
-    """Merge every tensor that has not been written yet."""
-    names = sorted(pattern.names, key=natural_order)
-    blocks = count_blocks(names)
-    resumed = writer.written
-    done = []
-    for name in names:
-        if name not in resumed:
-            known = _known(name, pattern, fishers)
-            done.append(
-                merge_one(writer, name, plan, pattern, base, inputs, blocks, known)
-            )
-            if mx.get_cache_memory() > _KEPT:
-                mx.clear_cache()
-        if progress is not None:
-            progress("merge", len(names), 1)
-    return done
-
-
-def _known(
-    name: str, pattern: ModelTensors, fishers: Sequence[Fisher]
-) -> list[mx.array | None]:
-    path, shape = name.removesuffix(".weight"), pattern.shape(name)
-    return [fisher.read(path, shape) for fisher in fishers]
-
-
-def _job(
+def _state(
     plan: MergePlan, opened: Iterable[ModelTensors], fishers: Sequence[Fisher]
 ) -> str:
     """Everything that determines the output; inputs by path, size and modified time."""

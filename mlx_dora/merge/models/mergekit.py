@@ -5,7 +5,7 @@ only the dtype of the output. Keys that do not change the weights are accepted w
 note. Unsupported keys that would change the result are refused by name.
 """
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlx_dora.errors import DoRAError
@@ -68,7 +68,7 @@ def read_mergekit(content: Any) -> MergePlan:
     own = []
     for model, settings in zip(layout.models, layout.own, strict=True):
         accepted = _known(kit, f"parameters of {model}", settings, notes)
-        if wrong := [key for key in settings if key in accepted and _is_shared(key)]:
+        if wrong := [key for key in accepted if key not in _OF_A_MODEL]:
             raise DoRAError(
                 f"parameters of {model}: {', '.join(wrong)} not supported there; put "
                 "it under the file's parameters."
@@ -112,10 +112,6 @@ def _is_by_row(kit: Mergekit, shared: Settings) -> bool:
     return shared[key] is by_row
 
 
-def _is_shared(key: str) -> bool:
-    return key not in _OF_A_MODEL
-
-
 def _renamed(kit: Mergekit, settings: Settings) -> Settings:
     return {kit.renamed.get(key, key): value for key, value in settings.items()}
 
@@ -153,27 +149,23 @@ def _take_base(kit: Mergekit, method: MergeMethod, layout: Layout) -> Layout:
                 f"{', '.join(models)}."
             )
         own = dict(zip(models, layout.own, strict=True))
-        return _with(layout, (base, *others), (own.get(base, {}), own[others[0]]))
+        return replace(
+            layout, models=(base, *others), own=(own.get(base, {}), own[others[0]])
+        )
     if method.base == "changes" or (kit.uses_base and base is not None):
         kept = [i for i, model in enumerate(models) if model != base]
         if not kept:
             raise DoRAError(f"{kit.name} needs a model besides its base.")
-        return _with(layout, [models[i] for i in kept], [layout.own[i] for i in kept])
+        return replace(
+            layout,
+            models=tuple(models[i] for i in kept),
+            own=tuple(layout.own[i] for i in kept),
+        )
     if kit.inputs == (1, 1) and len(models) != 1:
         raise DoRAError(f"{kit.name} uses one model, got {', '.join(models)}.")
     if base is not None and base not in models:
         raise DoRAError(f"{kit.name}: base_model {base} must be among the models.")
     return layout
-
-
-def _with(layout: Layout, models: Sequence[str], own: Sequence[Settings]) -> Layout:
-    return Layout(
-        models=tuple(models),
-        own=tuple(own),
-        shared=layout.shared,
-        base=layout.base,
-        blocks=layout.blocks,
-    )
 
 
 def _tokenizer(top: Settings) -> str | None:

@@ -10,110 +10,107 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import ShardWriter
 from mlx_dora.io.derived import is_buffer
 from mlx_dora.io.finite import all_finite, is_finite
-from mlx_dora.matrix.packed import QuantizedWeight
-from mlx_dora.merge.methods.blockwise import BLOCK, Tensor, held, joined
+from mlx_dora.matrix.weight import dense, weight_from
+from mlx_dora.merge.fisher.information import Fisher
+from mlx_dora.merge.methods.blockwise import Tensor, held, joined, slices
 from mlx_dora.merge.methods.settings import TensorSettings
-from mlx_dora.merge.models.informed import merge_informed_tensor
 from mlx_dora.merge.models.model_tensors import ModelTensors, Packing
 from mlx_dora.merge.models.plan import MergePlan
 from mlx_dora.merge.models.report import MergedTensor
-from mlx_dora.merge.models.tensor import Merged, merge_blocks
+from mlx_dora.merge.models.tensor import Merged, merge_blocks, merge_informed_tensor
 
 
-def merge_one(
-    writer: ShardWriter,
-    name: str,
-    plan: MergePlan,
-    pattern: ModelTensors,
-    base: ModelTensors | None,
-    inputs: Sequence[ModelTensors],
-    blocks: int,
-    known: Sequence[mx.array | None],
-) -> MergedTensor:
-    """Merge one tensor block by block into a writer.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A merge of opened models.
 
-    Args:
-        writer: Writer of the output; the tensor is packed as in the pattern.
-        name: Name of the tensor.
+    Attributes:
         plan: Settings of the merge.
-        pattern: The model whose dtype and packing the output has.
+        pattern: The model whose names, dtypes and packing the output has.
         base: The model that changes are relative to.
         inputs: The models to merge.
-        blocks: Number of blocks of the model, for gradients.
-        known: Fisher information of each input, for method ``fisher``.
-
-    Raises:
-        DoRAError: If an input holds NaN or inf, or the method cannot be used.
+        fishers: Fisher information of each input; empty if not used.
+        blocks: Number of blocks of each model, for gradients.
     """
-    kept = pattern.dtype(name)
-    if kept is None or is_buffer(name):
-        writer.add(name, _carried(name, pattern, inputs))
-        return MergedTensor(name=name, opposed=0, packing_error=None)
-    if base is not None and not (plan.relative or plan.entry.needs_base):
-        base = None
-    opened = {model.folder: model.source(name) for model in inputs}
-    if base is not None:
-        opened[base.folder] = base.source(name)
-    if plan.pad:
-        opened = _padded(opened)
-    tensors = [opened[model.folder] for model in inputs]
-    start = None if base is None else opened[base.folder]
-    settings = plan.settings_of(pattern.original(name), _rows_of(tensors[0]), blocks)
-    try:
-        merged = _merged(plan, start, tensors, settings, known)
-    except DoRAError as error:
-        raise DoRAError(f"{name}: {error}") from error
-    check = _Check(name, opened)
-    check.inputs(merged.unseen)
-    packing, shape = pattern.packing(name), tensors[0].shape
-    if packing is None:
-        packing_error = None
-        wanted = kept if plan.dtype is None else getattr(mx, plan.dtype)
-        writer.add_blocks(name, wanted, shape, check.blocks(merged.blocks, wanted))
-    else:
-        whole = joined(check.blocks(merged.blocks, mx.float32), shape)
-        # Cast first: packing a float32 array would make float32 scales.
-        packing_error = _pack(writer, name, whole, kept, packing)
-    return MergedTensor(
-        name=name,
-        opposed=merged.opposed,
-        packing_error=packing_error,
-        unknown=merged.unknown,
-    )
 
+    plan: MergePlan
+    pattern: ModelTensors
+    base: ModelTensors | None
+    inputs: Sequence[ModelTensors]
+    fishers: Sequence[Fisher]
+    blocks: int
 
-def _merged(
-    plan: MergePlan,
-    start: Tensor | None,
-    tensors: Sequence[Tensor],
-    settings: TensorSettings,
-    known: Sequence[mx.array | None],
-) -> Merged:
-    """Merge a tensor, by Fisher information if it is given."""
-    if not known:
-        return merge_blocks(plan.method, start, tensors, settings, plan.granularity)
-    whole, unknown = merge_informed_tensor(
-        [held(tensor) for tensor in tensors], settings, known
-    )
-    return Merged(iter([whole.reshape(-1)]), unknown=unknown)
+    def merge(self, name: str, writer: ShardWriter) -> MergedTensor:
+        """Merge one tensor block by block into a writer.
 
+        Raises:
+            DoRAError: If an input holds NaN or inf, or the method cannot be used.
+        """
+        kept = self.pattern.dtype(name)
+        if kept is None or is_buffer(name):
+            writer.add(name, self._carried(name))
+            return MergedTensor(name=name, opposed=0, packing_error=None)
+        plan, base = self.plan, self.base
+        if base is not None and not (plan.relative or plan.entry.needs_base):
+            base = None
+        models = [*self.inputs, *([] if base is None else [base])]
+        opened = {model.folder: model.source(name) for model in models}
+        if plan.pad:
+            opened = _padded(opened)
+        tensors = [opened[model.folder] for model in self.inputs]
+        start = None if base is None else opened[base.folder]
+        shape = tensors[0].shape
+        rows = tensors[0].size // shape[-1] if len(shape) > 1 else 1
+        settings = plan.settings_of(self.pattern.original(name), rows, self.blocks)
+        try:
+            merged = self._merged(name, start, tensors, settings)
+        except DoRAError as error:
+            raise DoRAError(f"{name}: {error}") from error
+        check = _Check(name, opened)
+        check.inputs(merged.unseen)
+        packing, packing_error = self.pattern.packing(name), None
+        if packing is None:
+            wanted = kept if plan.dtype is None else getattr(mx, plan.dtype)
+            writer.add_blocks(name, wanted, shape, check.blocks(merged.blocks, wanted))
+        else:
+            whole = joined(check.blocks(merged.blocks, mx.float32), shape)
+            # Cast first: packing a float32 array would make float32 scales.
+            packing_error = _pack(writer, name, whole, kept, packing)
+        return MergedTensor(
+            name=name,
+            opposed=merged.opposed,
+            packing_error=packing_error,
+            unknown=merged.unknown,
+        )
 
-def _rows_of(tensor: Tensor) -> int:
-    return tensor.size // tensor.shape[-1] if tensor.ndim > 1 else 1
+    def _merged(
+        self,
+        name: str,
+        start: Tensor | None,
+        tensors: Sequence[Tensor],
+        settings: TensorSettings,
+    ) -> Merged:
+        """Merge a tensor, by Fisher information if it is given."""
+        plan = self.plan
+        if not self.fishers:
+            return merge_blocks(plan.method, start, tensors, settings, plan.granularity)
+        path = name.removesuffix(".weight")
+        whole, unknown = merge_informed_tensor(
+            [held(tensor) for tensor in tensors],
+            settings,
+            [fisher.read(path, self.pattern.shape(name)) for fisher in self.fishers],
+        )
+        return Merged(iter([whole.reshape(-1)]), unknown=unknown)
 
-
-def _carried(
-    name: str, pattern: ModelTensors, inputs: Sequence[ModelTensors]
-) -> mx.array:
-    """Read a tensor that is not merged: a buffer, or integers that all models share."""
-    own = pattern.read(name)
-    if is_buffer(name):
+    def _carried(self, name: str) -> mx.array:
+        """Read a tensor that is not merged: a buffer, or integers that all share."""
+        own = self.pattern.read(name)
+        others = [model for model in self.inputs if model != self.pattern]
+        if not is_buffer(name) and not all(
+            mx.array_equal(model.read(name), own) for model in others
+        ):
+            raise DoRAError(f"{name} holds integers that differ between the models.")
         return own
-    if not all(
-        mx.array_equal(model.read(name), own) for model in inputs if model != pattern
-    ):
-        raise DoRAError(f"{name} holds integers that differ between the models.")
-    return own
 
 
 def _padded(opened: Mapping[Path, Tensor]) -> dict[Path, Tensor]:
@@ -139,8 +136,10 @@ class _Check:
     def inputs(self, tensors: Sequence[Tensor]) -> None:
         """Refuse those of the inputs that hold NaN or inf."""
         for folder, tensor in self.opened.items():
-            if any(tensor is other for other in tensors) and not _all_finite(tensor):
-                raise DoRAError(f"{folder}: {self.name} holds NaN or inf.")
+            if any(tensor is other for other in tensors):
+                flat = tensor.reshape(-1)
+                if not all(is_finite(flat[index]) for index in slices(flat.size)):
+                    raise DoRAError(f"{folder}: {self.name} holds NaN or inf.")
 
     def blocks(self, blocks: Iterable[mx.array], dtype: mx.Dtype) -> Iterator[mx.array]:
         """Check and cast blocks; yield each while the next is being computed."""
@@ -165,45 +164,26 @@ class _Check:
         )
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    flat = tensor.reshape(-1)
-    starts = range(0, flat.size, BLOCK)
-    return all(is_finite(flat[first : first + BLOCK]) for first in starts)
-
-
 def _pack(
     writer: ShardWriter, name: str, merged: mx.array, kept: mx.Dtype, packing: Packing
 ) -> float:
     """Pack and write a tensor; return the relative error of packing."""
-    packed, scales, *biases = mx.quantize(
+    made = mx.quantize(
         merged.astype(kept), packing.group_size, packing.bits, packing.mode
     )
-    path = name.removesuffix(".weight")
-    if not all(all_finite(part) for part in (scales, *biases)):
+    leaves = ["weight", "scales", "biases"]
+    parts = dict(zip(leaves, made, strict=False))
+    if not all(all_finite(part) for part in made[1:]):
         raise DoRAError(
             f"{name}: the merged tensor is too large for scales in {kept}, though no "
             "model holds NaN or inf."
         )
-    back = QuantizedWeight(
-        weight=packed,
-        scales=scales,
-        biases=biases[0] if biases else None,
-        group_size=packing.group_size,
-        bits=packing.bits,
-        mode=packing.mode,
-    )
-    error = _relative_error(back.dequantize(), merged)
+    restored = dense(weight_from(parts, packing)).astype(mx.float32)
+    difference = float(mx.square(restored - merged).sum())
+    total = float(mx.square(merged).sum())
     # Write the weight last: a resumed merge treats it as proof that all parts exist.
-    parts = {f"{path}.scales": scales, name: packed}
-    if biases:
-        parts = {f"{path}.biases": biases[0], **parts}
-    for part, value in parts.items():
+    for leaf in reversed(parts):
+        part = f"{name.removesuffix('weight')}{leaf}"
         if part not in writer.written:
-            writer.add(part, value)
-    return error
-
-
-def _relative_error(restored: mx.array, exact: mx.array) -> float:
-    difference = float(mx.square(restored.astype(mx.float32) - exact).sum())
-    total = float(mx.square(exact).sum())
+            writer.add(part, parts[leaf])
     return (difference / total) ** 0.5 if total else 0.0

@@ -11,7 +11,7 @@ from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.io.derived import head_and_embedding, is_buffer, ties_embeddings
 from mlx_dora.io.json import read_object
 from mlx_dora.io.stored import FLOATS
-from mlx_dora.matrix.packed import QuantizedWeight
+from mlx_dora.matrix.weight import dense, weight_from
 from mlx_dora.merge.methods.blockwise import Tensor
 
 _DTYPES = {
@@ -56,21 +56,14 @@ class ModelTensors:
                 f"least 1, got {tokens!r:.60}."
             )
         names = set(self._checkpoint.names)
-        self._packed = {
-            name: self._packing(name.removesuffix(".scales"))
+        packed = [
+            path
             for name in names
-            if name.endswith(".scales")
-            and f"{name.removesuffix('.scales')}.weight" in names
-        }
-        self._packed = {
-            f"{name.removesuffix('.scales')}.weight": packing
-            for name, packing in self._packed.items()
-        }
-        parts = {
-            f"{name.removesuffix('.weight')}.{leaf}"
-            for name in self._packed
-            for leaf in ("scales", "biases")
-        }
+            if (path := name.removesuffix(".scales")) != name
+            and f"{path}.weight" in names
+        ]
+        self._packed = {f"{path}.weight": self._packing(path) for path in packed}
+        parts = {f"{path}.{leaf}" for path in packed for leaf in ("scales", "biases")}
         self.names = sorted(names - parts)
         self._tied: dict[str, str] = {}
         self._tied = self._tied_head()
@@ -113,21 +106,12 @@ class ModelTensors:
     def read(self, name: str) -> mx.array:
         """Read a tensor, unpacked and evaluated."""
         name = self.original(name)
-        tensor = self._checkpoint.tensor(name)
-        packing = self.packing(name)
+        tensor, packing = self._checkpoint.tensor(name), self.packing(name)
         if packing is not None:
-            path = name.removesuffix(".weight")
-            biases = None
-            if packing.mode == "affine":
-                biases = self._checkpoint.tensor(f"{path}.biases")
-            tensor = QuantizedWeight(
-                weight=tensor,
-                scales=self._checkpoint.tensor(f"{path}.scales"),
-                biases=biases,
-                group_size=packing.group_size,
-                bits=packing.bits,
-                mode=packing.mode,
-            ).dequantize()
+            path = name.removesuffix("weight")
+            leaves = ("scales", "biases") if packing.mode == "affine" else ("scales",)
+            parts = {leaf: self._checkpoint.tensor(f"{path}{leaf}") for leaf in leaves}
+            tensor = dense(weight_from({"weight": tensor, **parts}, packing))
         mx.eval(tensor)
         return tensor
 

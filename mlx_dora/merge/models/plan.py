@@ -114,54 +114,31 @@ class MergePlan:
         """The merge method."""
         return method_named(self.method)
 
-    def check_blocks(self, blocks: int) -> None:
-        """Refuse models whose number of blocks differs from the plan's.
-
-        Raises:
-            DoRAError: With both numbers.
-        """
-        if self.blocks not in (None, blocks):
-            raise DoRAError(
-                f"slices: layer_range covers {self.blocks} blocks of models with "
-                f"{blocks}; only slices over all blocks are supported."
-            )
-
     def settings_of(self, name: str, rows: int, blocks: int) -> TensorSettings:
-        """Settings for merging one tensor.
+        """Settings for merging a tensor of some rows, in a model of some blocks."""
+        depth, count = depth_of(name, blocks), len(self.models)
 
-        Args:
-            name: Name of the tensor.
-            rows: Number of rows of the tensor.
-            blocks: Number of blocks of the model, for gradients.
-        """
-        depth = depth_of(name, blocks)
-        count = len(self.models)
+        def value(key: str, own: Mapping[str, Any] | None = None) -> Any:
+            given = (part[key] for part in (own or {}, self.parameters) if key in part)
+            values = (resolve(setting, name, depth) for setting in given)
+            return next((value for value in values if value is not None), None)
 
-        def value(key: str, model: int | None = None) -> float | bool | None:
-            own = self.per_model[model] if model is not None and self.per_model else {}
-            for settings in (own, self.parameters):
-                if key in settings:
-                    resolved = resolve(settings[key], name, depth)
-                    if resolved is not None:
-                        return resolved
-            return None
+        def values(key: str) -> list[Any]:
+            return [value(key, own) for own in self.per_model or [{}] * count]
 
         if self.weighting is not None:
-            own = [value("weight", i) for i in range(count)]
-            weights = self._named_weights(name, own, value("t"))
+            weights = self._named_weights(name, values("weight"), value("t"))
         else:
             module = name.removesuffix(".weight").removesuffix(".bias")
-            shares = row_weights(self.weights, module, count, rows, normalize=False)
+            given = check_weights(self.weights, count)
+            shares = row_weights(given, {module: rows}, normalize=False)[module]
             weights = shares if np.ptp(shares, axis=0).any() else shares[0]
-        densities = [value("density", i) for i in range(count)]
         kept = self.entry.density or 1.0
         normalize, scale = value("normalize"), value("lambda")
         rescale = value("rescale")
         return TensorSettings(
             weights=weights,
-            density=tuple(
-                kept if density is None else float(density) for density in densities
-            ),
+            density=tuple(kept if d is None else float(d) for d in values("density")),
             normalize=None if normalize is None else bool(normalize),
             scale=1.0 if scale is None else float(scale),
             seed=self.seed,
@@ -169,7 +146,7 @@ class MergePlan:
         )
 
     def _named_weights(
-        self, name: str, weights: Sequence[float | bool | None], t: float | bool | None
+        self, name: str, weights: Sequence[float | None], t: float | None
     ) -> np.ndarray:
         if self.weighting == "t":
             if t is None:

@@ -39,15 +39,10 @@ def check_setting(what: str, setting: Any) -> None:
     Raises:
         DoRAError: With `what`, which names the setting, and the given value.
     """
-    if _is_scalar(setting):
+    if _is_scalar(setting) or _is_gradient(setting) or _is_filter(setting):
         return
-    if isinstance(setting, Mapping):
-        setting = [setting]
-    if isinstance(setting, list | tuple) and setting:
-        if all(_is_scalar(entry) for entry in setting):
-            return
-        if all(_is_filter(entry) for entry in setting):
-            return
+    if isinstance(setting, list | tuple) and setting and all(map(_is_filter, setting)):
+        return
     raise DoRAError(
         f"{what} must be a number, a gradient [0, 1, ...], or filters "
         f"[{{filter: ..., value: ...}}, ...]; got {setting!r:.80}."
@@ -55,13 +50,7 @@ def check_setting(what: str, setting: Any) -> None:
 
 
 def resolve(setting: Any, name: str, depth: float) -> float | bool | None:
-    """The value of a setting for one tensor; None if no filter matches.
-
-    Args:
-        setting: A setting that passed `check_setting`.
-        name: Name of the tensor.
-        depth: Position of the tensor, from `depth_of`.
-    """
+    """The value of a checked setting for one tensor; None if no filter matches."""
     if _is_scalar(setting):
         return setting
     if isinstance(setting, Mapping):
@@ -82,12 +71,7 @@ def resolve(setting: Any, name: str, depth: float) -> float | bool | None:
 
 
 def layered(first: Any, second: Any) -> Any:
-    """Combine two settings; `second` applies where no filter of `first` matches.
-
-    Args:
-        first: A setting that passed `check_setting`.
-        second: A checked setting of lower precedence.
-    """
+    """Combine checked settings; `second` applies where no filter of `first` matches."""
     filters = [first] if isinstance(first, Mapping) else first
     if _is_scalar(first) or _is_scalar(filters[0]):
         return first
@@ -99,16 +83,17 @@ def layered(first: Any, second: Any) -> Any:
 
 def _is_filter(entry: Any) -> bool:
     """Whether an entry is ``{filter: text, value: a number or a gradient}``."""
-    if not isinstance(entry, Mapping) or "value" not in entry:
-        return False
-    if not {*entry} <= {"value", "filter"}:
-        return False
-    if not isinstance(entry.get("filter"), str | None):
-        return False
-    value = entry["value"]
-    if isinstance(value, list | tuple):
-        return bool(value) and all(_is_scalar(each) for each in value)
-    return _is_scalar(value)
+    return (
+        isinstance(entry, Mapping)
+        and {"value"} <= {*entry} <= {"value", "filter"}
+        and isinstance(entry.get("filter"), str | None)
+        and (_is_scalar(entry["value"]) or _is_gradient(entry["value"]))
+    )
+
+
+def _is_gradient(value: Any) -> bool:
+    is_list = isinstance(value, list | tuple) and bool(value)
+    return is_list and all(_is_scalar(each) for each in value)
 
 
 def _is_scalar(value: Any) -> bool:

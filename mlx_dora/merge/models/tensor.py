@@ -7,18 +7,24 @@ is computed block by block from tensors in memory or in files.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import combinations_with_replacement
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.matrix.grams import gram_norm
-from mlx_dora.merge.methods import MergeMethod, blockwise, elementwise, method_named
-from mlx_dora.merge.methods.blockwise import Tensor
+from mlx_dora.merge.fisher.information import informed_weights
+from mlx_dora.merge.methods import METHODS, MergeMethod, blockwise, elementwise
+from mlx_dora.merge.methods.blockwise import Tensor, slices
 from mlx_dora.merge.methods.rows import RowFunction, Rows
 from mlx_dora.merge.methods.settings import TensorSettings
-from mlx_dora.merge.models.inner import inner_products
+from mlx_dora.merge.weights import normalized
+
+# Number of products to sum in float32; these sums are added in float64. Summing a
+# million in float32 gave a slerp of whole tensors an error of 7e-5.
+_SPAN = 1024
 
 
 @dataclass
@@ -72,26 +78,19 @@ def merge_blocks(
     With a base, methods that support it merge changes from the base. A tensor with
     fewer than two axes (norm weights, biases) has no rows; most row methods use the
     weighted mean there. ``ties`` holds the magnitudes of one task vector in memory, and
-    ``tsv`` holds everything.
-
-    Args:
-        method: Name of the method.
-        base: The base's tensor, or None.
-        tensors: N tensors of the same shape.
-        settings: Settings of the method for this tensor.
-        granularity: ``"row"`` or ``"tensor"``.
+    ``tsv`` holds everything. The granularity is ``"row"`` or ``"tensor"``.
 
     Raises:
         DoRAError: If the method needs a base, or weights cannot be used.
     """
-    entry = method_named(method)
+    entry = METHODS[method]
     if entry.needs_base and base is None:
         raise DoRAError(f"{method} merges changes from a base: give the base.")
     by_row = granularity == "row" and tensors[0].ndim > 1
     is_plain = settings.weights.ndim == 1 or not by_row
     if entry.blocks and (is_plain or entry.base == "changes"):
         settings.plain_weights()
-        blocks = _blocks(entry, base, tensors, settings)
+        blocks = entry.block_function(base, tensors, settings)
         hidden = [tensor for tensor in (base, *tensors) if tensor is not None]
         if entry.is_exact:  # every input enters each element
             hidden = [] if base is None or entry.base == "changes" else [base]
@@ -108,36 +107,44 @@ def merge_blocks(
     return _merge_rows(entry, base, tensors, settings.weights, is_relative)
 
 
-def _blocks(
-    entry: MergeMethod,
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
+def merge_informed_tensor(
+    tensors: Sequence[mx.array],
     settings: TensorSettings,
-) -> Iterator[mx.array]:
-    """Blocks of a method on dense tensors; reads nothing before the first block."""
-    yield from entry.block_function(base, tensors, settings)
+    informations: Sequence[mx.array | None],
+) -> tuple[mx.array, int]:
+    """Merge one tensor of N models by their Fisher information.
 
+    The information of the models is all ``(out,)`` or all of the tensor's shape. If any
+    is None, the result is the weighted mean.
 
-def mean_shares(weights: np.ndarray, rows: int) -> np.ndarray:
-    """Weights of each row, normalized to sum to 1.
+    Returns:
+        The merged tensor, float32, and the number of elements without information.
 
     Raises:
-        DoRAError: If a weight is negative or all are 0.
+        DoRAError: If weights are negative or all 0, or by row and the information by
+            element.
     """
-    shares = np.broadcast_to(weights, (rows, weights.shape[-1]))
-    total = shares.sum(1, keepdims=True)
-    if (shares < 0).any() or not (total > 0).all():
+    known = [information for information in informations if information is not None]
+    size = tensors[0].size
+    if len(known) < len(informations):
+        return merge_tensor("linear", None, tensors, settings)[0], size
+    rows = tensors[0].shape[0]
+    shares = normalized(np.broadcast_to(settings.weights, (rows, len(known))))
+    if known[0].ndim == 1:
+        informed, unknown = informed_weights(shares, known)
+        by_row = replace(settings, weights=informed)
+        merged, _ = merge_tensor("linear", None, tensors, by_row)
+        return merged, unknown * (size // rows)
+    if np.ptp(shares, axis=0).any():
         raise DoRAError(
-            "a mean of directions needs weights of at least 0 with a positive sum, got "
-            f"{[float(share) for share in shares[0]]}."
+            "Fisher information by element needs one weight per model, not one per row."
         )
-    return shares / total
+    return elementwise.fisher(tensors, known, shares[0].tolist())
 
 
 def _shares(entry: MergeMethod, weights: np.ndarray, rows: int) -> np.ndarray:
-    if entry.is_mean:
-        return mean_shares(weights, rows)
-    return np.broadcast_to(weights, (rows, weights.shape[-1]))
+    shares = np.broadcast_to(weights, (rows, weights.shape[-1]))
+    return normalized(shares) if entry.is_mean else shares
 
 
 def _merge_rows(
@@ -154,13 +161,12 @@ def _merge_rows(
     count = rows[0].shape[0]
     shares = _shares(entry, weights, count)
     function = entry.row_function
-    step = max(1, blockwise.BLOCK // max(width, 1))
+    places = slices(count, max(1, blockwise.BLOCK // max(width, 1)))
     merged = Merged(unseen=[] if base is None or is_relative else [base])
 
     def blocks() -> Iterator[mx.array]:
-        for first in range(0, count, step):
-            index = slice(first, first + step)
-            values = [matrix[index].astype(mx.float32) for matrix in rows]
+        for index in places:
+            values = blockwise.values(index, rows)
             start = base_norm = None
             if whole_base is not None:
                 start = whole_base[index].astype(mx.float32)
@@ -174,7 +180,9 @@ def _merge_rows(
                 continue
             beta, opposed = _coefficients(function, inner, shares[index], base_norm)
             merged.opposed += opposed
-            block = _combined(values, beta)
+            columns = mx.array(beta.astype(np.float32))
+            columns = [columns[:, i : i + 1] for i in range(len(values))]
+            block = blockwise.weighted_sum(values, columns)
             yield block + start if is_relative and start is not None else block
 
     merged.blocks = blocks()
@@ -190,21 +198,16 @@ def _merge_whole(
     """Merge a tensor as one row; reads each input twice, for angles and for the sum."""
     every = tensors if base is None else [base, *tensors]
     flat = [tensor.reshape(-1) for tensor in every]
-    size = flat[0].size
-    slices = [slice(i, i + blockwise.BLOCK) for i in range(0, size, blockwise.BLOCK)]
+    places = slices(flat[0].size)
 
     def values(index: slice) -> tuple[mx.array | None, list[mx.array]]:
         if base is not None:
             return blockwise.changes(index, flat)
-        return None, [tensor[index].astype(mx.float32) for tensor in flat]
+        return None, blockwise.values(index, flat)
 
-    inner = sum(
-        (
-            inner_products([block[None] for block in values(index)[1]])
-            for index in slices
-        ),
-        start=np.zeros((1, len(tensors), len(tensors))),
-    )
+    inner = np.zeros((1, len(tensors), len(tensors)))
+    for index in places:
+        inner = inner + inner_products([block[None] for block in values(index)[1]])
     shares = _shares(entry, np.atleast_2d(weights)[:1], 1)
     coefficients, opposed = np.full_like(shares, np.nan), 0
     if np.isfinite(inner).all():
@@ -212,7 +215,7 @@ def _merge_whole(
     betas = [float(beta) for beta in coefficients[0]]
 
     def blocks() -> Iterator[mx.array]:
-        for index in slices:
+        for index in places:
             start, others = values(index)
             block = blockwise.weighted_sum(others, betas)
             yield block if start is None else block + start
@@ -233,7 +236,27 @@ def _coefficients(
     return combination.coefficients, int(combination.opposed.sum())
 
 
-def _combined(blocks: Sequence[mx.array], coefficients: np.ndarray) -> mx.array:
-    beta = mx.array(coefficients.astype(np.float32))
-    columns = [beta[:, i : i + 1] for i in range(len(blocks))]
-    return blockwise.sum_of([b * v for b, v in zip(columns, blocks, strict=True)])
+def inner_products(blocks: Sequence[mx.array]) -> np.ndarray:
+    """Inner products of the rows of each pair. Shape ``(rows, N, N)``, float64."""
+    count = len(blocks)
+    mx.eval(blocks)
+    views = [np.array(block, copy=False) for block in blocks]
+    inner = np.empty((len(views[0]), count, count))
+    with np.errstate(over="ignore", invalid="ignore"):  # callers check for them
+        for i, k in combinations_with_replacement(range(count), 2):
+            inner[:, i, k] = inner[:, k, i] = _products(views[i], views[k])
+    return inner
+
+
+def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    rows, width = a.shape
+    if rows == 1 and width > _SPAN:
+        spans, left = divmod(width, _SPAN)
+        head = [x[0, : width - left].reshape(spans, _SPAN) for x in (a, b)]
+        tail = [x[:, width - left :] for x in (a, b)]
+        return _products(*head).sum(keepdims=True) + _products(*tail)
+    total = np.zeros(rows)
+    for first in range(0, width, _SPAN):
+        index = slice(first, first + _SPAN)
+        total += np.einsum("jw,jw->j", a[:, index], b[:, index])
+    return total

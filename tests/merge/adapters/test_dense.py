@@ -8,7 +8,8 @@ import pytest
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import weight_of
 from mlx_dora.merge import merge_adapters
-from mlx_dora.merge.adapters.dense import Options, _truncate, merge_apart
+from mlx_dora.merge.adapters.dense import Options, merge_apart
+from mlx_dora.merge.adapters.factor import _truncate
 from tests.checks import assert_close, to_numpy
 from tests.merge.adapters.test_merge import dense_rows, train
 from tests.merge.methods.test_elementwise import ties_truth

@@ -14,8 +14,8 @@ from mlx_dora.adapters.hosting import load
 from mlx_dora.cli.extract import command
 from mlx_dora.fuse.config import FuseConfig
 from mlx_dora.fuse.model import fuse_model
-from mlx_dora.merge.adapters.dense import factor, row_norm
 from mlx_dora.merge.adapters.extract import extract_adapter
+from mlx_dora.merge.adapters.factor import factor, row_norm
 from tests.adapters.training import QV, TOKENS, train
 from tests.checks import assert_close, to_numpy
 

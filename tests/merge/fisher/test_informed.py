@@ -8,10 +8,10 @@ import pytest
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.matrix import Adapted, LowRank
+from mlx_dora.merge.adapters.dense import merge_informed
 from mlx_dora.merge.adapters.factored import merge_matrix
-from mlx_dora.merge.adapters.informed import merge_informed
 from mlx_dora.merge.methods.settings import TensorSettings
-from mlx_dora.merge.models.informed import merge_informed_tensor
+from mlx_dora.merge.models.tensor import merge_informed_tensor
 from tests.checks import assert_close, to_numpy
 from tests.merge.matrices import adapted, make_input, make_weight
 from tests.merge.oracle import total
