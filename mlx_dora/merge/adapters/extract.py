@@ -1,6 +1,6 @@
 """A DoRA adapter from a base and a fine-tuned model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,10 +109,7 @@ def extract_adapter(
     paths = resolve_keys(start, keys, -1)
     if missing := [path for path in paths if path not in after]:
         raise DoRAError(f"{tuned} lacks {', '.join(missing[:10])}.")
-    for path in paths:
-        dora_class(before[path])
-    if rank is not None and paths:
-        check_cut(before, paths, rank)
+    _check_modules(before, paths, rank)
     tensors: dict[str, mx.array] = {}
     layers: list[ExtractedLayer] = []
     for path in paths:
@@ -130,7 +127,7 @@ def extract_adapter(
     refuse_not_finite(tensors, "the extracted adapter")
     if save_path is not None:
         save_adapter(adapter, save_path, inputs=(base, tuned), overwrite=overwrite)
-    left_out = tuple(_left_out(start, end, set(paths)))
+    left_out = _left_out(start, end, set(paths))
     return Extraction(adapter=adapter, layers=tuple(layers), left_out=left_out)
 
 
@@ -141,6 +138,15 @@ def _check_size(rank: int | None, energy: float | None) -> None:
         raise DoRAError(f"rank must be a whole number of at least 1, got {rank!r}.")
     if energy is not None and not 0 < energy <= 1:
         raise DoRAError(f"energy must be above 0 and at most 1, got {energy!r}.")
+
+
+def _check_modules(
+    modules: Mapping[str, nn.Module], paths: Sequence[str], rank: int | None
+) -> None:
+    for path in paths:
+        dora_class(modules[path])
+    if rank is not None and paths:
+        check_cut(modules, paths, rank)
 
 
 def _extract(
@@ -188,7 +194,7 @@ def _length(matrix: mx.array) -> float:
     return float(np.linalg.norm(np.array(row_norm(matrix), np.float64)))
 
 
-def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> list[str]:
+def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> tuple[str, ...]:
     """Names of changed tensors that the adapter does not cover."""
     before, after = base_tensors(start), base_tensors(end)
     leaves = ("weight", "scales", "biases")
@@ -196,8 +202,8 @@ def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> list[str]:
     names = sorted((before.keys() | after.keys()) - inside, key=natural_order)
     both = before.keys() & after.keys()
     # Arrays of different shapes are not equal.
-    return [
+    return tuple(
         name
         for name in names
         if name not in both or not mx.array_equal(before[name], after[name])
-    ]
+    )

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.matrix import Adapted, Factors, LowRank, Weight, row_grams
+from mlx_dora.matrix import Adapted, Factors, LowRank, RowGrams, Weight, row_grams
 from mlx_dora.matrix.low_rank import side_by_side
 from mlx_dora.matrix.weight import float32_rows
 from mlx_dora.merge.methods import METHODS
@@ -80,9 +80,8 @@ def merge_matrix(
 ) -> MergedMatrix:
     """Merge the adapters of one matrix by a row method.
 
-    The base weight ``(out, in)`` is read once. The N inputs have weights ``(out, N)``;
-    for means each row sums to 1. The merged adapter has the multiplier `scale`, not 0,
-    and at most `rank`, if given.
+    The base weight ``(out, in)`` is read once. The inputs' weights are ``(out, N)``;
+    for means each row sums to 1. `scale`, not 0, is the merged adapter's multiplier.
 
     Raises:
         DoRAError: If the base holds NaN or inf, or an adapted row overflows float32.
@@ -95,25 +94,12 @@ def merge_matrix(
     of_base = entry.base == "changes"
     if of_base:  # W0 + Σ β_i (W_i − W0): the base is the last of the rows
         inputs.append(_unchanged(weight))
-        last = 1 - weights.sum(1, keepdims=True)
-        weights = np.concatenate([weights, last], axis=1)
+        weights = np.concatenate([weights, 1 - weights.sum(1, keepdims=True)], axis=1)
     grams = row_grams(weight, [adapted.update for adapted in inputs])
-    norm = grams.norm
-    if not (norm <= np.finfo(np.float32).max).all():
-        raise DoRAError(NOT_FINITE)
-    lengths = [
-        norm[:, i] if adapted.m is None else np.array(adapted.m, np.float64)
-        for i, adapted in enumerate(inputs)
-    ]
-    rows = Rows(
-        inner=grams.inner,
-        magnitude=np.stack(lengths, axis=1),
-        weights=weights,
-        base_norm=grams.base_norm,
-    )
+    rows = _rows(grams, inputs, weights)
     function = entry.row_function
     combination = of_changes(rows, function) if of_base else function(rows)
-    beta, opposed = _keep_base(combination, norm, weights)
+    beta, opposed = _keep_base(combination, rows.norm, weights)
     length, share = combination.length.copy(), beta.sum(1)
     # The row is zero in all inputs: use any update that leaves it zero.
     is_zero = np.abs(beta).sum(1) == 0
@@ -132,8 +118,7 @@ def merge_matrix(
     if rank is not None and rank < merged.a.shape[1]:
         if not (np.isfinite(merged.a).all() and np.isfinite(merged.b).all()):
             raise DoRAError(NOT_FINITE)
-        safe = np.where(is_zero, 1.0, np.abs(share))
-        merged, discarded = merged.cut(rank, safe)
+        merged, discarded = merged.cut(rank, np.where(is_zero, 1.0, np.abs(share)))
     return MergedMatrix(
         lora_a=single(merged.a),
         lora_b=single((merged.b / scale).T),
@@ -143,6 +128,23 @@ def merge_matrix(
         recomputed=grams.recomputed + len(recomputed),
         zero=int((length == 0).sum()),
         discarded=discarded,
+    )
+
+
+def _rows(grams: RowGrams, inputs: Sequence[Adapted], weights: np.ndarray) -> Rows:
+    """The rows of the inputs, as a method sees them; refuses rows beyond float32."""
+    norm = grams.norm
+    if not (norm <= np.finfo(np.float32).max).all():
+        raise DoRAError(NOT_FINITE)
+    lengths = [
+        norm[:, i] if adapted.m is None else np.array(adapted.m, np.float64)
+        for i, adapted in enumerate(inputs)
+    ]
+    return Rows(
+        inner=grams.inner,
+        magnitude=np.stack(lengths, axis=1),
+        weights=weights,
+        base_norm=grams.base_norm,
     )
 
 

@@ -28,7 +28,7 @@ from mlx_dora.merge.weights import row_weights
 from mlx_dora.progress import Progress
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Job:
     """A merge of loaded adapters.
 

@@ -109,8 +109,7 @@ def merge_adapters_report(
     """Run `merge_adapters` and report on each matrix.
 
     `data` names data of each adapter, on which to estimate its Fisher information.
-    `probe` holds or names rows on which to measure how the cut to `rank` changes the
-    logits.
+    `probe` is rows, or a data set, on which to measure what the cut to `rank` changes.
     """
     options, entry = options or Options(), method_named(method)
     given = _checked(entry, len(adapters), weights, rank, options)
@@ -131,28 +130,12 @@ def merge_adapters_report(
         for source in adapters
     ]
     names = [str(s) if isinstance(s, str | Path) else "" for s in adapters]
-    if isinstance(model, nn.Module):
-        if data or isinstance(probe, str):
-            raise DoRAError("reading data needs the base's folder or Hub id as model.")
-        base = model
-    else:
-        if isinstance(probe, str):
-            base, probe = open_probe(model, probe)
-        else:
-            base = load_lazily(model)
-        if data:
-            fishers = estimate_on_data(model, loaded, names, data, check_base, progress)
+    base, probe = _opened(model, probe, bool(data))
+    if data and not isinstance(model, nn.Module):
+        fishers = estimate_on_data(model, loaded, names, data, check_base, progress)
     _check_fit(base, loaded, names, check_base)
-    job = Job(
-        adapters=loaded,
-        names=names,
-        modules=dict(base.named_modules()),
-        method=entry,
-        weights=given,
-        options=options,
-        fishers=fishers,
-        progress=progress,
-    )
+    modules = dict(base.named_modules())
+    job = Job(loaded, names, modules, entry, given, options, fishers, progress)
     check_paths(fishers, job.modules)
     if rank is not None:
         check_cut(job.modules, job.paths, rank)
@@ -167,6 +150,21 @@ def merge_adapters_report(
     if save_path is not None:
         save_adapter(report.adapter, save_path, inputs=inputs, overwrite=overwrite)
     return report
+
+
+def _opened(
+    model: nn.Module | str | Path, probe: Examples | str | None, reads_data: bool
+) -> tuple[nn.Module, Examples | None]:
+    """Load the base and the rows of the probe, if they are names."""
+    if isinstance(probe, str):
+        if not isinstance(model, nn.Module):
+            return open_probe(model, probe)
+        reads_data, probe = True, None
+    if not isinstance(model, nn.Module):
+        return load_lazily(model), probe
+    if reads_data:
+        raise DoRAError("reading data needs the base's folder or Hub id as model.")
+    return model, probe
 
 
 def _checked(

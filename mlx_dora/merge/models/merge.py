@@ -23,7 +23,7 @@ from mlx_dora.merge.models.fit import check_fit, notes_of_copies
 from mlx_dora.merge.models.model_tensor import Job
 from mlx_dora.merge.models.model_tensors import ModelTensors
 from mlx_dora.merge.models.plan import MergePlan, plan_models
-from mlx_dora.merge.models.report import MergeReport
+from mlx_dora.merge.models.report import MergedTensor, MergeReport
 from mlx_dora.merge.models.settings import count_blocks
 from mlx_dora.merge.weights import Weights
 from mlx_dora.progress import Progress
@@ -133,25 +133,11 @@ def run_merge(
     given.append(choice[0])
     mx.reset_peak_memory()
     names = sorted(pattern.names, key=natural_order)
-    job = Job(
-        plan=plan,
-        pattern=pattern,
-        base=base,
-        inputs=sources,
-        fishers=fishers,
-        blocks=blocks,
-    )
+    job = Job(plan, pattern, base, sources, fishers, blocks)
     key = _state(plan, opened.values(), fishers)
     with atomic_directory(save_path, inputs=given, overwrite=overwrite, job=key) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes, resume=True) as writer:
-            resumed, merged = writer.written, []
-            for name in names:
-                if name not in resumed:
-                    merged.append(job.merge(name, writer))
-                    if mx.get_cache_memory() > _KEPT:
-                        mx.clear_cache()
-                if progress is not None:
-                    progress("merge", len(names), 1)
+            merged = _merge_all(job, names, writer, progress)
         copy_files(pattern, out, plan.dtype, sources)
         put_tokenizer(out, *choice)
     return MergeReport(
@@ -163,6 +149,21 @@ def run_merge(
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
     )
+
+
+def _merge_all(
+    job: Job, names: Sequence[str], writer: ShardWriter, progress: Progress | None
+) -> list[MergedTensor]:
+    """Merge every tensor that has not been written yet."""
+    resumed, merged = writer.written, []
+    for name in names:
+        if name not in resumed:
+            merged.append(job.merge(name, writer))
+            if mx.get_cache_memory() > _KEPT:
+                mx.clear_cache()
+        if progress is not None:
+            progress("merge", len(names), 1)
+    return merged
 
 
 def _state(

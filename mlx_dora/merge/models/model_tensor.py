@@ -20,7 +20,7 @@ from mlx_dora.merge.models.report import MergedTensor
 from mlx_dora.merge.models.tensor import Merged, merge_blocks, merge_informed_tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Job:
     """A merge of opened models.
 
