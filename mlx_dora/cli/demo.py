@@ -6,7 +6,7 @@ from mlx_dora.cli._options import dataclass_options
 from mlx_dora.demo.config import DemoConfig
 
 
-@verb("demo")
+@verb("demo", examples=("mlx_dora.demo", "mlx_dora.demo --iters 80 --output demo"))
 @dataclass_options(config=DemoConfig)
 def command(config: DemoConfig) -> None:
     """Watch DoRA fine-tune a real language model in a few minutes.

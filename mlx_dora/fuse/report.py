@@ -147,15 +147,18 @@ class FuseReport:
             if layer.bits is not None and not layer.survival.survives(_KEPT_WELL)
         )
 
+    def details(self) -> list[str]:
+        """Return one line per layer."""
+        return [layer.line() for layer in self.layers]
+
     def lines(self) -> list[str]:
-        """Return the report as text: one line per layer, and the total."""
+        """Return the total as text."""
         total, dtypes = self.total, sorted({layer.dtype for layer in self.layers})
-        lines = [layer.line() for layer in self.layers]
-        lines.append(
+        lines = [
             f"Fused {len(self.layers)} layers ({', '.join(dtypes)}): {total.kept:.1%} "
             f"of the update kept (cosine {total.cosine:.3f}), {self.bytes_before:,} "
             f"bytes before, {self.bytes_after:,} after."
-        )
+        ]
         if (plain := self.plain) is not None:
             lines.append(
                 f"Packed with the base's own bits it would be {plain.kept:.1%} "

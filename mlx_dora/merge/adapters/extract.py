@@ -1,9 +1,9 @@
 """A DoRA adapter from a base and a fine-tuned model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -58,17 +58,34 @@ class Extraction:
     layers: tuple[ExtractedLayer, ...]
     left_out: tuple[str, ...]
 
-    def lines(self) -> list[str]:
-        """The report as text."""
-        text = [
+    def details(self) -> list[str]:
+        """One line for each matrix."""
+        return [
             f"{layer.path}: rank {layer.rank}, {layer.discarded:.2e} of the energy "
             f"left out, error {layer.error:.2e} of the change"
             for layer in self.layers
         ]
+
+    def lines(self) -> list[str]:
+        """The summary as text."""
+        text = []
         if self.left_out:
             text.append(f"Changed, but not covered: {', '.join(self.left_out)}")
-        text.append(f"Extracted {len(self.layers)} matrices.")
+        worst = max(self.layers, key=lambda layer: layer.error)
+        ranks = sorted({layer.rank for layer in self.layers})
+        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        text.append(
+            f"Extracted {len(self.layers)} matrices: rank {span}, error at most "
+            f"{worst.error:.2e} of a matrix's change ({worst.path})."
+        )
         return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, without the adapter."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "left_out": list(self.left_out),
+        }
 
 
 def extract_adapter(

@@ -1,7 +1,8 @@
 """Report on a merge of adapters, layer by layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.errors import printable
@@ -60,9 +61,9 @@ class AdapterMerge:
     logit_error: float | None = None
     notes: tuple[str, ...] = ()
 
-    def lines(self) -> list[str]:
-        """The report as text: one line for each layer with something to report."""
-        text = [printable(note) for note in self.notes]
+    def details(self) -> list[str]:
+        """One line for each layer with something to report."""
+        text = []
         for layer in self.layers:
             notes = []
             if layer.inputs < self.count:
@@ -82,6 +83,26 @@ class AdapterMerge:
                 notes.append(f"{layer.unknown} weights without Fisher information")
             if notes:
                 text.append(f"{layer.name}: rank {layer.rank}, {', '.join(notes)}")
+        return text
+
+    def lines(self) -> list[str]:
+        """The summary as text."""
+        text = [printable(note) for note in self.notes]
+        for what, name in (
+            ("rows are opposed", "opposed"),
+            ("rows were recomputed densely", "recomputed"),
+            ("rows are zero", "zero"),
+            ("weights have no Fisher information", "unknown"),
+        ):
+            counts = [getattr(layer, name) for layer in self.layers]
+            if total := sum(counts):
+                text.append(f"{total} {what}, in {sum(map(bool, counts))} matrices.")
+        worst = max(self.layers, key=lambda layer: layer.discarded)
+        if worst.discarded > 0:
+            text.append(
+                f"The rank cut at most {worst.discarded:.2e} of a matrix's energy "
+                f"({worst.name})."
+            )
         if self.logit_error is not None:
             text.append(f"All layers cut: logits off by {self.logit_error:.2e}")
         ranks = sorted({layer.rank for layer in self.layers})
@@ -91,6 +112,16 @@ class AdapterMerge:
             f"{self.method}: rank {span}."
         )
         return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, without the adapter."""
+        return {
+            "method": self.method,
+            "count": self.count,
+            "notes": list(self.notes),
+            "logit_error": self.logit_error,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
 
 
 def layer_report(

@@ -45,15 +45,22 @@ class MergeReport:
     seconds: float
     notes: tuple[str, ...] = ()
 
-    def lines(self) -> list[str]:
-        """The report as text."""
-        text = [printable(note) for note in self.notes]
-        text += [
-            f"{tensor.name}: {tensor.opposed} rows point opposite ways and keep the "
-            "direction of the model with the largest weight"
+    def details(self) -> list[str]:
+        """One line for each tensor with opposed rows."""
+        return [
+            f"{tensor.name}: {tensor.opposed} rows opposed"
             for tensor in self.tensors
             if tensor.opposed
         ]
+
+    def lines(self) -> list[str]:
+        """The summary as text."""
+        text = [printable(note) for note in self.notes]
+        if opposed := [tensor.opposed for tensor in self.tensors if tensor.opposed]:
+            text.append(
+                f"{sum(opposed)} rows in {len(opposed)} tensors point opposite ways "
+                "and keep the direction of the model with the largest weight."
+            )
         if unknown := [tensor for tensor in self.tensors if tensor.unknown]:
             text.append(
                 f"{sum(tensor.unknown for tensor in unknown)} weights in "

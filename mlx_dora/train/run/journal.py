@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class TrainReport:
 
     Args:
         adapter_path: Folder of the adapter.
-        steps: Number of batches trained on.
+        steps: Number of batches trained on, including those before a resume.
         modules: Paths of the trained modules.
         trainable_parameters: Number of trainable parameters.
         train_loss: Training loss of the last report.
@@ -86,12 +86,13 @@ class TrainReport:
         peak_memory_bytes: Peak memory of MLX.
         rows_truncated: Number of training rows truncated, each counted once.
         rows_skipped: Number of training rows skipped for lack of a target.
+        first_step: Step at which this run started: 0, or that of the checkpoint.
         history: All reports.
     """
 
     adapter_path: Path
     steps: int
-    modules: tuple[str, ...]
+    modules: tuple[str, ...] = field(repr=False)
     trainable_parameters: int
     train_loss: float | None
     first_val_loss: float | None = None
@@ -103,7 +104,8 @@ class TrainReport:
     peak_memory_bytes: int
     rows_truncated: int = 0
     rows_skipped: int = 0
-    history: tuple[StepReport, ...] = ()
+    first_step: int = 0
+    history: tuple[StepReport, ...] = field(default=(), repr=False)
 
 
 def read_log(content: bytes, path: Path) -> list[StepReport]:
@@ -129,12 +131,12 @@ _WHOLE = {"step", "skipped_steps", "trained_tokens", "peak_memory_bytes"}
 def _report(row: Any, where: str) -> StepReport:
     if not isinstance(row, dict):
         raise DoRAError(f"{where} must hold a JSON object, got {row!r:.40}.")
-    kinds = {field.name: field for field in fields(StepReport)}
+    kinds = {kind.name: kind for kind in fields(StepReport)}
     problems = [f"{name!r:.40} is unknown" for name in row if name not in kinds]
-    for name, field in kinds.items():
+    for name, kind in kinds.items():
         value = row.get(name)
         if value is None:
-            if field.default is MISSING:
+            if kind.default is MISSING:
                 problems.append(f"{name} is missing")
         elif name == "layers":
             if not isinstance(value, dict):
