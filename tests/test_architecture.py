@@ -2,7 +2,7 @@
 
 cli > demo | doctor | publish | serve > train | analyze | merge > evaluate >
 data | fuse | peft > adapters > layers > decomposition > kernels | io > matrix >
-options > errors | openblas | progress
+notebook | options > errors | openblas | progress
 
 Imports point right; packages joined by | never import each other.
 """
@@ -27,7 +27,7 @@ LAYERS = (
     ("decomposition",),
     ("kernels", "io"),
     ("matrix",),
-    ("options",),
+    ("notebook", "options"),
     ("errors", "openblas", "progress"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

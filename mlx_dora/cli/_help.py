@@ -19,6 +19,7 @@ ORDER = (
     "Validation and test",
     "Saving and resuming",
     "Reports",
+    "Publishing",
     "Memory",
     "Advanced",
 )

@@ -15,6 +15,7 @@ from mlx_dora.cli._help import GroupedOption
 from mlx_dora.cli._paths import PATH
 
 STDOUT = "-"
+_OVERWRITE = "mlx_dora.overwrite"
 
 
 class JsonOutput:
@@ -47,8 +48,9 @@ class JsonOutput:
         if self._file is not None:
             from mlx_dora.io.output import check_output_file
 
-            overwrite = click.get_current_context().params.get("overwrite", False)
-            check_output_file(self._file, inputs=inputs, overwrite=overwrite)
+            context = click.get_current_context()
+            overwrite = context.params.get("overwrite") or context.meta.get(_OVERWRITE)
+            check_output_file(self._file, inputs=inputs, overwrite=bool(overwrite))
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Write the results; numbers that JSON cannot express become null."""
@@ -94,11 +96,18 @@ def json_option(
             context.meta[JSON_ON_STDOUT] = True
         return JsonOutput(value, sys.stdout)
 
+    def keep(context: click.Context, _option: click.Parameter, value: bool) -> None:
+        context.meta[_OVERWRITE] = value
+
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         if overwrite:
-            function = overwrite_option("Replace an existing JSON file.", False)(
-                function
-            )
+            function = click.option(
+                "--overwrite",
+                is_flag=True,
+                expose_value=False,
+                callback=keep,
+                help="Replace an existing JSON file.",
+            )(function)
         return click.option(
             "--json",
             "json_output",
@@ -115,12 +124,7 @@ def json_option(
 
 
 def overwrite_option(
-    text: str = "Replace an existing output.", is_used: bool = True
+    text: str = "Replace an existing output.",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add ``--overwrite``.
-
-    Args:
-        text: Help text.
-        is_used: Whether the function receives the value; `JsonOutput` reads it anyway.
-    """
-    return click.option("--overwrite", is_flag=True, help=text, expose_value=is_used)
+    """Add ``--overwrite``, which also covers the JSON file."""
+    return click.option("--overwrite", is_flag=True, help=text)

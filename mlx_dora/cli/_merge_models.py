@@ -9,8 +9,8 @@ from click.core import ParameterSource
 from mlx_dora.cli._framework import Verb
 from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._merge_options import (
-    DEFAULTS,
     DENSITY_HELP,
+    METHODS_HELP,
     SCALE_HELP,
     SEED_HELP,
     Weights,
@@ -41,7 +41,8 @@ from mlx_dora.merge.methods.table import names_with
 @click.option(
     "--method",
     type=click.Choice([*METHODS]),
-    help=f"Merge method; by default {DEFAULTS}.",
+    metavar="NAME",
+    help=METHODS_HELP,
 )
 @click.option(
     "--weights",

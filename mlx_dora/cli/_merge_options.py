@@ -9,10 +9,13 @@ import click
 from mlx_dora.cli._paths import PATH
 from mlx_dora.cli._yaml import parse_yaml
 from mlx_dora.errors import DoRAError
-from mlx_dora.merge.methods.table import DEFAULT, densities, names_with
+from mlx_dora.merge.methods.table import DEFAULT, METHODS, densities, names_with
 
 DEFAULT_OF_MANY = "karcher"
-DEFAULTS = f"{DEFAULT} for two inputs and {DEFAULT_OF_MANY}, its equal, for more"
+METHODS_HELP = (
+    f"Merge method: {', '.join(METHODS)}; by default {DEFAULT} for two inputs and "
+    f"{DEFAULT_OF_MANY}, its equal, for more."
+)
 SEED_HELP = f"Random seed, for {names_with('seed')}."
 SCALE_HELP = f"Factor on the merged changes, for {names_with('lambda')}."
 DENSITY_HELP = f"Fraction of the changes to keep (default: {densities()})."

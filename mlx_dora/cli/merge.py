@@ -11,8 +11,8 @@ from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._merge_models import models_command
 from mlx_dora.cli._merge_options import (
-    DEFAULTS,
     DENSITY_HELP,
+    METHODS_HELP,
     SCALE_HELP,
     SEED_HELP,
     Weights,
@@ -61,7 +61,8 @@ def command() -> None:
 @click.option(
     "--method",
     type=click.Choice([*METHODS, AUTO]),
-    help=f"Merge method; by default {DEFAULTS}. auto compares the adapters, uses the "
+    metavar="NAME",
+    help=f"{METHODS_HELP} auto compares the adapters, uses the "
     f"method that this suggests and says why. Exact, without a dense weight: "
     f"{exact_names()}.",
 )

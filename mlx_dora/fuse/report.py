@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_dora.notebook import Shown
+
 # Below this share or cosine, repacking into few bits logs a warning.
 _KEPT_WELL = 0.9
 
@@ -110,8 +112,8 @@ class FusedLayer:
         return text
 
 
-@dataclass(frozen=True, kw_only=True)
-class FuseReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FuseReport(Shown):
     """Report of a fuse, layer by layer."""
 
     layers: tuple[FusedLayer, ...]
@@ -165,6 +167,15 @@ class FuseReport:
                 f"(cosine {plain.cosine:.3f})."
             )
         return lines
+
+    def facts(self) -> dict[str, Any]:
+        """Return the number of layers and the totals."""
+        return {name: v for name, v in self.to_dict().items() if name != "layers"}
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the layers, the least kept first."""
+        layers = self.to_dict()["layers"]
+        return sorted(layers, key=lambda layer: layer["kept"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -24,6 +24,7 @@ from mlx_dora.kernels import fused_weight
 from mlx_dora.layers import dora_class, weight_of
 from mlx_dora.matrix.weight import dense, matrices
 from mlx_dora.merge.adapters.dense import factor, row_norm
+from mlx_dora.notebook import Shown
 from mlx_dora.progress import Progress
 
 
@@ -44,8 +45,8 @@ class ExtractedLayer:
     error: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Extraction:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Extraction(Shown):
     """An extracted adapter.
 
     Attributes:
@@ -79,6 +80,14 @@ class Extraction:
             f"{worst.error:.2e} of a matrix's change ({worst.path})."
         )
         return text
+
+    def facts(self) -> dict[str, Any]:
+        """Return the number of matrices and of changed tensors left out."""
+        return {"matrices": len(self.layers), "left_out": len(self.left_out)}
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the matrices."""
+        return self.to_dict()["layers"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, without the adapter."""

@@ -7,6 +7,7 @@ from typing import Any
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.errors import printable
 from mlx_dora.merge.adapters.factored import MergedMatrix
+from mlx_dora.notebook import Shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ class MergedLayer:
     logit_error: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterMerge:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AdapterMerge(Shown):
     """A merged adapter and a report on it.
 
     Attributes:
@@ -112,6 +113,18 @@ class AdapterMerge:
             f"{self.method}: rank {span}."
         )
         return text
+
+    def facts(self) -> dict[str, Any]:
+        """Return the method and the numbers of inputs and matrices."""
+        return {
+            "method": self.method,
+            "inputs": self.count,
+            "matrices": len(self.layers),
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the matrices."""
+        return self.to_dict()["layers"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, without the adapter."""

@@ -1,8 +1,10 @@
 """Report on a merge of models, tensor by tensor."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from mlx_dora.errors import printable
+from mlx_dora.notebook import Shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,8 @@ class MergedTensor:
     unknown: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MergeReport(Shown):
     """Report on a merge of models.
 
     Attributes:
@@ -44,6 +46,19 @@ class MergeReport:
     peak_bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
+
+    def facts(self) -> dict[str, Any]:
+        """Return the method and the numbers of models and tensors."""
+        return {
+            "method": self.method,
+            "models": list(self.models),
+            "tensors": len(self.tensors),
+            "seconds": self.seconds,
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the tensors."""
+        return [asdict(tensor) for tensor in self.tensors]
 
     def details(self) -> list[str]:
         """One line for each tensor with opposed rows."""

@@ -3,12 +3,13 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.json import parse
+from mlx_dora.notebook import Shown
 
 LOG_NAME = "log.jsonl"
 
@@ -60,6 +61,21 @@ class StepReport:
     gain_max: float | None = None
     layers: dict[str, dict[str, float]] | None = None
 
+    def __str__(self) -> str:
+        """The step and its losses; ``callback=print`` shows a training with it."""
+        parts = {"loss": self.train_loss, "validation loss": self.val_loss}
+        shown = (f"{name} {v:.4f}" for name, v in parts.items() if v is not None)
+        return f"step {self.step}  {'  '.join(shown)}"
+
+    def __repr__(self) -> str:
+        """The fields that are not None, without the layers."""
+        shown = {k: v for k, v in self.to_dict().items() if k != "layers"}
+        inside = ", ".join(
+            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+            for k, v in shown.items()
+        )
+        return f"StepReport({inside})"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are not None."""
         return {
@@ -67,8 +83,8 @@ class StepReport:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TrainReport(Shown):
     """Result of a training.
 
     Args:
@@ -92,7 +108,7 @@ class TrainReport:
 
     adapter_path: Path
     steps: int
-    modules: tuple[str, ...] = field(repr=False)
+    modules: tuple[str, ...]
     trainable_parameters: int
     train_loss: float | None
     first_val_loss: float | None = None
@@ -105,7 +121,26 @@ class TrainReport:
     rows_truncated: int = 0
     rows_skipped: int = 0
     first_step: int = 0
-    history: tuple[StepReport, ...] = field(default=(), repr=False)
+    history: tuple[StepReport, ...] = ()
+
+    def facts(self) -> dict[str, Any]:
+        """Return steps, losses, parameters and folder."""
+        return {
+            "steps": self.steps,
+            "train_loss": self.train_loss,
+            "val_loss": self.val_loss,
+            "trainable_parameters": self.trainable_parameters,
+            "seconds": self.seconds,
+            "adapter_path": str(self.adapter_path),
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the reports, newest first."""
+        names = ("step", "train_loss", "val_loss", "delta_m", "delta_d")
+        return [
+            {name: getattr(report, name) for name in names}
+            for report in reversed(self.history)
+        ]
 
 
 def read_log(content: bytes, path: Path) -> list[StepReport]:
