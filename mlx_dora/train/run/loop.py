@@ -30,7 +30,8 @@ def loop(run: Run) -> int:
     ):
         if run.progress is not None and run.step:
             run.progress("train", run.train.iters, min(run.step, run.train.iters))
-        if run.step == 0:
+        # The second case: the run was interrupted in this validation.
+        if run.step == 0 or _evaluates(run, run.step - _window(run)):
             run.validate(stopped)
         interrupted = greatest(stopped(), run.group)
         if interrupted and run.step == 0:
@@ -58,6 +59,11 @@ def loop(run: Run) -> int:
             interrupted = greatest(stopped(), run.group)
         run.save(run.folder, warn=True)
     return interrupted
+
+
+def _window(run: Run) -> int:
+    """Number of batches of the update before this step."""
+    return min(run.train.grad_accumulation_steps, run.step)
 
 
 def _update(run: Run) -> None:
