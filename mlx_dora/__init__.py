@@ -4,9 +4,9 @@ Importing it loads OpenBLAS where MLX computes on a Linux CPU (`mlx_dora.openbla
 import it before mlx there. The public names are loaded on first use.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mlx_dora.lazy import public_names
 from mlx_dora.openblas import preload
 
 if TYPE_CHECKING:
@@ -102,12 +102,4 @@ __all__ = [
     "use_in_mlx_lm",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'mlx_dora' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return ["__version__", *__all__]
+__getattr__, __dir__ = public_names(__name__, _HOME, more=("__version__",))

@@ -2,22 +2,15 @@
 
 import sys
 from types import TracebackType
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING
 
 from mlx_dora.cli._echo import note
 from mlx_dora.cli._log import is_quiet
 from mlx_dora.errors import printable
 from mlx_dora.train.run.journal import StepReport
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 def duration(seconds: float) -> str:
@@ -66,6 +59,28 @@ def describe(
     return line
 
 
+def _bars() -> "Progress":
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description:<9}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True),
+    )
+
+
 class WorkDisplay:
     """Context manager that shows progress bars on a terminal, nothing elsewhere.
 
@@ -76,17 +91,7 @@ class WorkDisplay:
     def __init__(self, *, with_memory: bool = False) -> None:
         self._with_memory = with_memory
         self._tasks: dict[str, TaskID] = {}
-        self._bars: Progress | None = None
-        if sys.stderr.isatty() and not is_quiet():
-            self._bars = Progress(
-                TextColumn("{task.description:<9}", markup=False),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-                console=Console(stderr=True),
-            )
+        self._bars = _bars() if sys.stderr.isatty() and not is_quiet() else None
 
     def __enter__(self) -> "WorkDisplay":
         if self._bars is not None:
@@ -120,7 +125,7 @@ class WorkDisplay:
         if self._bars is not None:
             self._bars.update(self._task(phase, total), note=printable(text))
 
-    def _task(self, phase: str, total: int) -> TaskID:
+    def _task(self, phase: str, total: int) -> "TaskID":
         assert self._bars is not None
         if phase not in self._tasks:
             self._tasks[phase] = self._bars.add_task(

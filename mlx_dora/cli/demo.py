@@ -1,6 +1,5 @@
 """``mlx_dora.demo``: the complete workflow on a small real model in a few minutes."""
 
-from mlx_dora.cli._demo_view import DemoView
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.demo.config import DemoConfig
@@ -17,6 +16,7 @@ def command(config: DemoConfig) -> None:
     and answers with and without the adapter. Then fuses the adapter and checks the
     fused model.
     """
+    from mlx_dora.cli._demo_view import DemoView
     from mlx_dora.demo.script import Audience, run_demo
 
     with DemoView(config.iters) as view:

@@ -68,9 +68,7 @@ def on_a_terminal(folder: Path, words: list[str]) -> str:
 @pytest.mark.parametrize("line", LINES)
 def test_no_line_is_wider_than_80_columns(material: Path, line: str) -> None:
     shown = on_a_terminal(material, line.split())
-    lines = [
-        part for row in shown.split("\n") for part in ANSI.sub("", row).split("\r")
-    ]
+    lines = re.split("[\r\n]", ANSI.sub("", shown))
     wide = [text for text in lines if len(text) > 80]
     # Warnings and errors stay on one line, for scripts that look for them.
     assert [text for text in wide if not text.startswith("warning: ")] == []
