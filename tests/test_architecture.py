@@ -125,10 +125,7 @@ def init_problems(tree: ast.Module) -> Iterator[str]:
     for node in tree.body:
         is_doc = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         is_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node)
-        is_lazy = isinstance(node, ast.FunctionDef) and node.name in (
-            "__getattr__",
-            "__dir__",
-        )
+        is_lazy = " = public_names(__name__, _HOME" in ast.unparse(node)
         is_table = isinstance(node, ast.Assign | ast.AnnAssign) and not any(
             isinstance(inner, ast.Call) for inner in ast.walk(node)
         )
