@@ -19,8 +19,10 @@ class Report(Protocol):
 
 def show_report(report: Report, save_path: str) -> None:
     """Print the summary, and with ``--verbose`` first the details."""
+    lines = report.lines()
     for line in report.details():
-        detail(line)
-    for line in report.lines():
+        if line not in lines:
+            detail(line)
+    for line in lines:
         echo(line)
     echo(f"Saved to {save_path}")

@@ -87,7 +87,7 @@ class AdapterMerge(Shown):
         return text
 
     def lines(self) -> list[str]:
-        """The summary as text."""
+        """The summary as text, with the layers if their error was asked for."""
         text = [printable(note) for note in self.notes]
         for what, name in (
             ("rows are opposed", "opposed"),
@@ -105,6 +105,7 @@ class AdapterMerge(Shown):
                 f"({worst.name})."
             )
         if self.logit_error is not None:
+            text += self.details()
             text.append(f"All layers cut: logits off by {self.logit_error:.2e}")
         ranks = sorted({layer.rank for layer in self.layers})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
