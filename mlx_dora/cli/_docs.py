@@ -65,6 +65,11 @@ _HOSTED = """\
 
 The arguments are those of mlx-lm, passed on unchanged except that `~` in paths is
 expanded: `mlx_dora.{verb} --help` prints the help of the installed `mlx_lm.{verb}`.
+Without `--model`, the base is the one that the adapter records.
+
+```
+{examples}
+```
 """
 
 
@@ -86,7 +91,13 @@ def render() -> str:
         command: click.Command = import_module(f"mlx_dora.cli.{verb}").command
         parts.append(f"## mlx_dora.{verb}\n")
         if isinstance(command, PassThrough):
-            parts.append(_HOSTED.format(text=cleandoc(command.help or ""), verb=verb))
+            parts.append(
+                _HOSTED.format(
+                    text=cleandoc(command.help or ""),
+                    verb=verb,
+                    examples="\n".join(command.examples),
+                )
+            )
         else:
             parts.append(f"```\n{_help(command, f'mlx_dora.{verb}')}\n```\n")
         if isinstance(command, VerbGroup):

@@ -5,7 +5,7 @@ from typing import Literal
 
 import click
 
-from mlx_dora.cli._echo import echo
+from mlx_dora.cli._echo import echo, note
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._paths import PATH, PATH_OR_ID
@@ -66,6 +66,12 @@ def command(
         f"Converted {len(adapter.paths)} modules to {to} ({adapter.fine_tune_type}, "
         f"rank {adapter.config.rank}, scale {adapter.config.scale:g})"
     )
+    base = adapter.base.model
+    if to == "peft" and base is not None and Path(base).expanduser().exists():
+        note(
+            f"It records the local folder {base} as its base; --base-model ORG/NAME "
+            "records a model that others have."
+        )
     echo(f"Saved to {target}")
     json_output.write(
         {
@@ -74,7 +80,7 @@ def command(
             "rank": adapter.config.rank,
             "scale": adapter.config.scale,
             "modules": adapter.paths,
-            "base_model": adapter.base.model,
+            "base_model": base,
             "save_path": target,
         }
     )

@@ -101,3 +101,13 @@ def test_a_command_prints_its_results_alone(
     if isinstance(expected, float):
         expected = pytest.approx(expected, rel=1e-4)
     assert values[key] == expected
+
+
+def test_a_converted_adapter_with_a_local_base_is_noted(
+    material: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(material)
+    local = CliRunner().invoke(group, ["convert", "a1", "local"])
+    assert f"records the local folder {material / 'm0'}" in local.stderr
+    words = ["convert", "a1", "named", "--base-model", "org/name"]
+    assert CliRunner().invoke(group, words).stderr == ""
