@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from mlx_dora.cli._echo import note
 from mlx_dora.cli._framework import Verb
 from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._merge_options import (
@@ -115,12 +116,13 @@ def models_command(
     The output has the config, tokenizer and dtypes of the base, or else of the first
     model. A killed merge resumes when the same command is run again.
     """
+    if (config is None) == (not models):
+        raise click.UsageError("give either models or --config")
+    note("Merging models ...")
     from mlx_dora.merge.models.merge import run_merge
     from mlx_dora.merge.models.mergekit import read_mergekit
     from mlx_dora.merge.models.plan import plan_models
 
-    if (config is None) == (not models):
-        raise click.UsageError("give either models or --config")
     json_output.check(*models, base, config, save_path)
     if config is not None:
         _refuse_beside_config(click.get_current_context())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dora.cli._base_model import check_base_option
-from mlx_dora.cli._echo import echo
+from mlx_dora.cli._echo import echo, note
 from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
@@ -85,6 +85,7 @@ def adapter_command(
     overwrite: bool,
 ) -> None:
     """Analyze a DoRA or LoRA adapter against its base, without a dense weight."""
+    note(f"Analyzing {adapter} ...")
     from mlx_dora.analyze.adapter import analyze_adapter
     from mlx_dora.analyze.table import analysis_lines
 
@@ -118,6 +119,7 @@ def compare_command(
     overwrite: bool,
 ) -> None:
     """Compare adapters of the same base: where they agree and where they conflict."""
+    note(f"Comparing {len(adapters)} adapters ...")
     from mlx_dora.analyze.compare import compare_adapters
     from mlx_dora.analyze.table import comparison_lines
 
@@ -157,6 +159,7 @@ def models_command(
     overwrite: bool,
 ) -> None:
     """Compare two model folders, a few rows at a time."""
+    note(f"Comparing {tuned} with {base} ...")
     from mlx_dora.analyze.finetune import analyze_finetune
     from mlx_dora.analyze.table import analysis_lines
 

@@ -54,6 +54,7 @@ def command(
     express (adapters of embeddings or experts, modules trained beside the adapter) is
     refused by name.
     """
+    note(f"Converting {source} ...")
     from mlx_dora.peft import convert_adapter
 
     json_output.check(source, model, target)

@@ -8,7 +8,7 @@ import click
 
 from mlx_dora.cli._base_model import announced_base
 from mlx_dora.cli._config_file import config_file_option
-from mlx_dora.cli._echo import echo
+from mlx_dora.cli._echo import echo, note
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._json import JsonOutput, json_option
 from mlx_dora.cli._options import dataclass_options
@@ -35,12 +35,13 @@ def command(config: EvaluateConfig, json_output: JsonOutput) -> None:
     Shows loss and perplexity, accuracy if the answers are labels, a few continuations
     side by side, and how much the fused model's logits differ from the adapter's.
     """
-    from mlx_dora.evaluate.comparison import compare_models
-
     if config.model is None and config.adapter_path is None:
         raise click.UsageError(
             "give --model, or --adapter-path with an adapter that records its base"
         )
+    note(f"Evaluating on {config.data} ...")
+    from mlx_dora.evaluate.comparison import compare_models
+
     json_output.check(config.model, config.adapter_path, config.fused_path, config.data)
     if config.model is None:
         config = replace(config, model=announced_base(str(config.adapter_path)))

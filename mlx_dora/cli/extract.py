@@ -2,6 +2,7 @@
 
 import click
 
+from mlx_dora.cli._echo import note
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._paths import PATH, PATH_OR_ID
@@ -49,10 +50,11 @@ def command(
     Magnitudes are exact; directions come from a truncated SVD. Reports the error; -v
     shows each matrix. Give --rank, --energy or both.
     """
-    from mlx_dora.merge.adapters.extract import extract_adapter
-
     if rank is None and energy is None:
         raise click.UsageError("give --rank, --energy or both")
+    note(f"Comparing {tuned} with {base} ...")
+    from mlx_dora.merge.adapters.extract import extract_adapter
+
     json_output.check(base, tuned, save_path)
     with WorkDisplay(with_memory=True) as display:
         extraction = extract_adapter(

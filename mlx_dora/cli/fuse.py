@@ -5,7 +5,7 @@ from dataclasses import replace
 import click
 
 from mlx_dora.cli._base_model import announced_base, check_base_option
-from mlx_dora.cli._echo import echo
+from mlx_dora.cli._echo import echo, note
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._options import dataclass_options
@@ -92,6 +92,7 @@ def command(
     one tensor is in memory at a time. A dense layer keeps its dtype and size. Reports
     what share of the update survived; -v shows each layer.
     """
+    note(f"Fusing {adapter_path} ...")
     from mlx_dora.evaluate.fused import PROMPTS, verify_fused
     from mlx_dora.fuse.model import fuse_model
 

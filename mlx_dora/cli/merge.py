@@ -130,14 +130,15 @@ def adapters_command(
     Ranks, scales and modules may differ. The result is an ordinary adapter folder. -v
     shows each matrix.
     """
+    refuse_weights_as_paths(adapters)
+    note(f"Merging {len(adapters)} adapters ...")
+    if len(adapters) == 1:
+        note("Only one adapter is given: the result is the same adapter.")
     from mlx_dora.adapters.recorded_base import recorded_base
     from mlx_dora.io.atomic import check_output
     from mlx_dora.merge.adapters.dense import Options
     from mlx_dora.merge.adapters.folders import merge_folders
 
-    refuse_weights_as_paths(adapters)
-    if len(adapters) == 1:
-        note("Only one adapter is given: the result is the same adapter.")
     informed = [name for name, entry in METHODS.items() if entry.needs_fisher]
     if data and (fisher or method not in informed):
         raise click.UsageError("--data needs --method fisher, without --fisher")
@@ -235,10 +236,11 @@ def fisher_command(
     output row or element of the linear layers. Use the saved folder with `--fisher` of
     `adapters` and `models`.
     """
-    from mlx_dora.merge.fisher.estimate import write_fisher
-
     if model is None and adapter_path is None:
         raise click.UsageError("give --model or --adapter-path")
+    note(f"Estimating Fisher information on {config.data} ...")
+    from mlx_dora.merge.fisher.estimate import write_fisher
+
     json_output.check(model, adapter_path, config.data, save_path)
     if model is None:
         model = announced_base(str(adapter_path))

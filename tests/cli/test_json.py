@@ -110,4 +110,4 @@ def test_a_converted_adapter_with_a_local_base_is_noted(
     local = CliRunner().invoke(group, ["convert", "a1", "local"])
     assert f"records the local folder {material / 'm0'}" in local.stderr
     words = ["convert", "a1", "named", "--base-model", "org/name"]
-    assert CliRunner().invoke(group, words).stderr == ""
+    assert CliRunner().invoke(group, words).stderr == "Converting a1 ...\n"

@@ -281,7 +281,7 @@ def test_the_command_writes_what_mlx_lm_loads(
     theirs = host_load(str(base), adapter_path=str(out))[0]
     ours, _ = load(base, out)
     assert mx.allclose(theirs(TOKENS), ours(TOKENS), atol=1e-5)
-    again = CliRunner().invoke(command, args)
+    again = CliRunner().invoke(command, [*args, "-q"])
     assert again.exit_code == 1
     assert again.stderr.count("\n") == 1
     assert "already exists" in again.stderr
