@@ -62,7 +62,8 @@ def option(
         variant: The only variant of DoRA that reads the option. The adapter records it
             for that variant.
         **metadata: ``items``, the name of a list's items in messages, and further
-            command line settings: ``choices``, ``flags``, ``unit``.
+            command line settings: ``choices``, ``flags``, ``unit``, ``path`` and
+            ``group``, the title under which the help lists the option.
     """
     facts = {
         "help": help,

@@ -19,6 +19,7 @@ from mlx_dora.adapters.keys import blocks, natural_order, resolve_keys
 from mlx_dora.adapters.surgery import adapted_already, adapter_layers, apply_layers
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import dora_class
+from mlx_dora.layers.layout import leaf_shapes
 
 
 def attach_adapter(
@@ -137,29 +138,13 @@ def _module_problems(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list
         if "weight" not in module or lora_a is None or lora_a.ndim not in (2, 3):
             continue
         rank = lora_a.shape[1]  # in every layout
-        for leaf, shape in _leaf_shapes(module, rank).items():
+        for leaf, shape in leaf_shapes(module, rank).items():
             tensor = adapter.tensors.get(f"{path}.{leaf}")
             if tensor is not None and tensor.shape != shape:
                 problems.append(
                     f"{path}.{leaf} has shape {tensor.shape}; the model needs {shape}"
                 )
     return problems
-
-
-def _leaf_shapes(module: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a module's adapter of this rank, in mlx-lm's layout."""
-    *experts, rows, width = module["weight"].shape
-    if "scales" in module:
-        width = width * 32 // module.bits
-    if experts:
-        return {
-            "lora_a": (*experts, rank, width),
-            "lora_b": (*experts, rows, rank),
-            "m": (*experts, rows),
-        }
-    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-        return {"lora_a": (rows, rank), "lora_b": (rank, width), "m": (rows,)}
-    return {"lora_a": (width, rank), "lora_b": (rank, rows), "m": (rows,)}
 
 
 def _unfit(module: nn.Module) -> str:

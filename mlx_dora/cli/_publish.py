@@ -8,15 +8,20 @@ from typing import Any
 import click
 
 from mlx_dora.cli._echo import echo
+from mlx_dora.cli._help import GroupedOption
 
 _CARD = click.option(
     "--card",
     is_flag=True,
+    cls=GroupedOption,
+    group="Publishing",
     help="Write a model card, README.md, into the folder.",
 )
 _UPLOAD = click.option(
     "--upload-repo",
     metavar="ID",
+    cls=GroupedOption,
+    group="Publishing",
     help="Write a model card and upload the folder to this Hugging Face Hub "
     "repository, which is created if missing.",
 )

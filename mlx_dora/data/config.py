@@ -16,12 +16,15 @@ class DataConfig:
     text (`text_feature`). The first row of a file sets the kind of the whole file.
     """
 
+    OPTION_GROUP = "Data"
+
     data: str = option(
         "mlx-community/WikiSQL",
         help="Folder with {train,valid,test}.jsonl, or the name of a data set "
         "on the Hugging Face Hub.",
         path="or id",
         may_change=True,
+        group="Common options",
     )
     hf_dataset: dict[str, Any] | list[Any] | None = option(
         None,
@@ -34,6 +37,7 @@ class DataConfig:
         help="Compute the loss on the completion only; in a chat, on the "
         "assistant's turn that ends the row.",
         recorded=True,
+        group="Common options",
     )
     all_turns: bool = option(
         False,

@@ -123,6 +123,11 @@ class DoRALayer(nn.Module):
             "giving keys."
         )
 
+    def _extra_repr(self) -> str:
+        if "lora_b" not in self:
+            return "magnitude only"
+        return f"rank={self._update().rank}, scale={self.scale:g}"
+
     def factors(self) -> tuple[mx.array, mx.array]:
         """Return A ``(..., in, r)`` and B ``(..., r, out)`` of the update."""
         stored = self["lora_a"], self["lora_b"]

@@ -41,3 +41,19 @@ def layout_of(module: nn.Module, stacked: int) -> Layout:
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
         return "embedding"
     return "stack" if stacked else "linear"
+
+
+def leaf_shapes(module: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a module's adapter of this rank, in mlx-lm's layout."""
+    *experts, rows, width = module["weight"].shape
+    if "scales" in module:
+        width = width * 32 // module.bits
+    if experts:
+        return {
+            "lora_a": (*experts, rank, width),
+            "lora_b": (*experts, rows, rank),
+            "m": (*experts, rows),
+        }
+    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+        return {"lora_a": (rows, rank), "lora_b": (rank, width), "m": (rows,)}
+    return {"lora_a": (width, rank), "lora_b": (rank, rows), "m": (rows,)}

@@ -100,7 +100,7 @@ BAD = {
 @pytest.mark.parametrize("name", list(BAD))
 def test_bad_input_is_one_line(tiny_model_folder: Path, data: Path, name: str) -> None:
     extra, code, message = BAD[name]
-    result = invoke("--model", tiny_model_folder, "--data", data, *extra)
+    result = invoke("--model", tiny_model_folder, "--data", data, *extra, "-q")
     assert result.exit_code == code, result.output
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

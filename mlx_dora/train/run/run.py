@@ -56,6 +56,10 @@ def measure_loss(
     )
 
 
+class _ValidationStopped(Exception):
+    """Leaves a validation that an interrupt makes useless."""
+
+
 @dataclass(kw_only=True)
 class Run:
     """The state of a training, after all checks; `step` is its position.
@@ -133,15 +137,30 @@ class Run:
         with self.together():
             self.journal.add(entry)
 
-    def validate(self) -> None:
-        """Compute the validation loss once per step; save the adapter if it is best."""
+    def validate(self, stopped: Callable[[], int] = lambda: 0) -> None:
+        """Compute the validation loss once per step; save the adapter if it is best.
+
+        Args:
+            stopped: Whether to give up. In a group of processes, which must all make
+                the same number of sums, it is not asked.
+        """
         train, data = self.train, self.valid_data
         if data is None or self.journal.has("val_loss", self.step):
             return
         began = self.meter.seconds
-        result = measure_loss(
-            self.model, data, train, "validate", self.progress, self.group, self.loss
-        )
+
+        def advance(phase: str, total: int, done: int) -> None:
+            if self.progress is not None:
+                self.progress(phase, total, done)
+            if self.group.size() == 1 and stopped():
+                raise _ValidationStopped
+
+        try:
+            result = measure_loss(
+                self.model, data, train, "validate", advance, self.group, self.loss
+            )
+        except _ValidationStopped:
+            return
         with self.together():
             self.journal.add(self.meter.validation(self.step, result.loss, began))
         if self.best.take(self.step, result.loss) and self.step:

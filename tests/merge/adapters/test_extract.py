@@ -89,7 +89,7 @@ def test_energy_chooses_ranks_and_a_rank_is_kept(make_tuned, bits: int | None) -
     result = extract_adapter(base, tuned, energy=0.6)
     assert all(layer.rank < 4 and layer.discarded <= 0.4 for layer in result.layers)
     for layer in result.layers:
-        assert f"{layer.path}: rank {layer.rank}, " in "\n".join(result.lines())
+        assert f"{layer.path}: rank {layer.rank}, " in "\n".join(result.details())
         assert 0 < layer.error < 1
     fixed = extract_adapter(base, tuned, rank=3)
     assert {layer.rank for layer in fixed.layers} == {3}
@@ -127,9 +127,9 @@ def test_refusals(make_tuned, tmp_path: Path) -> None:
 def test_the_command(make_tuned, tmp_path: Path) -> None:
     base, tuned, _ = make_tuned()
     args = [str(base), str(tuned), "--save-path", str(tmp_path / "out")]
-    result = CliRunner().invoke(command, [*args, "--rank", "3"])
+    result = CliRunner().invoke(command, [*args, "--rank", "3", "-v"])
     assert result.exit_code == 0, result.output
-    assert "Extracted 4 matrices." in result.stdout
-    assert "q_proj: rank 3, " in result.stdout
+    assert "Extracted 4 matrices: rank 3, error at most " in result.stdout
+    assert "q_proj: rank 3, " in result.stderr
     assert load(base, tmp_path / "out")[0].layers
     assert CliRunner().invoke(command, args).exit_code == 2

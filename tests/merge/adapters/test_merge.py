@@ -109,8 +109,10 @@ def test_merges_different_adapters_and_reports_it(
     assert ranks["model.layers.0.self_attn.q_proj"] == 11
     assert ranks["model.layers.0.self_attn.v_proj"] == 8
     assert ranks["model.layers.1.mlp.down_proj"] == 5
+    layer = "model.layers.1.mlp.down_proj: rank 5, in 1 of 3 adapters"
+    assert layer in "\n".join(report.details())
     text = "\n".join(report.lines())
-    assert "model.layers.1.mlp.down_proj: rank 5, in 1 of 3 adapters" in text
+    assert layer not in text
     assert "Merged 3 adapters on 6 matrices by karcher: rank 5 to 11." in text
 
 
@@ -176,15 +178,18 @@ def test_fisher_weighs_adapters_by_their_information(
         f, g = f[:, None], g[:, None]
     truth = (f * parts[0] + 3 * g * parts[1]) / (f + 3 * g)
     assert_close(dense_rows(tiny_model, report.adapter, path), truth)
-    assert "without Fisher" not in "\n".join(report.lines())
+    assert "Fisher" not in "\n".join([*report.lines(), *report.details()])
     alone = [*known[:1], known_of(tiny_model, [train(tiny_model, 1, keys=QV[:1])],
                                   granularity)[0]]  # fmt: skip
     report = merge_adapters_report(
         adapters, model=tiny_model, method="fisher", fisher=alone
     )
     # The second has no information on v_proj: the plain mean, which is reported.
-    line = next(line for line in report.lines() if "layers.0.self_attn.v_proj" in line)
+    line = next(
+        line for line in report.details() if "layers.0.self_attn.v_proj" in line
+    )
     assert "512 weights without Fisher information" in line
+    assert "1024 weights have no Fisher information, in 2 matrices." in report.lines()
     path = "model.layers.1.self_attn.v_proj"
     parts = [dense_rows(tiny_model, adapter, path) for adapter in adapters]
     merged = dense_rows(tiny_model, report.adapter, path)
@@ -263,9 +268,10 @@ def test_the_command_writes_what_mlx_lm_loads(
     inputs = [str(tmp_path / f"a{seed}") for seed in (1, 2)]
     out = tmp_path / "out"
     args = ["adapters", *inputs, "--save-path", str(out), "--weights", "1,2"]
-    result = CliRunner().invoke(command, [*args, "--rank", "4"])
+    result = CliRunner().invoke(command, [*args, "--rank", "4", "-v"])
     assert result.exit_code == 0, result.output
-    assert "of the energy cut" in result.stdout
+    assert "of the energy cut" in result.stderr
+    assert "The rank cut at most " in result.stdout
     assert f"Saved to {out}" in result.stdout
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["lora_parameters"]["rank"] == 4
@@ -275,7 +281,7 @@ def test_the_command_writes_what_mlx_lm_loads(
     theirs = host_load(str(base), adapter_path=str(out))[0]
     ours, _ = load(base, out)
     assert mx.allclose(theirs(TOKENS), ours(TOKENS), atol=1e-5)
-    again = CliRunner().invoke(command, args)
+    again = CliRunner().invoke(command, [*args, "-q"])
     assert again.exit_code == 1
     assert again.stderr.count("\n") == 1
     assert "already exists" in again.stderr

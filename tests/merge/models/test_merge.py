@@ -312,7 +312,7 @@ def test_the_command(three: list[Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(command, args)
     assert result.exit_code == 0, result.output
     assert "Merged 20 tensors of 3 models by karcher" in result.stdout
-    result = CliRunner().invoke(command, args)
+    result = CliRunner().invoke(command, [*args, "-q"])
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
     config = tmp_path / "merge.yaml"

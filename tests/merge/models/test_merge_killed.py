@@ -108,7 +108,7 @@ def test_a_full_disk_ends_a_merge_with_one_line(
 
     monkeypatch.setattr(os, "pwrite", full)
     out = str(tmp_path / "out")
-    args = ["models", *map(str, three[:2]), "--save-path", out]
+    args = ["models", *map(str, three[:2]), "--save-path", out, "-q"]
     result = CliRunner().invoke(command, args)
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr

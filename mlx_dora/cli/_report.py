@@ -1,0 +1,28 @@
+"""Prints the report of a work that wrote a folder."""
+
+from typing import Protocol
+
+from mlx_dora.cli._echo import detail, echo
+
+
+class Report(Protocol):
+    """A report in two degrees of detail."""
+
+    def lines(self) -> list[str]:
+        """Return the summary."""
+        ...
+
+    def details(self) -> list[str]:
+        """Return a line for each matrix."""
+        ...
+
+
+def show_report(report: Report, save_path: str) -> None:
+    """Print the summary, and with ``--verbose`` first the details."""
+    lines = report.lines()
+    for line in report.details():
+        if line not in lines:
+            detail(line)
+    for line in lines:
+        echo(line)
+    echo(f"Saved to {save_path}")
