@@ -157,8 +157,11 @@ def _wanted(kind: Any, facts: Mapping[str, Any], value: Any) -> str:
         return "" if value in args else _either(args)
     if origin is tuple:
         items = facts.get("items") or _WORDS[args[0]][1]
-        is_list = isinstance(value, list | tuple)
-        valid = is_list and not any(_wanted(args[0], facts, item) for item in value)
+        valid = isinstance(value, list | tuple)
+        if valid and args[0] is str:  # thousands of keys: no call for each
+            valid = set(map(type, value)) <= {str}
+        elif valid:
+            valid = not any(_wanted(args[0], facts, item) for item in value)
         return "" if valid else f"a list of {items}"
     if origin is float:
         if isinstance(value, bool) or not isinstance(value, int | float):
