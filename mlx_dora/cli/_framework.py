@@ -44,20 +44,24 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 88}
 
 
 class _Stderr(logging.Handler):
-    """Prints the library's warnings to the current `sys.stderr`."""
+    """Prints the library's messages to the current `sys.stderr`."""
 
     def emit(self, record: logging.LogRecord) -> None:
         # click.echo would bypass `sys.stderr`, which live progress bars replace to keep
         # other lines above them.
         message = printable(record.getMessage(), MAX_LENGTH)
-        sys.stderr.write(f"{record.levelname.lower()}: {message}\n")
+        is_warning = record.levelno >= logging.WARNING
+        kind = f"{record.levelname.lower()}: " if is_warning else ""
+        sys.stderr.write(f"{kind}{message}\n")
 
 
 def _show_library_warnings() -> None:
     logger = logging.getLogger("mlx_dora")
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
-        logger.addHandler(_Stderr(logging.WARNING))
+        logger.addHandler(_Stderr(logging.INFO))
         logger.propagate = False
+    # How the data are read is always shown.
+    logging.getLogger("mlx_dora.data").setLevel(logging.INFO)
 
 
 def _describe(error: OSError) -> str:

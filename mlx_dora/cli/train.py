@@ -39,11 +39,11 @@ def command(
 
     Accepts the flags and YAML files of mlx_lm.lora; trains by default.
 
-    The data is a folder with train.jsonl (and valid.jsonl, test.jsonl), or a data set
-    on the Hugging Face Hub. The adapter's folder receives adapters.safetensors and
-    adapter_config.json, which mlx-lm loads, log.jsonl, and loss.png if matplotlib is
-    installed. On Ctrl-C, SIGTERM or SIGHUP, the command finishes the step, saves, and
-    exits with 130, 143 or 129.
+    The data is a folder, a file or a data set on the Hugging Face Hub; mlx_dora.data
+    lists the formats and shows what would be trained. The adapter's folder receives
+    adapters.safetensors and adapter_config.json, which mlx-lm loads, log.jsonl, and
+    loss.png if matplotlib is installed. On Ctrl-C, SIGTERM or SIGHUP, the command
+    finishes the step, saves, and exits with 130, 143 or 129.
     """
     if train.model is None:
         echo(f"No model given: using mlx-lm's default, {HOST_DEFAULT_MODEL}.", err=True)
@@ -102,7 +102,8 @@ def _work_in_silence(train: TrainConfig, dora: DoRAConfig) -> int:
     from mlx_dora.train.group import SharedError
     from mlx_dora.train.job import run_job
 
-    logging.getLogger("mlx_dora").setLevel(logging.ERROR)
+    for name in ("mlx_dora", "mlx_dora.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         run_job(train, dora)
     except SharedError:

@@ -195,10 +195,28 @@ def test_an_adapter_is_replaced_only_with_overwrite(small: list[str]) -> None:
 
 def test_missing_validation_data_is_reported(small: list[str], data: Path) -> None:
     (data / "valid.jsonl").unlink()
-    result = invoke(*small)
+    result = invoke(*small, "--valid-share", "0")
     assert result.exit_code == 0
     assert "no validation data" in result.stderr
     assert "validation loss" not in result.output
+
+
+def test_rows_are_held_out_and_said_if_no_file_validates(
+    small: list[str], data: Path
+) -> None:
+    (data / "valid.jsonl").unlink()
+    result = invoke(*small)
+    assert result.exit_code == 0
+    assert "2 of 20 training rows" in result.stderr
+    assert f"train: 18 rows of {data}/train.jsonl; prompt and comp" in result.stderr
+    assert "validation loss" in result.stderr
+
+
+def test_forgotten_data_is_said(small: list[str]) -> None:
+    place = small.index("--data")
+    result = invoke(*small[:place], *small[place + 2 :])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: --data was not given")
 
 
 def test_cache_threshold_accepts_sizes(small: list[str]) -> None:
@@ -243,7 +261,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     ("content", "message"),
     [
         ("", "train.jsonl is empty"),
-        ('{"question": "a"}\n', "line 1: expected the keys 'prompt' and 'completion'"),
+        (
+            '{"question": "a"}\n',
+            "line 1: expected the columns 'prompt' and 'completion'",
+        ),
         ('{"text": "a"}\n{"txt": "b"}\n', "line 2: expected the key 'text'"),
         ("not json\n", "line 1: not JSON"),
     ],
