@@ -30,6 +30,9 @@ def main(checkout: Path) -> None:
     for name in dispatch.KERNELS:
         assert (sources / f"{name}.metal").is_file(), name
 
+    for name in ("page/page.css", "page/page.js", "analyze/report.js"):
+        assert (home / name).is_file(), name
+
     linear = nn.Linear(64, 32)
     layer = mlx_dora.DoRALinear.from_base(linear, r=4)
     x = mx.random.normal((3, 64))

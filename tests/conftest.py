@@ -18,6 +18,8 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.browser import browser  # noqa: E402, F401 - a fixture
+
 TINY_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

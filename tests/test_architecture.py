@@ -2,7 +2,7 @@
 
 cli > demo | doctor | publish | serve > train | analyze | merge > evaluate >
 data | fuse | peft > adapters > layers > decomposition > kernels | io > matrix >
-options > errors | openblas | progress
+options > errors | openblas | page | progress
 
 Imports point right; packages joined by | never import each other.
 """
@@ -28,7 +28,7 @@ LAYERS = (
     ("kernels", "io"),
     ("matrix",),
     ("options",),
-    ("errors", "openblas", "progress"),
+    ("errors", "openblas", "page", "progress"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MAX_LINES = 400

@@ -74,17 +74,25 @@ def mean_agreement(pairs: Sequence[PairAgreement], measure: str) -> float:
     )
 
 
+def pair_cosines(pairs: Sequence[PairAgreement]) -> dict[tuple[int, int], float]:
+    """Return the energy-weighted mean cosine of the updates of each pair."""
+    own: dict[tuple[int, int], list[PairAgreement]] = {}
+    for pair in pairs:
+        own.setdefault((pair.first, pair.second), []).append(pair)
+    return {key: mean_agreement(all_, "update_cosine") for key, all_ in own.items()}
+
+
 def comparison_advice(
-    pairs: Sequence[PairAgreement], count: int, rank: int
+    pairs: Sequence[PairAgreement], names: Sequence[str], rank: int
 ) -> list[Advice]:
     """Return advice from the energy-weighted means over matrices and pairs.
 
     Args:
         pairs: Agreement of each pair of adapters on each matrix.
-        count: Number of adapters.
+        names: Short names of the adapters.
         rank: Rank that holds the updates together in every matrix; 0 if unknown.
     """
-    advice = [_method_advice(pairs, count)]
+    advice = [_method_advice(pairs, len(names)), *_groups_advice(pairs, names)]
     conflict = mean_agreement(pairs, "sign_conflict")
     if conflict > 0.5:
         advice.append(
@@ -106,11 +114,44 @@ def comparison_advice(
     return advice
 
 
+def _groups_advice(
+    pairs: Sequence[PairAgreement], names: Sequence[str]
+) -> list[Advice]:
+    """Name the adapters that agree, if not all pairs are of the same kind."""
+    cosines = pair_cosines(pairs)
+    kinds = {(c >= AGREE) - (c <= -AGREE) for c in cosines.values()}
+    if len(kinds) < 2:
+        return []
+    groups = [{i} for i in range(len(names))]
+    for (first, second), cosine in cosines.items():
+        if cosine >= AGREE:
+            both = [g for g in groups if first in g or second in g]
+            groups = [g for g in groups if g not in both] + [set[int]().union(*both)]
+    listed = [" with ".join(names[i] for i in sorted(g)) for g in groups]
+    extremes = [end(cosines, key=cosines.__getitem__) for end in (min, max)]
+    ends = (
+        f"{names[a]} and {names[b]} have cosine {cosines[a, b]:+.2f}"
+        for a, b in extremes
+    )
+    return [
+        Advice(
+            rule="groups",
+            sentence=f"The pairs differ: {', '.join(ends)}. Groups that agree "
+            f"(cosine at least {AGREE}): {'; '.join(sorted(listed))}. Compare and "
+            "merge within a group first.",
+        )
+    ]
+
+
 def _method_advice(pairs: Sequence[PairAgreement], count: int) -> Advice:
     """Suggest a merge method from the cosines and subspace overlaps."""
     cosine = mean_agreement(pairs, "update_cosine")
     reads = mean_agreement(pairs, "input_overlap")
     writes = mean_agreement(pairs, "output_overlap")
+    each = pair_cosines(pairs).values()
+    size = f"cosine {cosine:+.2f}"
+    if len(each) > 1:
+        size = f"mean cosine {cosine:+.2f}, from {min(each):+.2f} to {max(each):+.2f}"
     mean = "slerp" if count == 2 else "karcher"
     equal = tuple(round(1 / count, 4) for _ in range(count))
     if cosine >= AGREE:
@@ -118,13 +159,13 @@ def _method_advice(pairs: Sequence[PairAgreement], count: int) -> Advice:
             rule="agree",
             method=mean,
             weights=equal,
-            sentence=f"The updates agree (cosine {cosine:+.2f}): a mean of the "
+            sentence=f"The updates agree ({size}): a mean of the "
             f"directions, {mean} with equal weights, keeps what they share.",
         )
     if cosine <= -AGREE:
         return Advice(
             rule="opposed",
-            sentence=f"The updates oppose each other (cosine {cosine:+.2f}): any "
+            sentence=f"The updates oppose each other ({size}): any "
             "mean cancels what they learned. Keep them apart, or give one a much "
             "larger weight than the other.",
         )
@@ -133,7 +174,7 @@ def _method_advice(pairs: Sequence[PairAgreement], count: int) -> Advice:
             rule="independent",
             method="task_arithmetic",
             weights=(1.0,) * count,
-            sentence=f"The updates use different directions (cosine {cosine:+.2f}, "
+            sentence=f"The updates use different directions ({size}; "
             f"overlap of what they read {reads:.2f}, of what they write "
             f"{writes:.2f}): their sum, task_arithmetic with weights 1, keeps each "
             f"whole, while a mean leaves 1/{count} of each.",
@@ -143,7 +184,7 @@ def _method_advice(pairs: Sequence[PairAgreement], count: int) -> Advice:
         method="ties",
         weights=equal,
         sentence="The updates use the same directions (overlap "
-        f"{reads:.2f} and {writes:.2f}) for different things (cosine "
-        f"{cosine:+.2f}): expect losses. "
+        f"{reads:.2f} and {writes:.2f}) for different things "
+        f"({size}): expect losses. "
         "ties settles entries whose signs differ; test the result.",
     )

@@ -37,13 +37,28 @@ class AdapterComparison:
     Attributes:
         adapters: Names of the adapters, in the order given.
         pairs: One entry for each matrix and pair.
+        adapter_ranks: Rank that each adapter records.
         ranks: For each matrix, the rank at which the combined updates keep 99 % of
             their energy.
     """
 
     adapters: list[str]
     pairs: list[PairAgreement]
+    adapter_ranks: list[int] = field(default_factory=list)
     ranks: dict[str, int] = field(repr=False)
+
+    @property
+    def labels(self) -> list[str]:
+        """Short names of the adapters: the ends of their paths, as far as they differ.
+
+        Adapters with equal paths are numbered.
+        """
+        parts = [Path(name).parts or (name,) for name in self.adapters]
+        for depth in range(1, max(map(len, parts)) + 1):
+            labels = ["/".join(part[-depth:]) for part in parts]
+            if len({*labels}) == len(labels):
+                return labels
+        return [f"{part[-1]} ({i})" for i, part in enumerate(parts, 1)]
 
     @property
     def layers(self) -> list[PairAgreement]:
@@ -86,7 +101,7 @@ class AdapterComparison:
     def guidance(self) -> list[Advice]:
         """Suggested merge method, weights and rank, with reasons."""
         rank = max(self.ranks.values(), default=0)
-        return comparison_advice(self.pairs, len(self.adapters), rank)
+        return comparison_advice(self.pairs, self.labels, rank)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the versioned JSON form; see ``docs/analysis.md``."""
@@ -96,6 +111,8 @@ class AdapterComparison:
             "version": VERSION,
             "kind": "comparison",
             "adapters": self.adapters,
+            "labels": self.labels,
+            "adapter_ranks": self.adapter_ranks,
             "matrices": {
                 name: [[number(v) for v in row] for row in self.matrix(name)]
                 for name in (*names, "sign_conflict")
@@ -160,7 +177,12 @@ def compare_adapters(
             progress("compare", len(paths), 1)
     if not pairs:
         raise DoRAError("no two of the adapters adapt the same matrix.")
-    return AdapterComparison(adapters=names, pairs=pairs, ranks=ranks)
+    return AdapterComparison(
+        adapters=names,
+        pairs=pairs,
+        adapter_ranks=[adapter.config.rank for adapter in loaded],
+        ranks=ranks,
+    )
 
 
 def _compare_matrix(

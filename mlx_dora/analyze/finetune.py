@@ -1,7 +1,7 @@
 """Compares two versions of a model's weights, one block of rows at a time."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,10 +34,11 @@ def analyze_finetune(
     spectrum: bool = False,
     progress: Progress | None = None,
 ) -> AdaptationAnalysis:
-    """Analyze how fine-tuning changed every matrix of a model.
+    """Analyze how fine-tuning changed the matrices of a model.
 
-    Matrices are the two-dimensional float tensors. Vectors are skipped. Tensors with
-    more axes (convolutions, stacked experts) are skipped with a warning.
+    Matrices that are equal in both models are listed as unchanged and count in no
+    result. Matrices are the two-dimensional float tensors. Vectors are skipped. Tensors
+    with more axes (convolutions, stacked experts) are skipped with a warning.
 
     Args:
         base: Weights before fine-tuning.
@@ -55,17 +56,36 @@ def analyze_finetune(
     if before.deeper:
         logger.warning("skipped, not matrices: %s", ", ".join(before.deeper))
     layers: list[MatrixAnalysis] = []
+    unchanged: list[str] = []
     for name in names:
-        geometry = blocks_geometry(
-            zip(before.blocks(name), after.blocks(name), strict=True)
-        )
+        blocks = _Pairs(zip(before.blocks(name), after.blocks(name), strict=True))
+        geometry = blocks_geometry(blocks)
         if not geometry.is_finite:
             raise DoRAError(f"{name} holds NaN or inf in {before} or {after}.")
-        values = _singular_values(before, after, name) if spectrum else np.zeros(0)
-        layers.append(measure(name.removesuffix(".weight"), geometry, values))
+        path = name.removesuffix(".weight")
+        if blocks.are_equal:
+            unchanged.append(path)
+        else:
+            values = _singular_values(before, after, name) if spectrum else np.zeros(0)
+            layers.append(measure(path, geometry, values))
         if progress is not None:
             progress("analyze", len(names), 1)
-    return AdaptationAnalysis(layers=layers, source=str(after), base=str(before))
+    return AdaptationAnalysis(
+        layers=layers, source=str(after), base=str(before), unchanged=unchanged
+    )
+
+
+class _Pairs:
+    """Blocks of both models, which notes whether all of them were equal."""
+
+    def __init__(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        self._pairs = pairs
+        self.are_equal = True
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for before, after in self._pairs:
+            self.are_equal = self.are_equal and np.array_equal(before, after)
+            yield before, after
 
 
 class _Source:

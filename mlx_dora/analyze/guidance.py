@@ -44,7 +44,7 @@ class Advice:
 
 def adaptation_advice(layers: Sequence[MatrixAnalysis]) -> list[Advice]:
     """Return advice on merging an adaptation and on its rank."""
-    moved = [layer for layer in layers if layer.classification != "minimal"]
+    moved = _moved(layers)
     if not moved:
         return [
             Advice(
@@ -54,7 +54,8 @@ def adaptation_advice(layers: Sequence[MatrixAnalysis]) -> list[Advice]:
             )
         ]
     advice = []
-    radial = float(np.mean([layer.radial_share for layer in moved]))
+    radial = radial_share(layers)
+    assert radial is not None
     if radial < SMALL_PART:
         advice.append(
             Advice(
@@ -104,6 +105,19 @@ def adaptation_advice(layers: Sequence[MatrixAnalysis]) -> list[Advice]:
             )
         )
     return advice
+
+
+def radial_share(layers: Sequence[MatrixAnalysis]) -> float | None:
+    """Return magnitude's mean share of the squared change, over matrices that moved.
+
+    None if every matrix is minimal.
+    """
+    shares = [layer.radial_share for layer in _moved(layers)]
+    return float(np.mean(shares)) if shares else None
+
+
+def _moved(layers: Sequence[MatrixAnalysis]) -> list[MatrixAnalysis]:
+    return [layer for layer in layers if layer.classification != "minimal"]
 
 
 def rank_pattern(layers: Sequence[MatrixAnalysis], budget: float) -> dict[str, int]:

@@ -1,38 +1,42 @@
 """The report: one self-contained HTML file that includes the analysis."""
 
-import base64
-import hashlib
-import json
-import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.json import parse
+from mlx_dora.page import name_of, provenance, render_page
 
-_TEMPLATE = Path(__file__).with_name("report.html")
+_SCRIPT = Path(__file__).with_name("report.js")
 
 
-def render_report(content: Mapping[str, Any], log: Path | None = None) -> str:
+def render_report(
+    content: Mapping[str, Any], log: Path | None = None, command: Sequence[str] = ()
+) -> str:
     """Return the report of an analysis or comparison as HTML.
+
+    The page names the date, the version and the command; of local paths it shows only
+    the last name.
 
     Args:
         content: Result of ``to_dict`` of the analysis or comparison.
         log: The training log, ``log.jsonl``; plotted if the file exists.
+        command: The words of the command that makes the report, if any.
 
     Raises:
         DoRAError: If the log is not JSON lines.
     """
-    page = dict(content)
+    page = {**content, "provenance": provenance(command)}
+    for key in ("source", "base"):
+        if key in page:
+            page[key] = name_of(page[key])
+    if "adapters" in page:
+        page["adapters"] = page["labels"]
     if log is not None and log.is_file():
         page["log"] = _read_log(log)
-    text = json.dumps(page, ensure_ascii=False, allow_nan=False)
-    # Prevents names in the data from ending the script element.
-    text = text.replace("<", "\\u003c")
-    template = _TEMPLATE.read_text(encoding="utf-8")
-    return template.replace("@POLICY@", _policy(template)).replace("@DATA@", text)
+    return render_page("mlx_dora analysis", page, _SCRIPT)
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
@@ -57,22 +61,3 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
             losses[name] = value if is_point else None
         rows.append({"step": step, **losses})
     return rows
-
-
-def _policy(page: str) -> str:
-    """Return a content security policy that allows only the page's script and style.
-
-    Even if a name in the data were interpreted as markup, it could neither run a script
-    nor contact a server. Bars and dots need inline ``style`` attributes.
-    """
-    hashes = []
-    for element in ("script", "style"):
-        (content,) = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        hashes.append(f"'sha256-{digest}'")
-    script, style = hashes
-    return (
-        f"default-src 'none'; script-src {script}; style-src-elem {style}; "
-        "style-src-attr 'unsafe-inline'; img-src data:; base-uri 'none'; "
-        "form-action 'none'"
-    )

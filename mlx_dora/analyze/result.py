@@ -1,10 +1,15 @@
 """The result of an analysis of one adaptation, and its JSON form."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from mlx_dora.analyze.guidance import Advice, adaptation_advice, rank_pattern
+from mlx_dora.analyze.guidance import (
+    Advice,
+    adaptation_advice,
+    radial_share,
+    rank_pattern,
+)
 from mlx_dora.analyze.metrics import (
     MatrixAnalysis,
     correlate_matrices,
@@ -21,14 +26,17 @@ class AdaptationAnalysis:
     """Changes made by fine-tuning, matrix by matrix in natural order.
 
     Attributes:
-        layers: One entry per matrix.
+        layers: One entry per matrix that counts in all results.
         source: Readable name of the analyzed model or adapter.
         base: Readable name of the base.
+        unchanged: Names of the matrices that are equal in both models. They count in
+            no result.
     """
 
     layers: list[MatrixAnalysis]
     source: str = ""
     base: str = ""
+    unchanged: list[str] = field(default_factory=list)
 
     kind = "models"
 
@@ -48,6 +56,11 @@ class AdaptationAnalysis:
         return {layer.name: layer.classification for layer in self.layers}
 
     @property
+    def radial_share(self) -> float | None:
+        """Magnitude's mean share of the squared change; see `guidance.radial_share`."""
+        return radial_share(self.layers)
+
+    @property
     def guidance(self) -> list[Advice]:
         """Suggestions for merging, each with its reason."""
         return adaptation_advice(self.layers)
@@ -65,6 +78,8 @@ class AdaptationAnalysis:
             "source": self.source,
             "base": self.base,
             "correlation": correlation_dict(self.association),
+            "radial_share": self.radial_share,
+            "unchanged": self.unchanged,
             "layers": [layer.to_dict() for layer in self.layers],
             "guidance": [advice.to_dict() for advice in self.guidance],
         }

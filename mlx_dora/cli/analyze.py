@@ -11,6 +11,7 @@ from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
 from mlx_dora.cli._progress import WorkDisplay
+from mlx_dora.cli._publish import command_line
 
 if TYPE_CHECKING:
     from mlx_dora.analyze.compare import AdapterComparison
@@ -98,17 +99,22 @@ def adapter_command(
 @click.argument("adapters", type=PATH, nargs=-1, required=True, metavar="A B ...")
 @_MODEL
 @_CHECK
+@click.option("--all", "show_all", is_flag=True, help="Show every matrix and pair.")
 @_output_options
 def compare_command(
     adapters: tuple[str, ...],
     model: str | None,
     check_base: bool,
+    show_all: bool,
     top: int | None,
     json_file: Path | None,
     report: Path | None,
     overwrite: bool,
 ) -> None:
-    """Compare adapters of the same base: where they agree and where they conflict."""
+    """Compare adapters of the same base: where they agree and where they conflict.
+
+    Prints the 12 most opposed rows, unless --top or --all is given.
+    """
     from mlx_dora.analyze.compare import compare_adapters
     from mlx_dora.analyze.table import comparison_lines
 
@@ -117,7 +123,7 @@ def compare_command(
         comparison = compare_adapters(
             adapters, model, check_base=check_base, progress=display.progress
         )
-    _print(comparison_lines(comparison, top=top))
+    _print(comparison_lines(comparison, top=None if show_all else top or 12))
     _write(comparison, json_file, report, None)
 
 
@@ -167,7 +173,7 @@ def _check_outputs(
 
 def _print(lines: list[str]) -> None:
     for line in lines:
-        echo(line, bold="ΔM rel." in line)
+        echo(line, bold="ΔM rel." in line or "pair cosine" in line)
 
 
 def _write(
@@ -185,5 +191,5 @@ def _write(
         write_text(json_file, text + "\n")
         echo(f"Saved {json_file}")
     if report is not None:
-        write_text(report, render_report(content, log))
+        write_text(report, render_report(content, log, command_line()))
         echo(f"Saved {report}")

@@ -83,10 +83,7 @@ def test_rotated_rows_are_direction_alone():
 def test_identical_weights_did_nothing():
     base = weights()
     result = analyze_finetune(base, base, spectrum=True)
-    layer = only(result)
-    assert (layer.delta_m, layer.delta_d, layer.effective_rank) == (0, 0, 0)
-    assert layer.classification == "minimal"
-    assert np.isnan(layer.correlation)
+    assert (result.layers, result.unchanged) == ([], ["layers.0.q_proj"])
     assert np.isnan(result.correlation)
     assert result.guidance[0].rule == "unchanged"
     json.dumps(result.to_dict(), allow_nan=False)
@@ -339,4 +336,4 @@ def test_the_command_writes_table_json_and_report(make_tiny_folder, tmp_path):
     assert "+1.000" in done.output
     done = CliRunner().invoke(command, ["models", str(folder), str(folder)])
     assert done.exit_code == 0, done.output
-    assert "minimal" in done.output
+    assert "equal in both models and left out" in done.output

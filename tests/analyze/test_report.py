@@ -1,160 +1,200 @@
-"""Renders the report in a real browser: complete and without console errors."""
+"""The report in a real browser: complete, right, and without console errors."""
 
 import base64
 import hashlib
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.adapters.files import save_adapter
-from mlx_dora.adapters.surgery import adapter_layers, apply_dora
-from mlx_dora.analyze import analyze_finetune, compare_adapters, report
+from mlx_dora.analyze import analyze_finetune
+from mlx_dora.analyze.agreement import PairAgreement
+from mlx_dora.analyze.compare import AdapterComparison
 from mlx_dora.analyze.report import render_report
 from mlx_dora.errors import DoRAError
+from tests.analyze.test_agreement import agreement
+from tests.browser import Browser, Tab
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-
-
-def browse(page: Path, *flags: str) -> tuple[str, str]:
-    """Return a page's document and log from a headless browser."""
-    assert BROWSER is not None
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu"]
-    command += ["--enable-logging=stderr", "--v=0", "--window-size=1200,1500"]
-    command += [f"--user-data-dir={page.parent / 'profile'}"]
-    command += ["--virtual-time-budget=3000", *flags, page.as_uri()]
-    # Do not preload MLX's libraries into the browser.
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={"PATH": "/usr/bin"}
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+MODULES = ("self_attn.q_proj", "mlp.up_proj")
+LOG = [{"step": 5 * i, "train_loss": 3 - i / 9, "val_loss": None} for i in range(1, 9)]
 
 
-def console(log: str) -> list[str]:
-    return re.findall(r".*CONSOLE.*", log)
-
-
-def two_models() -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+def two_models(layers: int = 3, unchanged: int = 0) -> tuple[dict[str, Any], ...]:
+    """Return a model before and after; `unchanged` of its layers are equal in both."""
     mx.random.seed(3)
-    names = [
-        f"model.layers.{i}.{module}.weight"
-        for i in range(3)
-        for module in ("self_attn.q_proj", "mlp.up_proj")
-    ]
+    names = [f"model.layers.{i}.{m}.weight" for i in range(layers) for m in MODULES]
     base = {name: mx.random.normal((24, 16)) for name in names}
-    tuned = {k: v + 0.05 * mx.random.normal(v.shape) for k, v in base.items()}
+    tuned = {
+        name: w if int(name.split(".")[2]) < unchanged else w + 0.05 * mx.abs(w)
+        for name, w in base.items()
+    }
     return base, tuned
 
 
-@needs_browser
-def test_a_report_draws_every_matrix(tmp_path: Path):
+def three_adapters() -> AdapterComparison:
+    """Return a comparison of two adapters that agree and one independent of both."""
+    cosines = {(0, 1): 0.98, (0, 2): 0.01, (1, 2): -0.03}
+    pairs: list[PairAgreement] = [
+        agreement(f"model.layers.{layer}.{module}", *pair, cosine - layer / 50)
+        for layer in range(4)
+        for module in MODULES
+        for pair, cosine in cosines.items()
+    ]
+    names = ["/home/jane/runs/docs", "/home/jane/runs/docs_again", "/home/jane/spam"]
+    return AdapterComparison(
+        adapters=names, pairs=pairs, adapter_ranks=[8, 8, 4], ranks={"a": 9}
+    )
+
+
+def write(folder: Path, content: dict[str, Any], log: bool = False) -> Path:
+    page = folder / "report.html"
+    if log:
+        lines = "\n".join(map(json.dumps, LOG))
+        (folder / "log.jsonl").write_text(lines, encoding="utf-8")
+    text = render_report(content, folder / "log.jsonl", ["mlx_dora.analyze", "models"])
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
+def column(tab: Tab, table: str, index: int) -> list[str]:
+    return tab.evaluate(
+        f"[...document.querySelectorAll('#{table} tbody tr')]"
+        f".map(r => r.cells[{index}].textContent)"
+    )
+
+
+def test_a_report_draws_every_matrix(browser: Browser, tmp_path: Path):
     analysis = analyze_finetune(*two_models(), spectrum=True)
-    page = tmp_path / "report.html"
-    page.write_text(render_report(analysis.to_dict()), encoding="utf-8")
-    document, log = browse(page, "--dump-dom")
-    assert console(log) == []
-    scatter = document.split('id="scatter"')[1].split('id="heat"')[0]
-    assert scatter.count("<circle") == len(analysis.layers)
-    for layer in analysis.layers:
-        assert f"<td>{layer.name}</td>" in document
-    assert analysis.guidance[0].sentence in document
+    tab = browser.open(write(tmp_path, analysis.to_dict(), log=True))
+    assert (tab.problems, tab.requests) == ([], [])
+    assert tab.evaluate("document.querySelectorAll('#scatter .mark').length") == 6
+    assert sorted(column(tab, "matrices", 0)) == sorted(m.name for m in analysis.layers)
+    text = tab.evaluate("document.body.textContent")
+    assert analysis.guidance[0].sentence in text
+    assert "mlx_dora.analyze models" in text
+    layers = "[...document.querySelectorAll('#dist .layer')].map(t => t.textContent)"
+    assert tab.evaluate(layers) == ["0", "1", "2", "0", "1", "2"]
+    scale = "[...document.querySelectorAll('#heat text')].slice(-3).map(t => +/^[^°]+/"
+    low, middle, high = tab.evaluate(scale + ".exec(t.textContent)[0])")
+    assert 0 < low < middle < high
+    steps = tab.evaluate("document.querySelector('#curve').textContent")
+    assert "1020" in steps  # 10, 20: whole numbers
+    assert "10.0" not in steps
 
 
-@needs_browser
-def test_a_screenshot_shows_the_drawing(tmp_path: Path):
-    analysis = analyze_finetune(*two_models())
-    page, picture = tmp_path / "report.html", tmp_path / "report.png"
-    page.write_text(render_report(analysis.to_dict()), encoding="utf-8")
-    _, log = browse(page, f"--screenshot={picture}")
-    assert console(log) == []
+def test_unchanged_matrices_count_in_no_number(browser: Browser, tmp_path: Path):
+    whole = analyze_finetune(*two_models(layers=6, unchanged=4))
+    tuned_alone = analyze_finetune(
+        *({k: v for k, v in m.items() if int(k.split(".")[2]) >= 4}
+          for m in two_models(layers=6, unchanged=4))
+    )  # fmt: skip
+    assert len(whole.unchanged) == 8
+    ours, theirs = whole.to_dict(), tuned_alone.to_dict()
+    for key in ("correlation", "radial_share", "guidance", "layers"):
+        assert ours[key] == theirs[key]
+    tab = browser.open(write(tmp_path, ours))
+    tiles = "[...document.querySelectorAll('.tile')].map(t => t.textContent)"
+    numbers = tab.evaluate(tiles)
+    assert numbers[0] == "4of 12 matrices changed"
+    share = whole.radial_share
+    assert share is not None
+    assert numbers[3].startswith(f"{100 * share:.3g} %")
+    assert f"{share:.1%}" in whole.guidance[0].sentence
+    assert "8 matrices are equal" in tab.evaluate("document.body.textContent")
+
+
+def test_two_equal_models_have_a_report(browser: Browser, tmp_path: Path):
+    analysis = analyze_finetune(*two_models(unchanged=3))
+    tab = browser.open(write(tmp_path, analysis.to_dict()))
+    assert tab.problems == []
+    text = tab.evaluate("document.body.textContent")
+    assert analysis.guidance[0].sentence in text
+    assert "6 matrices are equal" in text
+
+
+def test_points_in_the_same_place_are_counted(browser: Browser, tmp_path: Path):
+    content = analyze_finetune(*two_models()).to_dict()
+    for layer in content["layers"][:4]:
+        layer.update(delta_m=0.0, delta_d=0.0)
+    tab = browser.open(write(tmp_path, content))
+    counts = "[...document.querySelectorAll('#scatter .count')].map(t => t.textContent)"
+    assert tab.evaluate(counts) == ["×4"]
+
+
+def test_a_module_looks_the_same_in_every_report(browser: Browser, tmp_path: Path):
+    tab = browser.open(write(tmp_path, analyze_finetune(*two_models()).to_dict()))
+    looks = "['q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj']"
+    assert tab.evaluate(f"{looks}.map(look)") == list(range(7))
+    others = tab.evaluate("['lm_head', 'embed_tokens', 'ü'].map(look)")
+    assert others == tab.evaluate("['lm_head', 'embed_tokens', 'ü'].map(look)")
+    assert all(look % 10 >= 7 for look in others)
+
+
+def test_a_comparison_names_its_adapters(browser: Browser, tmp_path: Path):
+    page = write(tmp_path, three_adapters().to_dict())
+    assert "jane" not in page.read_text(encoding="utf-8")
+    tab = browser.open(page)
+    assert (tab.problems, tab.requests) == ([], [])
+    names = "[...document.querySelectorAll('#grid .name')].map(t => t.textContent)"
+    assert {"docs", "docs_again", "spam"} < {*tab.evaluate(names)}
+    assert tab.evaluate("document.querySelectorAll('#grid rect').length") == 9 + 1
+    assert column(tab, "pairs", 2)[0] == "−0.090"  # the most opposed first
+    assert column(tab, "pairs", 1)[0] == "docs_again – spam"
+    text = tab.evaluate("document.body.textContent")
+    assert "docs (rank 8) · docs_again (rank 8) · spam (rank 4)" in text
+
+
+@pytest.mark.parametrize("kind", ["models", "comparison"])
+def test_a_narrow_report_is_legible(browser: Browser, tmp_path: Path, kind: str):
+    models = analyze_finetune(*two_models(layers=12))
+    made = models if kind == "models" else three_adapters()
+    tab = browser.open(write(tmp_path, made.to_dict(), log=True), width=360)
+    assert tab.evaluate("document.documentElement.scrollWidth") == 360
+    assert tab.overflow() == []
+    sizes = tab.evaluate(
+        """[...document.querySelectorAll("svg[role] text")].map(t => {
+        const s = t.closest("svg"), k = s.clientWidth / s.viewBox.baseVal.width;
+        return parseFloat(getComputedStyle(t).fontSize) * k; })"""
+    )
+    assert len(sizes) > 20
+    assert min(sizes) >= 10
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_screenshot_shows_the_drawing(browser: Browser, tmp_path: Path, dark: bool):
+    page = write(tmp_path, analyze_finetune(*two_models()).to_dict())
+    tab = browser.open(page, width=1200, height=1500, dark=dark)
+    tab.screenshot(tmp_path / "report.png", whole=False)
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    pixels = pyplot.imread(picture)[..., :3]
+    pixels = pyplot.imread(tmp_path / "report.png")[..., :3]
     assert pixels.shape[:2] == (1500, 1200)
+    assert (pixels[:40].mean() < 0.5) == dark
     levels = (pixels * 15).round().reshape(-1, 3)
-    colours = {tuple(color) for color in levels[::7].tolist()}
-    assert len(colours) > 20  # a blank or broken page has a few
-
-
-@needs_browser
-def test_a_broken_page_is_noticed(tmp_path: Path):
-    page = tmp_path / "report.html"
-    page.write_text("<script>nothing.there()</script>", encoding="utf-8")
-    _, log = browse(page, "--dump-dom")
-    assert any("nothing is not defined" in line for line in console(log))
-
-
-@needs_browser
-def test_a_comparison_draws_the_matrix_of_adapters(tiny_model, tmp_path: Path):
-    folders = []
-    apply_dora(tiny_model, DoRAConfig(rank=2, num_layers=-1))
-    for seed in (1, 2):
-        mx.random.seed(seed)
-        for _, layer in adapter_layers(tiny_model):
-            layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)
-        folders.append(tmp_path / str(seed))
-        save_adapter(tiny_model, folders[-1])
-    from mlx_dora import remove_dora
-
-    remove_dora(tiny_model)
-    comparison = compare_adapters(folders, tiny_model)
-    page = tmp_path / "report.html"
-    page.write_text(render_report(comparison.to_dict()), encoding="utf-8")
-    document, log = browse(page, "--dump-dom")
-    assert console(log) == []
-    grid = document.split('id="grid"')[1].split('id="heat"')[0]
-    assert grid.count("<rect") == 4
-
-
-def test_a_name_cannot_end_the_script():
-    text = render_report({"kind": "models", "source": "</script><b>"})
-    assert "</script><b>" not in text
+    colors = {tuple(color) for color in levels[::7].tolist()}
+    assert len(colors) > 20  # a blank or broken page has a few
 
 
 ATTACK = "\"'><img src=x onerror=\"document.title='PWNED'\">"
 
 
-def hostile_analysis() -> dict[str, Any]:
-    """Return an analysis in which every name is markup that would run a script."""
-    base, tuned = two_models()
-    tuned = {f"a.{ATTACK}.{name}": value for name, value in tuned.items()}
-    base = {f"a.{ATTACK}.{name}": value for name, value in base.items()}
-    content = analyze_finetune(base, tuned).to_dict()
-    return {**content, "source": ATTACK, "base": ATTACK}
+def test_names_are_text_in_the_page(browser: Browser, tmp_path: Path):
+    models = [
+        {f"a.{ATTACK}.{name}": value for name, value in weights.items()}
+        for weights in two_models()
+    ]
+    content = analyze_finetune(*models).to_dict()
+    tab = browser.open(write(tmp_path, {**content, "source": ATTACK, "base": ATTACK}))
+    assert tab.problems == []
+    assert tab.evaluate("document.images.length") == 0
+    assert tab.evaluate("document.title") == "mlx_dora analysis"
 
 
-@needs_browser
-def test_names_are_text_in_the_page(tmp_path: Path):
-    page = tmp_path / "report.html"
-    page.write_text(render_report(hostile_analysis()), encoding="utf-8")
-    document, log = browse(page, "--dump-dom")
-    assert console(log) == []
-    assert "<img" not in document
-    assert "<title>mlx_dora analysis</title>" in document
-
-
-@needs_browser
-def test_the_policy_stops_a_script_that_escaping_missed(tmp_path: Path, monkeypatch):
-    template = Path(report.__file__).with_name("report.html").read_text("utf-8")
-    escaping = re.search(r"const esc=.*\n", template)
-    assert escaping is not None
-    broken = tmp_path / "broken.html"
-    broken.write_text(template.replace(escaping[0], "const esc=t=>String(t);\n"))
-    monkeypatch.setattr(report, "_TEMPLATE", broken)
-    page = tmp_path / "report.html"
-    page.write_text(render_report(hostile_analysis()), encoding="utf-8")
-    document, log = browse(page, "--dump-dom")
-    assert "<img" in document  # so the markup was inserted
-    assert "<title>mlx_dora analysis</title>" in document
-    assert any("Content Security Policy" in line for line in console(log))
+def test_a_name_cannot_end_the_script():
+    text = render_report({"kind": "models", "source": "</script><b>"})
+    assert "</script><b>" not in text
 
 
 def test_the_policy_allows_the_pages_own_script_alone():
