@@ -9,6 +9,7 @@ from mlx_dora import __version__
 from mlx_dora.cli._framework import Boundary
 
 VERBS = (
+    "data",
     "train",
     "fuse",
     "merge",

@@ -4,14 +4,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlx_dora.data.formats import (
-    FORMATS,
-    TOKENS,
-    Format,
-    key_names,
-    recognize,
-    text_of,
-)
+from mlx_dora.data.conversations import key_names, text_of
+from mlx_dora.data.formats import FORMATS, TOKENS, Format, recognize
 from mlx_dora.data.messages import parsed_arguments
 from mlx_dora.data.rows import Rows
 from mlx_dora.errors import DoRAError

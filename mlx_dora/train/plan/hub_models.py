@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.io.json import read_object
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.plan.predict import for_rows, plan_step
+from mlx_dora.train.plan.predict import plan_step
+from mlx_dora.train.plan.rows import for_rows
 from mlx_dora.train.plan.shapes import build_empty, shapes_of
 
 _CONFIGS = Path(__file__).with_name("hub_models.json")
@@ -58,7 +59,9 @@ def fitting_models(
     for name, config in read_object(_CONFIGS).items():
         empty = build_empty(config, name)
         sizes = [value.shape for _, value in tree_flatten(empty.parameters())]  # pyright: ignore[reportAttributeAccessIssue] - arrays
-        dense = shapes_of(empty, config, dora, train.fine_tune_type)
+        layers = min(dora.num_layers, config["num_hidden_layers"])
+        settings = replace(dora, num_layers=layers)
+        dense = shapes_of(empty, config, settings, train.fine_tune_type)
         packed = replace(dense, weight_bytes=int(sum(map(_packed_bytes, sizes))))
         light = replace(step, grad_checkpoint=True)
         at_16, at_4 = (plan_step(shapes, step, limit) for shapes in (dense, packed))

@@ -13,7 +13,8 @@ from mlx_dora.adapters.surgery import FineTuneType, apply_layers
 from mlx_dora.cli.train import command, describe_plan
 from mlx_dora.errors import DoRAError
 from mlx_dora.train import TrainConfig, plan_memory
-from mlx_dora.train.plan.predict import predict, row_lengths
+from mlx_dora.train.plan.predict import predict
+from mlx_dora.train.plan.rows import row_lengths
 from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
 from mlx_dora.train.run.start import trainable_tensors
 from tests.adapters.stacks import write_folder
