@@ -9,7 +9,8 @@ from mlx_dora.cli._progress import size
 from mlx_dora.errors import printable
 
 if TYPE_CHECKING:
-    from mlx_dora.data.survey import Piece, Sample, SplitSurvey, Survey
+    from mlx_dora.data.samples import Piece, Sample
+    from mlx_dora.data.survey import SplitSurvey, Survey
     from mlx_dora.train.plan.preview import Preview
 
 _BAR = 40

@@ -83,6 +83,7 @@ FILES = {
     "analyze adapter": "analyze adapter @a1 --model @m0",
     "analyze compare": "analyze compare @a1 @a2 --model @m0",
     "analyze models": "analyze models @m0 @m1",
+    "data": "data @data --model @m0 --num-layers -1",
     "evaluate": "evaluate --model @m0 --adapter-path @a1 --fused-path @m1 --data @data",
 }
 
@@ -134,7 +135,8 @@ def test_inputs_are_refused_as_output_files(
 ) -> None:
     command = Command(FILES[name])
     before = digest(material)
-    options = ("--json",) if name == "evaluate" else ("--json", "--report")
+    pages = {"evaluate": (), "data": ("--html",)}.get(name, ("--report",))
+    options = ("--json", *pages)
     flags = [[]] if name == "evaluate" else [[], ["--overwrite"]]
     for source in command.inputs:
         file = next(path for path in (material / source).iterdir() if path.is_file())
