@@ -32,8 +32,8 @@ def test_targets_are_marked_and_everything_is_summed_up(words: list[str]) -> Non
     assert "⟦\\x1b[31mTom<|im_end|>⟧" in result.stdout  # no control characters
     assert "train         2 " in result.stdout
     assert ", 33 tokens:" in result.stdout
-    assert ", 43 tokens:" in result.stdout
-    assert "Suggested: --max-seq-length 48 --batch-size 2" in result.stdout
+    assert ", 38 tokens:" in result.stdout
+    assert "Suggested: --max-seq-length 40 --batch-size 2" in result.stdout
     assert "meta-llama/Llama-3.1-8B-Instruct" in result.stdout
     assert "2 rows of" in result.stderr
     assert "Alpaca (instruction, output, input)" in result.stderr
