@@ -34,17 +34,15 @@ def make_datasets(
         DoRAError: If a row is malformed.
     """
     loaded: dict[str, Dataset | None] = {}
+    readings: dict[str, list[str]] = {}
     for name, parts in splits.items():
         sets = [TokenDataset(rows, tokenizer) for rows in parts]
         loaded[name] = JoinedDataset(sets) if len(sets) > 1 else next(iter(sets), None)
         for dataset in sets[:1]:
-            logger.info(
-                "Data for %s: %d rows of %s; %s",
-                name,
-                sum(map(len, sets)),
-                dataset.rows.source,
-                describe_format(dataset),
-            )
+            rows = f"{sum(map(len, sets)):,} {name} rows ({dataset.rows.source})"
+            readings.setdefault(describe_format(dataset), []).append(rows)
+    for reading, rows in readings.items():
+        logger.info("Data: %s; %s", ", ".join(rows), reading)
     return loaded
 
 

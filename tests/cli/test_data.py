@@ -35,8 +35,9 @@ def test_targets_are_marked_and_everything_is_summed_up(words: list[str]) -> Non
     assert ", 38 tokens:" in result.stdout
     assert "Suggested: --max-seq-length 40 --batch-size 2" in result.stdout
     assert "meta-llama/Llama-3.1-8B-Instruct" in result.stdout
-    assert "2 rows of" in result.stderr
-    assert "Alpaca (instruction, output, input)" in result.stderr
+    assert result.stderr == (
+        f"Data: 2 train rows ({words[0]}); Alpaca (instruction, output, input)\n"
+    )
 
 
 def test_everything_is_written_as_json_and_html(

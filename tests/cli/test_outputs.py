@@ -109,8 +109,9 @@ def near(path: Path, scratch: Path) -> Iterator[Path]:
 def refuse(words: list[str]) -> None:
     result = CliRunner().invoke(group, words)
     assert result.exit_code == 1, (words, result.output)
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert result.stderr.startswith("Error: ")
+    *notes, error = result.stderr.strip().splitlines()
+    assert error.startswith("Error: "), result.stderr
+    assert all(note.startswith("Data: ") for note in notes), result.stderr
 
 
 @pytest.mark.parametrize("name", list(FOLDERS))

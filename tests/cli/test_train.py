@@ -76,6 +76,12 @@ def invoke(*args: str) -> Result:
     return result
 
 
+def refusal(result: Result) -> list[str]:
+    """The lines on stderr after the line that says how the data are read."""
+    lines = result.stderr.strip().splitlines()
+    return lines[lines[0].startswith("Data: ") :]
+
+
 @pytest.mark.parametrize("kind", ["dora", "lora"])
 def test_a_yaml_of_mlx_lm_works_unchanged(
     tiny_model_folder: Path, data: Path, tmp_path: Path, kind: str
@@ -208,7 +214,10 @@ def test_rows_are_held_out_and_said_if_no_file_validates(
     result = invoke(*small)
     assert result.exit_code == 0
     assert "2 of 20 training rows" in result.stderr
-    assert f"train: 18 rows of {data}/train.jsonl; prompt and comp" in result.stderr
+    assert (
+        f"Data: 18 train rows ({data}/train.jsonl), 2 valid rows ({data}/train.jsonl); "
+        "prompt and completion (prompt, completion)\n" in result.stderr
+    )
     assert "validation loss" in result.stderr
 
 
@@ -252,7 +261,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     result = invoke(*small, *extra)
     assert result.exit_code == code, result.output
     assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert len(refusal(result)) == 1, result.stderr
     assert result.stdout == ""
     assert sorted(tmp_path.iterdir()) == before
 
@@ -286,7 +295,7 @@ def test_data_cut_before_its_targets_is_refused(
     result = invoke(*small, "--max-seq-length", "2", "--mask-prompt")
     assert result.exit_code == 1, result.output
     assert "no row has a target token within max_seq_length 2" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert len(refusal(result)) == 1
     assert not (tmp_path / "out").exists()
 
 

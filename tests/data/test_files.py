@@ -163,8 +163,7 @@ def test_reading_says_the_format_and_the_columns(
     path.write_text("id,instruction,input,output\n1,add,2 2,4\n2,add,1 1,2\n")
     load_datasets(DataConfig(data=str(path)), load_tokenizer(tiny_model_folder))
     assert caplog.messages == [
-        f"Data for train: 2 rows of {path}; Alpaca (instruction, output, input, "
-        "without id)"
+        f"Data: 2 train rows ({path}); Alpaca (instruction, output, input, without id)"
     ]
 
 
