@@ -124,8 +124,9 @@ def test_an_error_in_one_process_ends_all_with_one_line(
     other = [*there, "--data", str(tmp_path / "nowhere")]
     (first, errors), (second, silence) = both(tmp_path, there, other)
     assert (first, second, silence) == (1, 1, "")
-    assert len(errors.splitlines()) == 1
-    assert errors.startswith("Error: process 1: ")
+    *notes, error = errors.splitlines()
+    assert error.startswith("Error: process 1: ")
+    assert [note[:6] for note in notes] == ["Data: "]
     assert "nowhere does not exist" in errors
 
     (first, errors), (second, silence) = both(tmp_path, there, [*there, "--iters", "7"])
