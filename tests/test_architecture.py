@@ -2,9 +2,10 @@
 
 cli > demo | doctor | publish | serve > train | analyze | merge > evaluate >
 data | fuse | peft > adapters > layers > decomposition > kernels | io > matrix >
-options > errors | openblas | page | progress
+options > errors | openblas | progress
 
-Imports point right; packages joined by | never import each other.
+Imports point right; packages joined by | never import each other; `page`
+stands beside `io`.
 """
 
 import ast
@@ -25,10 +26,10 @@ LAYERS = (
     ("adapters",),
     ("layers",),
     ("decomposition",),
-    ("kernels", "io"),
+    ("kernels", "io", "page"),
     ("matrix",),
     ("options",),
-    ("errors", "openblas", "page", "progress"),
+    ("errors", "openblas", "progress"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MAX_LINES = 400

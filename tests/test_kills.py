@@ -4,19 +4,13 @@ A reader looks at the output all the while. The moments are seeded; to see one s
 again, call ``Range(...).shoot(seed)`` with the seed that the failure names.
 """
 
-import contextlib
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.context
-import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,6 +21,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.peft import from_peft
 from tests.cli.material import make_material
+from tests.processes import Process
 
 LINES = {
     "train": "train --model @m0 --data @data --iters 6 --save-every 2 --rank 2 "
@@ -47,24 +42,6 @@ OLD = {
     "extract": LINES["extract"].replace("rank 2", "rank 1"),
     "convert": LINES["convert"].replace("@a1", "@a2"),
 }
-
-
-def fork_server() -> ForkServerContext:
-    """Processes that have imported everything, but computed nothing, before a fork."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_kills", "mlx_lm", "mlx_dora.cli.train"])
-    return context
-
-
-def run_command(words: list[str], log: str) -> None:
-    """Run one of our commands in a process made for it."""
-    from mlx_dora.cli._group import group
-
-    with Path(log).open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdin = Path(os.devnull).open()  # noqa: SIM115 - as long as the process lives
-    group(words)
 
 
 def read_adapter_state(folder: Path) -> str:
@@ -127,20 +104,14 @@ class Range:
         except (DoRAError, FileNotFoundError):
             return None
 
-    def start(self, line: str, *more: str) -> ForkServerProcess:
+    def start(self, line: str, *more: str) -> Process:
         line = line.replace("@", f"{self.material}/").replace("OUT", str(self.out))
-        log = self.place.with_name(f"{self.place.name}.log")
-        process = fork_server().Process(
-            target=run_command, args=([*line.split(), *more], str(log))
-        )
-        process.start()
-        return process
+        return Process(["-m", "mlx_dora", *line.split(), *more])
 
     def complete(self, line: str, *more: str) -> None:
         process = self.start(line, *more)
-        process.join(120)
-        said = self.place.with_name(f"{self.place.name}.log").read_text()
-        assert process.exitcode == 0, said
+        output = process.communicate(120)
+        assert process.returncode == 0, output
 
     def shoot(self, seed: int) -> bool:
         """Kill the command once; returns whether it was still running."""
@@ -153,17 +124,16 @@ class Range:
         allowed = {self.old if has_old else None, self.new, None}
         process = self.start(LINES[self.name], *["--overwrite"] * has_old)
         end = time.monotonic() + dice.uniform(0, 1.1 * self.seconds)
-        while time.monotonic() < end and process.is_alive():
+        while time.monotonic() < end and process.poll() is None:
             self.look(allowed, seed)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid or 0, signal.SIGKILL)
-        process.join()
+        process.kill()
+        process.communicate()
         self.look(allowed, seed)
         if has_old and self.name != "train":
             beside = self.out if self.out.exists() else self._moved_away()
             assert beside is not None, f"seed {seed}: the old output is gone"
         self._rerun(seed)
-        return process.exitcode == -signal.SIGKILL
+        return process.returncode == -signal.SIGKILL
 
     def look(self, allowed: set[str | None], seed: int) -> None:
         state = self.read()

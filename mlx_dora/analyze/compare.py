@@ -36,15 +36,15 @@ class AdapterComparison:
 
     Attributes:
         adapters: Names of the adapters, in the order given.
-        pairs: One entry for each matrix and pair.
         adapter_ranks: Rank that each adapter records.
+        pairs: One entry for each matrix and pair.
         ranks: For each matrix, the rank at which the combined updates keep 99 % of
             their energy.
     """
 
     adapters: list[str]
+    adapter_ranks: list[int]
     pairs: list[PairAgreement]
-    adapter_ranks: list[int] = field(default_factory=list)
     ranks: dict[str, int] = field(repr=False)
 
     @property
@@ -179,8 +179,8 @@ def compare_adapters(
         raise DoRAError("no two of the adapters adapt the same matrix.")
     return AdapterComparison(
         adapters=names,
-        pairs=pairs,
         adapter_ranks=[adapter.config.rank for adapter in loaded],
+        pairs=pairs,
         ranks=ranks,
     )
 

@@ -1,7 +1,7 @@
 """Compares two versions of a model's weights, one block of rows at a time."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -78,7 +78,7 @@ def analyze_finetune(
 class _Pairs:
     """Blocks of both models, which notes whether all of them were equal."""
 
-    def __init__(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    def __init__(self, pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
         self._pairs = pairs
         self.are_equal = True
 

@@ -10,7 +10,7 @@ function look(module) {
   for (const c of module) hash = (hash * 31 + c.codePointAt(0)) % 10007;
   return 7 + hash % 3 + 10 * (hash % 7);
 }
-const rows = data.layers || data.pairs, moduleOf = n => n.split("[")[0].split(".").pop();
+const everything = data.layers || data.pairs, rows = everything, moduleOf = n => n.split("[")[0].split(".").pop();
 const layerOf = n => { const p = n.split(".").find(x => /^\d+$/.test(x)); return p === undefined ? null : +p; };
 const place = m => { const i = KNOWN.findIndex(names => names.includes(m)); return i < 0 ? 99 : i; };
 const modules = [...new Set(rows.map(r => moduleOf(r.name)))].sort((a, b) => place(a) - place(b) || (a < b ? -1 : 1));
@@ -18,15 +18,20 @@ const moduleLegend = () => legend(modules.map(m => [look(m), m]));
 const many = (n, one, more) => `${whole(n)} ${n === 1 ? one : more}`;
 const describe = r => `${r.name}\nΔM ${num(r.delta_m, 5)}   relative ${pct(r.delta_m_relative)}\nΔD ${num(r.delta_d, 5)}   mean angle ${deg(r.mean_angle)}\nmagnitude's share ${pct(r.radial_share)}\neffective rank ${r.effective_rank ? num(r.effective_rank) : "–"}${r.rank ? " of " + r.rank : ""}\n${r.classification}`;
 
+// The range of an axis: from 0, unless all values are far from it.
+function span(key) {
+  const values = rows.map(r => r[key]), low = Math.min(...values), high = Math.max(...values) || 1, pad = .08 * (high - low);
+  return low > high / 2 && pad ? [low - pad, high + pad] : [0, high * 1.05];
+}
 function scatter(w, key, title) {
-  const h = Math.max(260, Math.min(340, w * .66)), top = k => Math.max(...rows.map(r => r[k])) * 1.05 || 1, f = frame(w, h, {range: [0, top(key)], title}, {range: [0, top("delta_d")], title: "ΔD"});
+  const h = Math.max(260, Math.min(340, w * .66)), f = frame(w, h, {range: span(key), title}, {range: span("delta_d"), title: "ΔD"});
   const spots = new Map(); // points in the same place, which would hide each other
   for (const r of rows) { const x = Math.round(f.X(r[key])), y = Math.round(f.Y(r.delta_d)), k = x + "," + y; if (!spots.has(k)) spots.set(k, {x, y, members: []}); spots.get(k).members.push(r); }
   const points = rows.map(r => marker(look(r.module), f.X(r[key]), f.Y(r.delta_d), 5, tip(describe(r)))).join("");
   return svg(w, h, f.s + points + [...spots.values()].filter(s => s.members.length > 2).map(s => `<text class="name count" x="${s.x + 8}" y="${s.y - 7}" ${tip(s.members.map(r => r.name).slice(0, 12).join("\n") + (s.members.length > 12 ? `\nand ${s.members.length - 12} more` : ""))}>×${s.members.length}</text>`).join(""), `${title} against ΔD, ${many(rows.length, "matrix", "matrices")}`);
 }
 
-function heat(w, value, text, title, detail) {
+function heat(w, value, text, title, detail, rows = everything) {
   const layers = [...new Set(rows.map(r => layerOf(r.name)))].sort((a, b) => (a ?? -1) - (b ?? -1)), L = 14 + 6.4 * Math.min(16, Math.max(...modules.map(m => m.length)));
   const cw = Math.min(60, (w - L - 4) / layers.length), ch = Math.max(22, Math.min(37, 280 / modules.length)), end = modules.length * ch, h = end + 86, cells = new Map();
   for (const r of rows) { const k = moduleOf(r.name) + "|" + layerOf(r.name); if (!none(value(r))) cells.set(k, [...(cells.get(k) || []), r]); }
@@ -51,7 +56,7 @@ function heat(w, value, text, title, detail) {
 const ordered = [...rows].sort((a, b) => modules.indexOf(moduleOf(a.name)) - modules.indexOf(moduleOf(b.name)) || (a.layer ?? -1) - (b.layer ?? -1));
 function boxes(w, key, scale, title, isSigned) {
   const q = r => r.quantiles[key].map(v => v * scale), h = 258, top = Math.max(...ordered.map(r => q(r)[5])) * 1.08 || 1, low = isSigned ? Math.min(0, ...ordered.map(r => q(r)[1])) * 1.08 : 0;
-  const f = frame(w, h, {range: [0, ordered.length], title: null}, {range: [low, top], title}, 46), one = f.X(1) - f.X(0), bw = Math.min(16, one * .62), step = Math.ceil((5 + 6.4 * String(Math.max(...ordered.map(r => r.layer ?? 0))).length) / one);
+  const f = frame(w, h, {range: [0, ordered.length], title: null}, {range: [low, top], title}, 46), one = f.X(1) - f.X(0), bw = Math.min(16, one * .62), step = Math.ceil((3 + 6.2 * String(Math.max(...ordered.map(r => r.layer ?? 0))).length) / one);
   let s = f.s, from = 0, own = 0;
   ordered.forEach((r, i) => {
     const v = q(r), x = f.X(i + .5), c = hue(look(r.module)), last = i === ordered.length - 1 || ordered[i + 1].module !== r.module;
@@ -65,7 +70,7 @@ function boxes(w, key, scale, title, isSigned) {
   });
   return svg(w, h, s, title + " of the rows of each matrix");
 }
-const roomy = () => 60 + Math.max(7 * ordered.length, 66 * modules.length);
+const roomy = () => Math.min(4000, 60 + Math.max(4 * ordered.length, 66 * modules.length));
 
 function curve(w) {
   const h = 250, series = ["train_loss", "val_loss"].map(k => data.log.filter(r => typeof r[k] === "number").map(r => [r.step, r[k]])), all = series.flat();
@@ -84,7 +89,7 @@ function grid(w, measure, title) {
     line.forEach((v, k) => {
       if (v === null) return;
       s += `<rect x="${L + k * c + 1}" y="${i * c + 1}" width="${c - 2}" height="${c - 2}" rx="4" fill="${tint(v, lo, 1)}" ${tip(`${data.labels[i]}\n${data.labels[k]}\n${title} ${num(v, 5)}`)}/>`;
-      if (c >= 34) s += `<text x="${L + k * c + c / 2}" y="${i * c + c / 2 + 4}" text-anchor="middle" style="fill:var(--${Math.abs(v) > .5 ? "card" : "ink"});pointer-events:none">${lo < 0 ? signed(v) : v.toFixed(2)}</text>`;
+      if (c >= 34) s += `<text x="${L + k * c + c / 2}" y="${i * c + c / 2 + 4}" text-anchor="middle" style="fill:${Math.abs(v) > .8 ? "var(--card)" : Math.abs(v) > .5 ? "#15171a" : "var(--ink)"};pointer-events:none">${lo < 0 ? signed(v) : v.toFixed(2)}</text>`;
     });
   });
   return svg(w, h, s + colorBar(L, n * c + below + 4, Math.min(240, w - L - 10), lo, 1, v => v && lo < 0 ? signed(v, 1) : num(v, 2), title), title + " of each pair of adapters");
@@ -94,13 +99,13 @@ const advice = card("What the numbers suggest", "Each line is one stated rule; s
 function comparison() {
   const grids = {"cosine of the updates": "update_cosine", "cosine of adapted rows": "direction_cosine", "overlap of what they read": "input_overlap", "overlap of what they write": "output_overlap", "Δm of opposite sign": "sign_conflict"};
   const heats = {"cosine of the updates": r => r.update_cosine, "overlap of what they read": r => r.input_overlap, "overlap of what they write": r => r.output_overlap, "disturbance of the first": r => r.disturbs_first, "disturbance of the second": r => r.disturbs_second, "Δm of opposite sign": r => r.sign_conflict};
-  const pair = r => `${data.labels[r.first]} – ${data.labels[r.second]}`, three = v => num(v);
+  const pair = r => `${data.labels[r.first]} – ${data.labels[r.second]}`, names = [...new Set(data.pairs.map(pair))], several = names.length > 1, all = `mean of ${names.length} pairs`, three = v => num(v);
   const columns = [["matrix", r => r.name], ["pair", pair], ["cosine", r => r.update_cosine, v => signed(v, 3), "Cosine of the two updates: +1 agree, 0 unrelated, −1 opposed"], ["reads", r => r.input_overlap, three, "Overlap of the input directions, 0 to 1"],
     ["writes", r => r.output_overlap, three, "Overlap of the output directions, 0 to 1"], ["Δm opposed", r => r.sign_conflict, pct, "Share of the magnitude changes that have opposite signs"],
     ["disturbs 1st", r => r.disturbs_first, three, "Size of the second's output on the first's inputs, relative to the first's"], ["disturbs 2nd", r => r.disturbs_second, three, "Size of the first's output on the second's inputs, relative to the second's"]];
   return `<h1>${data.adapters.length} adapters compared</h1><p class="soft">${data.labels.map((a, i) => esc(a) + (none(data.adapter_ranks[i]) ? "" : ` (rank ${data.adapter_ranks[i]})`)).join(" · ")}</p><div class="grid">${advice}`
     + card("Adapter against adapter", "Energy-weighted means over matrices.", chart("grid", (w, o) => grid(w, grids[o], o)), false, choose("grid", Object.keys(grids)))
-    + card("Where they agree and conflict", `Mean over ${many(new Set(data.pairs.map(pair)).size, "pair", "pairs")}${Math.min(...rows.map(r => r.update_cosine)) < 0 ? "; orange is negative" : ""}.`, chart("heat", (w, o) => heat(w, heats[o], num, o, data.adapters.length > 2 ? r => `${pair(r)} ${num(heats[o](r))}` : null)), false, choose("heat", Object.keys(heats)))
+    + card("Where they agree", `By layer and module${Math.min(...rows.map(r => r.update_cosine)) < 0 ? "; orange is negative" : ""}.`, chart("heat", (w, o, p) => heat(w, heats[o], num, o, several ? r => `${pair(r)} ${num(heats[o](r))}` : null, several && p !== all ? rows.filter(r => pair(r) === p) : rows)), false, choose("heat", Object.keys(heats)) + (several ? choose("heat", [all, ...names]) : ""))
     + card("Every pair on every matrix", "The most opposed first. Click a heading to sort.", table("pairs", columns, data.pairs, {column: 2, descending: false}), true) + "</div>";
 }
 function adaptation() {
@@ -111,8 +116,8 @@ function adaptation() {
   const keys = {"absolute ΔM": ["delta_m", "ΔM"], "relative ΔM": ["delta_m_relative", "ΔM / ‖W₀‖"]};
   const heats = {"mean angle": [r => r.mean_angle, deg], "relative ΔM": [r => r.delta_m_relative, pct], "magnitude's share": [r => r.radial_share, pct], ...(rows.some(r => r.effective_rank) ? {"effective rank": [r => r.effective_rank, num]} : {})};
   const boxed = {"angle, degrees": ["angle", 180 / Math.PI], "Δm / ‖W₀‖, percent": ["delta_m_relative", 100, true]};
-  const columns = [["matrix", r => r.name], ["ΔM", r => r.delta_m, v => num(v), "Mean change of a row's length"], ["relative ΔM", r => r.delta_m_relative, pct, "The same, as a share of the length"], ["ΔD", r => r.delta_d, v => num(v), "Mean of 1 − cosine of a row's angle"],
-    ["angle", r => r.mean_angle, deg, "Mean angle of a row (CSV: radians)"], ["Δm with angle", r => r.correlation, v => signed(v), "Correlation of both over the rows"], ["eff. rank", r => r.effective_rank || null, v => num(v), "How many directions the update uses"], ["kind", r => r.classification]];
+  const columns = [["matrix", r => r.name], ["ΔM", r => r.delta_m, v => num(v), "Mean change of a row's length"], ["relative ΔM", r => r.delta_m_relative, pct, "The same, as a share of the length"], ["ΔD", r => r.delta_d, v => v.toExponential(2), "Mean of 1 − cosine of a row's angle"],
+    ["angle", r => r.mean_angle, deg, "Mean angle of a row (CSV: radians)"], ["Δm with angle", r => r.correlation, v => signed(v), "Correlation of both over the rows"], ["eff. rank", r => r.effective_rank || null, v => num(v), "How many directions the update uses, weighted by energy"], ["kind", r => r.classification, null, "What most rows did: rotated, amplified, attenuated, mixed, or minimal (less than a thousandth)"]];
   return `${head}${tiles([[whole(rows.length), left ? `of ${whole(rows.length + left)} matrices changed` : rows.length === 1 ? "matrix" : "matrices"], [deg(mean(rows.map(r => r.mean_angle))), "mean angle of a row"], [pct(mean(rows.map(r => r.delta_m_relative))), "mean change of length"], [pct(data.radial_share), "of the squared change is magnitude"],
     [signed(c.pearson), `correlation of ΔM with ΔD${none(c.interval[0]) ? "" : ` (95 %: ${signed(c.interval[0])} to ${signed(c.interval[1])}; n ${c.n})`}`]])}<div class="grid">${advice}`
     + card("Magnitude against direction", "Each point is a matrix, as in figure 2 of the DoRA paper.", chart("scatter", (w, o) => scatter(w, ...keys[o])) + moduleLegend(), false, choose("scatter", Object.keys(keys)))

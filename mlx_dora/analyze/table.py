@@ -12,12 +12,6 @@ from mlx_dora.analyze.statistics import Correlation
 
 BY = ("matrix", "layer", "module", "expert")
 """Choices for grouping lines of the table; ``matrix`` combines a module's experts."""
-COMPARISON_LEGEND = (
-    "cosine: of the two updates; +1 agree, 0 unrelated, -1 opposed",
-    "reads, writes: overlap of their input and output directions, 0 to 1",
-    "signs: share of the magnitude changes (Δm) that have equal signs",
-    "disturbs: output of the other update on an adapter's inputs, relative to its own",
-)
 
 
 def analysis_lines(
@@ -32,11 +26,14 @@ def analysis_lines(
     """
     left = len(analysis.unchanged)
     total = len(analysis.layers) + left
-    lines = [
-        f"{left} of {total} matrices are equal in both models and left out."
-    ] * bool(left)
+    unchanged = [f"{left} of {total} matrices are equal in both models and left out."]
+    lines = unchanged if left else []
     if not analysis.layers:
         return lines + advice_lines(analysis.guidance)
+    return lines + _matrix_lines(analysis, by, top)
+
+
+def _matrix_lines(analysis: AdaptationAnalysis, by: str, top: int | None) -> list[str]:
     groups: dict[str, list[MatrixAnalysis]] = {}
     for matrix in analysis.layers:
         keys = {
@@ -49,7 +46,7 @@ def analysis_lines(
     rows = sorted(groups.items(), key=lambda item: -_mean(item[1], "delta_d"))
     shown = rows[:top]
     width = max(len(name) for name, _ in shown)
-    lines += [
+    lines = [
         f"{'':{width}}  {'ΔM':>10}  {'ΔM rel.':>8}  {'ΔD':>10}  {'angle':>8}  "
         f"{'eff. rank':>9}  kind"
     ]
@@ -71,12 +68,7 @@ def analysis_lines(
 def comparison_lines(
     comparison: AdapterComparison, *, top: int | None = None
 ) -> list[str]:
-    """Return lines with the adapters, cosines, conflicts and guidance.
-
-    Args:
-        comparison: The comparison to show.
-        top: Greatest number of pairs to show, most opposed first; None for all.
-    """
+    """Return lines with the adapters, cosines, conflicts and guidance."""
     count = len(comparison.adapters)
     lines = [f"{i + 1}: {name}" for i, name in enumerate(comparison.adapters)]
     matrix = comparison.matrix()
@@ -90,18 +82,19 @@ def comparison_lines(
     ]
     pairs = sorted(comparison.pairs, key=lambda pair: pair.update_cosine)[:top]
     width = max(len(pair.name) for pair in pairs)
-    lines.append(f"{'':{width}} pair cosine reads writes signs    disturbs")
+    lines.append(
+        f"{'':{width}}  pair  {'cosine':>7}  {'reads':>6}  {'writes':>6}  "
+        f"{'Δm signs':>8}  disturbance"
+    )
     lines += [
-        f"{pair.name:{width}} {f'{pair.first + 1}-{pair.second + 1}':4} "
-        f"{pair.update_cosine:+6.2f} {pair.input_overlap:5.2f} "
-        f"{pair.output_overlap:6.2f} {1 - pair.sign_conflict:5.0%} "
-        f"{pair.disturbs_first:5.2f} {pair.disturbs_second:5.2f}"
+        f"{pair.name:{width}}  {pair.first + 1}-{pair.second + 1:<3} "
+        f"{pair.update_cosine:+7.3f}  {pair.input_overlap:6.3f}  "
+        f"{pair.output_overlap:6.3f}  {1 - pair.sign_conflict:8.1%}  "
+        f"{pair.disturbs_first:.3f} {pair.disturbs_second:.3f}"
         for pair in pairs
     ]
     if len(pairs) < len(comparison.pairs):
-        more = len(comparison.pairs) - len(pairs)
-        lines.append(f"and {more} rows more, which conflict less (--all shows them)")
-    lines += COMPARISON_LEGEND
+        lines.append(f"and {len(comparison.pairs) - len(pairs)} more")
     return lines + advice_lines(comparison.guidance)
 
 

@@ -99,22 +99,17 @@ def adapter_command(
 @click.argument("adapters", type=PATH, nargs=-1, required=True, metavar="A B ...")
 @_MODEL
 @_CHECK
-@click.option("--all", "show_all", is_flag=True, help="Show every matrix and pair.")
 @_output_options
 def compare_command(
     adapters: tuple[str, ...],
     model: str | None,
     check_base: bool,
-    show_all: bool,
     top: int | None,
     json_file: Path | None,
     report: Path | None,
     overwrite: bool,
 ) -> None:
-    """Compare adapters of the same base: where they agree and where they conflict.
-
-    Prints the 12 most opposed rows, unless --top or --all is given.
-    """
+    """Compare adapters of the same base: where they agree and where they conflict."""
     from mlx_dora.analyze.compare import compare_adapters
     from mlx_dora.analyze.table import comparison_lines
 
@@ -123,7 +118,7 @@ def compare_command(
         comparison = compare_adapters(
             adapters, model, check_base=check_base, progress=display.progress
         )
-    _print(comparison_lines(comparison, top=None if show_all else top or 12))
+    _print(comparison_lines(comparison, top=top))
     _write(comparison, json_file, report, None)
 
 
@@ -173,7 +168,7 @@ def _check_outputs(
 
 def _print(lines: list[str]) -> None:
     for line in lines:
-        echo(line, bold="ΔM rel." in line or "pair cosine" in line)
+        echo(line, bold="ΔM rel." in line)
 
 
 def _write(

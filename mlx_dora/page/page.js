@@ -19,12 +19,13 @@ const tiles = list => `<div class="tiles">${list.map(t => tile(...t)).join("")}<
 const bullets = list => `<ul>${list.map(t => `<li>${esc(t)}</li>`).join("")}</ul>`;
 
 // Tables that sort, filter and copy. A column is [title, value of a row, text of a value, help].
-const tables = {};
+const tables = {}, MOST = 2000; // rows drawn at once
 function table(id, columns, rows, sort = null) {
-  tables[id] = {columns, rows, sort, filter: ""};
-  return `<div class="tools"><input type="search" placeholder="Filter" aria-label="Filter the rows" data-filter="${id}"><span class="soft" role="status" id="${id}-count"></span><button type="button" data-copy="${id}">Copy as CSV</button></div><div class="scroll" tabindex="0"><table id="${id}"><thead><tr>${columns.map((c, i) => `<th scope="col" class="${isText(id, i) ? "text" : ""}"><button type="button" data-sort="${id}:${i}"${c[3] ? ` title="${esc(c[3])}"` : ""}>${esc(c[0])}</button></th>`).join("")}</tr></thead><tbody></tbody></table></div>`;
+  tables[id] = {columns, rows, sort, filter: "", texts: columns.map(c => rows.some(r => typeof c[1](r) === "string"))};
+  return `<div class="tools"><input type="search" placeholder="Filter" aria-label="Filter the rows" data-filter="${id}"><span class="soft" role="status" id="${id}-count"></span><button type="button" data-copy="${id}">Copy as CSV</button></div><div class="scroll" tabindex="0" role="region" aria-label="Table"><table id="${id}"><thead><tr>${columns.map((c, i) => `<th scope="col" class="${isText(id, i) ? "text" : ""}"><button type="button" data-sort="${id}:${i}"${c[3] ? ` title="${esc(c[3])}"` : ""}>${esc(c[0])}</button></th>`).join("")}</tr></thead><tbody></tbody></table></div>${meanings(columns)}`;
 }
-const isText = (id, i) => tables[id].rows.some(r => typeof tables[id].columns[i][1](r) === "string");
+const meanings = columns => columns.some(c => c[3]) ? `<details class="soft"><summary>What the columns mean</summary><ul>${columns.filter(c => c[3]).map(c => `<li><b>${esc(c[0])}</b>: ${esc(c[3])}</li>`).join("")}</ul></details>` : "";
+const isText = (id, i) => tables[id].texts[i];
 const textOf = (c, r) => { const v = c[1](r); return none(v) ? "–" : c[2] ? c[2](v) : String(v); };
 function visible(id) {
   const {columns, rows, sort, filter} = tables[id], words = filter.toLowerCase().split(/\s+/);
@@ -36,9 +37,9 @@ function visible(id) {
 }
 function fill(id) {
   const {columns, rows, sort} = tables[id], shown = visible(id), body = document.getElementById(id);
-  body.tBodies[0].innerHTML = shown.map(r => `<tr>${columns.map((c, i) => `<td${isText(id, i) ? ' class="text"' : ""}>${esc(textOf(c, r))}</td>`).join("")}</tr>`).join("");
+  body.tBodies[0].innerHTML = shown.slice(0, MOST).map(r => `<tr>${columns.map((c, i) => `<td${isText(id, i) ? ' class="text"' : ""}>${esc(textOf(c, r))}</td>`).join("")}</tr>`).join("");
   body.querySelectorAll("th").forEach((th, i) => th.setAttribute("aria-sort", sort && sort.column === i ? sort.descending ? "descending" : "ascending" : "none"));
-  document.getElementById(id + "-count").textContent = shown.length === rows.length ? `${whole(rows.length)} rows` : `${whole(shown.length)} of ${whole(rows.length)} rows`;
+  document.getElementById(id + "-count").textContent = (shown.length === rows.length ? `${whole(rows.length)} rows` : `${whole(shown.length)} of ${whole(rows.length)} rows`) + (shown.length > MOST ? `, the first ${whole(MOST)} shown` : "");
 }
 function sortBy(id, column) {
   const t = tables[id], same = t.sort && t.sort.column === column;
@@ -70,10 +71,10 @@ function marker(i, x, y, r, more = "") {
 }
 const legend = list => `<div class="legend">${list.map(([i, name]) => `<span><svg width="14" height="14" aria-hidden="true">${marker(i, 7, 7, 5)}</svg>${esc(name)}</span>`).join("")}</div>`;
 
-// Charts. draw(width, option) returns an SVG of that width; a card's select gives the option.
+// Charts. draw(width, ...options) returns an SVG of that width; the card's selects give the options.
 const charts = {};
 const chart = (id, draw, least = () => 0) => { charts[id] = {draw, least}; return `<div class="chart" id="${id}"></div>`; };
-const choose = (id, options) => `<select data-view="${id}" aria-label="What to show">${options.map(o => `<option>${o}</option>`).join("")}</select>`;
+const choose = (id, options) => `<select data-view="${id}" aria-label="What to show">${options.map(o => `<option>${esc(o)}</option>`).join("")}</select>`;
 const svg = (w, h, inner, label) => `<svg width="${w}" height="${h}" viewBox="0 0 ${w} ${h}" role="img" tabindex="0" aria-label="${esc(label)}. The arrow keys move through the values.">${inner}</svg>`;
 const tip = text => `data-tip="${esc(text)}"`;
 const power = e => "×10" + String(e).replace(/[-\d]/g, c => c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c]);
@@ -90,7 +91,7 @@ function axis([lo, hi], n, title, integer) {
 }
 // Axes of a chart: x and y are {range, title, integer}; x null leaves room for own labels below.
 function frame(w, h, x, y, below = 44) {
-  const yAxis = axis(y.range, 5, y.title, y.integer), L = 30 + 6.6 * Math.max(...yAxis.marks.map(m => m[1].length)), R = 12, T = 12, B = below;
+  const yAxis = axis(y.range, 5, y.title, y.integer), L = 34 + 6.6 * Math.max(...yAxis.marks.map(m => m[1].length)), R = 12, T = 12, B = below;
   const [x0, x1] = x.range, [y0, y1] = y.range, X = v => L + (v - x0) / ((x1 - x0) || 1) * (w - L - R), Y = v => h - B - (v - y0) / ((y1 - y0) || 1) * (h - T - B);
   let s = yAxis.marks.map(([v, t]) => `<line class="axis" x1="${L}" x2="${w - R}" y1="${Y(v)}" y2="${Y(v)}"/><text x="${L - 6}" y="${Y(v) + 4}" text-anchor="end">${t}</text>`).join("");
   s += `<text class="name" transform="translate(12,${(h - B + T) / 2}) rotate(-90)" text-anchor="middle">${yAxis.title}</text>`;
@@ -111,8 +112,8 @@ function colorBar(x, y, w, lo, hi, text, title) {
     + marks.map(([v, a], i) => `<text x="${x + i * w / 2}" y="${y + 36}" text-anchor="${a}">${text(v)}</text>`).join("");
 }
 function draw(id, width) {
-  const box = document.getElementById(id), pick = document.querySelector(`select[data-view="${id}"]`), w = Math.max(width || box.clientWidth, charts[id].least());
-  if (w > 100) box.innerHTML = charts[id].draw(w, pick && pick.value);
+  const box = document.getElementById(id), picks = [...document.querySelectorAll(`select[data-view="${id}"]`)].map(s => s.value), w = Math.max(width || box.clientWidth, charts[id].least());
+  if (w > 100) box.innerHTML = charts[id].draw(w, ...picks);
 }
 
 // Tooltips: by mouse, and by arrow keys inside a focused chart.

@@ -12,8 +12,7 @@ from mlx_dora.analyze.adapter import analyze_adapter
 from mlx_dora.analyze.result import AdapterAnalysis
 from mlx_dora.analyze.table import describe
 from mlx_dora.fuse.report import FuseReport
-from mlx_dora.page import is_local, name_of, without_folders
-from mlx_dora.publish.markdown import block, inline
+from mlx_dora.publish.markdown import block, inline, is_local, name_of, without_folders
 
 _CHANGED = 5
 """Number of the most changed matrices that a card lists."""

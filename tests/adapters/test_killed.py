@@ -1,8 +1,6 @@
 """A process that is killed without cleanup leaves no partial output."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +8,7 @@ import pytest
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import Adapter, load_adapter, save_adapter
+from tests.processes import Process
 
 # Writes the adapter repeatedly and prints a line at each start.
 LOOP = """
@@ -42,15 +41,13 @@ def test_kill_leaves_no_partial_output(tmp_path: Path, way: str, saves: int) -> 
     config = DoRAConfig(rank=64, keys=tuple(f"m.{i}" for i in range(8)))
     source, target = tmp_path / "source", tmp_path / "out" / "target"
     save_adapter(Adapter(config=config, tensors=tensors), source)
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOOP, source, target, way], stdout=subprocess.PIPE
-    )
+    process = Process(["-c", LOOP, source, target, way])
     assert process.stdout is not None
     for _ in range(saves):
-        assert process.stdout.readline() == b"start\n"
+        assert process.stdout.readline() == "start\n"
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stdout.close()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     # Between the two renames of an overwrite, the old folder is in a hidden folder.
     old = list(target.parent.glob(f".{target.name}.*.partial/old"))
     complete = [target] if target.exists() else old

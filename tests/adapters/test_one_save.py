@@ -2,10 +2,9 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from subprocess import DEVNULL
 
 import mlx.core as mx
 import pytest
@@ -15,6 +14,7 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter, write_adapter_files
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import read_header_and_metadata
+from tests.processes import Process, run
 
 # Writes two adapters in turn; each holds its scale in its tensors.
 WRITER = """
@@ -65,8 +65,7 @@ def scales(folder: Path) -> set[float]:
 def test_a_reader_beside_a_writer_gets_one_save(tmp_path: Path, way: str) -> None:
     target = tmp_path / "a"
     write_adapter_files(scaled(1.0), target)
-    line = [sys.executable, "-c", WRITER, way, str(target)]
-    writer = subprocess.Popen(line, cwd=ROOT)
+    writer = Process(["-c", WRITER, way, target], stdout=DEVNULL, stderr=DEVNULL)
     seen: set[float] = set()
     refused = 0
     try:
@@ -93,8 +92,7 @@ def test_a_reader_beside_a_writer_gets_one_save(tmp_path: Path, way: str) -> Non
 def test_a_kill_between_the_two_files_is_refused_in_one_line(tmp_path: Path) -> None:
     target = tmp_path / "a"
     write_adapter_files(scaled(1.0), target)
-    line = [sys.executable, "-c", KILLED, str(target)]
-    done = subprocess.run(line, cwd=ROOT, check=False)
+    done = run(["-c", KILLED, target])
     assert done.returncode == -signal.SIGKILL
     with pytest.raises(DoRAError, match="mixes two saves") as info:
         load_adapter(target)
@@ -114,8 +112,7 @@ def test_a_kill_over_an_adapter_without_an_id_leaves_no_mix(
     write_adapter_files(scaled(1.0), target)
     forget_the_id(target, by)
     assert scales(target) == {1.0}
-    line = [sys.executable, "-c", KILLED, str(target)]
-    subprocess.run(line, cwd=ROOT, check=False)
+    run(["-c", KILLED, target])
     with pytest.raises(DoRAError, match=r"it has no adapter_config\.json"):
         load_adapter(target)
 

@@ -144,6 +144,10 @@ def test_a_comparison_names_its_adapters(browser: Browser, tmp_path: Path):
     assert column(tab, "pairs", 2)[0] == "−0.090"  # the most opposed first
     assert column(tab, "pairs", 1)[0] == "docs_again – spam"
     text = tab.evaluate("document.body.textContent")
+    pick = "document.querySelectorAll('select[data-view=heat]')[1]"
+    tab.evaluate(f"{pick}.value = 'docs – spam'; {pick}.onchange()")
+    scale = "[...document.querySelectorAll('#heat text')].at(-1).textContent"
+    assert tab.evaluate(scale) == "0.0500"  # of this pair alone: +0.01 to -0.05
     assert "docs (rank 8) · docs_again (rank 8) · spam (rank 4)" in text
 
 

@@ -4,12 +4,12 @@ import importlib
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from subprocess import DEVNULL
 
 import pytest
 from click.testing import CliRunner
@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from mlx_dora import DoRAConfig, apply_dora, load, save_adapter
 from mlx_dora.cli.generate import command
 from mlx_dora.errors import DoRAError
+from tests.processes import Process, run
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
 
@@ -144,18 +145,11 @@ def test_bugs_in_our_layers_keep_their_traceback(
 
 
 def test_chat_answers(tiny_model_folder: Path, adapter: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "mlx_dora", "chat"),
-            *("--model", str(tiny_model_folder), "--adapter-path", str(adapter)),
-            *("--max-tokens", "2"),
-        ],
+    paths = ("--model", tiny_model_folder, "--adapter-path", adapter)
+    done = run(
+        ["-m", "mlx_dora", "chat", *paths, "--max-tokens", "2"],
         input="hello\nq\n",
-        capture_output=True,
-        text=True,
         env=ENVIRONMENT,
-        timeout=120,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -165,11 +159,10 @@ def test_server_chats_with_an_adapter(tiny_model_folder: Path, adapter: Path) ->
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     paths = ("--model", str(tiny_model_folder), "--adapter-path", str(adapter))
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlx_dora", "server", *paths, "--port", str(port)],
+    server = Process(
+        ["-m", "mlx_dora", "server", *paths, "--port", port],
         env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stdout=DEVNULL,
     )
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions",

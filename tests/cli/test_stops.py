@@ -13,6 +13,7 @@ from mlx_dora.cli._framework import verb
 from mlx_dora.cli._group import group
 from mlx_dora.io import checkpoint
 from tests.cli.material import make_material
+from tests.processes import Process
 from tests.train.saved import log
 
 ROOT = Path(__file__).parents[2]
@@ -79,13 +80,7 @@ def test_a_stopped_training_saves_first(
         f"--num-layers 1 --batch-size 1 --val-batches 0 --steps-per-report 1 "
         f"--adapter-path {folder}"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_dora", *words.split()],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Process(["-m", "mlx_dora", *words.split()], stdout=subprocess.DEVNULL)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step "):

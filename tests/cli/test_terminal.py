@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mlx_dora import DoRAConfig, apply_dora, load, save_adapter
+from tests.processes import Process
 
 HOSTILE = "\x1b]0;TITLE\x07\x1b[2J\x1b[31m"
 SHOWN = rb"\x1b]0;TITLE\x07\x1b[2J\x1b[31m"
@@ -21,10 +20,9 @@ def on_a_terminal(folder: Path, *args: str) -> bytes:
     """Return what a command sends to a terminal through stdout and stderr."""
     own, theirs = os.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_dora", *args],
+    process = Process(
+        ["-m", "mlx_dora", *args],
         cwd=folder,
-        stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         env=environment,

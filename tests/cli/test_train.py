@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from mlx_dora.cli.train import command, describe_training, next_commands
 from mlx_dora.train import TrainConfig, TrainReport
 from tests.cli.training_data import write_data
+from tests.processes import Process, run
 
 # mlx-lm's own example without its comments and with small numbers.
 HOST_YAML = """
@@ -93,11 +94,7 @@ def test_a_yaml_of_mlx_lm_works_unchanged(
     path.write_text(
         HOST_YAML.format(model=tiny_model_folder, data=data, adapter=adapter, kind=kind)
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "mlx_dora.train", "--config", str(path)],
-        capture_output=True,
-        text=True,
-    )
+    done = run(["-m", "mlx_dora.train", "--config", path])
     assert done.returncode == 0, done.stderr
     assert "Validation loss" in done.stdout
     assert "Test loss" in done.stdout
@@ -311,12 +308,7 @@ def test_an_unknown_key_in_the_yaml_is_reported(
 
 
 def test_ctrl_c_saves_and_exits_with_130(small: list[str], tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_dora.train", *small, "--iters", "100000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Process(["-m", "mlx_dora.train", *small, "--iters", "100000"])
     log = tmp_path / "out" / "log.jsonl"
     until = time.monotonic() + 60
     while time.monotonic() < until and not (

@@ -1,9 +1,7 @@
 """mlx-lm loads our adapters, we load mlx-lm's, and the outputs agree."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from mlx_dora.adapters.surgery import dora_layers
 from mlx_dora.errors import DoRAError
 from tests.adapters.training import QV, TOKENS, perturb, train
 from tests.checks import BOUNDS, assert_close, to_numpy
+from tests.processes import run
 
 MakeFolder = Callable[..., Path]
 CONFIGS = {
@@ -138,13 +137,7 @@ def test_module_that_keys_name_must_have_tensors(
 
 
 def run_host(command: str, *args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_lm", command, *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    return run(["-m", "mlx_lm", command, *args])
 
 
 def test_mlx_lms_commands_take_our_adapter(

@@ -1,8 +1,6 @@
 """A fuse holds few tensors at a time, and leaves no model if it is killed."""
 
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ from mlx_dora.fuse.config import FuseConfig
 from mlx_dora.fuse.model import fuse_model
 from mlx_dora.io.header import read_header
 from tests.adapters.training import TOKENS, perturb
+from tests.processes import Process
 
 SHARD = 4 << 20
 KEYS = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj", "model.embed_tokens")
@@ -97,11 +96,9 @@ def test_kill_leaves_no_folder_that_loads(
     out = tmp_path / "out" / "fused"
     seen = set()
     for step in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", FUSE, base, adapter, out], stdout=subprocess.PIPE
-        )
+        process = Process(["-c", FUSE, base, adapter, out])
         assert process.stdout is not None
-        assert process.stdout.readline() == b"start\n"
+        assert process.stdout.readline() == "start\n"
         # Kill it while it writes the first shards, later shards, or the config.
         deadline = time.monotonic() + 60
         want = (0, 1, 4, 8)[step]
@@ -111,8 +108,7 @@ def test_kill_leaves_no_folder_that_loads(
                 break
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.communicate()
         left = list(out.parent.glob(".fused.*.partial/new"))
         seen.update(len(list(folder.glob("*.safetensors"))) for folder in left)
         for folder in left:

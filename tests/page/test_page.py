@@ -73,6 +73,12 @@ def test_a_heading_sorts_by_click_and_by_key(browser: Browser, page: Path):
     assert tab.evaluate(outline) == "solid"
 
 
+def test_the_columns_are_explained(browser: Browser, page: Path):
+    tab = browser.open(page)
+    explained = tab.evaluate("document.querySelector('details').textContent")
+    assert explained == "What the columns meanvalue: a number"
+
+
 def test_a_filter_keeps_rows_with_all_words(browser: Browser, page: Path):
     tab = browser.open(page)
     tab.evaluate("document.querySelector('[data-filter]').focus()")
@@ -80,6 +86,16 @@ def test_a_filter_keeps_rows_with_all_words(browser: Browser, page: Path):
     assert tab.evaluate(NAMES) == ["layer 10"]
     count = tab.evaluate("document.getElementById('t-count').textContent")
     assert count == "1 of 4 rows"
+
+
+def test_a_long_table_draws_its_first_rows_and_copies_all(browser: Browser, page: Path):
+    tab = browser.open(page)
+    tab.evaluate("delete tables.t; delete charts.c")
+    tab.evaluate("show(table('big', [['n', r => r]], [...Array(2500).keys()]))")
+    assert tab.evaluate("document.querySelectorAll('#big tbody tr').length") == 2000
+    count = tab.evaluate("document.getElementById('big-count').textContent")
+    assert count == "2,500 rows, the first 2,000 shown"
+    assert tab.evaluate("csv('big')").count("\n") == 2501
 
 
 def test_csv_holds_full_numbers_and_no_formula(browser: Browser, page: Path):

@@ -3,9 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlx_dora.page import name_of, without_folders
 from mlx_dora.publish.card import _front_matter
-from mlx_dora.publish.markdown import block, inline
+from mlx_dora.publish.markdown import block, inline, name_of, without_folders
 
 
 def test_a_name_is_plain_text_in_a_table() -> None:

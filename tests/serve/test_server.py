@@ -5,11 +5,10 @@ import json
 import os
 import random
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_dora import DoRAConfig, apply_dora, load, save_adapter
 from tests.conftest import TINY_CONFIG, write_tiny_tokenizer
+from tests.processes import Process
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -32,13 +32,8 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         start = ["-c", program] if program else ["-m", "mlx_dora", "server"]
-        self.process = subprocess.Popen(
-            [sys.executable, *start, *map(str, args), "--port", str(self.port)],
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        words = [*start, *args, "--port", self.port]
+        self.process = Process(words, env=ENVIRONMENT, stdout=DEVNULL)
 
     def ready(self) -> "Server":
         for _ in range(600):

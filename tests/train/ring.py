@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT, Process
 
 
 def free_ports(count: int) -> list[int]:
@@ -51,21 +51,15 @@ def launch(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def started(
-    folder: Path, *commands: Sequence[str]
-) -> Iterator[list[subprocess.Popen[str]]]:
+def started(folder: Path, *commands: Sequence[str]) -> Iterator[list[Process]]:
     """Start one process per command, as ``mlx.launch`` does; host file in `folder`."""
     hosts = folder / f"hosts-{len(list(folder.iterdir()))}.json"
     ports = free_ports(len(commands))
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
     processes = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
+        Process(
+            command,
             env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for rank, command in enumerate(commands)
     ]

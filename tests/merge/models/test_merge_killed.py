@@ -3,8 +3,6 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.merge import merge_models
 from mlx_dora.merge.models.merge import run_merge
 from mlx_dora.merge.models.plan import plan_models
+from tests.processes import run
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def test_a_killed_merge_leaves_no_output_and_can_be_resumed(
 ) -> None:
     a, b, _ = three
     out = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", KILLED, a, b, out], check=False)
+    done = run(["-c", KILLED, a, b, out])
     assert done.returncode == -signal.SIGKILL
     assert not out.exists()
     assert list(tmp_path.glob("*/model.safetensors")) == [
@@ -88,8 +87,8 @@ def test_a_merge_killed_inside_a_shard_restarts_that_shard(
     a, b, _ = three
     out = tmp_path / "out"
     for writes in ("1", "9"):
-        line = [sys.executable, "-c", KILLED_AT_A_BLOCK, a, b, out, writes]
-        assert subprocess.run(line, check=False).returncode == -signal.SIGKILL
+        done = run(["-c", KILLED_AT_A_BLOCK, a, b, out, writes])
+        assert done.returncode == -signal.SIGKILL
         assert not out.exists()
         left = [path for path in tmp_path.glob(".*") if path.is_dir()]
         assert [path.suffix for path in left] == [".resume"]
@@ -122,6 +121,6 @@ def test_other_settings_do_not_resume_the_leftovers(
 ) -> None:
     a, b, _ = three
     out = tmp_path / "out"
-    subprocess.run([sys.executable, "-c", KILLED, a, b, out], check=False)
+    run(["-c", KILLED, a, b, out])
     report = merge_models([a, b], save_path=out, weights=[1, 2])
     assert report.resumed == 0

@@ -4,10 +4,9 @@ import hashlib
 import json
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import Any
 
 import mlx.core as mx
@@ -15,10 +14,10 @@ import pytest
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.train.run.checkpoint import newest_checkpoint
+from tests.processes import Process
 from tests.train.conftest import EXAMPLES
 from tests.train.saved import log, same_bits, tensors
 
-ROOT = Path(__file__).parents[3]
 # Times and memory differ between any two runs.
 TIMES = {
     "seconds", "val_seconds", "tokens_per_second", "steps_per_second",
@@ -27,14 +26,8 @@ TIMES = {
 Run = Callable[..., Any]
 
 
-def start(folder: Path, **settings: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.train.resumable", folder, json.dumps(settings)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(folder: Path, **settings: Any) -> Process:
+    return Process(["-m", "tests.train.resumable", folder, json.dumps(settings)])
 
 
 def finish(folder: Path, **settings: Any) -> str:
@@ -80,7 +73,7 @@ def kill_at_step(folder: Path, step: int, wait: float) -> None:
             break
     try:
         process.wait(wait)
-    except subprocess.TimeoutExpired:
+    except TimeoutExpired:
         process.send_signal(signal.SIGKILL)
     process.communicate()
 
