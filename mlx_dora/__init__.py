@@ -4,9 +4,9 @@ Importing it loads OpenBLAS where MLX computes on a Linux CPU (`mlx_dora.openbla
 import it before mlx there. The public names are loaded on first use.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mlx_dora.lazy import public_names
 from mlx_dora.openblas import preload
 
 if TYPE_CHECKING:
@@ -15,13 +15,22 @@ if TYPE_CHECKING:
     from mlx_dora.adapters.hosting import load, use_in_mlx_lm
     from mlx_dora.adapters.named import NamedAdapters
     from mlx_dora.adapters.surgery import apply_dora, disabled, remove_dora
+    from mlx_dora.analyze.adapter import analyze_adapter
+    from mlx_dora.analyze.compare import compare_adapters
+    from mlx_dora.analyze.finetune import analyze_finetune
+    from mlx_dora.data.loading import load_datasets
     from mlx_dora.decomposition import dora_decompose, dora_merge
     from mlx_dora.errors import DoRAError
-    from mlx_dora.fuse.model import fuse_dora
+    from mlx_dora.fuse.model import fuse_dora, fuse_model
     from mlx_dora.layers import DoRAEmbedding, DoRALinear
     from mlx_dora.layers.multi import DoRAMultiLinear
     from mlx_dora.layers.switch import DoRASwitchLinear
+    from mlx_dora.merge.adapters.extract import extract_adapter
+    from mlx_dora.merge.adapters.merge import merge_adapters
+    from mlx_dora.merge.models.merge import merge_models
     from mlx_dora.peft import from_peft, to_peft
+    from mlx_dora.train.config import TrainConfig
+    from mlx_dora.train.run.finetune import finetune
 
 preload()
 
@@ -36,14 +45,24 @@ _HOME = {
     "DoRAMultiLinear": "mlx_dora.layers.multi",
     "DoRASwitchLinear": "mlx_dora.layers.switch",
     "NamedAdapters": "mlx_dora.adapters.named",
+    "TrainConfig": "mlx_dora.train.config",
+    "analyze_adapter": "mlx_dora.analyze.adapter",
+    "analyze_finetune": "mlx_dora.analyze.finetune",
     "apply_dora": "mlx_dora.adapters.surgery",
+    "compare_adapters": "mlx_dora.analyze.compare",
     "disabled": "mlx_dora.adapters.surgery",
     "dora_decompose": "mlx_dora.decomposition",
     "dora_merge": "mlx_dora.decomposition",
+    "extract_adapter": "mlx_dora.merge.adapters.extract",
+    "finetune": "mlx_dora.train.run.finetune",
     "from_peft": "mlx_dora.peft",
     "fuse_dora": "mlx_dora.fuse.model",
+    "fuse_model": "mlx_dora.fuse.model",
     "load": "mlx_dora.adapters.hosting",
     "load_adapter": "mlx_dora.adapters.files",
+    "load_datasets": "mlx_dora.data.loading",
+    "merge_adapters": "mlx_dora.merge.adapters.merge",
+    "merge_models": "mlx_dora.merge.models.merge",
     "remove_dora": "mlx_dora.adapters.surgery",
     "save_adapter": "mlx_dora.adapters.files",
     "to_peft": "mlx_dora.peft",
@@ -59,26 +78,28 @@ __all__ = [
     "DoRAMultiLinear",
     "DoRASwitchLinear",
     "NamedAdapters",
+    "TrainConfig",
+    "analyze_adapter",
+    "analyze_finetune",
     "apply_dora",
+    "compare_adapters",
     "disabled",
     "dora_decompose",
     "dora_merge",
+    "extract_adapter",
+    "finetune",
     "from_peft",
     "fuse_dora",
+    "fuse_model",
     "load",
     "load_adapter",
+    "load_datasets",
+    "merge_adapters",
+    "merge_models",
     "remove_dora",
     "save_adapter",
     "to_peft",
     "use_in_mlx_lm",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'mlx_dora' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = public_names(__name__, _HOME, more=("__version__",))

@@ -51,7 +51,8 @@ def option(
         recorded: Whether the adapter records the value in its training summary.
         variant: The only variant of DoRA that reads the option. The adapter records it
             for that variant.
-        **metadata: Further command line settings: ``choices``, ``flags``, ``unit``.
+        **metadata: Further command line settings: ``choices``, ``flags``, ``unit``,
+            ``path`` and ``group``, the title under which the help lists the option.
     """
     facts = {
         "help": help,

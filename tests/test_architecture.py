@@ -2,7 +2,7 @@
 
 cli > demo | doctor | publish | serve > train | analyze | merge > evaluate >
 data | fuse | peft > adapters > layers > decomposition > kernels | io > matrix >
-options > errors | openblas | progress
+notebook | options > errors | lazy | openblas | progress
 
 Imports point right; packages joined by | never import each other; `page`
 stands beside `io`.
@@ -28,8 +28,8 @@ LAYERS = (
     ("decomposition",),
     ("kernels", "io", "page"),
     ("matrix",),
-    ("options",),
-    ("errors", "openblas", "progress"),
+    ("notebook", "options"),
+    ("errors", "lazy", "openblas", "progress"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MAX_LINES = 400
@@ -126,10 +126,7 @@ def init_problems(tree: ast.Module) -> Iterator[str]:
     for node in tree.body:
         is_doc = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         is_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node)
-        is_lazy = isinstance(node, ast.FunctionDef) and node.name in (
-            "__getattr__",
-            "__dir__",
-        )
+        is_lazy = " = public_names(__name__, _HOME" in ast.unparse(node)
         is_table = isinstance(node, ast.Assign | ast.AnnAssign) and not any(
             isinstance(inner, ast.Call) for inner in ast.walk(node)
         )

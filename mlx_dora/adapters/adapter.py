@@ -14,6 +14,7 @@ from mlx_dora.adapters.keys import blocks, natural_order, shortened
 from mlx_dora.adapters.surgery import FineTuneType, exported_layers
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import DoRALayer
+from mlx_dora.notebook import Shown
 
 _LARGEST = 1e18
 """Numbers below it can be squared and summed in float32."""
@@ -36,8 +37,8 @@ class BaseModel:
     fingerprint: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adapter:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Adapter(Shown):
     """The content of an adapter folder.
 
     Attributes:
@@ -62,6 +63,37 @@ class Adapter:
         paths = {name.rpartition(".")[0] for name in self.tensors}
         return sorted(paths, key=natural_order)
 
+    def facts(self) -> dict[str, Any]:
+        """Return kind, rank, scale, sizes and base."""
+        return {
+            "fine_tune_type": self.fine_tune_type,
+            "rank": self.config.rank,
+            "scale": self.config.scale,
+            "modules": len(self.paths),
+            "parameters": sum(tensor.size for tensor in self.tensors.values()),
+            "base": self.base.model,
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the tensors in natural order."""
+        return [
+            {"tensor": name, "shape": tuple(self.tensors[name].shape)}
+            for name in sorted(self.tensors, key=natural_order)
+        ]
+
+
+_SOURCE = "_mlx_dora_source"
+
+
+def remember_source(model: nn.Module, name: str) -> None:
+    """Let adapters taken from a model record the path or Hub id it was loaded from."""
+    setattr(model, _SOURCE, name)
+
+
+def _base_of(model: nn.Module) -> BaseModel:
+    name = getattr(model, _SOURCE, None)
+    return BaseModel(model=name, fingerprint=fingerprint(model))
+
 
 def take_adapter(
     model: nn.Module,
@@ -79,8 +111,9 @@ def take_adapter(
         model: A model with DoRA or LoRA layers or, for full fine-tuning, with trainable
             parameters.
         fine_tune_type: Required for ``"full"``; otherwise derived from the layers.
-        base: The base to record; if None, its fingerprint is computed now, which is
-            impossible for a fully fine-tuned model.
+        base: The base to record; if None, its name is that given to `load`, and its
+            fingerprint is computed now, which is impossible for a fully fine-tuned
+            model.
         training: Summary to record.
 
     Raises:
@@ -128,7 +161,7 @@ def take_adapter(
     return Adapter(
         config=config,
         tensors=tensors,
-        base=base or BaseModel(fingerprint=fingerprint(model)),
+        base=base or _base_of(model),
         fine_tune_type=kind,
         training=training,
     )

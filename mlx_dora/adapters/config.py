@@ -35,8 +35,14 @@ class DoRAConfig:
     Every variant is saved as plain DoRA (docs/variants.md).
     """
 
-    rank: int = option(8, help="Rank of the low-rank update.", least=1)
-    scale: float = option(20.0, help="Multiplier of the low-rank update.")
+    OPTION_GROUP = "Adapter"
+
+    rank: int = option(
+        8, help="Rank of the low-rank update.", least=1, group="Common options"
+    )
+    scale: float = option(
+        20.0, help="Multiplier of the low-rank update.", group="Common options"
+    )
     dropout: float = option(
         0.0, help="Dropout on the low-rank branch in training.", least=0, below=1
     )
@@ -50,6 +56,7 @@ class DoRAConfig:
         help="Number of last blocks to adapt; -1 for all, 0 for none.",
         least=0,
         special=(-1,),
+        group="Common options",
     )
     variant: Variant = option(
         "dora",
@@ -74,6 +81,7 @@ class DoRAConfig:
         help="Variant doran-aux: hidden units per rank of the auxiliary networks.",
         least=1,
         variant="doran-aux",
+        group="Advanced",
     )
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dora.adapters.adapter import remember_source
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.model_view import (
@@ -101,6 +102,7 @@ def load_with_config(
         tokenizer.encode("a")
         loaded(mx.array([[0, 0]]))
     check_loaded(folder, loaded)
+    remember_source(loaded, str(model))
     if not lazy:
         mx.eval(loaded.parameters())
     if adapter is not None:

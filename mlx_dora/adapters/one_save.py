@@ -136,7 +136,10 @@ def _check_present(folder: Path) -> None:
         if not (folder / name).is_file():
             hint = ""
             if (folder / "adapter_model.safetensors").is_file():
-                hint = " It looks like a PEFT adapter, which must be converted."
+                hint = (
+                    " It looks like a PEFT adapter; convert it: "
+                    f"mlx_dora.convert {folder} {folder}-mlx --to mlx"
+                )
             raise _UnsettledError(
                 f"{folder} is not an adapter folder: it has no {name}.{hint}",
                 is_absent=True,

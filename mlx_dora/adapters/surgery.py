@@ -79,12 +79,15 @@ def apply_dora(model: nn.Module, config: DoRAConfig) -> list[str]:
             cannot take DoRA or the variant (all of them by name), a rank is above
             min(out, in), there are fewer blocks than `num_layers`, or the model has
             adapters already. The model is unchanged.
+        TypeError: If `config` is not a `DoRAConfig`.
     """
     return _adapt(model, config, any_rank=False)
 
 
 def _adapt(model: nn.Module, config: DoRAConfig, any_rank: bool) -> list[str]:
     """Do the work of `apply_dora`; with `any_rank`, do not check the ranks."""
+    if not isinstance(config, DoRAConfig):
+        raise TypeError(f"config must be a DoRAConfig, got {type(config).__name__}")
     paths = adaptable_paths(model, config)
     modules = dict(model.named_modules())
     chosen = variants_of(model, config, paths)

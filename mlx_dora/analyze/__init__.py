@@ -4,8 +4,9 @@ The results are exact and need no dense weight. Public names are loaded on first
 that the command line can be built without MLX.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mlx_dora.lazy import public_names
 
 if TYPE_CHECKING:
     from mlx_dora.analyze.adapter import analyze_adapter
@@ -27,12 +28,4 @@ __all__ = [
     "compare_adapters",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'mlx_dora.analyze' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = public_names(__name__, _HOME)

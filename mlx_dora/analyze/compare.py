@@ -1,7 +1,7 @@
 """Compares adapters of one base with each other, matrix by matrix, in factored form."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.layers import weight_of
 from mlx_dora.matrix import Adapted, Factors, Spectrum, Weight, row_grams
 from mlx_dora.matrix.low_rank import side_by_side
+from mlx_dora.notebook import Shown
 from mlx_dora.progress import Progress
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterComparison:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AdapterComparison(Shown):
     """Agreement of adapters of one base, for every pair on every matrix they share.
 
     Attributes:
@@ -45,7 +46,7 @@ class AdapterComparison:
     adapters: list[str]
     adapter_ranks: list[int]
     pairs: list[PairAgreement]
-    ranks: dict[str, int] = field(repr=False)
+    ranks: dict[str, int]
 
     @property
     def labels(self) -> list[str]:
@@ -102,6 +103,29 @@ class AdapterComparison:
         """Suggested merge method, weights and rank, with reasons."""
         rank = max(self.ranks.values(), default=0)
         return comparison_advice(self.pairs, self.labels, rank)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the adapters, the number of matrices and the mean cosine."""
+        return {
+            "adapters": self.adapters,
+            "matrices": len({pair.name for pair in self.pairs}),
+            "update_cosine": mean_agreement(self.pairs, "update_cosine"),
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the pairs of adapters on each matrix, largest conflict first."""
+        return [
+            {
+                "matrix": pair.name,
+                "pair": f"{pair.first + 1}-{pair.second + 1}",
+                "cosine": pair.update_cosine,
+                "reads": pair.input_overlap,
+                "writes": pair.output_overlap,
+                "disturbs first": pair.disturbs_first,
+                "disturbs second": pair.disturbs_second,
+            }
+            for pair in sorted(self.pairs, key=lambda pair: pair.update_cosine)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the versioned JSON form; see ``docs/analysis.md``."""

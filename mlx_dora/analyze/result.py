@@ -16,13 +16,14 @@ from mlx_dora.analyze.metrics import (
     correlation_dict,
 )
 from mlx_dora.analyze.statistics import Correlation
+from mlx_dora.notebook import Shown
 
 SCHEMA = "mlx_dora.analysis"
 VERSION = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdaptationAnalysis:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AdaptationAnalysis(Shown):
     """Changes made by fine-tuning, matrix by matrix in natural order.
 
     Attributes:
@@ -69,6 +70,29 @@ class AdaptationAnalysis:
         """Return ranks for a mean rank per matrix; see `guidance.rank_pattern`."""
         return rank_pattern(self.layers, budget)
 
+    def facts(self) -> dict[str, Any]:
+        """Return the names, the number of matrices and the correlation."""
+        return {
+            "source": self.source,
+            "base": self.base,
+            "matrices": len(self.layers),
+            "correlation": self.correlation,
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the matrices, largest ΔD first."""
+        return [
+            {
+                "matrix": layer.name,
+                "ΔM": layer.delta_m,
+                "ΔM relative": layer.delta_m_relative,
+                "ΔD": layer.delta_d,
+                "effective rank": layer.effective_rank,
+                "kind": layer.classification,
+            }
+            for layer in sorted(self.layers, key=lambda layer: -layer.delta_d)
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the versioned JSON form; see ``docs/analysis.md``."""
         return {
@@ -85,7 +109,7 @@ class AdaptationAnalysis:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AdapterAnalysis(AdaptationAnalysis):
     """Changes an adapter makes to its base, matrix by matrix in natural order."""
 

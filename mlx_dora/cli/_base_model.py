@@ -2,7 +2,15 @@
 
 from collections.abc import Sequence
 
-from mlx_dora.cli._echo import echo
+import click
+
+from mlx_dora.cli._echo import note
+
+check_base_option = click.option(
+    "--check-base/--no-check-base",
+    default=True,
+    help="Refuse an adapter that was trained on another base or quantization.",
+)
 
 
 def with_recorded_base(args: Sequence[str]) -> list[str]:
@@ -31,8 +39,7 @@ def announced_base(adapter_path: str) -> str:
     from mlx_dora.adapters.recorded_base import recorded_base
 
     model = recorded_base(adapter_path)
-    # The name comes from a file: `echo` escapes what a terminal would obey.
-    echo(f"Base: {model}, as recorded by the adapter.", err=True)
+    note(f"Base: {model}, as recorded by the adapter.")
     return model
 
 

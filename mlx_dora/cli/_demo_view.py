@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlx_dora.cli._echo import show_command
 from mlx_dora.cli._progress import TrainDisplay, duration, size
 from mlx_dora.cli._shell import quote
 from mlx_dora.errors import printable
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # they import MLX
     from mlx_dora.demo.script import DemoReport, Sample
 
 TABLE_ROWS = 10
-PLAIN_WIDTH = 100
+PLAIN_WIDTH = 80
 
 
 class DemoView:
@@ -139,28 +140,26 @@ class DemoView:
         )
         self._console.print("\nTry next, with this model:")
         for command in _commands(report):
-            self._console.print(f"  {printable(command)}", soft_wrap=True)
+            show_command(command)
         self._console.print("\nOr with your own model and data:")
         for command in _OWN:
-            self._console.print(f"  {command}", soft_wrap=True)
+            show_command(command)
 
 
 _OWN = (
-    "mlx_dora.train --model MODEL --data FOLDER --adapter-path adapter --mask-prompt",
-    "mlx_dora.evaluate --model MODEL --adapter-path adapter --data FOLDER",
+    "mlx_dora.train --model MODEL --data FOLDER --mask-prompt",
+    "mlx_dora.evaluate --adapter-path adapters --data FOLDER --mask-prompt",
 )
 
 
 def _commands(report: "DemoReport") -> list[str]:
-    model, adapter, fused, data = (
-        quote(str(path))
-        for path in (report.model, report.adapter, report.fused, report.data)
+    adapter, fused, data = (
+        quote(str(path)) for path in (report.adapter, report.fused, report.data)
     )
     prompt = '"What does Python\'s textwrap.dedent(text) do?"'
-    both = f"--model {model} --adapter-path {adapter}"
     return [
-        f"mlx_dora.generate {both} --prompt {prompt}",
-        f"mlx_dora.chat {both}",
-        f"mlx_dora.evaluate {both} --data {data} --mask-prompt",
+        f"mlx_dora.generate --adapter-path {adapter} --prompt {prompt}",
+        f"mlx_dora.chat --adapter-path {adapter}",
+        f"mlx_dora.evaluate --adapter-path {adapter} --data {data} --mask-prompt",
         f"mlx_lm.generate --model {fused} --prompt {prompt}",
     ]

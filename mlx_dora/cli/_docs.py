@@ -37,6 +37,22 @@ No command writes over, around or into its inputs, even with `--overwrite`, whic
 replaces only an empty folder or a folder that one of these commands made. If you work
 inside an input folder (`--data .`), you may create a new folder there.
 
+Every command has `-q` (results, warnings and errors only), `-v` (details, such as a line
+for each matrix), `--log-file FILE` (appends everything, with times) and `--version`. A
+terminal gets lines of its width, a pipe whole lines. `--json FILE` writes the results as
+JSON, and `--json -` writes them to stdout, which then gets nothing else; an existing file
+is replaced only with `--overwrite`. In JSON, a number that is not finite is null.
+
+The shell completes commands, options, choices, files and folders, for example in bash:
+
+```
+eval "$(_MLX_DORA_COMPLETE=bash_source mlx_dora)"
+eval "$(_MLX_DORA_TRAIN_COMPLETE=bash_source mlx_dora.train)"
+```
+
+In zsh it is `zsh_source`, in fish `_MLX_DORA_COMPLETE=fish_source mlx_dora | source`. Put
+the lines into `~/.bashrc`, `~/.zshrc` or `~/.config/fish/config.fish` to keep them.
+
 A config file (`-c`) is YAML in mlx-lm's format: option names with underscores as keys,
 and `lora_parameters` containing `rank`, `scale`, `dropout` and `keys`. A flag overrides
 the file, and the file overrides the default; an unknown key is an error.

@@ -22,9 +22,8 @@ stay fast, and OpenBLAS must be loaded before MLX. Results go to stdout with
 warning or above go to stderr.
 """
 
-import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,6 +32,8 @@ import click
 from mlx_dora import openblas
 from mlx_dora.cli._echo import echo
 from mlx_dora.cli._environment import settle_environment
+from mlx_dora.cli._help import Described, check_subcommand, described_mistake
+from mlx_dora.cli._log import settled_output
 from mlx_dora.errors import MAX_LENGTH, DoRAError, printable
 from mlx_dora.io.stops import Stopped, raising_stops
 
@@ -40,28 +41,12 @@ EXIT_BAD_INPUT = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 88}
-
-
-class _Stderr(logging.Handler):
-    """Prints the library's messages to the current `sys.stderr`."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        # click.echo would bypass `sys.stderr`, which live progress bars replace to keep
-        # other lines above them.
-        message = printable(record.getMessage(), MAX_LENGTH)
-        is_warning = record.levelno >= logging.WARNING
-        kind = f"{record.levelname.lower()}: " if is_warning else ""
-        sys.stderr.write(f"{kind}{message}\n")
-
-
-def _show_library_warnings() -> None:
-    logger = logging.getLogger("mlx_dora")
-    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
-        logger.addHandler(_Stderr(logging.INFO))
-        logger.propagate = False
-    # How the data are read is always shown.
-    logging.getLogger("mlx_dora.data").setLevel(logging.INFO)
+SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 80,
+    "show_default": True,
+}
+"""The context settings of all commands."""
 
 
 def _describe(error: OSError) -> str:
@@ -76,7 +61,7 @@ def _show_error(message: str, where: str = "") -> None:
     echo(f"Error: {printable(text, MAX_LENGTH)}{where}", err=True)
 
 
-class Boundary(click.Command):
+class Boundary(Described):
     """Turns errors that a user can fix into one line on stderr and an exit code.
 
     0: success. 1: `DoRAError` or `OSError`. 2: wrong usage. 130: Ctrl-C. 143: SIGTERM.
@@ -89,9 +74,12 @@ class Boundary(click.Command):
         try:
             settle_environment()
             result = super().main(*args, standalone_mode=False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(error.exit_code)
         except click.UsageError as error:
             where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-            _show_error(error.format_message(), where)
+            _show_error(described_mistake(error), where)
             sys.exit(EXIT_USAGE)
         except click.ClickException as error:
             _show_error(error.format_message())
@@ -125,31 +113,47 @@ class Verb(Boundary):
     """Whether SIGTERM and SIGHUP raise an exception, so that the command cleans up."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        _show_library_warnings()
-        openblas.preload()
-        with raising_stops() if self.unwinds else nullcontext():
+        with settled_output(ctx), raising_stops() if self.unwinds else nullcontext():
+            openblas.preload()
             return super().invoke(ctx)
 
 
-class VerbGroup(Verb, click.Group):
+class VerbGroup(Boundary, click.Group):
     """A verb with subcommands, for example ``mlx_dora.merge adapters``."""
+
+    command_class = Verb
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        check_subcommand(ctx, args, self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
 
 
 class PassThrough(Verb):
-    """A command that keeps all its arguments, including ``--help``, in `ctx.args`.
+    """A command that keeps its arguments, including ``--help``, in `ctx.args`.
 
-    The host command handles signals itself.
+    It takes only the general options out. The host command handles signals itself.
     """
 
     unwinds = False
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.args = list(args)
-        return ctx.args
+        ours: list[str] = []
+        rest = list(args)
+        for option in self.general:
+            for flag in option.opts:
+                while flag in rest:
+                    at = rest.index(flag)
+                    ours += rest[at : at + (1 if option.is_flag else 2)]
+                    del rest[at : at + (1 if option.is_flag else 2)]
+        super().parse_args(ctx, ours)
+        ctx.args = rest
+        return rest
 
 
 def verb(
-    name: str, cls: type[Verb] = Verb
+    name: str, cls: type[Verb] = Verb, *, examples: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], click.Command]:
     """Turn a function into the command `name`; its docstring becomes the help text.
 
@@ -158,10 +162,15 @@ def verb(
     Args:
         name: The verb as typed after ``mlx_dora``.
         cls: `Verb`, or `PassThrough` for a command that parses its own arguments.
+        examples: Command lines for the help.
     """
-    return click.command(name, cls=cls, context_settings=_SETTINGS)
+    return click.command(name, cls=cls, context_settings=SETTINGS, examples=examples)
 
 
-def verb_group(name: str) -> Callable[[Callable[..., Any]], VerbGroup]:
+def verb_group(
+    name: str, *, examples: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], VerbGroup]:
     """Turn a function into a verb; ``@command.command(...)`` adds subcommands."""
-    return click.group(name, cls=VerbGroup, context_settings=_SETTINGS)
+    return click.group(
+        name, cls=VerbGroup, context_settings=SETTINGS, examples=examples
+    )

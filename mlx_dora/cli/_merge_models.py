@@ -1,36 +1,48 @@
 """``mlx_dora.merge models``: merges several whole models."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
-from mlx_dora.cli._echo import echo
+from mlx_dora.cli._framework import Verb
+from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._merge_options import (
     DENSITY_HELP,
+    METHODS_HELP,
     SCALE_HELP,
     SEED_HELP,
     Weights,
+    default_method,
     fisher_option,
     read_weights,
+    refuse_weights_as_paths,
 )
 from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
 from mlx_dora.cli._progress import WorkDisplay
+from mlx_dora.cli._report import show_report
 from mlx_dora.cli._yaml import read_yaml
-from mlx_dora.merge.methods import DEFAULT, METHODS
+from mlx_dora.merge.methods import METHODS
 from mlx_dora.merge.methods.table import names_with
 
 
-@click.command("models")
+@click.command(
+    "models",
+    cls=Verb,
+    examples=(
+        "mlx_dora.merge models M1 M2 --save-path merged",
+        "mlx_dora.merge models -c mergekit.yaml --save-path merged",
+    ),
+)
 @click.argument("models", type=PATH_OR_ID, nargs=-1, metavar="[M1 M2 ...]")
 @click.option("--save-path", type=PATH, required=True, help="Output model folder.")
 @click.option("--base", type=PATH_OR_ID, help="The model that changes are relative to.")
 @click.option(
     "--method",
     type=click.Choice([*METHODS]),
-    default=DEFAULT,
-    show_default=True,
-    help="Merge method.",
+    metavar="NAME",
+    help=METHODS_HELP,
 )
 @click.option(
     "--weights",
@@ -56,14 +68,12 @@ from mlx_dora.merge.methods.table import names_with
 @click.option(
     "--seed",
     default=0,
-    show_default=True,
     help=SEED_HELP,
 )
 @click.option(
     "--granularity",
     type=click.Choice(["row", "tensor"]),
     default="row",
-    show_default=True,
     help="Merge directions of rows, or of whole tensors as in mergekit.",
 )
 @click.option(
@@ -80,12 +90,13 @@ from mlx_dora.merge.methods.table import names_with
     help="A mergekit YAML file, in place of models and method. Only --seed, --pad and "
     "--overwrite can be combined with it.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+@json_option()
+@overwrite_option()
 def models_command(
     models: tuple[str, ...],
     save_path: str,
     base: str | None,
-    method: str,
+    method: str | None,
     weights: Weights | None,
     density: float | None,
     scale: float | None,
@@ -96,6 +107,7 @@ def models_command(
     pad: bool,
     fisher: tuple[str, ...],
     config: Path | None,
+    json_output: JsonOutput,
     overwrite: bool,
 ) -> None:
     """Merge whole models, one tensor at a time.
@@ -103,25 +115,25 @@ def models_command(
     The output has the config, tokenizer and dtypes of the base, or else of the first
     model. A killed merge resumes when the same command is run again.
     """
-    from dataclasses import replace
-
     from mlx_dora.merge.models.merge import run_merge
     from mlx_dora.merge.models.mergekit import read_mergekit
     from mlx_dora.merge.models.plan import plan_models
 
     if (config is None) == (not models):
         raise click.UsageError("give either models or --config")
+    json_output.check(*models, base, config, save_path)
     if config is not None:
         _refuse_beside_config(click.get_current_context())
         plan = replace(read_mergekit(read_yaml(config)), seed=seed, pad=pad)
     else:
+        refuse_weights_as_paths(models)
         given = {"density": density, "lambda": scale, "normalize": normalize}
         given = {key: value for key, value in given.items() if value is not None}
         given |= {"seed": seed, "granularity": granularity, "pad": pad}
         plan = plan_models(
             models,
             base=base,
-            method=method,
+            method=method or default_method(len(models)),
             weights=weights,
             parameters=given,
             dtype=dtype,
@@ -135,9 +147,8 @@ def models_command(
             overwrite=overwrite,
             progress=display.progress,
         )
-    for line in report.lines():
-        echo(line)
-    echo(f"Saved to {save_path}")
+    show_report(report, save_path)
+    json_output.write({**asdict(report), "save_path": save_path})
 
 
 def _refuse_beside_config(context: click.Context) -> None:

@@ -1,6 +1,7 @@
 """Options shared by several commands of ``mlx_dora.merge``."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -8,8 +9,13 @@ import click
 from mlx_dora.cli._paths import PATH
 from mlx_dora.cli._yaml import parse_yaml
 from mlx_dora.errors import DoRAError
-from mlx_dora.merge.methods.table import densities, names_with
+from mlx_dora.merge.methods.table import DEFAULT, METHODS, densities, names_with
 
+DEFAULT_OF_MANY = "karcher"
+METHODS_HELP = (
+    f"Merge method: {', '.join(METHODS)}; by default {DEFAULT} for two inputs and "
+    f"{DEFAULT_OF_MANY}, its equal, for more."
+)
 SEED_HELP = f"Random seed, for {names_with('seed')}."
 SCALE_HELP = f"Factor on the merged changes, for {names_with('lambda')}."
 DENSITY_HELP = f"Fraction of the changes to keep (default: {densities()})."
@@ -33,6 +39,24 @@ def read_weights(
             f"{value!r} is not a list of weights, such as 0.3,0.7."
         )
     return weights
+
+
+def default_method(count: int) -> str:
+    """Return the method to use if none is given."""
+    return DEFAULT if count <= 2 else DEFAULT_OF_MANY
+
+
+def refuse_weights_as_paths(paths: Sequence[str]) -> None:
+    """Refuse inputs that are numbers, which ``--weights 0.5 0.5`` leaves over."""
+    for path in paths:
+        try:
+            float(path)
+        except ValueError:
+            continue
+        if not Path(path).exists():
+            raise click.UsageError(
+                f"{path} is not a folder; write weights with commas: --weights 0.3,0.7"
+            )
 
 
 def fisher_option(whose: str) -> Callable[[Any], Any]:

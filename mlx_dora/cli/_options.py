@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from mlx_dora.cli._help import OPTIONS, GroupedOption
 from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
 from mlx_dora.cli._yaml import parse_yaml
 from mlx_dora.errors import DoRAError
@@ -146,7 +147,7 @@ class _Option:
         return value is None and isinstance(self.settings["type"], _Structure)
 
 
-def _option(field: dataclasses.Field[Any], hint: Any) -> _Option:
+def _option(field: dataclasses.Field[Any], hint: Any, group: str) -> _Option:
     flag = "--" + field.name.replace("_", "-")
     kind = _param_type(hint)
     if field.metadata.get("unit") == "bytes":
@@ -155,22 +156,34 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> _Option:
         kind = PATH_OR_ID if field.metadata["path"] == "or id" else PATH
     if field.metadata.get("choices"):
         kind = click.Choice(field.metadata["choices"])
-    settings: dict[str, Any] = {"help": field.metadata.get("help"), "type": kind}
+    settings: dict[str, Any] = {
+        "help": field.metadata.get("help"),
+        "type": kind,
+        "cls": GroupedOption,
+        "group": field.metadata.get("group") or group,
+    }
     if kind is click.BOOL:
         flag = f"{flag}/--no-{flag[2:]}"
     if isinstance(kind, _Structure):
         settings["default"] = None  # click would print and parse a mapping as text
     elif field.default is not _MISSING:
         settings["default"] = field.default
-        settings["show_default"] = not any(
-            field.default is v for v in (None, False, "")
-        )
     elif field.default_factory is not _MISSING:
         settings["default"] = field.default_factory()
     else:
         settings["required"] = True
     extra = field.metadata.get("flags", ())
     return _Option(flags=(flag, *extra, field.name), settings=settings)
+
+
+def _group_of(field: dataclasses.Field[Any], config: type) -> str:
+    """The `OPTION_GROUP` of the class that declares the field."""
+    home = next(
+        cls
+        for cls in config.__mro__
+        if field.name in vars(cls).get("__annotations__", {})
+    )
+    return vars(home).get("OPTION_GROUP", OPTIONS)
 
 
 def dataclass_options(
@@ -182,6 +195,7 @@ def dataclass_options(
     ``--rank`` and the other options, and calls the function with
     ``train=TrainConfig(...)`` and ``dora=DoRAConfig(...)``. Names, defaults and help
     come from the fields. A field's ``metadata`` holds ``"help"`` and, optionally,
+    ``"group"`` (a title in the help, by default the class's ``OPTION_GROUP``),
     ``"choices"``, ``"flags": ("-m",)``, ``"unit": "bytes"``, or ``"path"`` with the
     value ``"local"`` or ``"or id"``. A bool becomes ``--x/--no-x`` and a
     `typing.Literal` a choice; a tuple of str accepts ``a,b``, a dict or list accepts
@@ -201,7 +215,7 @@ def dataclass_options(
         for field in dataclasses.fields(config):
             if field.name in exclude or not field.init:
                 continue
-            option = _option(field, hints[key][field.name])
+            option = _option(field, hints[key][field.name], _group_of(field, config))
             known = options.setdefault(field.name, option)
             if known.default != option.default:
                 raise TypeError(f"two defaults for the option {field.name!r}")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from mlx_dora.cli._environment import check_encodable
 
@@ -29,6 +30,12 @@ class PathType(click.ParamType):
         if isinstance(param, click.Argument):
             return None
         return self.name.upper().replace(" ", "_")
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Let the shell complete a folder, or a file where one is expected."""
+        return [CompletionItem(incomplete, type="file" if self.as_path else "dir")]
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str | Path:
         """Expand and check a value.

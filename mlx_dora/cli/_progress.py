@@ -2,21 +2,15 @@
 
 import sys
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
-from mlx_dora.cli._echo import echo
+from mlx_dora.cli._echo import note
+from mlx_dora.cli._log import is_quiet
 from mlx_dora.errors import printable
 from mlx_dora.train.run.journal import StepReport
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 def duration(seconds: float) -> str:
@@ -31,24 +25,60 @@ def size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def describe(report: StepReport, iters: int | None) -> str:
-    """Format a training report as a line of text."""
-    parts = [f"step {report.step}" + (f"/{iters}" if iters else "")]
+LINE = 80
+"""Columns of a report, which must fit a terminal of the usual width."""
+
+
+def describe(
+    report: StepReport, iters: int | None, *, with_time_left: bool = True
+) -> str:
+    """Format a training report as a line of text of at most `LINE` columns.
+
+    Args:
+        report: The report.
+        iters: Number of steps of the training.
+        with_time_left: Whether to end with the time left, which a bar shows too.
+    """
+    parts = [
+        f"step {report.step}" + (f"/{iters}" if iters and report.step <= iters else "")
+    ]
     if report.val_loss is not None:
         return f"{parts[0]}  validation loss {report.val_loss:.4f}"
     if report.train_loss is not None:
         parts.append(f"loss {report.train_loss:.4f}")
     if report.learning_rate is not None:
-        parts.append(f"lr {report.learning_rate:.3g}")
+        parts.append(f"lr {report.learning_rate:.2g}")
     if report.tokens_per_second is not None:
-        parts.append(f"{report.tokens_per_second:.0f} tokens/s")
+        parts.append(f"{report.tokens_per_second:.0f} tok/s")
     if report.delta_m is not None and report.delta_d is not None:
         parts.append(f"ΔM {report.delta_m:.2g} ΔD {report.delta_d:.2g}")
-    parts.append(f"peak {size(report.peak_memory_bytes)}")
-    if report.steps_per_second and iters:
+    line = "  ".join(parts)
+    if with_time_left and report.steps_per_second and iters:
         left = duration((iters - report.step) / report.steps_per_second)
-        parts.append(f"{left} left")
-    return "  ".join(parts)
+        line = f"{line}  {left} left" if len(line) + len(left) + 7 <= LINE else line
+    return line
+
+
+def _bars() -> "Progress":
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description:<9}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True),
+    )
 
 
 class WorkDisplay:
@@ -61,17 +91,7 @@ class WorkDisplay:
     def __init__(self, *, with_memory: bool = False) -> None:
         self._with_memory = with_memory
         self._tasks: dict[str, TaskID] = {}
-        self._bars: Progress | None = None
-        if sys.stderr.isatty():
-            self._bars = Progress(
-                TextColumn("{task.description:<9}", markup=False),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-                console=Console(stderr=True),
-            )
+        self._bars = _bars() if sys.stderr.isatty() and not is_quiet() else None
 
     def __enter__(self) -> "WorkDisplay":
         if self._bars is not None:
@@ -100,19 +120,12 @@ class WorkDisplay:
         if all(bar.finished for bar in self._bars.tasks if bar.id == task):
             self._bars.remove_task(self._tasks.pop(phase))
 
-    def say(self, line: str) -> None:
-        """Print a line, above any bars."""
-        if self._bars is None:
-            echo(line, err=True)
-        else:
-            self._bars.console.print(printable(line), highlight=False, markup=False)
-
     def note(self, phase: str, total: int, text: str) -> None:
         """Show text beside a bar."""
         if self._bars is not None:
             self._bars.update(self._task(phase, total), note=printable(text))
 
-    def _task(self, phase: str, total: int) -> TaskID:
+    def _task(self, phase: str, total: int) -> "TaskID":
         assert self._bars is not None
         if phase not in self._tasks:
             self._tasks[phase] = self._bars.add_task(
@@ -140,13 +153,7 @@ class TrainDisplay(WorkDisplay):
 
     def report(self, report: StepReport) -> None:
         """Print a training report."""
-        self.say(describe(report, self._iters))
         iters = self._iters
+        note(describe(report, iters, with_time_left=self._bars is None))
         if iters and report.train_loss is not None and report.step < iters:
-            self.note("train", iters, _note(report))
-
-
-def _note(report: StepReport) -> str:
-    loss, speed = report.train_loss or 0.0, report.tokens_per_second or 0.0
-    peak = size(report.peak_memory_bytes)
-    return f"loss {loss:.3f}  {speed:.0f} tokens/s  peak {peak}"
+            self.note("train", iters, f"peak {size(report.peak_memory_bytes)}")

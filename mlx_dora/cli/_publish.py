@@ -6,10 +6,13 @@ from pathlib import Path
 import click
 
 from mlx_dora.cli._echo import echo
+from mlx_dora.cli._help import GroupedOption
 
 upload_option = click.option(
     "--upload-repo",
     metavar="ID",
+    cls=GroupedOption,
+    group="Publishing",
     help="Write a model card and upload the folder to this Hugging Face Hub "
     "repository, which is created if missing.",
 )

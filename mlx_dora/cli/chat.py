@@ -7,7 +7,11 @@ from mlx_dora.cli._framework import PassThrough, verb
 from mlx_dora.cli._host import run_host_command
 
 
-@verb("chat", cls=PassThrough)
+@verb(
+    "chat",
+    cls=PassThrough,
+    examples=("mlx_dora.chat --adapter-path adapters", "mlx_dora.chat --model MODEL"),
+)
 @click.pass_context
 def command(ctx: click.Context) -> None:
     """Chat with a model, like mlx_lm.chat, using mlx_dora's layers."""

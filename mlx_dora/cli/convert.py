@@ -1,22 +1,29 @@
 """``mlx_dora.convert``: converts adapters between MLX and PEFT."""
 
+from pathlib import Path
 from typing import Literal
 
 import click
 
 from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
+from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._paths import PATH, PATH_OR_ID
 
 
-@verb("convert")
+@verb(
+    "convert",
+    examples=(
+        "mlx_dora.convert peft_adapter mlx_adapter",
+        "mlx_dora.convert adapters peft_adapter --base-model ORG/NAME",
+    ),
+)
 @click.argument("source", metavar="IN", type=PATH)
 @click.argument("target", metavar="OUT", type=PATH)
 @click.option(
     "--to",
     type=click.Choice(["mlx", "peft"]),
-    required=True,
-    help="The format to write; IN must be in the other format.",
+    help="The format to write; by default, the one that IN is not in.",
 )
 @click.option(
     "--model",
@@ -30,13 +37,15 @@ from mlx_dora.cli._paths import PATH, PATH_OR_ID
     help="The base model that OUT records; by default, the value of --model or else "
     "the base that IN records.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+@json_option()
+@overwrite_option()
 def command(
     source: str,
     target: str,
-    to: Literal["mlx", "peft"],
+    to: Literal["mlx", "peft"] | None,
     model: str | None,
     base_model: str | None,
+    json_output: JsonOutput,
     overwrite: bool,
 ) -> None:
     """Convert a DoRA or LoRA adapter between the formats of MLX and Hugging Face PEFT.
@@ -47,11 +56,25 @@ def command(
     """
     from mlx_dora.peft import convert_adapter
 
+    json_output.check(source, model, target)
+    if to is None:
+        to = "mlx" if Path(source, "adapter_model.safetensors").exists() else "peft"
     adapter = convert_adapter(
         source, target, to, model=model, base_model=base_model, overwrite=overwrite
     )
     echo(
-        f"Converted {len(adapter.paths)} modules ({adapter.fine_tune_type}, rank "
-        f"{adapter.config.rank}, scale {adapter.config.scale:g})"
+        f"Converted {len(adapter.paths)} modules to {to} ({adapter.fine_tune_type}, "
+        f"rank {adapter.config.rank}, scale {adapter.config.scale:g})"
     )
     echo(f"Saved to {target}")
+    json_output.write(
+        {
+            "to": to,
+            "fine_tune_type": adapter.fine_tune_type,
+            "rank": adapter.config.rank,
+            "scale": adapter.config.scale,
+            "modules": adapter.paths,
+            "base_model": adapter.base.model,
+            "save_path": target,
+        }
+    )

@@ -1,7 +1,7 @@
 """``mlx_dora.data``: shows what would be trained, before training."""
 
 import dataclasses
-import json
+from pathlib import Path
 
 import click
 
@@ -9,8 +9,10 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.cli._data_view import show_preview
 from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
+from mlx_dora.cli._help import GroupedOption
+from mlx_dora.cli._json import STDOUT, JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._options import dataclass_options
-from mlx_dora.cli._paths import FILE, PATH, PATH_OR_ID
+from mlx_dora.cli._paths import FILE, PATH_OR_ID
 from mlx_dora.cli._publish import command_line
 from mlx_dora.data.config import DataConfig
 from mlx_dora.data.formats import FORMATS
@@ -29,31 +31,39 @@ _HIDDEN = tuple(
 )
 
 
-@verb("data")
+@verb(
+    "data",
+    examples=(
+        "mlx_dora.data my_data --model MODEL --mask-prompt",
+        "mlx_dora.data alpaca.csv --model MODEL --html data.html",
+    ),
+)
 @click.argument("data", type=PATH_OR_ID)
 @dataclass_options(train=TrainConfig, dora=DoRAConfig, exclude=_HIDDEN)
 @click.option(
     "--rows",
     type=click.IntRange(min=0),
     default=3,
-    show_default=True,
+    cls=GroupedOption,
+    group="Reports",
     help="Rows to show per split.",
 )
-@click.option("--html", type=FILE, help="Also write a self-contained HTML page.")
 @click.option(
-    "--json",
-    "json_file",
-    type=PATH,
-    help="Also write everything as JSON; - prints only the JSON.",
+    "--html",
+    type=FILE,
+    cls=GroupedOption,
+    group="Reports",
+    help="Write a self-contained HTML page.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace existing files.")
+@json_option(group="Reports")
+@overwrite_option("Replace existing files.")
 def command(
     data: str,
     train: TrainConfig,
     dora: DoRAConfig,
     rows: int,
-    html: str | None,
-    json_file: str | None,
+    html: Path | None,
+    json_output: JsonOutput,
     overwrite: bool,
 ) -> None:
     """Show what would be trained from DATA: a folder, a file or a Hub data set.
@@ -69,24 +79,20 @@ def command(
 
     if train.model is None:
         raise click.UsageError("give --model, whose tokenizer reads the rows")
-    outputs = [f for f in (json_file, html) if f is not None and str(f) != "-"]
-    for place, file in enumerate(outputs):
-        inputs = (data, train.model, *outputs[:place])
-        check_output_file(file, inputs=inputs, overwrite=overwrite)
-    train = dataclasses.replace(train, data=data)
-    preview = preview_training(train, dora, samples=rows)
+    inputs = (data, train.model)
+    json_output.check(*inputs)
+    if html is not None:
+        used = (*inputs, json_output.file)
+        check_output_file(html, inputs=used, overwrite=overwrite)
+    preview = preview_training(
+        dataclasses.replace(train, data=data), dora, samples=rows
+    )
+    if str(json_output) != STDOUT:
+        show_preview(preview)
+    json_output.write(preview.to_dict())
     if html is not None:
         write_text(html, render_preview(preview, command_line()))
-    if json_file is not None:
-        content = preview.to_dict()
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        if json_file == "-":
-            click.echo(text)
-            return
-        write_text(json_file, text + "\n")
-    show_preview(preview)
-    for file in outputs:
-        echo(f"Saved {file}")
+        echo(f"Saved {html}")
 
 
 command.epilog = "Formats of rows, by their columns: " + "; ".join(

@@ -1,12 +1,11 @@
 """``mlx_dora.demo``: the complete workflow on a small real model in a few minutes."""
 
-from mlx_dora.cli._demo_view import DemoView
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.demo.config import DemoConfig
 
 
-@verb("demo")
+@verb("demo", examples=("mlx_dora.demo", "mlx_dora.demo --iters 80 --output demo"))
 @dataclass_options(config=DemoConfig)
 def command(config: DemoConfig) -> None:
     """Watch DoRA fine-tune a real language model in a few minutes.
@@ -17,6 +16,7 @@ def command(config: DemoConfig) -> None:
     and answers with and without the adapter. Then fuses the adapter and checks the
     fused model.
     """
+    from mlx_dora.cli._demo_view import DemoView
     from mlx_dora.demo.script import Audience, run_demo
 
     with DemoView(config.iters) as view:

@@ -1,24 +1,46 @@
 """``mlx_dora.doctor``: checks this machine's setup and mlx_dora's results on it."""
 
-from mlx_dora.cli._echo import echo
+import textwrap
+from dataclasses import asdict
+
+from mlx_dora.cli._echo import echo, note
 from mlx_dora.cli._framework import verb
+from mlx_dora.cli._json import JsonOutput, json_option
+
+WIDTH, LABEL = 80, 18
+"""Columns of a line and of a label; the output fits into an issue's code block."""
 
 
-@verb("doctor")
-def command() -> int:
+@verb("doctor", examples=("mlx_dora.doctor", "mlx_dora.doctor --json -"))
+@json_option(overwrite=True)
+def command(json_output: JsonOutput) -> int:
     """Examine this machine: versions, BLAS, memory, layers, kernels, known traps.
 
     Takes under a minute. Exits with 1 if a layer or a kernel computes wrong results.
     """
+    json_output.check()
+    note("Examining this machine, which takes up to a minute ...")
     from mlx_dora.doctor.diagnosis import UNVERIFIED, diagnose
 
     diagnosis = diagnose()
+    echo(diagnosis.verdict)
     for title, rows in diagnosis.sections.items():
         echo(title)
         for label, value in rows:
-            echo(f"  {label:<24} {value}")
+            _show(f"  {label:<{LABEL}} ", value)
     echo("Known traps")
     for trap in diagnosis.traps:
-        echo(f"  - {trap}")
-    echo(UNVERIFIED)
+        _show("  - ", trap)
+    _show("", UNVERIFIED)
+    sections = {title: dict(rows) for title, rows in diagnosis.sections.items()}
+    values = {**asdict(diagnosis), "sections": sections}
+    json_output.write({"verdict": diagnosis.verdict, **values})
     return 0 if diagnosis.is_healthy else 1
+
+
+def _show(start: str, text: str) -> None:
+    indent = " " * len(start)
+    for line in textwrap.wrap(
+        text, WIDTH, initial_indent=start, subsequent_indent=indent
+    ):
+        echo(line)

@@ -1,56 +1,54 @@
 """``mlx_dora.evaluate``: compares base, adapter and fused model."""
 
-import json
 import textwrap
+from dataclasses import replace
 from typing import Any
 
 import click
 
+from mlx_dora.cli._base_model import announced_base
 from mlx_dora.cli._config_file import config_file_option
 from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
+from mlx_dora.cli._json import JsonOutput, json_option
 from mlx_dora.cli._options import dataclass_options
-from mlx_dora.cli._paths import PATH
 from mlx_dora.cli._progress import WorkDisplay
 from mlx_dora.evaluate.config import EvaluateConfig
 
+LABEL_WIDTH, TEXT_WIDTH = 11, 69
+"""Columns of a sample's label and text, together those of a terminal."""
 
-@verb("evaluate")
+
+@verb(
+    "evaluate",
+    examples=(
+        "mlx_dora.evaluate --adapter-path adapters --data FOLDER --mask-prompt",
+        "mlx_dora.evaluate --model MODEL --data FOLDER --split valid --samples 0",
+    ),
+)
 @config_file_option
 @dataclass_options(config=EvaluateConfig)
-@click.option(
-    "--json",
-    "json_file",
-    type=PATH,
-    help="Also write all results to this file; - prints only the JSON.",
-)
-def command(config: EvaluateConfig, json_file: str | None) -> None:
+@json_option(overwrite=True)
+def command(config: EvaluateConfig, json_output: JsonOutput) -> None:
     """Compare a model with its adapter, and with the fused model, on data.
 
     Shows loss and perplexity, accuracy if the answers are labels, a few continuations
     side by side, and how much the fused model's logits differ from the adapter's.
     """
     from mlx_dora.evaluate.comparison import compare_models
-    from mlx_dora.io.atomic import write_text
-    from mlx_dora.io.output import check_output_file
 
     if config.model is None and config.adapter_path is None:
         raise click.UsageError(
             "give --model, or --adapter-path with an adapter that records its base"
         )
-    if json_file is not None and json_file != "-":
-        inputs = (config.model, config.adapter_path, config.fused_path, config.data)
-        check_output_file(json_file, inputs=inputs, overwrite=True)
+    json_output.check(config.model, config.adapter_path, config.fused_path, config.data)
+    if config.model is None:
+        config = replace(config, model=announced_base(str(config.adapter_path)))
     with WorkDisplay() as display:
         comparison = compare_models(config, display.progress)
-    if json_file is not None:
-        text = json.dumps(comparison.to_dict(), indent=2) + "\n"
-        if json_file == "-":
-            click.echo(text, nl=False)
-            return
-        write_text(json_file, text)
     for line in describe(comparison):
         echo(line)
+    json_output.write(comparison.to_dict())
 
 
 def describe(comparison: Any) -> list[str]:
@@ -107,5 +105,8 @@ def _quoted(name: str, text: str) -> list[str]:
     """Format a label and its text; keep line breaks and wrap long lines."""
     wrapped: list[str] = []
     for line in text.strip().splitlines() or [""]:
-        wrapped += textwrap.wrap(line, 78) or [""]
-    return [f"  {name + ':':<8} {wrapped[0]}", *(f"{'':<11}{w}" for w in wrapped[1:])]
+        wrapped += textwrap.wrap(line, TEXT_WIDTH) or [""]
+    return [
+        f"  {name + ':':<8} {wrapped[0]}",
+        *(f"{'':{LABEL_WIDTH}}{w}" for w in wrapped[1:]),
+    ]

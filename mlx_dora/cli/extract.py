@@ -2,13 +2,20 @@
 
 import click
 
-from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
+from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._paths import PATH, PATH_OR_ID
 from mlx_dora.cli._progress import WorkDisplay
+from mlx_dora.cli._report import show_report
 
 
-@verb("extract")
+@verb(
+    "extract",
+    examples=(
+        "mlx_dora.extract BASE TUNED --rank 16 --save-path extracted",
+        "mlx_dora.extract BASE TUNED --energy 0.9 --save-path extracted",
+    ),
+)
 @click.argument("base", type=PATH_OR_ID)
 @click.argument("tuned", type=PATH_OR_ID)
 @click.option(
@@ -25,7 +32,8 @@ from mlx_dora.cli._progress import WorkDisplay
     "layers of the blocks. Repeatable.",
 )
 @click.option("--save-path", type=PATH, required=True, help="Output adapter folder.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+@json_option()
+@overwrite_option()
 def command(
     base: str,
     tuned: str,
@@ -33,17 +41,19 @@ def command(
     energy: float | None,
     keys: tuple[str, ...],
     save_path: str,
+    json_output: JsonOutput,
     overwrite: bool,
 ) -> None:
     """Extract a DoRA adapter from BASE and the fine-tuned model TUNED.
 
-    Magnitudes are exact; directions come from a truncated SVD. Prints the error of each
-    matrix. Give --rank, --energy or both.
+    Magnitudes are exact; directions come from a truncated SVD. Reports the error; -v
+    shows each matrix. Give --rank, --energy or both.
     """
     from mlx_dora.merge.adapters.extract import extract_adapter
 
     if rank is None and energy is None:
         raise click.UsageError("give --rank, --energy or both")
+    json_output.check(base, tuned, save_path)
     with WorkDisplay(with_memory=True) as display:
         extraction = extract_adapter(
             base,
@@ -55,6 +65,5 @@ def command(
             overwrite=overwrite,
             progress=display.progress,
         )
-    for line in extraction.lines():
-        echo(line)
-    echo(f"Saved to {save_path}")
+    show_report(extraction, save_path)
+    json_output.write({**extraction.to_dict(), "save_path": save_path})

@@ -4,19 +4,28 @@ from dataclasses import replace
 
 import click
 
-from mlx_dora.cli._base_model import announced_base
+from mlx_dora.cli._base_model import announced_base, check_base_option
 from mlx_dora.cli._echo import echo
 from mlx_dora.cli._framework import verb
+from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._paths import PATH, PATH_OR_ID
+from mlx_dora.cli._progress import WorkDisplay
 from mlx_dora.cli._publish import command_line, publish, upload_option
+from mlx_dora.cli._report import show_report
 from mlx_dora.evaluate.tolerance import FuseTolerance
 from mlx_dora.fuse.config import FuseConfig
 
 EXIT_NOT_VERIFIED = 3
 
 
-@verb("fuse")
+@verb(
+    "fuse",
+    examples=(
+        "mlx_dora.fuse --adapter-path adapters --save-path fused_model",
+        "mlx_dora.fuse --adapter-path adapters --mode lossless --verify",
+    ),
+)
 @click.option(
     "--model",
     type=PATH_OR_ID,
@@ -54,12 +63,9 @@ EXIT_NOT_VERIFIED = 3
 )
 @dataclass_options(tolerance=FuseTolerance)
 @upload_option
-@click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
-@click.option(
-    "--check-base/--no-check-base",
-    default=True,
-    help="Refuse an adapter that was trained on a different model (the default).",
-)
+@json_option()
+@overwrite_option()
+@check_base_option
 @click.option(
     "--trust-remote-code",
     is_flag=True,
@@ -75,6 +81,7 @@ def command(
     prompts: tuple[str, ...],
     tolerance: FuseTolerance,
     upload_repo: str | None,
+    json_output: JsonOutput,
     overwrite: bool,
     check_base: bool,
     trust_remote_code: bool,
@@ -82,8 +89,8 @@ def command(
     """Fuse an adapter (DoRA, LoRA or full fine-tuning) into its base model.
 
     Writes a folder that mlx-lm loads; the folder appears only when it is complete. Only
-    one tensor is in memory at a time. A dense layer keeps its dtype and size. The
-    report shows what share of each layer's update survived.
+    one tensor is in memory at a time. A dense layer keeps its dtype and size. Reports
+    what share of the update survived; -v shows each layer.
     """
     from mlx_dora.evaluate.fused import PROMPTS, verify_fused
     from mlx_dora.fuse.model import fuse_model
@@ -92,20 +99,22 @@ def command(
         from mlx_dora.publish.upload import check_upload
 
         check_upload(upload_repo)
+    json_output.check(model, adapter_path, save_path)
     if model is None:
         model = announced_base(adapter_path)
-    report = fuse_model(
-        model,
-        adapter_path,
-        save_path,
-        config=replace(config, mode="dequantize") if dequantize else config,
-        overwrite=overwrite,
-        check_base=check_base,
-        trust_remote_code=trust_remote_code,
-    )
-    for line in report.lines():
-        echo(line)
-    echo(f"Saved to {save_path}")
+    with WorkDisplay(with_memory=True) as display:
+        report = fuse_model(
+            model,
+            adapter_path,
+            save_path,
+            config=replace(config, mode="dequantize") if dequantize else config,
+            overwrite=overwrite,
+            check_base=check_base,
+            trust_remote_code=trust_remote_code,
+            progress=display.progress,
+        )
+    show_report(report, save_path)
+    values = {**report.to_dict(), "save_path": save_path, "verified": None}
     if verify:
         checked = verify_fused(
             model,
@@ -117,10 +126,13 @@ def command(
             trust_remote_code=trust_remote_code,
         )
         echo(checked.line())
+        values["verified"] = checked
         if checked.problems:
+            json_output.write(values)
             problems = "; ".join(checked.problems)
             echo(f"Error: not verified: {problems}", err=True)
             return EXIT_NOT_VERIFIED
+    json_output.write(values)
     if upload_repo is not None:
         from mlx_dora.publish.card import fused_card
 

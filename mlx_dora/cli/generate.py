@@ -7,7 +7,14 @@ from mlx_dora.cli._framework import PassThrough, verb
 from mlx_dora.cli._host import run_host_command
 
 
-@verb("generate", cls=PassThrough)
+@verb(
+    "generate",
+    cls=PassThrough,
+    examples=(
+        "mlx_dora.generate --adapter-path adapters --prompt Hello",
+        "mlx_dora.generate --model MODEL --prompt Hello --max-tokens 200",
+    ),
+)
 @click.pass_context
 def command(ctx: click.Context) -> None:
     """Generate text, like mlx_lm.generate, using mlx_dora's layers."""

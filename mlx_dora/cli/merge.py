@@ -1,37 +1,56 @@
 """``mlx_dora.merge``: merges several adapters, or several models."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import click
 
-from mlx_dora.cli._echo import echo
+from mlx_dora.cli._base_model import announced_base, check_base_option
+from mlx_dora.cli._echo import echo, note
 from mlx_dora.cli._framework import verb_group
+from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._merge_models import models_command
 from mlx_dora.cli._merge_options import (
     DENSITY_HELP,
+    METHODS_HELP,
     SCALE_HELP,
     SEED_HELP,
     Weights,
+    default_method,
     fisher_option,
     read_weights,
+    refuse_weights_as_paths,
 )
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._paths import PATH, PATH_OR_ID
 from mlx_dora.cli._progress import WorkDisplay
+from mlx_dora.cli._report import show_report
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.fisher.config import FisherConfig
-from mlx_dora.merge.methods import DEFAULT, METHODS
+from mlx_dora.merge.methods import METHODS
 from mlx_dora.merge.methods.table import exact_names
 
 AUTO = "auto"
 
 
-@verb_group("merge")
+@verb_group(
+    "merge",
+    examples=(
+        "mlx_dora.merge adapters A1 A2 --save-path merged",
+        "mlx_dora.merge models M1 M2 --save-path merged --method slerp",
+    ),
+)
 def command() -> None:
     """Merge adapters or models by magnitude and direction."""
 
 
-@command.command("adapters")
+@command.command(
+    "adapters",
+    examples=(
+        "mlx_dora.merge adapters A1 A2 --save-path merged --weights 0.3,0.7",
+        "mlx_dora.merge adapters A1 A2 A3 --save-path merged --method karcher",
+    ),
+)
 @click.argument("adapters", type=PATH, nargs=-1, required=True, metavar="A1 A2 ...")
 @click.option(
     "--model",
@@ -42,10 +61,10 @@ def command() -> None:
 @click.option(
     "--method",
     type=click.Choice([*METHODS, AUTO]),
-    default=DEFAULT,
-    show_default=True,
-    help="Merge method. auto compares the adapters, uses the method that this suggests "
-    f"and says why. Exact, without a dense weight: {exact_names()}.",
+    metavar="NAME",
+    help=f"{METHODS_HELP} auto compares the adapters, uses the "
+    f"method that this suggests and says why. Exact, without a dense weight: "
+    f"{exact_names()}.",
 )
 @click.option(
     "--weights",
@@ -71,21 +90,16 @@ def command() -> None:
 @click.option(
     "--seed",
     default=0,
-    show_default=True,
     help=SEED_HELP,
 )
 @click.option(
     "--scale",
     default=1.0,
-    show_default=True,
     help=SCALE_HELP,
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
-@click.option(
-    "--check-base/--no-check-base",
-    default=True,
-    help="Refuse an adapter trained on another base or quantization (the default).",
-)
+@json_option()
+@overwrite_option()
+@check_base_option
 @fisher_option("adapter")
 @click.option(
     "--data",
@@ -98,13 +112,14 @@ def adapters_command(
     adapters: tuple[str, ...],
     model: str | None,
     save_path: str,
-    method: str,
+    method: str | None,
     weights: Weights | None,
     rank: int | None,
     logit_error: str | None,
     density: float | None,
     seed: int,
     scale: float,
+    json_output: JsonOutput,
     overwrite: bool,
     check_base: bool,
     fisher: tuple[str, ...],
@@ -112,19 +127,26 @@ def adapters_command(
 ) -> None:
     """Merge DoRA and LoRA adapters of one base into one DoRA adapter.
 
-    Ranks, scales and modules may differ. The result is an ordinary adapter folder.
+    Ranks, scales and modules may differ. The result is an ordinary adapter folder. -v
+    shows each matrix.
     """
     from mlx_dora.adapters.recorded_base import recorded_base
     from mlx_dora.io.atomic import check_output
     from mlx_dora.merge.adapters.dense import Options
     from mlx_dora.merge.adapters.folders import merge_folders
 
+    refuse_weights_as_paths(adapters)
+    if len(adapters) == 1:
+        note("Only one adapter is given: the result is the same adapter.")
     informed = [name for name, entry in METHODS.items() if entry.needs_fisher]
     if data and (fisher or method not in informed):
         raise click.UsageError("--data needs --method fisher, without --fisher")
     if logit_error and rank is None:
         raise click.UsageError("--logit-error needs --rank")
     model = model or recorded_base(adapters[0])
+    json_output.check(*adapters, model, save_path)
+    if method is None:
+        method = default_method(len(adapters))
     if method == AUTO:  # slow: check the output first
         inputs = (*adapters, model, logit_error, *fisher, *data)
         check_output(save_path, inputs=inputs, overwrite=overwrite)
@@ -146,9 +168,8 @@ def adapters_command(
             logit_error=logit_error,
             progress=display.progress,
         )
-    for line in report.lines():
-        echo(line)
-    echo(f"Saved to {save_path}")
+    show_report(report, save_path)
+    json_output.write({**report.to_dict(), "save_path": save_path})
 
 
 def _suggested_merge(
@@ -173,13 +194,18 @@ def _suggested_merge(
     return choice.method, choice.weights
 
 
-@command.command("fisher")
+@command.command(
+    "fisher",
+    examples=(
+        "mlx_dora.merge fisher --adapter-path A1 --data FOLDER --save-path f1",
+        "mlx_dora.merge fisher --model MODEL --data FOLDER --save-path f1",
+    ),
+)
 @dataclass_options(config=FisherConfig, exclude=("mask_prompt", "all_turns"))
 @click.option(
     "--model",
     type=PATH_OR_ID,
-    required=True,
-    help="The model, or the base of the adapter.",
+    help="The model; by default the base that the adapter records.",
 )
 @click.option(
     "--adapter-path", type=PATH, help="Estimate the information of this adapter."
@@ -192,13 +218,15 @@ def _suggested_merge(
     "adapter's modules, or all linear layers of the blocks. Repeatable.",
 )
 @click.option("--save-path", type=PATH, required=True, help="Output folder.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+@json_option()
+@overwrite_option()
 def fisher_command(
     config: FisherConfig,
-    model: str,
+    model: str | None,
     adapter_path: str | None,
     keys: tuple[str, ...],
     save_path: str,
+    json_output: JsonOutput,
     overwrite: bool,
 ) -> None:
     """Estimate Fisher information on data, for --method fisher.
@@ -209,6 +237,11 @@ def fisher_command(
     """
     from mlx_dora.merge.fisher.estimate import write_fisher
 
+    if model is None and adapter_path is None:
+        raise click.UsageError("give --model or --adapter-path")
+    json_output.check(model, adapter_path, config.data, save_path)
+    if model is None:
+        model = announced_base(str(adapter_path))
     with WorkDisplay(with_memory=True) as display:
         facts = write_fisher(
             model,
@@ -224,6 +257,7 @@ def fisher_command(
         f"({facts.labels}) in {facts.rows} rows."
     )
     echo(f"Saved to {save_path}")
+    json_output.write({**asdict(facts), "save_path": save_path})
 
 
 command.add_command(models_command)

@@ -5,12 +5,20 @@ from pathlib import Path
 
 import click
 
+from mlx_dora.cli._base_model import with_recorded_base
 from mlx_dora.cli._framework import PassThrough, verb
 from mlx_dora.cli._host import run_host_command
 from mlx_dora.errors import DoRAError
 
 
-@verb("server", cls=PassThrough)
+@verb(
+    "server",
+    cls=PassThrough,
+    examples=(
+        "mlx_dora.server --adapter-path adapters --port 8080",
+        "mlx_dora.server --model MODEL --adapter-root FOLDER",
+    ),
+)
 @click.pass_context
 def command(ctx: click.Context) -> None:
     """Serve a model over HTTP, like mlx_lm.server, using mlx_dora's layers.
@@ -30,7 +38,7 @@ def command(ctx: click.Context) -> None:
         main(root)
 
     try:
-        run_host_command("server", ctx.command_path, theirs, main)
+        run_host_command("server", ctx.command_path, with_recorded_base(theirs), main)
     finally:
         if {"-h", "--help"} & set(theirs):
             options = parser.format_help().partition("\n\n")[2]

@@ -1,39 +1,61 @@
 """``mlx_dora.train``: fine-tunes a model, with the options of ``mlx_lm.lora``."""
 
 import logging
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.cli._base_model import announced_base
 from mlx_dora.cli._config_file import config_file_option
-from mlx_dora.cli._echo import echo
+from mlx_dora.cli._echo import echo, note, show_command
 from mlx_dora.cli._framework import EXIT_BAD_INPUT, exit_code_of, verb
+from mlx_dora.cli._help import GroupedOption
+from mlx_dora.cli._json import JsonOutput, json_option
 from mlx_dora.cli._options import dataclass_options
-from mlx_dora.cli._progress import TrainDisplay, duration, size
+from mlx_dora.cli._progress import TrainDisplay
 from mlx_dora.cli._publish import command_line, publish, upload_option
-from mlx_dora.cli._shell import quote
+from mlx_dora.cli._train_text import (
+    describe_plan,
+    describe_start,
+    describe_training,
+    next_commands,
+    resume_command,
+)
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.run.journal import TrainReport
 
 if TYPE_CHECKING:
-    from mlx_dora.train.plan.predict import MemoryPlan
+    from mlx_dora.train.job import JobResult
 
 HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
 
 
-@verb("train")
+@verb(
+    "train",
+    examples=(
+        "mlx_dora.train --model MODEL --data FOLDER --mask-prompt --iters 300",
+        "mlx_dora.train -c lora.yaml --plan",
+    ),
+)
 @config_file_option
 @dataclass_options(train=TrainConfig, dora=DoRAConfig)
 @click.option(
     "--plan",
     is_flag=True,
+    cls=GroupedOption,
+    group="Common options",
     help="Predict the memory that training needs, and exit.",
 )
+@json_option(group="Reports")
 @upload_option
 def command(
-    train: TrainConfig, dora: DoRAConfig, plan: bool, upload_repo: str | None
+    train: TrainConfig,
+    dora: DoRAConfig,
+    plan: bool,
+    json_output: JsonOutput,
+    upload_repo: str | None,
 ) -> int | None:
     """Fine-tune a model with DoRA (or LoRA, or in full).
 
@@ -45,48 +67,92 @@ def command(
     loss.png if matplotlib is installed. On Ctrl-C, SIGTERM or SIGHUP, the command
     finishes the step, saves, and exits with 130, 143 or 129.
     """
-    if train.model is None:
-        echo(f"No model given: using mlx-lm's default, {HOST_DEFAULT_MODEL}.", err=True)
-        train = replace(train, model=HOST_DEFAULT_MODEL)
+    json_output.check(train.model, train.data)
+    train = replace(train, model=train.model or _default_model(train))
     if plan:
         from mlx_dora.train.plan.predict import plan_memory
 
-        for line in describe_plan(plan_memory(train, dora)):
+        predicted = plan_memory(train, dora)
+        json_output.write({"plan": asdict(predicted)})
+        for line in describe_plan(predicted):
             echo(line)
         return None
     import mlx.core as mx
 
-    from mlx_dora.train.job import run_job
-
     if mx.distributed.init().rank() > 0:
         return _work_in_silence(train, dora)
+    if train.trains:
+        for line in describe_start(train, dora):
+            note(line)
     if upload_repo is not None:
         from mlx_dora.publish.upload import check_upload
 
         check_upload(upload_repo)
+    result = _run(train, dora)
+    _describe(result)
+    json_output.write(_values(result))
+    if result.train is not None:
+        if upload_repo is not None:
+            _publish_adapter(train, upload_repo)
+        echo("Next:")
+        evaluates = bool({"valid", "test"} & set(result.splits))
+        for line in next_commands(train, chats=result.chats, evaluates=evaluates):
+            show_command(line)
+    return None
+
+
+def _default_model(train: TrainConfig) -> str:
+    """The base of an adapter that exists already, or else mlx-lm's default."""
+    continues = train.resume or not train.trains
+    if continues and Path(train.adapter_path, "adapter_config.json").exists():
+        return announced_base(train.adapter_path)
+    note(f"No model given: using mlx-lm's default, {HOST_DEFAULT_MODEL}.")
+    return HOST_DEFAULT_MODEL
+
+
+def _run(train: TrainConfig, dora: DoRAConfig) -> "JobResult":
+    from mlx_dora.train.job import run_job
+    from mlx_dora.train.run.checkpoint import has_checkpoints
+
     display = TrainDisplay(train.iters if train.epochs is None else None)
-    with display:
-        result = run_job(
-            train, dora, callback=display.report, progress=display.progress
-        )
+    try:
+        with display:
+            return run_job(
+                train, dora, callback=display.report, progress=display.progress
+            )
+    except KeyboardInterrupt:
+        if has_checkpoints(Path(train.adapter_path).expanduser()):
+            echo("To resume:", err=True)
+            show_command(resume_command(command_line()), err=True)
+        raise
+
+
+def _describe(result: "JobResult") -> None:
+    """Print the result of the job."""
     if result.train is not None:
         for line in describe_training(result.train):
             echo(line)
         if result.plot is not None:
             echo(f"Loss plot: {result.plot}")
         else:
-            echo("No loss plot: pip install 'mlx_dora[report]' to get one.")
+            echo("No loss plot: pip install matplotlib to get one.")
     if result.test is not None:
         loss, perplexity = result.test.loss, result.test.perplexity
         tokens = f"{result.test.tokens:,} tokens"
         echo(f"Test loss {loss:.4f}, perplexity {perplexity:.3f} ({tokens}).")
-    if result.train is not None:
-        if upload_repo is not None:
-            _publish_adapter(train, upload_repo)
-        echo("Next:")
-        for line in next_commands(train):
-            echo(f"  {line}")
-    return None
+
+
+def _values(result: "JobResult") -> dict[str, Any]:
+    train, test = result.train, result.test
+    return {
+        "train": train
+        and {
+            **asdict(train),
+            "history": [report.to_dict() for report in train.history],
+        },
+        "test": test and {**asdict(test), "perplexity": test.perplexity},
+        "plot": result.plot,
+    }
 
 
 def _publish_adapter(train: TrainConfig, repo: str) -> None:
@@ -102,8 +168,7 @@ def _work_in_silence(train: TrainConfig, dora: DoRAConfig) -> int:
     from mlx_dora.train.group import SharedError
     from mlx_dora.train.job import run_job
 
-    for name in ("mlx_dora", "mlx_dora.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlx_dora").setLevel(logging.ERROR)
     try:
         run_job(train, dora)
     except SharedError:
@@ -111,74 +176,3 @@ def _work_in_silence(train: TrainConfig, dora: DoRAConfig) -> int:
     except KeyboardInterrupt as interrupt:
         return exit_code_of(interrupt)
     return 0
-
-
-def describe_training(report: TrainReport) -> list[str]:
-    """Summarize a training run as lines of text."""
-    lines = [
-        f"Trained {report.trainable_parameters / 1e6:.3f} M parameters in "
-        f"{len(report.modules)} modules: {report.steps} steps, "
-        f"{report.trained_tokens:,} tokens, {duration(report.seconds)}, peak memory "
-        f"{size(report.peak_memory_bytes)}."
-    ]
-    if report.first_val_loss is not None and report.val_loss is not None:
-        before, after = report.first_val_loss, report.val_loss
-        lines.append(f"Validation loss {before:.4f} before, {after:.4f} after.")
-    if report.rows_truncated or report.rows_skipped:
-        lines.append(
-            f"Training rows cut: {report.rows_truncated}; skipped without a target: "
-            f"{report.rows_skipped}."
-        )
-    lines.append(f"Adapter: {report.adapter_path}")
-    return lines
-
-
-def describe_plan(plan: "MemoryPlan") -> list[str]:
-    """Format a memory plan as lines of text."""
-    recomputed = ", blocks recomputed" if plan.grad_checkpoint else ""
-    parts = {
-        "weights": plan.weights,
-        "adapter": plan.adapter,
-        "optimizer": plan.optimizer,
-        "gradients": plan.gradients,
-        "activations": plan.activations,
-        "attention scores": plan.scores,
-        "logits": plan.logits,
-    }
-    rows = (
-        "the maximum; name --data to use its longest rows"
-        if plan.rows is None
-        else f"the longest of {plan.rows:,} rows"
-    )
-    lines = [
-        f"Calculated for batches of {plan.batch_size} rows of {plan.length} tokens "
-        f"({rows}){recomputed}:"
-    ]
-    lines += [f"  {name:<17}{size(count):>10}" for name, count in parts.items()]
-    verdict = "fits into" if plan.fits else "does not fit into"
-    lines.append(
-        f"Peak {size(plan.peak)} (not all of it at once): {verdict} this machine's "
-        f"{size(plan.limit)}."
-    )
-    fitting = []
-    if plan.longest:
-        fitting.append(f"{plan.batch_size} rows of up to {plan.longest:,} tokens")
-    if plan.largest_batch:
-        fitting.append(f"up to {plan.largest_batch:,} rows of {plan.length} tokens")
-    if fitting:
-        lines.append(f"Would fit: {', or '.join(fitting)}.")
-    if plan.advice:
-        lines.append(f"To make it fit: {' '.join(plan.advice)}")
-    return lines
-
-
-def next_commands(train: TrainConfig) -> list[str]:
-    """Return commands to run next."""
-    words = ["--model", str(train.model), "--adapter-path", train.adapter_path]
-    models = " ".join(quote(word) for word in words)
-    fused = quote(train.adapter_path.rstrip("/") + "-fused")
-    lines = [f"mlx_dora.generate {models} --prompt 'Hello'"]
-    if train.hf_dataset is None:
-        lines.append(f"mlx_dora.evaluate {models} --data {quote(train.data)}")
-    lines.append(f"mlx_dora.fuse {models} --save-path {fused}")
-    return lines

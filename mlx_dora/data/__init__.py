@@ -4,8 +4,9 @@ Training, evaluation and Fisher estimates read their data here. Names are loaded
 first use, because importing the settings must not import MLX.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mlx_dora.lazy import public_names
 
 if TYPE_CHECKING:
     from mlx_dora.data.batches import Batch, batches_once, pack_batch, pad_batch
@@ -48,12 +49,4 @@ __all__ = [
     "target_spans",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'mlx_dora.data' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = public_names(__name__, _HOME)

@@ -17,12 +17,15 @@ class DataConfig:
     lists the formats.
     """
 
+    OPTION_GROUP = "Data"
+
     data: str = option(
         DEFAULT_DATA,
         help="Folder with train, valid and test files (.jsonl, .json, .csv, .tsv, "
         ".parquet), a single such file, or a data set on the Hugging Face Hub.",
         path="or id",
         may_change=True,
+        group="Common options",
     )
     hf_dataset: dict[str, Any] | list[Any] | None = option(
         None,
@@ -43,6 +46,7 @@ class DataConfig:
         help="Compute the loss on the completion only; in a chat, on the "
         "assistant's turn that ends the row.",
         recorded=True,
+        group="Common options",
     )
     all_turns: bool = option(
         False,

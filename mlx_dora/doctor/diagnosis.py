@@ -5,8 +5,13 @@ import dataclasses
 import mlx.core as mx
 
 from mlx_dora import __version__, openblas
-from mlx_dora.doctor.checks import LayerCheck, check_layers, matmul_gflops
-from mlx_dora.doctor.examine import examine
+from mlx_dora.doctor.checks import (
+    SLOW_GFLOPS,
+    LayerCheck,
+    check_layers,
+    matmul_gflops,
+)
+from mlx_dora.doctor.examine import Examination, examine
 from mlx_dora.doctor.kernels import kernel_rows, timing_rows
 from mlx_dora.doctor.machine import (
     Memory,
@@ -14,7 +19,9 @@ from mlx_dora.doctor.machine import (
     describe_memory,
     describe_versions,
 )
+from mlx_dora.doctor.surroundings import disk_rows, hub_row, optional_rows
 from mlx_dora.doctor.traps import find_traps
+from mlx_dora.kernels.dispatch import device_backend
 
 UNVERIFIED = (
     "The authors of mlx_dora have never run it on a Mac: they made all measurements on "
@@ -26,11 +33,33 @@ UNVERIFIED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """Titled sections of (label, value) rows, and the warnings that apply."""
+    """What was examined on this machine.
+
+    Attributes:
+        sections: Rows of label and value, by title.
+        traps: The warnings that apply.
+        wrong: Layers and kernels whose results are wrong.
+        is_slow: Whether the CPU computes without a fast BLAS.
+    """
 
     sections: dict[str, list[tuple[str, str]]]
     traps: list[str]
-    is_healthy: bool
+    wrong: tuple[str, ...]
+    is_slow: bool
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether all results are right."""
+        return not self.wrong
+
+    @property
+    def verdict(self) -> str:
+        """The result in a sentence."""
+        if self.wrong:
+            return f"WRONG RESULTS on this machine: {', '.join(self.wrong)}."
+        if self.is_slow:
+            return "mlx_dora computes right results here, but slowly: see Known traps."
+        return "mlx_dora works on this machine: all results are right."
 
 
 def diagnose() -> Diagnosis:
@@ -39,35 +68,51 @@ def diagnose() -> Diagnosis:
     machine, memory = describe_machine(), describe_memory()
     gflops, half = matmul_gflops(), matmul_gflops(mx.bfloat16)
     layers = check_layers()
-    kernels = examine()
+    kernels = examine() if device_backend() != "reference" else None
     sections = {
         "Machine": [
             ("device", machine.device),
             ("chip", f"{machine.chip}, {machine.cores} cores"),
             ("system", machine.system),
+            *([] if kernels else [("kernels", "none on a CPU: plain MLX computes")]),
         ],
         "Versions": [
             ("mlx_dora", __version__),
             ("python", machine.python),
             *describe_versions().items(),
         ],
+        "Optional packages": optional_rows(),
+        "Disk and Hub": [*disk_rows(), hub_row()],
         "Matrix products, 512 x 2048 x 2048": [
             ("OpenBLAS", f"{blas.state}: {blas.message}"),
             ("float32", f"{gflops:.0f} GFLOP/s"),
             ("bfloat16", f"{half:.0f} GFLOP/s"),
         ],
         "Memory": _memory_rows(memory),
-        "Kernels": kernel_rows(kernels),
-        f"Ops, {kernels.sizes}": timing_rows(kernels),
+        **_kernel_sections(kernels),
         "DoRA layer, 1024 x 1024, rank 8, against float64 NumPy": [
             (check.name, _layer_row(check)) for check in layers
         ],
     }
+    checks = kernels.checks if kernels else []
+    wrong = [check.name for check in (*layers, *checks) if not check.is_right]
     return Diagnosis(
         sections=sections,
-        traps=find_traps(machine, memory, blas, gflops, layers, kernels.checks),
-        is_healthy=all(check.is_right for check in (*layers, *kernels.checks)),
+        traps=find_traps(machine, memory, blas, gflops, layers, checks),
+        wrong=tuple(wrong),
+        is_slow=not machine.is_gpu and gflops < SLOW_GFLOPS,
     )
+
+
+def _kernel_sections(
+    kernels: Examination | None,
+) -> dict[str, list[tuple[str, str]]]:
+    if kernels is None:
+        return {}
+    return {
+        "Kernels": kernel_rows(kernels),
+        f"Ops, {kernels.sizes}": timing_rows(kernels),
+    }
 
 
 def _layer_row(check: LayerCheck) -> str:

@@ -5,13 +5,6 @@ from mlx_dora.doctor.examine import Examination, KernelCheck, OpTiming
 
 def kernel_rows(examination: Examination) -> list[tuple[str, str]]:
     """Return which kernels this device uses and whether each is correct."""
-    if examination.device == "reference":
-        return [
-            (
-                "all ops",
-                "plain MLX: it computes on the CPU here, where no kernel can run",
-            )
-        ]
     rows = [
         (
             "MLX_DORA_KERNELS",

@@ -23,6 +23,7 @@ from mlx_dora.evaluate.config import EvaluateConfig
 from mlx_dora.evaluate.generation import Prompt, generate_samples, sample_prompts
 from mlx_dora.evaluate.labels import LabelAccuracy, find_labels, label_accuracy
 from mlx_dora.evaluate.loss import LossResult, evaluate_loss
+from mlx_dora.notebook import Shown
 from mlx_dora.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ class ModelResult:
     samples: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Comparison(Shown):
     """Results of several models on one split of a data set.
 
     Args:
@@ -60,6 +61,23 @@ class Comparison:
     results: tuple[ModelResult, ...]
     prompts: tuple[Prompt, ...]
     agreement: Agreement | None
+
+    def facts(self) -> dict[str, Any]:
+        """Return the split and each model's loss."""
+        losses = {result.name: result.loss.loss for result in self.results}
+        return {"split": self.split, **losses}
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the models."""
+        return [
+            {
+                "model": result.name,
+                "loss": result.loss.loss,
+                "perplexity": result.loss.perplexity,
+                "accuracy": result.labels and result.labels.accuracy,
+            }
+            for result in self.results
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the results as JSON values."""

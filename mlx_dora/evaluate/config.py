@@ -16,17 +16,24 @@ class EvaluateConfig(DataConfig):
         help="Folder or Hugging Face id of the base; default: the base that the "
         "adapter records.",
         path="or id",
+        group="Common options",
     )
     adapter_path: str | None = option(
-        None, help="Adapter to compare with the base.", path="local"
+        None,
+        help="Adapter to compare with the base.",
+        path="local",
+        group="Common options",
     )
     fused_path: str | None = option(
         None,
         help="Fused model to compare; with an adapter, its logits are compared too.",
         path="local",
+        group="Common options",
     )
     split: Literal["train", "valid", "test"] | None = option(
-        None, help="Split of the data; default: test if it exists, else valid."
+        None,
+        help="Split of the data; default: test if it exists, else valid.",
+        group="Common options",
     )
     batch_size: int = option(4, help="Rows per batch.", least=1)
     num_batches: int = option(
@@ -42,5 +49,5 @@ class EvaluateConfig(DataConfig):
     samples: int = option(3, help="Prompts that each model continues.", least=0)
     max_tokens: int = option(64, help="Length of a continuation, in tokens.", least=1)
     trust_remote_code: bool = option(
-        False, help="Allow code from the model's repository to run."
+        False, help="Allow code from the model's repository to run.", group="Advanced"
     )

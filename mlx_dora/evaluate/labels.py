@@ -94,7 +94,8 @@ def label_accuracy(
         batch_size: Rows per forward pass.
         max_seq_length: Longer rows are skipped and counted.
         num_rows: Number of rows to score, spread evenly over the data; -1 for all.
-        progress: Called after each batch with its number of rows.
+        progress: Called after each batch with its number of rows, to which the first
+            batch adds those that were skipped.
 
     Raises:
         DoRAError: If the answers are not labels, or no row fits.
@@ -118,7 +119,7 @@ def label_accuracy(
             score = _first_token_scores if quick else _whole_label_scores
             choices += [names[i] for i in np.argmax(score(model, batch), axis=1)]
             if progress is not None:
-                progress(len(batch))
+                progress(len(batch) + (0 if start else wanted - len(rows)))
     truths = Counter(row.truth for row in rows)
     chosen = Counter(choices)
     right = sum(row.truth == name for row, name in zip(rows, choices, strict=True))

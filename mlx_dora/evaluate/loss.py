@@ -123,7 +123,8 @@ def evaluate_loss(
         num_batches: Number of batches, of rows spread evenly over the data; -1 for
             all.
         loss: Computes the loss and token count of a batch.
-        progress: Called after each batch with its number of rows.
+        progress: Called after each batch with its number of rows, to which the first
+            batch adds those that were skipped.
         group: Processes that share the batches; each gets the overall result.
 
     Raises:
@@ -143,7 +144,7 @@ def evaluate_loss(
                 total += float(value) * int(count)
                 tokens += int(count)
             if progress is not None:
-                progress(batch.shape[0])
+                progress(batch.shape[0] + (0 if number else counts.skipped))
     if ranks > 1:
         total = float(mx.distributed.all_sum(mx.array(total), group=group))
         tokens = int(mx.distributed.all_sum(mx.array(tokens), group=group))

@@ -35,6 +35,7 @@ from mlx_dora.io.finite import all_finite
 from mlx_dora.io.foreign import foreign
 from mlx_dora.layers import DoRALayer, fused_module, weight_of
 from mlx_dora.matrix.weight import as_packed, dense_dtype, matrices
+from mlx_dora.progress import Progress
 
 REST_NAME = "adapter"
 """Folder in a losslessly fused model that holds the low-rank part."""
@@ -143,6 +144,7 @@ def fuse_model(
     check_base: bool = True,
     trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
 ) -> FuseReport:
     """Fuse an adapter into its base and write the result as a folder.
 
@@ -164,6 +166,7 @@ def fuse_model(
         check_base: Refuse an adapter that was trained on another model.
         trust_remote_code: Allow Python code in the model's folder to run.
         max_shard_bytes: Greatest size of a weight file.
+        progress: Called after each module.
 
     Raises:
         DoRAError: If the model or adapter cannot be loaded or do not fit, or the output
@@ -185,7 +188,7 @@ def fuse_model(
     inputs = (folder, *given)
     with atomic_directory(save_path, inputs=inputs, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
-            fused = stream_fused(base, adapter, config, writer.add)
+            fused = stream_fused(base, adapter, config, writer.add, progress)
             for name, value in carried_tensors(folder, carried, packing):
                 writer.add(name, value)
         if fused.packing:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_dora.notebook import Shown
+
 # Below this share or cosine, repacking into few bits logs a warning.
 _KEPT_WELL = 0.9
 
@@ -110,8 +112,8 @@ class FusedLayer:
         return text
 
 
-@dataclass(frozen=True, kw_only=True)
-class FuseReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FuseReport(Shown):
     """Report of a fuse, layer by layer."""
 
     layers: tuple[FusedLayer, ...]
@@ -147,21 +149,33 @@ class FuseReport:
             if layer.bits is not None and not layer.survival.survives(_KEPT_WELL)
         )
 
+    def details(self) -> list[str]:
+        """Return one line per layer."""
+        return [layer.line() for layer in self.layers]
+
     def lines(self) -> list[str]:
-        """Return the report as text: one line per layer, and the total."""
+        """Return the total as text."""
         total, dtypes = self.total, sorted({layer.dtype for layer in self.layers})
-        lines = [layer.line() for layer in self.layers]
-        lines.append(
+        lines = [
             f"Fused {len(self.layers)} layers ({', '.join(dtypes)}): {total.kept:.1%} "
             f"of the update kept (cosine {total.cosine:.3f}), {self.bytes_before:,} "
             f"bytes before, {self.bytes_after:,} after."
-        )
+        ]
         if (plain := self.plain) is not None:
             lines.append(
                 f"Packed with the base's own bits it would be {plain.kept:.1%} "
                 f"(cosine {plain.cosine:.3f})."
             )
         return lines
+
+    def facts(self) -> dict[str, Any]:
+        """Return the number of layers and the totals."""
+        return {name: v for name, v in self.to_dict().items() if name != "layers"}
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the layers, the least kept first."""
+        layers = self.to_dict()["layers"]
+        return sorted(layers, key=lambda layer: layer["kept"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""

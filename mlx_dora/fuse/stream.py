@@ -28,6 +28,7 @@ from mlx_dora.matrix.weight import (
     unpacked_dtype,
     weight_from,
 )
+from mlx_dora.progress import Progress
 
 Parts = dict[str, mx.array]
 """The arrays of a module by name."""
@@ -55,6 +56,7 @@ def stream_fused(
     adapter: Adapter,
     config: FuseConfig,
     write: Callable[[str, mx.array], None],
+    progress: Progress | None = None,
 ) -> Fused:
     """Fuse a lazily loaded model, module by module, and consume it.
 
@@ -64,6 +66,7 @@ def stream_fused(
         config: How to fuse packed weights.
         write: Called with the name and value of each tensor; the value is not used
             afterwards.
+        progress: Called after each module.
 
     Raises:
         DoRAError: If a lossless fuse is impossible, because scales cannot hold
@@ -80,7 +83,7 @@ def stream_fused(
     packing: dict[str, dict[str, Any] | bool] = {}
     rest: Parts = {}
     seen, own = _Fingerprint(), model_dtype(model)
-    for path, parts in _taken_out(model):
+    for count, path, parts in _taken_out(model):
         module = modules[path]
         if is_full:
             layers += replace_parts(path, parts, adapter.tensors)
@@ -108,6 +111,8 @@ def stream_fused(
             if config.mode == "lossless":
                 seen.add(name, parts[leaf])
             del parts[leaf]
+        if progress is not None:
+            progress("fuse", count, 1)
     beside = None
     if rest:
         beside = _rest_adapter(adapter, rest, seen.digest())
@@ -201,8 +206,8 @@ def _fuse_module(
     return _Result(parts=fused, layer=layer, packing=packing, rest=rest)
 
 
-def _taken_out(model: nn.Module) -> Iterator[tuple[str, Parts]]:
-    """Yield the arrays of each module, and remove them from it."""
+def _taken_out(model: nn.Module) -> Iterator[tuple[int, str, Parts]]:
+    """Yield the number of modules, and each one's arrays, which leave the model."""
     names = [name for name, _ in tree_flatten(model.parameters())]
     modules = dict(model.named_modules())
     owners: dict[str, list[str]] = {}
@@ -218,7 +223,7 @@ def _taken_out(model: nn.Module) -> Iterator[tuple[str, Parts]]:
         for leaf in leaves:
             module.pop(leaf.partition(".")[0], None)
         del flat
-        yield path, parts
+        yield len(owners), path, parts
 
 
 def _others(parts: Parts) -> Parts:

@@ -110,6 +110,8 @@ def check_output_file(
     target = Path(path).expanduser().resolve()
     if target.is_dir():
         raise DoRAError(f"{path} is a folder, not a file; name a file to write.")
+    if not target.parent.is_dir():
+        raise DoRAError(f"{path}: there is no folder {target.parent} to write it to.")
     own = _identities(target)
     for source in inputs:
         if source is None:

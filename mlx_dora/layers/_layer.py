@@ -119,6 +119,11 @@ class DoRALayer(nn.Module):
         """Names of the parameters that the eval-mode cache is computed from."""
         return ("m", "lora_a", "lora_b")
 
+    def _extra_repr(self) -> str:
+        if "lora_b" not in self:
+            return "magnitude only"
+        return f"rank={self._update().rank}, scale={self.scale:g}"
+
     def factors(self) -> tuple[mx.array, mx.array]:
         """Return A ``(..., in, r)`` and B ``(..., r, out)`` of the update."""
         return self.layout.turn(self["lora_a"], self["lora_b"])

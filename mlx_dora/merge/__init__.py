@@ -4,8 +4,9 @@ Public names are loaded on first use, so that the command line can read the opti
 defaults without importing MLX.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mlx_dora.lazy import public_names
 
 if TYPE_CHECKING:
     from mlx_dora.merge.adapters.merge import merge_adapters
@@ -20,12 +21,4 @@ _HOME = {
 
 __all__ = ["estimate_fisher", "merge_adapters", "merge_models"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'mlx_dora.merge' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = public_names(__name__, _HOME)

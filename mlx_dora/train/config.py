@@ -31,21 +31,28 @@ class TrainConfig(DataConfig):
         help="Folder or Hugging Face id of the model.",
         path="or id",
         may_change=True,
+        group="Common options",
     )
     train: bool | None = option(
         None,
         help="Train the model; the default unless only --test is given.",
         may_change=True,
+        group="Training",
     )
     fine_tune_type: FineTuneType = option(
         "dora",
         help="Kind of training: a DoRA or LoRA adapter, or the full weights of "
         "the blocks.",
         recorded=True,
+        group="Common options",
     )
-    optimizer: Optimizer = option("adam", help="Name of the optimizer.", recorded=True)
+    optimizer: Optimizer = option(
+        "adam", help="Name of the optimizer.", recorded=True, group="Training"
+    )
     optimizer_config: dict[str, Any] | None = option(
-        None, help="Settings per optimizer, such as {adamw: {weight_decay: 0.1}}."
+        None,
+        help="Settings per optimizer, such as {adamw: {weight_decay: 0.1}}.",
+        group="Training",
     )
     seed: int = option(
         0,
@@ -53,99 +60,139 @@ class TrainConfig(DataConfig):
         least=0,
         below=2**64,
         recorded=True,
+        group="Training",
     )
-    batch_size: int = option(4, help="Rows per batch.", least=1, recorded=True)
+    batch_size: int = option(
+        4, help="Rows per batch.", least=1, recorded=True, group="Common options"
+    )
     iters: int = option(
-        1000, help="Batches to train for.", least=1, may_change=True, recorded=True
+        1000,
+        help="Batches to train for.",
+        least=1,
+        may_change=True,
+        recorded=True,
+        group="Common options",
     )
     epochs: int | None = option(
         None,
         help="Train for this many passes over the data, instead of iters.",
         least=1,
         may_change=True,
+        group="Training",
     )
     packing: bool = option(
         False,
         help="Pack short examples into rows of up to max_seq_length tokens; each "
         "example attends only to itself.",
         recorded=True,
+        group="Training",
     )
     val_batches: int = option(
         25,
         help="Batches per validation; -1 for the whole set, 0 for none.",
         least=0,
         special=(-1,),
+        group="Validation and test",
     )
     learning_rate: float = option(
-        1e-05, help="Learning rate, unless lr_schedule is set.", above=0, recorded=True
+        1e-05,
+        help="Learning rate, unless lr_schedule is set.",
+        above=0,
+        recorded=True,
+        group="Common options",
     )
     steps_per_report: int = option(
-        10, help="Steps between reports of the loss.", least=1
+        10, help="Steps between reports of the loss.", least=1, group="Reports"
     )
-    steps_per_eval: int = option(200, help="Steps between validations.", least=1)
+    steps_per_eval: int = option(
+        200, help="Steps between validations.", least=1, group="Validation and test"
+    )
     epochs_per_eval: int | None = option(
         None,
         help="Validate after this many passes over the data, instead of every "
         "steps_per_eval steps.",
         least=1,
+        group="Validation and test",
     )
     resume_adapter_file: str | None = option(
         None,
         help="Start from these weights (adapters.safetensors or its folder).",
         path="local",
         may_change=True,
+        group="Saving and resuming",
     )
     adapter_path: str = option(
-        "adapters", help="Folder of the adapter.", path="local", may_change=True
+        "adapters",
+        help="Folder of the adapter.",
+        path="local",
+        may_change=True,
+        group="Common options",
     )
     save_every: int = option(
-        100, help="Steps between writes of the adapter and a checkpoint.", least=1
+        100,
+        help="Steps between writes of the adapter and a checkpoint.",
+        least=1,
+        group="Saving and resuming",
     )
     resume: bool = option(
         False,
         help="Resume exactly from the newest checkpoint in the adapter's folder.",
         may_change=True,
+        group="Common options",
     )
     force: bool = option(
-        False, help="Resume even if settings have changed.", may_change=True
+        False,
+        help="Resume even if settings have changed.",
+        may_change=True,
+        group="Saving and resuming",
     )
     keep_last: int = option(
-        2, help="Number of newest checkpoints to keep.", least=1, may_change=True
+        2,
+        help="Number of newest checkpoints to keep.",
+        least=1,
+        may_change=True,
+        group="Saving and resuming",
     )
     early_stop: int = option(
         0,
         help="Stop after this many validations without a better loss; 0 for never.",
         least=0,
+        group="Validation and test",
     )
     max_grad_norm: float | None = option(
         None,
         help="Clip the global gradient norm to this value.",
         above=0,
         recorded=True,
+        group="Training",
     )
     max_bad_steps: int = option(
         10,
         help="Stop after this many consecutive steps whose loss or gradient is "
         "not finite; such steps are skipped.",
         least=1,
+        group="Training",
     )
     lora_plus_ratio: float = option(
         1.0,
         help="LoRA+: learning rate of lora_b, as a multiple of the learning rate.",
         above=0,
         recorded=True,
+        group="Training",
     )
     rank_every: int = option(
         50,
         help="Variant adaptive: steps between reallocations of ranks.",
         least=1,
         variant="adaptive",
+        group="Advanced",
     )
     rank_rounds: int = option(
         8,
         help="Variant adaptive: number of reallocations.",
         least=0,
         variant="adaptive",
+        group="Advanced",
     )
     magnitude_share: float = option(
         0.2,
@@ -154,11 +201,13 @@ class TrainConfig(DataConfig):
         above=0,
         below=1,
         variant="bidora",
+        group="Advanced",
     )
     test: bool = option(
         False,
         help="Evaluate the loss on the test set, after training.",
         may_change=True,
+        group="Validation and test",
     )
     test_batches: int = option(
         500,
@@ -166,18 +215,26 @@ class TrainConfig(DataConfig):
         least=1,
         special=(-1,),
         may_change=True,
+        group="Validation and test",
     )
     max_seq_length: int = option(
-        2048, help="Truncate rows to this many tokens.", least=2, recorded=True
+        2048,
+        help="Truncate rows to this many tokens.",
+        least=2,
+        recorded=True,
+        group="Common options",
     )
     grad_checkpoint: bool = option(
-        False, help="Recompute each block in the backward pass: less memory, more time."
+        False,
+        help="Recompute each block in the backward pass: less memory, more time.",
+        group="Memory",
     )
     grad_accumulation_steps: int = option(
         1,
         help="Batches per update; gradients are averaged over their tokens.",
         least=1,
         recorded=True,
+        group="Training",
     )
     clear_cache_threshold: int = option(
         0,
@@ -186,28 +243,38 @@ class TrainConfig(DataConfig):
         unit="bytes",
         least=0,
         may_change=True,
+        group="Memory",
     )
     lr_schedule: dict[str, Any] | None = option(
         None,
         help="Learning rate schedule: name, arguments, warmup and warmup_init, as in "
         "mlx-lm.",
         recorded=True,
+        group="Training",
     )
     report_to: str | None = option(
         None,
         help="Services to report to: wandb, swanlab or wandb,swanlab.",
         may_change=True,
+        group="Reports",
     )
     project_name: str | None = option(
-        None, help="Project name for the services of report_to.", may_change=True
+        None,
+        help="Project name for the services of report_to.",
+        may_change=True,
+        group="Reports",
     )
     trust_remote_code: bool = option(
         False,
         help="Allow code from the model's and tokenizer's repository to run.",
         may_change=True,
+        group="Advanced",
     )
     overwrite: bool = option(
-        False, help="Replace an existing adapter in the folder.", may_change=True
+        False,
+        help="Replace an existing adapter in the folder.",
+        may_change=True,
+        group="Saving and resuming",
     )
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load, model_folder
 from mlx_dora.data.loading import make_datasets
+from mlx_dora.data.rows import Rows
 from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import LossResult, evaluate_loss
@@ -40,11 +41,15 @@ class JobResult:
         train: Report of the training; None if there was only a test.
         test: Loss on the test set; None without a test.
         plot: Path of the loss plot; None without matplotlib or training.
+        splits: Names of the data sets that were read and have rows.
+        chats: Whether the model has a chat template.
     """
 
     train: TrainReport | None
     test: LossResult | None
     plot: Path | None
+    splits: tuple[str, ...] = ()
+    chats: bool = False
 
 
 def run_job(
@@ -112,7 +117,13 @@ def _run(
                 plot = folder / PLOT_NAME
                 plot_losses(report.history, plot)
     test = _test(model, data["test"], train, progress, group) if train.test else None
-    return JobResult(train=report, test=test, plot=plot)
+    return JobResult(
+        train=report,
+        test=test,
+        plot=plot,
+        splits=tuple(name for name, rows in data.items() if rows is not None),
+        chats=bool(getattr(tokenizer, "has_chat_template", False)),
+    )
 
 
 def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any, Any]:
@@ -140,11 +151,19 @@ def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any
         if name != "valid":
             raise DoRAError(f"{train.data} has no {name} data.")
         logger.warning("there is no validation data: training without validation")
+    if is_first:
+        logger.info("Data: %s", _describe_data(train, splits))
     model_folder(train.model)
     model, tokenizer = load(
         train.model, tested, trust_remote_code=train.trust_remote_code
     )
     return model, tokenizer, make_datasets(splits, tokenizer)
+
+
+def _describe_data(train: TrainConfig, splits: dict[str, list[Rows]]) -> str:
+    source = train.data if train.hf_dataset is None else "of hf_dataset"
+    counts = {name: sum(len(part.values) for part in splits[name]) for name in splits}
+    return f"{source}, {', '.join(f'{n} {name} rows' for name, n in counts.items())}"
 
 
 def _check_tested(path: str) -> None:

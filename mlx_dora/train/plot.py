@@ -11,7 +11,7 @@ PLOT_NAME = "loss.png"
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed (``pip install 'mlx_dora[report]'``)."""
+    """Whether matplotlib is installed (``pip install matplotlib``)."""
     return find_spec("matplotlib") is not None
 
 
@@ -26,7 +26,7 @@ def plot_losses(history: Sequence[StepReport], path: Path) -> None:
         DoRAError: If matplotlib is not installed.
     """
     if not can_plot():
-        raise DoRAError("a loss plot needs matplotlib: pip install 'mlx_dora[report]'.")
+        raise DoRAError("a loss plot needs matplotlib: pip install matplotlib.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

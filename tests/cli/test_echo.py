@@ -5,8 +5,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mlx_dora.cli._echo import echo
+from mlx_dora.cli._echo import echo, note
 from mlx_dora.cli._framework import verb
+from mlx_dora.cli._log import logging_as_asked
 from mlx_dora.errors import MAX_LENGTH
 
 HOSTILE = "\x1b]0;TITLE\x07\x1b[2J\nnext"
@@ -68,7 +69,8 @@ def test_bars_show_names_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     with WorkDisplay() as display:
         display.progress("[bold]\x1b]0;T\x07", 2, 1)
         display.note("[bold]\x1b]0;T\x07", 2, "[red]\x1b]0;N\x07")
-        display.say("\x1b]0;S\x07")
+        with logging_as_asked():
+            note("\x1b]0;S\x07")
     shown = terminal.getvalue()
     assert "\x1b]0;" not in shown
     for text in (r"[bold]\x1b]0;T\x07", r"[red]\x1b]0;N\x07", r"\x1b]0;S\x07"):

@@ -128,7 +128,8 @@ def test_help_imports_no_host(name: str) -> None:
         "from mlx_dora.cli._group import group\n"
         f"try: group({args!r})\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
-        "heavy = {'mlx_lm', 'transformers', 'torch', 'matplotlib'}\n"
+        "heavy = {'mlx_lm', 'transformers', 'torch', 'matplotlib', 'mlx', 'numpy', "
+        "'rich', 'huggingface_hub', 'safetensors'}\n"
         "print('heavy:', sorted(heavy & {m.split('.')[0] for m in sys.modules}))"
     )
     done = subprocess.run(

@@ -84,18 +84,20 @@ LINES = """
 data @data --model @m0 --num-layers -1 --json @data.json --html @data.html
 train -c @settings/train.yaml --model @m0 --data @data --adapter-path @trained
     --resume-adapter-file @a1 --keys self_attn.q_proj,mlp.up_proj --num-layers -1
-    --batch-size 2 --val-batches 0
-fuse --model @m0 --adapter-path @a1 --save-path @fused
-convert @a1 @to-peft --to peft --model @m0 --base-model @m0
+    --batch-size 2 --val-batches 0 --json @0.json
+fuse --model @m0 --adapter-path @a1 --save-path @fused --json @1.json
+convert @a1 @to-peft --to peft --model @m0 --base-model @m0 --json @2.json
 evaluate -c @settings/evaluate.yaml --model @m0 --adapter-path @a1
     --fused-path @fused --data @data --samples 0 --num-batches 1 --json @evaluated.json
-extract @m0 @fused --rank 2 --save-path @extracted
+extract @m0 @fused --rank 2 --save-path @extracted --json @3.json
 merge adapters @a1 @a2 --model @m0 --rank 2 --logit-error @data --save-path @both
+    --json @4.json
 merge adapters @a1 @a2 --method fisher --data @data --data @data --save-path @by-data
 merge adapters @a1 @a1 --method fisher --fisher @f0 --fisher @f0 --save-path @by-fisher
 merge fisher --model @m0 --adapter-path @a1 --data @data --num-batches 1
-    --save-path @fisher
+    --save-path @fisher --json @5.json
 merge models @m0 @m1 --method fisher --fisher @f0 --fisher @f1 --save-path @by-rows
+    --json @6.json
 merge models @m1 --base @m0 --method task_arithmetic --save-path @added
 merge models --config @settings/merge.yaml --save-path @mixed
 analyze adapter @a1 --model @m0 --json @one.json --report @one.html
@@ -140,7 +142,8 @@ def test_every_path_option_accepts_home_space_quote_and_newline(
     demo = known["demo"].make_context("demo", ["--output", "~/o", "--model", "~/m"])
     assert str(demo.params["output"]) == f"{home}/o"
     assert demo.params["model"] == f"{home}/m"
-    assert path_options() - tried == {("demo", "output"), ("demo", "model")}
+    untried = {("demo", "output"), ("demo", "model"), ("doctor", "json_output")}
+    assert path_options() - tried == untried
     assert list(tmp_path.iterdir()) == []  # no folder named ~
     for name in ("trained", "fused", "to-peft", "fisher", "mixed", "extracted"):
         assert (home / FOLDER / name).is_dir()
@@ -161,10 +164,10 @@ def test_the_next_commands_work_as_printed(
     starts = [i for i, word in enumerate(words) if word.startswith("mlx_dora.")]
     said = [words[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
     verbs = [line[0].removeprefix("mlx_dora.") for line in said]
-    assert verbs == ["generate", "evaluate", "fuse"]
+    assert verbs == ["generate", "chat", "evaluate", "fuse"]
     for verb, line in zip(verbs, said, strict=True):
         assert f"{home}/{FOLDER}/next" in line
-        if verb != "generate":
+        if verb in ("evaluate", "fuse"):
             more = ["--samples", "0"] if verb == "evaluate" else []
             run([verb, *line[1:], *more])
     assert (home / FOLDER / "next-fused" / "config.json").exists()

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_dora.cli._log import logging_as_asked
 from mlx_dora.cli._progress import (
     TrainDisplay,
     WorkDisplay,
@@ -36,7 +37,7 @@ def test_lines_of_reports() -> None:
         steps_per_second=0.5,
     )
     assert describe(trained, 65) == (
-        "step 5/65  loss 1.2500  lr 0.0001  321 tokens/s  peak 1.00 GB  2:00 left"
+        "step 5/65  loss 1.2500  lr 0.0001  321 tok/s  2:00 left"
     )
     assert describe(report(val_loss=2.0), 65) == "step 5/65  validation loss 2.0000"
 
@@ -47,11 +48,11 @@ def test_durations_and_sizes() -> None:
 
 
 def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with TrainDisplay(10) as display:
+    with logging_as_asked(), TrainDisplay(10) as display:
         display.progress("train", 10, 1)
-        display.say("hello")
+        display.report(report(val_loss=2.0))
     out, errors = capsys.readouterr()
-    assert (out, errors) == ("", "hello\n")
+    assert (out, errors) == ("", "step 5/10  validation loss 2.0000\n")
 
 
 def test_bars_on_a_terminal(
@@ -61,7 +62,7 @@ def test_bars_on_a_terminal(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     display = TrainDisplay(10)
-    with display:
+    with logging_as_asked(), display:
         display.progress("validate", 4, 4)
         display.report(report(train_loss=1.5, tokens_per_second=7.0))
         display.progress("train", 10, 5)
@@ -69,7 +70,7 @@ def test_bars_on_a_terminal(
     assert out == ""
     assert "step 5/10  loss 1.5000" in errors
     assert "5/10" in errors
-    assert "loss 1.500" in errors
+    assert "peak 1.00 GB" in errors
 
 
 def test_time_left_and_peak_memory_beside_the_bar_of_a_merge(
@@ -90,10 +91,9 @@ def test_time_left_and_peak_memory_beside_the_bar_of_a_merge(
 
 WARNS_WHILE_TRAINING = """
 import logging
-from mlx_dora.cli._framework import _show_library_warnings
+from mlx_dora.cli._log import logging_as_asked
 from mlx_dora.cli._progress import TrainDisplay
-_show_library_warnings()
-with TrainDisplay(10) as display:
+with logging_as_asked(), TrainDisplay(10) as display:
     display.progress("train", 10, 5)
     logging.getLogger("mlx_dora.train").warning("finishing the step")
 """

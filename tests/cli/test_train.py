@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from mlx_dora.cli.train import command, describe_training, next_commands
-from mlx_dora.train import TrainConfig, TrainReport
+from mlx_dora.cli.train import command
 from tests.cli.training_data import write_data
 from tests.processes import Process, run
 
@@ -155,8 +156,8 @@ def test_results_go_to_stdout_and_progress_to_stderr(
     assert "step 3/3  loss" in result.stderr
     assert "step" not in result.stdout.replace("steps", "")
     assert f"Adapter: {tmp_path / 'out'}" in result.stdout
-    assert "mlx_dora.generate --model" in result.stdout
-    assert "mlx_dora.fuse --model" in result.stdout
+    assert "mlx_dora.generate --adapter-path" in result.stdout
+    assert "mlx_dora.fuse --adapter-path" in result.stdout
     assert "Test loss" in result.stdout
     assert ("Loss plot: " in result.stdout) == can_plot()
     assert (tmp_path / "out" / "loss.png").exists() == can_plot()
@@ -169,7 +170,7 @@ def test_a_missing_matplotlib_is_reported(
 
     monkeypatch.setattr(plot, "find_spec", lambda name: None)
     result = invoke(*small)
-    assert "No loss plot: pip install 'mlx_dora[report]'" in result.stdout
+    assert "No loss plot: pip install matplotlib" in result.stdout
 
 
 def test_test_without_training_measures_an_adapter(
@@ -255,7 +256,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     extra, code, message = BAD[name]
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
-    result = invoke(*small, *extra)
+    result = invoke(*small, *extra, "--quiet")
     assert result.exit_code == code, result.output
     assert message in result.stderr
     assert len(refusal(result)) == 1, result.stderr
@@ -279,7 +280,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(
     small: list[str], data: Path, tmp_path: Path, content: str, message: str
 ) -> None:
     (data / "train.jsonl").write_text(content)
-    result = invoke(*small)
+    result = invoke(*small, "-q")
     assert result.exit_code == 1, result.output
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -289,7 +290,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(
 def test_data_cut_before_its_targets_is_refused(
     small: list[str], tmp_path: Path
 ) -> None:
-    result = invoke(*small, "--max-seq-length", "2", "--mask-prompt")
+    result = invoke(*small, "--max-seq-length", "2", "--mask-prompt", "-q")
     assert result.exit_code == 1, result.output
     assert "no row has a target token within max_seq_length 2" in result.stderr
     assert len(refusal(result)) == 1
@@ -320,6 +321,7 @@ def test_ctrl_c_saves_and_exits_with_130(small: list[str], tmp_path: Path) -> No
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "the adapter is in" in errors
+    assert "--iters 100000 --resume\n" in errors.partition("To resume:")[2]
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["mlx_dora"]["training"]["steps"] >= 10
 
@@ -338,38 +340,50 @@ def test_help_needs_no_mlx_lm() -> None:
     assert done.stdout.strip().endswith("[]")
 
 
-def report(**extra: Any) -> TrainReport:
-    return TrainReport(
-        adapter_path=Path("out"),
-        steps=7,
-        modules=("a", "b"),
-        trainable_parameters=1_500_000,
-        train_loss=1.0,
-        trained_tokens=12_345,
-        seconds=3725.0,
-        peak_memory_bytes=2_500_000_000,
-        **extra,
+def test_a_resumed_run_says_from_where_and_a_finished_one_that_it_is(
+    small: list[str],
+) -> None:
+    assert invoke(*small).exit_code == 0
+    more = invoke(*small, "--resume", "--iters", "5")
+    assert "Resuming from step 3 of 5" in more.stderr
+    assert "Trained 2 more steps, 5 in all: " in more.stdout
+    done = invoke(*small, "--resume", "--iters", "5")
+    assert "already finished: 5 of 5 steps; raise --iters to continue" in done.stderr
+    assert "Trained" not in done.stdout
+    beyond = invoke(*small, "--resume", "--iters", "4")
+    assert "already finished: 5 steps, more than --iters 4" in beyond.stderr
+    assert "5/4" not in beyond.output
+
+
+def test_model_data_settings_and_parameters_precede_the_first_step(
+    small: list[str], data: Path
+) -> None:
+    lines = invoke(*small, "--learning-rate", "1e-3").stderr.splitlines()
+    assert lines[0] == f"Model: {small[1]}"
+    assert lines[1] == (
+        "Training: dora, rank 2, scale 20 in the last 1 blocks; 3 steps of 4 rows, "
+        "adam, learning rate 0.001"
+    )
+    assert lines[3] == f"Data: {data}, 20 train rows, 4 valid rows"
+    assert re.fullmatch(
+        r"Trainable: [\d,]+ of [\d,]+ parameters \([\d.]+ %\) in 7 modules", lines[4]
+    )
+    assert lines[5].startswith("step 0/3  validation loss")
+
+
+def test_json_of_a_training_goes_to_stdout_alone(small: list[str]) -> None:
+    result = invoke(*small, "--test", "--train", "--json", "-")
+    values = json.loads(result.stdout)
+    assert values["train"]["steps"] == 3
+    assert values["train"]["history"][-1]["step"] == 3
+    assert values["test"]["perplexity"] == pytest.approx(
+        math.exp(values["test"]["loss"])
     )
 
 
-def test_summary_reports_the_training() -> None:
-    lines = describe_training(
-        report(first_val_loss=2.0, val_loss=1.5, rows_truncated=3)
-    )
-    assert lines == [
-        "Trained 1.500 M parameters in 2 modules: 7 steps, 12,345 tokens, 1:02:05, "
-        "peak memory 2.50 GB.",
-        "Validation loss 2.0000 before, 1.5000 after.",
-        "Training rows cut: 3; skipped without a target: 0.",
-        "Adapter: out",
-    ]
-    assert len(describe_training(report())) == 2
-
-
-def test_next_commands_are_quoted_for_the_shell() -> None:
-    train = TrainConfig(model="my model", adapter_path="out/", data="d")
-    assert next_commands(train) == [
-        "mlx_dora.generate --model 'my model' --adapter-path out/ --prompt 'Hello'",
-        "mlx_dora.evaluate --model 'my model' --adapter-path out/ --data d",
-        "mlx_dora.fuse --model 'my model' --adapter-path out/ --save-path out-fused",
-    ]
+def test_a_test_alone_takes_the_base_from_the_adapter(small: list[str]) -> None:
+    assert invoke(*small).exit_code == 0
+    result = invoke("--test", *small[2:])
+    assert result.exit_code == 0, result.output
+    assert f"Base: {small[1]}, as recorded by the adapter." in result.stderr
+    assert "Test loss" in result.stdout

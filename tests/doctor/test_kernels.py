@@ -39,8 +39,7 @@ ON_MAC = dataclasses.replace(
 )
 
 
-def test_a_cpu_report_says_that_no_kernel_can_run() -> None:
-    assert "no kernel can run" in kernel_rows(ON_CPU)[0][1]
+def test_an_op_whose_kernel_does_not_run_is_timed_without_it() -> None:
     assert timing_rows(ON_CPU) == [
         ("copy", "100 GB/s"),
         (

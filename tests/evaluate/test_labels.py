@@ -107,7 +107,11 @@ def test_long_rows_are_counted_not_scored(
 ) -> None:
     data = labelled(tiny_model_folder, ["spam", "ham"] * 5)
     lengths = sorted(len(data[i][0]) for i in range(10))
-    result = label_accuracy(tiny_model, data, max_seq_length=lengths[4])
+    done: list[int] = []
+    result = label_accuracy(
+        tiny_model, data, max_seq_length=lengths[4], progress=done.append
+    )
+    assert sum(done) == 10  # so that a bar ends
     assert result.rows + result.rows_skipped == 10
     assert result.rows_skipped > 0
 

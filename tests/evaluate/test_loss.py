@@ -90,7 +90,12 @@ def test_evaluate_loss_weighs_every_token_the_same(
 
 
 def test_evaluate_loss_counts_truncated_and_skipped_rows(tiny_model: nn.Module) -> None:
-    result = evaluate_loss(tiny_model, EXAMPLES, max_seq_length=20)
+    done: list[int] = []
+    result = evaluate_loss(
+        tiny_model, EXAMPLES, batch_size=2, max_seq_length=20, progress=done.append
+    )
+    assert sum(done) == len(EXAMPLES) == result.rows  # so that a bar ends
+    assert done[1:] == [1]
     loss, tokens = expected_loss(tiny_model, limit=20)
     assert result.loss == pytest.approx(loss, rel=1e-5)
     assert (result.tokens, result.rows_truncated, result.rows_skipped) == (tokens, 2, 1)

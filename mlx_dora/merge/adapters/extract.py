@@ -1,9 +1,9 @@
 """A DoRA adapter from a base and a fine-tuned model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +24,7 @@ from mlx_dora.kernels import fused_weight
 from mlx_dora.layers import dora_class, weight_of
 from mlx_dora.matrix.weight import dense, matrices
 from mlx_dora.merge.adapters.dense import factor, row_norm
+from mlx_dora.notebook import Shown
 from mlx_dora.progress import Progress
 
 
@@ -44,8 +45,8 @@ class ExtractedLayer:
     error: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Extraction:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Extraction(Shown):
     """An extracted adapter.
 
     Attributes:
@@ -58,17 +59,42 @@ class Extraction:
     layers: tuple[ExtractedLayer, ...]
     left_out: tuple[str, ...]
 
-    def lines(self) -> list[str]:
-        """The report as text."""
-        text = [
+    def details(self) -> list[str]:
+        """One line for each matrix."""
+        return [
             f"{layer.path}: rank {layer.rank}, {layer.discarded:.2e} of the energy "
             f"left out, error {layer.error:.2e} of the change"
             for layer in self.layers
         ]
+
+    def lines(self) -> list[str]:
+        """The summary as text."""
+        text = []
         if self.left_out:
             text.append(f"Changed, but not covered: {', '.join(self.left_out)}")
-        text.append(f"Extracted {len(self.layers)} matrices.")
+        worst = max(self.layers, key=lambda layer: layer.error)
+        ranks = sorted({layer.rank for layer in self.layers})
+        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        text.append(
+            f"Extracted {len(self.layers)} matrices: rank {span}, error at most "
+            f"{worst.error:.2e} of a matrix's change ({worst.path})."
+        )
         return text
+
+    def facts(self) -> dict[str, Any]:
+        """Return the number of matrices and of changed tensors left out."""
+        return {"matrices": len(self.layers), "left_out": len(self.left_out)}
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the matrices."""
+        return self.to_dict()["layers"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, without the adapter."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "left_out": list(self.left_out),
+        }
 
 
 def extract_adapter(

@@ -1,11 +1,13 @@
 """Report on a merge of adapters, layer by layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.errors import printable
 from mlx_dora.merge.adapters.factored import MergedMatrix
+from mlx_dora.notebook import Shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,8 @@ class MergedLayer:
     logit_error: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterMerge:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AdapterMerge(Shown):
     """A merged adapter and a report on it.
 
     Attributes:
@@ -60,9 +62,9 @@ class AdapterMerge:
     logit_error: float | None = None
     notes: tuple[str, ...] = ()
 
-    def lines(self) -> list[str]:
-        """The report as text: one line for each layer with something to report."""
-        text = [printable(note) for note in self.notes]
+    def details(self) -> list[str]:
+        """One line for each layer with something to report."""
+        text = []
         for layer in self.layers:
             notes = []
             if layer.inputs < self.count:
@@ -82,6 +84,26 @@ class AdapterMerge:
                 notes.append(f"{layer.unknown} weights without Fisher information")
             if notes:
                 text.append(f"{layer.name}: rank {layer.rank}, {', '.join(notes)}")
+        return text
+
+    def lines(self) -> list[str]:
+        """The summary as text."""
+        text = [printable(note) for note in self.notes]
+        for what, name in (
+            ("rows are opposed", "opposed"),
+            ("rows were recomputed densely", "recomputed"),
+            ("rows are zero", "zero"),
+            ("weights have no Fisher information", "unknown"),
+        ):
+            counts = [getattr(layer, name) for layer in self.layers]
+            if total := sum(counts):
+                text.append(f"{total} {what}, in {sum(map(bool, counts))} matrices.")
+        worst = max(self.layers, key=lambda layer: layer.discarded)
+        if worst.discarded > 0:
+            text.append(
+                f"The rank cut at most {worst.discarded:.2e} of a matrix's energy "
+                f"({worst.name})."
+            )
         if self.logit_error is not None:
             text.append(f"All layers cut: logits off by {self.logit_error:.2e}")
         ranks = sorted({layer.rank for layer in self.layers})
@@ -91,6 +113,28 @@ class AdapterMerge:
             f"{self.method}: rank {span}."
         )
         return text
+
+    def facts(self) -> dict[str, Any]:
+        """Return the method and the numbers of inputs and matrices."""
+        return {
+            "method": self.method,
+            "inputs": self.count,
+            "matrices": len(self.layers),
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the matrices."""
+        return self.to_dict()["layers"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, without the adapter."""
+        return {
+            "method": self.method,
+            "count": self.count,
+            "notes": list(self.notes),
+            "logit_error": self.logit_error,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
 
 
 def layer_report(

@@ -1,8 +1,10 @@
 """Report on a merge of models, tensor by tensor."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from mlx_dora.errors import printable
+from mlx_dora.notebook import Shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,8 @@ class MergedTensor:
     unknown: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MergeReport(Shown):
     """Report on a merge of models.
 
     Attributes:
@@ -45,15 +47,35 @@ class MergeReport:
     seconds: float
     notes: tuple[str, ...] = ()
 
-    def lines(self) -> list[str]:
-        """The report as text."""
-        text = [printable(note) for note in self.notes]
-        text += [
-            f"{tensor.name}: {tensor.opposed} rows point opposite ways and keep the "
-            "direction of the model with the largest weight"
+    def facts(self) -> dict[str, Any]:
+        """Return the method and the numbers of models and tensors."""
+        return {
+            "method": self.method,
+            "models": list(self.models),
+            "tensors": len(self.tensors),
+            "seconds": self.seconds,
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the tensors."""
+        return [asdict(tensor) for tensor in self.tensors]
+
+    def details(self) -> list[str]:
+        """One line for each tensor with opposed rows."""
+        return [
+            f"{tensor.name}: {tensor.opposed} rows opposed"
             for tensor in self.tensors
             if tensor.opposed
         ]
+
+    def lines(self) -> list[str]:
+        """The summary as text."""
+        text = [printable(note) for note in self.notes]
+        if opposed := [tensor.opposed for tensor in self.tensors if tensor.opposed]:
+            text.append(
+                f"{sum(opposed)} rows in {len(opposed)} tensors point opposite ways "
+                "and keep the direction of the model with the largest weight."
+            )
         if unknown := [tensor for tensor in self.tensors if tensor.unknown]:
             text.append(
                 f"{sum(tensor.unknown for tensor in unknown)} weights in "

@@ -101,20 +101,42 @@ def finetune(
             if run.is_writer:
                 stack.enter_context(training_lock(run.folder))
         resume(run)
+        first_step = run.step
+        _describe_start(run)
         interrupted = loop(run)
     if interrupted:
         logger.warning(
-            "stopped after step %d; the adapter is in %s", run.step, run.folder
+            "stopped after step %d; %s",
+            run.step,
+            f"the adapter is in {run.folder}" if run.step else "nothing is saved",
         )
         raise interruption(interrupted)
-    return _report(run)
+    return _report(run, first_step)
 
 
-def _report(run: Run) -> TrainReport:
+def _describe_start(run: Run) -> None:
+    """Log what will be trained."""
+    from mlx_lm.utils import get_total_parameters
+
+    if not run.is_writer:
+        return
+    trained = sum(value.size for value in trainable_tensors(run.model).values())
+    total = get_total_parameters(run.model) or 1
+    logger.info(
+        "Trainable: %s of %s parameters (%.3g %%) in %d modules",
+        f"{trained:,}",
+        f"{total:,}",
+        100 * trained / total,
+        len(run.modules),
+    )
+
+
+def _report(run: Run, first_step: int) -> TrainReport:
     trained = sum(value.size for value in trainable_tensors(run.model).values())
     export_variants(run.model)
     return TrainReport(
         adapter_path=run.folder,
+        first_step=first_step,
         steps=run.step,
         modules=run.modules,
         trainable_parameters=trained,

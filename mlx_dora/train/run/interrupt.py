@@ -1,9 +1,10 @@
 """Delays Ctrl-C, SIGTERM and SIGHUP until the end of a step."""
 
 import logging
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +18,9 @@ def delayed_interrupt() -> Iterator[Callable[[], int]]:
     """Delay the first interrupt; yields a function that returns its number, or 0.
 
     Ctrl-C (SIGINT), SIGTERM and SIGHUP are interrupts, unless the latter two are
-    ignored, as under ``nohup``. A second interrupt takes effect at once. Outside the
-    main thread, where Python delivers no signals, nothing changes.
+    ignored, as under ``nohup``. The interrupt is acknowledged at once, even while MLX
+    computes. A second interrupt takes effect as soon as MLX returns. Outside the main
+    thread, where Python delivers no signals, nothing changes.
     """
     received = 0
     if threading.current_thread() is not threading.main_thread():
@@ -34,7 +36,8 @@ def delayed_interrupt() -> Iterator[Callable[[], int]]:
         nonlocal received
         received = number
         reinstate()
-        logger.warning("finishing the step and saving; %s", _AGAIN[number])
+        if len(arrived) > 1:  # Python calls a handler once for signals in a row
+            signal.raise_signal(number)
 
     for number in (signal.SIGINT, *STOPS):
         handler = signal.getsignal(number)
@@ -44,9 +47,40 @@ def delayed_interrupt() -> Iterator[Callable[[], int]]:
         before[number] = handler
         signal.signal(number, delay)
     try:
-        yield lambda: received
+        with _acknowledging(before) as arrived:
+            yield lambda: received
     finally:
         reinstate()
+
+
+@contextmanager
+def _acknowledging(numbers: Collection[int]) -> Iterator[list[int]]:
+    """Log the first of some signals from a thread; yields the signals as they arrive.
+
+    A Python handler would run only when the main thread returns from MLX.
+    """
+    arrived: list[int] = []
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def listen() -> None:
+        while number := os.read(reader, 1)[0]:
+            if number in numbers:
+                arrived.append(number)
+                if len(arrived) == 1:
+                    logger.warning("finishing the step and saving; %s", _AGAIN[number])
+
+    thread = threading.Thread(target=listen, daemon=True)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield arrived
+    finally:
+        signal.set_wakeup_fd(previous)
+        os.write(writer, b"\0")
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 _AGAIN: dict[int, str] = {

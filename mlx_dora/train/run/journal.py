@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.json import parse
+from mlx_dora.notebook import Shown
 
 LOG_NAME = "log.jsonl"
 
@@ -60,6 +61,21 @@ class StepReport:
     gain_max: float | None = None
     layers: dict[str, dict[str, float]] | None = None
 
+    def __str__(self) -> str:
+        """The step and its losses; ``callback=print`` shows a training with it."""
+        parts = {"loss": self.train_loss, "validation loss": self.val_loss}
+        shown = (f"{name} {v:.4f}" for name, v in parts.items() if v is not None)
+        return f"step {self.step}  {'  '.join(shown)}"
+
+    def __repr__(self) -> str:
+        """The fields that are not None, without the layers."""
+        shown = {k: v for k, v in self.to_dict().items() if k != "layers"}
+        inside = ", ".join(
+            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+            for k, v in shown.items()
+        )
+        return f"StepReport({inside})"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are not None."""
         return {
@@ -67,13 +83,13 @@ class StepReport:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TrainReport(Shown):
     """Result of a training.
 
     Args:
         adapter_path: Folder of the adapter.
-        steps: Number of batches trained on.
+        steps: Number of batches trained on, including those before a resume.
         modules: Paths of the trained modules.
         trainable_parameters: Number of trainable parameters.
         train_loss: Training loss of the last report.
@@ -86,6 +102,7 @@ class TrainReport:
         peak_memory_bytes: Peak memory of MLX.
         rows_truncated: Number of training rows truncated, each counted once.
         rows_skipped: Number of training rows skipped for lack of a target.
+        first_step: Step at which this run started: 0, or that of the checkpoint.
         history: All reports.
     """
 
@@ -103,7 +120,27 @@ class TrainReport:
     peak_memory_bytes: int
     rows_truncated: int = 0
     rows_skipped: int = 0
+    first_step: int = 0
     history: tuple[StepReport, ...] = ()
+
+    def facts(self) -> dict[str, Any]:
+        """Return steps, losses, parameters and folder."""
+        return {
+            "steps": self.steps,
+            "train_loss": self.train_loss,
+            "val_loss": self.val_loss,
+            "trainable_parameters": self.trainable_parameters,
+            "seconds": self.seconds,
+            "adapter_path": str(self.adapter_path),
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the reports, newest first."""
+        names = ("step", "train_loss", "val_loss", "delta_m", "delta_d")
+        return [
+            {name: getattr(report, name) for name in names}
+            for report in reversed(self.history)
+        ]
 
 
 def read_log(content: bytes, path: Path) -> list[StepReport]:
@@ -129,12 +166,12 @@ _WHOLE = {"step", "skipped_steps", "trained_tokens", "peak_memory_bytes"}
 def _report(row: Any, where: str) -> StepReport:
     if not isinstance(row, dict):
         raise DoRAError(f"{where} must hold a JSON object, got {row!r:.40}.")
-    kinds = {field.name: field for field in fields(StepReport)}
+    kinds = {kind.name: kind for kind in fields(StepReport)}
     problems = [f"{name!r:.40} is unknown" for name in row if name not in kinds]
-    for name, field in kinds.items():
+    for name, kind in kinds.items():
         value = row.get(name)
         if value is None:
-            if field.default is MISSING:
+            if kind.default is MISSING:
                 problems.append(f"{name} is missing")
         elif name == "layers":
             if not isinstance(value, dict):

@@ -30,9 +30,12 @@ def loop(run: Run) -> int:
     ):
         if run.progress is not None and run.step:
             run.progress("train", run.train.iters, min(run.step, run.train.iters))
-        if run.step == 0:
-            run.validate()
-        interrupted = 0
+        # The second case: the run was interrupted in this validation.
+        if run.step == 0 or _evaluates(run, run.step - _window(run)):
+            run.validate(stopped)
+        interrupted = greatest(stopped(), run.group)
+        if interrupted and run.step == 0:
+            return interrupted  # nothing to save
         while run.step < run.train.iters and not (interrupted or run.best.is_enough):
             before = run.step
             _update(run)
@@ -40,7 +43,7 @@ def loop(run: Run) -> int:
             if saves or is_due(run.train.steps_per_report, before, run.step):
                 run.report(with_layers=saves)
             if _evaluates(run, before):
-                run.validate()
+                run.validate(stopped)
             interrupted = greatest(stopped(), run.group)
             # Checkpoint before the final report, so that a resumed, longer run writes
             # the same log.
@@ -52,9 +55,15 @@ def loop(run: Run) -> int:
         if not run.journal.has("learning_rate", run.step):
             run.report(with_layers=True)
         if not interrupted:
-            run.validate()
+            run.validate(stopped)
+            interrupted = greatest(stopped(), run.group)
         run.save(run.folder, warn=True)
     return interrupted
+
+
+def _window(run: Run) -> int:
+    """Number of batches of the update before this step."""
+    return min(run.train.grad_accumulation_steps, run.step)
 
 
 def _update(run: Run) -> None:

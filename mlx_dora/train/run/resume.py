@@ -36,7 +36,6 @@ def resume(run: Run) -> None:
             check_settings(checkpoint, run.settings, force=run.train.force)
             restore(checkpoint, run.model, run.optimizer)
             run.journal.restore(run.folder, checkpoint.state.log_bytes)
-            logger.info("resuming from %s", checkpoint.path)
         elif run.is_writer and run.train.resume_adapter_file is not None:
             load_weights(run.model, run.train.resume_adapter_file)
     share_start(run.model, run.optimizer, run.group)
@@ -49,11 +48,32 @@ def resume(run: Run) -> None:
         run.meter.restore(state["meter"])
         run.guard.restore(state["guard"])
         run.best.restore(state["best"])
+    if checkpoint is not None:
+        _describe(run)
     with run.together():
         run.source, *held_out = run.feed.streams(run.step, run.group)
         run.stepper = run.make_stepper(held_out)
         if run.is_writer and not state:
             discard_checkpoints(run.folder)
+
+
+def _describe(run: Run) -> None:
+    """Log from where the run is resumed, or that nothing is left to do."""
+    step, iters = run.step, run.train.iters
+    if step < iters and run.best.is_enough:
+        logger.info("already finished: stopped early at step %d (early_stop)", step)
+    elif step < iters:
+        logger.info("Resuming from step %d of %d", step, iters)
+    elif step == iters:
+        logger.info(
+            "already finished: %d of %d steps; raise --iters to continue", step, iters
+        )
+    else:
+        logger.info(
+            "already finished: %d steps, more than --iters %d; raise it to continue",
+            step,
+            iters,
+        )
 
 
 def _newest(run: Run) -> Checkpoint | None:

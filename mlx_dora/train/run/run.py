@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,10 @@ from mlx_dora.train.run.meter import Meter
 from mlx_dora.train.run.restore import optimizer_tensors
 from mlx_dora.train.run.start import BEST_NAME, kept_tensors
 from mlx_dora.train.stepper import Stepper
+
+
+class _ValidationStopped(Exception):
+    """Leaves a validation that an interrupt makes useless."""
 
 
 @dataclass(kw_only=True)
@@ -102,8 +105,13 @@ class Run:
         with self.together():
             self.journal.add(entry)
 
-    def validate(self) -> None:
-        """Compute the validation loss once per step; save the adapter if it is best."""
+    def validate(self, stopped: Callable[[], int] = lambda: 0) -> None:
+        """Compute the validation loss once per step; save the adapter if it is best.
+
+        Args:
+            stopped: Whether to give up. In a group of processes, which must all make
+                the same number of sums, it is not asked.
+        """
         train, data = self.train, self.valid_data
         if data is None or self.journal.has("val_loss", self.step):
             return
@@ -111,17 +119,26 @@ class Run:
         if train.val_batches != -1:
             rows = min(rows, train.val_batches * train.batch_size)
         began = self.meter.seconds
-        advance = self.progress and partial(self.progress, "validate", rows)
-        result = evaluate_loss(
-            self.model,
-            data,
-            batch_size=train.batch_size,
-            max_seq_length=train.max_seq_length,
-            num_batches=train.val_batches,
-            loss=self.loss,
-            progress=advance,
-            group=self.group,
-        )
+
+        def advance(done: int) -> None:
+            if self.progress is not None:
+                self.progress("validate", rows, done)
+            if self.group.size() == 1 and stopped():
+                raise _ValidationStopped
+
+        try:
+            result = evaluate_loss(
+                self.model,
+                data,
+                batch_size=train.batch_size,
+                max_seq_length=train.max_seq_length,
+                num_batches=train.val_batches,
+                loss=self.loss,
+                progress=advance,
+                group=self.group,
+            )
+        except _ValidationStopped:
+            return
         with self.together():
             self.journal.add(self.meter.validation(self.step, result.loss, began))
         if self.best.take(self.step, result.loss) and self.step:

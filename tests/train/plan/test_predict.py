@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 
 from mlx_dora import DoRAConfig, apply_dora, load
 from mlx_dora.adapters.surgery import FineTuneType, apply_layers
-from mlx_dora.cli.train import command, describe_plan
+from mlx_dora.cli._train_text import describe_plan
+from mlx_dora.cli.train import command
 from mlx_dora.errors import DoRAError
 from mlx_dora.train import TrainConfig, plan_memory
 from mlx_dora.train.plan.predict import predict

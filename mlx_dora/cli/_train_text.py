@@ -1,0 +1,153 @@
+"""The text that ``mlx_dora.train`` prints before and after a training."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.cli._progress import duration, size
+from mlx_dora.cli._shell import quote
+from mlx_dora.data.config import DataConfig
+from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.run.journal import TrainReport
+
+if TYPE_CHECKING:
+    from mlx_dora.train.plan.predict import MemoryPlan
+
+LEGEND = "loss: mean over target tokens, in nats; tok/s: target tokens a second"
+DORA_LEGEND = "; ΔM, ΔD: mean changes of the rows' lengths and directions"
+
+
+def describe_start(train: TrainConfig, dora: DoRAConfig) -> list[str]:
+    """Return the model and the settings as lines of text."""
+    blocks = (
+        "all blocks" if dora.num_layers < 0 else f"the last {dora.num_layers} blocks"
+    )
+    what = "all weights"
+    if train.fine_tune_type != "full":
+        kind = train.fine_tune_type.replace("dora", dora.variant)
+        what = f"{kind}, rank {dora.rank}, scale {dora.scale:g}"
+    length = (
+        f"{train.iters} steps" if train.epochs is None else f"{train.epochs} epochs"
+    )
+    rate = "a schedule" if train.lr_schedule else f"{train.learning_rate:g}"
+    return [
+        f"Model: {train.model}",
+        f"Training: {what} in {blocks}; {length} of {train.batch_size} rows, "
+        f"{train.optimizer}, learning rate {rate}",
+        LEGEND + (DORA_LEGEND if train.fine_tune_type == "dora" else ""),
+    ]
+
+
+def describe_training(report: TrainReport) -> list[str]:
+    """Summarize a training run as lines of text."""
+    steps = f"{report.steps} steps"
+    if report.first_step:
+        steps = f"{report.steps - report.first_step} more steps, {report.steps} in all"
+    lines = [
+        f"Trained {steps}: {report.trained_tokens:,} target tokens, "
+        f"{duration(report.seconds)}, peak memory {size(report.peak_memory_bytes)}."
+    ]
+    if report.steps == report.first_step:
+        lines = []  # the log says that nothing was left to do
+    if report.first_val_loss is not None and report.val_loss is not None:
+        before, after = report.first_val_loss, report.val_loss
+        lines.append(f"Validation loss {before:.4f} before, {after:.4f} after.")
+    if report.rows_truncated or report.rows_skipped:
+        lines.append(
+            f"Training rows cut: {report.rows_truncated}; skipped without a target: "
+            f"{report.rows_skipped}."
+        )
+    lines.append(f"Adapter: {report.adapter_path}")
+    return lines
+
+
+def describe_plan(plan: "MemoryPlan") -> list[str]:
+    """Format a memory plan as lines of text."""
+    recomputed = ", blocks recomputed" if plan.grad_checkpoint else ""
+    parts = {
+        "weights": plan.weights,
+        "adapter": plan.adapter,
+        "optimizer": plan.optimizer,
+        "gradients": plan.gradients,
+        "activations": plan.activations,
+        "attention scores": plan.scores,
+        "logits": plan.logits,
+    }
+    rows = (
+        "the maximum; name --data to use its longest rows"
+        if plan.rows is None
+        else f"the longest of {plan.rows:,} rows"
+    )
+    lines = [
+        f"Calculated for batches of {plan.batch_size} rows of {plan.length} tokens "
+        f"({rows}){recomputed}:"
+    ]
+    lines += [f"  {name:<17}{size(count):>10}" for name, count in parts.items()]
+    verdict = "fits into" if plan.fits else "does not fit into"
+    lines.append(
+        f"Peak {size(plan.peak)} (not all of it at once): {verdict} this machine's "
+        f"{size(plan.limit)}."
+    )
+    fitting = []
+    if plan.longest:
+        fitting.append(f"{plan.batch_size} rows of up to {plan.longest:,} tokens")
+    if plan.largest_batch:
+        fitting.append(f"up to {plan.largest_batch:,} rows of {plan.length} tokens")
+    if fitting:
+        lines.append(f"Would fit: {', or '.join(fitting)}.")
+    if plan.advice:
+        lines.append(f"To make it fit: {' '.join(plan.advice)}")
+    return lines
+
+
+def next_commands(
+    train: TrainConfig, *, chats: bool = False, evaluates: bool = True
+) -> list[str]:
+    """Return commands to run next.
+
+    Args:
+        train: Settings of the training.
+        chats: Whether the model has a chat template.
+        evaluates: Whether there is validation or test data.
+    """
+    adapter = f"--adapter-path {quote(train.adapter_path)}"
+    fused = quote(train.adapter_path.rstrip("/") + "-fused")
+    lines = [f"mlx_dora.generate {adapter} --prompt Hello"]
+    if chats:
+        lines.append(f"mlx_dora.chat {adapter}")
+    if evaluates:
+        lines.append(f"mlx_dora.evaluate {adapter} {' '.join(_data_words(train))}")
+    lines.append(f"mlx_dora.fuse {adapter} --save-path {fused}")
+    return lines
+
+
+def _data_words(train: TrainConfig) -> list[str]:
+    """The options that make another command read the data as the training did."""
+    words = [] if train.hf_dataset else ["--data", quote(train.data)]
+    names = [field.name for field in dataclasses.fields(DataConfig)]
+    for field in dataclasses.fields(train):
+        value = getattr(train, field.name)
+        is_read = field.name in (*names, "max_seq_length") and field.name != "data"
+        if is_read and value != field.default:
+            words += _flag(field.name, value)
+    return words
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    return [flag, quote(value if isinstance(value, str) else json.dumps(value))]
+
+
+def resume_command(words: Sequence[str]) -> str:
+    """Return the command line that resumes an interrupted training.
+
+    Args:
+        words: The words of the interrupted command.
+    """
+    left_out = ("--overwrite", "--resume")
+    kept = [word for word in words if word not in left_out]
+    return " ".join(map(quote, [*kept, "--resume"]))
