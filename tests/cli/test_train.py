@@ -223,7 +223,7 @@ def test_forgotten_data_is_said(small: list[str]) -> None:
     place = small.index("--data")
     result = invoke(*small[:place], *small[place + 2 :])
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: --data was not given")
+    assert "\nError: --data was not given: name a folder" in result.stderr
 
 
 def test_cache_threshold_accepts_sizes(small: list[str]) -> None:
@@ -364,7 +364,10 @@ def test_model_data_settings_and_parameters_precede_the_first_step(
         "Training: dora, rank 2, scale 20 in the last 1 blocks; 3 steps of 4 rows, "
         "adam, learning rate 0.001"
     )
-    assert lines[3] == f"Data: {data}, 20 train rows, 4 valid rows"
+    assert lines[3] == (
+        f"Data: 20 train rows ({data}/train.jsonl), 4 valid rows ({data}/valid.jsonl); "
+        "prompt and completion (prompt, completion)"
+    )
     assert re.fullmatch(
         r"Trainable: [\d,]+ of [\d,]+ parameters \([\d.]+ %\) in 7 modules", lines[4]
     )
