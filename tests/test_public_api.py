@@ -243,7 +243,7 @@ SIGNATURES = {
         "loss=",
         "batches=",
     ],
-    "mlx_dora.train.plan_memory": ["train", "dora", "*", "limit="],
+    "mlx_dora.train.plan_memory": ["train", "dora", "*", "limit=", "lengths="],
 }
 
 PACKAGES = ("kernels", "train", "adapters", "peft", "merge", "analyze")

@@ -111,6 +111,19 @@ def load_with_config(
     return loaded, tokenizer, config
 
 
+def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Return mlx-lm's tokenizer of a model, without the model."""
+    folder = model_folder(model)
+    from mlx_lm.utils import load_tokenizer as host_load
+
+    ends = read_object(folder / "config.json").get("eos_token_id")
+    settings = {"trust_remote_code": trust_remote_code}
+    with model_view(folder) as seen, foreign(model):
+        tokenizer = host_load(seen, settings, eos_token_ids=ends)
+        tokenizer.encode("a")
+    return tokenizer
+
+
 def load_lazily(model: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
     """Return a model without its tokenizer; no tensor is read yet."""
     folder = model_folder(model)

@@ -7,6 +7,7 @@ import click
 from mlx_dora.cli._framework import SETTINGS, VerbGroup
 
 VERBS = (
+    "data",
     "train",
     "fuse",
     "merge",

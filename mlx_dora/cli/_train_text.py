@@ -75,9 +75,14 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
         "attention scores": plan.scores,
         "logits": plan.logits,
     }
+    rows = (
+        "the maximum; name --data to use its longest rows"
+        if plan.rows is None
+        else f"the longest of {plan.rows:,} rows"
+    )
     lines = [
-        f"Calculated for batches of {plan.batch_size} rows of {plan.length} tokens"
-        f"{recomputed}:"
+        f"Calculated for batches of {plan.batch_size} rows of {plan.length} tokens "
+        f"({rows}){recomputed}:"
     ]
     lines += [f"  {name:<17}{size(count):>10}" for name, count in parts.items()]
     verdict = "fits into" if plan.fits else "does not fit into"
@@ -85,10 +90,13 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
         f"Peak {size(plan.peak)} (not all of it at once): {verdict} this machine's "
         f"{size(plan.limit)}."
     )
-    lines.append(
-        f"Would fit: {plan.batch_size} rows of up to {plan.longest} tokens, or up to "
-        f"{plan.largest_batch} rows of {plan.length}."
-    )
+    fitting = []
+    if plan.longest:
+        fitting.append(f"{plan.batch_size} rows of up to {plan.longest:,} tokens")
+    if plan.largest_batch:
+        fitting.append(f"up to {plan.largest_batch:,} rows of {plan.length} tokens")
+    if fitting:
+        lines.append(f"Would fit: {', or '.join(fitting)}.")
     if plan.advice:
         lines.append(f"To make it fit: {' '.join(plan.advice)}")
     return lines

@@ -63,11 +63,11 @@ def command(
 
     Accepts the flags and YAML files of mlx_lm.lora; trains by default.
 
-    The data is a folder with train.jsonl (and valid.jsonl, test.jsonl), or a data set
-    on the Hugging Face Hub. The adapter's folder receives adapters.safetensors and
-    adapter_config.json, which mlx-lm loads, log.jsonl, and loss.png if matplotlib is
-    installed. On Ctrl-C, SIGTERM or SIGHUP, the command finishes the step, saves, and
-    exits with 130, 143 or 129.
+    The data is a folder, a file or a data set on the Hugging Face Hub; mlx_dora.data
+    lists the formats and shows what would be trained. The adapter's folder receives
+    adapters.safetensors and adapter_config.json, which mlx-lm loads, log.jsonl, and
+    loss.png if matplotlib is installed. On Ctrl-C, SIGTERM or SIGHUP, the command
+    finishes the step, saves, and exits with 130, 143 or 129.
     """
     json_output.check(train.model, train.data)
     train = replace(train, model=train.model or _default_model(train))

@@ -1,4 +1,4 @@
-"""Training data: JSON lines to rows, targets and batches.
+"""Training data: files of many formats to rows, targets and batches.
 
 Training, evaluation and Fisher estimates read their data here.
 """

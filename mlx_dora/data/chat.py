@@ -4,11 +4,12 @@ import logging
 from functools import partial
 from typing import Any
 
-from mlx_dora.data.checks import Kind
+from mlx_dora.data.formats import Format
 from mlx_dora.data.messages import missing_content, parsed_arguments
 from mlx_dora.data.rows import Rows
 from mlx_dora.data.targets import IncompleteSpans, Spans
 from mlx_dora.data.turns import TemplateRefusal, answer_span, answer_start
+from mlx_dora.io.json import parse
 
 logger = logging.getLogger(__name__)
 
@@ -17,32 +18,23 @@ class ChatTemplate:
     """Renders the rows of a data set as tokens and locates the answers in them.
 
     Args:
-        rows: Rows with messages, or with prompts and completions.
-        kind: ``"chat"`` for messages, ``"completions"`` for prompts and completions.
+        rows: The rows.
+        format: Format of the rows.
         tokenizer: mlx-lm's tokenizer.
     """
 
-    def __init__(self, rows: Rows, kind: Kind, tokenizer: Any) -> None:
+    def __init__(self, rows: Rows, format: Format, tokenizer: Any) -> None:
         self.rows = rows
-        self.kind = kind
+        self._format = format
         self._tokenizer = tokenizer
         self._warned_of_header = False
         self._takes_objects: bool | None = None  # tool call arguments; None: unknown
 
     def messages(self, index: int) -> list[Any]:
-        """The messages of a row; a prompt and its completion become two messages."""
-        row, config = self.rows.values[index], self.rows.config
-        if self.kind == "completions":
-            return [
-                {"role": "user", "content": row[config.prompt_feature]},
-                {"role": "assistant", "content": row[config.completion_feature]},
-            ]
-        return self._chat(index)
-
-    def _chat(self, index: int) -> list[Any]:
-        """A chat with its tool calls in the form that the template accepts."""
-        written = list(self.rows.values[index][self.rows.config.chat_feature])
-        parsed = parsed_arguments(written, self.rows.where(index))
+        """The messages of a row, tool calls in the form that the template accepts."""
+        rows, where = self.rows, self.rows.where(index)
+        written = self._format.messages(rows.values[index], rows.config, where)
+        parsed = parsed_arguments(written, where)
         if parsed == written or self._takes_objects:
             return parsed
         if self._takes_objects is None:
@@ -99,7 +91,7 @@ class ChatTemplate:
         try:
             return self._tokenizer.apply_chat_template(
                 messages,
-                tools=self.rows.values[index].get("tools"),
+                tools=self._tools(index),
                 add_generation_prompt=generation,
                 return_dict=False,
             )
@@ -109,6 +101,13 @@ class ChatTemplate:
                 f"{self.rows.where(index)}: the model's chat template rejects "
                 f"this row{missing_content(messages)}: {reason}"
             ) from error
+
+    def _tools(self, index: int) -> Any:
+        """Definitions of tools, which tables hold as JSON text."""
+        tools = self.rows.values[index].get("tools")
+        if not isinstance(tools, str):
+            return tools
+        return parse(tools, f"{self.rows.where(index)}: 'tools'") if tools else None
 
     def _warn_of_header(self, index: int, start: int) -> None:
         if not self._warned_of_header:

@@ -2,93 +2,69 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+from mlx_dora.data.conversations import key_names, text_of
+from mlx_dora.data.formats import FORMATS, TOKENS, Format, recognize
 from mlx_dora.data.messages import parsed_arguments
 from mlx_dora.data.rows import Rows
 from mlx_dora.errors import DoRAError
 
-Kind = Literal["completions", "chat", "text", "tokens"]
-
 _HALF = re.compile("[\ud800-\udfff]")
 
 
-def kind_of(rows: Rows) -> Kind:
-    """Determine from the first row what kind of rows the file holds.
+def format_of(rows: Rows) -> Format:
+    """Determine the format of a source from its first row.
 
     Raises:
-        DoRAError: If there are no rows, or the first row has none of the known keys.
+        DoRAError: If there are no rows, or the first row has the columns of no format.
     """
     if not len(rows.values):
         raise DoRAError(f"{rows.source} has no rows.")
-    first, config = rows.values[0], rows.config
+    first = rows.values[0]
     if not isinstance(first, Mapping):
-        return "tokens"
-    if config.prompt_feature in first and config.completion_feature in first:
-        return "completions"
-    if config.chat_feature in first:
-        return "chat"
-    if config.text_feature in first:
-        return "text"
+        return TOKENS
+    if (format := recognize(first, rows.config)) is not None:
+        return format
+    known = (" and ".join(map(repr, f.required(rows.config))) for f in FORMATS)
     raise DoRAError(
-        f"{rows.where(0)}: expected the keys {config.prompt_feature!r} and "
-        f"{config.completion_feature!r}, or {config.chat_feature!r}, or "
-        f"{config.text_feature!r}; found {_keys(first)}."
+        f"{rows.where(0)}: expected the columns {', or '.join(known)}; found "
+        f"{key_names(first)}. Name yours, for instance with --prompt-feature and "
+        "--completion-feature."
     )
 
 
-def check_row(rows: Rows, index: int, kind: Kind) -> None:
-    """Check one row against the kind of the first.
+def check_row(rows: Rows, index: int, format: Format) -> None:
+    """Check one row against the format of the first.
 
     Raises:
         DoRAError: If the row is malformed; names the file, line and problem.
     """
-    row = rows.values[index]
-    if kind == "tokens":
+    row, where = rows.values[index], rows.where(index)
+    if format is TOKENS:
         _check_tokens(rows, index)
         return
     if not isinstance(row, Mapping):
         came = type(row).__name__
-        raise DoRAError(f"{rows.where(index)}: expected a mapping, got a {came}.")
-    expected = _expected_keys(rows, kind)
-    missing = [key for key in expected if key not in row]
-    if missing:
+        raise DoRAError(f"{where}: expected a mapping, got a {came}.")
+    expected = format.required(rows.config)
+    if any(key not in row for key in expected):
         wanted = " and ".join(repr(key) for key in expected)
         noun = "key" if len(expected) == 1 else "keys"
         raise DoRAError(
-            f"{rows.where(index)}: expected the {noun} {wanted}, as in the first row; "
-            f"found {_keys(row)}."
+            f"{where}: expected the {noun} {wanted}, as in the first row; "
+            f"found {key_names(row)}."
         )
-    for key in expected:
-        if kind == "chat":
-            _check_messages(rows, index, key)
-        elif not isinstance(row[key], str):
-            raise DoRAError(
-                f"{rows.where(index)}: {key!r} must be text, got "
-                f"{type(row[key]).__name__}."
-            )
+    if format.read is None:
+        text_of(row, expected[0], where)
+    else:
+        messages = format.messages(row, rows.config, where)
+        _check_messages(rows, messages, f"{where}: {expected[0]!r}")
+    for key in (*expected, *format.optional):
         _check_characters(rows, index, key)
 
 
-def _expected_keys(rows: Rows, kind: Kind) -> tuple[str, ...]:
-    config = rows.config
-    if kind == "completions":
-        return config.prompt_feature, config.completion_feature
-    return (config.chat_feature if kind == "chat" else config.text_feature,)
-
-
-def _check_messages(rows: Rows, index: int, key: str) -> None:
-    messages = rows.values[index][key]
-    where = f"{rows.where(index)}: {key!r}"
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        came = type(messages).__name__
-        raise DoRAError(f"{where} must be a list of messages, got {came}.")
-    if not messages:
-        raise DoRAError(f"{where} holds no message.")
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message:
-            got = _keys(message) if isinstance(message, Mapping) else repr(message)
-            raise DoRAError(f"{where}: each message needs the key 'role'; found {got}.")
+def _check_messages(rows: Rows, messages: list[Any], where: str) -> None:
     masks_prompt = rows.config.mask_prompt and not rows.config.all_turns
     if masks_prompt and [m["role"] for m in messages] == ["assistant"]:
         raise DoRAError(
@@ -101,7 +77,7 @@ def _check_messages(rows: Rows, index: int, key: str) -> None:
 
 def _check_characters(rows: Rows, index: int, key: str) -> None:
     """Refuse unpaired surrogates, which no tokenizer can encode."""
-    for place, text in _texts(rows.values[index][key], key):
+    for place, text in _texts(rows.values[index].get(key), key):
         if half := _HALF.search(text):
             raise DoRAError(
                 f"{rows.where(index)}: character {half.start() + 1} of {place} is "
@@ -132,7 +108,3 @@ def _check_tokens(rows: Rows, index: int) -> None:
         f"{rows.where(index)}: expected a mapping such as {{'text': ...}} or a list of "
         f"token ids, got {type(row).__name__}."
     )
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    return ", ".join(repr(key) for key in row) or "none"

@@ -6,22 +6,23 @@ from typing import Any
 from mlx_dora.errors import DoRAError
 from mlx_dora.options import check_options, option
 
+DEFAULT_DATA = "mlx-community/WikiSQL"  # mlx-lm's
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """A data set and the names of its features.
 
-    A row is a completion (`prompt_feature` and `completion_feature`), a chat
-    (`chat_feature`, a list of messages, with optional ``tools`` beside it), or plain
-    text (`text_feature`). The first row of a file sets the kind of the whole file.
+    The first row of a file sets the format of the whole file; `mlx_dora.data.formats`
+    lists the formats.
     """
 
     OPTION_GROUP = "Data"
 
     data: str = option(
-        "mlx-community/WikiSQL",
-        help="Folder with {train,valid,test}.jsonl, or the name of a data set "
-        "on the Hugging Face Hub.",
+        DEFAULT_DATA,
+        help="Folder with train, valid and test files (.jsonl, .json, .csv, .tsv, "
+        ".parquet), a single such file, or a data set on the Hugging Face Hub.",
         path="or id",
         may_change=True,
         group="Common options",
@@ -30,6 +31,14 @@ class DataConfig:
         None,
         help="Hub data set(s) with splits and features, as in mlx-lm's YAML; "
         "replaces data.",
+        may_change=True,
+    )
+    valid_share: float = option(
+        0.1,
+        help="Share of the training rows held out for validation if there is no "
+        "validation file; 0 for none.",
+        least=0,
+        below=1,
         may_change=True,
     )
     mask_prompt: bool = option(
@@ -45,13 +54,11 @@ class DataConfig:
         recorded=True,
     )
     prompt_feature: str = option(
-        "prompt", help="Key of the prompt in completions data."
+        "prompt", help="Column of the prompt, in rows of prompt and completion."
     )
-    completion_feature: str = option(
-        "completion", help="Key of the completion in completions data."
-    )
-    chat_feature: str = option("messages", help="Key of the messages in chat data.")
-    text_feature: str = option("text", help="Key of the text in plain text data.")
+    completion_feature: str = option("completion", help="Column of the completion.")
+    chat_feature: str = option("messages", help="Column of a chat's messages.")
+    text_feature: str = option("text", help="Column of plain text.")
 
     def __post_init__(self) -> None:
         """Refuse names that cannot be keys.

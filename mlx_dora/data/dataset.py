@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_dora.data.chat import ChatTemplate
-from mlx_dora.data.checks import check_row, kind_of
+from mlx_dora.data.checks import check_row, format_of
+from mlx_dora.data.formats import TOKENS
 from mlx_dora.data.rows import Rows
 from mlx_dora.data.targets import Example, IncompleteSpans, token_row
 from mlx_dora.errors import DoRAError
@@ -32,8 +33,8 @@ class TokenDataset:
 
     ``first_target`` is 0, or with ``mask_prompt`` the position where the completion
     starts. All rows are checked when the data set is made, so that errors appear before
-    training starts. A row has a format that mlx-lm accepts, or is a list of tokens, or
-    a pair of tokens and first target.
+    training starts. A row has one of the formats of `mlx_dora.data.formats`, or is a
+    list of tokens, or a pair of tokens and first target.
 
     Args:
         rows: The rows and the names of their features.
@@ -46,10 +47,11 @@ class TokenDataset:
 
     def __init__(self, rows: Rows, tokenizer: Any) -> None:
         self.rows = rows
-        self.kind = kind_of(rows)
+        self.format = format_of(rows)
+        self.kind = self.format.name
         self._tokenizer = tokenizer
         self._cache: list[Example | None] = [None] * len(rows.values)
-        self._chat = ChatTemplate(rows, self.kind, tokenizer)
+        self._chat = ChatTemplate(rows, self.format, tokenizer)
         self._masks = rows.config.mask_prompt or rows.config.all_turns
         if self.kind == "text" and self._masks:
             name = "mask_prompt" if rows.config.mask_prompt else "all_turns"
@@ -64,7 +66,7 @@ class TokenDataset:
                 rows.source,
             )
         for index in range(len(rows.values)):
-            check_row(rows, index, self.kind)
+            check_row(rows, index, self.format)
         if len(self):
             self[0]
 
@@ -77,13 +79,18 @@ class TokenDataset:
             example = self._cache[index] = self._encode(index)
         return example
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether the rows are conversations, so that prompts can be masked."""
+        return self.format.read is not None
+
     def where(self, index: int) -> str:
         """Name a row by file and line, for use in messages."""
         return self.rows.where(index)
 
     def answer(self, index: int) -> str | None:
         """The answer that ends a row; None for plain text or if no answer ends it."""
-        if self.kind in ("text", "tokens"):
+        if not self.has_answers:
             return None
         messages = self._chat.messages(index)
         if messages[-1].get("role") != "assistant":
@@ -106,7 +113,7 @@ class TokenDataset:
 
     def _encode(self, index: int) -> Example:
         row, config = self.rows.values[index], self.rows.config
-        if self.kind == "tokens":
+        if self.format is TOKENS:
             return token_row(row)
         if self.kind == "text":
             tokens = list(self._tokenizer.encode(row[config.text_feature]))
@@ -116,7 +123,7 @@ class TokenDataset:
         tokens = self._chat.tokens(index, messages)
         if not self._masks:
             return tokens, 0
-        if self.kind == "chat" and config.all_turns:
+        if self.format.is_dialogue and config.all_turns:
             return tokens, self._chat.turns(index, messages, tokens)
         if messages[-1].get("role") != "assistant":
             return tokens, ()

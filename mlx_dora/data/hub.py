@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_dora.data.config import DataConfig, hub_entries
+from mlx_dora.data.files import NAMES
 from mlx_dora.data.rows import Rows
 from mlx_dora.errors import DoRAError
 
@@ -15,7 +16,7 @@ def _hub() -> Any:
     except ImportError:
         raise DoRAError(
             "reading a data set from the Hugging Face Hub needs the package "
-            "'datasets': pip install 'mlx_dora[data]'."
+            "'datasets': pip install datasets"
         ) from None
     return datasets
 
@@ -33,26 +34,31 @@ def read_hub(config: DataConfig, names: Sequence[str]) -> dict[str, list[Rows]]:
     """
     name = config.data
     if not _could_be_on_hub(name):
-        raise DoRAError(f"data folder {name} does not exist.")
+        raise DoRAError(f"data folder or file {name} does not exist.")
     try:
         datasets = _hub()
     except DoRAError as error:
         raise DoRAError(
-            f"there is no folder {name}, and it cannot be read from the Hub: {error}"
+            f"there is no folder or file {name}, and it cannot be read from the Hub: "
+            f"{error}"
         ) from None
     try:
         loaded = datasets.load_dataset(name)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise DoRAError(
-            f"there is no folder {name}, and no such data set could be loaded from "
-            f"the Hub: {_one_line(error)}"
+            f"there is no folder or file {name}, and no such data set could be loaded "
+            f"from the Hub: {_one_line(error)}"
         ) from error
-    return {
-        split: [Rows(values=loaded[split], source=f"{name} ({split})", config=config)]
-        if split in loaded
-        else []
-        for split in names
-    }
+    splits: dict[str, list[Rows]] = {}
+    for split in names:
+        found = next((alias for alias in NAMES[split] if alias in loaded), None)
+        source = f"{name} ({found})"
+        splits[split] = (
+            []
+            if found is None
+            else [Rows(values=loaded[found], source=source, config=config)]
+        )
+    return splits
 
 
 def read_hub_entries(config: DataConfig, names: Sequence[str]) -> dict[str, list[Rows]]:

@@ -1,7 +1,7 @@
 """Rows of training data, each with its origin."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_dora.data.config import DataConfig
@@ -15,16 +15,23 @@ class Rows:
         values: One mapping per row, as a list or a Hub data set.
         source: Name of the source, for messages.
         config: Names of the features.
-        lines: Line number of each row, if the rows come from a file.
+        lines: Number of each row in its file, counted from 1, if it has a file.
+        unit: What `lines` counts: ``"line"``, ``"row"`` or ``"entry"``.
     """
 
     values: Sequence[Any]
     source: str
     config: DataConfig
     lines: Sequence[int] | None = None
+    unit: str = "line"
+
+    def take(self, indices: Sequence[int]) -> "Rows":
+        """A part of the rows."""
+        lines = None if self.lines is None else [self.lines[i] for i in indices]
+        return replace(self, values=[self.values[i] for i in indices], lines=lines)
 
     def where(self, index: int) -> str:
         """Name a row, for use in messages."""
         if self.lines is None:
             return f"{self.source}, row {index}"
-        return f"{self.source}, line {self.lines[index]}"
+        return f"{self.source}, {self.unit} {self.lines[index]}"

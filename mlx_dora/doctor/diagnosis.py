@@ -124,17 +124,17 @@ def _layer_row(check: LayerCheck) -> str:
 
 
 def _memory_rows(memory: Memory) -> list[tuple[str, str]]:
-    def gib(size: int | None) -> str:
-        return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
+    def gb(size: int | None) -> str:
+        return "unknown" if size is None else f"{size / 1e9:.1f} GB"
 
     rows = [
-        ("total", gib(memory.total_bytes)),
-        ("MLX's limit", gib(memory.mlx_limit_bytes)),
+        ("total", gb(memory.total_bytes)),
+        ("MLX's limit", gb(memory.mlx_limit_bytes)),
     ]
     if memory.recommended_bytes is not None:
-        rows.append(("working set", f"{gib(memory.recommended_bytes)} recommended"))
+        rows.append(("working set", f"{gb(memory.recommended_bytes)} recommended"))
     if memory.largest_buffer_bytes is not None:
-        rows.append(("largest array", gib(memory.largest_buffer_bytes)))
+        rows.append(("largest array", gb(memory.largest_buffer_bytes)))
     if memory.wired_limit_mb is not None:
         rows.append(("wired limit", f"{memory.wired_limit_mb} MB (0: the default)"))
     if memory.sleep_minutes is not None:

@@ -153,16 +153,10 @@ def compare_models(
 def _read_split(config: EvaluateConfig) -> tuple[str, dict[str, Any]]:
     wanted = [config.split] if config.split else ["test", "valid"]
     for name in wanted:
-        splits = read_splits(config, [name]) if _has(config, name) else {}
-        if splits.get(name):
+        splits = read_splits(config, [name])
+        if splits[name]:
             return name, splits
     raise DoRAError(f"{config.data} has no {' or '.join(wanted)} data.")
-
-
-def _has(config: EvaluateConfig, name: str) -> bool:
-    folder = Path(config.data).expanduser()
-    is_local = config.hf_dataset is None and folder.is_dir()
-    return not is_local or (folder / f"{name}.jsonl").exists()
 
 
 def _measure(

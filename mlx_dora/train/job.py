@@ -12,7 +12,6 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load, model_folder
 from mlx_dora.data.loading import make_datasets
-from mlx_dora.data.rows import Rows
 from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import LossResult
@@ -154,19 +153,11 @@ def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any
         if name != "valid":
             raise DoRAError(f"{train.data} has no {name} data.")
         logger.warning("there is no validation data: training without validation")
-    if is_first:
-        logger.info("Data: %s", _describe_data(train, splits))
     model_folder(train.model)
     model, tokenizer = load(
         train.model, tested, trust_remote_code=train.trust_remote_code
     )
     return model, tokenizer, make_datasets(splits, tokenizer)
-
-
-def _describe_data(train: TrainConfig, splits: dict[str, list[Rows]]) -> str:
-    source = train.data if train.hf_dataset is None else "of hf_dataset"
-    counts = {name: sum(len(part.values) for part in splits[name]) for name in splits}
-    return f"{source}, {', '.join(f'{n} {name} rows' for name, n in counts.items())}"
 
 
 def _check_tested(path: str) -> None:

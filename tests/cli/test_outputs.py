@@ -83,6 +83,7 @@ FILES = {
     "analyze adapter": "analyze adapter @a1 --model @m0",
     "analyze compare": "analyze compare @a1 @a2 --model @m0",
     "analyze models": "analyze models @m0 @m1",
+    "data": "data @data --model @m0 --num-layers -1",
     "evaluate": "evaluate --model @m0 --adapter-path @a1 --fused-path @m1 --data @data",
     "train": "train --model @m0 --data @data --iters 1 --adapter-path new",
     "fuse": "fuse --model @m0 --adapter-path @a1 --save-path new",
@@ -141,7 +142,8 @@ def test_inputs_are_refused_as_output_files(
 ) -> None:
     command = Command(FILES[name])
     before = digest(material)
-    options = ("--json", "--report") if "analyze" in name else ("--json",)
+    page = {"analyze": "--report", "data": "--html"}.get(name.split()[0])
+    options = ("--json", page) if page else ("--json",)
     flags = [[], ["--overwrite"]]
     for source in command.inputs:
         file = next(path for path in (material / source).iterdir() if path.is_file())

@@ -81,6 +81,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LINES = """
+data @data --model @m0 --num-layers -1 --json @data.json --html @data.html
 train -c @settings/train.yaml --model @m0 --data @data --adapter-path @trained
     --resume-adapter-file @a1 --keys self_attn.q_proj,mlp.up_proj --num-layers -1
     --batch-size 2 --val-batches 0 --json @0.json
@@ -104,7 +105,7 @@ analyze compare @a1 @a2 --model @m0 --json @two.json --report @two.html
 analyze models @m0 @fused --json @three.json --report @three.html
 """.strip().replace("\n    ", " ").splitlines()  # fmt: skip
 OUTPUTS = (
-    *("--save-path", "--adapter-path", "--json", "--report"),
+    *("--save-path", "--adapter-path", "--json", "--report", "--html"),
     "@to-peft",
 )
 

@@ -78,6 +78,12 @@ def invoke(*args: str) -> Result:
     return result
 
 
+def refusal(result: Result) -> list[str]:
+    """The lines on stderr after the line that says how the data are read."""
+    lines = result.stderr.strip().splitlines()
+    return lines[lines[0].startswith("Data: ") :]
+
+
 @pytest.mark.parametrize("kind", ["dora", "lora"])
 def test_a_yaml_of_mlx_lm_works_unchanged(
     tiny_model_folder: Path, data: Path, tmp_path: Path, kind: str
@@ -193,10 +199,31 @@ def test_an_adapter_is_replaced_only_with_overwrite(small: list[str]) -> None:
 
 def test_missing_validation_data_is_reported(small: list[str], data: Path) -> None:
     (data / "valid.jsonl").unlink()
-    result = invoke(*small)
+    result = invoke(*small, "--valid-share", "0")
     assert result.exit_code == 0
     assert "no validation data" in result.stderr
     assert "validation loss" not in result.output
+
+
+def test_rows_are_held_out_and_said_if_no_file_validates(
+    small: list[str], data: Path
+) -> None:
+    (data / "valid.jsonl").unlink()
+    result = invoke(*small)
+    assert result.exit_code == 0
+    assert "2 of 20 training rows" in result.stderr
+    assert (
+        f"Data: 18 train rows ({data}/train.jsonl), 2 valid rows ({data}/train.jsonl); "
+        "prompt and completion (prompt, completion)\n" in result.stderr
+    )
+    assert "validation loss" in result.stderr
+
+
+def test_forgotten_data_is_said(small: list[str]) -> None:
+    place = small.index("--data")
+    result = invoke(*small[:place], *small[place + 2 :])
+    assert result.exit_code == 1
+    assert "\nError: --data was not given: name a folder" in result.stderr
 
 
 def test_cache_threshold_accepts_sizes(small: list[str]) -> None:
@@ -232,7 +259,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     result = invoke(*small, *extra, "--quiet")
     assert result.exit_code == code, result.output
     assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert len(refusal(result)) == 1, result.stderr
     assert result.stdout == ""
     assert sorted(tmp_path.iterdir()) == before
 
@@ -241,7 +268,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     ("content", "message"),
     [
         ("", "train.jsonl is empty"),
-        ('{"question": "a"}\n', "line 1: expected the keys 'prompt' and 'completion'"),
+        (
+            '{"question": "a"}\n',
+            "line 1: expected the columns 'prompt' and 'completion'",
+        ),
         ('{"text": "a"}\n{"txt": "b"}\n', "line 2: expected the key 'text'"),
         ("not json\n", "line 1: not JSON"),
     ],
@@ -263,7 +293,7 @@ def test_data_cut_before_its_targets_is_refused(
     result = invoke(*small, "--max-seq-length", "2", "--mask-prompt", "-q")
     assert result.exit_code == 1, result.output
     assert "no row has a target token within max_seq_length 2" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert len(refusal(result)) == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -334,7 +364,10 @@ def test_model_data_settings_and_parameters_precede_the_first_step(
         "Training: dora, rank 2, scale 20 in the last 1 blocks; 3 steps of 4 rows, "
         "adam, learning rate 0.001"
     )
-    assert lines[3] == f"Data: {data}, 20 train rows, 4 valid rows"
+    assert lines[3] == (
+        f"Data: 20 train rows ({data}/train.jsonl), 4 valid rows ({data}/valid.jsonl); "
+        "prompt and completion (prompt, completion)"
+    )
     assert re.fullmatch(
         r"Trainable: [\d,]+ of [\d,]+ parameters \([\d.]+ %\) in 7 modules", lines[4]
     )

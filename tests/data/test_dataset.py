@@ -155,8 +155,17 @@ def test_a_bad_row_is_named_by_file_and_line(
     [
         ({"messages": "hello"}, "must be a list of messages, got str"),
         ({"messages": []}, "holds no message"),
-        ({"messages": [{"content": "hi"}]}, "needs the key 'role'; found 'content'"),
-        ({"messages": ["hi"]}, "needs the key 'role'; found 'hi'"),
+        ({"messages": [{"content": "hi"}]}, r"\[0\]: .*'role' and .*; found 'content'"),
+        ({"messages": ["hi"]}, r"\[0\]: .*'role' and .*; found 'hi'"),
+        (
+            {"messages": [{"role": "usr", "content": "a"}]},
+            r"row 1: 'messages'\[0\]: unknown role 'usr'; .* \(did you mean 'user'",
+        ),
+        (
+            {"messages": [{"from": "bot", "value": "a"}]},
+            r"unknown role 'bot'; expected one of human, gpt, ",
+        ),
+        ({"messages": [{"from": "gpt"}]}, "expected the key 'value'; found 'from'"),
     ],
 )
 def test_a_bad_message_is_named(row: Any, message: str, tokenizer: Any) -> None:
@@ -169,8 +178,9 @@ def test_unknown_format_lists_expected_and_actual_keys(
 ) -> None:
     write(tmp_path, "valid", {"question": "a", "answer": "b"})
     message = (
-        r"valid\.jsonl, line 1: expected the keys 'prompt' and 'completion', or "
-        r"'messages', or 'text'; found 'question', 'answer'\."
+        r"valid\.jsonl, line 1: expected the columns 'prompt' and 'completion', or "
+        r"'messages', or 'conversations', or 'instruction' and 'output', or 'text'; "
+        r"found 'question', 'answer'\. Name yours, .*--prompt-feature"
     )
     with pytest.raises(DoRAError, match=message):
         load_datasets(DataConfig(data=str(tmp_path)), tokenizer)
@@ -185,14 +195,12 @@ def test_empty_file_is_refused(tokenizer: Any, tmp_path: Path) -> None:
 def test_folder_without_data_and_unknown_folder_are_refused(
     tokenizer: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(DoRAError, match=r"has none of train\.jsonl"):
+    with pytest.raises(DoRAError, match=r"holds no data: expected train\.jsonl, or"):
         load_datasets(DataConfig(data=str(tmp_path)), tokenizer)
     with pytest.raises(DoRAError, match="does not exist"):
         load_datasets(DataConfig(data=str(tmp_path / "a" / "b")), tokenizer)
-    with pytest.raises(DoRAError, match="there is no folder nowhere"):
+    with pytest.raises(DoRAError, match="there is no folder or file nowhere"):
         load_datasets(DataConfig(data="nowhere"), tokenizer)
-    with pytest.raises(DoRAError, match="is a file"):
-        load_datasets(DataConfig(data=str(write(tmp_path, "x", {}))), tokenizer)
 
 
 def test_missing_splits_are_none(tokenizer: Any, tmp_path: Path) -> None:

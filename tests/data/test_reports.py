@@ -200,21 +200,25 @@ def test_a_lone_answer_has_no_prompt_to_mask__mlx_examples_1243(
 ROW = {"messages": [USER, ANSWER]}
 
 
-@pytest.mark.parametrize(
-    ("text", "what", "command"),
-    [
-        (json.dumps([ROW, ROW], indent=1), "a JSON array", "jq -c '.[]' train.jsonl"),
-        (json.dumps([ROW, ROW]), "a JSON array", "jq -c '.[]' train.jsonl"),
-        ("[\n" + json.dumps(ROW) + "\n]", "a JSON array", "jq -c '.[]' train.jsonl"),
-        (json.dumps(ROW, indent=1), "an? JSON object spread", "jq -c '.' train.jsonl"),
-    ],
-)
-def test_json_that_is_not_one_object_per_line_says_how_to_fix_it__mlx_examples_630(
-    text: str, what: str, command: str, tokenizer: Any, tmp_path: Path
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_is_read_and_its_entries_are_named(
+    indent: int | None, tokenizer: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(DoRAError, match=f"holds {what}.*one JSON object per line") as e:
-        load_datasets(write(tmp_path, text.encode()), tokenizer)
-    assert command in str(e.value)
+    config = write(tmp_path, json.dumps([ROW, ROW], indent=indent).encode())
+    train = load_datasets(config, tokenizer)["train"]
+    assert train is not None
+    assert len(train) == 2
+    assert train.where(1).endswith("train.jsonl, entry 2")
+    config = write(tmp_path, json.dumps([ROW, 5], indent=indent).encode())
+    with pytest.raises(DoRAError, match=r"entry 2: expected a JSON object .* int"):
+        load_datasets(config, tokenizer)
+
+
+def test_an_object_over_several_lines_says_how_to_fix_it__mlx_examples_630(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(DoRAError, match=r"line 1: a JSON object spread .*jq -c \. tr"):
+        load_datasets(write(tmp_path, json.dumps(ROW, indent=1).encode()), tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def read_targets(config: FisherConfig, tokenizer: Any) -> Dataset:
         raise DoRAError(f"{config.data} has no {config.split} data.")
     rows = parts[config.split]
     if not config.whole and all(
-        TokenDataset(part, tokenizer).kind in ("completions", "chat") for part in rows
+        TokenDataset(part, tokenizer).has_answers for part in rows
     ):
         masked = replace(config, mask_prompt=True, all_turns=True)
         rows = [replace(part, config=masked) for part in rows]

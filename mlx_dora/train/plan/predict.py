@@ -1,15 +1,17 @@
 """Predicts the memory of a training from the shapes of the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.data.config import DEFAULT_DATA
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.cross_entropy import chunk_size
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.plan.rows import for_rows, row_lengths
 from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
 
 # Number of arrays of a chunk's size, or of a block's width, that exist at a time: MLX
@@ -29,7 +31,8 @@ class MemoryPlan:
 
     Args:
         batch_size: Rows per batch.
-        length: Tokens per row.
+        length: Tokens per row, of the longest rows.
+        rows: Number of rows of the data; None if no data was read.
         grad_checkpoint: Whether blocks are recomputed.
         weights: Bytes of the model as stored.
         adapter: Bytes of the trained parameters, in float32 (in full training, a part
@@ -51,6 +54,7 @@ class MemoryPlan:
 
     batch_size: int
     length: int
+    rows: int | None = None
     grad_checkpoint: bool
     weights: int
     adapter: int
@@ -72,21 +76,27 @@ class MemoryPlan:
 
 
 def plan_memory(
-    train: TrainConfig, dora: DoRAConfig, *, limit: int | None = None
+    train: TrainConfig,
+    dora: DoRAConfig,
+    *,
+    limit: int | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> MemoryPlan:
-    """Predict the peak memory of a training whose rows all have the maximum length.
+    """Predict the peak memory of a training, which its longest rows determine.
 
-    Reads only the config and the headers of the model's files.
+    Reads the config and the headers of the model's files, and the training data, but no
+    weights. If no data is named, every row is taken to have the maximum length.
 
     Args:
-        train: Settings of the training. Model, batch size, maximum length, optimizer,
-            accumulation and checkpointing matter.
+        train: Settings of the training. Model, data, batch size, maximum length,
+            optimizer, accumulation and checkpointing matter.
         dora: Settings of the adapter.
         limit: Bytes to fit into; default: this machine's limit.
+        lengths: Tokens of each training row, instead of reading the data.
 
     Raises:
-        DoRAError: If the model does not exist, has blocks other than attention and an
-            MLP, or does not match `dora`.
+        DoRAError: If the model or the data does not exist, or the model has blocks
+            other than attention and an MLP, or does not match `dora`.
     """
     if train.model is None:
         raise DoRAError("model is not given: name a folder or a Hugging Face id.")
@@ -96,9 +106,16 @@ def plan_memory(
             "LoRA and full fine-tuning have one."
         )
     shapes = read_shapes(Path(train.model), dora, train.fine_tune_type)
+    if lengths is None and (train.data != DEFAULT_DATA or train.hf_dataset):
+        lengths = row_lengths(train)
+    step = train if lengths is None else for_rows(train, lengths)
     limit = memory_limit() if limit is None else limit
-    plan = predict(shapes, train, limit)
-    return replace(plan, advice=() if plan.fits else _advise(shapes, train, limit))
+    plan = predict(shapes, step, limit)
+    return replace(
+        plan,
+        rows=None if lengths is None else len(lengths),
+        advice=() if plan.fits else _advise(shapes, step, limit),
+    )
 
 
 def memory_limit() -> int:
@@ -115,19 +132,20 @@ def predict(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan:
         least = 0
         while least < most:  # binary search for the largest that fits
             middle = (least + most + 1) // 2
-            if _peak(shapes, change(middle), limit).peak <= limit:
+            if plan_step(shapes, change(middle), limit).peak <= limit:
                 least = middle
             else:
                 most = middle - 1
         return least
 
-    plan = _peak(shapes, train, limit)
+    plan = plan_step(shapes, train, limit)
     longest = fitting(lambda n: replace(train, max_seq_length=8 * max(n, 1)), 1 << 17)
     rows = fitting(lambda n: replace(train, batch_size=max(n, 1)), 1 << 14)
     return replace(plan, longest=8 * longest, largest_batch=rows)
 
 
-def _peak(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan:
+def plan_step(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan:
+    """The terms and the peak, without the largest sizes that fit."""
     length = train.max_seq_length
     tokens = train.batch_size * (length - 1)
     size = shapes.element_bytes
@@ -178,7 +196,7 @@ def _advise(shapes: ModelShapes, train: TrainConfig, limit: int) -> tuple[str, .
     if not train.grad_checkpoint:
         train = replace(train, grad_checkpoint=True)
         advice.append("--grad-checkpoint")
-    while _peak(shapes, train, limit).peak > limit and train.batch_size > 1:
+    while plan_step(shapes, train, limit).peak > limit and train.batch_size > 1:
         half = train.batch_size // 2
         steps = train.grad_accumulation_steps * train.batch_size // half
         train = replace(train, batch_size=half, grad_accumulation_steps=steps)

@@ -1,7 +1,7 @@
 """Reads a model's shapes from its config and file headers, without weights."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,35 +75,67 @@ def read_shapes(
         DoRAError: If the model's blocks are not attention and an MLP (dense or of
             experts), or `dora` does not match the model.
     """
-    from mlx_lm.utils import _get_classes, load_config
+    from mlx_lm.utils import load_config
 
     folder = model_folder(model)
     with foreign(folder):
         config = load_config(folder)
-    text = config.get("text_config", config)
-    if not isinstance(text, dict):
-        raise _unplanned(config, "its text_config is not an object")
+    checkpoint = Checkpoint(folder)
+    infos = [checkpoint.info(name) for name in checkpoint.names]
+    # The norms' weights have the dtype of the activations, even on a quantized base.
+    norm = next(i for n, i in zip(checkpoint.names, infos, strict=True) if "norm" in n)
+    shapes = shapes_of(build_empty(config, folder), config, dora, fine_tune_type)
+    return replace(
+        shapes,
+        weight_bytes=sum(info.nbytes for info in infos),
+        element_bytes=4 if norm.dtype == "F32" else 2,
+    )
+
+
+def build_empty(config: dict[str, Any], source: object) -> nn.Module:
+    """Build mlx-lm's model of a config; no weight is allocated, since MLX is lazy.
+
+    Args:
+        config: The model's config.
+        source: Name of the model, for errors.
+
+    Raises:
+        DoRAError: If mlx-lm has no such model, or its blocks are not attention and an
+            MLP.
+    """
+    from mlx_lm.utils import _get_classes
+
+    text = _text_config(config)
     wanted = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     if missing := [key for key in wanted if not isinstance(text.get(key), int)]:
         raise _unplanned(config, f"its config lacks {', '.join(missing)}")
     if text.get("kv_lora_rank"):
         raise _unplanned(config, "its attention is latent (kv_lora_rank)")
-    with foreign(folder):
+    with foreign(source):
         kind, arguments = _get_classes(config)
-        # MLX is lazy: this allocates no weights.
-        empty = kind(arguments.from_dict(config))
-    checkpoint = Checkpoint(folder)
-    infos = [checkpoint.info(name) for name in checkpoint.names]
-    # The norms' weights have the dtype of the activations, even on a quantized base.
-    norm = next(i for n, i in zip(checkpoint.names, infos, strict=True) if "norm" in n)
+        return kind(arguments.from_dict(config))
+
+
+def shapes_of(
+    empty: nn.Module,
+    config: dict[str, Any],
+    dora: DoRAConfig,
+    fine_tune_type: FineTuneType,
+) -> ModelShapes:
+    """The shapes of a model from `build_empty`, with weights of 16 bits.
+
+    Raises:
+        DoRAError: As `read_shapes`.
+    """
+    text = _text_config(config)
     mlps = _mlps(empty, config, text)
     if fine_tune_type == "full" and any(mlp.chosen for mlp in mlps.values()):
         raise _unplanned(config, "experts are planned with adapters only")
     kept, trainable = _kept(empty, text, mlps, dora, fine_tune_type)
     return ModelShapes(
         name=str(config.get("model_type")),
-        weight_bytes=sum(info.nbytes for info in infos),
-        element_bytes=4 if norm.dtype == "F32" else 2,
+        weight_bytes=sum(2 * v.size for _, v in tree_flatten(empty.parameters())),  # pyright: ignore[reportAttributeAccessIssue] - arrays
+        element_bytes=2,
         vocabulary=text["vocab_size"],
         hidden=text["hidden_size"],
         heads=text["num_attention_heads"],
@@ -111,6 +143,13 @@ def read_shapes(
         block_elements=tuple(kept),
         trainable=trainable,
     )
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise _unplanned(config, "its text_config is not an object")
+    return text
 
 
 def _unplanned(config: dict[str, Any], reason: str) -> DoRAError:

@@ -66,7 +66,7 @@ def test_only_answers_are_targets_by_default(
     assert len(targets(chats)) == 2  # both of the assistant's turns
     assert targets(texts) == 0
     assert targets(pairs, whole=True) == 0
-    with pytest.raises(DoRAError, match=r"none of valid\.jsonl"):
+    with pytest.raises(DoRAError, match=r"has no valid data"):
         targets(pairs, split="valid")
 
 
@@ -139,7 +139,7 @@ def test_refusals_are_one_line(job: tuple[Path, list[str]], tmp_path: Path) -> N
         ([*merge, "--fisher", d1, "--fisher", d2], "has no fisher.json"),
         ([*merge, "--data", d1], "expected 2, got 1"),
         ([*merge, "--data", d1, "--data", str(tmp_path / "no")], "no"),
-        ([*merge, "--data", d1, "--data", str(short)], "expected the keys"),
+        ([*merge, "--data", d1, "--data", str(short)], "expected the columns"),
         ([*estimate, "--data", d1, "--batch-size", "0"], "batch_size must be"),
         ([*estimate, "--data", d1, "--key", "q_pro"], "no module is called"),
         ([*estimate, "--data", d1, "--max-seq-length", "2"], "no row has a target"),

@@ -10,10 +10,12 @@ from mlx.utils import tree_flatten
 
 from mlx_dora import DoRAConfig, apply_dora, load
 from mlx_dora.adapters.surgery import FineTuneType, apply_layers
+from mlx_dora.cli._train_text import describe_plan
 from mlx_dora.cli.train import command
 from mlx_dora.errors import DoRAError
 from mlx_dora.train import TrainConfig, plan_memory
 from mlx_dora.train.plan.predict import predict
+from mlx_dora.train.plan.rows import row_lengths
 from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
 from mlx_dora.train.run.start import trainable_tensors
 from tests.adapters.stacks import write_folder
@@ -163,6 +165,49 @@ def test_models_without_a_plan_are_refused_by_name(tmp_path: Path) -> None:
         plan_memory(config(moe), DoRAConfig())
 
 
+def test_the_longest_rows_after_cutting_are_planned(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    dora = DoRAConfig(rank=4, num_layers=1)
+    whole = plan_memory(config(tiny_model_folder, max_seq_length=2048), dora)
+    assert (whole.rows, whole.length) == (None, 2048)
+    data = tmp_path / "train.jsonl"
+    data.write_text(
+        '{"text": "the fox"}\n' * 3
+        + '{"text": "the quick brown fox jumps over the lazy dog"}\n'
+    )
+    named = config(tiny_model_folder, data=str(data), max_seq_length=2048)
+    plan = plan_memory(named, dora)
+    assert row_lengths(named) == [3, 3, 3, 10]
+    given = plan_memory(replace(named, data="none"), dora, lengths=[3, 3, 3, 10])
+    assert plan.rows == given.rows == 4
+    assert plan.length == given.length == 17  # 10 tokens, padded
+    assert plan.peak == given.peak < whole.peak / 100
+    short = plan_memory(replace(named, max_seq_length=7), dora)
+    assert short.length == 7
+    few = plan_memory(named, dora, lengths=[5, 5])
+    assert few.batch_size == 2
+    packed = plan_memory(replace(named, packing=True, max_seq_length=16), dora)
+    assert packed.length == 16
+
+
+def test_data_that_do_not_exist_are_refused(tiny_model_folder: Path) -> None:
+    arguments = ["--model", str(tiny_model_folder), "--num-layers", "-1", "--plan"]
+    arguments += ["--data", "no/such/data"]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 1
+    assert "no/such/data does not exist" in result.stderr
+
+
+def test_what_does_not_fit_is_not_offered() -> None:
+    tight = predict(BIG, TrainConfig(model="x"), limit=5 << 30)
+    text = "\n".join(describe_plan(tight))
+    assert (tight.longest, tight.largest_batch) == (16, 0)
+    assert "Would fit: 4 rows of up to 16 tokens." in text
+    none = predict(BIG, TrainConfig(model="x"), limit=1 << 30)
+    assert "Would fit" not in "\n".join(describe_plan(none))
+
+
 def test_the_command_prints_a_plan_and_does_not_train(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
@@ -171,7 +216,7 @@ def test_the_command_prints_a_plan_and_does_not_train(
     arguments += ["--adapter-path", str(out), "--max-seq-length", "64"]
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, result.output
-    assert "batches of 4 rows of 64 tokens:" in result.stdout
+    assert "batches of 4 rows of 64 tokens (the maximum; name --data" in result.stdout
     assert "fits into this machine's" in result.stdout
     assert "attention scores" in result.stdout
     assert not out.exists()
