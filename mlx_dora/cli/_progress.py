@@ -2,7 +2,7 @@
 
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from mlx_dora.cli._echo import note
 from mlx_dora.cli._log import is_quiet
@@ -93,7 +93,7 @@ class WorkDisplay:
         self._tasks: dict[str, TaskID] = {}
         self._bars = _bars() if sys.stderr.isatty() and not is_quiet() else None
 
-    def __enter__(self) -> "WorkDisplay":
+    def __enter__(self) -> Self:
         if self._bars is not None:
             self._bars.start()
         return self
