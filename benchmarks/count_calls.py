@@ -7,9 +7,9 @@
   folders into a third, with all reading, checking and writing.
 - ``layer``: one forward of a `DoRALinear`: ``step`` within a training step, whose norms
   are held; ``alone`` computes them too; ``eval`` has its cache filled.
-- ``rank``: files of ``mlx_dora.train --rank`` that hold the rank while it travels from
-  the command to the layer: a function of theirs has it as an argument, or a config that
-  has it.
+- ``rank``: files of ``mlx_dora.train --rank`` that hold the rank, as an argument or in
+  a config: ``journey``, those that call each other from the command to the layer, and
+  ``all``, with those that only check or show it before.
 
 Calls are those of functions in this package as `sys.setprofile` sees them, generator
 expressions included. One JSON line.
@@ -166,8 +166,8 @@ def count_layer() -> dict[str, Any]:
     }
 
 
-def count_rank() -> list[str]:
-    """Files that hold the rank of a training."""
+def count_rank() -> dict[str, list[str]]:
+    """Files that hold the rank of a training: on the way to a layer, and in all."""
     from mlx_dora.cli.train import command
 
     def holds(frame: FrameType) -> bool:
@@ -175,6 +175,15 @@ def count_rank() -> list[str]:
         values += [v for one in values if isinstance(one, dict) for v in one.values()]
         values += [vars(one).get("rank") for one in values if hasattr(one, "__dict__")]
         return any(type(one) is int and one == RANK for one in values)
+
+    journey: list[str] = []
+
+    def counts(frame: FrameType) -> bool:
+        if not holds(frame):
+            return False
+        if not journey and _file_of(frame.f_code).startswith("layers/"):
+            journey.extend(_callers(frame, holds))
+        return True
 
     with tempfile.TemporaryDirectory() as folder:
         model, data = Path(folder, "model"), Path(folder, "data")
@@ -189,12 +198,20 @@ def count_rank() -> list[str]:
             with contextlib.redirect_stdout(sys.stderr):
                 command.main(args, standalone_mode=False)
 
-        seen = [
-            Path(code.co_filename).relative_to(ROOT) for code in counted(train, holds)
-        ]
-    files = list(dict.fromkeys(map(str, seen)))  # in the order of the first call
+        seen = [_file_of(code) for code in counted(train, counts)]
+    files = list(dict.fromkeys(seen))  # in the order of the first call
     is_layer = [name.startswith("layers/") for name in files]
-    return files[: is_layer.index(True) + 1]
+    return {"journey": journey, "all": files[: is_layer.index(True) + 1]}
+
+
+def _callers(frame: FrameType | None, holds: Callable[[FrameType], bool]) -> list[str]:
+    """Files of this package on the stack, outermost first, whose function holds it."""
+    files: list[str] = []
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(str(ROOT)) and holds(frame):
+            files.append(_file_of(frame.f_code))
+        frame = frame.f_back
+    return list(dict.fromkeys(reversed(files)))
 
 
 def _write_model(folder: Path) -> None:

@@ -130,3 +130,7 @@ def test_a_matrix_of_an_adapter_merge_is_120_calls_in_ten_files() -> None:
     found = count_calls().merge_calls()
     assert found["calls"] <= 120
     assert len(found["files"]) <= 10
+
+
+def test_a_rank_reaches_a_layer_through_six_files() -> None:
+    assert len(count_calls().count_rank()["journey"]) <= 6

@@ -1,7 +1,20 @@
 """Merges adapters and models by magnitude and direction; extracts adapters."""
 
-from mlx_dora.merge.adapters.merge import merge_adapters
-from mlx_dora.merge.fisher.estimate import estimate_fisher
-from mlx_dora.merge.models.merge import merge_models
+from typing import TYPE_CHECKING
+
+from mlx_dora.lazy import public_names
+
+if TYPE_CHECKING:
+    from mlx_dora.merge.adapters.merge import merge_adapters
+    from mlx_dora.merge.fisher.estimate import estimate_fisher
+    from mlx_dora.merge.models.merge import merge_models
+
+_HOME = {
+    "estimate_fisher": "mlx_dora.merge.fisher.estimate",
+    "merge_adapters": "mlx_dora.merge.adapters.merge",
+    "merge_models": "mlx_dora.merge.models.merge",
+}
 
 __all__ = ["estimate_fisher", "merge_adapters", "merge_models"]
+
+__getattr__, __dir__ = public_names(__name__, _HOME)
