@@ -88,7 +88,7 @@ def test_report_20_the_command_reports_it_in_one_line(
     folder: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     edit_config(folder, **change)
-    args = [str(folder), str(tmp_path / "out"), "--to", "mlx"]
+    args = [str(folder), str(tmp_path / "out"), "--to", "mlx", "-q"]
     result = CliRunner().invoke(command, args)
     assert result.exit_code == 1
     assert re.search(message, result.output)

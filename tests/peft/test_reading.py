@@ -233,7 +233,7 @@ def test_the_command_converts_both_ways(
 
     code, said = run(tmp_path / "a", tmp_path / "p", "--to", "peft", "--model", base)
     assert code == 0, said
-    assert "Converted 4 modules (dora, rank 8, scale 20)" in said
+    assert "Converted 4 modules to peft (dora, rank 8, scale 20)" in said
     assert read_config(tmp_path / "p")["base_model_name_or_path"] == str(base)
     code, said = run(
         tmp_path / "p", tmp_path / "b", "--to", "mlx", "--base-model", "org/name"
@@ -248,7 +248,7 @@ def test_the_command_converts_both_ways(
         (tmp_path / "a", tmp_path / "c", "--to", "mlx", "has no adapter_model"),
     ]
     for *args, message in cases:
-        code, said = run(*args)
+        code, said = run(*args, "-q")
         assert code == 1
         assert message in said
         assert said.count("\n") == 1

@@ -7,6 +7,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.train import TrainConfig
 
 OURS = {
+    "valid_share",
     "overwrite",
     "hf_dataset",
     "epochs",

@@ -26,5 +26,5 @@ def test_without_matplotlib_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plot, "find_spec", lambda name: None)
-    with pytest.raises(DoRAError, match=r"mlx_dora\[report\]"):
+    with pytest.raises(DoRAError, match=r"needs matplotlib: pip install matplotlib\.$"):
         plot_losses([], tmp_path / "loss.png")

@@ -262,5 +262,5 @@ def test_a_file_of_another_variant_is_refused(run: Run) -> None:
     content = json.loads(path.read_text())
     content["mlx_dora"]["variant"] = "map"
     path.write_text(json.dumps(content))
-    with pytest.raises(DoRAError, match="variant must be 'dora', got 'map'"):
+    with pytest.raises(DoRAError, match=r"mlx_dora\.variant must be dora, got 'map'"):
         load_adapter(report.adapter_path)

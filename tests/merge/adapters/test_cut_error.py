@@ -85,5 +85,5 @@ def test_the_command(job: tuple[Path, list[str]], tmp_path: Path) -> None:  # no
     assert load_adapter(out).config.rank == 3
     assert CliRunner().invoke(command, [*args, data]).exit_code == 2
     (tmp_path / "none").mkdir()
-    with pytest.raises(DoRAError, match="has none of"):
+    with pytest.raises(DoRAError, match="none holds no data: expected train"):
         open_probe(base, str(tmp_path / "none"))
