@@ -161,6 +161,11 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
+def computes_on_linux_cpu() -> bool:
+    """Whether this is Linux and the installed MLX is a CPU-only build."""
+    return sys.platform.startswith("linux") and _is_cpu_build()
+
+
 def preload() -> OpenBLASStatus:
     """Load OpenBLAS for MLX if it helps; repeated calls have no effect.
 

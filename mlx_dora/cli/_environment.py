@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.openblas import computes_on_linux_cpu
 
 
 def settle_environment() -> None:
@@ -15,6 +16,8 @@ def settle_environment() -> None:
 
     MLX treats file number 0 as a failure to open, so no data file may get that number.
     Its compiler needs a folder for temporary files. MLX accepts only UTF-8 names.
+    `mx.compile` is turned off on a Linux CPU: there it makes a training step 4 % faster
+    and runs g++ for every new kernel, 24 s in all for a first training.
 
     Raises:
         DoRAError: If the working folder's name cannot be passed to MLX.
@@ -27,6 +30,8 @@ def settle_environment() -> None:
             f"warning: TMPDIR {folder!r} is not a folder; using the system's.", err=True
         )
     check_encodable(str(Path.cwd()))
+    if computes_on_linux_cpu():
+        os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
 
 def open_standard_streams() -> None:

@@ -22,6 +22,7 @@ def mutants_built(host: Host, every_case) -> Host:
     return host
 
 
+@pytest.mark.slow  # compiles every mutant
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_every_planted_bug_is_caught(mutant: Mutant, mutants_built: Host, every_case):
     cases = cases_of(mutant.kernel, every_case, mutant.cases)
@@ -33,6 +34,7 @@ def test_every_planted_bug_is_caught(mutant: Mutant, mutants_built: Host, every_
     assert verdict.startswith("does not compile") == is_typed, verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", USUAL_CASES)
 def test_nothing_is_found_where_nothing_is_planted(
     kernel: str, mutants_built: Host, every_case

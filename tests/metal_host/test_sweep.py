@@ -51,6 +51,7 @@ def sweep(host: Host, every_case, files: list[str]) -> tuple[int, int]:
     return len(changes), len(changes) - len(survivors)
 
 
+@pytest.mark.slow
 def test_sweep_of_one_kernel(host: Host, every_case):
     changes, caught = sweep(host, every_case, ["normalize_rows.metal"])
     assert changes >= 8
