@@ -98,10 +98,10 @@ def training(model: nn.Module, batches: list[Batch]) -> Callable[[], Any]:
 def packing_case(smoke: bool, folder: Path | None, blocks: int, length: int) -> Any:
     """The same examples, unpacked in batches of 4 and packed, with DoRA of rank 8."""
     model, _ = load(str(folder or demo_model()))
-    apply_dora(model, DoRAConfig(rank=8, num_layers=blocks))
+    apply_dora(model, DoRAConfig(rank=8, num_layers=2 if smoke else blocks))
     model.train()
     random = np.random.default_rng(0)
-    sizes = random.integers(*SHORT, size=16 if smoke else 64)
+    sizes = random.integers(*SHORT, size=6 if smoke else 64)
     rows = [(random.integers(1, 200, size=n).tolist(), 0) for n in sizes.tolist()]
     runs, tokens = {}, {}
     for name, packing in (("unpacked", False), ("packed", True)):
