@@ -16,8 +16,6 @@ from mlx_dora.evaluate.loss import loss_fn
 from mlx_dora.train.run.start import trainable_tensors
 from tests.checks import assert_close, to_numpy
 
-pytestmark = pytest.mark.compiled
-
 BATCH = pad_batch([(list(range(3, 40)), 0), (list(range(50, 71)), 6)], 64)
 KEYS = ("self_attn.q_proj", "mlp.up_proj")
 
@@ -49,7 +47,9 @@ def few_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_logits")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.compiled)]
+)
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize(
     ("tied", "keys"),

@@ -12,8 +12,6 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import QuantizedWeight, _source, dispatch, plain, plans
 from tests.checks import to_numpy
 
-pytestmark = pytest.mark.compiled
-
 ROOT = Path(__file__).parents[2]
 normalize_rows_module = import_module("mlx_dora.kernels.normalize_rows")
 adapted_norm_module = import_module("mlx_dora.kernels.adapted_norm")
@@ -275,6 +273,7 @@ def test_relative_error_keeps_a_nan() -> None:
     assert dispatch.relative_error(mx.zeros(3), mx.zeros(3)) == 0
 
 
+@pytest.mark.compiled
 def test_the_first_use_may_fall_into_a_compiled_gradient(
     gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,8 +12,6 @@ from mlx_dora.layers import DoRALinear
 from tests.checks import assert_close, to_numpy
 from tests.layers.oracle import dense_weight, dora_truth, quantized, trained
 
-pytestmark = pytest.mark.compiled
-
 
 @pytest.fixture(params=["dense", "quantized"])
 def layer(request):
@@ -113,6 +111,7 @@ def test_train_and_eval_agree(layer, x):
     assert_close(layer.train()(x), expected)
 
 
+@pytest.mark.compiled
 def test_a_compiled_function_sees_new_parameters(layer, x):
     call = mx.compile(layer, inputs=layer.state)
     mx.eval(call(x))

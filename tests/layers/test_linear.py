@@ -18,8 +18,6 @@ from tests.layers.oracle import (
     value_and_gradients,
 )
 
-pytestmark = pytest.mark.compiled
-
 DTYPES = list(BOUNDS)
 
 
@@ -93,7 +91,9 @@ def test_quantized_half_precision_matches_float64(bits, dtype):
     check(layer, x, dtype=dtype, bound=BOUNDS[dtype] + 1.5 * own)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.compiled)]
+)
 def test_unpacking_path_matches_float64(compiled):
     mx.random.seed(0)
     linear = quantized(nn.Linear(512, 256), 64, 4)
@@ -182,7 +182,9 @@ def test_gradient_of_a_zero_magnitude_is_zero():
     assert (gradients["m"] != 0).sum().item() == 15
 
 
-@pytest.mark.parametrize("wrap", ["compile", "checkpoint"])
+@pytest.mark.parametrize(
+    "wrap", [pytest.param("compile", marks=pytest.mark.compiled), "checkpoint"]
+)
 def test_gradients_survive_compile_and_checkpoint(wrap):
     layer = dense(48, 40, bias=True)
     x = mx.random.normal((5, 48))

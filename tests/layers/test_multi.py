@@ -13,8 +13,6 @@ from mlx_dora.layers import dora_class
 from tests.checks import BOUNDS, assert_close, to_numpy
 from tests.layers.oracle import QUANTIZED_MODES, dense_weight, dora_truth
 
-pytestmark = pytest.mark.compiled
-
 HEADS, OUT, WIDTH, RANK, SCALE = 3, 128, 64, 4, 2.0
 FORMS = [None, *(mode for mode in QUANTIZED_MODES if mode[2] <= 32)]
 SIDES = pytest.mark.parametrize("transpose", [True, False], ids=["right", "left"])
@@ -181,6 +179,7 @@ def test_a_zero_row_stays_zero() -> None:
         assert_close(layer(x, transpose), to_numpy(base(x, transpose)))
 
 
+@pytest.mark.compiled
 def test_works_compiled_in_eval_mode() -> None:
     layer = trained(DoRAMultiLinear.from_base(make_base(), r=RANK)).eval()
     x = mx.random.normal((1, HEADS, 2, WIDTH))

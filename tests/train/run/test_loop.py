@@ -21,11 +21,10 @@ from tests.checks import assert_close, to_numpy
 from tests.train.conftest import EXAMPLES
 from tests.train.saved import config, log, same_bits, tensors
 
-pytestmark = pytest.mark.compiled
-
 Run = Callable[..., Any]
 
 
+@pytest.mark.compiled
 def test_overfits_a_tiny_model(run: Run) -> None:
     model, report = run(valid=EXAMPLES, iters=60)
     assert report.first_val_loss > 5.5
@@ -64,6 +63,7 @@ def test_full_trains_only_the_last_blocks(run: Run, tiny_model: nn.Module) -> No
     assert config(report.adapter_path)["num_layers"] == 1
 
 
+@pytest.mark.compiled
 def test_the_same_seed_gives_the_same_bits(run: Run) -> None:
     settings = {"dropout": 0.2, "iters": 6, "grad_accumulation_steps": 2}
     _, first = run("one", **settings)
@@ -121,6 +121,7 @@ def test_norms_are_computed_once_per_update(
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.compiled
 def test_held_norms_train_like_recomputed_norms(
     run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: bool
 ) -> None:
