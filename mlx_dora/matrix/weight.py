@@ -258,18 +258,12 @@ def base_products(
     squares: list[Any] = []
     products: list[Any] = []
     for _, block in row_blocks(weight, _SMALL_BLOCK if in_float64 else None):
-        full, power = block.astype(mx.float32), None
-        square = squared_rows(full)
-        if in_float64 and not are_ordinary(square):
-            full, power = scaled_to_unit(full, axis=-1)
-        product = full @ a
-        mx.eval(full, square, product)
+        full = block.astype(mx.float32)
         if in_float64:
-            square = np.square(np.array(full, copy=False)).sum(1, dtype=np.float64)
-            product = np.array(product, np.float64)
-        if power is not None:
-            factor = np.array(power, np.float64)
-            square, product = square * factor[:, 0] ** 2, product * factor
+            square, product = _products_in_float64(full, a)
+        else:
+            square, product = squared_rows(full), full @ a
+            mx.eval(square, product)
         squares.append(square)
         products.append(product)
         del full, block
@@ -277,6 +271,25 @@ def base_products(
         return mx.concatenate(squares), mx.concatenate(products)
     whole = np.concatenate(products) * np.array(columns, np.float64)
     return np.concatenate(squares), whole
+
+
+def _products_in_float64(
+    block: mx.array, lora_a: mx.array
+) -> tuple[np.ndarray, np.ndarray]:
+    """‖W0‖² and W0·A of a float32 block; rows are scaled if a square leaves float32."""
+    product = block @ lora_a
+    mx.eval(block, product)
+    view = np.array(block, copy=False)
+    squares = np.einsum("ij,ij->i", view, view, dtype=np.float64)
+    if not block.size or _within(squares):
+        return squares, np.array(product, np.float64)
+    block, power = scaled_to_unit(block, axis=-1)
+    factor = np.array(power, np.float64)
+    return squares, np.array(block @ lora_a, np.float64) * factor
+
+
+def _within(squares: np.ndarray) -> bool:
+    return bool(squares.min() >= _LEAST_SQUARE and squares.max() <= _LARGEST_SQUARE)
 
 
 def matrices(weight: Weight) -> list[Weight]:
