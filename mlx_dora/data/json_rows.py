@@ -22,10 +22,12 @@ def read_json_rows(path: Path, config: DataConfig) -> Rows:
     """
     unit: str = "line"
     with path.open("rb") as file:
-        start = next((line for line in file if line.strip()), b"")
+        lines = enumerate(file, start=1)
+        first, start = next(((n, line) for n, line in lines if line.strip()), (1, b""))
         file.seek(0)
         if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            unit, entries = "entry", list(enumerate(parse(file.read(), path), start=1))
+            array = parse(file.read(), f"{path}, the JSON array from line {first},")
+            unit, entries = "entry", list(enumerate(array, start=1))
         else:
             entries = [
                 (number, _line(line, path, number))

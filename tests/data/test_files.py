@@ -111,6 +111,13 @@ def test_a_bad_table_is_named_by_file_and_line(name: str, tmp_path: Path) -> Non
         read(tmp_path)
 
 
+def test_a_broken_array_is_named_by_its_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n" + "[" * 100_000)
+    with pytest.raises(DoRAError, match="the JSON array from line 2, is"):
+        read(path)
+
+
 def test_a_table_of_excel_has_semicolons_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_bytes(b"\xef\xbb\xbftext;id\r\na, b;1\r\n")
