@@ -53,36 +53,9 @@ def adaptation_advice(layers: Sequence[MatrixAnalysis]) -> list[Advice]:
                 "practically the base, and merging it only weakens the other inputs.",
             )
         ]
-    advice = []
     radial = radial_share(layers)
     assert radial is not None
-    if radial < SMALL_PART:
-        advice.append(
-            Advice(
-                rule="direction",
-                method="slerp",
-                sentence=f"{radial:.1%} of the squared change is magnitude: merge by "
-                "direction (slerp, karcher or nmean), whose mean keeps row lengths.",
-            )
-        )
-    elif radial > 1 - SMALL_PART:
-        advice.append(
-            Advice(
-                rule="magnitude",
-                method="linear",
-                sentence=f"{radial:.1%} of the squared change is magnitude and the "
-                "directions stay: a linear merge is enough.",
-            )
-        )
-    else:
-        advice.append(
-            Advice(
-                rule="both",
-                method="slerp",
-                sentence=f"{radial:.1%} of the squared change is magnitude, the rest "
-                "direction: merge the two separately, as slerp, karcher and nmean do.",
-            )
-        )
+    advice = [_method_advice(radial)]
     needed = max(layer.rank_holding(ENERGY) for layer in moved)
     used = max((layer.rank or 0 for layer in moved), default=0)
     if used and needed < used:
@@ -105,6 +78,30 @@ def adaptation_advice(layers: Sequence[MatrixAnalysis]) -> list[Advice]:
             )
         )
     return advice
+
+
+def _method_advice(radial: float) -> Advice:
+    """Return advice on the method of a merge from magnitude's share of the change."""
+    share = f"{radial:.1%} of the squared change is magnitude"
+    if radial < SMALL_PART:
+        return Advice(
+            rule="direction",
+            method="slerp",
+            sentence=f"{share}: merge by direction (slerp, karcher or nmean), whose "
+            "mean keeps row lengths.",
+        )
+    if radial > 1 - SMALL_PART:
+        return Advice(
+            rule="magnitude",
+            method="linear",
+            sentence=f"{share} and the directions stay: a linear merge is enough.",
+        )
+    return Advice(
+        rule="both",
+        method="slerp",
+        sentence=f"{share}, the rest direction: merge the two separately, as slerp, "
+        "karcher and nmean do.",
+    )
 
 
 def radial_share(layers: Sequence[MatrixAnalysis]) -> float | None:
