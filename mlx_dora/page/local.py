@@ -2,15 +2,10 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _INNER_PATH = re.compile(r"(?<![\w:/.])(?:~|/[^/\s'\",=:]+)(?:/[^/\s'\",=:]+)+/?")
-
-
-def without_folders(words: Sequence[str]) -> str:
-    """Join a command line, reducing local paths to their last name."""
-    return shlex.join(_word(word) for word in words)
 
 
 def name_of(path: str) -> str:
@@ -29,10 +24,16 @@ def is_local(text: str) -> bool:
     return starts or text.count("/") > 1 or ("/" in text and path.exists())
 
 
-def _word(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    if equals and flag.startswith("-") and is_local(value):
-        return f"{flag}={name_of(value)}"
-    if is_local(word) and not re.match(r"\w+://", word):
-        return name_of(word)
-    return _INNER_PATH.sub(lambda match: name_of(match[0]), word)
+def without_folders(words: Sequence[str], name: Callable[[str], str] = name_of) -> str:
+    """Join a command line, reducing local paths to what `name` returns for them."""
+    return shlex.join(_word(word, name) for word in words)
+
+
+def _word(word: str, name: Callable[[str], str]) -> str:
+    # --flag=PATH, or -fPATH
+    if match := re.fullmatch(r"(-[^=/~]*=|-[a-zA-Z])(.+)", word, re.DOTALL):
+        if is_local(match[2]):
+            return match[1] + _word(match[2], name)
+    elif is_local(word) and not re.match(r"\w+://", word):
+        return name(word)
+    return _INNER_PATH.sub(lambda path: name(path[0]), word)

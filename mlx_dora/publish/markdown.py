@@ -1,17 +1,16 @@
 """Makes text from files and from this machine safe for public Markdown."""
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_dora.errors import printable
-from mlx_dora.publish.names import is_local, name_of
+from mlx_dora.page import local
+from mlx_dora.publish.names import name_of
 
 _MAX = 300
 # Characters with a meaning in Markdown or HTML inside a line.
 _ACTIVE = re.compile(r"([\\`*\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_]))")
-_INNER_PATH = re.compile(r"(?<![\w:/.])(?:~|/[^/\s'\",=:]+)(?:/[^/\s'\",=:]+)+/?")
 
 
 def inline(text: str) -> str:
@@ -35,7 +34,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def without_folders(words: Sequence[str]) -> str:
     """Join a command line, reducing local paths to their last name or Hub id."""
-    return shlex.join(_word(word) for word in words)
+    return local.without_folders(words, name_of)
 
 
 def _cell(value: Any) -> str:
@@ -46,16 +45,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_cell, value))
     return inline(name_of(str(value)))
-
-
-def _word(word: str) -> str:
-    # --flag=PATH, or -fPATH
-    if match := re.fullmatch(r"(-[^=/~]*=|-[a-zA-Z])(.+)", word, re.DOTALL):
-        return match[1] + _word(match[2]) if is_local(match[2]) else _inner(word)
-    if is_local(word) and not re.match(r"\w+://", word):
-        return name_of(word)
-    return _inner(word)
-
-
-def _inner(word: str) -> str:
-    return _INNER_PATH.sub(lambda match: name_of(match[0]), word)

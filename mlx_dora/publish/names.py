@@ -7,6 +7,8 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from mlx_dora.page import local
+
 
 def hub_id(text: str) -> str | None:
     """Return the Hub id of a model or data set; None for a local file or folder.
@@ -28,22 +30,9 @@ def hub_id(text: str) -> str | None:
     return None if path.exists() else text
 
 
-def is_local(text: str) -> bool:
-    """Whether a text is a local path, not a Hub id."""
-    if not _could_be_path(text):
-        return False
-    if text.startswith(("{", "[")):  # YAML: its paths are shortened singly
-        return False
-    path = Path(text)
-    starts = text.startswith(("~", "./", "../")) or path.is_absolute()
-    return starts or text.count("/") > 1 or ("/" in text and path.exists())
-
-
 def name_of(text: str) -> str:
     """Return the Hub id or last name of a local path; return other text unchanged."""
-    if not is_local(text):
-        return text
-    return hub_id(text) or Path(text.rstrip("/")).name or text
+    return (local.is_local(text) and hub_id(text)) or local.name_of(text)
 
 
 def _could_be_path(text: str) -> bool:
