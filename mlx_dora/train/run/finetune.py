@@ -40,6 +40,7 @@ from mlx_dora.train.run.start import (
     check_present,
     trainable_tensors,
 )
+from mlx_dora.train.run.watch import watched
 from mlx_dora.train.services import (
     HostCallback,
     check_services,
@@ -95,7 +96,9 @@ def finetune(
             ``num_layers``.
         adapter_path: Folder for the adapter and the log; made at the first write.
         callback: Called with each report, in every process that passes a callback; or
-            an mlx-lm callback (``mlx_lm.tuner.callbacks.TrainingCallback``).
+            an mlx-lm callback (``mlx_lm.tuner.callbacks.TrainingCallback``). If None,
+            a notebook shows a live table below the cell (unless `progress` is given),
+            and elsewhere the reports are logged at level info.
         progress: Called after every step and during validations.
         loss: Returns the mean loss of a batch and its number of targets.
         batches: Makes an endless stream of batches from the data, batch size, maximum
@@ -128,6 +131,9 @@ def finetune(
         listeners.append(service_listener(train, folder, run.summary))
     run.journal = Journal(folder if run.is_writer else None, listeners)
     with ExitStack() as stack:
+        if callback is None and run.is_writer:
+            listener, run.progress = stack.enter_context(watched(progress))
+            listeners.append(listener)
         with run.together():
             if run.is_writer:
                 stack.enter_context(training_lock(run.folder))
