@@ -112,10 +112,8 @@ def _show_memory(preview: "Preview") -> None:
         echo(f"No memory plan for {preview.model}: {preview.problem}")
     else:
         plan, verb = preview.plan, "fit" if preview.plan.fits else "do not fit"
-        echo(
-            f"{plan.batch_size} rows of {plan.length:,} tokens, none cut, {verb}: "
-            f"{size(plan.peak)} of {size(preview.limit)}."
-        )
+        rows = f"{plan.batch_size} rows padded to {plan.length:,} tokens, none cut"
+        echo(f"{rows}, {verb}: {size(plan.peak)} of {size(preview.limit)}.")
         echo(f"Suggested: {' '.join(preview.flags)}")
     echo("")
     echo(f"{'With these rows':<38} {'16-bit':>10} {'4-bit':>10}  fits", bold=True)

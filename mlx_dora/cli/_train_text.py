@@ -75,14 +75,8 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
         "attention scores": plan.scores,
         "logits": plan.logits,
     }
-    rows = (
-        "the maximum; name --data to use its longest rows"
-        if plan.rows is None
-        else f"the longest of {plan.rows:,} rows"
-    )
     lines = [
-        f"Calculated for batches of {plan.batch_size} rows of {plan.length} tokens "
-        f"({rows}){recomputed}:"
+        f"Calculated for batches of {plan.batch_size} {_widest(plan)}{recomputed}:"
     ]
     lines += [f"  {name:<17}{size(count):>10}" for name, count in parts.items()]
     verdict = "fits into" if plan.fits else "does not fit into"
@@ -100,6 +94,19 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
     if plan.advice:
         lines.append(f"To make it fit: {' '.join(plan.advice)}")
     return lines
+
+
+def _widest(plan: "MemoryPlan") -> str:
+    """Describe the rows of the largest batch: their width, and why it is that."""
+    tokens = f"{plan.length:,} tokens"
+    if plan.rows is None or plan.longest_row is None:
+        return f"rows of {tokens} (the maximum; name --data to use its longest rows)"
+    if plan.packed:
+        return f"rows of {tokens} ({plan.rows:,} rows joined by --packing)"
+    longest = f"the longest of {plan.rows:,} rows"
+    if plan.longest_row == plan.length:
+        return f"rows of {tokens} ({longest})"
+    return f"rows padded to {tokens} ({longest} has {plan.longest_row:,})"
 
 
 def next_commands(

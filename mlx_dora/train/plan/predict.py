@@ -31,8 +31,12 @@ class MemoryPlan:
 
     Args:
         batch_size: Rows per batch.
-        length: Tokens per row, of the longest rows.
+        length: Width of the batch that the longest rows fill, in tokens: rows are
+            padded to a common width.
         rows: Number of rows of the data; None if no data was read.
+        longest_row: Tokens of the data's longest row, after cutting; None if no data
+            was read.
+        packed: Whether short rows are joined into rows of `length` tokens.
         grad_checkpoint: Whether blocks are recomputed.
         weights: Bytes of the model as stored.
         adapter: Bytes of the trained parameters, in float32 (in full training, a part
@@ -55,6 +59,8 @@ class MemoryPlan:
     batch_size: int
     length: int
     rows: int | None = None
+    longest_row: int | None = None
+    packed: bool = False
     grad_checkpoint: bool
     weights: int
     adapter: int
@@ -114,6 +120,8 @@ def plan_memory(
     return replace(
         plan,
         rows=None if lengths is None else len(lengths),
+        longest_row=min(max(lengths), train.max_seq_length) if lengths else None,
+        packed=train.packing,
         advice=() if plan.fits else _advise(shapes, step, limit),
     )
 

@@ -14,7 +14,7 @@ function lengthChart(w, split) {
 }
 const names = survey.splits.map(s => splitTitle[s.name]), byName = n => survey.splits[names.indexOf(n)] || survey.splits[0];
 const first = survey.splits[0], notes = survey.splits.flatMap(s => s.notes.map(n => ({...n, split: splitTitle[s.name]}))), leaks = survey.repeats.filter(r => r.leaks);
-const fit = data.plan ? `<p>${data.plan.fits ? "A training that cuts no row fits" : "A training that cuts no row does not fit as it is"}: ${data.plan.batch_size} rows of ${whole(data.plan.length)} tokens need ${gb(data.plan.peak)} of the ${gb(data.limit)} that MLX may use on this machine.</p><p>Suggested: <code>${esc(data.flags.join(" "))}</code></p>` : `<p>${esc(data.problem)}</p>`;
+const fit = data.plan ? `<p>${data.plan.fits ? "A training that cuts no row fits" : "A training that cuts no row does not fit as it is"}: ${data.plan.batch_size} rows padded to ${whole(data.plan.length)} tokens need ${gb(data.plan.peak)} of the ${gb(data.limit)} that MLX may use on this machine.</p><p>Suggested: <code>${esc(data.flags.join(" "))}</code></p>` : `<p>${esc(data.problem)}</p>`;
 show(`<h1>What would be trained</h1><p class="soft">${esc(data.data)} · tokens of ${esc(data.model)} · ${survey.splits.map(s => `${whole(s.rows)} ${splitTitle[s.name]}`).join(", ")} rows</p>`
   + tiles([[whole(first.rows), `${splitTitle[first.name]} rows`], [whole(first.tokens), "tokens, after cutting"], [pct(first.targets / Math.max(first.tokens, 1)), "of them are trained"], [whole(first.longest), "tokens in the longest row"], [whole(first.notes.length), "rows cut, skipped or incomplete"], [whole(leaks.length), "rows in two splits"]])
   + `<div class="grid">`

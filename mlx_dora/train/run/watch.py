@@ -61,9 +61,8 @@ class TrainingView:
         if before >= total:  # the next validation
             before = 0
         self._done[phase] = before + done, total
-        if phase == "train":
-            if self._began is None:
-                self._began = self._clock(), before + done
+        if phase == "train" and self._began is None:
+            self._began = self._clock(), before + done
         if self._clock() - self._shown_at >= _INTERVAL or before + done >= total:
             self._refresh(self._now())
 

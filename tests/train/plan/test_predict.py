@@ -15,6 +15,7 @@ from mlx_dora.cli.train import command
 from mlx_dora.errors import DoRAError
 from mlx_dora.train import TrainConfig, plan_memory
 from mlx_dora.train.plan.predict import predict
+from mlx_dora.train.plan.preview import preview_training
 from mlx_dora.train.plan.rows import row_lengths
 from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
 from mlx_dora.train.run.start import trainable_tensors
@@ -189,6 +190,28 @@ def test_the_longest_rows_after_cutting_are_planned(
     assert few.batch_size == 2
     packed = plan_memory(replace(named, packing=True, max_seq_length=16), dora)
     assert packed.length == 16
+    assert [p.longest_row for p in (whole, plan, given, short, few)] == [
+        None, 10, 10, 7, 5,
+    ]  # fmt: skip
+    first = [describe_plan(p)[0].partition("batches of ")[2] for p in (plan, short)]
+    assert first == [
+        "4 rows padded to 17 tokens (the longest of 4 rows has 10):",
+        "4 rows of 7 tokens (the longest of 4 rows):",
+    ]
+    joined = "4 rows joined by --packing"
+    assert f"4 rows of 16 tokens ({joined}):" in describe_plan(packed)[0]
+
+
+def test_the_plan_and_the_data_page_name_the_same_longest_row(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"text": "the fox"}\n{"text": "the quick brown fox"}\n' * 4)
+    settings = config(tiny_model_folder, data=str(data))
+    plan = plan_memory(settings, DoRAConfig(rank=4, num_layers=1))
+    survey = preview_training(settings, DoRAConfig(rank=4, num_layers=1)).survey
+    assert plan.longest_row == max(survey.splits[0].lengths)
+    assert f"has {max(survey.splits[0].lengths)})" in describe_plan(plan)[0]
 
 
 def test_data_that_do_not_exist_are_refused(tiny_model_folder: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -15,10 +16,10 @@ from mlx_dora.train.run.watch import TrainingView
 from tests.cli.training_data import write_data
 
 
-def report(step: int, **values: float) -> StepReport:
+def report(step: int, **values: Any) -> StepReport:
     return StepReport(
         step=step, trained_tokens=1, seconds=1.0, peak_memory_bytes=1, **values
-    )  # pyright: ignore[reportArgumentType]
+    )
 
 
 class Screen:
