@@ -29,7 +29,8 @@ class BaseModel:
     """The model an adapter was trained on.
 
     Attributes:
-        model: The path or Hub id from which it was loaded, as the user wrote it.
+        model: The path or Hub id from which it was loaded, as the user wrote it; in
+            files, a path is absolute.
         fingerprint: Hash of the model (`mlx_dora.adapters.fingerprint`), or None.
     """
 

@@ -16,7 +16,7 @@ from mlx_dora.adapters.adapter import (
     adapter_problems,
     take_adapter,
 )
-from mlx_dora.adapters.format import config_json, pad_rank, strip_rank
+from mlx_dora.adapters.format import PARENT, config_json, pad_rank, strip_rank
 from mlx_dora.adapters.one_save import (
     CONFIG_NAME,
     TENSORS_NAME,
@@ -48,7 +48,8 @@ def save_adapter(
         model_or_adapter: A model with DoRA or LoRA layers, or an `Adapter`.
         path: The folder to create.
         overwrite: Replace an existing folder.
-        base_model: Path or Hub id of the base to record.
+        base_model: Path or Hub id of the base to record. A path is made absolute; of
+            the newest snapshot in the Hub's cache, the Hub id is recorded.
         inputs: Files and folders that the output must not replace, contain or lie in.
             The recorded base is always included.
 
@@ -133,6 +134,9 @@ def read_adapter(path: str | Path) -> Adapter:
     `attach_adapter` checks them later against the model.
     """
     adapter, tensors = read_one_save(Path(path))
+    if adapter.base.model == PARENT:
+        base = replace(adapter.base, model=str(Path(path).absolute().parent))
+        adapter = replace(adapter, base=base)
     return replace(adapter, tensors=strip_rank(tensors, adapter.config))
 
 

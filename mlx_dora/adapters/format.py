@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_dora.adapters.adapter import Adapter, BaseModel, rank_axis, rank_of
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.errors import DoRAError, printable
+from mlx_dora.io.hub_id import lasting_name
 from mlx_dora.options import option, option_problems
 
 logger = logging.getLogger(__name__)
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 PLAIN = "dora"
 """The only parametrization in files; the training summary names the trained variant."""
+PARENT = ".."
+"""Recorded as the base by an adapter that lies in the folder of its base."""
 
 
 def config_json(adapter: Adapter) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def config_json(adapter: Adapter) -> dict[str, Any]:
         "mlx_dora": {
             "version": FORMAT_VERSION,
             "base": {
-                "model": adapter.base.model,
+                "model": _base_name(adapter.base.model),
                 "fingerprint": adapter.base.fingerprint,
             },
             "variant": PLAIN,
@@ -39,6 +42,10 @@ def config_json(adapter: Adapter) -> dict[str, Any]:
             "training": None if adapter.training is None else dict(adapter.training),
         },
     }
+
+
+def _base_name(model: str | None) -> str | None:
+    return model if model in (None, PARENT) else lasting_name(model)
 
 
 def parse_config(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlx_dora.cli._echo import echo
+from mlx_dora.cli._echo import echo, note
 from mlx_dora.cli._help import GroupedOption
 
 _CARD = click.option(
@@ -49,10 +49,16 @@ def command_line() -> list[str]:
 def publish(folder: str | Path, card: str, repo: str | None) -> None:
     """Write the model card; upload the folder if `repo` is given."""
     from mlx_dora.io.atomic import write_text
-    from mlx_dora.publish.upload import upload_folder
+    from mlx_dora.publish.upload import local_paths, upload_folder
 
     path = Path(folder) / "README.md"
     write_text(path, card)
     echo(f"Model card: {path}")
-    if repo is not None:
+    if repo is None:
+        for name, local in local_paths(folder):
+            note(
+                f"{name} names {local} on this machine: to upload this folder without "
+                "that path, use --upload-repo."
+            )
+    else:
         echo(f"Uploaded to {upload_folder(folder, repo)}")

@@ -15,6 +15,7 @@ from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import fit_problems, other_base
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint_of
+from mlx_dora.adapters.format import PARENT
 from mlx_dora.adapters.hosting import load_lazily, load_with_config, model_folder
 from mlx_dora.adapters.recorded_base import recorded_base
 from mlx_dora.adapters.surgery import (
@@ -194,7 +195,7 @@ def fuse_model(
         if fused.packing:
             content["quantization"] |= fused.packing
         if fused.rest is not None:
-            save_adapter(fused.rest, out / REST_NAME, base_model=Path(save_path).name)
+            save_adapter(fused.rest, out / REST_NAME, base_model=PARENT)
         _write_rest(out, content, tokenizer, folder, has_vision)
     carried.warn()
     report = FuseReport(layers=fused.layers)

@@ -13,9 +13,10 @@ from mlx_dora.adapters.files import load_adapter
 from mlx_dora.analyze.adapter import analyze_adapter
 from mlx_dora.analyze.table import describe
 from mlx_dora.fuse.report import FuseReport
+from mlx_dora.io.hub_id import hub_id
 from mlx_dora.publish.markdown import block, inline, table, without_folders
 from mlx_dora.publish.metadata import card_data, recorded_datasets
-from mlx_dora.publish.names import hub_id, name_of
+from mlx_dora.publish.names import name_of
 
 _CHANGED = 5
 """Number of the most changed matrices that a card lists."""

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.foreign import foreign
-from mlx_dora.publish.names import hub_id
+from mlx_dora.io.hub_id import hub_id
 
 _CARD = "README.md"
 

@@ -111,7 +111,7 @@ def test_lossless_rest_belongs_to_the_fused_model_alone(
     fuse_model(trained.base, trained.adapter, tmp_path / "f", config=config)
     rest = load_adapter(tmp_path / "f" / REST_NAME)
     assert rest.fine_tune_type == "lora"
-    assert rest.base.model == "f"
+    assert rest.base.model == str(tmp_path / "f")
     with pytest.raises(DoRAError, match="whose tensors differ"):
         load(trained.base, tmp_path / "f" / REST_NAME)
 

@@ -14,10 +14,11 @@ from mlx_dora.adapters.files import save_adapter
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.surgery import apply_dora
 from mlx_dora.fuse.model import fuse_model
+from mlx_dora.io.hub_id import hub_id
 from mlx_dora.publish.card import adapter_card, fused_card
 from mlx_dora.publish.markdown import block, inline, table, without_folders
 from mlx_dora.publish.metadata import card_data
-from mlx_dora.publish.names import hub_id, name_of
+from mlx_dora.publish.names import name_of
 
 LICENSED = """---
 license: other

@@ -1,5 +1,6 @@
 """Cards and uploads, with the real commands and a hub on loopback."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 import yaml
 
 from mlx_dora.adapters.files import load_adapter
+from mlx_dora.adapters.recorded_base import recorded_base
 from mlx_dora.analyze import analyze_adapter
+from mlx_dora.errors import DoRAError
 from tests.cli.training_data import write_data
 from tests.publish.hub import Hub, serving
 
@@ -58,7 +61,22 @@ def test_a_trained_and_a_fused_folder_arrive_with_their_cards(
     assert set(hub.files) >= {"README.md", "adapters.safetensors", "log.jsonl"}
     assert not any(name.startswith(("checkpoints", "best", ".")) for name in hub.files)
     for name, content in hub.files.items():
-        assert (adapter / name).read_bytes() == content, name
+        assert str(tmp_path).encode() not in content, name
+        if name != "adapter_config.json":
+            assert (adapter / name).read_bytes() == content, name
+    here = json.loads((adapter / "adapter_config.json").read_bytes())
+    there = json.loads(hub.files["adapter_config.json"])
+    assert here["mlx_dora"]["base"].pop("model") == str(tiny_model_folder)
+    assert there["mlx_dora"]["base"].pop("model") is None
+    assert here == there
+    said = " ".join(trained.stderr.split())
+    assert f"path {tiny_model_folder} is not uploaded; whoever" in said
+    downloaded = tmp_path / "downloaded"
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        write(downloaded / name, hub.files[name])
+    assert load_adapter(downloaded).tensors
+    with pytest.raises(DoRAError, match=r"give the model \(--model\)"):
+        recorded_base(downloaded)
 
     card = hub.files["README.md"].decode()
     head = yaml.safe_load(card.split("---")[1])
@@ -82,9 +100,44 @@ def test_a_trained_and_a_fused_folder_arrive_with_their_cards(
     assert done.returncode == 0, done.stderr
     assert set(hub.files) >= {"README.md", "config.json", "model.safetensors"}
     assert "is fused into" in hub.files["README.md"].decode()
-    assert str(tmp_path) not in hub.files["README.md"].decode()
+    for name, content in hub.files.items():
+        assert str(tmp_path).encode() not in content, name
     (tmp_path / "m.safetensors").write_bytes(hub.files["model.safetensors"])
     assert mx.load(str(tmp_path / "m.safetensors"))
+
+
+def write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def test_a_snapshot_of_the_hub_is_uploaded_by_its_id(
+    hub: Hub,
+    make_tiny_folder: MakeFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = tmp_path / "hub"
+    base = cache / "models--org--tiny-lm" / "snapshots" / "1a2b3c"
+    base.parent.mkdir(parents=True)
+    make_tiny_folder().rename(base)
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    data = write_data(tmp_path / "data", train=8, valid=4, test=0)
+    command: list[object] = ["--model", base, "--data", data, "--iters", 1]
+    command += ["--num-layers", 1, "--batch-size", 2, "--upload-repo", "adapter"]
+    old = run(hub, "train", *command, "--adapter-path", tmp_path / "old")
+    assert old.returncode == 0, old.stderr
+    kept = json.loads((tmp_path / "old" / "adapter_config.json").read_bytes())
+    assert kept["mlx_dora"]["base"]["model"] == str(base)  # of an unknown revision
+    sent = json.loads(hub.files["adapter_config.json"])
+    assert sent["mlx_dora"]["base"]["model"] == "org/tiny-lm"
+    assert "its Hub id org/tiny-lm is" in " ".join(old.stderr.split())
+    write(cache / "models--org--tiny-lm" / "refs" / "main", b"1a2b3c")
+    new = run(hub, "train", *command, "--adapter-path", tmp_path / "new")
+    assert new.returncode == 0, new.stderr
+    kept = json.loads((tmp_path / "new" / "adapter_config.json").read_bytes())
+    assert kept["mlx_dora"]["base"]["model"] == "org/tiny-lm"
+    assert "is not uploaded" not in new.stderr
 
 
 def test_a_card_needs_no_upload(
@@ -98,6 +151,8 @@ def test_a_card_needs_no_upload(
         "--batch-size", 2, "--rank", 2, "--card", token="",
     )  # fmt: skip
     assert f"Model card: {adapter / 'README.md'}" in trained.stdout, trained.stderr
+    named = f"adapter_config.json names {tiny_model_folder} on this machine"
+    assert named in " ".join(trained.stderr.split())
     done = run(
         hub, "fuse", "--adapter-path", adapter, "--save-path", fused, "--card", token=""
     )
@@ -135,6 +190,7 @@ def test_a_refused_upload_keeps_the_folder_and_says_how_to_continue(
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert "is complete, but uploading it to someone/adapter failed" in last
+    assert "try again with `mlx_dora.publish.upload_folder(" in last
     assert load_adapter(tmp_path / "adapter").tensors
 
 
