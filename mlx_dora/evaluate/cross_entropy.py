@@ -3,12 +3,15 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_dora.layers import is_traced
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,9 @@ def summed_loss(
     r"""Sum :math:`\log\sum_v e^{z_v} - z_t` over the targets, for logits z.
 
     The model's trunk runs once. The head (including any processing of the logits) runs
-    in chunks of tokens, through the model's own code. In train mode the gradient of a
+    in chunks of tokens, through the model's own code, and only where there is a target:
+    with masked prompts, most tokens need no logits. (In a compiled step the mask has no
+    values yet, so the head runs on all tokens.) In train mode the gradient of a
     chunk with respect to its hidden states and the head's trainable parameters is
     computed while its logits exist, so that the backward pass needs no logits, as in
     Liger's fused linear cross-entropy (arXiv:2410.10989). The gradients are exact for
@@ -99,8 +104,11 @@ def summed_loss(
     logits, split = _split(model, inputs, cache)
     if split is None:
         return _whole(model, logits, targets, mask)
-    size = split.chunk(logits.shape[-1])
-    hidden, targets, mask = split.hidden, targets.flatten(), mask.flatten()
+    targets, mask = targets.flatten(), mask.flatten()
+    if (places := _target_places(mask)) is not None:
+        targets, mask = targets[places], mask[places]
+        split = replace(split, hidden=split.hidden[places])
+    hidden, size = split.hidden, split.chunk(logits.shape[-1])
 
     def of_chunk(start: int, hidden: mx.array) -> mx.array:
         here = slice(start, start + size)
@@ -112,6 +120,14 @@ def summed_loss(
     return _with_gradient(
         model, f"{split.path}.layers.", hidden, starts, size, of_chunk
     )
+
+
+def _target_places(mask: mx.array) -> mx.array | None:
+    """Return the indices of a flat mask's targets; None if unknown, or for none."""
+    if is_traced([mask]):
+        return None
+    places = np.flatnonzero(np.array(mask))
+    return mx.array(places.astype(np.int32)) if places.size else None
 
 
 def sample_targets(model: nn.Module, inputs: mx.array, key: mx.array) -> mx.array:

@@ -1,5 +1,6 @@
 """Drop-in layers for MLX models: a frozen base, a low-rank update and a magnitude."""
 
+from mlx_dora.layers._cache import is_traced
 from mlx_dora.layers._fuse import fused_module
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers.embedding import DoRAEmbedding
@@ -21,5 +22,6 @@ __all__ = [
     "dora_class",
     "fused_module",
     "held_norms",
+    "is_traced",
     "weight_of",
 ]

@@ -181,3 +181,54 @@ def test_a_model_without_a_known_trunk_is_warned_about_once(
         assert_close(loss_fn(model, *BATCH)[0], expected)
     assert len(caplog.records) == 1
     assert "Plain: no known trunk" in caplog.text
+
+
+class Counting(nn.Module):
+    """A model whose head counts the tokens for which it computes logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Trunk()
+        self.lm_head = nn.Linear(8, 320)
+        self._seen: list[int] = []
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        hidden = self.model(tokens)
+        self._seen.append(hidden.size // 8)
+        return self.lm_head(hidden)
+
+
+class Trunk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(320, 8)
+        self.layers = [nn.Linear(8, 8)]
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.layers[0](self.table(tokens))
+
+
+@pytest.mark.usefixtures("few_logits")
+@pytest.mark.parametrize("training", [True, False])
+def test_the_head_runs_on_targets_alone(training: bool) -> None:
+    model = Counting()
+    model.train(training)
+    masked = pad_batch([(list(range(3, 40)), 30), (list(range(50, 71)), 18)], 64)
+    value, count = loss_fn(model, *masked)
+    assert int(count) == 7 + 3
+    assert_close(value, to_numpy(whole_loss(model, *masked)[0]))
+    whole = masked[0].shape[0] * (masked[0].shape[1] - 1)
+    # The first call is the split's own, which is never evaluated; then the targets.
+    assert model._seen[0] == whole
+    assert sum(model._seen[1:-1]) == 10
+
+
+def test_a_batch_without_a_target_has_loss_and_gradient_0() -> None:
+    model = Counting()
+    tokens = mx.array([[5, 6, 7, 8]])
+    nothing = mx.array([[4, 4]])
+    compute = nn.value_and_grad(model, loss_fn)
+    (value, count), gradient = compute(model, tokens, nothing)
+    assert (float(value), int(count)) == (0, 0)
+    for _, slope in tree_flatten(gradient):
+        assert not mx.any(slope != 0)

@@ -1,0 +1,138 @@
+"""Time from the start of every command to its first output, on a terminal.
+
+    python benchmarks/first_output.py [--runs N] [COMMAND ...]
+
+Runs each console script of the installed package in a pseudo-terminal, once with
+``--help`` (to its end) and once on the demo's model (to its first printed character;
+then the command is stopped). Fails if a first output takes over a second or a help
+over .4 s. The model of ``mlx_dora.demo`` is made first if it is missing.
+"""
+
+import argparse
+import os
+import pty
+import re
+import select
+import signal
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from _machine import describe_machine
+
+FIRST_LIMIT, HELP_LIMIT = 1.0, 0.4  # seconds
+GIVE_UP = 60.0
+_INVISIBLE = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07]*\x07|\s")
+
+
+def commands() -> list[str]:
+    """Return the names of the installed console scripts."""
+    scripts = entry_points(group="console_scripts")
+    return sorted(s.name for s in scripts if s.value.startswith("mlx_dora."))
+
+
+def real_jobs(work: Path) -> dict[str, list[str]]:
+    """Make small inputs from the demo's model; return a job of each command."""
+    from mlx_dora import DoRAConfig, apply_dora, load, save_adapter
+    from mlx_dora.demo.data import write_demo_data
+    from mlx_dora.demo.model import demo_model
+
+    base = str(demo_model())
+    data, adapter = str(work / "data"), str(work / "adapter")
+    write_demo_data(data)
+    model, _ = load(base)
+    apply_dora(model, DoRAConfig(rank=4, num_layers=2))
+    save_adapter(model, adapter)
+    out = ["--save-path", str(work / "out")]
+    return {
+        "mlx_dora": [],
+        "mlx_dora.analyze": ["adapter", adapter],
+        "mlx_dora.chat": ["--adapter-path", adapter],
+        "mlx_dora.convert": [adapter, str(work / "peft"), "--to", "peft"],
+        "mlx_dora.data": [data, "--model", base],
+        "mlx_dora.demo": ["--output", str(work / "demo")],
+        "mlx_dora.doctor": [],
+        "mlx_dora.evaluate": ["--adapter-path", adapter, "--data", data],
+        "mlx_dora.extract": [base, base, "--rank", "4", *out],
+        "mlx_dora.fuse": ["--adapter-path", adapter, *out],
+        "mlx_dora.generate": ["--adapter-path", adapter, "--prompt", "Hello"],
+        "mlx_dora.merge": ["adapters", adapter, adapter, *out],
+        "mlx_dora.server": ["--adapter-path", adapter, "--port", "0"],
+        "mlx_dora.train": [
+            *("--model", base, "--data", data),
+            *("--adapter-path", str(work / "trained")),
+        ],
+    }
+
+
+def seconds(words: list[str], *, to_the_end: bool) -> float:
+    """Return the time to the first printed character, or to the end, of a command."""
+    screen, terminal = pty.openpty()
+    start = time.monotonic()
+    process = subprocess.Popen(
+        words, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+    )
+    os.close(terminal)
+    shown, end = b"", float("nan")
+    try:
+        while time.monotonic() - start < GIVE_UP:
+            if not select.select([screen], [], [], 0.5)[0]:
+                continue
+            try:
+                block = os.read(screen, 1 << 16)
+            except OSError:  # the command has ended
+                break
+            shown += block
+            if not to_the_end and _INVISIBLE.sub(b"", shown):
+                break
+        end = time.monotonic() - start
+        if not to_the_end:
+            os.killpg(process.pid, signal.SIGKILL)
+        if process.wait(GIVE_UP) not in (0, 2, -signal.SIGKILL):
+            raise SystemExit(f"{' '.join(words)} failed:\n{shown.decode()}")
+    finally:
+        os.close(screen)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    if not shown:
+        raise SystemExit(f"{' '.join(words)} printed nothing")
+    return end
+
+
+def main() -> int:
+    """Print the table; return 1 if a command is too slow."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=int, default=3, help="median of this many runs")
+    parser.add_argument("only", nargs="*", metavar="COMMAND", help="default: all")
+    options = parser.parse_args()
+    names = [n for n in commands() if not options.only or n in options.only]
+    scripts = Path(sysconfig.get_path("scripts"))
+    print(describe_machine())
+    print(f"{'command':<20} {'--help':>7} {'first':>7}  (seconds, medians)")
+    slow = []
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = real_jobs(Path(folder))
+        for name in names:
+            program = str(scripts / name)
+            times = []
+            for words, end in (
+                ([program, "--help"], True),
+                ([program, *jobs[name]], False),
+            ):
+                runs = [seconds(words, to_the_end=end) for _ in range(options.runs)]
+                times.append(statistics.median(runs))
+            is_slow = times[0] > HELP_LIMIT or times[1] > FIRST_LIMIT
+            slow += [name] * is_slow
+            print(f"{name:<20} {times[0]:7.2f} {times[1]:7.2f}{'  SLOW' * is_slow}")
+    if slow:
+        print(f"over {HELP_LIMIT} s for --help or {FIRST_LIMIT} s: {', '.join(slow)}")
+    return 1 if slow else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
