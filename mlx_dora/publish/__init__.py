@@ -6,22 +6,15 @@ from mlx_dora.lazy import public_names
 
 if TYPE_CHECKING:
     from mlx_dora.publish.card import adapter_card, fused_card
-    from mlx_dora.publish.upload import check_upload, local_paths, upload_folder
+    from mlx_dora.publish.upload import check_upload, upload_folder
 
 _HOME = {
     "adapter_card": "mlx_dora.publish.card",
     "check_upload": "mlx_dora.publish.upload",
     "fused_card": "mlx_dora.publish.card",
-    "local_paths": "mlx_dora.publish.upload",
     "upload_folder": "mlx_dora.publish.upload",
 }
 
-__all__ = [
-    "adapter_card",
-    "check_upload",
-    "fused_card",
-    "local_paths",
-    "upload_folder",
-]
+__all__ = ["adapter_card", "check_upload", "fused_card", "upload_folder"]
 
 __getattr__, __dir__ = public_names(__name__, _HOME)
