@@ -64,7 +64,8 @@ _HOSTED = """\
 {text}
 
 The arguments are those of mlx-lm, passed on unchanged except that `~` in paths is
-expanded: `mlx_dora.{verb} --help` prints the help of the installed `mlx_lm.{verb}`.
+expanded: `mlx_dora.{verb} --help` ends with the help of the installed
+`mlx_lm.{verb}`, which takes a second.
 Without `--model`, the base is the one that the adapter records.
 
 ```

@@ -151,6 +151,13 @@ class PassThrough(Verb):
         ctx.args = rest
         return rest
 
+    def invoke(self, ctx: click.Context) -> Any:
+        if {"-h", "--help"} & set(ctx.args):
+            # Ours first: only importing mlx-lm, which takes a second, gives the rest.
+            click.echo(f"{ctx.get_help()}\n\nOptions of mlx-lm, which apply too:\n")
+            sys.stdout.flush()
+        return super().invoke(ctx)
+
 
 def verb(
     name: str, cls: type[Verb] = Verb, *, examples: Sequence[str] = ()

@@ -89,11 +89,14 @@ def test_the_base_recorded_by_the_adapter_is_used(
     assert with_recorded_base(["--prompt", "x"]) == ["--prompt", "x"]
 
 
-def test_help_is_mlx_lms_own() -> None:
+def test_help_is_ours_and_then_mlx_lms_own() -> None:
     code, output, _ = generate("--help")
     assert code == 0
-    assert output.startswith("usage: ")
-    assert "--max-tokens" in output
+    ours, theirs = output.split("Options of mlx-lm, which apply too:")
+    assert ours.startswith("Usage: generate ")
+    assert "--log-file" in ours
+    assert theirs.strip().startswith("usage: generate ")
+    assert "--max-tokens" in theirs
 
 
 def test_wrong_flags_exit_with_2() -> None:
