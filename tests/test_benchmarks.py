@@ -137,3 +137,19 @@ def test_pace_reports_time_and_memory_of_a_step(
     assert all(len(line["step_ms"]) == 2 for line in lines)
     assert all(ms > 0 for line in lines for ms in line["step_ms"])
     assert "| dora |" in done.stdout
+
+
+@pytest.mark.real_model
+@pytest.mark.usefixtures("smollm")
+def test_the_first_output_of_a_command_is_timed_and_shown() -> None:
+    script = ROOT / "benchmarks" / "first_output.py"
+    done = run(script, "--runs", "1", "mlx_dora.doctor", "mlx_dora.chat")
+    assert done.returncode in (0, 1), done.stderr  # 1: this machine is busy
+    head, *rows = done.stdout.splitlines()[:3]
+    assert head.split()[:3] == ["command", "--help", "first"]
+    for row, name, shown in zip(
+        rows, ("chat", "doctor"), ("Base: ", "Examining this machine"), strict=True
+    ):
+        assert row.startswith(f"mlx_dora.{name} ")
+        assert all(0 < float(number) < 60 for number in row.split()[1:3])
+        assert shown in row

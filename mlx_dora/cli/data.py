@@ -7,7 +7,7 @@ import click
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.cli._data_view import show_preview
-from mlx_dora.cli._echo import echo
+from mlx_dora.cli._echo import echo, note
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._help import GroupedOption
 from mlx_dora.cli._json import STDOUT, JsonOutput, json_option, overwrite_option
@@ -73,12 +73,13 @@ def command(
     fit this machine, and says which well-known models would. Loads only the tokenizer
     of --model.
     """
+    if train.model is None:
+        raise click.UsageError("give --model, whose tokenizer reads the rows")
+    note(f"Reading {data} ...")
     from mlx_dora.io.atomic import write_text
     from mlx_dora.io.output import check_output_file
     from mlx_dora.train.plan.preview import preview_training, render_preview
 
-    if train.model is None:
-        raise click.UsageError("give --model, whose tokenizer reads the rows")
     inputs = (data, train.model)
     json_output.check(*inputs)
     if html is not None:
