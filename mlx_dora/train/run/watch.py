@@ -12,6 +12,7 @@ from mlx_dora.train.run.journal import StepReport
 
 logger = logging.getLogger(__name__)
 
+_COLUMNS = ("step", "loss", "validation loss", "tokens/s", "ΔM", "ΔD")
 _SHOWN = 12
 """Number of reports in the table."""
 _INTERVAL = 0.25
@@ -92,10 +93,12 @@ class TrainingView:
         self._shown_at = self._clock()
         step, total = self._done.get("train", (0, 1))
         bar = f'<progress value="{step}" max="{total}"></progress> {escape(text)}'
-        names = list(dict.fromkeys(name for row in self._rows.values() for name in row))
+        shown = {name for row in self._rows.values() for name in row}
+        names = [name for name in _COLUMNS if name in shown]
         rows = [self._rows[step] for step in sorted(self._rows)[-_SHOWN:]]
         table = html_table(names, [[row.get(n, "") for n in names] for row in rows])
-        latest = "  ".join(f"{k} {v}" for k, v in (rows[-1] if rows else {}).items())
+        last = rows[-1] if rows else {}
+        latest = "  ".join(f"{n} {last[n]}" for n in names if n in last)
         self._show(f"{bar}{table if rows else ''}", f"{text}  {latest}".rstrip())
 
 

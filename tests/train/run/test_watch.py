@@ -58,11 +58,11 @@ def test_a_validation_shares_the_row_of_its_step() -> None:
     screen.view.report(report(10, train_loss=2.5, tokens_per_second=31.7))
     screen.view.report(report(10, val_loss=2.25))
     assert screen.pages[-1].endswith(
-        "<table><tr><th>step</th><th>validation loss</th><th>loss</th><th>tokens/s</th>"
-        "</tr><tr><td>0</td><td>3.0000</td><td></td><td></td></tr>"
-        "<tr><td>10</td><td>2.2500</td><td>2.5000</td><td>32</td></tr></table>"
+        "<table><tr><th>step</th><th>loss</th><th>validation loss</th><th>tokens/s</th>"
+        "</tr><tr><td>0</td><td></td><td>3.0000</td><td></td></tr>"
+        "<tr><td>10</td><td>2.5000</td><td>2.2500</td><td>32</td></tr></table>"
     )
-    line = "step 10  loss 2.5000  tokens/s 32  validation loss 2.2500"
+    line = "step 10  loss 2.5000  validation loss 2.2500  tokens/s 32"
     assert screen.lines[-1].endswith(line)
 
 
