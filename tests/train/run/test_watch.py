@@ -171,8 +171,10 @@ def test_a_notebook_with_a_callback_shows_what_the_callback_shows(
     script: Callable[..., str],
 ) -> None:
     shown = outputs(script(NO_WIDGETS, more=", callback=print"))
-    assert [kind["output_type"] for kind in shown] == ["stream"]
-    assert shown[0]["text"].startswith("step 0  validation loss ")
+    assert {kind["output_type"] for kind in shown} == {"stream"}
+    text = "".join(kind["text"] for kind in shown)
+    assert text.startswith("step 0  validation loss ")
+    assert text.count("\n") == 5  # steps 0 to 3, and the last validation
 
 
 def test_a_plain_script_is_silent_until_it_asks_for_the_log(
