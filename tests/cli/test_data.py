@@ -36,6 +36,7 @@ def test_targets_are_marked_and_everything_is_summed_up(words: list[str]) -> Non
     assert "Suggested: --max-seq-length 40 --batch-size 2" in result.stdout
     assert "meta-llama/Llama-3.1-8B-Instruct" in result.stdout
     assert result.stderr == (
+        f"Reading {words[0]} ...\n"
         f"Data: 2 train rows ({words[0]}); Alpaca (instruction, output, input)\n"
     )
 
