@@ -13,7 +13,7 @@ from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_dora import DoRAConfig, DoRALinear, apply_dora, fuse_dora, kernels
-from mlx_dora.kernels import dispatch, plain
+from mlx_dora.kernels import choice, dispatch, plain
 from mlx_dora.matrix.weight import row_blocks
 from mlx_dora.train.run.start import trainable_tensors
 from tests.checks import assert_close, to_numpy
@@ -34,12 +34,14 @@ def device(
     cache = pytestconfig.cache
     assert cache is not None
     monkeypatch.setattr(dispatch, "device_backend", lambda: "metal")
-    monkeypatch.setattr(dispatch, "_VERDICTS", {})
-    monkeypatch.setattr(dispatch, "_passes", lambda *_: True)  # the test is the check
+    # The test is the check.
+    monkeypatch.setattr(choice, "_is_right", lambda *_: True)
     monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
+    choice.forget()
     dispatch.backend_of.cache_clear()
     with Host(Builder(cache.mkdir("metal_host"))).running() as host:
         yield host
+    choice.forget()
     dispatch.backend_of.cache_clear()
     assert host.findings == {}
     assert host.outcomes, "no kernel ran"
@@ -227,9 +229,9 @@ def test_kernels_are_launched_while_mlx_compiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch, "device_backend", lambda: "metal")
-    monkeypatch.setattr(dispatch, "_VERDICTS", {})
-    monkeypatch.setattr(dispatch, "_passes", lambda *_: True)
+    monkeypatch.setattr(choice, "_is_right", lambda *_: True)
     monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
+    choice.forget()
     dispatch.backend_of.cache_clear()
     weight, a, b = normal(40, 50), normal(50, 2, seed=1), normal(2, 40, seed=2)
     m, x = normal(40, seed=3), normal(7, 50, seed=4)
@@ -240,6 +242,7 @@ def test_kernels_are_launched_while_mlx_compiles(
 
     step = mx.compile(mx.grad(mx.checkpoint(loss), argnums=(0, 1, 2)))
     records = launched([lambda: mx.eval(step(a, b, m, x))])
+    choice.forget()
     dispatch.backend_of.cache_clear()
     scale = {"dora_scale", "dora_scale_backward", "dora_scale_columns"}
     assert {kernel_of(record.name) for record in records} == {"adapted_norm", *scale}

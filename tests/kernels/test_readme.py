@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_dora.kernels.dispatch import CROSSOVERS, KERNELS
+from mlx_dora.kernels.dispatch import KERNELS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "metal" / "README.md").read_text(encoding="utf-8")
@@ -27,15 +27,3 @@ def test_the_floors_are_those_of_the_script() -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.stdout.strip() in README
-
-
-def test_the_crossovers_are_those_of_the_table() -> None:
-    assert all(limit.elements == 1 << 18 for limit in CROSSOVERS.values())
-    match = re.search(
-        r"ranks up to (\d+) for `adapted_norm` \((\d+) packed\), (\d+) for\s+"
-        r"`dora_scale`, (\d+) for `fused_weight`",
-        README,
-    )
-    assert match is not None
-    ops = ("adapted_norm", "adapted_norm_packed", "dora_scale", "fused_weight")
-    assert [int(n) for n in match.groups()] == [CROSSOVERS[op].rank for op in ops]
