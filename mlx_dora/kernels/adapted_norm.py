@@ -71,9 +71,9 @@ def _takes(
 
 def _case(weight: Weight, rank: int) -> Case | None:
     """Return the case of a call; None for a stack, and a packing without a kernel."""
-    if len(weight.shape) > 2:
+    if len(weight.shape) != 2:
         return None
-    out, width = weight.shape
+    out, width = weight.shape[0], weight.shape[1]
     if not isinstance(weight, QuantizedWeight):
         return Case("adapted_norm", weight.dtype, out, width, rank)
     if weight.mode != "affine":

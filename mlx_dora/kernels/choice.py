@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, wraps
+from importlib.metadata import version
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -167,7 +168,7 @@ def device_facts() -> dict[str, str]:
     facts = {
         "backend": device_backend(),
         "chip": " ".join(filter(None, names)),
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
     }
     if facts["backend"] == "reference":
         return facts

@@ -40,9 +40,10 @@ def fused_weight(
         DoRAError: If the shapes do not fit together.
     """
     LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale).check_fits(weight.shape)
+    out, width = weight.shape
     is_packed = isinstance(weight, QuantizedWeight)
     dtype = weight.scales.dtype if is_packed else weight.dtype
-    case = Case("fused_weight", dtype, *weight.shape, lora_a.shape[1])
+    case = Case("fused_weight", dtype, out, width, lora_a.shape[1])
     if (is_packed and weight.mode != "affine") or not takes_kernel(case, job):
         return plain.fused_weight(weight, lora_a, lora_b, scale, m)
     if not is_packed:

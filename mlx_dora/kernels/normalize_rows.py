@@ -43,9 +43,7 @@ def normalize_rows(
             f"magnitude has shape {magnitude.shape}; a weight of shape "
             f"{weight.shape} needs {weight.shape[:1]}."
         )
-    if weight.ndim != 2 or not takes_kernel(
-        Case("normalize_rows", weight.dtype, *weight.shape), job
-    ):
+    if weight.ndim != 2 or not takes_kernel(_case(weight), job):
         return plain.normalize_rows(weight, magnitude)
     if magnitude is None:
         magnitude = mx.ones(weight.shape[:1])
@@ -73,6 +71,11 @@ def _differentiable(weight: mx.array, magnitude: mx.array) -> tuple[mx.array, mx
 def _vjp(primals, cotangents, _outputs):
     _, gradients = mx.vjp(plain.normalize_rows, list(primals), list(cotangents))
     return tuple(gradients)
+
+
+def _case(weight: mx.array) -> Case:
+    out, width = weight.shape
+    return Case("normalize_rows", weight.dtype, out, width)
 
 
 def job(case: Case) -> Job:

@@ -38,14 +38,15 @@ def _token_cases(model: nn.Module) -> list[Case]:
     """Return the calls for a single token, from a graph that is not evaluated."""
     if chosen_mode() != "auto":
         return []
-    was_training, random = model.training, mx.random.state[0]
+    was_training = model.training
+    high, low = mx.random.state[0].tolist()  # pyright: ignore[reportIndexIssue] - a list
     try:
         model.train()
         with recorded_cases() as cases:
             model(mx.array([[0]]))
     finally:
         model.train(was_training)
-        mx.random.state[0] = random
+        mx.random.seed(high << 32 | low)  # the key of MLX's generator, unchanged
     return [*dict.fromkeys(cases)]
 
 

@@ -117,7 +117,7 @@ def _backward(b: Buffers, facts: dict[str, Any], shapes: Shapes) -> list[mx.arra
     sums = [unscaled.sum(axis=0)] + [dy.sum(axis=0)] * facts["HAS_OFFSET"]
     chunks = shapes[1][1]  # the first holds the whole sum
     partial = mx.stack(sums)[:, None]
-    partial = mx.pad(partial, ((0, 0), (0, chunks - 1), (0, 0)))
+    partial = mx.pad(partial, [(0, 0), (0, chunks - 1), (0, 0)])
     return [b["gain"] * dy, partial]
 
 
