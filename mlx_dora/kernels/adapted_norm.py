@@ -4,8 +4,8 @@ import mlx.core as mx
 
 from mlx_dora.kernels import plain
 from mlx_dora.kernels.case import Case
-from mlx_dora.kernels.choice import select, takes_kernel
-from mlx_dora.kernels.dispatch import KERNELS, run
+from mlx_dora.kernels.choice import takes_kernel
+from mlx_dora.kernels.dispatch import KERNELS, run, select
 from mlx_dora.kernels.plans import plan_adapted_norm, plan_adapted_norm_packed
 from mlx_dora.kernels.trial import Job, normal
 from mlx_dora.matrix.low_rank import LowRank

@@ -7,21 +7,18 @@ before training and after loading a model. A case without a choice runs plain ML
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache, wraps
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import mlx.core as mx
 
 from mlx_dora.kernels._source import source_folder
 from mlx_dora.kernels.case import Case
-from mlx_dora.kernels.dispatch import chosen_backend, chosen_mode, device_backend
+from mlx_dora.kernels.dispatch import chosen_mode, device_backend
 from mlx_dora.kernels.kept import Choices, read_kept
 from mlx_dora.kernels.trial import Choice, Job, check, report
 
-P = ParamSpec("P")
-R = TypeVar("R")
 JobOf = Callable[[Case], Job]
 
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -52,27 +49,6 @@ def forget() -> None:
     """Forget all choices of this process, so that they are read again."""
     _TABLE.__init__()
     device_facts.cache_clear()
-
-
-def select(
-    plain: Callable[P, R], kernel: Callable[P, R], takes: Callable[P, bool]
-) -> Callable[P, R]:
-    """Return an op that runs `kernel` where it is taken, and `plain` otherwise.
-
-    Args:
-        plain: The op in plain MLX.
-        kernel: The op with the kernel, for arguments of any size.
-        takes: Whether to use the kernel for these arguments; see `takes_kernel`.
-    """
-
-    @wraps(plain)
-    def op(*args: P.args, **kwargs: P.kwargs) -> R:
-        # A cached look-up, so that the choice is cheap on a CPU.
-        if chosen_backend() == "reference" or not takes(*args, **kwargs):
-            return plain(*args, **kwargs)
-        return kernel(*args, **kwargs)
-
-    return op
 
 
 def takes_kernel(case: Case, job: JobOf) -> bool:

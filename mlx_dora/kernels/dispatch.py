@@ -9,8 +9,8 @@ import os
 import platform
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Literal, cast
+from functools import lru_cache, wraps
+from typing import Literal, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +19,8 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.kernels._source import in_cuda, read_source
 from mlx_dora.kernels.plans import KERNELS, Kernel, Launch
 
+P = ParamSpec("P")
+R = TypeVar("R")
 SWITCH = "MLX_DORA_KERNELS"
 _CHOICES = ("auto", "metal", "cuda", "reference")
 
@@ -66,6 +68,27 @@ def chosen_mode() -> Literal["reference", "auto", "forced"]:
     if backend_of(choice, mx.default_device().type == mx.gpu) == "reference":
         return "reference"
     return "auto" if choice in (None, "", "auto") else "forced"
+
+
+def select(
+    plain: Callable[P, R], kernel: Callable[P, R], takes: Callable[P, bool]
+) -> Callable[P, R]:
+    """Return an op that runs `kernel` where it is taken, and `plain` otherwise.
+
+    Args:
+        plain: The op in plain MLX.
+        kernel: The op with the kernel, for arguments of any size.
+        takes: Whether to use the kernel for these arguments; see `choice.takes_kernel`.
+    """
+
+    @wraps(plain)
+    def op(*args: P.args, **kwargs: P.kwargs) -> R:
+        # A cached look-up, so that the choice is cheap on a CPU.
+        if chosen_backend() == "reference" or not takes(*args, **kwargs):
+            return plain(*args, **kwargs)
+        return kernel(*args, **kwargs)
+
+    return op
 
 
 def multiplies_in_tf32(backend: str) -> bool:

@@ -8,8 +8,8 @@ import mlx.core as mx
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import plain
 from mlx_dora.kernels.case import DORA_SCALE, Case
-from mlx_dora.kernels.choice import select, takes_kernel
-from mlx_dora.kernels.dispatch import KERNELS, run
+from mlx_dora.kernels.choice import takes_kernel
+from mlx_dora.kernels.dispatch import KERNELS, run, select
 from mlx_dora.kernels.plans import (
     plan_dora_scale,
     plan_dora_scale_backward,
