@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from mlx_dora.kernels import plain
 from mlx_dora.kernels.case import Case
-from mlx_dora.kernels.choice import takes_kernel
+from mlx_dora.kernels.choice import takes_on_gpu
 from mlx_dora.kernels.dispatch import KERNELS, run, select
 from mlx_dora.kernels.plans import plan_adapted_norm, plan_adapted_norm_packed
 from mlx_dora.kernels.trial import Job, normal
@@ -55,6 +55,7 @@ def adapted_norm(
 
 
 def _takes(
+    is_forced: bool,
     weight: Weight,
     lora_a: mx.array,
     lora_b: mx.array,
@@ -63,7 +64,7 @@ def _takes(
     squared_base: mx.array | None = None,
 ) -> bool:
     case = _case(weight, lora_a.shape[-1])
-    if case is None or not takes_kernel(case, job):
+    if case is None or not takes_on_gpu(is_forced, case, job):
         return False
     # The kernels do not scale values before squaring; given squares are trusted.
     return squared_base is not None or are_ordinary(row_squares(weight))

@@ -31,14 +31,16 @@ class _Table:
     Attributes:
         choices: By `Case.text`, as kept and measured; None before the first look-up.
         pinned: Decisions of a training in progress, which alone count then.
-        answers: Answers given so far, by mode and case.
+        chosen: Answers given so far.
+        forced: Answers given so far to calls with a forced kernel.
         seen: Cases looked up, while they are recorded.
     """
 
     def __init__(self) -> None:
         self.choices: Choices | None = None
         self.pinned: Mapping[str, bool] | None = None
-        self.answers: dict[str, dict[Case, bool]] = {"auto": {}, "forced": {}}
+        self.chosen: dict[Case, bool] = {}
+        self.forced: dict[Case, bool] = {}
         self.seen: list[Case] | None = None
 
 
@@ -52,26 +54,30 @@ def forget() -> None:
 
 
 def takes_kernel(case: Case, job: JobOf) -> bool:
-    """Return whether to use the kernel for a call.
+    """Return whether to use the kernel for a call, by ``MLX_DORA_KERNELS``.
 
-    With ``auto``, this reads the choices. A kernel that ``MLX_DORA_KERNELS`` names is
-    compared with plain MLX on the first call of each case, and taken if it is right.
+    With ``auto``, this reads the choices. A kernel that is named is compared with plain
+    MLX on the first call of each case, and taken if it is right.
 
     Args:
         case: The call.
         job: Makes both sides of a case.
     """
     mode = chosen_mode()
-    if mode == "reference" or not _is_possible(case):
-        return False
+    return mode != "reference" and takes_on_gpu(mode == "forced", case, job)
+
+
+def takes_on_gpu(is_forced: bool, case: Case, job: JobOf) -> bool:
+    """Return `takes_kernel` where the device has kernels and may use them."""
     if _TABLE.seen is not None:
-        _TABLE.seen.append(case)
+        if _is_possible(case):
+            _TABLE.seen.append(case)
         return False
-    answers = _TABLE.answers[mode]
+    answers = _TABLE.forced if is_forced else _TABLE.chosen
     answer = answers.get(case)
     if answer is None:
-        answer = _is_right(case, job) if mode == "forced" else _is_chosen(case)
-        answers[case] = answer
+        right = _is_right(case, job) if is_forced else _is_chosen(case)
+        answer = answers[case] = right
     return answer
 
 
@@ -85,6 +91,8 @@ def _is_possible(case: Case) -> bool:
 
 
 def _is_chosen(case: Case) -> bool:
+    if not _is_possible(case):
+        return False
     decisions = _TABLE.pinned
     if decisions is None:
         decisions = {text: kept.takes_kernel for text, kept in choices().items()}
@@ -92,6 +100,8 @@ def _is_chosen(case: Case) -> bool:
 
 
 def _is_right(case: Case, job: JobOf) -> bool:
+    if not _is_possible(case):
+        return False
     checked = check(case, job(case))
     report(case, checked)
     return checked.takes_kernel
@@ -117,19 +127,19 @@ def choices() -> Choices:
 def read_again() -> None:
     """Read the file again, for what other processes have kept since."""
     _TABLE.choices = {**(_TABLE.choices or {}), **read_kept(device_text())}
-    _TABLE.answers["auto"].clear()
+    _TABLE.chosen.clear()
 
 
 def add_choices(new: Mapping[str, Choice]) -> None:
     """Add choices for the calls from now on."""
     _TABLE.choices = {**choices(), **new}
-    _TABLE.answers["auto"].clear()
+    _TABLE.chosen.clear()
 
 
 def pin(decisions: Mapping[str, bool] | None) -> None:
     """Take only these decisions, by `Case.text`; None takes the choices again."""
     _TABLE.pinned = decisions
-    _TABLE.answers["auto"].clear()
+    _TABLE.chosen.clear()
 
 
 @lru_cache

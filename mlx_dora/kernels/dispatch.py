@@ -10,7 +10,7 @@ import platform
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
-from typing import Literal, ParamSpec, TypeVar, cast
+from typing import Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +22,7 @@ from mlx_dora.kernels.plans import KERNELS, Kernel, Launch
 P = ParamSpec("P")
 R = TypeVar("R")
 SWITCH = "MLX_DORA_KERNELS"
+_AUTO = (None, "", "auto")
 _CHOICES = ("auto", "metal", "cuda", "reference")
 
 
@@ -67,24 +68,29 @@ def chosen_mode() -> Literal["reference", "auto", "forced"]:
     choice = os.environ.get(SWITCH)
     if backend_of(choice, mx.default_device().type == mx.gpu) == "reference":
         return "reference"
-    return "auto" if choice in (None, "", "auto") else "forced"
+    return "auto" if choice in _AUTO else "forced"
 
 
 def select(
-    plain: Callable[P, R], kernel: Callable[P, R], takes: Callable[P, bool]
+    plain: Callable[P, R],
+    kernel: Callable[P, R],
+    takes: Callable[Concatenate[bool, P], bool],
 ) -> Callable[P, R]:
     """Return an op that runs `kernel` where it is taken, and `plain` otherwise.
 
     Args:
         plain: The op in plain MLX.
         kernel: The op with the kernel, for arguments of any size.
-        takes: Whether to use the kernel for these arguments; see `choice.takes_kernel`.
+        takes: Whether to use the kernel, from whether it is forced and the op's
+            arguments; see `choice.takes_kernel`.
     """
 
     @wraps(plain)
     def op(*args: P.args, **kwargs: P.kwargs) -> R:
-        # A cached look-up, so that the choice is cheap on a CPU.
-        if chosen_backend() == "reference" or not takes(*args, **kwargs):
+        # Cheap look-ups, made at every call; reading the environment costs most.
+        choice = os.environ.get(SWITCH)
+        backend = backend_of(choice, mx.default_device().type == mx.gpu)
+        if backend == "reference" or not takes(choice not in _AUTO, *args, **kwargs):
             return plain(*args, **kwargs)
         return kernel(*args, **kwargs)
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import plain
 from mlx_dora.kernels.case import DORA_SCALE, Case
-from mlx_dora.kernels.choice import takes_kernel
+from mlx_dora.kernels.choice import takes_on_gpu
 from mlx_dora.kernels.dispatch import KERNELS, run, select
 from mlx_dora.kernels.plans import (
     plan_dora_scale,
@@ -118,21 +118,22 @@ def job(case: Case) -> Job:
 
 def _takes(has_gradients: bool) -> Callable[..., bool]:
     def takes(
-        y: mx.array, h: mx.array, up: mx.array, gain: mx.array, offset: mx.array | None
+        is_forced: bool,
+        y: mx.array,
+        h: mx.array,
+        up: mx.array,
+        gain: mx.array,
+        offset: mx.array | None,
     ) -> bool:
         if gain.ndim != 1:  # a variant with one gain for all rows
             return False
-        r, out = up.shape
+        (r, out), has_offset = up.shape, offset is not None
+        # By position, which takes half the time.
+        tokens = y.size // out
         case = Case(
-            op=DORA_SCALE,
-            dtype=y.dtype,
-            rows=y.size // out,
-            columns=out,
-            rank=r,
-            has_offset=offset is not None,
-            has_gradients=has_gradients,
+            DORA_SCALE, y.dtype, tokens, out, r, 0, 0, has_offset, has_gradients
         )
-        return takes_kernel(case, job)
+        return takes_on_gpu(is_forced, case, job)
 
     return takes
 
