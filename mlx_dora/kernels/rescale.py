@@ -78,10 +78,7 @@ def _matrix(y: mx.array) -> tuple[int, int]:
 
 
 def job(case: Case) -> Job:
-    """Return both sides of a case, for tokens of one adapted layer.
-
-    A training step is compiled, so both sides are; decoding is not.
-    """
+    """Return both sides of a case; a training step is compiled, decoding is not."""
     tokens, out, r, dtype = case.rows, case.columns, case.rank, case.dtype
 
     def inputs(seed: int) -> tuple[mx.array, ...]:
@@ -108,11 +105,15 @@ def job(case: Case) -> Job:
             *primals, pull = arrays
             return mx.vjp(forward, primals, [pull])
 
-        return mx.compile(with_gradients) if case.has_gradients else forward
+        return with_gradients if case.has_gradients else forward
 
     op = plain.rescale if case.has_gradients else plain.compose
     return Job(
-        inputs=inputs, kernel=side(launched), plain=side(op), linked=3 + case.has_offset
+        inputs=inputs,
+        kernel=side(launched),
+        plain=side(op),
+        linked=3 + case.has_offset,  # the gain
+        is_compiled=case.has_gradients,
     )
 
 

@@ -43,12 +43,14 @@ class Job:
             the call before, so that calls run one after another as layers do: MLX's
             CUDA build runs independent kernels side by side. None for ops whose calls
             are independent in a step too.
+        is_compiled: Whether the package runs such a case inside `mx.compile`.
     """
 
     inputs: Callable[[int], tuple[mx.array, ...]]
     kernel: Callable[..., Any]
     plain: Callable[..., Any]
     linked: int | None = None
+    is_compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,8 @@ def seconds(job: Job) -> tuple[float, float]:
     sets = [job.inputs(seed) for seed in range(count)]
     mx.eval(sets)
     sides = [
-        partial(_round, side, sets, job.linked) for side in (job.kernel, job.plain)
+        partial(_round, mx.compile(side) if job.is_compiled else side, sets, job.linked)
+        for side in (job.kernel, job.plain)
     ]
     calls = []
     for side in sides:
