@@ -27,3 +27,12 @@ def test_the_floors_are_those_of_the_script() -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.stdout.strip() in README
+
+
+def test_the_table_of_the_h200_is_that_of_its_raw_figures() -> None:
+    script = ROOT / "benchmarks" / "gpu" / "summary.py"
+    raw = ROOT / "benchmarks" / "results" / "h200_f246934.jsonl"
+    done = subprocess.run(
+        [sys.executable, script, raw], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() in README
