@@ -1,6 +1,6 @@
 """Table of a kit's kernel timings: kernel and plain MLX, at the shapes of a model.
 
-    python benchmarks/gpu/summary.py benchmarks/results/h200_f246934.jsonl
+python benchmarks/gpu/summary.py benchmarks/results/h200_f246934.jsonl
 """
 
 import json
