@@ -4,8 +4,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 groups=(${GROUPS_:-rows norm packed fused scale back half})
 for group in "${groups[@]}"; do
-    start "$group" 280 "$PYTHON" "$GPU/kernels.py" --group "$group" \
-        --output "$OUT/kernels.jsonl" ${TINY:+--tiny}
+    start "$group" 280 "$PYTHON" "$GPU/op_times.py" --group "$group" \
+        --output "$OUT/ops.jsonl" ${TINY:+--tiny}
 done
 turns 150 40 "${groups[@]}"
 keep

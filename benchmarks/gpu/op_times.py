@@ -1,6 +1,6 @@
 """Kernel and plain MLX at the shapes of models: wall time, GPU time, and a copy's.
 
-    python benchmarks/gpu/kernels.py --group scale --output results.jsonl
+    python benchmarks/gpu/op_times.py --group scale --output results.jsonl
 
 Wall times are those that the measured choice takes (`mlx_dora.kernels.trial`): fresh
 inputs beyond the caches, both sides in turn. GPU times need torch with CUDA. A result
