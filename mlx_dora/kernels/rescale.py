@@ -72,6 +72,20 @@ def _vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
     )
 
 
+@_differentiable.vmap
+def _vmap(inputs: Any, axes: Any) -> tuple[mx.array, int]:
+    # MLX has no rule for custom kernels. Plain MLX serves, gradients included.
+    if inputs[-1] is not None:
+        return mx.vmap(plain.compose, in_axes=axes)(*inputs), 0
+
+    def without_offset(
+        y: mx.array, h: mx.array, up: mx.array, gain: mx.array
+    ) -> mx.array:
+        return plain.compose(y, h, up, gain, None)
+
+    return mx.vmap(without_offset, in_axes=axes[:-1])(*inputs[:-1]), 0
+
+
 def _matrix(y: mx.array) -> tuple[int, int]:
     tokens, out = y.shape
     return tokens, out

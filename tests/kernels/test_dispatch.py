@@ -101,6 +101,29 @@ def test_a_gain_for_all_rows_stays_with_plain_mlx(
     assert gpu.launches == {}
 
 
+@pytest.mark.parametrize("has_offset", [False, True])
+def test_vmap_over_a_kernel_runs_plain_mlx(
+    has_offset: bool, gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
+    y, h = mx.random.normal((5, 3, 4)), mx.random.normal((5, 3, 2))
+    up, gain = mx.random.normal((2, 4)), mx.random.normal((4,))
+    offset = gain if has_offset else None
+
+    def op(y: mx.array, h: mx.array) -> mx.array:
+        return rescale_module.rescale(y, h, up, gain, offset)
+
+    expected = to_numpy(op(y, h))
+    launches = dict(gpu.launches)
+    assert np.allclose(to_numpy(mx.vmap(op)(y, h)), expected, atol=1e-6)
+    swapped = mx.vmap(op, in_axes=(1, 1))(y.swapaxes(0, 1), h.swapaxes(0, 1))
+    assert np.allclose(to_numpy(swapped), expected, atol=1e-6)
+    gradient = mx.grad(lambda y: mx.vmap(op)(y, h).sum())(y)
+    assert np.allclose(to_numpy(gradient), to_numpy(gain), atol=1e-6)
+    checked = {k: n for k, n in gpu.launches.items() if n != launches.get(k)}
+    assert len(checked) <= 3  # the check of the smaller case, and no call
+
+
 def test_without_metal_mlx_refuses_and_plain_mlx_serves(
     gpu: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
