@@ -112,8 +112,13 @@ def run(part: Part, out: Path) -> Result:
         name=part.name,
         status=status,
         seconds=round(time.perf_counter() - began, 1),
-        last_line=said[-1][:200] if said else "",
+        last_line=shortened(said[-1])[:200] if said else "",
     )
+
+
+def shortened(text: str) -> str:
+    """Return a text without the home folder, which names its owner."""
+    return text.replace(str(Path.home()), "~")
 
 
 def main() -> int:

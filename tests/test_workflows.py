@@ -161,6 +161,7 @@ def test_the_check_reports_a_failed_part_and_goes_on(tmp_path: Path) -> None:
     results = [gpu.run(part, tmp_path) for part in (bad, slow, good)]
     assert [result.status for result in results] == [3, 124, 0]
     assert results[2].last_line == "fine"
+    assert gpu.shortened(f"Saved {Path.home()}/x") == "Saved ~/x"
     assert (tmp_path / "good.txt").read_text() == "fine\n"
 
 

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -128,7 +129,7 @@ def examine() -> Examination:
             for job in jobs
         ],
         choices=choices(),
-        kept_in=str(kept_file()),
+        kept_in=str(kept_file()).replace(str(Path.home()), "~"),
     )
 
 
