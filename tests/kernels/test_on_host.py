@@ -14,6 +14,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_dora import DoRAConfig, DoRALinear, apply_dora, fuse_dora, kernels
 from mlx_dora.kernels import choice, dispatch, plain
+from mlx_dora.kernels.case import Case
+from mlx_dora.kernels.measure import job_of
+from mlx_dora.kernels.trial import check
 from mlx_dora.matrix.weight import row_blocks
 from mlx_dora.train.run.start import trainable_tensors
 from tests.checks import assert_close, to_numpy
@@ -169,6 +172,27 @@ def test_a_packed_weight_is_fused_block_by_block(
     full = to_numpy(weight.dequantize()) + 0.5 * (to_numpy(a) @ to_numpy(b)).T
     norm = np.linalg.norm(full, axis=1, keepdims=True)
     assert_close(fused, to_numpy(m)[:, None] * full / norm)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("normalize_rows", mx.float32, 5, 70),
+        Case("adapted_norm", mx.bfloat16, 9, 50, 3),
+        Case("adapted_norm", mx.float16, 6, 128, 3, 4, 64),
+        Case("fused_weight", mx.float32, 7, 50, 3),
+        Case("dora_scale", mx.bfloat16, 20, 133, 5, has_offset=True),
+        Case("dora_scale", mx.float16, 20, 133, 5, has_gradients=True),
+    ],
+    ids=lambda case: case.text,
+)
+def test_a_case_to_be_measured_is_found_right(device: Host, case: Case) -> None:
+    """The inputs, the launch and the comparison of a measurement, on real kernels."""
+    found = check(case, job_of(case))
+    assert found.problem is None
+    assert found.takes_kernel
+    assert found.error is not None
+    assert found.error <= {2: 5e-3, 4: 1e-6}[case.dtype.size]
 
 
 def losses(
