@@ -94,6 +94,14 @@ def _decide() -> OpenBLASStatus:
     )
 
 
+def cache_folder() -> Path:
+    """Return the package's folder in the user's cache; it need not exist."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx_dora"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return folder / "mlx_dora"
+
+
 def _copy_of_wheel() -> Path:
     """Return the wheel's library with standard symbol names; create it on first use.
 
@@ -103,8 +111,7 @@ def _copy_of_wheel() -> Path:
         subprocess.SubprocessError: If patchelf fails.
     """
     original, version = _library_of_wheel()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = folder / "mlx_dora"
+    folder = cache_folder()
     copy = folder / f"libopenblas-{version}.so"
     if copy.is_file():
         return copy

@@ -55,6 +55,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def choices_stay_out_of_the_cache(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[None]:
+    """Keep what tests measure on a GPU in a folder of their own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_dora.kernels.kept.cache_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def compile_where_that_is_tested(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let `mx.compile` compile in tests marked ``compiled`` only."""

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_dora.adapters.adapter import remember_source
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.files import read_adapter
+from mlx_dora.adapters.measured import measure_inference
 from mlx_dora.adapters.model_view import (
     check_loaded,
     gated_loader,
@@ -107,6 +108,7 @@ def load_with_config(
     if adapter is not None:
         name = str(adapter_path)
         attach_adapter(loaded, adapter, check_base=check_base, name=name)
+        measure_inference(loaded)
         loaded.eval()
     return loaded, tokenizer, config
 
@@ -185,6 +187,7 @@ def _fetch(model: str, revision: str | None) -> Path:
 def load_adapters(model: nn.Module, adapter_path: str | Path) -> nn.Module:
     """Replace mlx-lm's function of this name; checks strictly and uses our layers."""
     attach_adapter(model, read_adapter(adapter_path), name=str(adapter_path))
+    measure_inference(model)
     return model
 
 

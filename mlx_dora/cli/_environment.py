@@ -2,6 +2,7 @@
 
 import locale
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import click
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.openblas import computes_on_linux_cpu
+
+EXACT = {"analyze", "convert", "extract", "fuse", "merge"}
+"""Verbs that compute in full float32."""
 
 
 def settle_environment() -> None:
@@ -32,6 +36,20 @@ def settle_environment() -> None:
     check_encodable(str(Path.cwd()))
     if computes_on_linux_cpu():
         os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+
+
+def multiply_exactly(command_path: str) -> None:
+    """Turn TF32 off for the commands whose results are files in full precision.
+
+    On NVIDIA GPUs and new Apple chips, MLX rounds the factors of float32 products to 10
+    bits of mantissa. That hardly matters in training, but fused and merged weights and
+    small angles would show it. MLX reads the variable at its first product.
+
+    Args:
+        command_path: The command as typed, for example ``mlx_dora.merge adapters``.
+    """
+    if EXACT & set(re.split(r"[ ./]", command_path)):
+        os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 def open_standard_streams() -> None:

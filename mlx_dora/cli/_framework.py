@@ -31,7 +31,7 @@ import click
 
 from mlx_dora import openblas
 from mlx_dora.cli._echo import echo
-from mlx_dora.cli._environment import settle_environment
+from mlx_dora.cli._environment import multiply_exactly, settle_environment
 from mlx_dora.cli._help import Described, check_subcommand, described_mistake
 from mlx_dora.cli._log import settled_output
 from mlx_dora.errors import MAX_LENGTH, DoRAError, printable
@@ -115,6 +115,7 @@ class Verb(Boundary):
     def invoke(self, ctx: click.Context) -> Any:
         with settled_output(ctx), raising_stops() if self.unwinds else nullcontext():
             openblas.preload()
+            multiply_exactly(ctx.command_path)
             return super().invoke(ctx)
 
 

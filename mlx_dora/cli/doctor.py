@@ -16,10 +16,11 @@ WIDTH, LABEL = 80, 18
 def command(json_output: JsonOutput) -> int:
     """Examine this machine: versions, BLAS, memory, layers, kernels, known traps.
 
-    Takes under a minute. Exits with 1 if a layer or a kernel computes wrong results.
+    Takes under a minute on a CPU, and a few minutes on a GPU, for which kernels are
+    compiled. Exits with 1 if a layer or a kernel computes wrong results.
     """
     json_output.check()
-    note("Examining this machine, which takes up to a minute ...")
+    note("Examining this machine, which takes a minute or more ...")
     from mlx_dora.doctor.diagnosis import UNVERIFIED, diagnose
 
     diagnosis = diagnose()

@@ -6,9 +6,7 @@ the user's cache folder; later calls need neither time nor network.
 """
 
 import json
-import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +20,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
 from mlx_dora.io.foreign import foreign
 from mlx_dora.io.json import read_object
+from mlx_dora.openblas import cache_folder
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -84,13 +83,6 @@ def demo_model(
     return _write(
         root / f"{NAME}-wheel-{dtype}", lambda work: _from_gguf(gguf, work, dtype)
     )
-
-
-def cache_folder() -> Path:
-    """Return the system's cache folder for downloads of mlx_dora."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx_dora"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_dora"
 
 
 def _quiet(_: str) -> None:

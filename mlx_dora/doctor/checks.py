@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_dora.kernels.dispatch import device_backend, multiplies_in_tf32
 from mlx_dora.layers import DoRALinear
 
 # Floating-point operations of the timed product, (512, 2048) by (2048, 2048).
@@ -97,9 +98,7 @@ def _check(name: str, dtype: mx.Dtype, bits: int | None, bound: float) -> LayerC
 
 def check_layers() -> list[LayerCheck]:
     """Compare a DoRA layer on this device with float64 NumPy, per kind of base."""
-    # By default, MLX's CUDA build multiplies float32 in TF32.
-    is_cuda = mx.default_device().type == mx.gpu and not mx.metal.is_available()
-    single = 1e-3 if is_cuda else 1e-5
+    single = 1e-3 if multiplies_in_tf32(device_backend()) else 1e-5
     return [
         _check("float32", mx.float32, None, single),
         _check("float16", mx.float16, None, 1e-3),

@@ -12,7 +12,7 @@ from mlx_dora.doctor.checks import (
     matmul_gflops,
 )
 from mlx_dora.doctor.examine import Examination, examine
-from mlx_dora.doctor.kernels import kernel_rows, timing_rows
+from mlx_dora.doctor.kernels import choice_rows, kernel_rows, timing_rows
 from mlx_dora.doctor.machine import (
     Memory,
     describe_machine,
@@ -22,12 +22,13 @@ from mlx_dora.doctor.machine import (
 from mlx_dora.doctor.surroundings import disk_rows, hub_row, optional_rows
 from mlx_dora.doctor.traps import find_traps
 from mlx_dora.kernels.dispatch import device_backend
+from mlx_dora.kernels.kept import Choices
 
 UNVERIFIED = (
     "The authors of mlx_dora have never run it on a Mac: they made all measurements on "
-    "Linux. Its kernels have run on no GPU, Apple's or NVIDIA's; they were tested in a "
-    "Linux model of the Metal language. If this machine has a GPU, this table is new "
-    "information; please paste it into an issue."
+    "Linux. Its kernels were tested in a Linux model of the Metal language, and an "
+    "earlier version of them once on an NVIDIA H200. If this machine has a GPU, this "
+    "table is new information; please paste it into an issue."
 )
 
 
@@ -40,12 +41,14 @@ class Diagnosis:
         traps: The warnings that apply.
         wrong: Layers and kernels whose results are wrong.
         is_slow: Whether the CPU computes without a fast BLAS.
+        choices: What was measured for each kind of call, on a GPU.
     """
 
     sections: dict[str, list[tuple[str, str]]]
     traps: list[str]
     wrong: tuple[str, ...]
     is_slow: bool
+    choices: Choices = dataclasses.field(default_factory=dict)
 
     @property
     def is_healthy(self) -> bool:
@@ -63,7 +66,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Examine this machine; takes seconds, or a minute if the BLAS is slow."""
+    """Examine this machine; takes seconds, or minutes where kernels are compiled."""
     blas = openblas.preload()
     machine, memory = describe_machine(), describe_memory()
     gflops, half = matmul_gflops(), matmul_gflops(mx.bfloat16)
@@ -101,6 +104,7 @@ def diagnose() -> Diagnosis:
         traps=find_traps(machine, memory, blas, gflops, layers, checks),
         wrong=tuple(wrong),
         is_slow=not machine.is_gpu and gflops < SLOW_GFLOPS,
+        choices=kernels.choices if kernels else {},
     )
 
 
@@ -112,6 +116,7 @@ def _kernel_sections(
     return {
         "Kernels": kernel_rows(kernels),
         f"Ops, {kernels.sizes}": timing_rows(kernels),
+        "Choice between kernels and plain MLX": choice_rows(kernels),
     }
 
 

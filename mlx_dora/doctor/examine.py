@@ -2,9 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -15,12 +15,11 @@ from mlx_dora.doctor.jobs import (
     fused_weight_job,
     normalize_rows_job,
 )
-from mlx_dora.kernels.dispatch import (
-    allowed_error,
-    chosen_backend,
-    device_backend,
-    relative_error,
-)
+from mlx_dora.kernels.choice import choices
+from mlx_dora.kernels.dispatch import allowed_error, chosen_backend, device_backend
+from mlx_dora.kernels.kept import Choices, kept_file
+from mlx_dora.kernels.measure import decide, job_of
+from mlx_dora.kernels.trial import Choice, check, judge
 
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 _BITS = (2, 3, 4, 5, 6, 8)
@@ -34,9 +33,10 @@ class KernelCheck:
     Attributes:
         name: Op and what of it.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
-        error: Relative RMS error; NaN if it did not run.
+        error: Relative RMS error; NaN if it did not run or is not right.
         bound: The error allowed.
-        problem: What MLX said if it did not run.
+        problem: What is wrong; None if the result is right.
+        seconds: Duration of the first call, most of it compilation.
     """
 
     name: str
@@ -44,6 +44,7 @@ class KernelCheck:
     error: float
     bound: float
     problem: str | None = None
+    seconds: float = 0.0
 
     @property
     def is_right(self) -> bool:
@@ -53,18 +54,24 @@ class KernelCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class OpTiming:
-    """Milliseconds of one op; `kernel_ms` is None where no kernel runs."""
+    """Times of one op, as measured now.
+
+    Attributes:
+        name: Op and what of it.
+        now: The measurement.
+        takes_kernel: Whether ``auto`` takes the kernel: the choice that is kept.
+        bytes_moved: Bytes that the kernel must move.
+    """
 
     name: str
-    kernel_ms: float | None
-    compiled_ms: float
-    plain_ms: float
+    now: Choice
+    takes_kernel: bool
     bytes_moved: int
 
     @property
     def gbps(self) -> float:
-        """Bytes that the kernel must move, over the kernel's time or the compiled's."""
-        return self.bytes_moved / (self.kernel_ms or self.compiled_ms) / 1e6
+        """Bytes that the kernel must move, over the kernel's time; 0 without one."""
+        return self.bytes_moved / self.now.kernel_us / 1e3 if self.now.kernel_us else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +80,13 @@ class Examination:
 
     Attributes:
         chosen: What ``MLX_DORA_KERNELS`` and the device lead to.
-        device: What the device could run: ``metal``, ``cuda`` or ``reference``.
-        checks: Empty where no kernel can run.
+        device: What the device could run: ``metal`` or ``cuda``.
+        checks: Every kernel in every dtype.
         sizes: What was timed, in words.
-        copy_gbps: Reading and writing an array of the timed weight's size.
+        copy_gbps: Reading and writing arrays that together exceed the caches.
         timings: One for each op.
+        choices: All choices kept for this device, by case.
+        kept_in: The file that holds them.
     """
 
     chosen: str
@@ -86,25 +95,41 @@ class Examination:
     sizes: str
     copy_gbps: float
     timings: list[OpTiming]
+    choices: Choices
+    kept_in: str
 
 
 def examine() -> Examination:
-    """Check every kernel in every dtype and time every op; takes seconds."""
-    device = device_backend()
-    has_kernels = device != "reference"
-    shape = (4096, 4096) if has_kernels else (1024, 2048)
-    dtype = mx.bfloat16 if has_kernels else mx.float32
+    """Check every kernel in every dtype and time every op on a GPU.
+
+    A choice made here is kept, unless an earlier one is.
+    """
+    shape, dtype = (4096, 4096), mx.bfloat16
     tokens = shape[0] // 2
+    checks = [_check(job) for job in _small_jobs()]
+    jobs = list(_jobs(shape, tokens, dtype))
+    decisions = decide(job.case for job in jobs)
+    otherwise = decisions.kernels == "forced"
     return Examination(
         chosen=chosen_backend(),
-        device=device,
-        checks=[_check(job, device) for job in _small_jobs()] if has_kernels else [],
+        device=device_backend(),
+        checks=checks,
         sizes=(
             f"weight {shape[0]} x {shape[1]}, {tokens} tokens, rank {_RANK}, "
-            f"{_name(dtype)}"
+            f"{jobs[0].case.dtype_name}"
         ),
-        copy_gbps=_copy_gbps(shape, dtype, has_kernels),
-        timings=[_time(job, has_kernels) for job in _jobs(shape, tokens, dtype)],
+        copy_gbps=_copy_gbps(),
+        timings=[
+            OpTiming(
+                name=job.name,
+                now=judge(job.case, job_of(job.case)),
+                takes_kernel=decisions.taken.get(job.case.text, otherwise),
+                bytes_moved=job.traffic.large,
+            )
+            for job in jobs
+        ],
+        choices=choices(),
+        kept_in=str(kept_file()).replace(str(Path.home()), "~"),
     )
 
 
@@ -128,68 +153,27 @@ def _small_jobs() -> Iterator[Job]:
         yield dora_scale_job((70, 133), _RANK, dtype, backward=True)
 
 
-def _check(job: Job, device: str) -> KernelCheck:
-    dtype = _name(job.dtype)
-    problem, error = None, float("nan")
-    try:
-        error = relative_error(
-            _flat(job.kernel(*job.arrays)), _flat(job.reference(*job.arrays))
-        )
-    except (RuntimeError, ValueError) as refused:
-        problem = str(refused).strip().splitlines()[0]
+def _check(job: Job) -> KernelCheck:
+    found = check(job.case, job_of(job.case))
     return KernelCheck(
         name=job.name,
-        dtype=dtype,
-        error=error,
-        bound=allowed_error(dtype, device),
-        problem=problem,
+        dtype=job.case.dtype_name,
+        error=float("nan") if found.error is None else found.error,
+        bound=allowed_error(job.case.dtype_name, device_backend()),
+        problem=found.problem,
+        seconds=found.first_seconds or 0.0,
     )
 
 
-def _flat(results: Any) -> list[mx.array]:
-    if isinstance(results, mx.array):
-        return [results]
-    return [array for result in results for array in _flat(result)]
-
-
-def _time(job: Job, has_kernels: bool) -> OpTiming:
-    def milliseconds(function: Callable[..., Any]) -> float:
-        return _seconds(lambda: function(*job.arrays), has_kernels) * 1e3
-
-    kernel_ms = None
-    if has_kernels:
-        try:
-            kernel_ms = milliseconds(job.kernel)
-        except (RuntimeError, ValueError):
-            kernel_ms = None  # told by the checks
-    return OpTiming(
-        name=job.name,
-        kernel_ms=kernel_ms,
-        compiled_ms=milliseconds(mx.compile(job.reference)),
-        plain_ms=milliseconds(job.reference),
-        bytes_moved=job.traffic.large,
-    )
-
-
-def _copy_gbps(shape: tuple[int, int], dtype: mx.Dtype, is_gpu: bool) -> float:
-    x = mx.ones(shape, dtype=dtype)
-    mx.eval(x)
-    return 2 * x.nbytes / _seconds(lambda: mx.negative(x), is_gpu) / 1e9
-
-
-def _seconds(run: Callable[[], Any], is_gpu: bool) -> float:
-    """Median over rounds of the time of a call; many calls a round on a GPU."""
-    calls, rounds = (8, 10) if is_gpu else (1, 5)
-    mx.eval(run())
+def _copy_gbps() -> float:
+    """Return the bandwidth of a copy whose arrays together exceed every cache."""
+    arrays = [mx.full((64 << 20,), n, dtype=mx.bfloat16) for n in range(4)]  # 512 MB
+    mx.eval(arrays)
     times = []
-    for _ in range(rounds):
+    for _ in range(10):
         mx.synchronize()
         start = time.perf_counter()
-        mx.eval([run() for _ in range(calls)])
+        mx.eval([mx.negative(array) for array in arrays])
         mx.synchronize()
-        times.append((time.perf_counter() - start) / calls)
-    return statistics.median(times)
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")
+        times.append((time.perf_counter() - start) / len(arrays))
+    return 2 * arrays[0].nbytes / statistics.median(times) / 1e9

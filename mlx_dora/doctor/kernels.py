@@ -19,14 +19,17 @@ def kernel_rows(examination: Examination) -> list[tuple[str, str]]:
 
 
 def _verdict(check: KernelCheck) -> str:
-    if check.problem is not None:
+    took = f"{check.seconds:.1f} s"
+    if check.is_right:
+        return f"{check.dtype} right, {check.error:.0e}, {took}"
+    if check.problem is not None and check.problem.startswith("does not run"):
         return f"{check.dtype} DOES NOT RUN"
-    return f"{check.dtype} {'right' if check.is_right else 'WRONG'}, {check.error:.0e}"
+    return f"{check.dtype} WRONG, {took}"
 
 
 def timing_rows(examination: Examination) -> list[tuple[str, str]]:
     """Return each op's times by kernel and by plain MLX, and a copy's bandwidth."""
-    rows = [("copy", f"{examination.copy_gbps:.0f} GB/s")]
+    rows = [("copy", f"{examination.copy_gbps:.0f} GB/s, 512 MB at a time")]
     rows += [
         (timing.name, _timing(timing, examination)) for timing in examination.timings
     ]
@@ -34,15 +37,25 @@ def timing_rows(examination: Examination) -> list[tuple[str, str]]:
 
 
 def _timing(timing: OpTiming, examination: Examination) -> str:
-    share = (
-        f"({timing.gbps:.0f} GB/s, {timing.gbps / examination.copy_gbps:.0%} of copy)"
-    )
-    compiled = f"compiled {timing.compiled_ms:.2f} ms"
-    plain = f"plain MLX {timing.plain_ms:.2f} ms"
-    if timing.kernel_ms is None:
-        return f"no kernel; {compiled} {share}; {plain}"
-    gain = timing.compiled_ms / timing.kernel_ms
+    kernel, plain = timing.now.kernel_us, timing.now.plain_us
+    if kernel is None or plain is None:
+        return "no kernel; plain MLX is used"
+    share = timing.gbps / examination.copy_gbps
+    used = "the kernel" if timing.takes_kernel else "plain MLX"
     return (
-        f"kernel {timing.kernel_ms:.2f} ms {share}, {gain:.2f} times as fast as "
-        f"compiled; {compiled}; {plain}"
+        f"kernel {kernel:.0f} us ({timing.gbps:.0f} GB/s, {share:.0%} of copy), plain "
+        f"MLX {plain:.0f} us; {used} is used; first call "
+        f"{timing.now.first_seconds or 0:.1f} s"
     )
+
+
+def choice_rows(examination: Examination) -> list[tuple[str, str]]:
+    """Return how many kinds of calls take the kernel, by op."""
+    rows = []
+    ops = sorted({text.partition(" ")[0] for text in examination.choices})
+    for op in ops:
+        kept = [c for t, c in examination.choices.items() if t.partition(" ")[0] == op]
+        taken = sum(choice.takes_kernel for choice in kept)
+        rows.append((op, f"the kernel for {taken} of {len(kept)} measured kinds"))
+    rows.append(("kept in", f"{examination.kept_in} (delete it to measure again)"))
+    return rows

@@ -25,7 +25,7 @@ def find_traps(
     ]
     traps += [
         f"The {check.name} kernel in {check.dtype} "
-        + (f"does not run here: {check.problem}" if check.problem else "is WRONG here")
+        + (f"{check.problem} here" if check.problem else "is WRONG here")
         + ". Plain MLX is used instead. Please report this table."
         for check in kernels
         if not check.is_right

@@ -3,14 +3,11 @@
 import mlx.core as mx
 
 from mlx_dora.kernels import plain
-from mlx_dora.kernels.dispatch import (
-    KERNELS,
-    relative_error,
-    run,
-    select,
-    takes_kernel,
-)
+from mlx_dora.kernels.case import Case
+from mlx_dora.kernels.choice import takes_on_gpu
+from mlx_dora.kernels.dispatch import KERNELS, run, select
 from mlx_dora.kernels.plans import plan_adapted_norm, plan_adapted_norm_packed
+from mlx_dora.kernels.trial import Job, normal
 from mlx_dora.matrix.low_rank import LowRank
 from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.matrix.weight import Weight, are_ordinary, row_squares
@@ -57,7 +54,8 @@ def adapted_norm(
     return row_norm(weight, lora_a, lora_b, scale, squared_base=squared_base)
 
 
-def _pays(
+def _takes(
+    is_forced: bool,
     weight: Weight,
     lora_a: mx.array,
     lora_b: mx.array,
@@ -65,33 +63,25 @@ def _pays(
     *,
     squared_base: mx.array | None = None,
 ) -> bool:
-    if len(weight.shape) > 2 or not _takes(weight, lora_a.shape[1]):
+    case = _case(weight, lora_a.shape[-1])
+    if case is None or not takes_on_gpu(is_forced, case, job):
         return False
     # The kernels do not scale values before squaring; given squares are trusted.
     return squared_base is not None or are_ordinary(row_squares(weight))
 
 
-def _takes(weight: Weight, rank: int) -> bool:
-    elements = weight.shape[0] * weight.shape[1]
+def _case(weight: Weight, rank: int) -> Case | None:
+    """Return the case of a call; None for a stack, and a packing without a kernel."""
+    if len(weight.shape) != 2:
+        return None
+    out, width = weight.shape[0], weight.shape[1]
     if not isinstance(weight, QuantizedWeight):
-        return takes_kernel(
-            "adapted_norm",
-            elements=elements,
-            rank=rank,
-            dtype=weight.dtype,
-            check=lambda: _check(_sample(weight.dtype)),
-        )
+        return Case("adapted_norm", weight.dtype, out, width, rank)
     if weight.mode != "affine":
-        return False
-    bits, group_size, dtype = weight.bits, weight.group_size, weight.scales.dtype
-    return takes_kernel(
-        "adapted_norm_packed",
-        elements=elements,
-        rank=rank,
-        dtype=dtype,
-        check=lambda: _check(_pack(_sample(dtype), bits, group_size)),
-        variant=f"{bits}-bit, groups of {group_size}",
-    )
+        return None
+    bits, group_size = weight.bits, weight.group_size
+    dtype = weight.scales.dtype
+    return Case("adapted_norm", dtype, out, width, rank, bits, group_size)
 
 
 def launched(
@@ -124,25 +114,39 @@ def launched(
     return mx.stop_gradient(norm)
 
 
-row_norm = select(plain.adapted_norm, launched, _pays)
+row_norm = select(plain.adapted_norm, launched, _takes)
 """Compute `adapted_norm` without checking shapes, for layers; also for stacks."""
 
 
-def _sample(dtype: mx.Dtype) -> mx.array:
-    return mx.random.normal((19, 384), key=mx.random.key(0)).astype(dtype)
+def job(case: Case) -> Job:
+    """Return both sides of a case; plain MLX is given ‖W‖², as in training."""
+    scale = 0.5
 
+    def whole(parts: tuple[mx.array, ...]) -> Weight:
+        if not case.bits:
+            return parts[0]
+        return QuantizedWeight(
+            weight=parts[0],
+            scales=parts[1],
+            biases=parts[2],
+            group_size=case.group_size,
+            bits=case.bits,
+        )
 
-def _pack(weight: mx.array, bits: int, group_size: int) -> QuantizedWeight:
-    values, scales, biases = mx.quantize(weight, group_size, bits)
-    return QuantizedWeight(
-        weight=values, scales=scales, biases=biases, group_size=group_size, bits=bits
-    )
+    def inputs(seed: int) -> tuple[mx.array, ...]:
+        parts = (normal(case.rows, case.columns, seed=seed, dtype=case.dtype),)
+        if case.bits:
+            parts = tuple(mx.quantize(parts[0], case.group_size, case.bits))
+        lora_a = normal(case.columns, case.rank, seed=seed + 1)
+        lora_b = normal(case.rank, case.rows, seed=seed + 2)
+        return (lora_a, lora_b, row_squares(whole(parts)), *parts)
 
+    def kernel(a: mx.array, b: mx.array, _: mx.array, *parts: mx.array) -> mx.array:
+        return launched(whole(parts), a, b, scale)
 
-def _check(weight: Weight) -> float:
-    out, width = weight.shape
-    a = mx.random.normal((width, 5), key=mx.random.key(1))
-    b = mx.random.normal((5, out), key=mx.random.key(2))
-    return relative_error(
-        launched(weight, a, b, 0.5), plain.adapted_norm(weight, a, b, 0.5)
-    )
+    def by_terms(
+        a: mx.array, b: mx.array, squared: mx.array, *parts: mx.array
+    ) -> mx.array:
+        return plain.adapted_norm(whole(parts), a, b, scale, squared_base=squared)
+
+    return Job(inputs=inputs, kernel=kernel, plain=by_terms)

@@ -1,18 +1,16 @@
-"""Selects and runs the kernels of `plans`, each built on first use.
+"""Finds the backend, and builds and runs the kernels of `plans` on it.
 
-``MLX_DORA_KERNELS`` selects: ``auto`` (the default) uses a kernel if the default device
-supports it and the sizes satisfy `CROSSOVERS`. ``metal`` and ``cuda`` use it for all
-sizes, and are an error on other devices. ``reference`` uses plain MLX.
-
-This code has never run on a GPU of either kind; see ``metal/README.md``.
+``MLX_DORA_KERNELS`` selects: ``auto`` (the default) uses a kernel where it was measured
+to be faster than plain MLX on this device, see `choice`. ``metal`` and ``cuda`` use it
+for all sizes, and are an error on other devices. ``reference`` uses plain MLX.
 """
 
-import logging
 import os
+import platform
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar, cast
+from typing import Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -23,45 +21,9 @@ from mlx_dora.kernels.plans import KERNELS, Kernel, Launch
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_LOG = logging.getLogger(__name__)
 SWITCH = "MLX_DORA_KERNELS"
+_AUTO = (None, "", "auto")
 _CHOICES = ("auto", "metal", "cuda", "reference")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Crossover:
-    """Limits within which ``auto`` uses the kernel of an op.
-
-    Attributes:
-        elements: Least size of the largest operand. Below it, a launch costs more than
-            the MLX ops it replaces: a hand-written kernel was reported at 0.73 times
-            the speed of MLX ops on 1 x 4096, and 1.2 to 1.75 times from 512 rows (M2
-            and M3). 2^18 lies between.
-        rank: Greatest rank. The kernel's matrix product runs in float32 on the ordinary
-            arithmetic units, with 2r operations per element. Chips do about 35 such
-            operations per byte read (M1 2.6 TFLOP/s at 68 GB/s, M4 Max 18 at 546), so
-            that the product takes less time than reading the weights up to r = 32 for
-            2-byte weights, and r = 16 for packed weights. Above that, MLX's matrix
-            product is faster.
-    """
-
-    elements: int
-    rank: int
-
-
-# Calculated from published figures, not measured: `mlx_dora.doctor` measures them.
-CROSSOVERS = {
-    "normalize_rows": Crossover(elements=1 << 18, rank=0),
-    "adapted_norm": Crossover(elements=1 << 18, rank=32),
-    "adapted_norm_packed": Crossover(elements=1 << 18, rank=16),
-    # The kernel reads and writes four bytes per element. The reference also writes the
-    # low-rank part in float32.
-    "dora_scale": Crossover(elements=1 << 18, rank=128),
-    # Runs once per model, and the reference makes float32 copies.
-    "fused_weight": Crossover(elements=1 << 18, rank=512),
-}
-_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-_MAX_RANK = 512  # B's rows in threadgroup memory
 
 
 def chosen_backend() -> str:
@@ -101,96 +63,67 @@ def device_backend() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def chosen_mode() -> Literal["reference", "auto", "forced"]:
+    """Return whether plain MLX, the faster side or always a kernel is to run."""
+    choice = os.environ.get(SWITCH)
+    if backend_of(choice, mx.default_device().type == mx.gpu) == "reference":
+        return "reference"
+    return "auto" if choice in _AUTO else "forced"
+
+
 def select(
-    plain: Callable[P, R], kernel: Callable[P, R], pays: Callable[P, bool]
+    plain: Callable[P, R],
+    kernel: Callable[P, R],
+    takes: Callable[Concatenate[bool, P], bool],
 ) -> Callable[P, R]:
-    """Return an op that runs `kernel` where it pays, and `plain` otherwise.
+    """Return an op that runs `kernel` where it is taken, and `plain` otherwise.
 
     Args:
         plain: The op in plain MLX.
         kernel: The op with the kernel, for arguments of any size.
-        pays: Whether to use the kernel for these arguments; see `takes_kernel`.
+        takes: Whether to use the kernel, from whether it is forced and the op's
+            arguments; see `choice.takes_kernel`.
     """
 
     @wraps(plain)
     def op(*args: P.args, **kwargs: P.kwargs) -> R:
-        # Both are cached look-ups, so that the choice is cheap on a CPU.
-        backend = backend_of(os.environ.get(SWITCH), mx.default_device().type == mx.gpu)
-        if backend == "reference" or not pays(*args, **kwargs):
+        # Cheap look-ups, made at every call; reading the environment costs most.
+        choice = os.environ.get(SWITCH)
+        backend = backend_of(choice, mx.default_device().type == mx.gpu)
+        if backend == "reference" or not takes(choice not in _AUTO, *args, **kwargs):
             return plain(*args, **kwargs)
         return kernel(*args, **kwargs)
 
     return op
 
 
-def takes_kernel(
-    op: str,
-    *,
-    elements: int,
-    rank: int,
-    dtype: mx.Dtype,
-    check: Callable[[], float],
-    variant: str = "",
-) -> bool:
-    """Return whether to use the kernel of `op` for a call.
+def multiplies_in_tf32(backend: str) -> bool:
+    """Return whether MLX rounds float32 factors to TF32, 10 bits of mantissa.
+
+    Read from MLX 0.32: cuBLAS and cuDNN do so, and on Metal the matrix units of chips
+    from generation 17 (18 on phones) under macOS 26.2 or later. ``MLX_ENABLE_TF32=0``
+    turns it off.
 
     Args:
-        op: A key of `CROSSOVERS`.
-        elements: Size of the largest operand.
-        rank: Rank of the update; 0 if the op has no update.
-        dtype: Dtype of the large operands.
-        check: Runs the kernel on a small input and returns its relative error against
-            the reference. Called once per process for each `op`, `dtype` and `variant`.
-        variant: Other property that needs separate compilation, such as packed bits.
+        backend: ``metal``, ``cuda`` or ``reference``.
     """
-    backend = chosen_backend()
-    if backend == "reference" or elements == 0 or rank > _MAX_RANK:
+    if os.environ.get("MLX_ENABLE_TF32", "1") == "0":
         return False
-    if dtype not in _DTYPES:
+    if backend != "metal":
+        return backend == "cuda"
+    release = tuple(map(int, re.findall(r"\d+", platform.mac_ver()[0])[:2]))
+    info = mx.device_info(mx.default_device())
+    chip = re.search(r"g(\d+)([a-z])$", str(info.get("architecture", "")))
+    if chip is None or release < (26, 2):
         return False
-    is_forced = os.environ.get(SWITCH) == backend
-    limit = CROSSOVERS[op]
-    if not is_forced and (elements < limit.elements or rank > limit.rank):
-        return False
-    key = (backend, op, str(dtype).removeprefix("mlx.core."), variant)
-    if key not in _VERDICTS:
-        _VERDICTS[key] = _passes(key, check)
-    return _VERDICTS[key]
-
-
-_VERDICTS: dict[tuple[str, str, str, str], bool] = {}
+    return int(chip[1]) >= (18 if chip[2] == "p" else 17)
 
 
 def allowed_error(dtype: str, backend: str) -> float:
     """Return the allowed relative RMS error, about that of the reference itself."""
-    if dtype == "float32" and backend == "cuda":
-        return 2e-3  # MLX's CUDA build multiplies in TF32
+    if dtype == "float32" and multiplies_in_tf32(backend):
+        return 2e-3
     return {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
-
-
-def _passes(key: tuple[str, str, str, str], check: Callable[[], float]) -> bool:
-    backend, op, dtype, variant = key
-    try:
-        error = check()
-    except (RuntimeError, ValueError) as problem:
-        if isinstance(problem, DoRAError):
-            raise
-        trouble = f"does not run ({str(problem).strip().splitlines()[0]})"
-    else:
-        bound = allowed_error(dtype, backend)
-        if error <= bound:  # false for NaN
-            return True
-        trouble = f"is wrong by {error:.1e} (allowed {bound:.0e})"
-    name = f"{op} {variant}".strip()
-    _LOG.error(
-        "the %s kernel of %s in %s %s on this machine; plain MLX is used instead. "
-        "Please report it with the output of mlx_dora.doctor.",
-        backend,
-        name,
-        dtype,
-        trouble,
-    )
-    return False
 
 
 @lru_cache

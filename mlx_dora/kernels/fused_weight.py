@@ -3,8 +3,11 @@
 import mlx.core as mx
 
 from mlx_dora.kernels import plain
-from mlx_dora.kernels.dispatch import KERNELS, relative_error, run, takes_kernel
+from mlx_dora.kernels.case import Case
+from mlx_dora.kernels.choice import takes_kernel
+from mlx_dora.kernels.dispatch import KERNELS, run
 from mlx_dora.kernels.plans import plan_fused_weight
+from mlx_dora.kernels.trial import Job, normal
 from mlx_dora.matrix.low_rank import LowRank
 from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.matrix.weight import Weight, row_blocks
@@ -37,15 +40,11 @@ def fused_weight(
         DoRAError: If the shapes do not fit together.
     """
     LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale).check_fits(weight.shape)
+    out, width = weight.shape
     is_packed = isinstance(weight, QuantizedWeight)
     dtype = weight.scales.dtype if is_packed else weight.dtype
-    if (is_packed and weight.mode != "affine") or not takes_kernel(
-        "fused_weight",
-        elements=weight.shape[0] * weight.shape[1],
-        rank=lora_a.shape[1],
-        dtype=dtype,
-        check=lambda: _check(dtype),
-    ):
+    case = Case("fused_weight", dtype, out, width, lora_a.shape[1])
+    if (is_packed and weight.mode != "affine") or not takes_kernel(case, job):
         return plain.fused_weight(weight, lora_a, lora_b, scale, m)
     if not is_packed:
         return launched(weight, lora_a, lora_b, scale, m)
@@ -74,11 +73,22 @@ def launched(
     return fused
 
 
-def _check(dtype: mx.Dtype) -> float:
-    weight = mx.random.normal((9, 301), key=mx.random.key(0)).astype(dtype)
-    a = mx.random.normal((301, 5), key=mx.random.key(1))
-    b = mx.random.normal((5, 9), key=mx.random.key(2))
-    m = mx.arange(9, dtype=mx.float32)
-    return relative_error(
-        launched(weight, a, b, 0.5, m), plain.fused_weight(weight, a, b, 0.5, m)
-    )
+def job(case: Case) -> Job:
+    """Return both sides of a case."""
+    out, width, r = case.rows, case.columns, case.rank
+
+    def inputs(seed: int) -> tuple[mx.array, ...]:
+        return (
+            normal(out, width, seed=seed, dtype=case.dtype),
+            normal(width, r, seed=seed + 1),
+            normal(r, out, seed=seed + 2),
+            normal(out, seed=seed + 3),
+        )
+
+    def kernel(w: mx.array, a: mx.array, b: mx.array, m: mx.array) -> mx.array:
+        return launched(w, a, b, 0.5, m)
+
+    def by_blocks(w: mx.array, a: mx.array, b: mx.array, m: mx.array) -> mx.array:
+        return plain.fused_weight(w, a, b, 0.5, m)
+
+    return Job(inputs=inputs, kernel=kernel, plain=by_blocks)

@@ -6,8 +6,11 @@ import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import plain
-from mlx_dora.kernels.dispatch import KERNELS, relative_error, run, takes_kernel
+from mlx_dora.kernels.case import Case
+from mlx_dora.kernels.choice import takes_kernel
+from mlx_dora.kernels.dispatch import KERNELS, run
 from mlx_dora.kernels.plans import plan_normalize_rows
+from mlx_dora.kernels.trial import Job, normal
 from mlx_dora.matrix.weight import are_ordinary
 
 _KERNEL = KERNELS["normalize_rows"]
@@ -40,13 +43,7 @@ def normalize_rows(
             f"magnitude has shape {magnitude.shape}; a weight of shape "
             f"{weight.shape} needs {weight.shape[:1]}."
         )
-    if weight.ndim != 2 or not takes_kernel(
-        "normalize_rows",
-        elements=weight.size,
-        rank=0,
-        dtype=weight.dtype,
-        check=lambda: _check(weight.dtype),
-    ):
+    if weight.ndim != 2 or not takes_kernel(_case(weight), job):
         return plain.normalize_rows(weight, magnitude)
     if magnitude is None:
         magnitude = mx.ones(weight.shape[:1])
@@ -76,9 +73,16 @@ def _vjp(primals, cotangents, _outputs):
     return tuple(gradients)
 
 
-def _check(dtype: mx.Dtype) -> float:
-    weight = mx.random.normal((9, 301), key=mx.random.key(0)).astype(dtype)
-    magnitude = mx.arange(9, dtype=mx.float32)
-    return relative_error(
-        launched(weight, magnitude), plain.normalize_rows(weight, magnitude)
-    )
+def _case(weight: mx.array) -> Case:
+    out, width = weight.shape
+    return Case("normalize_rows", weight.dtype, out, width)
+
+
+def job(case: Case) -> Job:
+    """Return both sides of a case."""
+
+    def inputs(seed: int) -> tuple[mx.array, ...]:
+        weight = normal(case.rows, case.columns, seed=seed, dtype=case.dtype)
+        return weight, normal(case.rows, seed=seed + 1)
+
+    return Job(inputs=inputs, kernel=launched, plain=plain.normalize_rows)

@@ -7,18 +7,15 @@ import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import plain
-from mlx_dora.kernels.dispatch import (
-    KERNELS,
-    relative_error,
-    run,
-    select,
-    takes_kernel,
-)
+from mlx_dora.kernels.case import DORA_SCALE, Case
+from mlx_dora.kernels.choice import takes_on_gpu
+from mlx_dora.kernels.dispatch import KERNELS, run, select
 from mlx_dora.kernels.plans import (
     plan_dora_scale,
     plan_dora_scale_backward,
     plan_dora_scale_columns,
 )
+from mlx_dora.kernels.trial import Job, normal
 from mlx_dora.matrix.terms import row_gain
 
 _FORWARD = KERNELS["dora_scale"]
@@ -75,47 +72,88 @@ def _vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
     )
 
 
+@_differentiable.vmap
+def _vmap(inputs: Any, axes: Any) -> tuple[mx.array, int]:
+    # MLX has no rule for custom kernels. Plain MLX serves, gradients included.
+    if inputs[-1] is not None:
+        return mx.vmap(plain.compose, in_axes=axes)(*inputs), 0
+
+    def without_offset(
+        y: mx.array, h: mx.array, up: mx.array, gain: mx.array
+    ) -> mx.array:
+        return plain.compose(y, h, up, gain, None)
+
+    return mx.vmap(without_offset, in_axes=axes[:-1])(*inputs[:-1]), 0
+
+
 def _matrix(y: mx.array) -> tuple[int, int]:
     tokens, out = y.shape
     return tokens, out
 
 
-def _check(dtype: mx.Dtype) -> float:
-    """Return the worst error of outputs and gradients, with and without an offset."""
-    keys = mx.random.split(mx.random.key(0), 5)
-    y = mx.random.normal((70, 133), key=keys[0]).astype(dtype)
-    h = mx.random.normal((70, 5), key=keys[1]).astype(dtype)
-    up, pull = (mx.random.normal((n, 133), key=keys[n % 3 + 2]) for n in (5, 70))
-    gain = (mx.arange(133) - 3) / (1 + mx.random.uniform(shape=(133,), key=keys[4]))
-    worst = 0.0
-    for offset in (None, gain / 100):
+def job(case: Case) -> Job:
+    """Return both sides of a case; a training step is compiled, decoding is not."""
+    tokens, out, r, dtype = case.rows, case.columns, case.rank, case.dtype
 
-        def all_of(op: Callable[..., mx.array], offset=offset) -> list[mx.array]:
-            def loss(
-                y: mx.array, h: mx.array, up: mx.array, gain: mx.array
-            ) -> mx.array:
-                return (op(y, h, up, gain, offset).astype(mx.float32) * pull).sum()
+    def inputs(seed: int) -> tuple[mx.array, ...]:
+        arrays = [
+            normal(tokens, out, seed=seed, dtype=dtype),
+            normal(tokens, r, seed=seed + 1, dtype=dtype),
+            normal(r, out, seed=seed + 2),
+            1 + 0.1 * normal(out, seed=seed + 3),
+        ]
+        if case.has_offset:
+            arrays.insert(3, 0.1 * normal(out, seed=seed + 4))
+        if case.has_gradients:
+            arrays.append(normal(tokens, out, seed=seed + 5, dtype=dtype))
+        return tuple(arrays)
 
-            gradients = mx.grad(loss, argnums=(0, 1, 2, 3))(y, h, up, gain)
-            return [op(y, h, up, gain, offset), *gradients]
+    def side(op: Callable[..., mx.array]) -> Callable[..., Any]:
+        def forward(
+            y: mx.array, h: mx.array, up: mx.array, *rest: mx.array
+        ) -> mx.array:
+            *offset, gain = rest
+            return op(y, h, up, gain, offset[0] if offset else None)
 
-        worst = max(worst, relative_error(all_of(launched), all_of(plain.rescale)))
-    return worst
+        def with_gradients(*arrays: mx.array) -> tuple[list[mx.array], list[mx.array]]:
+            *primals, pull = arrays
+            return mx.vjp(forward, primals, [pull])
 
+        return with_gradients if case.has_gradients else forward
 
-def _pays(
-    y: mx.array, h: mx.array, up: mx.array, gain: mx.array, offset: mx.array | None
-) -> bool:
-    return takes_kernel(
-        "dora_scale",
-        elements=y.size,
-        rank=up.shape[0],
-        dtype=y.dtype,
-        check=lambda: _check(y.dtype),
+    op = plain.rescale if case.has_gradients else plain.compose
+    return Job(
+        inputs=inputs,
+        kernel=side(launched),
+        plain=side(op),
+        linked=3 + case.has_offset,  # the gain
+        is_compiled=case.has_gradients,
     )
 
 
-rescale = select(plain.rescale, launched, _pays)
+def _takes(has_gradients: bool) -> Callable[..., bool]:
+    def takes(
+        is_forced: bool,
+        y: mx.array,
+        h: mx.array,
+        up: mx.array,
+        gain: mx.array,
+        offset: mx.array | None,
+    ) -> bool:
+        if gain.ndim != 1:  # a variant with one gain for all rows
+            return False
+        (r, out), has_offset = up.shape, offset is not None
+        # By position, which takes half the time.
+        tokens = y.size // out
+        case = Case(
+            DORA_SCALE, y.dtype, tokens, out, r, 0, 0, has_offset, has_gradients
+        )
+        return takes_on_gpu(is_forced, case, job)
+
+    return takes
+
+
+rescale = select(plain.rescale, launched, _takes(True))
 r"""Add the low-rank part, rescale every output, and add an offset.
 
 .. math:: o = g \circ (y + h\,U) + \mathrm{offset}
@@ -136,7 +174,7 @@ Returns:
     once.
 """
 
-compose = select(plain.compose, launched, _pays)
+compose = select(plain.compose, launched, _takes(False))
 """Compute `rescale` for inference; gradients work, but take more memory."""
 
 

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dora import openblas
+from mlx_dora.cli._environment import multiply_exactly
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._group import VERBS, group
 from mlx_dora.errors import DoRAError
@@ -144,3 +145,39 @@ def test_python_m_runs_the_group_and_a_verb() -> None:
             [sys.executable, "-m", *args], capture_output=True, text=True, check=True
         )
         assert done.stdout.startswith("Usage: mlx_dora")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("mlx_dora.merge adapters", "0"),
+        ("mlx_dora fuse", "0"),
+        ("mlx_dora.analyze adapter", "0"),
+        ("mlx_dora.train", None),
+        ("mlx_dora.generate", None),
+    ],
+)
+def test_commands_that_write_weights_multiply_in_full_float32(
+    path: str, value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_ENABLE_TF32", "1")  # restored at the end
+    monkeypatch.delenv("MLX_ENABLE_TF32")
+    multiply_exactly(path)
+    assert os.environ.get("MLX_ENABLE_TF32") == value
+    monkeypatch.setenv("MLX_ENABLE_TF32", "1")
+    multiply_exactly(path)
+    assert os.environ["MLX_ENABLE_TF32"] == "1"  # the user's own setting stays
+
+
+def test_a_verb_sets_it_before_its_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_ENABLE_TF32", "1")  # restored at the end
+    monkeypatch.delenv("MLX_ENABLE_TF32")
+    seen = []
+
+    @verb("fuse")
+    def command() -> None:
+        """Look."""
+        seen.append(os.environ.get("MLX_ENABLE_TF32"))
+
+    CliRunner().invoke(command, [], prog_name="mlx_dora.fuse")
+    assert seen == ["0"]

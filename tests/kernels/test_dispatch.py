@@ -1,5 +1,3 @@
-import logging
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -9,46 +7,28 @@ import pytest
 
 from mlx_dora import kernels
 from mlx_dora.errors import DoRAError
-from mlx_dora.kernels import QuantizedWeight, _source, dispatch, plain, plans
+from mlx_dora.kernels import QuantizedWeight, _source, choice, dispatch, plans
+from mlx_dora.kernels.case import Case
+from mlx_dora.kernels.measure import job_of
 from tests.checks import to_numpy
+from tests.kernels.device import Device
 
 ROOT = Path(__file__).parents[2]
-normalize_rows_module = import_module("mlx_dora.kernels.normalize_rows")
-adapted_norm_module = import_module("mlx_dora.kernels.adapted_norm")
+rescale_module = import_module("mlx_dora.kernels.rescale")
+METAL_KERNEL = mx.fast.metal_kernel
 BIG = mx.zeros((512, 512))
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Pretend that MLX's default device is an Apple GPU with no kernel checked yet."""
-    monkeypatch.setattr(dispatch, "device_backend", lambda: "metal")
-    monkeypatch.setattr(dispatch, "_VERDICTS", {})
-    monkeypatch.delenv("MLX_DORA_KERNELS", raising=False)
-    forget()
-    yield monkeypatch
-    forget()
-
-
-def forget() -> None:
-    """What the library remembers of the device and of what was built for it."""
-    dispatch.backend_of.cache_clear()
-    dispatch.build.cache_clear()
-
-
-def takes(op: str = "adapted_norm", **changes: object) -> bool:
-    facts = {"elements": 1 << 20, "rank": 8, "dtype": mx.float32, "check": lambda: 0.0}
-    return dispatch.takes_kernel(op, **(facts | changes))  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize("choice", ["metal", "cuda"])
+@pytest.mark.parametrize("name", ["metal", "cuda"])
 def test_a_backend_that_is_not_here_is_an_error(
-    choice: str, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "device_backend", lambda: "reference")
-    monkeypatch.setenv("MLX_DORA_KERNELS", choice)
-    forget()
-    with pytest.raises(DoRAError, match=f"{choice}, but MLX's default device here is "):
+    monkeypatch.setenv("MLX_DORA_KERNELS", name)
+    dispatch.backend_of.cache_clear()
+    with pytest.raises(DoRAError, match=f"{name}, but MLX's default device here is "):
         kernels.normalize_rows(BIG)
+    dispatch.backend_of.cache_clear()
 
 
 def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,92 +37,100 @@ def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.normalize_rows(BIG)
 
 
-@pytest.mark.parametrize("choice", ["", "auto", "reference"])
-def test_a_cpu_runs_the_reference(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLX_DORA_KERNELS", choice)
+@pytest.mark.parametrize("value", ["", "auto", "reference"])
+def test_a_cpu_runs_plain_mlx(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_DORA_KERNELS", value)
     with mx.stream(mx.cpu):
         assert dispatch.chosen_backend() == "reference"
-        assert not takes()
-
-
-def test_auto_takes_what_pays_and_force_takes_all(gpu: pytest.MonkeyPatch) -> None:
-    assert takes()
-    assert not takes(elements=4096)
-    assert not takes(rank=64)
-    assert not takes("adapted_norm_packed", rank=32, variant="4-bit")
-    gpu.setenv("MLX_DORA_KERNELS", "metal")
-    assert takes(elements=4096)
-    assert takes(rank=64)
-    assert not takes(rank=513)
-    assert not takes(elements=0)
-    assert not takes(dtype=mx.int32)
-    gpu.setenv("MLX_DORA_KERNELS", "reference")
-    assert not takes()
+        assert dispatch.chosen_mode() == "reference"
 
 
 @pytest.mark.parametrize(
-    ("trouble", "message"),
-    [
-        (0.5, "is wrong by 5.0e-01"),
-        (float("nan"), "is wrong by nan"),
-        (RuntimeError("no such function\nsecond line"), "(no such function)"),
-        (ValueError("Thread group size (256)"), "(Thread group size (256))"),
-    ],
+    ("value", "mode"),
+    [(None, "auto"), ("", "auto"), ("auto", "auto"), ("metal", "forced")],
 )
-def test_a_bad_kernel_is_reported_once_and_not_used(
-    trouble: float | Exception,
-    message: str,
-    gpu: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_a_gpu_measures_unless_its_kernels_are_named(
+    value: str | None, mode: str, gpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    if value is not None:
+        monkeypatch.setenv("MLX_DORA_KERNELS", value)
+    assert dispatch.chosen_backend() == "metal"
+    assert dispatch.chosen_mode() == mode
 
-    def check() -> float:
-        calls.append(1)
-        if isinstance(trouble, Exception):
-            raise trouble
-        return trouble
 
-    with caplog.at_level(logging.ERROR, "mlx_dora"):
-        assert not takes(check=check)
-        assert not takes(check=check)
-    assert len(calls) == 1
-    assert len(caplog.records) == 1
-    assert message in caplog.text
-    assert "adapted_norm in float32" in caplog.text
-    assert takes(dtype=mx.float16)  # compiled and checked separately
+def test_a_forced_kernel_takes_every_size_it_can(
+    gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
+    small = Case("adapted_norm", mx.float32, 3, 5, 2)
+    assert choice.takes_kernel(small, job_of)
+    for unfit in (
+        small._replace(rank=513),
+        small._replace(rows=0),
+        small._replace(dtype=mx.int32),
+    ):
+        assert not choice.takes_kernel(unfit, job_of)
+    monkeypatch.setenv("MLX_DORA_KERNELS", "reference")
+    assert not choice.takes_kernel(small, job_of)
 
 
 def test_a_wrong_result_of_the_real_op_is_caught(
-    gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    gpu: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def doubled(weight: mx.array, magnitude: mx.array) -> tuple[mx.array, mx.array]:
-        rescaled, norm = plain.normalize_rows(weight, magnitude)
-        return rescaled, 2 * norm
-
-    gpu.setattr(normalize_rows_module, "launched", doubled)
-    weight = mx.random.normal((600, 600), key=mx.random.key(3))
+    monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
+    gpu.broken = {"normalize_rows"}
+    weight = mx.random.normal((60, 60), key=mx.random.key(3))
     _, norm = kernels.normalize_rows(weight)
     assert mx.allclose(norm, mx.linalg.norm(weight, axis=1))
     assert "normalize_rows in float32 is wrong by 1.0e+00" in caplog.text
-    right = plain.normalize_rows
-    gpu.setattr(
-        normalize_rows_module,
-        "launched",
-        lambda w, m: (
-            tuple(map(mx.negative, right(w, m))) if w.size > 10_000 else right(w, m)
-        ),
-    )
-    gpu.setattr(dispatch, "_VERDICTS", {})
-    _, norm = kernels.normalize_rows(weight)
-    assert (norm < 0).all()  # so the kernel was used
+    gpu.broken = set()
+    choice.forget()
+    gpu.launches.clear()
+    kernels.normalize_rows(weight)
+    assert gpu.launches == {"normalize_rows": 2}  # a check, and the call
 
 
-def test_without_metal_mlx_refuses_and_the_reference_serves(
-    gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_gain_for_all_rows_stays_with_plain_mlx(
+    gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MAP has one gain per matrix, which the kernel would read as one per row."""
+    monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
+    y, h, up = mx.ones((3, 4)), mx.ones((3, 2)), mx.ones((2, 4))
+    out = rescale_module.rescale(y, h, up, mx.array(2.0), None)
+    assert (out == 6).all()
+    assert gpu.launches == {}
+
+
+@pytest.mark.parametrize("has_offset", [False, True])
+def test_vmap_over_a_kernel_runs_plain_mlx(
+    has_offset: bool, gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
+    y, h = mx.random.normal((5, 3, 4)), mx.random.normal((5, 3, 2))
+    up, gain = mx.random.normal((2, 4)), mx.random.normal((4,))
+    offset = gain if has_offset else None
+
+    def op(y: mx.array, h: mx.array) -> mx.array:
+        return rescale_module.rescale(y, h, up, gain, offset)
+
+    expected = to_numpy(op(y, h))
+    launches = dict(gpu.launches)
+    assert np.allclose(to_numpy(mx.vmap(op)(y, h)), expected, atol=1e-6)
+    swapped = mx.vmap(op, in_axes=(1, 1))(y.swapaxes(0, 1), h.swapaxes(0, 1))
+    assert np.allclose(to_numpy(swapped), expected, atol=1e-6)
+    gradient = mx.grad(lambda y: mx.vmap(op)(y, h).sum())(y)
+    assert np.allclose(to_numpy(gradient), to_numpy(gain), atol=1e-6)
+    checked = {k: n for k, n in gpu.launches.items() if n != launches.get(k)}
+    assert len(checked) <= 3  # the check of the smaller case, and no call
+
+
+def test_without_metal_mlx_refuses_and_plain_mlx_serves(
+    gpu: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if mx.metal.is_available():
         pytest.skip("it runs here")
+    monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
+    monkeypatch.setattr(mx.fast, "metal_kernel", METAL_KERNEL)
     weight = mx.random.normal((600, 600), key=mx.random.key(3))
     a, b = mx.ones((600, 2)), mx.ones((2, 600))
     norm = kernels.adapted_norm(weight, a, b, 0.5)
@@ -151,8 +139,10 @@ def test_without_metal_mlx_refuses_and_the_reference_serves(
     assert caplog.text.count("does not run") == 1
 
 
-def test_a_shape_error_is_the_same_with_a_kernel(gpu: pytest.MonkeyPatch) -> None:
-    gpu.setattr(dispatch, "_passes", lambda *_: True)
+def test_a_shape_error_is_the_same_with_a_kernel(
+    gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
     with pytest.raises(DoRAError, match="magnitude has shape"):
         kernels.normalize_rows(BIG, mx.ones(3))
     with pytest.raises(DoRAError, match="do not fit a weight of shape"):
@@ -164,9 +154,9 @@ def test_a_shape_error_is_the_same_with_a_kernel(gpu: pytest.MonkeyPatch) -> Non
 
 
 def test_formats_without_scale_and_bias_stay_with_the_reference(
-    gpu: pytest.MonkeyPatch,
+    gpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu.setattr(dispatch, "_passes", lambda *_: pytest.fail("took a kernel"))
+    monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
     packed, scales, *_ = mx.quantize(mx.ones((600, 512)), 32, 4, mode="mxfp4")
     weight = QuantizedWeight(
         weight=packed, scales=scales, biases=None, group_size=32, bits=4, mode="mxfp4"
@@ -174,6 +164,7 @@ def test_formats_without_scale_and_bias_stay_with_the_reference(
     a, b = mx.zeros((512, 2)), mx.zeros((2, 600))
     assert kernels.adapted_norm(weight, a, b, 1.0).shape == (600,)
     assert kernels.fused_weight(weight, a, b, 1.0, mx.ones(600)).shape == (600, 512)
+    assert gpu.launches == {}
 
 
 def test_sources_may_lie_in_the_package_or_in_a_checkout(
@@ -275,14 +266,9 @@ def test_relative_error_keeps_a_nan() -> None:
 
 @pytest.mark.compiled
 def test_the_first_use_may_fall_into_a_compiled_gradient(
-    gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    gpu: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for op, name in (("rescale", "rescale"), ("adapted_norm", "row_norm")):
-        module = import_module(f"mlx_dora.kernels.{op}")
-        kernel = getattr(plain, op)
-        gpu.setattr(module, "launched", kernel)
-        gpu.setattr(module, name, dispatch.select(kernel, kernel, module._pays))
-    gpu.setenv("MLX_DORA_KERNELS", "metal")
+    monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
     weight, y = mx.ones((4, 6)), mx.ones((3, 4))
     a, b, m = mx.ones((6, 2)), mx.ones((2, 4)), mx.arange(4.0)
 
@@ -292,9 +278,6 @@ def test_the_first_use_may_fall_into_a_compiled_gradient(
 
     step = mx.compile(mx.grad(mx.checkpoint(loss), argnums=(0, 1, 2, 3)))
     mx.eval(step(y, a, b, m))
-    assert sorted(key[1] for key in dispatch._VERDICTS) == [
-        "adapted_norm",
-        "dora_scale",
-    ]
-    assert all(dispatch._VERDICTS.values())
+    scale = {"dora_scale", "dora_scale_backward", "dora_scale_columns"}
+    assert {*gpu.launches} == {"adapted_norm", *scale}
     assert caplog.text == ""

@@ -13,7 +13,10 @@ from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_dora import DoRAConfig, DoRALinear, apply_dora, fuse_dora, kernels
-from mlx_dora.kernels import dispatch, plain
+from mlx_dora.kernels import choice, dispatch, plain
+from mlx_dora.kernels.case import Case
+from mlx_dora.kernels.measure import job_of
+from mlx_dora.kernels.trial import check
 from mlx_dora.matrix.weight import row_blocks
 from mlx_dora.train.run.start import trainable_tensors
 from tests.checks import assert_close, to_numpy
@@ -34,12 +37,14 @@ def device(
     cache = pytestconfig.cache
     assert cache is not None
     monkeypatch.setattr(dispatch, "device_backend", lambda: "metal")
-    monkeypatch.setattr(dispatch, "_VERDICTS", {})
-    monkeypatch.setattr(dispatch, "_passes", lambda *_: True)  # the test is the check
+    # The test is the check.
+    monkeypatch.setattr(choice, "_is_right", lambda *_: True)
     monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
+    choice.forget()
     dispatch.backend_of.cache_clear()
     with Host(Builder(cache.mkdir("metal_host"))).running() as host:
         yield host
+    choice.forget()
     dispatch.backend_of.cache_clear()
     assert host.findings == {}
     assert host.outcomes, "no kernel ran"
@@ -169,6 +174,27 @@ def test_a_packed_weight_is_fused_block_by_block(
     assert_close(fused, to_numpy(m)[:, None] * full / norm)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("normalize_rows", mx.float32, 5, 70),
+        Case("adapted_norm", mx.bfloat16, 9, 50, 3),
+        Case("adapted_norm", mx.float16, 6, 128, 3, 4, 64),
+        Case("fused_weight", mx.float32, 7, 50, 3),
+        Case("dora_scale", mx.bfloat16, 20, 133, 5, has_offset=True),
+        Case("dora_scale", mx.float16, 20, 133, 5, has_gradients=True),
+    ],
+    ids=lambda case: case.text,
+)
+def test_a_case_to_be_measured_is_found_right(device: Host, case: Case) -> None:
+    """The inputs, the launch and the comparison of a measurement, on real kernels."""
+    found = check(case, job_of(case))
+    assert found.problem is None
+    assert found.takes_kernel
+    assert found.error is not None
+    assert found.error <= {2: 5e-3, 4: 1e-6}[case.dtype.size]
+
+
 def losses(
     make_model: Callable[..., nn.Module], bits: int | None, with_checkpoint: bool
 ) -> tuple[list[float], nn.Module]:
@@ -227,9 +253,9 @@ def test_kernels_are_launched_while_mlx_compiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch, "device_backend", lambda: "metal")
-    monkeypatch.setattr(dispatch, "_VERDICTS", {})
-    monkeypatch.setattr(dispatch, "_passes", lambda *_: True)
+    monkeypatch.setattr(choice, "_is_right", lambda *_: True)
     monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
+    choice.forget()
     dispatch.backend_of.cache_clear()
     weight, a, b = normal(40, 50), normal(50, 2, seed=1), normal(2, 40, seed=2)
     m, x = normal(40, seed=3), normal(7, 50, seed=4)
@@ -240,6 +266,7 @@ def test_kernels_are_launched_while_mlx_compiles(
 
     step = mx.compile(mx.grad(mx.checkpoint(loss), argnums=(0, 1, 2)))
     records = launched([lambda: mx.eval(step(a, b, m, x))])
+    choice.forget()
     dispatch.backend_of.cache_clear()
     scale = {"dora_scale", "dora_scale_backward", "dora_scale_columns"}
     assert {kernel_of(record.name) for record in records} == {"adapted_norm", *scale}

@@ -60,6 +60,15 @@ class Feed:
         """The steps up to `iters` at which another `every` passes are complete."""
         return self._schedules[0].ends(every, iters)
 
+    def preview(self) -> Iterator[Batch]:
+        """The batches of the first level from step 0 on, without counting rows."""
+        if self._make is None:
+            return self._schedules[0].batches()
+        counts = RowCounts()
+        return self._make(
+            self._levels[0], *self._limits, seed=self._seed, counts=counts
+        )
+
     def streams(
         self, step: int, group: mx.distributed.Group
     ) -> tuple[Iterator[Batch], ...]:

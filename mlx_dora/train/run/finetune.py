@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mlx_dora.train.ranks import AdaptiveStepper
 from mlx_dora.train.run.feed import Feed, MakeBatches
 from mlx_dora.train.run.interrupt import interruption
 from mlx_dora.train.run.journal import Journal, StepReport, TrainReport
+from mlx_dora.train.run.kernels import decide_kernels
 from mlx_dora.train.run.lock import training_lock
 from mlx_dora.train.run.loop import loop
 from mlx_dora.train.run.resume import resume
@@ -140,7 +141,12 @@ def finetune(
         resume(run)
         first_step = run.step
         _describe_start(run)
-        interrupted = loop(run)
+        decisions = decide_kernels(run)
+        if asdict(decisions) != run.kernels and decisions.kernels != "reference":
+            run.journal.note(asdict(decisions))
+        run.kernels = asdict(decisions)
+        with decisions.holding():
+            interrupted = loop(run)
     if interrupted:
         logger.warning(
             "stopped after step %d; %s",

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class StepReport:
         gain_min: Minimum over all rows of g = m/‖W0 + sBA‖.
         gain_max: Maximum over all rows of g.
         layers: The same figures for each layer; None except at checkpoints.
+        kernels: On a GPU, in the first report of a run: which calls run kernels
+            (``taken``) on which ``device``.
     """
 
     step: int
@@ -60,6 +62,7 @@ class StepReport:
     gain_min: float | None = None
     gain_max: float | None = None
     layers: dict[str, dict[str, float]] | None = None
+    kernels: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         """The step and its losses; ``callback=print`` shows a training with it."""
@@ -68,8 +71,9 @@ class StepReport:
         return f"step {self.step}  {'  '.join(shown)}"
 
     def __repr__(self) -> str:
-        """The fields that are not None, without the layers."""
-        shown = {k: v for k, v in self.to_dict().items() if k != "layers"}
+        """The fields that are not None, without the layers and kernels."""
+        hidden = ("layers", "kernels")
+        shown = {k: v for k, v in self.to_dict().items() if k not in hidden}
         inside = ", ".join(
             f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
             for k, v in shown.items()
@@ -173,9 +177,9 @@ def _report(row: Any, where: str) -> StepReport:
         if value is None:
             if kind.default is MISSING:
                 problems.append(f"{name} is missing")
-        elif name == "layers":
+        elif name in ("layers", "kernels"):
             if not isinstance(value, dict):
-                problems.append(f"layers must be an object, got {value!r:.40}")
+                problems.append(f"{name} must be an object, got {value!r:.40}")
         elif name in _WHOLE and (type(value) is not int or value < 0):
             problems.append(f"{name} must be a whole number, got {value!r:.40}")
         elif type(value) not in (int, float):
@@ -198,11 +202,18 @@ class Journal:
         self, folder: Path | None, listeners: Sequence[Callable[[StepReport], None]]
     ) -> None:
         self.history: list[StepReport] = []
+        self._kernels: dict[str, Any] | None = None
         self._path = None if folder is None else folder / LOG_NAME
         self._listeners = listeners
 
+    def note(self, kernels: dict[str, Any]) -> None:
+        """Add to the next report what the ops of the run use."""
+        self._kernels = kernels
+
     def add(self, report: StepReport) -> None:
         """Record a report."""
+        if self._kernels is not None:
+            report, self._kernels = replace(report, kernels=self._kernels), None
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             mode = "a" if self.history else "w"

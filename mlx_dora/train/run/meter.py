@@ -82,6 +82,7 @@ class Meter(Saved):
             seconds=self.seconds,
             peak_memory_bytes=mx.get_peak_memory(),
             layers=layers if geometry and with_layers else None,
+            kernels=None,  # added by the journal
             **summarise(geometry),
         )
         self._clear()

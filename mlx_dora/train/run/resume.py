@@ -48,6 +48,7 @@ def resume(run: Run) -> None:
         run.meter.restore(state["meter"])
         run.guard.restore(state["guard"])
         run.best.restore(state["best"])
+        run.kernels = state["kernels"]
     if checkpoint is not None:
         _describe(run)
     with run.together():

@@ -81,6 +81,8 @@ class Run:
         make_stepper: Makes the stepper from the batches of the levels after the first.
         progress: Called after every step and during validations; may be None.
         step: Number of batches done.
+        kernels: What the ops use, `Decisions` as a dict: as the checkpoint recorded it
+            until `finetune` decides.
         meter: Sums since the last report.
         guard: Skips steps that are not finite.
         best: The best validation so far.
@@ -105,6 +107,7 @@ class Run:
     make_stepper: Callable[[Sequence[Iterator[Batch]]], Stepper]
     progress: Progress | None = None
     step: int = 0
+    kernels: dict[str, Any] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)
     guard: Guard = field(init=False)
     best: Best = field(init=False)
@@ -200,6 +203,7 @@ class Run:
             guard=self.guard.state(),
             best=self.best.state(),
             settings=self.settings,
+            kernels=self.kernels,
         )
         weights, moments = kept_tensors(self.model), optimizer_tensors(self.optimizer)
         with self.together():

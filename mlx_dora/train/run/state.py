@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mlx_dora.errors import DoRAError
@@ -20,6 +20,8 @@ class TrainState:
         guard: Skipped steps, from `Guard`.
         best: The best validation so far, from `Best`.
         settings: Settings that must be unchanged when the run is resumed.
+        kernels: What the ops used (`Decisions` as a dict); empty in checkpoints of
+            version 0.1, which did not record it.
     """
 
     step: int
@@ -28,6 +30,7 @@ class TrainState:
     guard: dict[str, Any]
     best: dict[str, Any]
     settings: dict[str, Any]
+    kernels: dict[str, Any] = field(default_factory=dict)
 
 
 class Saved:
@@ -107,9 +110,28 @@ def parse_state(content: Mapping[str, Any], step: int) -> TrainState:
             problems.append(f"{name} is missing")
         elif not is_good(inside[key]):
             problems.append(f"{name} must be {must_be}, got {inside[key]!r:.40}")
+    kernels = content.get("kernels", {})
+    if not _are_decisions(kernels):
+        problems.append(f"kernels must be what the ops used, got {kernels!r:.40}")
     if not problems and content["step"] != step:
         problems.append(f"step is {content['step']} in the folder of step {step}")
     if problems:
         raise DoRAError("; ".join(problems))
     names = ("step", "log_bytes", "meter", "guard", "best", "settings")
-    return TrainState(**{name: content[name] for name in names})
+    return TrainState(**{name: content[name] for name in names}, kernels=kernels)
+
+
+def _are_decisions(kernels: Any) -> bool:
+    """Whether this is a dict of `Decisions`, or an empty dict."""
+    if kernels == {}:
+        return True
+    if not isinstance(kernels, dict) or set(kernels) != {"kernels", "device", "taken"}:
+        return False
+    device, taken = kernels["device"], kernels["taken"]
+    return (
+        isinstance(kernels["kernels"], str)
+        and isinstance(device, dict)
+        and all(isinstance(value, str) for value in device.values())
+        and isinstance(taken, dict)
+        and all(isinstance(value, bool) for value in taken.values())
+    )

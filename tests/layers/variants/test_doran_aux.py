@@ -81,7 +81,8 @@ def test_the_shared_gradient_is_the_sum_over_the_projections(block: Block) -> No
     assert gradients.keys() == expected.keys()
     for name, value in expected.items():
         assert np.abs(value).max() > 1e-3
-        assert_close(gradients[name], value, bound=3e-5)
+        # Four products in a chain, whose parts nearly cancel.
+        assert_close(gradients[name], value, bound=3e-5, tf32=2e-2)
     # Compare with separate first layers: the part of each projection.
     alone = Block()
     for name in ("q", "v", "o"):
@@ -96,7 +97,10 @@ def test_the_shared_gradient_is_the_sum_over_the_projections(block: Block) -> No
     single = flat(nn.value_and_grad(alone, loss_alone)(inputs)[1])
     for leaf in ("a", "b"):
         total = sum(to_numpy(single[f"{name}.first.{leaf}"]) for name in "qvo")
-        assert_close(gradients[f"q.first.{leaf}"], np.asarray(total), bound=1e-6)
+        # The parts nearly cancel, so that TF32 shows four times as much.
+        assert_close(
+            gradients[f"q.first.{leaf}"], np.asarray(total), bound=1e-6, tf32=2e-2
+        )
         assert np.abs(to_numpy(single[f"v.first.{leaf}"])).max() > 1e-3
 
 
