@@ -10,6 +10,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_dora.matrix.low_rank import LowRank
+from mlx_dora.matrix.riding import product_with_riders
 from mlx_dora.matrix.terms import Terms, floored_norm, row_gain, terms_of
 from mlx_dora.matrix.weight import (
     Weight,
@@ -60,6 +61,23 @@ def adapted_norm(
             norm = norms[0] if len(weight.shape) == 2 else mx.stack(norms)
             return mx.stop_gradient(norm)
     return mx.stop_gradient(floored_norm(terms))
+
+
+def product_and_norm(
+    x: mx.array,
+    weight: Weight,
+    lora_a: mx.array,
+    lora_b: mx.array,
+    scale: float,
+    squared_base: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Return W0·x and `adapted_norm`, from one product with W0; see `riding`."""
+    update = LowRank(
+        lora_a=mx.stop_gradient(lora_a), lora_b=mx.stop_gradient(lora_b), scale=scale
+    )
+    y, product = product_with_riders(weight, x, lora_a)
+    norm = floored_norm(terms_of(squared_base, product, update))
+    return y, mx.stop_gradient(norm)
 
 
 def _scaled_norm(weight: Weight, update: LowRank) -> mx.array:

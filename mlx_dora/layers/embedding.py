@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from mlx_dora.kernels.rescale import rescale
 from mlx_dora.layers._layer import DoRALayer
-from mlx_dora.layers.linear import project
+from mlx_dora.layers.linear import project, project_with_norm
 from mlx_dora.matrix.low_rank import LowRank
 from mlx_dora.matrix.terms import floored_norm, row_gain, terms_of
 
@@ -86,10 +86,10 @@ class DoRAEmbedding(DoRALayer):
         """Project ``(..., dims)`` onto the adapted rows: ``(..., num_embeddings)``."""
         if not self.enabled:
             return self.embedding.as_linear(x)
-        y = project(self.embedding, x)  # E·x
         if not self.training and (rest := self.epilogue(x.dtype)) is not None:
-            return rest.apply(y, x)
-        g = self.gain()  # m / ‖E + s·AB‖
+            return rest.apply(project(self.embedding, x), x)
+        y, n = project_with_norm(self, x)  # E·x, ‖E + s·AB‖
+        g = row_gain(self.m, n)
         a, b = self.factors()
         h = self.dropout(x) @ a.astype(x.dtype)
         return rescale(y, h, self.scale * b.astype(mx.float32), g, None)

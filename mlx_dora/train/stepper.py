@@ -1,6 +1,7 @@
 """An update of the weights, from the gradients of some batches on all processes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -131,12 +132,16 @@ class Stepper:
         self._measure = measure
         self._apply = apply
         self._limit = settings.max_grad_norm
+        self._recomputes = settings.grad_checkpoint
 
     def gradient(self, window: Sequence[Batch]) -> Gradient:
         """Gradient of the mean loss over the targets of `window`, on all processes."""
         loss, count, total = mx.array(0.0), mx.array(0), None
         is_weighted = len(window) > 1 or self._group.size() > 1
-        with held_norms(self._model):  # constant until the weights change
+        # Norms are constant until the weights change. A pass that needs them only once
+        # gets them cheaper from its own products.
+        reuses = len(window) > 1 or self._recomputes
+        with held_norms(self._model) if reuses else nullcontext():
             for batch, lengths in window:
                 value, tokens, gradient = self._differentiate(batch, lengths)
                 loss, count = loss + value, count + tokens

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.kernels import plain
 from mlx_dora.layers import DoRALinear
+from mlx_dora.layers.linear import project_with_norm
 from mlx_dora.matrix import Adapted
+from mlx_dora.matrix.riding import rides
 from tests.checks import BOUNDS, IS_TF32, assert_close, relative_rms, to_numpy
 from tests.layers.oracle import (
     QUANTIZED_MODES,
@@ -103,6 +106,84 @@ def test_unpacking_path_matches_float64(compiled):
         call = mx.compile(layer, inputs=layer.state, outputs=layer.state)
         mx.eval(call(x))
     check(layer, x, dtype=mx.float32)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.compiled)]
+)
+def test_a_norm_from_the_product_of_the_tokens_matches_float64(bias, bits, compiled):
+    layer = riding_layer(bias=bias, bits=bits)
+    x = mx.random.normal((2, 8, 512))
+    assert rides(layer.linear, x)
+    if compiled:
+        call = mx.compile(layer, inputs=layer.state, outputs=layer.state)
+        mx.eval(call(x))
+    check(layer, x, dtype=mx.float32)
+
+
+def riding_layer(*, bias=False, bits=None):
+    """A layer so large that riders join the product of 16 tokens."""
+    mx.random.seed(0)
+    linear = nn.Linear(512, 640, bias=bias)
+    base = linear if bits is None else quantized(linear, 64, bits)
+    return trained(DoRALinear.from_base(base, r=8, scale=2.0))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_training_pass_multiplies_w0_once(bits, monkeypatch):
+    layer = riding_layer(bits=bits)
+    monkeypatch.setattr(plain, "product", None)  # a second product would fail
+    x = mx.random.normal((2, 8, 512))
+    mx.eval(layer(x))
+    with pytest.raises(TypeError):
+        layer.norm()
+
+
+def test_a_held_norm_is_used():
+    layer = riding_layer()
+    x = mx.random.normal((2, 8, 512))
+    expected = to_numpy(layer(x))
+    layer.hold_norm()
+    layer._norm = 2 * layer["_norm"]
+    assert_close(layer(x), expected / 2)
+
+
+def test_a_riding_norm_is_recomputed_with_its_block():
+    layer = riding_layer()
+    x, dy = mx.random.normal((2, 8, 512)), mx.random.normal((2, 8, 640))
+
+    def loss(run, params, x):
+        layer.update(params)
+        return (run(x) * dy).sum()
+
+    params = {name: layer[name] for name in ("lora_a", "lora_b", "m")}
+    plain_way = mx.grad(lambda p, x: loss(layer, p, x), argnums=(0, 1))(params, x)
+
+    def inner(params, x):
+        layer.update(params)
+        return layer(x)
+
+    again = mx.checkpoint(inner)
+    other = mx.grad(lambda p, x: (again(p, x) * dy).sum(), argnums=(0, 1))(params, x)
+    for name, value in plain_way[0].items():
+        assert_close(other[0][name], to_numpy(value))
+    assert_close(other[1], to_numpy(plain_way[1]))
+
+
+def test_rows_that_nearly_cancel_keep_the_floor_when_riding():
+    layer = riding_layer()
+    x = mx.random.normal((2, 8, 512))
+    # BA = -W0 in row 0, up to rounding: A holds the row itself.
+    row = layer.linear.weight[0]
+    layer.lora_a = mx.concatenate([row[:, None], layer.lora_a[:, 1:]], axis=1)
+    column = mx.zeros((8,)).at[0].add(-1 / layer.scale)
+    layer.lora_b = mx.concatenate([column[:, None], layer.lora_b[:, 1:]], axis=1)
+    _, norm = project_with_norm(layer, x)
+    parts = 2 * float(mx.square(row).sum())
+    assert float(norm[0]) == pytest.approx(2**-10 * parts**0.5, rel=0.5)
+    assert mx.isfinite(layer(x)).all()
 
 
 def test_dropout_reaches_the_low_rank_branch_only():

@@ -120,6 +120,28 @@ def test_norms_are_computed_once_per_update(
     assert len(calls) == (2 + 2) * len(report.modules)
 
 
+@pytest.mark.parametrize(
+    ("settings", "holds"),
+    [
+        ({}, False),
+        ({"grad_checkpoint": True}, True),
+        ({"grad_accumulation_steps": 2}, True),
+    ],
+)
+def test_norms_are_held_only_where_they_are_used_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch, settings: dict, holds: bool
+) -> None:
+    from mlx_dora.train import stepper
+
+    calls = []
+    plain = stepper.held_norms
+    monkeypatch.setattr(
+        stepper, "held_norms", lambda model: calls.append(1) or plain(model)
+    )
+    run(iters=2, **settings)
+    assert bool(calls) is holds
+
+
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.compiled
 def test_held_norms_train_like_recomputed_norms(
