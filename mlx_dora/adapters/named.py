@@ -146,7 +146,7 @@ class NamedAdapters:
     def layers(self, name: str) -> dict[str, DoRALayer]:
         """Return new layers that hold an adapter, by path; the model is unchanged.
 
-        The layers share the model's own modules as their bases.
+        The layers are in eval mode and share the model's own modules as their bases.
 
         Raises:
             DoRAError: If there is no such adapter.
@@ -156,6 +156,7 @@ class NamedAdapters:
         for path in self._adapters[name].paths:
             parts = self._matrices(name, path)
             made[path] = copy.copy(self._place(path).layer)
+            made[path].eval()
             made[path].take(*self._terms(path, [(1.0, parts)]))
         return made
 
