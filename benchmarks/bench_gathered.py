@@ -90,15 +90,20 @@ def case(quantized: bool, rows: int, smoke: bool, folder: Path | None) -> bench.
     served = GatheredAdapters(gathered)
     keys = [served.add(adapter, check_base=False) for adapter in adapters]
     mixed = [keys[row % len(keys)] for row in range(rows)]
+
+    def gathering(rows_keys: list[int]) -> Callable[[], mx.array]:
+        return decode(gathered, rows, lambda: served.use(rows_keys))
+
     runs = {
         "base": decode(base, rows, lambda: None),
         "rank 16 alone": decode(singles[4], rows, lambda: None),
         "rank 64 alone": decode(singles[7], rows, lambda: None),
-        "rank 16 gathered": decode(gathered, rows, lambda: served.use([keys[4]] * rows)),
-        "rank 64 gathered": decode(gathered, rows, lambda: served.use([keys[7]] * rows)),
-        "8 adapters": decode(gathered, rows, lambda: served.use(mixed)),
-        "no adapter, gathered": decode(gathered, rows, lambda: served.use([BASE] * rows)),
+        "no adapter, gathered": gathering([BASE] * rows),
+        "rank 16 gathered": gathering([keys[4]] * rows),
+        "rank 64 gathered": gathering([keys[7]] * rows),
+        "8 adapters": gathering(mixed),
     }
+    expected = {"8 adapters": lambda: alone(singles, rows)}
     return bench.Case(
         name=f"{'tiny' if smoke else 'SmolLM2-135M'} decode, several adapters",
         dtype="float32",
@@ -106,7 +111,7 @@ def case(quantized: bool, rows: int, smoke: bool, folder: Path | None) -> bench.
             bench.Contender(
                 name=name,
                 run=run,
-                expected=(lambda: alone(singles, rows)) if name == "8 adapters" else None,
+                expected=expected.get(name),
                 bound=2e-3 if quantized else 1e-5,
             )
             for name, run in runs.items()

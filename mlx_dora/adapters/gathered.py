@@ -21,7 +21,9 @@ from mlx_dora.layers.gathered import (
 
 
 class GatheredAdapters:
-    """DoRA and LoRA adapters of one model, chosen for each row of a batch::
+    """DoRA and LoRA adapters of one model, chosen for each row of a batch.
+
+    For example::
 
         model, tokenizer = load("base")
         adapters = GatheredAdapters(model)

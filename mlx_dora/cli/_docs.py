@@ -9,6 +9,7 @@ import click
 
 from mlx_dora.cli._framework import PassThrough, VerbGroup
 from mlx_dora.cli._group import VERBS, group
+from mlx_dora.cli._help import added_options
 
 _HEAD = """\
 # Commands
@@ -98,6 +99,8 @@ def render() -> str:
                     examples="\n".join(command.examples),
                 )
             )
+            if command.params:
+                parts.append(f"Added options:\n\n```\n{added_options(command)}\n```\n")
         else:
             parts.append(f"```\n{_help(command, f'mlx_dora.{verb}')}\n```\n")
         if isinstance(command, VerbGroup):

@@ -116,9 +116,7 @@ class GatheredProjection(GatheredLayer):
             plan.mix.joined[name] = down, up, widths
         return plan.mix.joined[name]
 
-    def _gains(
-        self, plan: Plan, dtype: mx.Dtype
-    ) -> tuple[mx.array, mx.array | None]:
+    def _gains(self, plan: Plan, dtype: mx.Dtype) -> tuple[mx.array, mx.array | None]:
         """Return g and (1 − g)∘b of each row: ``(rows, out)``, float32."""
         name = (self.path, dtype)
         if name not in plan.derived:

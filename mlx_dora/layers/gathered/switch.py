@@ -88,7 +88,9 @@ class GatheredSwitchLinear(GatheredLayer):
             )
             offset = None
             if "bias" in self.linear:
-                bias = mx.tile(self.linear["bias"].astype(mx.float32), (len(layers) + 1, 1))
+                bias = mx.tile(
+                    self.linear["bias"].astype(mx.float32), (len(layers) + 1, 1)
+                )
                 offset = (1 - gain) * bias
             mx.eval(a, b, gain, offset)
             plan.mix.joined[self.path] = a, b, gain, offset
@@ -128,5 +130,3 @@ def watch_sorting(container: nn.Module, rows: BatchRows) -> None:
         return kind.__call__(self, x, indices)
 
     container.__class__ = type(f"Watched{kind.__name__}", (kind,), {"__call__": call})
-
-
