@@ -3,6 +3,7 @@
 Import this module inside functions only: importing mlx_lm takes a second.
 """
 
+import random
 from collections.abc import Callable, Hashable
 from dataclasses import astuple
 from typing import Any
@@ -38,18 +39,15 @@ class Samplers:
 def seeded(sampler: Sampler, seed: int) -> Sampler:
     """Return a sampler that draws the same tokens in any batch.
 
-    They are those of ``mx.random.seed(seed)`` before the first token.
+    MLX's random state cannot be set aside, so each token gets a seed of its own, and
+    the other requests continue from a fresh one.
     """
-    key = mx.random.key(seed)
+    seeds = random.Random(seed)
 
     def sample(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        state = mx.random.state
-        others, state[0] = state[0], key
-        try:
-            tokens = sampler(logprobs)
-        finally:
-            key, state[0] = state[0], others
+        mx.random.seed(seeds.getrandbits(64))
+        tokens = sampler(logprobs)
+        mx.random.seed(random.getrandbits(64))
         return tokens
 
     return sample
