@@ -105,6 +105,16 @@ class BatchServer(Generator):
 
     # In any thread
 
+    def wait(self) -> None:
+        """Wait until the model and the first adapters are loaded.
+
+        Raises:
+            DoRAError: If loading them failed.
+        """
+        while not self.ready.wait(timeout=0.5):
+            if not self.generation_available():
+                raise DoRAError("the generation thread died.")
+
     def load_adapter(self, name: str, folder: Path, *, replace: bool) -> None:
         """Read an adapter's folder, and serve it under a name.
 

@@ -98,8 +98,9 @@ class AdapterHandler(Handler):
                 metrics.observe("request_seconds", time.monotonic() - started)
 
     def _answer_body(self, body: Any) -> None:
+        self._started = time.monotonic()
+        self.response_generator.wait()
         if self.path in COMPLETIONS:
-            self._started = time.monotonic()
             self.answer(self.checked(body))
             return
         if not isinstance(body, dict):
