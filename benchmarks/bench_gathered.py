@@ -4,7 +4,7 @@
 
 The model is the demo's SmolLM2-135M; every linear layer of every block is adapted. The
 adapters' ranks are 4, 8, 8, 16, 16, 32, 32 and 64, half of them DoRA and half LoRA. The
-contenders decode the same batch on a KV cache of 64 tokens: without an adapter; with
+contenders decode the same batch on a KV cache of 16 tokens: without an adapter; with
 one adapter, attached alone or in the gathered layers; and with eight. The logits of the
 eight are compared with those of each adapter alone before anything is timed.
 """
@@ -27,7 +27,7 @@ from mlx_dora.adapters.surgery import adapter_layers, apply_layers
 from mlx_dora.layers.gathered import BASE
 
 RANKS = (4, 8, 8, 16, 16, 32, 32, 64)
-DECODE_STEPS, CACHED = 4, 64
+DECODE_STEPS, CACHED = 4, 16
 
 
 def make_adapter(model: Any, rank: int, kind: Literal["dora", "lora"]) -> Adapter:
@@ -42,21 +42,22 @@ def make_adapter(model: Any, rank: int, kind: Literal["dora", "lora"]) -> Adapte
     return take_adapter(model)
 
 
-def decode(model: Any, rows: int, use: Callable[[], None]) -> Callable[[], mx.array]:
+def decode(
+    model: Any, rows: Sequence[int], use: Callable[[], None]
+) -> Callable[[], mx.array]:
     """Take a few steps of one token a row on a filled cache, then cut it back."""
     model.eval()
     vocabulary = model["model"].embed_tokens.weight.shape[0]
     cache = make_prompt_cache(model)
     use()
-    prompt = mx.arange(rows * CACHED).reshape(rows, CACHED) % vocabulary
-    mx.eval(model(prompt, cache=cache))
+    numbers = mx.array(rows)[:, None]
+    mx.eval(model((numbers * CACHED + mx.arange(CACHED)) % vocabulary, cache=cache))
 
     def run() -> mx.array:
         use()
         logits = []
         for token in range(DECODE_STEPS):
-            step = (mx.arange(rows) + 5 * token)[:, None]
-            logits.append(model(step, cache=cache))
+            logits.append(model(numbers + 5 * token, cache=cache))
             mx.eval(logits[-1])
         trim_prompt_cache(cache, DECODE_STEPS)
         return mx.concatenate(logits, axis=1)
@@ -64,20 +65,19 @@ def decode(model: Any, rows: int, use: Callable[[], None]) -> Callable[[], mx.ar
     return run
 
 
-def alone(models: Sequence[Any], rows: int) -> mx.array:
-    """Return the logits of each row from its own adapter's model."""
-    outputs = [decode(model, rows, lambda: None)() for model in models]
-    return mx.concatenate(
-        [outputs[row % len(models)][row : row + 1] for row in range(rows)]
-    )
+def alone(models: Sequence[Any], rows: Sequence[int]) -> mx.array:
+    """Return the logits of each row in a batch of its own, with its own adapter."""
+    runs = [decode(models[row % len(models)], [row], lambda: None) for row in rows]
+    return mx.concatenate([run() for run in runs])
 
 
-def case(quantized: bool, rows: int, smoke: bool, folder: Path | None) -> bench.Case:
+def case(quantized: bool, count: int, smoke: bool, folder: Path | None) -> bench.Case:
     def fresh() -> Any:
         model = plain_model(quantized, smoke, folder)
         model.update(base.parameters())
         return model
 
+    rows = list(range(count))
     base = plain_model(quantized, smoke, folder)
     singles, adapters = [], []
     for number, rank in enumerate(RANKS):
@@ -89,7 +89,7 @@ def case(quantized: bool, rows: int, smoke: bool, folder: Path | None) -> bench.
     gathered = fresh()
     served = GatheredAdapters(gathered)
     keys = [served.add(adapter, check_base=False) for adapter in adapters]
-    mixed = [keys[row % len(keys)] for row in range(rows)]
+    mixed = [keys[row % len(keys)] for row in rows]
 
     def gathering(rows_keys: list[int]) -> Callable[[], mx.array]:
         return decode(gathered, rows, lambda: served.use(rows_keys))
@@ -98,9 +98,9 @@ def case(quantized: bool, rows: int, smoke: bool, folder: Path | None) -> bench.
         "base": decode(base, rows, lambda: None),
         "rank 16 alone": decode(singles[4], rows, lambda: None),
         "rank 64 alone": decode(singles[7], rows, lambda: None),
-        "no adapter, gathered": gathering([BASE] * rows),
-        "rank 16 gathered": gathering([keys[4]] * rows),
-        "rank 64 gathered": gathering([keys[7]] * rows),
+        "no adapter, gathered": gathering([BASE] * count),
+        "rank 16 gathered": gathering([keys[4]] * count),
+        "rank 64 gathered": gathering([keys[7]] * count),
         "8 adapters": gathering(mixed),
     }
     expected = {"8 adapters": lambda: alone(singles, rows)}
@@ -119,7 +119,7 @@ def case(quantized: bool, rows: int, smoke: bool, folder: Path | None) -> bench.
         baseline="rank 16 gathered",
         facts={
             "weight": "4-bit" if quantized else "dense",
-            "rows": rows,
+            "rows": count,
             "ranks": " ".join(map(str, RANKS)),
             "repeats": DECODE_STEPS,
         },

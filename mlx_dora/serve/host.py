@@ -97,6 +97,14 @@ class Generator(server.ResponseGenerator):
             raise DoRAError("the prompt has no tokens.")
         return tokenized
 
+    def stop_and_join(self) -> None:
+        """Stop generating, and wait for the thread to end."""
+        super().stop_and_join()
+        # MLX frees Python objects of a thread after Python counts it as ended. If the
+        # interpreter ends first, the process aborts (exit code 134). Sleeping hands
+        # the interpreter's lock to that thread.
+        time.sleep(0.2)
+
     def raise_failure(self) -> None:
         """Raise the error that ended the thread, if any."""
         error = self.failure
