@@ -21,6 +21,9 @@ class PromptCache(LRUPromptCache):
         tokens, mlx-lm's method leaves none, and its batch generator then fails on a
         prompt without tokens, which ends the generation thread.
         """
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if rest:
+            return cache, rest
         cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
         return cache, [*rest, *tokens[-1:]]
 
