@@ -279,7 +279,8 @@ def _check_host_options(args: Any) -> None:
 
 def _drain_on_signals(stop: Callable[[], None]) -> dict[int, Any]:
     """Stop gracefully at SIGTERM and Ctrl-C, and at once at the second signal."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (int(signal.SIGTERM), int(signal.SIGINT))
+    before: dict[int, Any] = {n: signal.getsignal(n) for n in numbers}
 
     def handle(number: int, _frame: Any) -> None:
         for each, handler in before.items():

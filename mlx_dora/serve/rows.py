@@ -36,8 +36,7 @@ class AdapterRows:
 
     def filter(self, keep: Any) -> None:
         """Keep only these rows."""
-        kept = keep.tolist() if isinstance(keep, mx.array) else keep
-        self.keys = [self.keys[row] for row in kept]
+        self.keys = [self.keys[int(row)] for row in keep]
 
     def extract(self, row: int) -> "AdapterRows":
         """Return a single row."""

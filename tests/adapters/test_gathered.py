@@ -67,7 +67,7 @@ def test_eight_adapters_and_the_base_give_the_logits_that_they_give_alone(
     logits = model(tokens)
     for row, one in enumerate(expected):
         difference = mx.abs(logits[row] - one[0]).max() / mx.abs(one).max()
-        assert difference.item() < bound
+        assert float(difference) < bound
         assert_close(logits[row], to_numpy(one[0]), bound=bound)
     assert mx.array_equal(logits.argmax(-1), mx.concatenate(expected).argmax(-1))
 
@@ -97,7 +97,7 @@ def test_experts_and_heads_of_latent_attention(
     for row, truth in enumerate(expected):
         assert_close(logits[row], to_numpy(truth[0]), bound=2e-3 if bits else 1e-5)
     different = mx.abs(expected[0] - alone_base(model, gathered, tokens[:1])).max()
-    assert different.item() > 1e-3  # the adapter does something
+    assert float(different) > 1e-3  # the adapter does something
 
 
 def alone_base(model: Any, gathered: GatheredAdapters, tokens: mx.array) -> mx.array:
@@ -119,7 +119,7 @@ def test_a_wrong_order_of_sorted_tokens_would_show(
     monkeypatch.setattr(
         gathered._rows, "sorted_values", lambda values, path: plain(values[::-1], path)
     )
-    assert mx.abs(model(tokens) - right).max().item() > 1e-3
+    assert float(mx.abs(model(tokens) - right).max()) > 1e-3
 
 
 def test_a_bias_is_kept() -> None:

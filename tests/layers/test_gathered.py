@@ -159,6 +159,16 @@ def test_a_removed_adapter_leaves_the_base() -> None:
     assert_close(after[1], to_numpy(before[1]))
 
 
+def test_a_layer_that_only_others_adapt_gives_the_base() -> None:
+    base = linear(None, False, mx.float32)
+    layer, rows, _ = make(base, DoRALinear)
+    x = mx.random.normal((3, 1, WIDTH))
+    rows.use([1, 4, BASE])  # 4 leaves this layer alone
+    layer(x)
+    rows.use([4, BASE, 4])  # the factors of 1 and 4 are joined already
+    assert mx.array_equal(layer(x).reshape(3, OUT), base(x.reshape(3, WIDTH)))
+
+
 def test_reading_the_weight_is_refused() -> None:
     layer, _, _ = make(linear(None, False, mx.float32), DoRALinear)
     assert not hasattr(layer, "weight")

@@ -311,10 +311,12 @@ def test_too_many_requests_are_answered_429_and_sigterm_drains(
     assert (status, "--max-queue" in answer["error"]) == (429, True)
 
     server.process.send_signal(signal.SIGTERM)
+    health = get(server, "/health")
     for _ in range(200):
-        if (health := get(server, "/health"))[0] == 503:
+        if health[0] == 503:
             break
         time.sleep(0.02)
+        health = get(server, "/health")
     assert health == (503, '{"status": "stopping"}')
     assert server.ask({**PROMPT, "model": "ada"})[0] == 503
     for thread in threads:

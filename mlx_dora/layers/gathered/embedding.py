@@ -5,11 +5,12 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.layers.gathered.layer import GatheredProjection
+from mlx_dora.layers.gathered.layer import GatheredLayer
+from mlx_dora.layers.gathered.projection import adapted
 from mlx_dora.layers.linear import project
 
 
-class GatheredEmbedding(GatheredProjection):
+class GatheredEmbedding(GatheredLayer):
     """`nn.Embedding` or `nn.QuantizedEmbedding` with an adapter for each row.
 
     Attributes:
@@ -21,13 +22,13 @@ class GatheredEmbedding(GatheredProjection):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the adapted rows of the tokens `x` ``(rows, ...)``."""
-        plan = self._rows.plan
-        if self._is_plain(plan):
+        plan = self.rows.plan
+        if self.is_plain(plan):
             return self.embedding(x)
-        length = self._rows.rows_of(x.size, self.path)
+        length = self.rows.rows_of(x.size, self.path)
         tokens = x.reshape(-1, length)
         outputs = [
-            self._layers.get(key, self.embedding)(tokens[rows])
+            self.adapters.get(key, self.embedding)(tokens[rows])
             for key, rows in plan.groups
         ]
         y = mx.concatenate(outputs)[plan.inverse]
@@ -36,5 +37,5 @@ class GatheredEmbedding(GatheredProjection):
     def as_linear(self, x: mx.array) -> mx.array:
         """Project ``(rows, ..., dims)`` onto each row's adapted embedding."""
         flat = x.reshape(-1, x.shape[-1])
-        y = self._project(project(self.embedding, flat), flat)
+        y = adapted(self, project(self.embedding, flat), flat)
         return y.reshape(*x.shape[:-1], -1)

@@ -5,11 +5,12 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.layers.gathered.layer import GatheredProjection
+from mlx_dora.layers.gathered.layer import GatheredLayer
+from mlx_dora.layers.gathered.projection import adapted
 from mlx_dora.layers.linear import project
 
 
-class GatheredLinear(GatheredProjection):
+class GatheredLinear(GatheredLayer):
     """`nn.Linear` or `nn.QuantizedLinear` with an adapter for each row.
 
     Input ``(rows, ..., in)``; output ``(rows, ..., out)`` in the dtype of the input.
@@ -25,5 +26,5 @@ class GatheredLinear(GatheredProjection):
         """Return each row's adapted output."""
         # On a CPU, products of matrices are faster than those of stacks of rows.
         flat = x.reshape(-1, x.shape[-1])
-        y = self._project(project(self.linear, flat), flat)
+        y = adapted(self, project(self.linear, flat), flat)
         return y.reshape(*x.shape[:-1], -1)

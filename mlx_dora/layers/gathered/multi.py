@@ -32,13 +32,13 @@ class GatheredMultiLinear(GatheredLayer):
         Returns:
             Output, shape ``(rows, heads, tokens, out)``.
         """
-        plan = self._rows.plan
-        if self._is_plain(plan):
+        plan = self.rows.plan
+        if self.is_plain(plan):
             return self.linear(x, transpose=transpose)
         # The length is the number of heads times tokens; only whole rows matter here.
-        self._rows.rows_of(x.shape[0], self.path)
+        self.rows.rows_of(x.shape[0], self.path)
         outputs = [
-            self._layers.get(key, self.linear)(x[rows], transpose=transpose)
+            self.adapters.get(key, self.linear)(x[rows], transpose=transpose)
             for key, rows in plan.groups
         ]
         return mx.concatenate(outputs)[plan.inverse]

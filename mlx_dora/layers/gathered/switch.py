@@ -37,8 +37,8 @@ class GatheredSwitchLinear(GatheredLayer):
             sorted_indices: Whether the indices are in order, which is faster.
         """
         y = self.linear(x, indices, sorted_indices=sorted_indices)
-        plan = self._rows.plan
-        if self._is_plain(plan):
+        plan = self.rows.plan
+        if self.is_plain(plan):
             return y
         a, b, gain, offset = self._stack(plan)
         place = self._numbers(plan, indices) * self.linear.num_experts + indices
@@ -54,14 +54,14 @@ class GatheredSwitchLinear(GatheredLayer):
 
     def _numbers(self, plan: Plan, indices: mx.array) -> mx.array:
         """Return each token's number in the stack, broadcast against `indices`."""
-        held = [key for key in plan.mix.keys if key in self._layers]
+        held = [key for key in plan.mix.keys if key in self.adapters]
         numbers = [held.index(k) + 1 if k in held else 0 for k in plan.keys]
         if len(set(numbers)) == 1:
             return mx.array(numbers[0], dtype=indices.dtype)
         per_row = mx.array(numbers, dtype=indices.dtype)
         if indices.ndim == 1:  # the container has sorted the tokens by expert
-            return self._rows.sorted_values(per_row, self.path)
-        length = self._rows.rows_of(indices.size // indices.shape[-1], self.path)
+            return self.rows.sorted_values(per_row, self.path)
+        length = self.rows.rows_of(indices.size // indices.shape[-1], self.path)
         return mx.repeat(per_row, length).reshape(*indices.shape[:-1], 1)
 
     def _stack(
@@ -69,7 +69,7 @@ class GatheredSwitchLinear(GatheredLayer):
     ) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
         """Return A, s·B, g and (1 − g)∘b of the base and the mix's adapters."""
         if self.path not in plan.mix.joined:
-            layers = [self._layers[k] for k in plan.mix.keys if k in self._layers]
+            layers = [self.adapters[k] for k in plan.mix.keys if k in self.adapters]
             factors = [layer.factors() for layer in layers]
             rank = max(a.shape[-1] for a, _ in factors)
             all_a = [_padded(a, -1, rank) for a, _ in factors]
