@@ -72,7 +72,7 @@ def _margin(logits: mx.array, wanted: mx.array, targets: mx.array) -> float:
     lead = mx.take_along_axis(logits, wanted[..., None], axis=-1)
     others = mx.put_along_axis(logits, wanted[..., None], mx.array(-1e9), axis=-1)
     margins = lead[..., 0] - others.max(axis=-1)
-    return mx.where(targets == 1, margins, 1e9).min().item()
+    return float(mx.where(targets == 1, margins, 1e9).min())
 
 
 def _rows(tokenizer: Any, answer: str) -> tuple[mx.array, mx.array]:

@@ -50,7 +50,7 @@ def decode(
     vocabulary = model["model"].embed_tokens.weight.shape[0]
     cache = make_prompt_cache(model)
     use()
-    numbers = mx.array(rows)[:, None]
+    numbers = mx.array(list(rows))[:, None]
     mx.eval(model((numbers * CACHED + mx.arange(CACHED)) % vocabulary, cache=cache))
 
     def run() -> mx.array:

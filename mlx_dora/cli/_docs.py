@@ -31,7 +31,8 @@ stdout; progress and warnings go to stderr.
 | 143 | stopped by SIGTERM (`kill`, a cluster, `docker stop`), after cleaning up |
 
 In `train`, each of these three signals finishes the step and saves first; a second
-signal stops at once. `generate`, `chat` and `server` handle signals as mlx-lm does.
+signal stops at once. `generate`, `chat` and `server` handle signals as mlx-lm does;
+`server --adapter` answers the running requests first.
 
 `~` stands for the home folder in every path, on the command line and in config files.
 No command writes over, around or into its inputs, even with `--overwrite`, which
