@@ -35,8 +35,11 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MAX_LINES = 400
 VAGUE_NAMES = {"utils", "helpers", "misc"}
 LAZY_ONLY = {"mlx_lm", "transformers"}  # slow to import
-# Its classes extend those of mlx-lm's server, so only functions import it.
-MAY_IMPORT_EAGERLY = {"mlx_dora/serve/host.py"}
+# Their classes extend those of mlx-lm's server, so only functions import them.
+MAY_IMPORT_EAGERLY = {
+    f"mlx_dora/serve/{name}.py"
+    for name in ("batch", "host", "many", "prompt_cache", "sampling")
+}
 BOUNDARY = "mlx_dora/io/foreign.py"  # catches all that code of others raises
 
 

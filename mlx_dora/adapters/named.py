@@ -1,5 +1,6 @@
 """Named adapters of one base, which are swapped and blended without reloading."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class NamedAdapters:
             raise DoRAError(f"{problem}, and add the adapter by name.")
         self.active: dict[str, float] = {}
         self._model = model
+        self._modules = dict(model.named_modules())  # those of the base
         self._places: dict[str, _Place] = {}
         self._adapters: dict[str, Adapter] = {}
         self._parts: dict[str, dict[str, list[Measured]]] = {}
@@ -141,6 +143,23 @@ class NamedAdapters:
         self._show(taken)
         self.active = weights
 
+    def layers(self, name: str) -> dict[str, DoRALayer]:
+        """Return new layers that hold an adapter, by path; the model is unchanged.
+
+        The layers are in eval mode and share the model's own modules as their bases.
+
+        Raises:
+            DoRAError: If there is no such adapter.
+        """
+        self._known(name)
+        made: dict[str, DoRALayer] = {}
+        for path in self._adapters[name].paths:
+            parts = self._matrices(name, path)
+            made[path] = copy.copy(self._place(path).layer)
+            made[path].eval()
+            made[path].take(*self._terms(path, [(1.0, parts)]))
+        return made
+
     def _known(self, name: str) -> None:
         if name not in self._adapters:
             known = ", ".join(self._adapters) or "none"
@@ -176,7 +195,7 @@ class NamedAdapters:
 
     def _place(self, path: str) -> _Place:
         if path not in self._places:
-            base = dict(self._model.named_modules())[path]
+            base = self._modules[path]
             layer = dora_class(base).from_base(base)
             layer.freeze()
             layer.train(self._model.training)

@@ -9,6 +9,7 @@ import click
 
 from mlx_dora.cli._framework import PassThrough, VerbGroup
 from mlx_dora.cli._group import VERBS, group
+from mlx_dora.cli._help import added_options
 
 _HEAD = """\
 # Commands
@@ -30,7 +31,8 @@ stdout; progress and warnings go to stderr.
 | 143 | stopped by SIGTERM (`kill`, a cluster, `docker stop`), after cleaning up |
 
 In `train`, each of these three signals finishes the step and saves first; a second
-signal stops at once. `generate`, `chat` and `server` handle signals as mlx-lm does.
+signal stops at once. `generate`, `chat` and `server` handle signals as mlx-lm does;
+`server --adapter` answers the running requests first.
 
 `~` stands for the home folder in every path, on the command line and in config files.
 No command writes over, around or into its inputs, even with `--overwrite`, which
@@ -99,6 +101,8 @@ def render() -> str:
                     examples="\n".join(command.examples),
                 )
             )
+            if command.params:
+                parts.append(f"Added options:\n\n```\n{added_options(command)}\n```\n")
         else:
             parts.append(f"```\n{_help(command, f'mlx_dora.{verb}')}\n```\n")
         if isinstance(command, VerbGroup):

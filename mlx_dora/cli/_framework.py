@@ -134,20 +134,35 @@ class VerbGroup(Boundary, click.Group):
 class PassThrough(Verb):
     """A command that keeps its arguments, including ``--help``, in `ctx.args`.
 
-    It takes only the general options out. The host command handles signals itself.
+    It takes only the general options and its own out. The host command handles signals
+    itself.
     """
 
     unwinds = False
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ours: list[str] = []
-        rest = list(args)
-        for option in self.general:
-            for flag in option.opts:
-                while flag in rest:
-                    at = rest.index(flag)
-                    ours += rest[at : at + (1 if option.is_flag else 2)]
-                    del rest[at : at + (1 if option.is_flag else 2)]
+        rest: list[str] = []
+        left = list(args)
+        options = (*self.general, *self.params)
+        known = {
+            flag: option
+            for option in options
+            if isinstance(option, click.Option)
+            for flag in option.opts
+        }
+        while left:
+            word = left.pop(0)
+            option = known.get(word.partition("=")[0])
+            if option is None:
+                rest.append(word)
+                continue
+            ours.append(word)
+            if not option.is_flag and "=" not in word:
+                ours += left[:1]
+                del left[:1]
+            while option.multiple and left and not left[0].startswith("-"):
+                ours += [word.partition("=")[0], left.pop(0)]
         super().parse_args(ctx, ours)
         ctx.args = rest
         return rest

@@ -99,6 +99,15 @@ class Described(click.Command):
             self.format_commands(ctx, formatter)
 
 
+def added_options(command: click.Command) -> str:
+    """Return the help of the options that a hosted command adds to its host's."""
+    formatter = click.HelpFormatter(width=80)
+    context = click.Context(command, show_default=True)
+    records = [param.get_help_record(context) for param in command.params]
+    formatter.write_dl([record for record in records if record is not None])
+    return "\n".join(line.rstrip() for line in formatter.getvalue().splitlines())
+
+
 def described_mistake(error: click.UsageError) -> str:
     """Return click's message with the word that was probably meant."""
     context = error.ctx

@@ -162,6 +162,10 @@ def _option(field: dataclasses.Field[Any], hint: Any, group: str) -> _Option:
         "cls": GroupedOption,
         "group": field.metadata.get("group") or group,
     }
+    if "metavar" in field.metadata:
+        settings["metavar"] = field.metadata["metavar"]
+    if field.metadata.get("multiple"):
+        settings |= {"type": _Text(), "multiple": True}
     if kind is click.BOOL:
         flag = f"{flag}/--no-{flag[2:]}"
     if isinstance(kind, _Structure):
@@ -196,7 +200,8 @@ def dataclass_options(
     ``train=TrainConfig(...)`` and ``dora=DoRAConfig(...)``. Names, defaults and help
     come from the fields. A field's ``metadata`` holds ``"help"`` and, optionally,
     ``"group"`` (a title in the help, by default the class's ``OPTION_GROUP``),
-    ``"choices"``, ``"flags": ("-m",)``, ``"unit": "bytes"``, or ``"path"`` with the
+    ``"choices"``, ``"flags": ("-m",)``, ``"unit": "bytes"``, ``"metavar"``,
+    ``"multiple": True`` (a tuple of str from repeated flags), or ``"path"`` with the
     value ``"local"`` or ``"or id"``. A bool becomes ``--x/--no-x`` and a
     `typing.Literal` a choice; a tuple of str accepts ``a,b``, a dict or list accepts
     YAML, and a size in bytes accepts ``2GB``.

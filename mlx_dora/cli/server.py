@@ -1,56 +1,70 @@
-"""``mlx_dora.server``: runs mlx-lm's server and checks every request."""
+"""``mlx_dora.server``: mlx-lm's server with checked requests, or several adapters."""
 
-import argparse
-from pathlib import Path
+import dataclasses
 
 import click
+from click.core import ParameterSource
 
-from mlx_dora.cli._base_model import with_recorded_base
+from mlx_dora.cli._base_model import announced_base, with_recorded_base
 from mlx_dora.cli._framework import PassThrough, verb
+from mlx_dora.cli._help import added_options
 from mlx_dora.cli._host import run_host_command
+from mlx_dora.cli._options import dataclass_options
 from mlx_dora.errors import DoRAError
+from mlx_dora.serve.config import ServeConfig
 
 
 @verb(
     "server",
     cls=PassThrough,
     examples=(
+        "mlx_dora.server --model MODEL --adapter poet=FOLDER --adapter coder=FOLDER",
         "mlx_dora.server --adapter-path adapters --port 8080",
         "mlx_dora.server --model MODEL --adapter-root FOLDER",
     ),
 )
+@dataclass_options(config=ServeConfig)
 @click.pass_context
-def command(ctx: click.Context) -> None:
+def command(ctx: click.Context, config: ServeConfig) -> None:
     """Serve a model over HTTP, like mlx_lm.server, using mlx_dora's layers.
 
-    Adds the option `--adapter-root DIR`: a request may name only models and adapters
-    in folders below DIR.
+    With --adapter, one batch serves requests for several adapters and for the base.
+    Without it, one adapter is active at a time, as in mlx_lm.server; --adapter-root DIR
+    then names the only models and adapters, in folders below DIR, that a request may
+    choose.
     """
-    parser = _own_options(ctx.command_path)
-    own, theirs = parser.parse_known_args(ctx.args)
-    root = own.adapter_root
-    if root is not None and not root.is_dir():
-        raise DoRAError(f"--adapter-root {root} is not a folder.")
+    args = list(ctx.args)
+    wants_help = bool({"-h", "--help"} & set(args))
+    if config.adapter:
+        from mlx_dora.serve.many import main as serve_many
 
-    def main() -> None:
-        from mlx_dora.serve.host import main
+        if "--model" not in {arg.partition("=")[0] for arg in args} and not wants_help:
+            first = next(iter(config.folders().values()))
+            args = ["--model", announced_base(str(first)), *args]
 
-        main(root)
+        def main() -> None:
+            serve_many(config)
+
+    else:
+        _refuse_unused(ctx)
+        args = with_recorded_base(args)
+
+        def main() -> None:
+            from mlx_dora.serve.host import main
+
+            main(config.root())
 
     try:
-        run_host_command("server", ctx.command_path, with_recorded_base(theirs), main)
+        run_host_command("server", ctx.command_path, args, main)
     finally:
-        if {"-h", "--help"} & set(theirs):
-            options = parser.format_help().partition("\n\n")[2]
-            click.echo(f"\nadded by mlx_dora, {options}", nl=False)
+        if wants_help:
+            click.echo(f"\nadded by mlx_dora:\n{added_options(ctx.command)}")
 
 
-def _own_options(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=name, add_help=False, allow_abbrev=False)
-    parser.add_argument(
-        "--adapter-root",
-        metavar="DIR",
-        type=lambda text: Path(text).expanduser(),
-        help="folder that holds the models and adapters that requests may name",
-    )
-    return parser
+def _refuse_unused(ctx: click.Context) -> None:
+    """Refuse options that only several adapters use."""
+    for field in dataclasses.fields(ServeConfig):
+        source = ctx.get_parameter_source(field.name)
+        if field.name != "adapter_root" and source == ParameterSource.COMMANDLINE:
+            flag = "--" + field.name.replace("_", "-")
+            raise DoRAError(f"{flag} needs --adapter NAME=FOLDER.")

@@ -31,6 +31,14 @@ class _ReadDirectly(DoRAError, AttributeError):
     """Raised when `DoRALayer.weight` is read; makes ``hasattr`` return False."""
 
 
+def read_directly(path: str) -> DoRAError:
+    """Return the error for a layer whose weight is read instead of being called."""
+    return _ReadDirectly(
+        f"{path}: the model's own code reads its weight instead of calling it, so it "
+        "cannot be adapted; leave it out by giving keys."
+    )
+
+
 class Kind:
     """Facts about a layer's parametrization; these are those of plain DoRA.
 
@@ -117,11 +125,7 @@ class DoRALayer(nn.Module):
     @property
     def weight(self) -> mx.array:
         """Always raises: reading the base weight directly would bypass the adapter."""
-        raise _ReadDirectly(
-            f"{self.path or type(self).__name__}: the model's own code reads its "
-            "weight instead of calling it, so it cannot be adapted; leave it out by "
-            "giving keys."
-        )
+        raise read_directly(self.path or type(self).__name__)
 
     def _extra_repr(self) -> str:
         if "lora_b" not in self:

@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -15,11 +16,11 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm import server
-from mlx_lm.models.cache import LRUPromptCache
 
 from mlx_dora.errors import DoRAError, printable
 from mlx_dora.io.json import parse
 from mlx_dora.serve.paths import NotServedError, ServedPaths
+from mlx_dora.serve.prompt_cache import PromptCache
 from mlx_dora.serve.request import check_for_vocabulary, check_request
 
 MAX_BYTES = 64 * 2**20
@@ -96,6 +97,14 @@ class Generator(server.ResponseGenerator):
             raise DoRAError("the prompt has no tokens.")
         return tokenized
 
+    def stop_and_join(self) -> None:
+        """Stop generating, and wait for the thread to end."""
+        super().stop_and_join()
+        # MLX frees Python objects of a thread after Python counts it as ended. If the
+        # interpreter ends first, the process aborts (exit code 134). Sleeping hands
+        # the interpreter's lock to that thread.
+        time.sleep(0.2)
+
     def raise_failure(self) -> None:
         """Raise the error that ended the thread, if any."""
         error = self.failure
@@ -135,31 +144,50 @@ class Handler(server.APIHandler):
     """Rejects an invalid request with an error before mlx-lm sees it."""
 
     response_generator: Generator
+    max_bytes = MAX_BYTES
     _headers_buffer: list[bytes]  # headers not sent yet
 
     def do_POST(self) -> None:
         """Check the body of a request, then hand it to mlx-lm."""
-        length = self.headers.get("Content-Length", "")
-        if self.path not in COMPLETIONS or not length.isdecimal():
-            if length.startswith("-"):
-                self._refuse(400, "Content-Length must not be negative.")
-            else:
-                super().do_POST()  # rejects the request
-            return
-        if len(length) > 12 or int(length) > MAX_BYTES:
-            self._refuse(413, f"a request may have at most {MAX_BYTES} bytes.")
+        if self.path not in COMPLETIONS:
+            super().do_POST()  # rejects the request
             return
         try:
-            body = parse(self.rfile.read(int(length)), "the request")
-            body = check_request(body, is_chat="chat" in self.path)
-            self.response_generator.model_provider.paths.choose(
-                body.get("model", "default_model"),
-                body.get("adapters"),
-                body.get("draft_model", "default_model"),
-            )
+            if (content := self.read_body()) is not None:
+                self.answer(self.checked(parse(content, "the request")))
         except DoRAError as error:
-            self._refuse(_status(error), str(error))
-            return
+            self.refuse(_status(error), str(error))
+
+    def read_body(self) -> bytes | None:
+        """Return the body of the request; None if its length was refused."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            negative = "Content-Length must not be negative."
+            missing = "a request needs Content-Length, a number of bytes."
+            is_negative = length.startswith("-")
+            self.refuse(400 if length else 411, negative if is_negative else missing)
+            return None
+        if len(length) > 12 or int(length) > self.max_bytes:
+            self.refuse(413, f"a request may have at most {self.max_bytes} bytes.")
+            return None
+        return self.rfile.read(int(length))
+
+    def checked(self, body: Any) -> dict[str, Any]:
+        """Return the body of a request for a completion, checked.
+
+        Raises:
+            DoRAError: If a value is invalid, or what it names is not served.
+        """
+        body = check_request(body, is_chat="chat" in self.path)
+        self.response_generator.model_provider.paths.choose(
+            body.get("model", "default_model"),
+            body.get("adapters"),
+            body.get("draft_model", "default_model"),
+        )
+        return body
+
+    def answer(self, body: dict[str, Any]) -> None:
+        """Let mlx-lm answer a checked request."""
         content = json.dumps(body).encode()
         self.headers.replace_header("Content-Length", str(len(content)))
         self.rfile = io.BytesIO(content)
@@ -175,9 +203,10 @@ class Handler(server.APIHandler):
                 raise  # part of the answer has been sent
             self._headers_buffer.clear()
             is_alive = self.response_generator.generation_available()
-            self._refuse(_status(error) if is_alive else 503, str(error))
+            self.refuse(_status(error) if is_alive else 503, str(error))
 
-    def _refuse(self, status: int, message: str) -> None:
+    def refuse(self, status: int, message: str) -> None:
+        """Answer with an error."""
         self._set_completion_headers(status)
         self.end_headers()
         self.wfile.write(json.dumps({"error": message}).encode())
@@ -204,7 +233,7 @@ def run(host: str, port: int, model_provider: Any, root: Path | None) -> None:
     """
     cli_args = model_provider.cli_args
     generator = Generator(
-        Provider(cli_args, root), LRUPromptCache(cli_args.prompt_cache_size)
+        Provider(cli_args, root), PromptCache(cli_args.prompt_cache_size)
     )
 
     class Server(ThreadingHTTPServer):
@@ -229,8 +258,13 @@ def main(root: Path | None) -> None:
     Args:
         root: Folder that holds the models and adapters that requests may name.
     """
+    run_main(lambda host, port, provider: run(host, port, provider, root))
+
+
+def run_main(run: Callable[[str, int, Any], None]) -> None:
+    """Run mlx-lm's server command on ``sys.argv``, with another `run` of ours."""
     theirs = server.run
-    server.run = lambda host, port, provider: run(host, port, provider, root)
+    server.run = run
     try:
         server.main()
     finally:

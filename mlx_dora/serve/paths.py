@@ -75,7 +75,7 @@ class ServedPaths:
     def _find(self, kind: str, name: str, own: str | None) -> str:
         if own is not None and _is_same(name, own):
             return own
-        inside = None if self.root is None else _inside(self.root, name)
+        inside = None if self.root is None else folder_inside(self.root, name)
         marker = "adapter_config.json" if kind == "adapter" else "config.json"
         if inside is not None and (inside / marker).is_file():
             return str(inside)
@@ -107,8 +107,8 @@ def _is_same(name: str, own: str) -> bool:
     return folder.exists() and _resolved(Path(name)) == folder.resolve()
 
 
-def _inside(root: Path, name: str) -> Path | None:
-    """The folder `name` below `root`, after links; None if it lies elsewhere."""
+def folder_inside(root: Path, name: str) -> Path | None:
+    """Return the folder `name` below `root`, after links; None if it lies elsewhere."""
     folder = _resolved(root / name) if len(name) <= MAX_NAME else None
     if folder is None or not folder.is_relative_to(root.resolve()):
         return None

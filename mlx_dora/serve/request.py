@@ -109,6 +109,22 @@ def check_for_vocabulary(
     _require(top_logprobs <= size, f"top_logprobs must be at most {size}")
 
 
+def check_limits(body: dict[str, Any], max_new_tokens: int) -> None:
+    """Check what a server of several adapters does not offer, or only up to a limit.
+
+    Raises:
+        DoRAError: Names the key and the allowed values.
+    """
+    for name in ("max_tokens", "max_completion_tokens"):
+        _require(
+            body.get(name, 1) <= max_new_tokens,
+            f"{name} must be at most {max_new_tokens} (--max-new-tokens)",
+        )
+    _require(body.get("n", 1) == 1, "n must be 1: a request gets one answer")
+    draft = body.get("draft_model", "default_model")
+    _require(draft in (None, "default_model"), "this server has no draft model")
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise DoRAError(f"{message}.")
