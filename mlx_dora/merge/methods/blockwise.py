@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
+from mlx_dora.io.gathered import GatheredTensor
 from mlx_dora.io.stored import StoredTensor
 
-Tensor = mx.array | StoredTensor
+Tensor = mx.array | StoredTensor | GatheredTensor
 """A tensor to merge, read in slices."""
 Block = Callable[[slice, Sequence[Tensor]], mx.array]
 """(position of the block in the tensor, flat tensors) -> the merged block, float32."""

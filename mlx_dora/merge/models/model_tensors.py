@@ -40,6 +40,9 @@ class ModelTensors:
     Args:
         folder: A local model folder.
 
+    Attributes:
+        notes: What a report says about the model.
+
     Raises:
         DoRAError: If its files are invalid (`Checkpoint`), or a packed weight has no
             entry in its config.
@@ -47,6 +50,7 @@ class ModelTensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.notes: list[str] = []
         self._checkpoint = Checkpoint(folder)
         self.config: dict[str, Any] = read_object(folder / "config.json")
         tokens = self.config.get("vocab_size", 1)
@@ -67,6 +71,37 @@ class ModelTensors:
         self.names = sorted(names - parts)
         self._tied: dict[str, str] = {}
         self._tied = self._tied_head()
+
+    @property
+    def label(self) -> str:
+        """What messages call the model."""
+        return str(self.folder)
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that determine the tensors."""
+        return sorted(self.folder.glob("*.safetensors"))
+
+    @property
+    def token_rows(self) -> int:
+        """Number of rows of the embedding; the config's vocabulary if it is unknown."""
+        if self.embedding is not None:
+            return self.shape(self.embedding)[0]
+        return self.config.get("vocab_size", 1)
+
+    @property
+    def embedding(self) -> str | None:
+        """Name of the input embedding; None if it is not one of the known names."""
+        pair = head_and_embedding(self.names)
+        return None if pair is None else pair[1]
+
+    def holds_tokens(self, name: str) -> bool:
+        """Whether a tensor has a row for each token: embedding, head, head's bias."""
+        pair = head_and_embedding(self.names)
+        if pair is None:
+            return False
+        head, embedding = pair
+        return name in (head, embedding, f"{head.removesuffix('weight')}bias")
 
     @property
     def copies(self) -> frozenset[str]:
