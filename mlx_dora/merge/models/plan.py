@@ -91,7 +91,10 @@ class MergePlan:
         if not self.parts:
             entry.check_count(count)
         if self.base is None and entry.needs_base and not self.parts:
-            raise DoRAError(f"{self.method} needs a base: give base (--base).")
+            raise DoRAError(
+                f"{self.method} needs a base: give base (--base, or base_model in a "
+                "merge config)."
+            )
         if self.granularity not in ("row", "tensor"):
             raise DoRAError(
                 f"granularity must be row or tensor, got {self.granularity!r}."
