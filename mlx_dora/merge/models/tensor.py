@@ -9,6 +9,7 @@ is computed block by block from tensors in memory or in files.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations_with_replacement
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -86,25 +87,42 @@ def merge_blocks(
     entry = METHODS[method]
     if entry.needs_base and base is None:
         raise DoRAError(f"{method} merges changes from a base: give the base.")
-    by_row = granularity == "row" and tensors[0].ndim > 1
-    is_plain = settings.weights.ndim == 1 or not by_row
-    if entry.blocks and (is_plain or entry.base == "changes"):
+    way = way_of(entry, tensors[0].ndim, settings, granularity)
+    if way == "blocks":
         settings.plain_weights()
         blocks = entry.block_function(base, tensors, settings)
         hidden = [tensor for tensor in (base, *tensors) if tensor is not None]
         if entry.is_exact:  # every input enters each element
             hidden = [] if base is None or entry.base == "changes" else [base]
         return Merged(blocks, hidden)
-    if granularity == "row" and not by_row and entry.vectors == "mean":
+    if way == "mean":
         blocks = elementwise.linear(None, tensors, settings)
         return Merged(blocks, [] if base is None else [base])
     if not tensors[0].size:
         return Merged(iter([mx.zeros((0,))]))
     is_relative = base is not None and entry.base in ("optional", "changes")
-    if not by_row:
+    if way == "whole":
         start = base if is_relative else None
         return _merge_whole(entry, start, tensors, settings)
     return _merge_rows(entry, base, tensors, settings, is_relative)
+
+
+Way = Literal["blocks", "mean", "whole", "rows"]
+"""How a tensor is merged: by its elements, by the weighted mean, as one vector, or row
+by row."""
+
+
+def way_of(
+    entry: MergeMethod, ndim: int, settings: TensorSettings, granularity: str
+) -> Way:
+    """How a method merges a tensor with `ndim` axes."""
+    by_row = granularity == "row" and ndim > 1
+    is_plain = settings.weights.ndim == 1 or not by_row
+    if entry.blocks and (is_plain or entry.base == "changes"):
+        return "blocks"
+    if granularity == "row" and not by_row and entry.vectors == "mean":
+        return "mean"
+    return "rows" if by_row else "whole"
 
 
 def merge_informed_tensor(

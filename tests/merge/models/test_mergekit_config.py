@@ -91,8 +91,11 @@ def test_slerp_starts_at_the_base():
         ({"models": [{"model": "a+b+c"}]}, "expected a model or model.adapter"),
         ({"base_model": "c"}, "base_model c counts as a model.* has no weight"),
         (
-            {"base_model": "c", "merge_method": "passthrough",
-             "models": [{"model": "a"}]},
+            {
+                "base_model": "c",
+                "merge_method": "passthrough",
+                "models": [{"model": "a"}],
+            },
             "passthrough uses one model, got a and base_model c",
         ),
         ({"dtype": "int8"}, "dtype must be"),
@@ -148,7 +151,7 @@ def test_a_base_that_is_not_listed_counts_as_a_model():
 )
 def test_a_methods_own_parameters(method, own, expected):
     """Per model, or of the file; a shared one cannot be set for a model."""
-    shared = {name: 0.05 for name in own} or {"select_topk": 0.3}
+    shared = dict.fromkeys(own, 0.05) or {"select_topk": 0.3}
     entries = [
         {"model": "a", "parameters": {"weight": 1, **own}},
         {"model": "b", "parameters": {"weight": 1}},
