@@ -27,7 +27,13 @@ def open_model(name: str) -> ModelTensors:
     model, plus, adapter = name.rpartition("+")
     if not plus or Path(name).is_dir():
         return ModelTensors(model_folder(name))
-    return AdaptedTensors(model_folder(model), model_folder(adapter))
+    folder = Path(adapter).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        raise DoRAError(
+            f"{name}: {adapter} is not a local adapter folder (it has no "
+            "adapter_config.json); download the adapter and give its path."
+        )
+    return AdaptedTensors(model_folder(model), folder)
 
 
 class AdaptedTensors(ModelTensors):
