@@ -23,7 +23,10 @@ class GatheredTensor:
     """
 
     def __init__(
-        self, source: mx.array | StoredTensor, rows: np.ndarray, extra: np.ndarray
+        self,
+        source: "mx.array | StoredTensor | GatheredTensor",
+        rows: np.ndarray,
+        extra: np.ndarray,
     ) -> None:
         self._source, self._rows, self._extra = source, rows, extra
         self._width = math.prod(source.shape[1:])

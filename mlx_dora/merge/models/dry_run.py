@@ -111,7 +111,7 @@ def _planned(opened: OpenedMerge, job: Job, place: Place) -> PlannedTensor:
         kind = job.dtype
     is_carried = job.is_carried(place)
     shape = job.pattern.shape(own) if is_carried else job.shape(place)
-    names = {id(model): name for name, model in reversed(opened.models.items())}
+    names = {id(model): name for name, model in reversed([*opened.models.items()])}
     if is_carried:
         text = f"copied from {names[id(job.pattern)]}"
         text += "" if is_buffer(own) else ", if all models have the same integers"

@@ -96,7 +96,7 @@ def check_slice(
         model = models[name]
         _check_kind(donor, model)
         blocks = count_blocks(model.names)
-        prefixes = {block_prefix(n) for n in model.names} - {None}
+        prefixes = {p for n in model.names if (p := block_prefix(n))}
         if len(prefixes) > 1:
             problems.append(f"{name} has several stacks of blocks: {sorted(prefixes)}")
         if first + count > blocks:

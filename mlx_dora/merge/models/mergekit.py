@@ -101,7 +101,7 @@ def _plan(
     """The plan of one slice of the output, or of whole models."""
     shared = _known(kit, "parameters", layout.shared, notes)
     per_input = {parameter.name for parameter in method.own if parameter.per_input}
-    own = []
+    own: list[dict[str, Any]] = []
     for model, settings in zip(layout.models, layout.own, strict=True):
         where = f"parameters of {model}"
         accepted = _known(kit, where, settings, notes)
@@ -156,7 +156,9 @@ def _renamed(kit: Mergekit, settings: Settings) -> Settings:
     return {kit.renamed.get(key, key): value for key, value in settings.items()}
 
 
-def _known(kit: Mergekit, where: str, settings: Settings, notes: list[str]) -> Settings:
+def _known(
+    kit: Mergekit, where: str, settings: Settings, notes: list[str]
+) -> dict[str, Any]:
     """The parameters that the method uses; adds notes on those without effect."""
     known: dict[str, Any] = {}
     for key, value in settings.items():

@@ -42,7 +42,7 @@ class TokenizerFile:
             )
         content = read_object(path)
         model, added = content.get("model"), content.get("added_tokens") or []
-        vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+        vocabulary: Any = model.get("vocab") if isinstance(model, Mapping) else None
         try:
             if isinstance(vocabulary, list):  # Unigram: pairs of a token and its score
                 self.own = {str(pair[0]): i for i, pair in enumerate(vocabulary)}
@@ -54,7 +54,8 @@ class TokenizerFile:
             raise DoRAError(f"{path} has no valid vocabulary.") from error
         self.folder = folder
         self.unused: frozenset[str] = frozenset()
-        self.tokens = {**self.own, **numbers}
+        # As in the tokenizers library, the vocabulary decides, should ids differ.
+        self.tokens = {**numbers, **self.own}
 
     @property
     def next_id(self) -> int:

@@ -103,7 +103,7 @@ class Vocabulary:
         if not having:
             return np.zeros(width, np.float32)
         found = [_row(opened[model], rows[model][token]) for model in having]
-        return np.mean(found, axis=0, dtype=np.float64).astype(np.float32)
+        return np.asarray(np.mean(found, axis=0, dtype=np.float64), np.float32)
 
     def _ruled(
         self,
@@ -201,12 +201,19 @@ def unite(
         f"{f', with {len(added)} added tokens' if added else ''}; the embeddings have "
         f"{size} rows, aligned by token."
     )
+    places = {f: _rows_of(files[f], tokens, size, rows[f]) for f in folders}
+    for text, rule in plan.rules.items():
+        if not rule.force and all(own[tokens[text]] >= 0 for own in places.values()):
+            notes.append(
+                f"tokenizer: tokens: {text}: has no effect, since every model has the "
+                "token; set force to replace its embeddings."
+            )
     return Vocabulary(
         tokenizer=start,
         tokens=tokens,
         added=added,
         size=size,
-        rows={f: _rows_of(files[f], tokens, size, rows[f]) for f in folders},
+        rows=places,
         own={folder: file.tokens for folder, file in files.items()},
         rules={tokens[text]: rule for text, rule in plan.rules.items()},
         models=models,

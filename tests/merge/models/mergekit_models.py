@@ -105,9 +105,7 @@ def make_model(
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     arrays = {name: mx.array(value) for name, value in weights.items()}
-    mx.save_safetensors(
-        str(folder / "model.safetensors"), arrays, {"format": "pt"}
-    )
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
 
 
 def make_lora(folder: Path) -> None:

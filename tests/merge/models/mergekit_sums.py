@@ -128,7 +128,9 @@ def made_by_mergekit(work: Path) -> dict[str, object]:
                 [str(path), f"out/{path.stem}-{seed}", seed]
                 for seed in range(1, SEEDS + 1)
             ]
-    errors = {str(job[1]): e for job, e in zip(jobs, run_mergekit(jobs, work), strict=True)}
+    errors = {
+        str(job[1]): e for job, e in zip(jobs, run_mergekit(jobs, work), strict=True)
+    }
     made: dict[str, object] = {}
     for path in FILES:
         out = f"out/{path.stem}"
@@ -148,4 +150,6 @@ if __name__ == "__main__":
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in made.items()]
     STORED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     failed = {name: value for name, value in made.items() if isinstance(value, str)}
-    sys.stdout.write(f"{len(made)} files, mergekit refuses {json.dumps(failed, indent=1)}\n")
+    sys.stdout.write(
+        f"{len(made)} files, mergekit refuses {json.dumps(failed, indent=1)}\n"
+    )

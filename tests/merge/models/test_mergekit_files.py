@@ -5,7 +5,9 @@ vocabularies and adapters. `tests.merge.models.mergekit_sums` makes the checksum
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from mlx_dora.cli._yaml import read_yaml
 from mlx_dora.merge.models import read_mergekit, run_merge
 from mlx_dora.merge.models.report import MergeReport
 from tests.checks import assert_close
+from tests.merge.methods.test_importance import arcee_truth
 from tests.merge.models.mergekit_models import make_all
 from tests.merge.models.mergekit_sums import (
     FILES,
@@ -28,7 +31,6 @@ from tests.merge.models.mergekit_sums import (
     sums_of,
     tensors_of,
 )
-from tests.merge.methods.test_importance import arcee_truth
 from tests.merge.oracle import dense_karcher
 
 SUMS = json.loads(STORED.read_text(encoding="utf-8"))
@@ -65,8 +67,6 @@ def at_work(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def merge(path: Path, out: Path, seed: int = 0) -> MergeReport:
-    from dataclasses import replace
-
     return run_merge(replace(read_mergekit(read_yaml(path)), seed=seed), out)
 
 
@@ -85,7 +85,8 @@ def test_the_weights_are_mergekits(path: Path, tmp_path: Path) -> None:
     apart = differences(sums_of(tmp_path / "out"), SUMS[path.stem])
     worst = max(apart, key=lambda name: apart[name])
     assert apart[worst] <= 2e-6, f"{worst}: {apart[worst]:.1e}"
-    model, tokenizer = load(str(tmp_path / "out"))
+    loaded: Any = load(str(tmp_path / "out"))
+    model, tokenizer = loaded
     assert len(tokenizer.get_vocab()) <= model.args.vocab_size
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_hidden_layers"] == len(model.layers)
