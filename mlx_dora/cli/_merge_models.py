@@ -93,7 +93,7 @@ from mlx_dora.merge.methods.table import names_with
     "--config",
     type=FILE,
     help="A mergekit YAML file, in place of models and method. Only --seed, --pad, "
-    "--dry-run and --overwrite can be combined with it.",
+    "--dry-run, --json and --overwrite can be combined with it.",
 )
 @click.option(
     "--dry-run",
@@ -175,7 +175,16 @@ def models_command(
 
 def _refuse_beside_config(context: click.Context) -> None:
     """Refuse options that the file sets."""
-    free = ("config", "save_path", "overwrite", "seed", "pad", "models", "dry_run")
+    free = (
+        "config",
+        "save_path",
+        "overwrite",
+        "seed",
+        "pad",
+        "models",
+        "dry_run",
+        "json_output",
+    )
     given = [
         f"--{name.replace('_', '-')}"
         for name in context.params
