@@ -46,6 +46,11 @@ def check_fit(
         extra = set(model.names) - model.copies - own
         problems = listed("missing:", sorted(missing, key=natural_order))
         problems += listed("extra:", sorted(extra, key=natural_order))
+        if extra and all(model.holds_tokens(name) for name in extra):
+            problems.append(
+                f"{pattern.label} ties its head to the embedding: give the model with "
+                "its own head as the base, or first"
+            )
         unlike = {
             name: _is_vocabulary(name, model, pattern)
             for name in sorted(own - missing, key=natural_order)

@@ -160,9 +160,8 @@ class Job:
             if model is not self.pattern
         ):
             raise DoRAError(
-                f"{place.name} holds integers that differ between the models: they "
-                "cannot be merged (if they are weights packed by another tool, convert "
-                "the models to floats first)."
+                f"{place.name} holds integers that differ between the models, which "
+                "cannot be merged."
             )
         return tensor
 

@@ -1,5 +1,6 @@
 """Reads the tensors of a model folder for a merge, which treats all as dense."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,35 @@ _DTYPES = {
     "F16": mx.float16,
     "BF16": mx.bfloat16,
 }
+
+
+# Last parts of the names of tensors that GPTQ, AWQ, bitsandbytes, HQQ and
+# compressed-tensors store in place of a weight, or beside it.
+_OTHER_PACKINGS = (
+    "qweight",
+    "qzeros",
+    "g_idx",
+    "weight_packed",
+    "W_q",
+    "absmax",
+    "quant_map",
+    "SCB",
+)
+
+
+def _refuse_other_packings(folder: Path, names: Iterable[str]) -> None:
+    """Refuse weights that another tool packed.
+
+    Raises:
+        DoRAError: Naming the first of them, and their number.
+    """
+    packed = sorted(n for n in names if n.rpartition(".")[2] in _OTHER_PACKINGS)
+    if packed:
+        raise DoRAError(
+            f"{folder}: {packed[0]} and {len(packed) - 1} more tensors are packed by "
+            "another tool (GPTQ, AWQ, bitsandbytes or the like): convert the model to "
+            "floats, or to MLX's packing, first."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +90,7 @@ class ModelTensors:
                 f"least 1, got {tokens!r:.60}."
             )
         names = set(self._checkpoint.names)
+        _refuse_other_packings(folder, names)
         packed = [
             path
             for name in names
