@@ -21,19 +21,31 @@ _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 def open_model(name: str) -> ModelTensors:
     """Open a model folder or Hub id, or one with an adapter: ``model+adapter``.
 
+    As in mergekit, ``model@revision`` names a revision of a Hub id.
+
     Raises:
         DoRAError: If a part is missing or invalid, or the adapter does not fit.
     """
     model, plus, adapter = name.rpartition("+")
-    if not plus or Path(name).is_dir():
+    if Path(name).expanduser().is_dir():
         return ModelTensors(model_folder(name))
+    if not plus:
+        return ModelTensors(_folder(name))
     folder = Path(adapter).expanduser()
     if not (folder / "adapter_config.json").is_file():
         raise DoRAError(
             f"{name}: {adapter} is not a local adapter folder (it has no "
             "adapter_config.json); download the adapter and give its path."
         )
-    return AdaptedTensors(model_folder(model), folder)
+    return AdaptedTensors(_folder(model), folder)
+
+
+def _folder(name: str) -> Path:
+    """The folder of a model; a Hub id may name a revision: ``owner/model@revision``."""
+    model, at, revision = name.partition("@")
+    if not at or Path(name).expanduser().exists():
+        return model_folder(name)
+    return model_folder(model, revision=revision)
 
 
 class AdaptedTensors(ModelTensors):
