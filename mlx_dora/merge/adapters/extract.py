@@ -13,7 +13,7 @@ from mlx_dora.adapters.adapter import Adapter, BaseModel, ranks_in
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint
-from mlx_dora.adapters.hosting import load
+from mlx_dora.adapters.hosting import load_lazily
 from mlx_dora.adapters.keys import natural_order, resolve_keys
 from mlx_dora.adapters.matrices import adapter_tensors, named_matrices
 from mlx_dora.adapters.refusals import check_cut
@@ -133,7 +133,7 @@ def extract_adapter(
     _check_size(rank, energy)
     if save_path is not None:
         check_output(save_path, inputs=(base, tuned), overwrite=overwrite)
-    start, end = load(base, lazy=True)[0], load(tuned, lazy=True)[0]
+    start, end = load_lazily(base), load_lazily(tuned)
     before, after = dict(start.named_modules()), dict(end.named_modules())
     paths = resolve_keys(start, keys, -1)
     if missing := [path for path in paths if path not in after]:
