@@ -12,6 +12,8 @@ Every merge runs in a separate process, in turns. The seconds are those of the m
 without imports and process start (``cpu_seconds``: of all threads), and the peak is the
 process's resident set. Ours flushes its output to the disk in that time; mergekit does
 not. The script compares the outputs first; ``error`` is the largest error of a tensor.
+Methods that `--methods` names besides these are listed in `configs`; passthrough stacks
+40 blocks of two models of 30.
 The smoke run merges two tiny models without mergekit and compares with NumPy.
 """
 
@@ -92,6 +94,46 @@ def configs(models: Sequence[str]) -> dict[str, dict[str, Any]]:
             "merge_method": "ties",
             "models": entries([second, third], weight=0.5, density=0.2),
             **changes,
+        },
+        "multislerp": {
+            "merge_method": "multislerp",
+            "models": entries([first, second, third], weight=0.5),
+            "dtype": "float32",
+        },
+        "breadcrumbs": {
+            "merge_method": "breadcrumbs",
+            "models": entries([second, third], weight=0.5, density=0.9),
+            **changes,
+        },
+        "della": {  # at random: compare its times only
+            "merge_method": "della",
+            "models": entries([second, third], weight=0.5, density=0.5),
+            **changes,
+        },
+        "sce": {
+            "merge_method": "sce",
+            "models": entries([second, third]),
+            "parameters": {"select_topk": 0.5},
+            **changes,
+        },
+        "nearswap": {
+            "merge_method": "nearswap",
+            "models": entries([second]),
+            "parameters": {"t": 0.01},
+            **changes,
+        },
+        "arcee_fusion": {
+            "merge_method": "arcee_fusion",
+            "models": entries([second]),
+            **changes,
+        },
+        "passthrough": {
+            "merge_method": "passthrough",
+            "slices": [
+                {"sources": [{"model": first, "layer_range": [0, 20]}]},
+                {"sources": [{"model": second, "layer_range": [10, 30]}]},
+            ],
+            "dtype": "float32",
         },
     }
 

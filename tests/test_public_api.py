@@ -185,6 +185,7 @@ SIGNATURES = {
         "density=",
         "seed=",
         "scale=",
+        "parameters=",
         "fisher=",
     ],
     "mlx_dora.merge.merge_models": [

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from mlx_dora.cli._echo import note
+from mlx_dora.cli._echo import echo, note
 from mlx_dora.cli._framework import Verb
 from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._merge_options import (
@@ -17,6 +17,7 @@ from mlx_dora.cli._merge_options import (
     Weights,
     default_method,
     fisher_option,
+    own_option,
     read_weights,
     refuse_weights_as_paths,
 )
@@ -37,7 +38,9 @@ from mlx_dora.merge.methods.table import names_with
     ),
 )
 @click.argument("models", type=PATH_OR_ID, nargs=-1, metavar="[M1 M2 ...]")
-@click.option("--save-path", type=PATH, required=True, help="Output model folder.")
+@click.option(
+    "--save-path", type=PATH, help="Output model folder; required without --dry-run."
+)
 @click.option("--base", type=PATH_OR_ID, help="The model that changes are relative to.")
 @click.option(
     "--method",
@@ -71,6 +74,7 @@ from mlx_dora.merge.methods.table import names_with
     default=0,
     help=SEED_HELP,
 )
+@own_option()
 @click.option(
     "--granularity",
     type=click.Choice(["row", "tensor"]),
@@ -88,14 +92,19 @@ from mlx_dora.merge.methods.table import names_with
     "-c",
     "--config",
     type=FILE,
-    help="A mergekit YAML file, in place of models and method. Only --seed, --pad and "
-    "--overwrite can be combined with it.",
+    help="A mergekit YAML file, in place of models and method. Only --seed, --pad, "
+    "--dry-run, --json and --overwrite can be combined with it.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check the inputs and say what each tensor would get; writes nothing.",
 )
 @json_option()
 @overwrite_option()
 def models_command(
     models: tuple[str, ...],
-    save_path: str,
+    save_path: str | None,
     base: str | None,
     method: str | None,
     weights: Weights | None,
@@ -103,11 +112,13 @@ def models_command(
     scale: float | None,
     normalize: bool | None,
     seed: int,
+    own: dict[str, float],
     granularity: str,
     dtype: str | None,
     pad: bool,
     fisher: tuple[str, ...],
     config: Path | None,
+    dry_run: bool,
     json_output: JsonOutput,
     overwrite: bool,
 ) -> None:
@@ -118,7 +129,10 @@ def models_command(
     """
     if (config is None) == (not models):
         raise click.UsageError("give either models or --config")
-    note("Merging models ...")
+    if save_path is None and not dry_run:
+        raise click.UsageError("give --save-path, or --dry-run")
+    note("Planning a merge of models ..." if dry_run else "Merging models ...")
+    from mlx_dora.merge.models import dry_run as planning
     from mlx_dora.merge.models.merge import run_merge
     from mlx_dora.merge.models.mergekit import read_mergekit
     from mlx_dora.merge.models.plan import plan_models
@@ -131,7 +145,7 @@ def models_command(
         refuse_weights_as_paths(models)
         given = {"density": density, "lambda": scale, "normalize": normalize}
         given = {key: value for key, value in given.items() if value is not None}
-        given |= {"seed": seed, "granularity": granularity, "pad": pad}
+        given |= {"seed": seed, "granularity": granularity, "pad": pad, **own}
         plan = plan_models(
             models,
             base=base,
@@ -141,6 +155,12 @@ def models_command(
             dtype=dtype,
             fisher=fisher or None,
         )
+    if save_path is None or dry_run:
+        planned = planning.dry_run(plan)
+        for line in planned.lines():
+            echo(line)
+        json_output.write(asdict(planned))
+        return
     with WorkDisplay(with_memory=True) as display:
         report = run_merge(
             plan,
@@ -155,7 +175,16 @@ def models_command(
 
 def _refuse_beside_config(context: click.Context) -> None:
     """Refuse options that the file sets."""
-    free = ("config", "save_path", "overwrite", "seed", "pad", "models")
+    free = (
+        "config",
+        "save_path",
+        "overwrite",
+        "seed",
+        "pad",
+        "models",
+        "dry_run",
+        "json_output",
+    )
     given = [
         f"--{name.replace('_', '-')}"
         for name in context.params

@@ -9,7 +9,13 @@ import click
 from mlx_dora.cli._paths import PATH
 from mlx_dora.cli._yaml import parse_yaml
 from mlx_dora.errors import DoRAError
-from mlx_dora.merge.methods.table import DEFAULT, METHODS, densities, names_with
+from mlx_dora.merge.methods.table import (
+    DEFAULT,
+    METHODS,
+    densities,
+    names_with,
+    own_parameters,
+)
 
 DEFAULT_OF_MANY = "karcher"
 METHODS_HELP = (
@@ -19,6 +25,15 @@ METHODS_HELP = (
 SEED_HELP = f"Random seed, for {names_with('seed')}."
 SCALE_HELP = f"Factor on the merged changes, for {names_with('lambda')}."
 DENSITY_HELP = f"Fraction of the changes to keep (default: {densities()})."
+OWN_HELP = (
+    "A parameter of one method, NAME=VALUE: "
+    + ", ".join(
+        f"{p.name} of {names_with(p.name).replace(', ', ' and ')} ({p.help}"
+        + (f"; default {p.default:g})" if p.default is not None else ")")
+        for p in own_parameters().values()
+    )
+    + ". Repeatable."
+)
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
 
@@ -67,3 +82,36 @@ def fisher_option(whose: str) -> Callable[[Any], Any]:
         help=f"For --method fisher: a folder written by `fisher`. Repeat for each "
         f"{whose}, in order.",
     )
+
+
+def own_option() -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option for parameters that only some methods have."""
+    return click.option(
+        "--set",
+        "own",
+        multiple=True,
+        metavar="NAME=VALUE",
+        callback=_read_own,
+        help=OWN_HELP,
+    )
+
+
+def _read_own(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> dict[str, float]:
+    """Parse ``gamma=0.02``."""
+    own: dict[str, float] = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        if name not in own_parameters():
+            raise click.BadParameter(
+                f"expected NAME=VALUE with a name of {', '.join(own_parameters())}, "
+                f"got {value!r}."
+            )
+        try:
+            own[name] = float(number)
+        except ValueError as error:
+            raise click.BadParameter(
+                f"{name} needs a number, got {number!r}."
+            ) from error
+    return own

@@ -18,6 +18,7 @@ from mlx_dora.cli._merge_options import (
     Weights,
     default_method,
     fisher_option,
+    own_option,
     read_weights,
     refuse_weights_as_paths,
 )
@@ -97,6 +98,7 @@ def command() -> None:
     default=1.0,
     help=SCALE_HELP,
 )
+@own_option()
 @json_option()
 @overwrite_option()
 @check_base_option
@@ -119,6 +121,7 @@ def adapters_command(
     density: float | None,
     seed: int,
     scale: float,
+    own: dict[str, float],
     json_output: JsonOutput,
     overwrite: bool,
     check_base: bool,
@@ -163,7 +166,7 @@ def adapters_command(
             save_path=save_path,
             overwrite=overwrite,
             check_base=check_base,
-            options=Options(density=density, seed=seed, scale=scale),
+            options=Options(density=density, seed=seed, scale=scale, own=own),
             fisher=fisher or None,
             data=data,
             probe=logit_error,

@@ -12,11 +12,17 @@ _BUFFER = re.compile(
 )
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight")
+_BEFORE = re.compile(r"(?:^|\.)(?:embed(?!_out)|tok_embed|word_embed|wte\.|wpe\.)")
 
 
 def is_buffer(name: str) -> bool:
     """Whether a tensor is a table of rotary frequencies, made from the config."""
     return _BUFFER.search(name) is not None
+
+
+def is_before_blocks(name: str) -> bool:
+    """Whether a tensor is an input embedding, which stands before the blocks."""
+    return _BEFORE.search(name) is not None
 
 
 def head_and_embedding(names: Iterable[str]) -> tuple[str, str] | None:

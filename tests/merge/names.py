@@ -8,3 +8,23 @@ NORMALIZED = [value.name for value in METHODS.values() if value.is_mean]
 MEANS = ["slerp", "karcher", "nmean", "magnitude_weighted"]
 SUMS = ["linear", "task_arithmetic"]
 FISHER = "fisher"
+UNNORMALIZED = [
+    "task_arithmetic", "dare", "breadcrumbs", "breadcrumbs_ties", "della_linear",
+]  # fmt: skip
+"""Sums of changes: N copies with weights 1/N give the copy back."""
+RANDOM = [value.name for value in METHODS.values() if "seed" in value.parameters]
+CHOOSING = ["arcee_fusion"]
+"""Take over some entries of the other model, never all: no copy comes back."""
+_LARGE = {"nearswap": {"t": 1e6}}
+
+
+def needed(method: str, **defaults: float) -> dict[str, float]:
+    """Parameters that a method needs; the defaults are those of its own."""
+    own = {parameter.name for parameter in METHODS[method].own}
+    given = {name: value for name, value in defaults.items() if name in own}
+    return {**_LARGE.get(method, {}), **given}
+
+
+def most(method: str, count: int) -> int:
+    """How many of `count` inputs a method merges."""
+    return min(count, METHODS[method].inputs[1] or count)

@@ -10,8 +10,8 @@ With one number per row, it is a weighted mean of rows, under which adapters are
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -39,11 +39,13 @@ class Options:
         density: Fraction of the entries to keep; None for the method's default.
         seed: Random seed of DARE.
         scale: λ on the merged task vectors.
+        own: Parameters that only the method has, by name, for all adapters.
     """
 
     density: float | None = None
     seed: int = 0
     scale: float = 1.0
+    own: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -53,7 +55,7 @@ class Options:
     def given(self) -> list[str]:
         """Names of the settings that differ from their defaults."""
         density = ["density"] if self.density is not None else []
-        return [*density, *(["lambda"] if self.scale != 1 else [])]
+        return [*density, *(["lambda"] if self.scale != 1 else []), *self.own]
 
 
 def merge_dense(
@@ -190,6 +192,7 @@ def merge_apart(
         density=None if density is None else (density,) * len(directions),
         seed=options.seed,
         scale=options.scale,
+        own=entry.own_values(len(directions), lambda name, _: options.own.get(name)),
     )
     lengths = [mx.abs(m) for m in magnitudes]
     direction, magnitude = (

@@ -13,7 +13,7 @@ from mlx_dora.adapters.adapter import Adapter, BaseModel, ranks_in
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint
-from mlx_dora.adapters.hosting import load
+from mlx_dora.adapters.hosting import load_lazily
 from mlx_dora.adapters.keys import natural_order, resolve_keys
 from mlx_dora.adapters.matrices import adapter_tensors, named_matrices
 from mlx_dora.adapters.refusals import check_cut
@@ -24,6 +24,7 @@ from mlx_dora.kernels import fused_weight
 from mlx_dora.layers import dora_class
 from mlx_dora.matrix.weight import dense, matrices, weight_of
 from mlx_dora.merge.adapters.factor import factor, row_norm
+from mlx_dora.merge.adapters.nearest import nearest
 from mlx_dora.notebook import Shown
 from mlx_dora.progress import Progress
 
@@ -111,7 +112,8 @@ def extract_adapter(
     """Make the DoRA adapter that best turns a base into a fine-tuned model.
 
     Magnitudes are the tuned weights' exact row norms; directions come from a truncated
-    SVD. Either model may be packed.
+    SVD. For large matrices it is randomized and reads blocks of rows; its squared error
+    is then within 0.1 % of the least possible. Either model may be packed.
 
     Args:
         base: Folder or Hub id of the base model. The adapter belongs to it.
@@ -131,7 +133,7 @@ def extract_adapter(
     _check_size(rank, energy)
     if save_path is not None:
         check_output(save_path, inputs=(base, tuned), overwrite=overwrite)
-    start, end = load(base, lazy=True)[0], load(tuned, lazy=True)[0]
+    start, end = load_lazily(base), load_lazily(tuned)
     before, after = dict(start.named_modules()), dict(end.named_modules())
     paths = resolve_keys(start, keys, -1)
     if missing := [path for path in paths if path not in after]:
@@ -194,6 +196,16 @@ def _extract(
     layers, parts = [], []
     pairs = zip(named_matrices(path, base), matrices(tuned), strict=True)
     for (name, old), new in pairs:
+        found = nearest(old, new, rank=rank, energy=energy)
+        if found is not None:
+            made, error = found
+            parts.append(made.tensors)
+            layers.append(
+                ExtractedLayer(
+                    path=name, rank=made.rank, discarded=made.discarded, error=error
+                )
+            )
+            continue
         weight, goal = dense(old).astype(mx.float32), dense(new).astype(mx.float32)
         if not mx.isfinite(goal).all() or not mx.isfinite(weight).all():
             raise DoRAError(f"{name} holds NaN or inf.")

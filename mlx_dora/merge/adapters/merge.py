@@ -1,6 +1,6 @@
 """Merges several adapters of one base into one ordinary adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +40,7 @@ def merge_adapters(
     density: float | None = None,
     seed: int = 0,
     scale: float = 1.0,
+    parameters: Mapping[str, float] | None = None,
     fisher: Sequence[Fisher | str | Path] | None = None,
 ) -> Adapter:
     """Merge DoRA and LoRA adapters of one base into one DoRA adapter.
@@ -66,6 +67,8 @@ def merge_adapters(
             the method's default.
         seed: Random seed of DARE.
         scale: Factor λ on the merged task vectors, for methods that use them.
+        parameters: Parameters that only the method has, such as ``gamma`` of
+            ``breadcrumbs``.
         fisher: Fisher information of each adapter, for method ``fisher``: results of
             `mlx_dora.merge.estimate_fisher`, or folders.
 
@@ -85,7 +88,9 @@ def merge_adapters(
         save_path=save_path,
         overwrite=overwrite,
         check_base=check_base,
-        options=Options(density=density, seed=seed, scale=scale),
+        options=Options(
+            density=density, seed=seed, scale=scale, own=dict(parameters or {})
+        ),
         fisher=fisher,
     ).adapter
 

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
+from mlx_dora.io.gathered import GatheredTensor
 from mlx_dora.io.stored import StoredTensor
 
-Tensor = mx.array | StoredTensor
+Tensor = mx.array | StoredTensor | GatheredTensor
 """A tensor to merge, read in slices."""
 Block = Callable[[slice, Sequence[Tensor]], mx.array]
 """(position of the block in the tensor, flat tensors) -> the merged block, float32."""
@@ -24,10 +25,21 @@ def slices(size: int, step: int | None = None) -> list[slice]:
     return [slice(first, first + step) for first in range(0, max(size, 1), step)]
 
 
-def parts(block: Block, tensors: Sequence[Tensor]) -> Iterator[mx.array]:
-    """Yield the merged tensor as consecutive flat blocks, not evaluated."""
+def parts(
+    block: Block, tensors: Sequence[Tensor], step: int | None = None
+) -> Iterator[mx.array]:
+    """Yield the merged tensor as consecutive flat blocks, not evaluated.
+
+    Blocks have `step` elements, by default `BLOCK`.
+    """
     flat = [tensor.reshape(-1) for tensor in tensors]
-    return (block(index, flat) for index in slices(flat[0].size))
+    return (block(index, flat) for index in slices(flat[0].size, step))
+
+
+def row_step(tensor: Tensor) -> int:
+    """Elements of a block that holds whole rows (last axis) of a tensor."""
+    width = max(tensor.shape[-1] if tensor.ndim else 1, 1)
+    return width * max(1, BLOCK // width)
 
 
 def joined(blocks: Iterator[mx.array], shape: tuple[int, ...]) -> mx.array:

@@ -4,7 +4,8 @@ Each method accepts the base (None if the method does not use it), N tensors of 
 shape and their settings. It returns the merged float32 tensor as consecutive flat
 blocks that are not yet evaluated, which keeps memory use low. Task vectors are the
 changes :math:`\tau_i = W_i - W_0`. Methods that mergekit also has follow its definition
-(compared with mergekit in ``tests/merge``).
+(compared with mergekit in ``tests/merge``). Those that drop entries are in
+`mlx_dora.merge.methods.sparse`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.methods import blockwise
-from mlx_dora.merge.methods.blockwise import Tensor, changes, sum_of, weighted_sum
+from mlx_dora.merge.methods.blockwise import Tensor, changes, weighted_sum
 from mlx_dora.merge.methods.settings import TensorSettings
 
 # Singular values below this share of the largest are rounding errors. Including their
@@ -48,97 +49,7 @@ def task_arithmetic(
     base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings
 ) -> Blocks:
     r"""Task arithmetic, :math:`W_0 + \lambda\sum_i w_i\tau_i` (arXiv:2212.04089)."""
-    return _summed(base, tensors, settings)
-
-
-def ties(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Blocks:
-    r"""TIES: trim, elect the sign, average those that agree (arXiv:2306.01708).
-
-    Each task vector keeps its `density` largest entries (the first, among equals). The
-    sign of :math:`\sum_i w_i\tau_i` is elected for each element. The weighted mean of
-    the entries with that sign, times λ, is added to W0.
-    """
-    pairs = zip(tensors, settings.densities(), strict=True)
-    cuts = [_cut_of(base, tensor, density) for tensor, density in pairs]
-
-    def trimmed(index: slice, deltas: Sequence[mx.array]) -> list[mx.array]:
-        thinned = []
-        for delta, (least, last) in zip(deltas, cuts, strict=True):
-            size = mx.abs(delta)
-            if last >= index.start + delta.size - 1:
-                keep = size >= least
-            elif last < index.start:
-                keep = size > least
-            else:
-                place = mx.arange(index.start, index.start + delta.size)
-                keep = (size > least) | (size == least) & (place <= last)
-            thinned.append(mx.where(keep, delta, 0.0))
-        return thinned
-
-    yield from _elected(base, tensors, settings, trimmed)
-
-
-def _cut_of(base: Tensor, tensor: Tensor, density: float) -> tuple[float, int]:
-    """Find the `density` largest entries of a task vector; among equals, the first.
-
-    Equal entries are common: float32 weights of similar size differ by multiples of the
-    same step.
-
-    Returns:
-        The smallest absolute value to keep, and the index of the last entry to keep
-        among those equal to it.
-    """
-    if density >= 1 or not base.size:
-        return 0.0, base.size
-    if density <= 0:
-        return float("inf"), -1
-    kept = max(1, int(density * base.size))
-    sizes = np.empty(base.size, np.float32)
-    flat = [base.reshape(-1), tensor.reshape(-1)]
-    for index in blockwise.slices(base.size):
-        sizes[index] = np.array(mx.abs(changes(index, flat)[1][0]), copy=False)
-    place = sizes.size - kept
-    least = np.partition(sizes, place)[place]
-    equal = np.flatnonzero(sizes == least)
-    over = int(np.count_nonzero(sizes > least))
-    return float(least), int(equal[kept - over - 1])
-
-
-def dare(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Blocks:
-    r"""DARE: drop entries at random and rescale the rest (arXiv:2311.03099).
-
-    .. math:: W_0 + \lambda \sum_i w_i \, (b_i \circ \tau_i) / p_i, \qquad
-        b_i \sim \text{Bernoulli}(p_i)
-
-    where p are the densities. The same seed drops the same entries.
-    """
-    return _summed(base, tensors, settings, thin=_dropped(settings))
-
-
-def dare_ties(
-    base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings
-) -> Blocks:
-    """DARE's dropping and rescaling, then the sign election and mean of TIES."""
-    return _elected(base, tensors, settings, _dropped(settings))
-
-
-def _dropped(settings: TensorSettings) -> Thinning:
-    """Make a thinning that keeps each entry with its input's density as probability."""
-    shares, seed = settings.densities(), settings.seed
-
-    def thin(index: slice, deltas: Sequence[mx.array]) -> list[mx.array]:
-        thinned = []
-        for i, (delta, share) in enumerate(zip(deltas, shares, strict=True)):
-            if share >= 1:
-                thinned.append(delta)
-                continue
-            key = mx.random.key((seed + 1_000_003 * i + 7 * index.start) % 2**64)
-            kept = mx.random.bernoulli(share, delta.shape, key=key)
-            larger = delta / max(share, 1e-30) if settings.rescale else delta
-            thinned.append(mx.where(kept, larger, 0.0))
-        return thinned
-
-    return thin
+    return summed(base, tensors, settings)
 
 
 def tsv(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Blocks:
@@ -152,7 +63,7 @@ def tsv(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Bl
     held in memory.
     """
     if base.ndim != 2:
-        yield from _summed(base, tensors, settings, normalize=True)
+        yield from summed(base, tensors, settings, normalize=True)
         return
     start, *others = (
         np.array(blockwise.held(tensor).astype(mx.float32), np.float64)
@@ -203,15 +114,19 @@ def fisher(
     return blockwise.joined(blocks, tensors[0].shape), unknown
 
 
-def _summed(
+def summed(
     base: Tensor,
     tensors: Sequence[Tensor],
     settings: TensorSettings,
     *,
     thin: Thinning | None = None,
     normalize: bool = False,
+    step: int | None = None,
 ) -> Blocks:
-    """The base plus the weighted sum of the changes, maybe thinned."""
+    """The base plus the weighted sum of the changes, maybe thinned.
+
+    `normalize` is the default of the setting; blocks have `step` elements.
+    """
     weights, total = settings.plain_weights(), sum(settings.plain_weights())
     normalize = (settings.normalizes(False) or normalize) and abs(total) >= 1e-8
     factor = settings.scale / (total if normalize else 1.0)
@@ -222,29 +137,7 @@ def _summed(
             deltas = thin(index, deltas)
         return start + weighted_sum(deltas, weights) * factor
 
-    return blockwise.parts(block, [base, *tensors])
-
-
-def _elected(
-    base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings, thin: Thinning
-) -> Blocks:
-    """The base plus the weighted mean of the changes that have the elected sign."""
-    weights, normalize = settings.plain_weights(), settings.normalizes(True)
-
-    def block(index: slice, flat: Sequence[Tensor]) -> mx.array:
-        start, deltas = changes(index, flat)
-        moved = [w * d for w, d in zip(weights, thin(index, deltas), strict=True)]
-        elected = mx.where(sum_of(moved) >= 0, 1.0, -1.0)
-        agrees = [mx.sign(change) == elected for change in moved]
-        pairs = zip(agrees, moved, strict=True)
-        total = sum_of([mx.where(agree, change, 0.0) for agree, change in pairs])
-        if normalize:
-            pairs = zip(agrees, weights, strict=True)
-            share = sum_of([mx.where(agree, weight, 0.0) for agree, weight in pairs])
-            total = total / mx.where(share == 0, 1.0, share)
-        return start + settings.scale * total
-
-    return blockwise.parts(block, [base, *tensors])
+    return blockwise.parts(block, [base, *tensors], step)
 
 
 def _divisor(weights: Sequence[float]) -> float:

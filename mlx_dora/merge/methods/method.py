@@ -1,6 +1,7 @@
 """Description of a merge method, and of its form in mergekit's YAML."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -11,6 +12,39 @@ from mlx_dora.errors import DoRAError
 Base = Literal["unused", "optional", "lengths", "changes"]
 """How a method uses the base: not at all, for changes from it if it is given, for the
 lengths of its rows, or always for changes from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A parameter that belongs to one method.
+
+    Attributes:
+        name: Name, as in mergekit.
+        help: What it is, for the documentation.
+        default: Default value; None if it must be given.
+        least: Least value.
+        most: Greatest value.
+        per_input: Whether each input has its own value.
+    """
+
+    name: str
+    help: str
+    default: float | None = None
+    least: float = 0.0
+    most: float = math.inf
+    per_input: bool = False
+
+    def checked(self, value: Any) -> float:
+        """Check a value.
+
+        Raises:
+            DoRAError: With the expected range and the given value.
+        """
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not self.least <= value <= self.most:
+            up_to = f" to {self.most:g}" if math.isfinite(self.most) else " or more"
+            raise DoRAError(f"{self.name} must be {self.least:g}{up_to}, got {value}.")
+        return float(value)
 
 
 @dataclass(frozen=True)
@@ -71,7 +105,8 @@ class MergeMethod:
             mean, or are merged as one row.
         by_row_only: Whether it cannot treat a tensor as one row.
         needs_fisher: Whether it uses the inputs' Fisher information.
-        parameters: Names of the settings that it uses besides weights.
+        parameters: Names of the shared settings that it uses besides weights.
+        own: Parameters that only this method has.
         density: Default fraction of the changes to keep.
         takes_weights: Whether it accepts weights of the inputs.
         mergekit: Its forms in mergekit's YAML.
@@ -90,6 +125,7 @@ class MergeMethod:
     by_row_only: bool = False
     needs_fisher: bool = False
     parameters: tuple[str, ...] = ()
+    own: tuple[Parameter, ...] = ()
     density: float | None = None
     takes_weights: bool = True
     mergekit: Sequence[Mergekit] = ()
@@ -103,6 +139,35 @@ class MergeMethod:
     def is_exact(self) -> bool:
         """Whether it merges adapters exactly, without a dense weight."""
         return bool(self.rows)
+
+    @cached_property
+    def uses(self) -> tuple[str, ...]:
+        """Names of all settings that have an effect, besides weights."""
+        return (*self.parameters, *(parameter.name for parameter in self.own))
+
+    def own_values(
+        self, count: int, given: Callable[[str, int | None], Any]
+    ) -> dict[str, float | tuple[float, ...]]:
+        """Values of the method's own parameters, checked, for `count` inputs.
+
+        `given` returns the value of a parameter for an input (None for all inputs), or
+        None for the default.
+
+        Raises:
+            DoRAError: If a value is out of range, or missing without a default.
+        """
+        values: dict[str, float | tuple[float, ...]] = {}
+        for parameter in self.own:
+            places = range(count) if parameter.per_input else [None]
+            each = []
+            for place in places:
+                value = given(parameter.name, place)
+                value = parameter.default if value is None else value
+                if value is None:
+                    raise DoRAError(f"{self.name} needs a value of {parameter.name}.")
+                each.append(parameter.checked(value))
+            values[parameter.name] = tuple(each) if parameter.per_input else each[0]
+        return values
 
     @cached_property
     def row_function(self) -> Any:
@@ -148,10 +213,11 @@ class MergeMethod:
                 f"{self.name} uses no weights, all inputs count equally: leave the "
                 "weights out."
             )
-        if idle := [name for name in given if name not in self.parameters]:
+        if idle := [name for name in given if name not in self.uses]:
+            what = "only weights" if self.takes_weights else "no settings"
             raise DoRAError(
                 f"{', '.join(idle)} has no effect on {self.name}; it uses "
-                f"{', '.join(self.parameters) or 'only weights'}."
+                f"{', '.join(self.uses) or what}."
             )
 
     def note_of(self, density: Any) -> str | None:

@@ -1,6 +1,8 @@
 """Settings of a method for one tensor."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +31,11 @@ class TensorSettings:
         normalize: Divide by the weights' sum; None for the method's default.
         scale: Factor λ on the merged task vectors.
         seed: Random seed for DARE.
-        rescale: Divide the entries that DARE keeps by the density.
+        rescale: Make up for dropped entries by rescaling the rest; None for the
+            method's default.
+        as_mergekit: Where mergekit differs from the method's paper, follow mergekit.
+        own: The method's own parameters by name (`MergeMethod.own`): a value, or a
+            tuple with one value per input.
     """
 
     weights: np.ndarray
@@ -37,7 +43,9 @@ class TensorSettings:
     normalize: bool | None = None
     scale: float = 1.0
     seed: int = 0
-    rescale: bool = True
+    rescale: bool | None = None
+    as_mergekit: bool = False
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     def plain_weights(self) -> list[float]:
         """One weight per input.
@@ -68,3 +76,7 @@ class TensorSettings:
     def normalizes(self, default: bool) -> bool:
         """Whether to divide by the weights' sum, given the method's default."""
         return default if self.normalize is None else self.normalize
+
+    def rescales(self, default: bool) -> bool:
+        """Whether to rescale what is kept, given the method's default."""
+        return default if self.rescale is None else self.rescale

@@ -4,15 +4,17 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_dora.adapters.hosting import model_folder
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import write_text
 from mlx_dora.io.json import read_object
 from mlx_dora.merge.models.model_tensors import ModelTensors
 from mlx_dora.merge.models.plan import MergePlan
+from mlx_dora.merge.models.settings import count_blocks
+from mlx_dora.merge.models.vocabulary import Vocabulary, unite
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 _TOKENIZER = (
@@ -26,58 +28,133 @@ _TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Keys of the number of blocks in configs."""
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerChoice:
+    """Tokenizer of the output.
+
+    Attributes:
+        folder: Folder of its files; None keeps the pattern's.
+        vocabulary: The vocabulary to extend it to; None keeps it.
+        template: The chat template; None keeps the tokenizer's.
+    """
+
+    folder: Path | None = None
+    vocabulary: Vocabulary | None = None
+    template: str | None = None
 
 
 def choose_tokenizer(
     plan: MergePlan,
-    pattern: ModelTensors,
-    inputs: Sequence[ModelTensors],
+    base: ModelTensors,
+    models: Mapping[str, ModelTensors],
     notes: list[str],
-) -> tuple[Path | None, str | None]:
-    """Choose the tokenizer's folder and the chat template; None keeps the pattern's."""
-    folders = list(dict.fromkeys([pattern.folder, *(model.folder for model in inputs)]))
-    tokenizer = None
+) -> TokenizerChoice:
+    """Choose the tokenizer and the chat template, and unite the vocabularies.
+
+    `base` is the base or the first model; `models` are all models by name.
+    """
+    folder = vocabulary = None
     if plan.tokenizer is not None:
-        if plan.tokenizer_model is not None:
-            tokenizer = model_folder(plan.tokenizer_model)
-        _check_vocabularies(list(dict.fromkeys([*folders, tokenizer or folders[0]])))
-        notes.append("tokenizer: all vocabularies are equal.")
-    if plan.chat_template is None:
-        return tokenizer, None
-    template, note = _choose_template(plan.chat_template, folders)
-    notes.append(note)
-    return tokenizer, template
+        named = plan.tokenizer.model
+        folder = None if named is None else models[named].folder
+        rows = {m.folder: m.token_rows for m in (base, *models.values())}
+        vocabulary = unite(plan.tokenizer, base, models, rows, notes)
+    template = None
+    if plan.chat_template is not None:
+        folders = list(
+            dict.fromkeys([base.folder, *(m.folder for m in models.values())])
+        )
+        template, note = _choose_template(plan.chat_template, folders)
+        notes.append(note)
+    return TokenizerChoice(folder=folder, vocabulary=vocabulary, template=template)
 
 
-def copy_files(
-    pattern: ModelTensors,
-    out: Path,
-    dtype: str | None,
-    inputs: Sequence[ModelTensors],
-) -> None:
-    """Copy all files except weights from the pattern, and update the config."""
+def copy_files(pattern: ModelTensors, out: Path, changes: Mapping[str, Any]) -> None:
+    """Copy all files except weights from the pattern, with changes to the config."""
     for path in sorted(pattern.folder.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
             shutil.copyfile(path, out / path.name)
-    config = dict(pattern.config)
-    if dtype is not None:
-        for key in ("dtype", "torch_dtype"):
-            if key in config:
-                config[key] = dtype
-    if "vocab_size" in config:
-        sizes = [model.config.get("vocab_size", 0) for model in (pattern, *inputs)]
-        config["vocab_size"] = max(sizes)
+    config = {**pattern.config, **changes}
+    text = pattern.config.get("text_config")
+    if isinstance(text, Mapping):
+        inner = {key: value for key, value in changes.items() if key in text}
+        config["text_config"] = {**text, **inner}
     (out / "config.json").write_text(json.dumps(config, indent=4), encoding="utf-8")
 
 
-def put_tokenizer(out: Path, tokenizer: Path | None, template: str | None) -> None:
+def config_changes(
+    plan: MergePlan,
+    pattern: ModelTensors,
+    models: Mapping[str, ModelTensors],
+    vocabulary: Vocabulary | None,
+    notes: list[str],
+) -> dict[str, Any]:
+    """What differs from the pattern's config: dtype, vocabulary, blocks, token ids."""
+    changes: dict[str, Any] = {}
+    if plan.dtype is not None:
+        for key in ("dtype", "torch_dtype"):
+            if key in pattern.config:
+                changes[key] = plan.dtype
+    if vocabulary is not None:
+        changes["vocab_size"] = vocabulary.size
+    elif "vocab_size" in pattern.config:
+        sizes = [model.config.get("vocab_size", 0) for model in models.values()]
+        changes["vocab_size"] = max(sizes)
+    if plan.tokenizer is not None and plan.tokenizer.model is not None:
+        source = models[plan.tokenizer.model].config
+        for key in _TOKEN_IDS:
+            if key in source and source[key] != pattern.config.get(key):
+                changes[key] = source[key]
+                notes.append(f"{key}: that of {plan.tokenizer.model}.")
+    if plan.parts:
+        changes |= _stacked(plan, pattern, models, notes)
+    return changes
+
+
+def _stacked(
+    plan: MergePlan,
+    pattern: ModelTensors,
+    models: Mapping[str, ModelTensors],
+    notes: list[str],
+) -> dict[str, Any]:
+    """The number of blocks, and lists with an entry for each block."""
+    config, changes = pattern.config, {}
+    blocks = sum(part.count or 0 for part in plan.parts)
+    before = count_blocks(pattern.names)
+    for key in BLOCK_COUNTS:
+        if key in config:
+            changes[key] = blocks
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == before > 1:
+            made: list[Any] = []
+            for part in plan.parts:
+                own = models[part.models[0]].config.get(key)
+                start, count = part.starts[0], part.count or 0
+                entries = own[start : start + count] if isinstance(own, list) else []
+                made += entries
+            if len(made) != blocks:
+                raise DoRAError(f"slices: {key} of the config differs between models.")
+            changes[key] = made
+            notes.append(f"{key}: one entry for each block, from its own model.")
+    return changes
+
+
+def put_tokenizer(out: Path, choice: TokenizerChoice) -> None:
     """Replace the tokenizer and the chat template, if others were chosen."""
-    if tokenizer is not None:
+    folder, template, vocabulary = choice.folder, choice.template, choice.vocabulary
+    if folder is not None:
         for name in _TOKENIZER:
             (out / name).unlink(missing_ok=True)
-            if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, out / name)
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, out / name)
+    if vocabulary is not None:
+        vocabulary.tokenizer.write(out, vocabulary.tokens, vocabulary.added)
     if template is None:
         return
     (out / "chat_template.json").unlink(missing_ok=True)
@@ -86,44 +163,6 @@ def put_tokenizer(out: Path, tokenizer: Path | None, template: str | None) -> No
     if path.is_file() and "chat_template" in (config := read_object(path)):
         config["chat_template"] = template
         write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def _check_vocabularies(folders: Sequence[Path], key: str = "tokenizer_source") -> None:
-    """Refuse models whose token ids differ from the first model's.
-
-    Raises:
-        DoRAError: Naming the models that differ or have no tokenizer.
-    """
-    first, *others = folders
-    own = _vocabulary(first, key)
-    for other in others:
-        if _vocabulary(other, key) != own:
-            raise DoRAError(
-                f"{key}: the vocabularies of {first} and {other} differ, and merging "
-                "token by token is not supported; leave the key out (--pad merges "
-                "embeddings of different sizes row by row)."
-            )
-
-
-def _vocabulary(folder: Path, key: str) -> object:
-    """Token ids, or data that determines them, for comparison."""
-    if (path := folder / "tokenizer.json").is_file():
-        content = read_object(path)
-        model, added = content.get("model"), content.get("added_tokens")
-        tokens = model.get("vocab") if isinstance(model, Mapping) else None
-        return tokens, _added(added)
-    if (path := folder / "vocab.json").is_file():
-        return read_object(path)
-    if (path := folder / "tokenizer.model").is_file():
-        return path.read_bytes()
-    raise DoRAError(f"{key}: {folder} has no tokenizer to compare with the others'.")
-
-
-def _added(tokens: Any) -> object:
-    if not isinstance(tokens, list):
-        return tokens
-    pairs = [(t.get("id"), t.get("content")) for t in tokens if isinstance(t, Mapping)]
-    return sorted(map(str, pairs))
 
 
 def _choose_template(wanted: str, folders: Sequence[Path]) -> tuple[str | None, str]:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.adapters.hosting import model_folder
-from mlx_dora.adapters.keys import natural_order
-from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.io.output import Inputs
-from mlx_dora.merge.fisher.information import Fisher, check_fishers, check_paths
 from mlx_dora.merge.methods import DEFAULT
-from mlx_dora.merge.models.files import choose_tokenizer, copy_files, put_tokenizer
-from mlx_dora.merge.models.fit import check_fit, notes_of_copies
+from mlx_dora.merge.models.files import copy_files, put_tokenizer
 from mlx_dora.merge.models.model_tensor import Job
-from mlx_dora.merge.models.model_tensors import ModelTensors
+from mlx_dora.merge.models.opened import OpenedMerge, open_merge
+from mlx_dora.merge.models.place import Place
 from mlx_dora.merge.models.plan import MergePlan, plan_models
 from mlx_dora.merge.models.report import MergedTensor, MergeReport
-from mlx_dora.merge.models.settings import count_blocks
 from mlx_dora.merge.weights import Weights
 from mlx_dora.progress import Progress
 
@@ -50,8 +45,8 @@ def merge_models(
     the direction of each output row separately; with a base, the first three merge
     changes from it. Norm weights and biases get the weighted mean, and so do tensors
     without information under ``fisher``. ``linear``, ``task_arithmetic``, ``ties``,
-    ``dare``, ``dare_ties`` and ``tsv`` are defined in
-    `mlx_dora.merge.methods.elementwise`. The base, or else the first model, is the
+    ``dare``, ``tsv`` and the other methods of blocks are defined in
+    `mlx_dora.merge.methods`. The base, or else the first model, is the
     pattern: the output has its config, tokenizer, dtypes and packing. See
     ``docs/merging.md`` for the rules.
 
@@ -67,7 +62,8 @@ def merge_models(
         parameters: ``density``, ``normalize`` and ``lambda`` (numbers, gradients over
             the blocks, or filters as in mergekit), ``seed``, ``granularity`` (``row``,
             or ``tensor`` for mergekit's definitions), ``pad`` (merge
-            embeddings of different vocabulary sizes).
+            embeddings of different vocabulary sizes), and the parameters of single
+            methods, such as ``gamma`` of ``breadcrumbs``.
         dtype: Dtype of the output: ``float32``, ``float16`` or ``bfloat16``; None for
             the pattern's.
         fisher: Folders of Fisher information, one per model, for method ``fisher``.
@@ -106,76 +102,52 @@ def run_merge(
     The output does not replace files in `inputs` or the plan's own inputs.
     """
     started = time.perf_counter()
-    given = [*plan.inputs, *inputs]
+    check_output(save_path, inputs=[*plan.inputs, *inputs], overwrite=overwrite)
+    opened = open_merge(plan)
+    given = [*plan.inputs, *inputs, *opened.folders]
     check_output(save_path, inputs=given, overwrite=overwrite)
-    fishers = check_fishers(plan.method, plan.fisher, len(plan.models))
-    folders = {
-        name: model_folder(name)
-        for name in (*plan.models, plan.base)
-        if name is not None
-    }
-    given += folders.values()
-    check_output(save_path, inputs=given, overwrite=overwrite)
-    opened = {folder: ModelTensors(folder) for folder in folders.values()}
-    sources = [opened[folders[name]] for name in plan.models]
-    base = None if plan.base is None else opened[folders[plan.base]]
-    pattern = base or sources[0]
-    check_fit(pattern, sources, plan.pad)
-    notes = [*plan.notes, *notes_of_copies(pattern, sources)]
-    check_paths(fishers, [name.removesuffix(".weight") for name in pattern.names])
-    blocks = count_blocks(pattern.names)
-    if plan.blocks not in (None, blocks):
-        raise DoRAError(
-            f"slices: layer_range covers {plan.blocks} blocks of models with {blocks}; "
-            "only slices over all blocks are supported."
-        )
-    choice = choose_tokenizer(plan, pattern, sources, notes)
-    given.append(choice[0])
     mx.reset_peak_memory()
-    names = sorted(pattern.names, key=natural_order)
-    job = Job(plan, pattern, base, sources, fishers, blocks)
-    key = _state(plan, opened.values(), fishers)
+    key = _state(plan, opened)
     with atomic_directory(save_path, inputs=given, overwrite=overwrite, job=key) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes, resume=True) as writer:
-            merged = _merge_all(job, names, writer, progress)
-        copy_files(pattern, out, plan.dtype, sources)
-        put_tokenizer(out, *choice)
+            merged = _merge_all(opened.places, writer, progress)
+        copy_files(opened.pattern, out, opened.config)
+        put_tokenizer(out, opened.tokenizer)
     return MergeReport(
         method=plan.method,
         models=plan.models,
         tensors=tuple(merged),
-        resumed=len(names) - len(merged),
+        resumed=len(opened.places) - len(merged),
         peak_bytes=mx.get_peak_memory(),
         seconds=time.perf_counter() - started,
-        notes=tuple(notes),
+        notes=tuple(opened.notes),
     )
 
 
 def _merge_all(
-    job: Job, names: Sequence[str], writer: ShardWriter, progress: Progress | None
+    places: Sequence[tuple[Job, Place]],
+    writer: ShardWriter,
+    progress: Progress | None,
 ) -> list[MergedTensor]:
     """Merge every tensor that has not been written yet."""
     resumed, merged = writer.written, []
-    for name in names:
-        if name not in resumed:
-            merged.append(job.merge(name, writer))
+    for job, place in places:
+        if place.name not in resumed:
+            merged.append(job.merge(place, writer))
             if mx.get_cache_memory() > _KEPT:
                 mx.clear_cache()
         if progress is not None:
-            progress("merge", len(names), 1)
+            progress("merge", len(places), 1)
     return merged
 
 
-def _state(
-    plan: MergePlan, opened: Iterable[ModelTensors], fishers: Sequence[Fisher]
-) -> str:
+def _state(plan: MergePlan, opened: OpenedMerge) -> str:
     """Everything that determines the output; inputs by path, size and modified time."""
     files = []
-    for model in opened:
-        for path in sorted(model.folder.glob("*.safetensors")):
-            state = path.stat()
-            files.append([str(path.resolve()), state.st_size, state.st_mtime_ns])
-    facts = [asdict(fisher.facts) for fisher in fishers]
+    for path in opened.files:
+        state = path.stat()
+        files.append([str(path.resolve()), state.st_size, state.st_mtime_ns])
+    facts = [asdict(fisher.facts) for fisher in opened.fishers]
     return json.dumps([asdict(plan), files, facts], default=_plain)
 
 

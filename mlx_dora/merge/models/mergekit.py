@@ -14,10 +14,11 @@ from mlx_dora.merge.models.mergekit_layout import (
     Layout,
     Settings,
     mapping,
-    read_layout,
+    read_layouts,
     refuse_unknown,
     text_of,
 )
+from mlx_dora.merge.models.mergekit_tokenizer import read_tokenizer
 from mlx_dora.merge.models.plan import MergePlan
 
 _TOP = (
@@ -33,13 +34,19 @@ _TOP = (
     "tokenizer",
     "chat_template",
     "name",
+    "random_seed",
 )
 _OF_A_MODEL = ("weight", "density", "scale")
+_IDLE = {
+    "name": "has no effect on the merged model",
+    "random_seed": "has no effect in mergekit either; use --seed",
+}
 # mergekit's parameters that never change a weight here.
 _WITHOUT_EFFECT = {
     "int8_mask": "only saves memory in mergekit",
     "max_iter": "this karcher runs until it converges",
     "tol": "this karcher runs until it converges",
+    "eps": "small lengths need no constant here",
     "dtype": "put it at the top level, where it sets the output's dtype",
 }
 _OF_ANY_METHOD = {key for kit, _ in MERGEKIT.values() for key in kit.takes}
@@ -63,19 +70,48 @@ def read_mergekit(content: Any) -> MergePlan:
             f"{', '.join(MERGEKIT)}."
         )
     (kit, method), notes = MERGEKIT[name], []
-    layout = _take_base(kit, method, read_layout(top))
+    layouts = [
+        _take_base(kit, method, layout, notes) for layout in read_layouts(top, notes)
+    ]
+    plans = [_plan(kit, method, layout, notes) for layout in layouts]
+    for key, reason in _IDLE.items():
+        if top.get(key) is not None:
+            notes.append(f"{key}: {reason}.")
+    whole = plans[0]
+    if layouts[0].count is not None:
+        models = dict.fromkeys(model for plan in plans for model in plan.models)
+        whole = MergePlan(
+            models=tuple(models),
+            base=text_of("base_model", top),
+            method=method.name,
+            parts=tuple(plans),
+        )
+    return replace(
+        whole,
+        dtype=_dtype(top),
+        tokenizer=read_tokenizer(top),
+        chat_template=text_of("chat_template", top),
+        notes=tuple(dict.fromkeys(filter(None, notes))),
+    )
+
+
+def _plan(
+    kit: Mergekit, method: MergeMethod, layout: Layout, notes: list[str]
+) -> MergePlan:
+    """The plan of one slice of the output, or of whole models."""
     shared = _known(kit, "parameters", layout.shared, notes)
-    own = []
+    per_input = {parameter.name for parameter in method.own if parameter.per_input}
+    own: list[dict[str, Any]] = []
     for model, settings in zip(layout.models, layout.own, strict=True):
-        accepted = _known(kit, f"parameters of {model}", settings, notes)
-        if wrong := [key for key in accepted if key not in _OF_A_MODEL]:
-            raise DoRAError(
-                f"parameters of {model}: {', '.join(wrong)} not supported there; put "
-                "it under the file's parameters."
+        where = f"parameters of {model}"
+        accepted = _known(kit, where, settings, notes)
+        for key in [k for k in accepted if k not in (*_OF_A_MODEL, *per_input)]:
+            del accepted[key]
+            notes.append(
+                f"{where}: {key} has no effect there, as in mergekit; put it under the "
+                "parameters of the file or the slice."
             )
         own.append(accepted)
-    if top.get("name") is not None:
-        notes.append("name: has no effect on the merged model.")
     by_row = _is_by_row(kit, shared)
     parameters = {**kit.defaults, **_renamed(kit, shared)}
     if not any("density" in values for values in own):
@@ -88,13 +124,17 @@ def read_mergekit(content: Any) -> MergePlan:
         weighting=kit.weights,
         per_model=tuple(_renamed(kit, values) for values in own),
         parameters=parameters,
-        dtype=text_of("out_dtype", top) or text_of("dtype", top),
         relative=kit.uses_base,
-        blocks=layout.blocks,
-        tokenizer=_tokenizer(top),
-        chat_template=text_of("chat_template", top),
-        notes=tuple(dict.fromkeys(filter(None, notes))),
+        starts=layout.starts,
+        base_start=layout.base_start,
+        count=layout.count,
     )
+
+
+def _dtype(top: Settings) -> str | None:
+    """Dtype of the output; mergekit's ``dtype`` also sets that of the arithmetic."""
+    name = text_of("out_dtype", top) or text_of("dtype", top)
+    return None if name is None else name.removeprefix("torch.")
 
 
 def _is_by_row(kit: Mergekit, shared: Settings) -> bool:
@@ -116,7 +156,9 @@ def _renamed(kit: Mergekit, settings: Settings) -> Settings:
     return {kit.renamed.get(key, key): value for key, value in settings.items()}
 
 
-def _known(kit: Mergekit, where: str, settings: Settings, notes: list[str]) -> Settings:
+def _known(
+    kit: Mergekit, where: str, settings: Settings, notes: list[str]
+) -> dict[str, Any]:
     """The parameters that the method uses; adds notes on those without effect."""
     known: dict[str, Any] = {}
     for key, value in settings.items():
@@ -136,50 +178,64 @@ def _known(kit: Mergekit, where: str, settings: Settings, notes: list[str]) -> S
     return known
 
 
-def _take_base(kit: Mergekit, method: MergeMethod, layout: Layout) -> Layout:
+def _take_base(
+    kit: Mergekit, method: MergeMethod, layout: Layout, notes: list[str]
+) -> Layout:
     """Apply mergekit's rules on which model comes first and which is left out."""
     models, base = layout.models, layout.base
     if kit.starts_at_base:
         if base is None:
             raise DoRAError(f"{kit.name} needs base_model: the result at t = 0.")
-        others = tuple(model for model in models if model != base)
+        others = [i for i, model in enumerate(models) if model != base]
         if len(others) != 1:
             raise DoRAError(
                 f"{kit.name} merges the base and one other model, got "
                 f"{', '.join(models)}."
             )
-        own = dict(zip(models, layout.own, strict=True))
+        chosen, own = (
+            _chosen(layout, others),
+            dict(zip(models, layout.own, strict=True)),
+        )
+        is_stacked = layout.count is not None
         return replace(
-            layout, models=(base, *others), own=(own.get(base, {}), own[others[0]])
+            chosen,
+            models=(base, *chosen.models),
+            own=(own.get(base, {}), *chosen.own),
+            starts=(layout.base_start, *chosen.starts) if is_stacked else (),
         )
     if method.base == "changes" or (kit.uses_base and base is not None):
         kept = [i for i, model in enumerate(models) if model != base]
         if not kept:
             raise DoRAError(f"{kit.name} needs a model besides its base.")
-        return replace(
-            layout,
-            models=tuple(models[i] for i in kept),
-            own=tuple(layout.own[i] for i in kept),
-        )
+        return _chosen(layout, kept)
+    if base is not None and base not in models and layout.count is None:
+        return _with_base(kit, layout, base, notes)
     if kit.inputs == (1, 1) and len(models) != 1:
         raise DoRAError(f"{kit.name} uses one model, got {', '.join(models)}.")
-    if base is not None and base not in models:
-        raise DoRAError(f"{kit.name}: base_model {base} must be among the models.")
     return layout
 
 
-def _tokenizer(top: Settings) -> str | None:
-    """Source of the output's tokenizer: ``base``, ``union`` or a model's name."""
-    if top.get("tokenizer") is None:
-        return text_of("tokenizer_source", top)
-    if top.get("tokenizer_source") is not None:
-        raise DoRAError("give either tokenizer_source or tokenizer, not both.")
-    settings = mapping("tokenizer", top["tokenizer"])
-    known = ("source", "tokens", "pad_to_multiple_of")
-    refuse_unknown("tokenizer", settings, known)
-    if given := [key for key in known[1:] if settings.get(key)]:
+def _chosen(layout: Layout, order: list[int]) -> Layout:
+    """A layout with the models at these places."""
+    return replace(
+        layout,
+        models=tuple(layout.models[i] for i in order),
+        own=tuple(layout.own[i] for i in order),
+        starts=tuple(layout.starts[i] for i in order) if layout.starts else (),
+    )
+
+
+def _with_base(kit: Mergekit, layout: Layout, base: str, notes: list[str]) -> Layout:
+    """Add a base that is not listed as the last model, as mergekit does."""
+    if kit.inputs == (1, 1):
         raise DoRAError(
-            f"tokenizer: {', '.join(given)} would change the rows of the embeddings, "
-            "which is not supported."
+            f"{kit.name} uses one model, got {', '.join(layout.models)} and base_model "
+            f"{base}."
         )
-    return text_of("source", settings) or "union"
+    if kit.weights == "weight" and "weight" not in layout.shared:
+        raise DoRAError(
+            f"{kit.name}: base_model {base} counts as a model, as in mergekit, but has "
+            "no weight: list it under models: with its weight."
+        )
+    notes.append(f"{kit.name}: base_model {base} counts as one of the models.")
+    return replace(layout, models=(*layout.models, base), own=(*layout.own, {}))

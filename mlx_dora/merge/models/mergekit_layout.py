@@ -15,31 +15,36 @@ _FORMS = ("models", "slices", "modules")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The whole models that a file merges.
+    """The models, or slices of their blocks, that make one slice of the output.
 
     Attributes:
         models: Paths or names, in the file's order.
         own: Parameters of each model.
         shared: Parameters of all models, including the file's top level.
         base: The base model.
-        blocks: Number of blocks that ``slices`` cover; None for ``models``.
+        starts: First block of each model; empty for whole models.
+        base_start: First block of the base: where it is listed, else the first
+            model's.
+        count: Number of blocks; None for whole models.
     """
 
     models: tuple[str, ...]
     own: tuple[Settings, ...]
     shared: Settings
     base: str | None
-    blocks: int | None = None
+    starts: tuple[int, ...] = ()
+    base_start: int = 0
+    count: int | None = None
 
 
-def read_layout(content: Settings) -> Layout:
-    """Read the models of a mergekit file.
+def read_layouts(content: Settings, notes: list[str]) -> list[Layout]:
+    """Read the models of a mergekit file: one layout for each slice of the output.
 
-    ``slices`` over all blocks of every model, and a single module with all of them,
-    count as whole models.
+    A single module with all models counts as whole models. Adds notes on keys without
+    effect.
 
     Raises:
-        DoRAError: If a part has the wrong type, or slices would stack blocks.
+        DoRAError: If a part has the wrong type, or blocks do not fit together.
     """
     forms = [form for form in _FORMS if content.get(form) is not None]
     if len(forms) != 1:
@@ -60,34 +65,50 @@ def read_layout(content: Settings) -> Layout:
         refuse_unknown(f"modules: {name}", body, ("models", "slices", "parameters"))
         shared = _over(settings_of(f"{where}parameters", body), shared)
     base = text_of("base_model", content)
-    if body.get("slices") is not None:
-        return _read_slices(where, body["slices"], shared, base)
-    models, own = _entries(f"{where}models", body.get("models"), ())
-    return Layout(models=models, own=own, shared=shared, base=base)
-
-
-def _read_slices(where: str, slices: Any, shared: Settings, base: str | None) -> Layout:
+    slices: Any = body.get("slices")
+    if slices is None:
+        models, own = _entries(f"{where}models", body.get("models"), ())
+        return [Layout(models=models, own=own, shared=shared, base=base)]
     name = f"{where}slices"
     if not isinstance(slices, list) or not slices:
         raise DoRAError(f"{name} must be a list, got {slices!r:.60}.")
-    if len(slices) > 1:
-        raise DoRAError(
-            f"{name}: {len(slices)} slices stack blocks into a new model, which is not "
-            "supported; a single slice over all blocks of every model is."
-        )
-    only = mapping(name, slices[0])
-    refuse_unknown(name, only, ("sources", "base_model", "parameters"))
+    return [
+        _read_slice(f"{name}[{i}]", entry, shared, base, notes)
+        for i, entry in enumerate(slices)
+    ]
+
+
+def _read_slice(
+    name: str, entry: Any, shared: Settings, base: str | None, notes: list[str]
+) -> Layout:
+    only = mapping(name, entry)
+    known = ("sources", "base_model", "parameters", "residual_weight")
+    refuse_unknown(name, only, known)
+    if only.get("residual_weight") is not None:
+        notes.append(f"{name}: residual_weight has no effect, as in mergekit.")
     shared = _over(settings_of(f"{name}: parameters", only), shared)
-    base = text_of("base_model", only) or base
     sources: Any = only.get("sources")
     models, own = _entries(f"{name}: sources", sources, ("layer_range",))
+    if len(set(models)) < len(models):
+        raise DoRAError(f"{name}: a model is given twice: {', '.join(models)}.")
     ranges = [_layer_range(name, source) for source in sources]
-    if len(set(ranges)) > 1 or ranges[0][0] != 0:
+    counts = {end - first for first, end in ranges}
+    if len(counts) > 1 or min(counts) < 1 or min(first for first, _ in ranges) < 0:
         raise DoRAError(
-            f"{name}: layer_range must be the same in every source and start at 0, got "
-            f"{', '.join(f'{list(span)}' for span in ranges)}."
+            f"{name}: layer_range must have the same number of blocks, at least 1, in "
+            f"every source, got {', '.join(f'{list(span)}' for span in ranges)}."
         )
-    return Layout(models=models, own=own, shared=shared, base=base, blocks=ranges[0][1])
+    starts = tuple(first for first, _ in ranges)
+    base = text_of("base_model", only) or base
+    return Layout(
+        models=models,
+        own=own,
+        shared=shared,
+        base=base,
+        starts=starts,
+        base_start=starts[models.index(base) if base in models else 0],
+        count=counts.pop(),
+    )
 
 
 def _layer_range(where: str, source: Settings) -> tuple[int, int]:
@@ -112,9 +133,9 @@ def _entries(
             raise DoRAError(f"{where}: {entry!r:.60} does not name a model.")
         name = entry["model"]
         refuse_unknown(f"{where}: {name}", entry, ("model", "parameters", *extra))
-        if "+" in name:
+        if name.count("+") > 1 or name.strip() != name or not name.strip("+"):
             raise DoRAError(
-                f"{name}: model+adapter is not supported; fuse the adapter first."
+                f"{where}: expected a model or model+adapter, got {name!r:.60}."
             )
         models.append(name)
         own.append(settings_of(f"parameters of {name}", entry))

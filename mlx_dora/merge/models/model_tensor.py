@@ -1,8 +1,8 @@
 """Merges one tensor of several models: opens, merges, checks, packs and writes it."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -15,14 +15,16 @@ from mlx_dora.merge.fisher.information import Fisher
 from mlx_dora.merge.methods.blockwise import Tensor, held, joined, slices
 from mlx_dora.merge.methods.settings import TensorSettings
 from mlx_dora.merge.models.model_tensors import ModelTensors, Packing
+from mlx_dora.merge.models.place import Place
 from mlx_dora.merge.models.plan import MergePlan
 from mlx_dora.merge.models.report import MergedTensor
 from mlx_dora.merge.models.tensor import Merged, merge_blocks, merge_informed_tensor
+from mlx_dora.merge.models.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
 class Job:
-    """A merge of opened models.
+    """A merge of opened models, or of slices of their blocks.
 
     Attributes:
         plan: Settings of the merge.
@@ -30,47 +32,92 @@ class Job:
         base: The model that changes are relative to.
         inputs: The models to merge.
         fishers: Fisher information of each input; empty if not used.
-        blocks: Number of blocks of each model, for gradients.
+        dtype: Dtype of the output; None keeps the pattern's.
+        vocabulary: The output's vocabulary; None if all models have the same.
     """
 
     plan: MergePlan
     pattern: ModelTensors
     base: ModelTensors | None
     inputs: Sequence[ModelTensors]
-    fishers: Sequence[Fisher]
-    blocks: int
+    fishers: Sequence[Fisher] = ()
+    dtype: str | None = None
+    vocabulary: Vocabulary | None = None
 
-    def merge(self, name: str, writer: ShardWriter) -> MergedTensor:
+    def own_name(self, place: Place) -> str:
+        """The tensor's name in the pattern."""
+        return place.base if self.pattern is self.base else place.sources[0]
+
+    @property
+    def start(self) -> ModelTensors | None:
+        """The base, if the method uses it."""
+        return self.base if self.plan.relative or self.plan.entry.needs_base else None
+
+    def is_carried(self, place: Place) -> bool:
+        """Whether a tensor is copied: a buffer, or integers."""
+        own = self.own_name(place)
+        return self.pattern.dtype(own) is None or is_buffer(own)
+
+    def shape(self, place: Place) -> tuple[int, ...]:
+        """Shape of the output."""
+        names = zip(self.inputs, place.sources, strict=True)
+        shapes = [model.shape(name) for model, name in names]
+        if self.start is not None:
+            shapes.append(self.start.shape(place.base))
+        if not shapes[0]:
+            return ()
+        own = self.own_name(place)
+        if self.vocabulary is not None and self.pattern.holds_tokens(own):
+            return (self.vocabulary.size, *shapes[0][1:])
+        return (max(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def settings(self, place: Place) -> TensorSettings:
+        """Settings of the method for one tensor."""
+        shape, own = self.shape(place), self.own_name(place)
+        rows = math.prod(shape[:-1]) if len(shape) > 1 else 1
+        if (original := self.pattern.original(own)) != own:
+            place = replace(
+                place, name=original, sources=(original,) * len(self.inputs)
+            )
+        return self.plan.settings_of(place, rows)
+
+    def opened(self, place: Place) -> dict[ModelTensors, Tensor]:
+        """Open the tensor in every model, with rows of the output's vocabulary."""
+        pairs = list(zip(self.inputs, place.sources, strict=True))
+        if self.start is not None:
+            pairs.append((self.start, place.base))
+        opened = {model: model.source(name) for model, name in pairs}
+        if self.vocabulary is not None:
+            if self.pattern.holds_tokens(self.own_name(place)):
+                return self.vocabulary.gathered(opened)
+        elif self.plan.pad:
+            return _padded(opened)
+        return opened
+
+    def merge(self, place: Place, writer: ShardWriter) -> MergedTensor:
         """Merge one tensor block by block into a writer.
 
         Raises:
             DoRAError: If an input holds NaN or inf, or the method cannot be used.
         """
-        kept = self.pattern.dtype(name)
-        if kept is None or is_buffer(name):
-            writer.add(name, self._carried(name))
+        name, own = place.name, self.own_name(place)
+        kept = self.pattern.dtype(own)
+        if kept is None or self.is_carried(place):
+            writer.add(name, self._carried(place))
             return MergedTensor(name=name, opposed=0, packing_error=None)
-        plan, base = self.plan, self.base
-        if base is not None and not (plan.relative or plan.entry.needs_base):
-            base = None
-        models = [*self.inputs, *([] if base is None else [base])]
-        opened = {model.folder: model.source(name) for model in models}
-        if plan.pad:
-            opened = _padded(opened)
-        tensors = [opened[model.folder] for model in self.inputs]
-        start = None if base is None else opened[base.folder]
+        opened = self.opened(place)
+        tensors = [opened[model] for model in self.inputs]
+        start = None if self.start is None else opened[self.start]
         shape = tensors[0].shape
-        rows = tensors[0].size // shape[-1] if len(shape) > 1 else 1
-        settings = plan.settings_of(self.pattern.original(name), rows, self.blocks)
         try:
-            merged = self._merged(name, start, tensors, settings)
+            merged = self._merged(name, start, tensors, self.settings(place))
         except DoRAError as error:
             raise DoRAError(f"{name}: {error}") from error
         check = _Check(name, opened)
         check.inputs(merged.unseen)
-        packing, packing_error = self.pattern.packing(name), None
+        packing, packing_error = self.pattern.packing(own), None
         if packing is None:
-            wanted = kept if plan.dtype is None else getattr(mx, plan.dtype)
+            wanted = kept if self.dtype is None else getattr(mx, self.dtype)
             writer.add_blocks(name, wanted, shape, check.blocks(merged.blocks, wanted))
         else:
             whole = joined(check.blocks(merged.blocks, mx.float32), shape)
@@ -102,27 +149,33 @@ class Job:
         )
         return Merged(iter([whole.reshape(-1)]), unknown=unknown)
 
-    def _carried(self, name: str) -> mx.array:
+    def _carried(self, place: Place) -> mx.array:
         """Read a tensor that is not merged: a buffer, or integers that all share."""
-        own = self.pattern.read(name)
-        others = [model for model in self.inputs if model != self.pattern]
-        if not is_buffer(name) and not all(
-            mx.array_equal(model.read(name), own) for model in others
+        own = self.own_name(place)
+        tensor = self.pattern.read(own)
+        others = zip(self.inputs, place.sources, strict=True)
+        if not is_buffer(own) and not all(
+            mx.array_equal(model.read(name), tensor)
+            for model, name in others
+            if model is not self.pattern
         ):
-            raise DoRAError(f"{name} holds integers that differ between the models.")
-        return own
+            raise DoRAError(
+                f"{place.name} holds integers that differ between the models, which "
+                "cannot be merged."
+            )
+        return tensor
 
 
-def _padded(opened: Mapping[Path, Tensor]) -> dict[Path, Tensor]:
+def _padded(opened: Mapping[ModelTensors, Tensor]) -> dict[ModelTensors, Tensor]:
     """Fill missing rows of embeddings from the first model with the most rows."""
     rows = max(tensor.shape[0] if tensor.ndim else 0 for tensor in opened.values())
     if all(tensor.ndim == 0 or tensor.shape[0] == rows for tensor in opened.values()):
         return dict(opened)
     longest = next(tensor for tensor in opened.values() if tensor.shape[0] == rows)
-    filled: dict[Path, Tensor] = {}
-    for folder, tensor in opened.items():
+    filled: dict[ModelTensors, Tensor] = {}
+    for model, tensor in opened.items():
         own, rest = tensor[:], longest[tensor.shape[0] :]
-        filled[folder] = mx.concatenate([own, rest.astype(own.dtype)])
+        filled[model] = mx.concatenate([own, rest.astype(own.dtype)])
     return filled
 
 
@@ -131,15 +184,15 @@ class _Check:
     """Checks for NaN and inf, and reports their source."""
 
     name: str
-    opened: Mapping[Path, Tensor]
+    opened: Mapping[ModelTensors, Tensor]
 
     def inputs(self, tensors: Sequence[Tensor]) -> None:
         """Refuse those of the inputs that hold NaN or inf."""
-        for folder, tensor in self.opened.items():
+        for model, tensor in self.opened.items():
             if any(tensor is other for other in tensors):
                 flat = tensor.reshape(-1)
                 if not all(is_finite(flat[index]) for index in slices(flat.size)):
-                    raise DoRAError(f"{folder}: {self.name} holds NaN or inf.")
+                    raise DoRAError(f"{model.label}: {self.name} holds NaN or inf.")
 
     def blocks(self, blocks: Iterable[mx.array], dtype: mx.Dtype) -> Iterator[mx.array]:
         """Check and cast blocks; yield each while the next is being computed."""

@@ -1,5 +1,6 @@
 """Reads the tensors of a model folder for a merge, which treats all as dense."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,35 @@ _DTYPES = {
 }
 
 
+# Last parts of the names of tensors that GPTQ, AWQ, bitsandbytes, HQQ and
+# compressed-tensors store in place of a weight, or beside it.
+_OTHER_PACKINGS = (
+    "qweight",
+    "qzeros",
+    "g_idx",
+    "weight_packed",
+    "W_q",
+    "absmax",
+    "quant_map",
+    "SCB",
+)
+
+
+def _refuse_other_packings(folder: Path, names: Iterable[str]) -> None:
+    """Refuse weights that another tool packed.
+
+    Raises:
+        DoRAError: Naming the first of them, and their number.
+    """
+    packed = sorted(n for n in names if n.rpartition(".")[2] in _OTHER_PACKINGS)
+    if packed:
+        raise DoRAError(
+            f"{folder}: {packed[0]} and {len(packed) - 1} more tensors are packed by "
+            "another tool (GPTQ, AWQ, bitsandbytes or the like): convert the model to "
+            "floats, or to MLX's packing, first."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Packing:
     """How a weight is packed; the arguments of `mx.quantize`."""
@@ -40,6 +70,9 @@ class ModelTensors:
     Args:
         folder: A local model folder.
 
+    Attributes:
+        notes: What a report says about the model.
+
     Raises:
         DoRAError: If its files are invalid (`Checkpoint`), or a packed weight has no
             entry in its config.
@@ -47,6 +80,7 @@ class ModelTensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.notes: list[str] = []
         self._checkpoint = Checkpoint(folder)
         self.config: dict[str, Any] = read_object(folder / "config.json")
         tokens = self.config.get("vocab_size", 1)
@@ -56,6 +90,7 @@ class ModelTensors:
                 f"least 1, got {tokens!r:.60}."
             )
         names = set(self._checkpoint.names)
+        _refuse_other_packings(folder, names)
         packed = [
             path
             for name in names
@@ -67,6 +102,37 @@ class ModelTensors:
         self.names = sorted(names - parts)
         self._tied: dict[str, str] = {}
         self._tied = self._tied_head()
+
+    @property
+    def label(self) -> str:
+        """What messages call the model."""
+        return str(self.folder)
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that determine the tensors."""
+        return sorted(self.folder.glob("*.safetensors"))
+
+    @property
+    def token_rows(self) -> int:
+        """Number of rows of the embedding; the config's vocabulary if it is unknown."""
+        if self.embedding is not None:
+            return self.shape(self.embedding)[0]
+        return self.config.get("vocab_size", 1)
+
+    @property
+    def embedding(self) -> str | None:
+        """Name of the input embedding; None if it is not one of the known names."""
+        pair = head_and_embedding(self.names)
+        return None if pair is None else pair[1]
+
+    def holds_tokens(self, name: str) -> bool:
+        """Whether a tensor has a row for each token: embedding, head, head's bias."""
+        pair = head_and_embedding(self.names)
+        if pair is None:
+            return False
+        head, embedding = pair
+        return name in (head, embedding, f"{head.removesuffix('weight')}bias")
 
     @property
     def copies(self) -> frozenset[str]:

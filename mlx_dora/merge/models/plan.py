@@ -10,7 +10,10 @@ import numpy as np
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.methods import DEFAULT, MergeMethod, method_named
 from mlx_dora.merge.methods.settings import TensorSettings, check_seed
-from mlx_dora.merge.models.settings import check_setting, depth_of, resolve
+from mlx_dora.merge.methods.table import own_parameters
+from mlx_dora.merge.models.place import Place
+from mlx_dora.merge.models.settings import check_setting, resolve
+from mlx_dora.merge.models.tokenizer_plan import TokenizerPlan
 from mlx_dora.merge.weights import Weights, check_weights, row_weights
 
 PARAMETERS = (
@@ -21,6 +24,7 @@ PARAMETERS = (
     "seed",
     "granularity",
     "pad",
+    *own_parameters(),
 )
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -46,9 +50,13 @@ class MergePlan:
         pad: Merge embeddings of different vocabulary sizes.
         relative: Whether a mean merges changes from the base, if there is one.
         fisher: Folders of Fisher information, one per model, for method ``fisher``.
-        blocks: Number of blocks that every model must have; None for any number.
-        tokenizer: Source of the output's tokenizer: ``"base"``, ``"union"`` or a model;
-            all vocabularies must be equal. None keeps the pattern's, unchecked.
+        starts: First block that is merged of each model, in a part.
+        base_start: First block of the base, in a part.
+        count: Number of blocks of the output that a part makes; None for whole models.
+        parts: Plans of consecutive slices of the output's blocks; empty for whole
+            models. With parts, `models` lists all models, `base` gives the config, and
+            the settings of the tensors are those of the parts.
+        tokenizer: The output's tokenizer; None keeps the pattern's, unchecked.
         chat_template: ``"auto"`` for the most frequent template of the models, or a
             template's text; None keeps the tokenizer's.
         notes: Notes about the settings, one sentence each.
@@ -67,8 +75,11 @@ class MergePlan:
     pad: bool = False
     relative: bool = True
     fisher: tuple[str, ...] | None = None
-    blocks: int | None = None
-    tokenizer: str | None = None
+    starts: tuple[int, ...] = ()
+    base_start: int = 0
+    count: int | None = None
+    parts: tuple["MergePlan", ...] = ()
+    tokenizer: TokenizerPlan | None = None
     chat_template: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -77,9 +88,13 @@ class MergePlan:
         entry = method_named(self.method)
         if not count:
             raise DoRAError("give at least one model to merge.")
-        entry.check_count(count)
-        if self.base is None and entry.needs_base:
-            raise DoRAError(f"{self.method} needs a base: give base (--base).")
+        if not self.parts:
+            entry.check_count(count)
+        if self.base is None and entry.needs_base and not self.parts:
+            raise DoRAError(
+                f"{self.method} needs a base: give base (--base, or base_model in a "
+                "merge config)."
+            )
         if self.granularity not in ("row", "tensor"):
             raise DoRAError(
                 f"granularity must be row or tensor, got {self.granularity!r}."
@@ -99,37 +114,42 @@ class MergePlan:
                 check_setting(name, setting)
 
     @property
-    def tokenizer_model(self) -> str | None:
-        """The model that the plan names as the source of the tokenizer, or None."""
-        return None if self.tokenizer in ("base", "union") else self.tokenizer
+    def names(self) -> list[str]:
+        """All models that the merge reads, each once: the inputs, then the base."""
+        bases = [self.base, *(part.base for part in self.parts)]
+        named = [] if self.tokenizer is None else self.tokenizer.models
+        every = [*self.models, *bases, *named]
+        return list(dict.fromkeys(name for name in every if name is not None))
 
     @property
     def inputs(self) -> list[str | None]:
         """All folders and Hub ids that the merge reads."""
-        fisher = self.fisher or ()
-        return [*self.models, self.base, *fisher, self.tokenizer_model]
+        folders = [part for name in self.names for part in (name, *name.split("+"))]
+        return [*folders, *(self.fisher or ())]
 
     @property
     def entry(self) -> MergeMethod:
         """The merge method."""
         return method_named(self.method)
 
-    def settings_of(self, name: str, rows: int, blocks: int) -> TensorSettings:
-        """Settings for merging a tensor of some rows, in a model of some blocks."""
-        depth, count = depth_of(name, blocks), len(self.models)
+    def settings_of(self, place: Place, rows: int) -> TensorSettings:
+        """Settings for merging a tensor of some rows."""
+        count = len(self.models)
 
-        def value(key: str, own: Mapping[str, Any] | None = None) -> Any:
-            given = (part[key] for part in (own or {}, self.parameters) if key in part)
-            values = (resolve(setting, name, depth) for setting in given)
+        def value(key: str, i: int | None = None) -> Any:
+            own = self.per_model[i] if i is not None and self.per_model else {}
+            name = place.name if i is None else place.sources[i]
+            given = (part[key] for part in (own, self.parameters) if key in part)
+            values = (resolve(setting, name, place.depth) for setting in given)
             return next((value for value in values if value is not None), None)
 
         def values(key: str) -> list[Any]:
-            return [value(key, own) for own in self.per_model or [{}] * count]
+            return [value(key, i) for i in range(count)]
 
         if self.weighting is not None:
-            weights = self._named_weights(name, values("weight"), value("t"))
+            weights = self._named_weights(place.name, values("weight"), value("t"))
         else:
-            module = name.removesuffix(".weight").removesuffix(".bias")
+            module = place.name.removesuffix(".weight").removesuffix(".bias")
             given = check_weights(self.weights, count)
             shares = row_weights(given, {module: rows}, normalize=False)[module]
             weights = shares if np.ptp(shares, axis=0).any() else shares[0]
@@ -142,7 +162,9 @@ class MergePlan:
             normalize=None if normalize is None else bool(normalize),
             scale=1.0 if scale is None else float(scale),
             seed=self.seed,
-            rescale=rescale is None or bool(rescale),
+            rescale=None if rescale is None else bool(rescale),
+            as_mergekit=self.granularity == "tensor",
+            own=self.entry.own_values(count, value),
         )
 
     def _named_weights(

@@ -16,21 +16,40 @@ from mlx_dora.errors import DoRAError
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
+def block_of(name: str) -> int | None:
+    """Index of the block that a tensor belongs to; None outside the blocks."""
+    match = _BLOCK.search(name)
+    return None if match is None else int(match[1])
+
+
+def block_prefix(name: str) -> str | None:
+    """What stands before the index of a tensor's block; None outside the blocks."""
+    match = _BLOCK.search(name)
+    return None if match is None else name[: match.start(1)]
+
+
+def with_block(name: str, block: int) -> str:
+    """The name of the same tensor in another block."""
+    match = _BLOCK.search(name)
+    assert match is not None
+    return f"{name[: match.start(1)]}{block}{name[match.end(1) :]}"
+
+
 def depth_of(name: str, blocks: int) -> float:
     """Position of a tensor between the first block (0) and the last (1).
 
     As in mergekit, tensors outside the blocks are at 0 and a single block is at 1.
     """
-    match = _BLOCK.search(name)
-    if match is None:
+    block = block_of(name)
+    if block is None:
         return 0.0
-    return int(match[1]) / (blocks - 1) if blocks > 1 else 1.0
+    return block / (blocks - 1) if blocks > 1 else 1.0
 
 
 def count_blocks(names: Sequence[str]) -> int:
     """Number of blocks of a model, from the names of its tensors."""
-    indices = [int(f[1]) for name in names if (f := _BLOCK.search(name))]
-    return max(indices, default=-1) + 1
+    blocks = [block for name in names if (block := block_of(name)) is not None]
+    return max(blocks, default=-1) + 1
 
 
 def check_setting(what: str, setting: Any) -> None:

@@ -9,6 +9,7 @@ is computed block by block from tensors in memory or in files.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations_with_replacement
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -86,25 +87,42 @@ def merge_blocks(
     entry = METHODS[method]
     if entry.needs_base and base is None:
         raise DoRAError(f"{method} merges changes from a base: give the base.")
-    by_row = granularity == "row" and tensors[0].ndim > 1
-    is_plain = settings.weights.ndim == 1 or not by_row
-    if entry.blocks and (is_plain or entry.base == "changes"):
+    way = way_of(entry, tensors[0].ndim, settings, granularity)
+    if way == "blocks":
         settings.plain_weights()
         blocks = entry.block_function(base, tensors, settings)
         hidden = [tensor for tensor in (base, *tensors) if tensor is not None]
         if entry.is_exact:  # every input enters each element
             hidden = [] if base is None or entry.base == "changes" else [base]
         return Merged(blocks, hidden)
-    if granularity == "row" and not by_row and entry.vectors == "mean":
+    if way == "mean":
         blocks = elementwise.linear(None, tensors, settings)
         return Merged(blocks, [] if base is None else [base])
     if not tensors[0].size:
         return Merged(iter([mx.zeros((0,))]))
     is_relative = base is not None and entry.base in ("optional", "changes")
-    if not by_row:
+    if way == "whole":
         start = base if is_relative else None
-        return _merge_whole(entry, start, tensors, settings.weights)
-    return _merge_rows(entry, base, tensors, settings.weights, is_relative)
+        return _merge_whole(entry, start, tensors, settings)
+    return _merge_rows(entry, base, tensors, settings, is_relative)
+
+
+Way = Literal["blocks", "mean", "whole", "rows"]
+"""How a tensor is merged: by its elements, by the weighted mean, as one vector, or row
+by row."""
+
+
+def way_of(
+    entry: MergeMethod, ndim: int, settings: TensorSettings, granularity: str
+) -> Way:
+    """How a method merges a tensor with `ndim` axes."""
+    by_row = granularity == "row" and ndim > 1
+    is_plain = settings.weights.ndim == 1 or not by_row
+    if entry.blocks and (is_plain or entry.base == "changes"):
+        return "blocks"
+    if granularity == "row" and not by_row and entry.vectors == "mean":
+        return "mean"
+    return "rows" if by_row else "whole"
 
 
 def merge_informed_tensor(
@@ -142,16 +160,28 @@ def merge_informed_tensor(
     return elementwise.fisher(tensors, known, shares[0].tolist())
 
 
-def _shares(entry: MergeMethod, weights: np.ndarray, rows: int) -> np.ndarray:
+def _shares(
+    entry: MergeMethod, settings: TensorSettings, rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights, and factors on the merged rows, shapes ``(rows, N)`` and ``(rows, 1)``.
+
+    A mean's weights sum to 1; if they are not to be normalized, their sum is a factor.
+    """
+    weights = settings.weights
     shares = np.broadcast_to(weights, (rows, weights.shape[-1]))
-    return normalized(shares) if entry.is_mean else shares
+    factors = np.ones((rows, 1))
+    if not entry.is_mean:
+        return shares, factors
+    if not settings.normalizes(True):
+        factors = shares.sum(1, keepdims=True)
+    return normalized(shares), factors
 
 
 def _merge_rows(
     entry: MergeMethod,
     base: Tensor | None,
     tensors: Sequence[Tensor],
-    weights: np.ndarray,
+    settings: TensorSettings,
     is_relative: bool,
 ) -> Merged:
     """Merge blocks of rows; without `is_relative`, use only the base's row lengths."""
@@ -159,7 +189,7 @@ def _merge_rows(
     rows = [tensor.reshape((-1, width)) for tensor in tensors]
     whole_base = None if base is None else base.reshape((-1, width))
     count = rows[0].shape[0]
-    shares = _shares(entry, weights, count)
+    shares, factors = _shares(entry, settings, count)
     function = entry.row_function
     places = slices(count, max(1, blockwise.BLOCK // max(width, 1)))
     merged = Merged(unseen=[] if base is None or is_relative else [base])
@@ -180,7 +210,7 @@ def _merge_rows(
                 continue
             beta, opposed = _coefficients(function, inner, shares[index], base_norm)
             merged.opposed += opposed
-            columns = mx.array(beta.astype(np.float32))
+            columns = mx.array((beta * factors[index]).astype(np.float32))
             columns = [columns[:, i : i + 1] for i in range(len(values))]
             block = blockwise.weighted_sum(values, columns)
             yield block + start if is_relative and start is not None else block
@@ -193,7 +223,7 @@ def _merge_whole(
     entry: MergeMethod,
     base: Tensor | None,
     tensors: Sequence[Tensor],
-    weights: np.ndarray,
+    settings: TensorSettings,
 ) -> Merged:
     """Merge a tensor as one row; reads each input twice, for angles and for the sum."""
     every = tensors if base is None else [base, *tensors]
@@ -208,11 +238,12 @@ def _merge_whole(
     inner = np.zeros((1, len(tensors), len(tensors)))
     for index in places:
         inner = inner + inner_products([block[None] for block in values(index)[1]])
-    shares = _shares(entry, np.atleast_2d(weights)[:1], 1)
+    only = replace(settings, weights=np.atleast_2d(settings.weights)[:1])
+    shares, factors = _shares(entry, only, 1)
     coefficients, opposed = np.full_like(shares, np.nan), 0
     if np.isfinite(inner).all():
         coefficients, opposed = _coefficients(entry.whole_function, inner, shares)
-    betas = [float(beta) for beta in coefficients[0]]
+    betas = (coefficients * factors)[0].tolist()
 
     def blocks() -> Iterator[mx.array]:
         for index in places:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.merge.methods import blockwise, elementwise
+from mlx_dora.merge.methods import METHODS, blockwise, elementwise
 from mlx_dora.merge.methods.settings import TensorSettings
 from mlx_dora.merge.models.tensor import merge_tensor
 from tests.checks import assert_close, to_numpy
@@ -13,19 +13,24 @@ from tests.merge.oracle import total
 
 
 class Methods:
-    """Functions of `elementwise` on arrays, with settings as keywords."""
+    """Functions of blocks on arrays, with settings as keywords."""
 
     def __getattr__(self, name):
+        entry = METHODS[name]
+
         def call(base, tensors, weights, *, density=None, scale=1.0, **settings):
             if isinstance(density, float):
                 density = [density] * len(tensors)
+            names = [parameter.name for parameter in entry.own]
+            given = {key: settings.pop(key) for key in names if key in settings}
             tensor_settings = TensorSettings(
                 weights=np.array(weights),
                 density=None if density is None else tuple(density),
                 scale=scale,
+                own=entry.own_values(len(tensors), lambda key, _: given.get(key)),
                 **settings,
             )
-            blocks = getattr(elementwise, name)(base, tensors, tensor_settings)
+            blocks = entry.block_function(base, tensors, tensor_settings)
             return blockwise.joined(blocks, tensors[0].shape)
 
         return call

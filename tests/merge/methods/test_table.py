@@ -48,7 +48,7 @@ def test_the_docs_page_contains_the_table() -> None:
 def test_help_lists_the_default_densities() -> None:
     for verb in ("adapters", "models"):
         text = " ".join(CliRunner().invoke(command, [verb, "--help"]).output.split())
-        assert "(default: ties 0.2, dare 0.5, dare_ties 0.5)" in text
+        assert "(default: ties 0.2, dare 0.5, dare_ties 0.5, breadcrumbs 0.9" in text
         assert "karcher, nmean" in text
 
 

@@ -21,7 +21,7 @@ from mlx_dora.merge.models.merge import run_merge
 from mlx_dora.merge.models.plan import plan_models
 from tests.adapters.training import TOKENS
 from tests.checks import assert_close, to_numpy
-from tests.merge.names import ALL
+from tests.merge.names import ALL, CHOOSING, UNNORMALIZED, most, needed
 from tests.merge.oracle import dense_karcher, dense_slerp, total
 
 MakeFolder = Callable[..., Path]
@@ -143,23 +143,21 @@ def test_fisher_weighs_models_by_their_information(
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("method", [m for m in ALL if m not in CHOOSING])
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_copies_come_back(three: list[Path], tmp_path: Path, method, granularity):
     if method in ("magnitude_weighted", "fisher") and granularity == "tensor":
         return
     base, first, _ = three
-    parameters: dict[str, Any] = {"granularity": granularity}
-    weights = [1.0, 1.0]
-    if method in ("dare", "task_arithmetic"):
-        weights = [0.5, 0.5]
+    parameters: dict[str, Any] = {"granularity": granularity, **needed(method)}
+    weights = [0.5, 0.5] if method in UNNORMALIZED else [1.0, 1.0]
     if METHODS[method].density is not None:
         parameters["density"] = 1.0
     if method == "tsv":
         weights = [1.0, 0.0]
         edit(first, **{MATRIX.replace(".", "__"): mx.array(read(base, MATRIX)) + 1.0})
     merge_models(
-        [first, first],
+        [first, first][: most(method, 2)],
         base=base,
         save_path=tmp_path / "out",
         method=method,

@@ -25,6 +25,7 @@ from mlx_dora.merge.models.plan import MergePlan
 from mlx_dora.merge.models.settings import count_blocks
 from tests.checks import relative_rms, to_numpy
 from tests.compat.peer_process import peers_python
+from tests.merge.models.places import settings_of
 from tests.merge.oracle import total
 
 SCRIPT = Path(__file__).parents[2] / "compat" / "mergekit_peer.py"
@@ -171,7 +172,7 @@ def assert_same(ours: Path, theirs: Path, plan: MergePlan) -> None:
     for name in expected.names:
         merged = to_numpy(result.tensor(name))
         tensors = [to_numpy(folder.tensor(name)) for folder in inputs]
-        settings = plan.settings_of(name, 1, blocks)
+        settings = settings_of(plan, name, 1, blocks)
         exact = EXACT[plan.method](tensors, settings)
         error = relative_rms(merged, exact)
         assert error <= 1e-6, f"{name}: {error:.2e} off float64"

@@ -6,6 +6,7 @@ import pytest
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.models.mergekit import read_mergekit
 from mlx_dora.merge.models.settings import depth_of, resolve
+from tests.merge.models.places import settings_of
 
 
 def config(**changes):
@@ -31,9 +32,9 @@ def test_a_models_own_parameter_takes_precedence():
         {"model": "b"},
     ]
     plan = read_mergekit(config(models=entries, parameters={"weight": 1}))
-    weights = plan.settings_of("model.layers.0.mlp.up_proj.weight", 4, 2).weights
+    weights = settings_of(plan, "model.layers.0.mlp.up_proj.weight", 4, 2).weights
     assert weights.tolist() == [3, 1]
-    assert plan.settings_of("model.norm.weight", 1, 2).weights.tolist() == [1, 1]
+    assert settings_of(plan, "model.norm.weight", 1, 2).weights.tolist() == [1, 1]
 
 
 def test_slerp_starts_at_the_base():
@@ -49,13 +50,14 @@ def test_slerp_starts_at_the_base():
     )
     assert plan.models == ("b", "a")
     assert plan.dtype == "bfloat16"
-    assert np.allclose(plan.settings_of("x", 1, 1).weights, [0.75, 0.25])
+    assert np.allclose(settings_of(plan, "x", 1, 1).weights, [0.75, 0.25])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"merge_method": "sce"}, "merge_method 'sce'"),
+        ({"merge_method": "ram"}, "merge_method 'ram'"),
+        ({"merge_method": "sce"}, "sce needs a base"),
         ({"merge_method": ["ties"]}, r"merge_method must be text, got \['ties'\]"),
         ({"merge_method": None}, "merge_method None"),
         ({"dtype": ["float32"]}, "dtype must be text"),
@@ -64,7 +66,18 @@ def test_slerp_starts_at_the_base():
         ({"chat_template": 5}, "chat_template must be text"),
         ({"tokenizer_source": {}}, "tokenizer_source must be text"),
         ({"tokenizer": "a"}, "tokenizer must be a mapping"),
-        ({"tokenizer": {"tokens": {"x": 1}}}, "tokens would change the rows"),
+        ({"tokenizer": {"tokens": {"x": 1}}}, "x must be a mapping, got 1"),
+        ({"tokenizer": {"tokens": {"x": {}}}}, "x needs a source"),
+        (
+            {"tokenizer": {"tokens": {"x": {"source": {"kind": "mean"}}}}},
+            "source must be a model, kind: zero",
+        ),
+        (
+            {"tokenizer": {"tokens": {"x": {"source": "a", "force": 1}}}},
+            "force must be true or false",
+        ),
+        ({"tokenizer": {"pad_to_multiple_of": 0}}, "pad_to_multiple_of must be"),
+        ({"tokenizer": {"pad": 8}}, "unknown pad"),
         ({"tokenizer": {}, "tokenizer_source": "a"}, "not both"),
         ({"slices": []}, "one of models:, slices: and modules:, got models, slices"),
         ({"models": None}, "got none of them"),
@@ -75,12 +88,16 @@ def test_slerp_starts_at_the_base():
         ({"parameters": {"wait": 1}}, "wait is unknown; linear uses weight"),
         ({"models": "a"}, "needs models"),
         ({"models": [{"model": "a", "params": {}}]}, "models: a: unknown params"),
-        ({"models": [{"model": "a+b"}]}, "fuse the adapter first"),
+        ({"models": [{"model": "a+b+c"}]}, "expected a model or model.adapter"),
+        ({"base_model": "c"}, "base_model c counts as a model.* has no weight"),
         (
-            {"models": [{"model": "a", "parameters": {"normalize": 1}}]},
-            "not supported there",
+            {
+                "base_model": "c",
+                "merge_method": "passthrough",
+                "models": [{"model": "a"}],
+            },
+            "passthrough uses one model, got a and base_model c",
         ),
-        ({"base_model": "c"}, "must be among the models"),
         ({"dtype": "int8"}, "dtype must be"),
         ({"parameters": {"weight": "much"}}, "weight must be a number"),
         ({"parameters": {"weight": [{"valu": 1}]}}, "weight must be a number"),
@@ -106,6 +123,45 @@ def test_parameters_of_other_methods_are_accepted_with_a_note():
     assert plan.dtype is None
 
 
+def test_a_shared_parameter_of_one_model_gets_a_note():
+    """mergekit reads it only under the file, the module or the slice."""
+    entries = [{"model": "a", "parameters": {"weight": 1, "normalize": False}}]
+    plan = read_mergekit(config(models=entries))
+    assert "normalize has no effect there, as in mergekit" in plan.notes[0]
+    assert settings_of(plan, "x", 1, 1).normalize is None
+
+
+def test_a_base_that_is_not_listed_counts_as_a_model():
+    """As in mergekit, with the weight of the file."""
+    entries = [{"model": "a"}, {"model": "b"}]
+    changes = {"base_model": "c", "models": entries, "parameters": {"weight": 2}}
+    plan = read_mergekit(config(**changes))
+    assert plan.models == ("a", "b", "c")
+    assert settings_of(plan, "x", 1, 1).weights.tolist() == [2, 2, 2]
+    assert plan.notes == ("linear: base_model c counts as one of the models.",)
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "expected"),
+    [
+        ("breadcrumbs", {"gamma": 0.2}, {"gamma": (0.2, 0.05)}),
+        ("della", {"epsilon": 0.1}, {"epsilon": (0.1, 0.05)}),
+        ("sce", {}, {"select_topk": 0.3}),
+    ],
+)
+def test_a_methods_own_parameters(method, own, expected):
+    """Per model, or of the file; a shared one cannot be set for a model."""
+    shared = dict.fromkeys(own, 0.05) or {"select_topk": 0.3}
+    entries = [
+        {"model": "a", "parameters": {"weight": 1, **own}},
+        {"model": "b", "parameters": {"weight": 1}},
+    ]
+    plan = read_mergekit(
+        config(merge_method=method, base_model="c", models=entries, parameters=shared)
+    )
+    assert settings_of(plan, "x", 1, 1).own == expected
+
+
 def source(model, first=0, end=2):
     return {"model": model, "layer_range": [first, end]}
 
@@ -113,17 +169,18 @@ def source(model, first=0, end=2):
 @pytest.mark.parametrize(
     ("slices", "message"),
     [
-        ([{"sources": [source("a")]}, {"sources": [source("b")]}], "2 slices stack"),
-        ([{"sources": [source("a", 1)]}], r"start at 0, got \[1, 2\]"),
-        ([{"sources": [source("a"), source("b", 0, 3)]}], "the same in every source"),
+        ([{"sources": [source("a"), source("b", 0, 3)]}], r"got \[0, 2\], \[0, 3\]"),
+        ([{"sources": [source("a", 2, 2)]}], "at least 1, in every source"),
+        ([{"sources": [source("a", -1)]}], "same number of blocks"),
+        ([{"sources": [source("a"), source("a", 1, 3)]}], "a model is given twice"),
         ([{"sources": [{"model": "a"}]}], "a needs layer_range"),
         ([{"sources": [{**source("a"), "layer_range": ["0", 1]}]}], "needs layer_ra"),
         ([{"sources": 5}], "sources: a list of models"),
-        ([5], "slices must be a mapping"),
+        ([5], r"slices\[0\] must be a mapping"),
         ({"a": 1}, "slices must be a list"),
     ],
 )
-def test_slices_that_are_not_whole_models_are_refused(slices, message):
+def test_bad_slices_are_refused(slices, message):
     with pytest.raises(DoRAError, match=message):
         read_mergekit({"merge_method": "linear", "slices": slices})
 
@@ -138,9 +195,10 @@ def test_settings_fall_through_from_source_to_slice_to_module_to_file():
     plan = read_mergekit(
         {"merge_method": "linear", "modules": {"default": module}, "parameters": top}
     )
-    assert plan.blocks == 2
+    (plan,) = plan.parts
+    assert (plan.count, plan.starts) == (2, (0, 0))
     for name, weights in (("mlp", [3, 2]), ("self_attn", [7, 7]), ("norm", [2, 2])):
-        settings = plan.settings_of(f"model.layers.1.{name}.weight", 4, 2)
+        settings = settings_of(plan, f"model.layers.1.{name}.weight", 4, 2)
         assert settings.weights.tolist() == weights
         assert settings.normalize is False
 
@@ -148,4 +206,4 @@ def test_settings_fall_through_from_source_to_slice_to_module_to_file():
 def test_a_missing_weight_is_named():
     plan = read_mergekit(config(models=[{"model": "a"}, {"model": "b"}]))
     with pytest.raises(DoRAError, match="no weight for x of a, b"):
-        plan.settings_of("x", 1, 1)
+        settings_of(plan, "x", 1, 1)

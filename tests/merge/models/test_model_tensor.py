@@ -15,7 +15,7 @@ from mlx_dora.merge import merge_models
 from mlx_dora.merge.methods import METHODS, blockwise
 from mlx_dora.merge.methods.settings import TensorSettings
 from mlx_dora.merge.models.tensor import merge_tensor
-from tests.merge.names import ALL
+from tests.merge.names import ALL, most, needed
 
 CASES = [
     (method, granularity)
@@ -32,8 +32,10 @@ def test_no_method_hides_nan_or_inf(
     """A bad entry in the base or a model, in a matrix or vector, masked or not."""
     rng = np.random.default_rng(1)
     shapes = {"a.weight": (6, 7), "norm.weight": (8,)}
-    folders = [tmp_path / name for name in ("base", "one", "two")]
+    names = ("base", "one", "two")[: 1 + most(method, 2)]
+    folders = [tmp_path / name for name in names]
     parameters: dict[str, Any] = {"granularity": granularity}
+    parameters |= needed(method, epsilon=0.02)
     if METHODS[method].density is not None:
         parameters["density"] = 0.05
     for folder in folders:
@@ -88,8 +90,16 @@ def test_files_and_arrays_merge_alike(
         for name, value in arrays.items():
             writer.add(name, value)
     files = [Checkpoint(tmp_path).stored(name) for name in arrays]
-    settings = TensorSettings(weights=np.array([0.4, 0.6]), density=(0.3, 0.5))
-    (base, *held), (base_file, *stored) = list(arrays.values()), files
+    count = most(method, 2)
+    given = needed(method, epsilon=0.1, select_topk=0.3)
+    settings = TensorSettings(
+        weights=np.array([0.4, 0.6][:count]),
+        density=(0.3, 0.5)[:count],
+        own=METHODS[method].own_values(count, lambda name, _: given.get(name)),
+        as_mergekit=granularity == "tensor",
+    )
+    base, *held = list(arrays.values())[: count + 1]
+    base_file, *stored = files[: count + 1]
     expected, _ = merge_tensor(method, base, held, settings, granularity)
     result, _ = merge_tensor(method, base_file, stored, settings, granularity)
     assert mx.array_equal(result, expected)
