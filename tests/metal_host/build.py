@@ -42,20 +42,32 @@ class Mode:
 
 
 _PLAIN = ("main.cpp", "executor.cpp", "no_checker.cpp")
+_CHECKING = Mode(
+    "-O1 -fno-tree-vectorize -fsanitize=thread",
+    "-O2",
+    "",
+    ("main.cpp", "executor.cpp", "checker.cpp"),
+)
+_SANITIZING = Mode(
+    "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "-O1 -fsanitize=address",
+    "-fsanitize=address,undefined",
+    _PLAIN,
+)
+
+
+def _wide(mode: Mode) -> Mode:
+    """The same, with the accesses of 16 bytes that CUDA gets."""
+    flags = f"{mode.kernel} -DDORA_WIDE=1 -fno-strict-aliasing"
+    return Mode(flags, mode.runtime, mode.link, mode.sources)
+
+
 MODES = {
     "plain": Mode("-O2", "-O2", "", _PLAIN),
-    "check": Mode(
-        "-O1 -fno-tree-vectorize -fsanitize=thread",
-        "-O2",
-        "",
-        ("main.cpp", "executor.cpp", "checker.cpp"),
-    ),
-    "sanitize": Mode(
-        "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
-        "-O1 -fsanitize=address",
-        "-fsanitize=address,undefined",
-        _PLAIN,
-    ),
+    "check": _CHECKING,
+    "sanitize": _SANITIZING,
+    "check-wide": _wide(_CHECKING),
+    "sanitize-wide": _wide(_SANITIZING),
 }
 
 
