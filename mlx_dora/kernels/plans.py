@@ -26,8 +26,9 @@ _HELD_VECTORS = (2, 8)
 _HELD_STEPS = 16
 _QUAD = 4  # columns of a thread of fused_weight and dora_scale
 _TOKENS = 8  # of a threadgroup of dora_scale
-# adapted_norm: 4 simdgroups with 4 rows each in a round.
-_NORM_THREADS, _NORM_ROWS = 128, 16
+_NORM_THREADS = 128
+NORM_ROWS = 16  # of adapted_norm in a round: 4 of each of 4 simdgroups
+NORM_TILE_RANKS = 16  # past these, A is read in every round
 _LEAST_CHUNK = 16  # tokens whose sums are written: 8 % of the traffic in half precision
 
 
@@ -121,7 +122,7 @@ def _norm_launch(
 ) -> Launch:
     out, width = shape
     strips = max(_ceil(width, _SIMD * reads), 1)
-    units = _ceil(out, _NORM_ROWS)
+    units = _ceil(out, NORM_ROWS)
     # Twice as many as needed, since these threadgroups are half as large.
     rounds = max(units * strips // (2 * _PER_CORE * cores), 1)
     return Launch(
