@@ -10,7 +10,7 @@
   constexpr int N = 16 / int(sizeof(T));       // contiguous columns of a thread
   constexpr int ROWS = 4;                      // of a simdgroup in a round
   constexpr int QUADS = R < 16 ? (R + 3) / 4 : 4;  // groups of 4 ranks in a tile
-  threadgroup float tile[132 * N * QUADS];
+  threadgroup dora_quad tile[33 * N * QUADS];
   const uint out = weight_shape[0];
   const uint n = weight_shape[1];
   const uint lid = thread_position_in_threadgroup.x;

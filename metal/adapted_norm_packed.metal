@@ -12,7 +12,7 @@
   constexpr int ROWS = 4;                      // of a simdgroup in a round
   constexpr int QUADS = R < 16 ? (R + 3) / 4 : 4;  // groups of 4 ranks in a tile
   constexpr int WORDS = 8 * BITS;              // of the 256 columns of a simdgroup
-  threadgroup float tile[132 * N * QUADS];
+  threadgroup dora_quad tile[33 * N * QUADS];
   const uint out = weight_shape[0];
   const uint words = weight_shape[1];
   const uint groups = scales_shape[1];

@@ -28,16 +28,14 @@ template <typename E, int N>
 METAL_FUNC float dora_value(thread const dora_values<E, N>& from, int i) {
   constexpr int PER = 4 / int(sizeof(E));
   const uint word = from.words[i / PER] >> (i % PER * 8 * int(sizeof(E)));
-  E value;
-  __builtin_memcpy(&value, &word, sizeof(E));
-  return static_cast<float>(value);
+  return static_cast<float>(*reinterpret_cast<thread const E*>(&word));
 }
 
 template <typename E, int N>
 METAL_FUNC void dora_put_value(thread dora_values<E, N>& to, int i, E value) {
   constexpr int PER = 4 / int(sizeof(E));
   uint word = 0;
-  __builtin_memcpy(&word, &value, sizeof(E));
+  *reinterpret_cast<thread E*>(&word) = value;
   const uint others = i % PER ? to.words[i / PER] : 0u;
   to.words[i / PER] = others | word << (i % PER * 8 * int(sizeof(E)));
 }
@@ -130,6 +128,11 @@ METAL_FUNC void dora_store(thread const float* from, uint live, bool is_wide, P 
     }
   }
 }
+
+// Four ranks of a tile in threadgroup memory, moved at once.
+struct alignas(16) dora_quad {
+  float at[4];
+};
 
 // How many of the columns from c on exist.
 METAL_FUNC uint dora_live(uint c, uint n) {
@@ -274,33 +277,30 @@ METAL_FUNC void dora_adapted(
 }
 
 // ---- the norms: a threadgroup of 4 simdgroups takes a strip of 32 * N columns of
-// rounds times 4 * ROWS rows; A's strip lies in a tile, its ranks in groups of 4.
+// rounds times 4 * ROWS rows; A's strip lies in a tile, its ranks in quads.
 
 // Where the tile has ranks 4 * quad .. + 3 of column i of a lane: the lanes' shares lie
 // next to each other, and the 33rd place spreads the writes over the banks.
 METAL_FUNC uint dora_tile_place(uint i, uint quad, uint lane, uint quads) {
-  return ((i * quads + quad) * 33 + lane) * 4;
+  return (i * quads + quad) * 33 + lane;
 }
 
 // lora_a[c0 .. c0 + 32 * N, k0 .. k0 + 4 * QUADS) into the tile, with 0 outside. The tile
-// holds 132 * N * QUADS floats.
+// holds 33 * N * QUADS quads.
 template <int R, int QUADS, int N, typename P>
 METAL_FUNC void dora_stage_a(
-    P lora_a, threadgroup float* tile, uint c0, uint n, uint k0, bool is_wide,
+    P lora_a, threadgroup dora_quad* tile, uint c0, uint n, uint k0, bool is_wide,
     uint lid) {
   for (uint at = lid; at < uint(32 * N * QUADS); at += 128) {
     const uint column = at / uint(QUADS);
     const uint quad = at % uint(QUADS);
     const uint k = k0 + quad * 4;
-    float values[4];
+    dora_quad values;
     dora_read_floats<4>(
         lora_a + size_t(c0 + column) * uint(R) + k,
-        c0 + column < n ? dora_live(k, uint(R)) : 0u, is_wide, values);
-    const uint place =
-        dora_tile_place(column % uint(N), quad, column / uint(N), uint(QUADS));
-    for (int j = 0; j < 4; ++j) {
-      tile[place + uint(j)] = values[j];
-    }
+        c0 + column < n ? dora_live(k, uint(R)) : 0u, is_wide, values.at);
+    tile[dora_tile_place(column % uint(N), quad, column / uint(N), uint(QUADS))] =
+        values;
   }
 }
 
@@ -308,7 +308,7 @@ METAL_FUNC void dora_stage_a(
 // this lane, k]. `rows` of the ROWS exist.
 template <int R, int QUADS, int ROWS, int N, typename P>
 METAL_FUNC void dora_add_tile(
-    P up, const threadgroup float* tile, uint row0, uint rows, uint out, uint k0,
+    P up, const threadgroup dora_quad* tile, uint row0, uint rows, uint out, uint k0,
     bool is_wide, uint lane, thread float* delta) {
 #pragma unroll 1
   for (int quad = 0; quad < QUADS; ++quad) {
@@ -321,13 +321,13 @@ METAL_FUNC void dora_add_tile(
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const uint place = dora_tile_place(uint(i), uint(quad), lane, uint(QUADS));
+      const dora_quad a =
+          tile[dora_tile_place(uint(i), uint(quad), lane, uint(QUADS))];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float a = tile[place + uint(j)];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          delta[r * N + i] = metal::fma(b[j * ROWS + r], a, delta[r * N + i]);
+          delta[r * N + i] = metal::fma(b[j * ROWS + r], a.at[j], delta[r * N + i]);
         }
       }
     }

@@ -1,12 +1,9 @@
-"""The text that MLX's CUDA build makes of a kernel, and its machine code for sm_90.
+"""The text that MLX's CUDA build makes of a kernel, and its machine code for sm_90a.
 
 MLX writes that text only where it has CUDA, so `cuda_text` writes it here as
 `mlx/backend/cuda/custom_kernel.cpp` does, with stand-ins for MLX's own headers.
 """
 
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +13,9 @@ from unittest import mock
 import mlx.core as mx
 
 from mlx_dora.kernels import dispatch, plans
+from tests.kernels.cuda_compilers import COMPILERS
 from tests.kernels.machine_code import MachineCode, read_cubin
 
-# On the path, or from PyPI's nvidia-cuda-nvcc (`pip install -e '.[cuda-check]'`).
-NVCC = shutil.which("nvcc") or next(
-    (
-        str(path)
-        for place in sys.path
-        for path in Path(place).glob("nvidia/cu*/bin/nvcc")
-    ),
-    None,
-)
 TYPES = {
     mx.float32: "float",
     mx.float16: "__half",
@@ -38,7 +27,10 @@ HEADERS = """
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda/std/array>
-#include <cstdint>
+#include <cuda/std/cstdint>
+using cuda::std::int32_t;
+using cuda::std::uint32_t;
+using cuda::std::uint64_t;
 using Shape = cuda::std::array<int32_t, 8>;
 """
 
@@ -104,22 +96,14 @@ def cuda_text(number: int, made: dict[str, Any], use: Use) -> str:
     )
 
 
-def machine_code(uses: Sequence[Use], folder: Path) -> list[MachineCode]:
-    """Compile every use for sm_90a, as MLX does on that device, and read the result."""
-    assert NVCC is not None
+def machine_code(
+    uses: Sequence[Use], folder: Path
+) -> list[MachineCode]:
+    """Compile every use and read the result; with NVRTC, as MLX does, if it is here."""
     made = sources()
     kernels = [cuda_text(i, made[use.kernel], use) for i, use in enumerate(uses)]
     header = made["dora_scale"]["header"]
     text = "\n".join([HEADERS, header, "namespace mlx::core::cu {", *kernels, "}"])
-    source, cubin = folder / "kernels.cu", folder / "kernels.cubin"
-    source.write_text(text)
-    command = [NVCC, "-arch=sm_90a", "-std=c++17", "-cubin", "-Werror=all-warnings"]
-    done = subprocess.run(
-        [*command, "-diag-suppress=177", "-o", cubin, source],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[:3000]
-    read = read_cubin(cubin)
+    compile_to_cubin = next(iter(COMPILERS.values()))
+    read = read_cubin(compile_to_cubin(text, folder))
     return [read[f"kernel_{i}"] for i in range(len(uses))]

@@ -1,4 +1,4 @@
-"""What the sm_90 machine code says of speed, where no GPU is: tests need nvcc.
+"""What the sm_90 machine code says of speed, where no GPU is.
 
 Registers, spills, widths of accesses, barriers, and threadgroups that a multiprocessor
 of an H100 or H200 holds. They say what the hardware is asked to do, not how fast it is.
@@ -8,11 +8,12 @@ import mlx.core as mx
 import pytest
 
 from mlx_dora.kernels import plans
-from tests.kernels.cuda_text import NVCC, Use, machine_code
+from tests.kernels.cuda_compilers import COMPILERS
+from tests.kernels.cuda_text import Use, machine_code
 from tests.kernels.machine_code import MachineCode, resident_threadgroups
 
 pytestmark = pytest.mark.skipif(
-    NVCC is None, reason="needs nvcc: pip install -e '.[cuda-check]'"
+    not COMPILERS, reason="no CUDA compiler: pip install -e '.[cuda-check]'"
 )
 CORES = 132  # of an H100 and an H200
 FLOAT, HALF = mx.float32, mx.bfloat16
