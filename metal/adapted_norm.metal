@@ -4,12 +4,13 @@
 // in:        weight T [out, in]; lora_a float [in, R]; up float [R, out]
 // out:       partial float [2, strips, out]
 // template:  T float type; R rank
-// launch:    one threadgroup of 128 per 16 * rounds output rows and 32 * N columns, N
-//            being 16 bytes of W; grid (128 * ceil(out / (16 * rounds)), strips, 1)
+// launch:    one threadgroup of 128 per 4 * ROWS * rounds output rows and 32 * N columns;
+//            grid (128 * ceil(out / (4 * ROWS * rounds)), strips, 1)
 // reference: mlx_dora/kernels/naive.py::adapted_norm
-  constexpr int N = 16 / int(sizeof(T));       // contiguous columns of a thread
-  constexpr int ROWS = 4;                      // of a simdgroup in a round
-  constexpr int QUADS = R < 16 ? (R + 3) / 4 : 4;  // groups of 4 ranks in a tile
+  // Up to rank 16, 16 bytes of W; beyond, 4 columns and more rows that share A.
+  constexpr int N = R > 16 ? 4 : 16 / int(sizeof(T));  // columns of a thread
+  constexpr int ROWS = R > 16 ? 8 : 4;                 // of a simdgroup in a round
+  constexpr int QUADS = R < 32 ? (R + 3) / 4 : 8;      // of ranks in a tile
   threadgroup dora_quad tile[33 * N * QUADS];
   const uint out = weight_shape[0];
   const uint n = weight_shape[1];
@@ -28,14 +29,11 @@
   for (uint round = 0; round < rounds; ++round) {
     const uint row0 = first + (round * 4 + sg) * uint(ROWS);
     dora_values<T, N> raw[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const uint row = row0 + uint(r);
-      dora_read<T, N>(
-          weight + size_t(row) * n + c, row < out ? dora_live(c, n) : 0u, is_wide,
-          raw[r]);
+    if (R <= 16) {  // on the way while the product is computed
+      dora_read_rows<T, ROWS, N>(weight, row0, out, c, n, is_wide, raw);
     }
     float delta[ROWS * N] = {0.0f};
+#pragma unroll 1
     for (int k0 = 0; k0 < R; k0 += 4 * QUADS) {
       if (R > 4 * QUADS || round == 0) {
         if (R > 4 * QUADS) {
@@ -46,6 +44,9 @@
       }
       dora_add_tile<R, QUADS, ROWS, N>(
           up, tile, row0, dora_live(row0, out), out, uint(k0), is_wide_up, lane, delta);
+    }
+    if (R > 16) {  // afterwards, for the sake of registers
+      dora_read_rows<T, ROWS, N>(weight, row0, out, c, n, is_wide, raw);
     }
     float sums[2 * ROWS];
 #pragma unroll

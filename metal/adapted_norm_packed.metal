@@ -10,7 +10,7 @@
 // reference: mlx_dora/kernels/naive.py::adapted_norm
   constexpr int N = 8;                         // columns of a thread: BITS bytes
   constexpr int ROWS = 4;                      // of a simdgroup in a round
-  constexpr int QUADS = R < 16 ? (R + 3) / 4 : 4;  // groups of 4 ranks in a tile
+  constexpr int QUADS = R < 16 ? (R + 3) / 4 : 4;  // of ranks in a tile
   constexpr int WORDS = 8 * BITS;              // of the 256 columns of a simdgroup
   threadgroup dora_quad tile[33 * N * QUADS];
   const uint out = weight_shape[0];
@@ -50,6 +50,7 @@
       offset[r] = is_inside ? static_cast<float>(biases[group]) : 0.0f;
     }
     float delta[ROWS * N] = {0.0f};
+#pragma unroll 1
     for (int k0 = 0; k0 < R; k0 += 4 * QUADS) {
       if (R > 4 * QUADS || round == 0) {
         if (R > 4 * QUADS) {

@@ -168,29 +168,31 @@ METAL_FUNC void dora_group_sum(
   }
 }
 
-// The sum over the simdgroup of one of V values, a power of two up to 32: lane l gets
-// that of value l / (32 / V). V - 1 + log2(32 / V) shuffles, where V calls of simd_sum
-// take 5 V.
+// Lanes exchange halves of V values: each goes on with the half that it keeps.
+template <int V>
+METAL_FUNC void dora_fold(thread float* v, uint lane, uint mask) {
+  const bool is_upper = (lane & mask) != 0;
+#pragma unroll
+  for (int i = 0; i < V / 2; ++i) {
+    const float kept = is_upper ? v[i + V / 2] : v[i];
+    const float given = is_upper ? v[i] : v[i + V / 2];
+    v[i] = kept + simd_shuffle_xor(given, ushort(mask));
+  }
+}
+
+// The sum over the simdgroup of one of V values, 8 or 16: lane l gets that of value
+// l / (32 / V). V - 1 + 32 / V / 2 shuffles, where V calls of simd_sum take 5 V.
 template <int V>
 METAL_FUNC float dora_simd_sums(thread float* v, uint lane) {
-  uint mask = 16;
-#pragma unroll
-  for (int half_count = V / 2; half_count >= 1; half_count /= 2) {
-    const bool is_upper = (lane & mask) != 0;
-#pragma unroll
-    for (int i = 0; i < half_count; ++i) {
-      const float kept = is_upper ? v[i + half_count] : v[i];
-      const float given = is_upper ? v[i] : v[i + half_count];
-      v[i] = kept + simd_shuffle_xor(given, ushort(mask));
-    }
-    mask /= 2;
+  dora_fold<V>(v, lane, 16u);
+  dora_fold<V / 2>(v, lane, 8u);
+  dora_fold<V / 4>(v, lane, 4u);
+  if (V == 16) {
+    dora_fold<2>(v, lane, 2u);
+  } else {
+    v[0] += simd_shuffle_xor(v[0], ushort(2));
   }
-#pragma unroll
-  for (int rest = 32 / V; rest > 1; rest /= 2) {
-    v[0] += simd_shuffle_xor(v[0], ushort(mask));
-    mask /= 2;
-  }
-  return v[0];
+  return v[0] + simd_shuffle_xor(v[0], ushort(1));
 }
 
 // The sum over chunks of from[chunk, column], (chunks, out), in a threadgroup of 8
@@ -291,6 +293,7 @@ template <int R, int QUADS, int N, typename P>
 METAL_FUNC void dora_stage_a(
     P lora_a, threadgroup dora_quad* tile, uint c0, uint n, uint k0, bool is_wide,
     uint lid) {
+#pragma unroll 2
   for (uint at = lid; at < uint(32 * N * QUADS); at += 128) {
     const uint column = at / uint(QUADS);
     const uint quad = at % uint(QUADS);
@@ -301,6 +304,19 @@ METAL_FUNC void dora_stage_a(
         c0 + column < n ? dora_live(k, uint(R)) : 0u, is_wide, values.at);
     tile[dora_tile_place(column % uint(N), quad, column / uint(N), uint(QUADS))] =
         values;
+  }
+}
+
+// N columns from c on of the rows row0 .. row0 + ROWS, 0 where there is none.
+template <typename T, int ROWS, int N, typename P>
+METAL_FUNC void dora_read_rows(
+    P weight, uint row0, uint out, uint c, uint n, bool is_wide,
+    thread dora_values<T, N>* to) {
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const uint row = row0 + uint(r);
+    dora_read<T, N>(
+        weight + size_t(row) * n + c, row < out ? dora_live(c, n) : 0u, is_wide, to[r]);
   }
 }
 

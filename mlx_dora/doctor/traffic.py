@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_dora.kernels.plans import (
-    NORM_ROWS,
-    NORM_TILE_RANKS,
+    PACKED_TILE,
     Launch,
+    NormTile,
+    norm_tile,
     plan_adapted_norm,
     plan_adapted_norm_packed,
     plan_dora_scale,
@@ -51,7 +52,8 @@ def adapted_norm_traffic(
 ) -> Traffic:
     """W once, and the sums of each strip; A for each threadgroup, B for each strip."""
     launch = plan_adapted_norm(shape, r, dtype, cores=cores)
-    return _norm_traffic(shape[0] * shape[1] * dtype.size, shape, r, launch)
+    weight = shape[0] * shape[1] * dtype.size
+    return _norm_traffic(weight, shape, r, launch, norm_tile(r, dtype))
 
 
 def adapted_norm_packed_traffic(
@@ -68,17 +70,17 @@ def adapted_norm_packed_traffic(
     launch = plan_adapted_norm_packed(shape, r, bits, group_size, cores=cores)
     codes = out * width * bits // 8
     scales = 2 * out * (width // group_size) * dtype.size
-    return _norm_traffic(codes + scales, shape, r, launch)
+    return _norm_traffic(codes + scales, shape, r, launch, PACKED_TILE)
 
 
 def _norm_traffic(
-    weight: int, shape: tuple[int, int], r: int, launch: Launch
+    weight: int, shape: tuple[int, int], r: int, launch: Launch, tile: NormTile
 ) -> Traffic:
     out, width = shape
     _, strips, _ = launch.output_shapes[0]
     groups = launch.grid[0] // launch.threadgroup[0]
-    rounds = -(-(-(-out // NORM_ROWS)) // groups)
-    stagings = groups * (rounds if r > NORM_TILE_RANKS else 1)
+    rounds = -(-(-(-out // tile.rows)) // groups)
+    stagings = groups * (rounds if r > tile.ranks else 1)
     a, b = _FLOAT * width * r, _FLOAT * out * r
     sums = 2 * _FLOAT * 2 * strips * out  # written, then read
     return Traffic(

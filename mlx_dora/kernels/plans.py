@@ -27,8 +27,6 @@ _HELD_STEPS = 16
 _QUAD = 4  # columns of a thread of fused_weight and dora_scale
 _TOKENS = 8  # of a threadgroup of dora_scale
 _NORM_THREADS = 128
-NORM_ROWS = 16  # of adapted_norm in a round: 4 of each of 4 simdgroups
-NORM_TILE_RANKS = 16  # past these, A is read in every round
 _LEAST_CHUNK = 16  # tokens whose sums are written: 8 % of the traffic in half precision
 
 
@@ -39,6 +37,21 @@ class Kernel:
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormTile:
+    """What a threadgroup of `adapted_norm` takes in a round.
+
+    Attributes:
+        columns: Columns of a strip.
+        rows: Rows of its 4 simdgroups.
+        ranks: Ranks of A that it holds; A is read in every round if there are more.
+    """
+
+    columns: int
+    rows: int
+    ranks: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +105,22 @@ def plan_normalize_rows(shape: tuple[int, int], dtype: mx.Dtype) -> Launch:
     )
 
 
+PACKED_TILE = NormTile(columns=_SIMD * 8, rows=16, ranks=16)
+
+
+def norm_tile(r: int, dtype: mx.Dtype) -> NormTile:
+    """Return the tile of a dense weight: above rank 16, more rows share a read of A."""
+    if r > 16:
+        return NormTile(columns=_SIMD * _QUAD, rows=32, ranks=32)
+    return NormTile(columns=_SIMD * _VECTOR // dtype.size, rows=16, ranks=16)
+
+
 def plan_adapted_norm(
     shape: tuple[int, int], r: int, dtype: mx.Dtype, *, cores: int | None = None
 ) -> Launch:
     """Plan the first stage: strips of columns by as many rows as fill the cores."""
-    return _norm_launch(
-        shape, _VECTOR // dtype.size, (("T", dtype), ("R", r)), _given(cores)
-    )
+    template = (("T", dtype), ("R", r))
+    return _norm_launch(shape, norm_tile(r, dtype), template, _given(cores))
 
 
 def plan_adapted_norm_packed(
@@ -111,18 +133,18 @@ def plan_adapted_norm_packed(
 ) -> Launch:
     """Plan like `plan_adapted_norm`; a thread's 8 columns are exactly `bits` bytes."""
     template = (("R", r), ("BITS", bits), ("GROUP", group_size))
-    return _norm_launch(shape, 8, template, _given(cores))
+    return _norm_launch(shape, PACKED_TILE, template, _given(cores))
 
 
 def _norm_launch(
     shape: tuple[int, int],
-    reads: int,
+    tile: NormTile,
     template: tuple[tuple[str, mx.Dtype | int], ...],
     cores: int,
 ) -> Launch:
     out, width = shape
-    strips = max(_ceil(width, _SIMD * reads), 1)
-    units = _ceil(out, NORM_ROWS)
+    strips = max(_ceil(width, tile.columns), 1)
+    units = _ceil(out, tile.rows)
     # Twice as many as needed, since these threadgroups are half as large.
     rounds = max(units * strips // (2 * _PER_CORE * cores), 1)
     return Launch(

@@ -71,7 +71,7 @@ def of(code: dict[str, MachineCode], prefix: str) -> dict[str, MachineCode]:
 # them at 64, 20 at 96, 16 at 128. With float32 dora_scale holds y as it was read, too.
 REGISTERS = {
     "normalize_rows": 56,
-    "dense norm": 96,
+    "dense norm": 112,
     "packed": 96,
     "fused": 128,
     "scale 16-bit": 64,

@@ -161,7 +161,7 @@ def test_row_offsets_of_a_packed_weight_are_64_bits_wide(host: Host):
     dense = mx.random.normal((END, width), key=mx.random.key(9)).astype(mx.float16)
     packed = mx.quantize(dense, group_size=group, bits=bits)
     base = cases.unpack(*packed, bits=bits, group=group)
-    truth = np.square(base[-table.NORM_ROWS :, -STRIP:]).sum(axis=1)
+    truth = np.square(base[-table.PACKED_TILE.rows :, -STRIP:]).sum(axis=1)
     launch = table.plan_adapted_norm_packed(
         (out, width), 1, bits, group, cores=16 * CORES
     )
@@ -172,5 +172,5 @@ def test_row_offsets_of_a_packed_weight_are_64_bits_wide(host: Host):
     }
     sparse[4] = Sparse((1, out), 0, mx.zeros((1,)))
     (sums,) = run_last(host, "adapted_norm_packed", launch, inputs, sparse)
-    last = sums[-table.NORM_ROWS :]
+    last = sums[-table.PACKED_TILE.rows :]
     assert cases.worst_error(last, truth) <= BOUNDS[mx.float32]
