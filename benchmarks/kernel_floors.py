@@ -63,7 +63,7 @@ def rows() -> list[tuple[str, int, int]]:
     moved = traffic.normalize_rows_traffic(SHAPE, HALF).large
     table = [("normalize_rows", moved, 3 * weight)]
     for r in (8, 64):
-        table += [(f"{name}, r {r}", *rest) for name, *rest in at_rank(r)]
+        table += [(f"{name}, r {r}", size, count) for name, size, count in at_rank(r)]
     backward = traffic.dora_scale_backward_traffic(
         ACTIVATIONS, HALF, False, cores=CORES
     )

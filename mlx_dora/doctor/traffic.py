@@ -79,13 +79,12 @@ def _norm_traffic(
     out, width = shape
     _, strips, _ = launch.output_shapes[0]
     groups = launch.grid[0] // launch.threadgroup[0]
-    rounds = -(-(-(-out // tile.rows)) // groups)
+    units = -(-out // tile.rows)
+    rounds = -(-units // groups)
     stagings = groups * (rounds if r > tile.ranks else 1)
     a, b = _FLOAT * width * r, _FLOAT * out * r
     sums = 2 * _FLOAT * 2 * strips * out  # written, then read
-    return Traffic(
-        large=weight + sums, rereads=a * stagings + b * strips, cached=a + b
-    )
+    return Traffic(large=weight + sums, rereads=a * stagings + b * strips, cached=a + b)
 
 
 def fused_weight_traffic(

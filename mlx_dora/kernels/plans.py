@@ -179,9 +179,7 @@ def plan_fused_weight(
     out, width = shape
     wanted = _PER_CORE * _given(cores)
     fitting = [
-        rows
-        for rows in (4, 2, 1)
-        if width <= _THREADS * _QUAD * (_HELD_STEPS // rows)
+        rows for rows in (4, 2, 1) if width <= _THREADS * _QUAD * (_HELD_STEPS // rows)
     ]
     rows = next((n for n in fitting if _ceil(out, n) >= wanted), (fitting or [4])[-1])
     steps = _HELD_STEPS // rows if fitting else 0
@@ -211,9 +209,9 @@ def plan_dora_scale(
     rows = 1 if tokens == 1 else _TOKENS
     groups = _ceil(tokens, rows)
     threads = _threads_for(out, _QUAD)
-    while threads > _SIMD and groups * _ceil(
-        out, threads * _QUAD
-    ) < _PER_CORE * _given(cores):
+    while threads > _SIMD and groups * _ceil(out, threads * _QUAD) < _PER_CORE * _given(
+        cores
+    ):
         threads = _SIMD * _ceil(threads // 2, _SIMD)
     return Launch(
         template=(("T", dtype), ("R", r), ("ROWS", rows), ("HAS_OFFSET", has_offset)),
@@ -231,7 +229,7 @@ def plan_dora_scale_backward(
     *,
     cores: int | None = None,
 ) -> Launch:
-    """Plan the first stage: strips of columns by chunks of tokens that fill the cores."""
+    """Plan the first stage: strips of columns by chunks of tokens."""
     tokens, out = shape
     strips = _ceil(out, _SIMD * (_VECTOR // dtype.size))
     length = max(tokens * strips // (2 * _PER_CORE * _given(cores)), _LEAST_CHUNK)

@@ -1,4 +1,4 @@
-"""``python -m tests.kernels.code_table`` prints the machine code's table of the README."""
+"""``python -m tests.kernels.code_table`` prints the README's table of machine code."""
 
 import tempfile
 from pathlib import Path

@@ -96,9 +96,7 @@ def cuda_text(number: int, made: dict[str, Any], use: Use) -> str:
     )
 
 
-def machine_code(
-    uses: Sequence[Use], folder: Path
-) -> list[MachineCode]:
+def machine_code(uses: Sequence[Use], folder: Path) -> list[MachineCode]:
     """Compile every use and read the result; with NVRTC, as MLX does, if it is here."""
     made = sources()
     kernels = [cuda_text(i, made[use.kernel], use) for i, use in enumerate(uses)]

@@ -1,8 +1,8 @@
 """Machine code of sm_90 kernels: registers, local memory, and widths of accesses.
 
-Reads the cubin (ELF) that nvcc writes, without a disassembler. An instruction has 16
-bytes: its lowest 12 bits are the opcode, and bits 73 to 75 of a memory access its width.
-Both were compared with `nvdisasm` for all kernels.
+Reads the cubin (ELF) of NVRTC or nvcc, without a disassembler. An instruction has 16
+bytes: its lowest 12 bits are the opcode, and bits 73 to 75 of an access its width. Both
+were compared with `nvdisasm` for all kernels.
 """
 
 import re

@@ -216,7 +216,8 @@ def launches() -> list[tuple[str, plans.Launch]]:
             for r in (1, 8, 64, 512):
                 fused = plans.plan_fused_weight(shape, r, mx.float16)
                 made.append(("fused_weight", fused))
-                made.append(("adapted_norm", plans.plan_adapted_norm(shape, r)))
+                norm = plans.plan_adapted_norm(shape, r, mx.float16)
+                made.append(("adapted_norm", norm))
                 scaled = plans.plan_dora_scale(shape, r, mx.float16, False)
                 made.append(("dora_scale", scaled))
     return made

@@ -41,9 +41,7 @@ def uses() -> dict[str, Use]:
             dtypes = (dtype, FLOAT, FLOAT, FLOAT)
             found[f"fused {size} r{r}"] = Use("fused_weight", dtypes, fused)
             for has_offset in (False, True):
-                scale = plans.plan_dora_scale(
-                    SQUARE, r, dtype, has_offset, cores=CORES
-                )
+                scale = plans.plan_dora_scale(SQUARE, r, dtype, has_offset, cores=CORES)
                 dtypes = (dtype, dtype, FLOAT, FLOAT, FLOAT)
                 name = f"scale {size} r{r}{' offset' * has_offset}"
                 found[name] = Use("dora_scale", dtypes, scale)
@@ -119,10 +117,8 @@ def test_four_columns_of_half_precision_are_read_at_once(
 def test_tiles_are_read_16_bytes_at_a_time(code: dict[str, MachineCode]) -> None:
     for prefix in ("dense norm", "packed"):
         for name, each in of(code, prefix).items():
-            assert set(key for key in each.counts if key[:3] in ("LDS", "STS")) == {
-                "LDS.16",
-                "STS.16",
-            }, name
+            tile = {key for key in each.counts if key[:3] in ("LDS", "STS")}
+            assert tile == {"LDS.16", "STS.16"}, name
 
 
 @pytest.mark.parametrize(("name", "barriers"), [("r8", 1), ("r64", 2)])

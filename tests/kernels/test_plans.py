@@ -96,7 +96,8 @@ def test_chunks_and_strips_cover_every_value_once(
     _, strips, rows = norm.output_shapes[0]
     assert (strips * 256 >= tokens > (strips - 1) * 256, rows) == (True, out)
     groups = norm.grid[0] // norm.threadgroup[0]
-    rounds = -(-(-(-out // 16)) // groups)
+    units = -(-out // 16)
+    rounds = -(-units // groups)
     assert groups * rounds * 16 >= out
 
 

@@ -190,9 +190,7 @@ def dora_scale(
         up, gain = _normal(r, out, seed=2) / r**0.5, _normal(out, seed=3)
         offset = _normal(out, seed=6)
         gain[0] = 0
-        launch = table.plan_dora_scale(
-            (tokens, out), r, dtype, has_offset, cores=CORES
-        )
+        launch = table.plan_dora_scale((tokens, out), r, dtype, has_offset, cores=CORES)
         inputs = [y, h, up, gain, offset if has_offset else gain]
         (composed,) = call("dora_scale", launch, inputs)
         truth = to_numpy(gain) * (to_numpy(y) + to_numpy(h) @ to_numpy(up))

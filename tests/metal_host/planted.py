@@ -16,6 +16,7 @@ _VECTOR_READ = (
     "      const vec<float, 4> x = *(const device vec<float, 4>*)(from);\n"
     "      to.at[i] = x[i % 4];"
 )
+_STAGED = "matrix[size_t(i / uint(ROWS)) * out + row]"
 _ONE_READ = "uint(i) < live ? from[i] : static_cast<E>(0.0f)"
 
 COMMON = "common.h"
@@ -89,9 +90,9 @@ MUTANTS = (
     Mutant("adapted_norm: tile of A without its padding", "adapted_norm.metal",
            "tile[33 * N * QUADS]", "tile[32 * N * QUADS]", "adapted_norm"),
     Mutant("stage B: rows outside left as they were", COMMON,
-           "    tile[i] = row < out ? matrix[size_t(i / uint(ROWS)) * out + row] : 0.0f;",
-           "    if (row < out) {\n      tile[i] = matrix[size_t(i / uint(ROWS)) * out + "
-           "row];\n    }", "fused_weight"),
+           f"    tile[i] = row < out ? {_STAGED} : 0.0f;",
+           f"    if (row < out) {{\n      tile[i] = {_STAGED};\n    }}",
+           "fused_weight"),
     Mutant("rounds: the last rows forgotten", COMMON,
            "return (units + groups - 1) / groups;", "return units / groups;",
            "adapted_norm"),
@@ -190,7 +191,8 @@ LANGUAGE_MUTANTS = (
            "adapted_norm_total"),
     Mutant("device pointer where MLX passes constant memory", COMMON,
            "template <int N, typename P>\nMETAL_FUNC void dora_read_floats(P from,",
-           "template <int N>\nMETAL_FUNC void dora_read_floats(const device float* from,",
+           "template <int N>\n"
+           "METAL_FUNC void dora_read_floats(const device float* from,",
            "dora_scale", r"float32-1x1-r8$"),
     Mutant("pointer without an address space", COMMON,
            "thread float* v, threadgroup float* part,", "thread float* v, float* part,",

@@ -28,7 +28,9 @@ def check(counted: traffic.Counted, formula: formulas.Traffic, passes: int = 1) 
     assert formula.cached <= 8 << 20  # the smallest last-level cache: M1's 8 MB
 
 
-@pytest.mark.parametrize("out, width, passes", [(64, 4096, 1), (4, 8192, 1), (4, 16512, 2)])
+@pytest.mark.parametrize(
+    "out, width, passes", [(64, 4096, 1), (4, 8192, 1), (4, 16512, 2)]
+)
 def test_normalize_rows(host: Host, out: int, width: int, passes: int):
     counted = traffic.normalize_rows(host, out, width)
     formula = formulas.normalize_rows_traffic((out, width), HALF)
@@ -59,7 +61,10 @@ def test_adapted_norm_packed(host: Host, bits: int):
         assert counted.is_whole(name)
 
 
-@pytest.mark.parametrize("out, width, r, passes", [(64, 1024, 64, 1), (8, 8192, 8, 1), (8, 16512, 8, 2)])
+@pytest.mark.parametrize(
+    "out, width, r, passes",
+    [(64, 1024, 64, 1), (8, 8192, 8, 1), (8, 16512, 8, 2)],
+)
 def test_fused_weight(host: Host, out: int, width: int, r: int, passes: int):
     counted = traffic.fused_weight(host, out, width, r)
     check(counted, formulas.fused_weight_traffic((out, width), r, HALF), passes)
