@@ -130,9 +130,29 @@ METAL_FUNC void dora_store(thread const float* from, uint live, bool is_wide, P 
 }
 
 // Four ranks of a tile in threadgroup memory, moved at once.
+#if DORA_WIDE
 struct alignas(16) dora_quad {
   float at[4];
 };
+
+METAL_FUNC float dora_rank(thread const dora_quad& quad, int j) {
+  return quad.at[j];
+}
+
+METAL_FUNC void dora_put_rank(thread dora_quad& quad, int j, float value) {
+  quad.at[j] = value;
+}
+#else
+typedef metal::vec<float, 4> dora_quad;
+
+METAL_FUNC float dora_rank(thread const dora_quad& quad, int j) {
+  return quad[j];
+}
+
+METAL_FUNC void dora_put_rank(thread dora_quad& quad, int j, float value) {
+  quad[j] = value;
+}
+#endif
 
 // How many of the columns from c on exist.
 METAL_FUNC uint dora_live(uint c, uint n) {
@@ -298,12 +318,17 @@ METAL_FUNC void dora_stage_a(
     const uint column = at / uint(QUADS);
     const uint quad = at % uint(QUADS);
     const uint k = k0 + quad * 4;
-    dora_quad values;
+    float values[4];
     dora_read_floats<4>(
         lora_a + size_t(c0 + column) * uint(R) + k,
-        c0 + column < n ? dora_live(k, uint(R)) : 0u, is_wide, values.at);
+        c0 + column < n ? dora_live(k, uint(R)) : 0u, is_wide, values);
+    dora_quad four;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      dora_put_rank(four, j, values[j]);
+    }
     tile[dora_tile_place(column % uint(N), quad, column / uint(N), uint(QUADS))] =
-        values;
+        four;
   }
 }
 
@@ -341,9 +366,10 @@ METAL_FUNC void dora_add_tile(
           tile[dora_tile_place(uint(i), uint(quad), lane, uint(QUADS))];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
+        const float rank = dora_rank(a, j);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          delta[r * N + i] = metal::fma(b[j * ROWS + r], a.at[j], delta[r * N + i]);
+          delta[r * N + i] = metal::fma(b[j * ROWS + r], rank, delta[r * N + i]);
         }
       }
     }
