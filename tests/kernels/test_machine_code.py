@@ -112,6 +112,9 @@ def test_four_columns_of_half_precision_are_read_at_once(
     for prefix, rows in (("scale 16-bit", 8), ("fused 16-bit", 16)):
         for name, each in of(code, prefix).items():
             assert each.counts["LDG.8"] == each.counts["STG.8"] == rows, name
+    # The norm reads 8 columns of 4 rows, or above rank 16 4 columns of 8.
+    assert code["dense norm 16-bit r8"].counts["LDG.8"] == 0
+    assert code["dense norm 16-bit r64"].counts["LDG.8"] == 8
 
 
 def test_tiles_are_read_16_bytes_at_a_time(code: dict[str, MachineCode]) -> None:

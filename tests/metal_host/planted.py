@@ -74,7 +74,7 @@ MUTANTS = (
     Mutant("adapted_norm: writes rows that do not exist", COMMON,
            "if (lane % LANES == 0 && row < out)", "if (lane % LANES == 0)",
            "adapted_norm"),
-    Mutant("adapted_norm: reads rows that do not exist", "adapted_norm.metal",
+    Mutant("adapted_norm: reads rows that do not exist", COMMON,
            "row < out ? dora_live(c, n) : 0u", "dora_live(c, n)", "adapted_norm"),
     Mutant("dora_scale_backward: tokens past the last", "dora_scale_backward.metal",
            "row < tokens ? live : 0u", "live", "dora_scale_backward"),
