@@ -21,12 +21,15 @@ _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 
 def device_cores() -> int:
     """Return the number of cores of the first GPU, or `UNKNOWN`."""
-    if mx.default_device().type != mx.gpu:
-        return UNKNOWN
-    return _cores_of(str(mx.device_info().get("architecture", "")))
+    return _gpu_cores() if mx.default_device().type == mx.gpu else UNKNOWN
 
 
 @lru_cache
+def _gpu_cores() -> int:
+    """Ask once: on CUDA, MLX asks the driver for the free memory at each call."""
+    return _cores_of(str(mx.device_info().get("architecture", "")))
+
+
 def _cores_of(architecture: str) -> int:
     if architecture.startswith("sm_"):
         return _multiprocessors("libcuda.so.1") or UNKNOWN

@@ -122,11 +122,23 @@ def test_cores_without_a_gpu_or_a_driver(monkeypatch: pytest.MonkeyPatch) -> Non
     assert cores._multiprocessors("libno-such-driver.so.1") == 0
     with monkeypatch.context() as patch:
         patch.setattr(cores, "_multiprocessors", lambda library: 0)
-        cores._cores_of.cache_clear()
         assert cores._cores_of("sm_90") == cores.UNKNOWN
         patch.setattr(cores, "_multiprocessors", lambda library: 132)
-        cores._cores_of.cache_clear()
         assert cores._cores_of("sm_90") == 132
-    cores._cores_of.cache_clear()
     if mx.default_device().type != mx.gpu:
         assert cores.device_cores() == cores.UNKNOWN
+
+
+def test_the_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def device_info() -> dict[str, str]:
+        asked.append("")
+        return {"architecture": "applegpu_g13s"}
+
+    monkeypatch.setattr(cores.mx, "device_info", device_info)
+    monkeypatch.setattr(cores.mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    cores._gpu_cores.cache_clear()
+    assert [cores.device_cores() for _ in range(3)] == [20] * 3
+    cores._gpu_cores.cache_clear()
+    assert len(asked) == 1
