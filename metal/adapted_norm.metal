@@ -1,58 +1,62 @@
-// adapted_norm: norm[j] = || W[j, :] + s * (BA)[j, :] ||, never below 2^-10 of
-//            (|| W[j, :] ||^2 + || s * (BA)[j, :] ||^2)^1/2
-// paper:     DoRA, arXiv:2402.09353, Eq. 5, denominator
-// in:        weight T [out, in]; lora_a float [in, R]; lora_b float [R, out];
-//            scale float [1]
-// out:       norm float [out]
-// template:  R rank; ROWS rows of a simdgroup; N contiguous columns of a thread
-// launch:    one threadgroup of 256 per 8 * ROWS output rows;
-//            grid (256 * ceil(out / (8 * ROWS)), 1, 1)
+// adapted_norm: first stage of norm[j] = || W[j, :] + (up^T A^T)[j, :] ||: for each strip
+//            of columns, the sums of squares of W and of the update, and of their sum
+// paper:     DoRA, arXiv:2402.09353, Eq. 5, denominator; up = s B
+// in:        weight T [out, in]; lora_a float [in, R]; up float [R, out]
+// out:       partial float [2, strips, out]
+// template:  T float type; R rank
+// launch:    one threadgroup of 128 per 4 * ROWS * rounds output rows and 32 * N columns;
+//            grid (128 * ceil(out / (4 * ROWS * rounds)), strips, 1)
 // reference: mlx_dora/kernels/naive.py::adapted_norm
-  constexpr int K = R < 16 ? R : 16;              // ranks in a tile of A
-  constexpr int PADDED = (R + K - 1) / K * K;
-  constexpr int TILE = 8 * ROWS;
-  constexpr bool ALL_B = PADDED * TILE <= 2048;   // B's rows fit, all ranks at once
-  constexpr int BK = ALL_B ? PADDED : K;
-  threadgroup float a_tile[K * (32 * N + 1)];
-  threadgroup float b_tile[TILE * BK];
+  // Up to rank 16, 16 bytes of W; beyond, 4 columns and more rows that share A.
+  constexpr int N = R > 16 ? 4 : 16 / int(sizeof(T));  // columns of a thread
+  constexpr int ROWS = R > 16 ? 8 : 4;                 // of a simdgroup in a round
+  constexpr int QUADS = R < 32 ? (R + 3) / 4 : 8;      // of ranks in a tile
+  threadgroup dora_quad tile[33 * N * QUADS];
   const uint out = weight_shape[0];
   const uint n = weight_shape[1];
   const uint lid = thread_position_in_threadgroup.x;
   const uint lane = thread_index_in_simdgroup;
-  const uint own = simdgroup_index_in_threadgroup * uint(ROWS);
-  const uint row0 = threadgroup_position_in_grid.x * uint(TILE);
-  const float s = scale[0];
-  if (ALL_B) {
-    dora_stage_b<R, BK, TILE>(lora_b, b_tile, row0, out, 0u, lid, 256u);
-  }
-  float sums[ROWS * 3] = {0.0f};
-  for (uint c0 = 0; c0 < n; c0 += uint(32 * N)) {
-    const uint c = c0 + lane * uint(N);
-    float w[ROWS * N];
+  const uint sg = simdgroup_index_in_threadgroup;
+  const uint strip = threadgroup_position_in_grid.y;
+  const uint strips = threadgroups_per_grid.y;
+  const uint c0 = strip * uint(32 * N);
+  const uint c = c0 + lane * uint(N);
+  const uint rounds = dora_rounds(out, threadgroups_per_grid.x, 4 * ROWS);
+  const uint first = threadgroup_position_in_grid.x * rounds * uint(4 * ROWS);
+  const bool is_wide = dora_is_wide<T, N>(weight, n);
+  const bool is_wide_a = dora_is_wide<float, 4>(lora_a, uint(R));
+  const bool is_wide_up = dora_is_wide<float, ROWS>(up, out);
+  for (uint round = 0; round < rounds; ++round) {
+    const uint row0 = first + (round * 4 + sg) * uint(ROWS);
+    dora_values<T, N> raw[ROWS];
+    if (R <= 16) {  // on the way while the product is computed
+      dora_read_rows<T, ROWS, N>(weight, row0, out, c, n, is_wide, raw);
+    }
     float delta[ROWS * N] = {0.0f};
-    for (int r = 0; r < ROWS; ++r) {
-      const uint row = row0 + own + uint(r);
-      dora_load<N>(
-          weight + size_t(row) * n + c, row < out ? dora_live(c, n) : 0u, w + r * N);
-    }
-    for (int k0 = 0; k0 < R; k0 += K) {
-      threadgroup_barrier(mem_flags::mem_threadgroup);  // the last tile has been read
-      dora_stage_a<R, K, N>(lora_a, a_tile, c0, n, uint(k0), lid, 256u);
-      if (!ALL_B) {
-        dora_stage_b<R, BK, TILE>(lora_b, b_tile, row0, out, uint(k0), lid, 256u);
+#pragma unroll 1
+    for (int k0 = 0; k0 < R; k0 += 4 * QUADS) {
+      if (R > 4 * QUADS || round == 0) {
+        if (R > 4 * QUADS) {
+          threadgroup_barrier(mem_flags::mem_threadgroup);  // the tile has been read
+        }
+        dora_stage_a<R, QUADS, N>(lora_a, tile, c0, n, uint(k0), is_wide_a, lid);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
       }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      dora_add_product<ROWS, N, K, BK>(
-          a_tile, b_tile + own * uint(BK) + (ALL_B ? k0 : 0), lane, delta);
+      dora_add_tile<R, QUADS, ROWS, N>(
+          up, tile, row0, dora_live(row0, out), out, uint(k0), is_wide_up, lane, delta);
     }
+    if (R > 16) {  // afterwards, for the sake of registers
+      dora_read_rows<T, ROWS, N>(weight, row0, out, c, n, is_wide, raw);
+    }
+    float sums[2 * ROWS];
+#pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      dora_add_squares<N>(w + r * N, delta + r * N, s, sums + r * 3);
+      float w[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        w[i] = dora_value<T, N>(raw[r], i);
+      }
+      dora_sum_squares<ROWS, N>(w, delta + r * N, sums + r);
     }
-  }
-  for (int r = 0; r < ROWS; ++r) {
-    const float length = dora_floored_norm(sums + r * 3, s);
-    const uint row = row0 + own + uint(r);
-    if (lane == 0 && row < out) {
-      norm[row] = length;
-    }
+    dora_put_squares<ROWS>(sums, partial, strip, strips, row0, out, lane);
   }

@@ -4,34 +4,124 @@
 // as arguments; and it hands over arrays of fewer than 8 elements in `constant` memory,
 // not `device`, so pointers into arrays are template parameters.
 //
-// Matrices are row-major: W (out, in), lora_a (in, R), lora_b (R, out).
+// Matrices are row-major: W (out, in), lora_a (in, R), up (R, out).
 
 #ifndef MLX_DORA_COMMON_H
 #define MLX_DORA_COMMON_H
 
-// N contiguous values as float, 0 from the `live`-th on.
-template <int N, typename P>
-METAL_FUNC void dora_load(P from, uint live, thread float* to) {
+// 1: neighbouring values are accessed up to 16 bytes at a time, from aligned addresses
+// only (cuda_prelude.h; tests). 0: the compiler joins accesses, as in MLX's own Metal
+// kernels: Apple's chips need no more than aligned elements.
+#ifndef DORA_WIDE
+#define DORA_WIDE 0
+#endif
+
+#if DORA_WIDE
+// N values of type E as they lie in memory: of 2 bytes, two to a register. Up to 16 bytes
+// are moved at once.
+template <typename E, int N>
+struct alignas(N * sizeof(E) <= 16 ? N * sizeof(E) : 16) dora_values {
+  uint words[N * sizeof(E) / 4];
+};
+
+template <typename E, int N>
+METAL_FUNC float dora_value(thread const dora_values<E, N>& from, int i) {
+  constexpr int PER = 4 / int(sizeof(E));
+  const uint word = from.words[i / PER] >> (i % PER * 8 * int(sizeof(E)));
+  return static_cast<float>(*reinterpret_cast<thread const E*>(&word));
+}
+
+template <typename E, int N>
+METAL_FUNC void dora_put_value(thread dora_values<E, N>& to, int i, E value) {
+  constexpr int PER = 4 / int(sizeof(E));
+  uint word = 0;
+  *reinterpret_cast<thread E*>(&word) = value;
+  const uint others = i % PER ? to.words[i / PER] : 0u;
+  to.words[i / PER] = others | word << (i % PER * 8 * int(sizeof(E)));
+}
+#else
+template <typename E, int N>
+struct dora_values {
+  E at[N];
+};
+
+template <typename E, int N>
+METAL_FUNC float dora_value(thread const dora_values<E, N>& from, int i) {
+  return static_cast<float>(from.at[i]);
+}
+
+template <typename E, int N>
+METAL_FUNC void dora_put_value(thread dora_values<E, N>& to, int i, E value) {
+  to.at[i] = value;
+}
+#endif
+
+// Whether a matrix of type E with rows of n values may be accessed N values at a time,
+// from columns that are multiples of N on. Slices may start at any element.
+template <typename E, int N, typename P>
+METAL_FUNC bool dora_is_wide(P matrix, uint n) {
+#if DORA_WIDE
+  constexpr uint BYTES = sizeof(dora_values<E, N>) < 16 ? sizeof(dora_values<E, N>) : 16;
+  return reinterpret_cast<size_t>(matrix) % BYTES == 0 && n * sizeof(E) % BYTES == 0;
+#else
+  return false;
+#endif
+}
+
+// N contiguous values, 0 from the `live`-th on. With `is_wide`, `from` is aligned.
+template <typename E, int N, typename P>
+METAL_FUNC void dora_read(
+    P from, uint live, bool is_wide, thread dora_values<E, N>& to) {
+#if DORA_WIDE
+  if (is_wide && live >= uint(N)) {
+    to = *reinterpret_cast<const device dora_values<E, N>*>(from);
+  } else {
+#else
   if (live >= uint(N)) {
     for (int i = 0; i < N; ++i) {
-      to[i] = static_cast<float>(from[i]);
+      to.at[i] = from[i];
     }
   } else {
+#endif
+#pragma unroll
     for (int i = 0; i < N; ++i) {
-      to[i] = uint(i) < live ? static_cast<float>(from[i]) : 0.0f;
+      dora_put_value<E, N>(to, i, uint(i) < live ? from[i] : static_cast<E>(0.0f));
     }
   }
 }
 
-// The first `live` of N values, rounded once to T.
+// The same, of floats.
+template <int N, typename P>
+METAL_FUNC void dora_read_floats(P from, uint live, bool is_wide, thread float* to) {
+  dora_values<float, N> values;
+  dora_read<float, N>(from, live, is_wide, values);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    to[i] = dora_value<float, N>(values, i);
+  }
+}
+
+// The first `live` of N values, rounded once to T. With `is_wide`, `to` is aligned.
 template <typename T, int N, typename P>
-METAL_FUNC void dora_store(thread const float* from, uint live, P to) {
+METAL_FUNC void dora_store(thread const float* from, uint live, bool is_wide, P to) {
+#if DORA_WIDE
+  if (is_wide && live >= uint(N)) {
+    dora_values<T, N> values;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      dora_put_value<T, N>(values, i, static_cast<T>(from[i]));
+    }
+    *reinterpret_cast<device dora_values<T, N>*>(to) = values;
+  } else {
+#else
   if (live >= uint(N)) {
     for (int i = 0; i < N; ++i) {
       to[i] = static_cast<T>(from[i]);
     }
   } else {
-    for (int i = 0; i < N - 1; ++i) {
+#endif
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
       if (uint(i) < live) {
         to[i] = static_cast<T>(from[i]);
       }
@@ -39,9 +129,40 @@ METAL_FUNC void dora_store(thread const float* from, uint live, P to) {
   }
 }
 
+// Four ranks of a tile in threadgroup memory, moved at once.
+#if DORA_WIDE
+struct alignas(16) dora_quad {
+  float at[4];
+};
+
+METAL_FUNC float dora_rank(thread const dora_quad& quad, int j) {
+  return quad.at[j];
+}
+
+METAL_FUNC void dora_put_rank(thread dora_quad& quad, int j, float value) {
+  quad.at[j] = value;
+}
+#else
+typedef metal::vec<float, 4> dora_quad;
+
+METAL_FUNC float dora_rank(thread const dora_quad& quad, int j) {
+  return quad[j];
+}
+
+METAL_FUNC void dora_put_rank(thread dora_quad& quad, int j, float value) {
+  quad[j] = value;
+}
+#endif
+
 // How many of the columns from c on exist.
 METAL_FUNC uint dora_live(uint c, uint n) {
   return n - metal::min(c, n);
+}
+
+// How many times `step` rows each of `groups` threadgroups takes, to cover n rows.
+METAL_FUNC uint dora_rounds(uint n, uint groups, uint step) {
+  const uint units = (n + step - 1) / step;
+  return (units + groups - 1) / groups;
 }
 
 // g = m / norm; a row without a direction has g = 0.
@@ -67,112 +188,224 @@ METAL_FUNC void dora_group_sum(
   }
 }
 
-// lora_b[k0 .. k0 + K, row0 .. row0 + ROWS) transposed into tile[row * K + k], with 0
-// where there is no such rank or row.
-template <int R, int K, int ROWS, typename P>
-METAL_FUNC void dora_stage_b(
-    P lora_b, threadgroup float* tile, uint row0, uint out, uint k0,
-    uint lid, uint lsize) {
-  for (uint i = lid; i < uint(K * ROWS); i += lsize) {
-    const uint k = i / uint(ROWS);
-    const uint row = i % uint(ROWS);
-    const bool is_inside = k0 + k < uint(R) && row0 + row < out;
-    tile[row * uint(K) + k] =
-        is_inside ? lora_b[size_t(k0 + k) * out + row0 + row] : 0.0f;
+// Lanes exchange halves of V values: each goes on with the half that it keeps.
+template <int V>
+METAL_FUNC void dora_fold(thread float* v, uint lane, uint mask) {
+  const bool is_upper = (lane & mask) != 0;
+#pragma unroll
+  for (int i = 0; i < V / 2; ++i) {
+    const float kept = is_upper ? v[i + V / 2] : v[i];
+    const float given = is_upper ? v[i] : v[i + V / 2];
+    v[i] = kept + simd_shuffle_xor(given, ushort(mask));
   }
 }
 
-// lora_a[c0 .. c0 + 32 * N, k0 .. k0 + K), with 0 outside. Column c0 + lane * N + i
-// goes where the lanes that read it touch neighbouring words; the odd row length
-// spreads the writes over the banks.
-template <int R, int K, int N, typename P>
-METAL_FUNC void dora_stage_a(
-    P lora_a, threadgroup float* tile, uint c0, uint n, uint k0,
-    uint lid, uint lsize) {
-  for (uint i = lid; i < uint(K * 32 * N); i += lsize) {
-    const uint col = i / uint(K);
-    const uint k = i % uint(K);
-    const bool is_inside = k0 + k < uint(R) && c0 + col < n;
-    tile[k * uint(32 * N + 1) + (col % uint(N)) * 32 + col / uint(N)] =
-        is_inside ? lora_a[size_t(c0 + col) * uint(R) + k0 + k] : 0.0f;
+// The sum over the simdgroup of one of V values, 8 or 16: lane l gets that of value
+// l / (32 / V). V - 1 + 32 / V / 2 shuffles, where V calls of simd_sum take 5 V.
+template <int V>
+METAL_FUNC float dora_simd_sums(thread float* v, uint lane) {
+  dora_fold<V>(v, lane, 16u);
+  dora_fold<V / 2>(v, lane, 8u);
+  dora_fold<V / 4>(v, lane, 4u);
+  if (V == 16) {
+    dora_fold<2>(v, lane, 2u);
+  } else {
+    v[0] += simd_shuffle_xor(v[0], ushort(2));
+  }
+  return v[0] + simd_shuffle_xor(v[0], ushort(1));
+}
+
+// The sum over chunks of from[chunk, column], (chunks, out), in a threadgroup of 8
+// simdgroups with a column a lane. `part` holds 256 floats. Every simdgroup gets it.
+template <typename P>
+METAL_FUNC float dora_chunk_sum(
+    P from, uint chunks, uint out, uint column, threadgroup float* part, uint lane,
+    uint sg) {
+  float sum = 0.0f;
+  for (uint chunk = sg; chunk < chunks; chunk += 8) {
+    sum += column < out ? from[size_t(chunk) * out + column] : 0.0f;
+  }
+  part[sg * 32 + lane] = sum;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  sum = 0.0f;
+  for (uint from_sg = 0; from_sg < 8; ++from_sg) {
+    sum += part[from_sg * 32 + lane];
+  }
+  return sum;
+}
+
+// tile[k * ROWS + row] = matrix[k, row0 + row] of a matrix (R, out), 0 past the last row.
+template <int R, int ROWS, typename P>
+METAL_FUNC void dora_stage_rows(
+    P matrix, threadgroup float* tile, uint row0, uint out, uint lid, uint lsize) {
+  for (uint i = lid; i < uint(R * ROWS); i += lsize) {
+    const uint row = row0 + i % uint(ROWS);
+    tile[i] = row < out ? matrix[size_t(i / uint(ROWS)) * out + row] : 0.0f;
   }
 }
 
-// delta[r, i] += sum over k < K of B[r, k] * A[column i of this lane, k], from tiles.
-// B's rows are STRIDE apart.
-template <int ROWS, int N, int K, int STRIDE>
+// v[s, r, i] += sum over k of tile[k * ROWS + r] * matrix[k, c + s * span + i], of a
+// matrix (R, n) and N columns of a thread in each of STEPS steps.
+template <int R, int ROWS, int N, int STEPS, typename P>
 METAL_FUNC void dora_add_product(
-    const threadgroup float* a_tile, const threadgroup float* b_tile, uint lane,
-    thread float* delta) {
-  for (int k = 0; k < K; ++k) {
-    float a[N];
-    for (int i = 0; i < N; ++i) {
-      a[i] = a_tile[uint(k * (32 * N + 1) + i * 32) + lane];
+    P matrix, uint n, uint c, uint span, bool is_wide,
+    const threadgroup float* tile, thread float* v) {
+#pragma unroll 1
+  for (int k = 0; k < R; ++k) {
+    const P line = matrix + size_t(k) * n;
+    float values[STEPS * N];
+#pragma unroll
+    for (int t = 0; t < STEPS; ++t) {
+      const uint column = c + uint(t) * span;
+      dora_read_floats<N>(line + column, dora_live(column, n), is_wide, values + t * N);
     }
+#pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const float b = b_tile[r * STRIDE + k];
-      for (int i = 0; i < N; ++i) {
-        delta[r * N + i] = metal::fma(b, a[i], delta[r * N + i]);
-      }
-    }
-  }
-}
-
-// Adds one lane's N columns to the sums of squares of one row: of w, of delta and of
-// w + s * delta, in this order in `sums`.
-template <int N>
-METAL_FUNC void dora_add_squares(
-    thread const float* w, thread const float* delta, float s, thread float* sums) {
-  for (int i = 0; i < N; ++i) {
-    const float x = metal::fma(s, delta[i], w[i]);
-    sums[0] = metal::fma(w[i], w[i], sums[0]);
-    sums[1] = metal::fma(delta[i], delta[i], sums[1]);
-    sums[2] = metal::fma(x, x, sums[2]);
-  }
-}
-
-// The norm of a row from a simdgroup's shares of these sums, never below 2^-10 of
-// (w^2 + s^2 delta^2)^1/2: the same floor as the reference's.
-METAL_FUNC float dora_floored_norm(thread const float* sums, float s) {
-  const float base = simd_sum(sums[0]);
-  const float update = simd_sum(sums[1]);
-  const float adapted = simd_sum(sums[2]);
-  const float floor2 = 9.5367431640625e-07f * metal::fma(s * s, update, base);
-  return metal::precise::sqrt(metal::max(adapted, floor2));
-}
-
-// v[r, i] = (W + s * BA)[row0 + r, c + i], 0 where there is none. b_tile holds B's rows
-// with all ranks. A thread takes 8 ranks of a column of A at once: neighbours in memory.
-template <int R, int ROWS, int N, typename WP, typename AP>
-METAL_FUNC void dora_adapted(
-    WP weight, AP lora_a, const threadgroup float* b_tile, float s, uint row0,
-    uint out, uint c, uint n, thread float* v) {
-  constexpr int K = R < 8 ? R : 8;
-  const uint live = dora_live(c, n);
-  float delta[ROWS * N] = {0.0f};
-  for (int i = 0; i < N; ++i) {
-    if (uint(i) < live) {
-      const AP column = lora_a + size_t(c + uint(i)) * uint(R);
-      for (int k0 = 0; k0 < R; k0 += K) {
-        float a[K];
-        dora_load<K>(column + k0, uint(R - k0), a);
-        for (int r = 0; r < ROWS; ++r) {
-          for (int k = 0; k < K; ++k) {
-            if (k0 + k < R) {
-              delta[r * N + i] =
-                  metal::fma(b_tile[r * R + k0 + k], a[k], delta[r * N + i]);
-            }
-          }
+      const float factor = tile[k * ROWS + r];
+#pragma unroll
+      for (int t = 0; t < STEPS; ++t) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          thread float* sum = v + (t * ROWS + r) * N + i;
+          *sum = metal::fma(factor, values[t * N + i], *sum);
         }
       }
     }
   }
+}
+
+// v[s, r, i] = (W + up^T down)[row0 + r, c + s * span + i], 0 where there is none; the
+// tile holds the rows' `up`.
+template <typename T, int R, int ROWS, int N, int STEPS, typename WP, typename DP>
+METAL_FUNC void dora_adapted(
+    WP weight, DP down, const threadgroup float* tile, uint row0, uint rows, uint c,
+    uint n, uint span, bool is_wide, bool is_wide_down, thread float* v) {
+  dora_values<T, N> raw[STEPS * ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+    for (int t = 0; t < STEPS; ++t) {
+      const uint at = c + uint(t) * span;
+      dora_read<T, N>(
+          weight + size_t(row0 + uint(r)) * n + at,
+          uint(r) < rows ? dora_live(at, n) : 0u, is_wide, raw[t * ROWS + r]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < STEPS * ROWS * N; ++i) {
+    v[i] = dora_value<T, N>(raw[i / N], i % N);
+  }
+  dora_add_product<R, ROWS, N, STEPS>(down, n, c, span, is_wide_down, tile, v);
+}
+
+// ---- the norms: a threadgroup of 4 simdgroups takes a strip of 32 * N columns of
+// rounds times 4 * ROWS rows; A's strip lies in a tile, its ranks in quads.
+
+// Where the tile has ranks 4 * quad .. + 3 of column i of a lane: the lanes' shares lie
+// next to each other, and the 33rd place spreads the writes over the banks.
+METAL_FUNC uint dora_tile_place(uint i, uint quad, uint lane, uint quads) {
+  return (i * quads + quad) * 33 + lane;
+}
+
+// lora_a[c0 .. c0 + 32 * N, k0 .. k0 + 4 * QUADS) into the tile, with 0 outside. The tile
+// holds 33 * N * QUADS quads.
+template <int R, int QUADS, int N, typename P>
+METAL_FUNC void dora_stage_a(
+    P lora_a, threadgroup dora_quad* tile, uint c0, uint n, uint k0, bool is_wide,
+    uint lid) {
+#pragma unroll 2
+  for (uint at = lid; at < uint(32 * N * QUADS); at += 128) {
+    const uint column = at / uint(QUADS);
+    const uint quad = at % uint(QUADS);
+    const uint k = k0 + quad * 4;
+    float values[4];
+    dora_read_floats<4>(
+        lora_a + size_t(c0 + column) * uint(R) + k,
+        c0 + column < n ? dora_live(k, uint(R)) : 0u, is_wide, values);
+    dora_quad four;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      dora_put_rank(four, j, values[j]);
+    }
+    tile[dora_tile_place(column % uint(N), quad, column / uint(N), uint(QUADS))] =
+        four;
+  }
+}
+
+// N columns from c on of the rows row0 .. row0 + ROWS, 0 where there is none.
+template <typename T, int ROWS, int N, typename P>
+METAL_FUNC void dora_read_rows(
+    P weight, uint row0, uint out, uint c, uint n, bool is_wide,
+    thread dora_values<T, N>* to) {
+#pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     const uint row = row0 + uint(r);
-    dora_load<N>(weight + size_t(row) * n + c, row < out ? live : 0u, v + r * N);
-    for (int i = 0; i < N; ++i) {
-      v[r * N + i] = metal::fma(s, delta[r * N + i], v[r * N + i]);
+    dora_read<T, N>(
+        weight + size_t(row) * n + c, row < out ? dora_live(c, n) : 0u, is_wide, to[r]);
+  }
+}
+
+// delta[r, i] += sum over the ranks k of the tile of up[k, row0 + r] * A[column i of
+// this lane, k]. `rows` of the ROWS exist.
+template <int R, int QUADS, int ROWS, int N, typename P>
+METAL_FUNC void dora_add_tile(
+    P up, const threadgroup dora_quad* tile, uint row0, uint rows, uint out, uint k0,
+    bool is_wide, uint lane, thread float* delta) {
+#pragma unroll 1
+  for (int quad = 0; quad < QUADS; ++quad) {
+    float b[4 * ROWS];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint k = k0 + uint(quad * 4 + j);
+      dora_read_floats<ROWS>(
+          up + size_t(k) * out + row0, k < uint(R) ? rows : 0u, is_wide, b + j * ROWS);
     }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const dora_quad a =
+          tile[dora_tile_place(uint(i), uint(quad), lane, uint(QUADS))];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float rank = dora_rank(a, j);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          delta[r * N + i] = metal::fma(b[j * ROWS + r], rank, delta[r * N + i]);
+        }
+      }
+    }
+  }
+}
+
+// The sums of squares of one row over a thread's N columns: sums[0] of w and of delta,
+// sums[ROWS] of w + delta.
+template <int ROWS, int N>
+METAL_FUNC void dora_sum_squares(
+    thread const float* w, thread const float* delta, thread float* sums) {
+  float apart = 0.0f;
+  float together = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float x = w[i] + delta[i];
+    apart = metal::fma(w[i], w[i], apart);
+    apart = metal::fma(delta[i], delta[i], apart);
+    together = metal::fma(x, x, together);
+  }
+  sums[0] = apart;
+  sums[ROWS] = together;
+}
+
+// partial[0, strip, row0 + r] = the sum of sums[r] over the simdgroup, and
+// partial[1, strip, row0 + r] = that of sums[ROWS + r].
+template <int ROWS, typename P>
+METAL_FUNC void dora_put_squares(
+    thread float* sums, P partial, uint strip, uint strips, uint row0, uint out,
+    uint lane) {
+  const float sum = dora_simd_sums<2 * ROWS>(sums, lane);
+  constexpr uint LANES = 16 / ROWS;  // that hold the same sum
+  const uint which = lane / 16;
+  const uint row = row0 + lane % 16 / LANES;
+  if (lane % LANES == 0 && row < out) {
+    partial[(size_t(which) * strips + strip) * out + row] = sum;
   }
 }
 

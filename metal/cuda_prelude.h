@@ -8,6 +8,9 @@
 typedef unsigned int uint;
 typedef unsigned short ushort;
 
+// Accesses of up to 16 bytes, see common.h.
+#define DORA_WIDE 1
+
 #define METAL_FUNC static __device__ __forceinline__
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
@@ -26,6 +29,10 @@ METAL_FUNC float simd_sum(float v) {
 
 METAL_FUNC uint simd_shuffle(uint v, ushort lane) {
   return __shfl_sync(0xffffffffu, v, lane);
+}
+
+METAL_FUNC float simd_shuffle_xor(float v, ushort mask) {
+  return __shfl_xor_sync(0xffffffffu, v, mask);
 }
 
 namespace metal {

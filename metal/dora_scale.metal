@@ -3,12 +3,12 @@
 // in:        y T [tokens, out]; h T [tokens, R]; up float [R, out]; gain float [out];
 //            offset float [out] (any array of floats without HAS_OFFSET)
 // out:       composed T [tokens, out]
-// template:  T float type; R rank; ROWS tokens of a threadgroup; N contiguous columns
-//            of a thread; HAS_OFFSET
-// launch:    one threadgroup of 32 to 256 per ROWS tokens and threads * N columns;
-//            grid (threads * ceil(tokens / ROWS), ceil(out / (threads * N)), 1)
+// template:  T float type; R rank; ROWS tokens of a threadgroup, 1 or 8; HAS_OFFSET
+// launch:    one threadgroup of 32 to 256 per ROWS tokens and threads * 4 columns;
+//            grid (threads * ceil(tokens / ROWS), ceil(out / (threads * 4)), 1)
 // reference: mlx_dora/kernels/naive.py::rescale
-  threadgroup float h_tile[ROWS * R];
+  constexpr int N = 4;  // `up` is what is read most: 16 bytes of it
+  threadgroup float tile[ROWS * R];
   const uint tokens = y_shape[0];
   const uint out = y_shape[1];
   const uint lid = thread_position_in_threadgroup.x;
@@ -16,35 +16,44 @@
   const uint row0 = threadgroup_position_in_grid.x * uint(ROWS);
   const uint c = (threadgroup_position_in_grid.y * lsize + lid) * uint(N);
   const uint live = dora_live(c, out);
+  const bool is_wide = dora_is_wide<T, N>(y, out);
   for (uint i = lid; i < uint(ROWS * R); i += lsize) {
-    h_tile[i] = row0 + i / uint(R) < tokens
+    tile[i % uint(R) * uint(ROWS) + i / uint(R)] = row0 + i / uint(R) < tokens
         ? static_cast<float>(h[size_t(row0) * uint(R) + i]) : 0.0f;
+  }
+  const uint rows = dora_live(row0, tokens);
+  dora_values<T, N> raw[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    dora_read<T, N>(
+        y + size_t(row0 + uint(r)) * out + c, uint(r) < rows ? live : 0u, is_wide,
+        raw[r]);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   float v[ROWS * N];
-  for (int r = 0; r < ROWS; ++r) {
-    const uint row = row0 + uint(r);
-    dora_load<N>(y + size_t(row) * out + c, row < tokens ? live : 0u, v + r * N);
+#pragma unroll
+  for (int i = 0; i < ROWS * N; ++i) {
+    v[i] = dora_value<T, N>(raw[i / N], i % N);
   }
-  for (int k = 0; k < R; ++k) {
-    float b[N];
-    dora_load<N>(up + size_t(k) * out + c, live, b);
-    for (int r = 0; r < ROWS; ++r) {
-      const float hk = h_tile[r * R + k];
-      for (int i = 0; i < N; ++i) {
-        v[r * N + i] = metal::fma(hk, b[i], v[r * N + i]);
-      }
-    }
-  }
+  dora_add_product<R, ROWS, N, 1>(up, out, c, 0u, dora_is_wide<float, N>(up, out), tile, v);
+  // The same numbers, but new to the compiler, which else keeps every row's offset and
+  // bounds in registers from the loads to the stores.
+  const uint step = simd_shuffle(out, ushort(0));
+  const uint left = dora_live(row0, simd_shuffle(tokens, ushort(0)));
+  const uint rest = dora_live(c, step);
+  const bool is_wide_out = dora_is_wide<T, N>(composed, step);
   float g[N];
   float shift[N];
-  dora_load<N>(gain + c, live, g);
-  dora_load<N>(offset + c, HAS_OFFSET ? live : 0u, shift);
+  dora_read_floats<N>(gain + c, rest, dora_is_wide<float, N>(gain, step), g);
+  dora_read_floats<N>(
+      offset + c, HAS_OFFSET ? rest : 0u, dora_is_wide<float, N>(offset, step), shift);
+#pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    const uint row = row0 + uint(r);
+#pragma unroll
     for (int i = 0; i < N; ++i) {
       v[r * N + i] = metal::fma(g[i], v[r * N + i], shift[i]);
     }
     dora_store<T, N>(
-        v + r * N, row < tokens ? live : 0u, composed + size_t(row) * out + c);
+        v + r * N, uint(r) < left ? rest : 0u, is_wide_out,
+        composed + size_t(row0 + uint(r)) * step + c);
   }

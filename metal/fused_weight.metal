@@ -1,58 +1,70 @@
-// fused_weight: fused[j, :] = m[j] * (W + s * BA)[j, :] / || (W + s * BA)[j, :] ||
-// paper:     DoRA, arXiv:2402.09353, Eq. 5
-// in:        weight T [out, in]; lora_a float [in, R]; lora_b float [R, out];
-//            scale float [1]; magnitude float [out]
+// fused_weight: fused[j, :] = m[j] * W'[j, :] / || W'[j, :] ||, W' = W + up^T down
+// paper:     DoRA, arXiv:2402.09353, Eq. 5; up = s B, down = A^T
+// in:        weight T [out, in]; down float [R, in]; up float [R, out];
+//            magnitude float [out]
 // out:       fused T [out, in]
-// template:  T float type; R rank; ROWS rows of a threadgroup; N contiguous columns of
-//            a thread; STEPS times that many of a row it holds in registers between
-//            the two passes, 0 to read the rows twice
+// template:  T float type; R rank; ROWS rows of a threadgroup; STEPS times 4 contiguous
+//            columns of these that a thread holds in registers between the two passes,
+//            0 to read the rows twice
 // launch:    one threadgroup of 32 to 256 per ROWS output rows;
 //            grid (threads * ceil(out / ROWS), 1, 1)
 // reference: mlx_dora/kernels/naive.py::fused_weight
-  threadgroup float b_tile[ROWS * R];
+  constexpr int N = 4;  // `down` is what is read most: 16 bytes of it
+  constexpr int HELD = STEPS ? STEPS : 1;
+  threadgroup float tile[ROWS * R];
   threadgroup float part[ROWS * 8];
   const uint out = weight_shape[0];
   const uint n = weight_shape[1];
   const uint lid = thread_position_in_threadgroup.x;
-  const uint lsize = threads_per_threadgroup.x;
-  const uint span = lsize * uint(N);
+  const uint span = threads_per_threadgroup.x * uint(N);
   const uint row0 = threadgroup_position_in_grid.x * uint(ROWS);
-  const float s = scale[0];
-  dora_stage_b<R, R, ROWS>(lora_b, b_tile, row0, out, 0u, lid, lsize);
+  const uint rows = dora_live(row0, out);
+  const bool is_wide =
+      dora_is_wide<T, N>(weight, n) && dora_is_wide<T, N>(fused, n);
+  const bool is_wide_down = dora_is_wide<float, N>(down, n);
+  dora_stage_rows<R, ROWS>(up, tile, row0, out, lid, threads_per_threadgroup.x);
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  const uint steps = STEPS ? uint(STEPS) : (n + span - 1) / span;
-  float kept[(STEPS ? STEPS : 1) * ROWS * N];
+  float v[HELD * ROWS * N];
   float sums[ROWS] = {0.0f};
+  for (uint c = lid * uint(N); c < n; c += uint(HELD) * span) {
+    dora_adapted<T, R, ROWS, N, HELD>(
+        weight, down, tile, row0, rows, c, n, span, is_wide, is_wide_down, v);
 #pragma unroll
-  for (uint t = 0; t < steps; ++t) {
-    thread float* v = kept + (STEPS ? t * uint(ROWS * N) : 0u);
-    const uint c = t * span + lid * uint(N);
-    dora_adapted<R, ROWS, N>(weight, lora_a, b_tile, s, row0, out, c, n, v);
-    for (int r = 0; r < ROWS; ++r) {
-      for (int i = 0; i < N; ++i) {
-        sums[r] = metal::fma(v[r * N + i], v[r * N + i], sums[r]);
-      }
+    for (int i = 0; i < HELD * ROWS * N; ++i) {
+      sums[i / N % ROWS] = metal::fma(v[i], v[i], sums[i / N % ROWS]);
+    }
+    if (STEPS) {
+      break;  // the threadgroup holds whole rows
     }
   }
   dora_group_sum<ROWS>(
       sums, part, thread_index_in_simdgroup, simdgroup_index_in_threadgroup,
       simdgroups_per_threadgroup);
-#pragma unroll
-  for (uint t = 0; t < steps; ++t) {
-    thread float* v = kept + (STEPS ? t * uint(ROWS * N) : 0u);
-    const uint c = t * span + lid * uint(N);
+  for (uint c = lid * uint(N); c < n; c += uint(HELD) * span) {
     if (STEPS == 0) {
-      dora_adapted<R, ROWS, N>(weight, lora_a, b_tile, s, row0, out, c, n, v);
+      dora_adapted<T, R, ROWS, N, HELD>(
+          weight, down, tile, row0, rows, c, n, span, is_wide, is_wide_down, v);
     }
+#pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const uint row = row0 + uint(r);
-      if (row < out) {
+      if (uint(r) < rows) {
+        const uint row = row0 + uint(r);
         const float gain =
             dora_gain(magnitude[row], metal::precise::sqrt(sums[r]));
-        for (int i = 0; i < N; ++i) {
-          v[r * N + i] = gain * v[r * N + i];
+#pragma unroll
+        for (int t = 0; t < HELD; ++t) {
+          const uint at = c + uint(t) * span;
+          float scaled[N];
+#pragma unroll
+          for (int i = 0; i < N; ++i) {
+            scaled[i] = gain * v[(t * ROWS + r) * N + i];
+          }
+          dora_store<T, N>(
+              scaled, dora_live(at, n), is_wide, fused + size_t(row) * n + at);
         }
-        dora_store<T, N>(v + r * N, dora_live(c, n), fused + size_t(row) * n + c);
       }
+    }
+    if (STEPS) {
+      break;
     }
   }

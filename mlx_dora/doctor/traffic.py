@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_dora.kernels.plans import (
+    PACKED_TILE,
     Launch,
+    NormTile,
+    norm_tile,
     plan_adapted_norm,
     plan_adapted_norm_packed,
     plan_dora_scale,
@@ -44,40 +47,52 @@ def normalize_rows_traffic(shape: tuple[int, int], dtype: mx.Dtype) -> Traffic:
     return Traffic(large=size * (_passes(facts) + 1), rereads=0, cached=0)
 
 
-def adapted_norm_traffic(shape: tuple[int, int], r: int, dtype: mx.Dtype) -> Traffic:
-    """W once; A once for each threadgroup's rows."""
-    out, width = shape
-    facts = _facts(plan_adapted_norm(shape, r))
-    return _norm_traffic(out * width * dtype.size, out, width, r, facts, tile_rank=16)
+def adapted_norm_traffic(
+    shape: tuple[int, int], r: int, dtype: mx.Dtype, *, cores: int | None = None
+) -> Traffic:
+    """W once, and the sums of each strip; A for each threadgroup, B for each strip."""
+    launch = plan_adapted_norm(shape, r, dtype, cores=cores)
+    weight = shape[0] * shape[1] * dtype.size
+    return _norm_traffic(weight, shape, r, launch, norm_tile(r, dtype))
 
 
 def adapted_norm_packed_traffic(
-    shape: tuple[int, int], r: int, bits: int, group_size: int, dtype: mx.Dtype
+    shape: tuple[int, int],
+    r: int,
+    bits: int,
+    group_size: int,
+    dtype: mx.Dtype,
+    *,
+    cores: int | None = None,
 ) -> Traffic:
-    """Packed W, scales and biases once; A once for each threadgroup's rows."""
+    """Packed W, scales and biases once; otherwise like `adapted_norm_traffic`."""
     out, width = shape
-    facts = _facts(plan_adapted_norm_packed(out, r, bits, group_size)) | {"N": 8}
+    launch = plan_adapted_norm_packed(shape, r, bits, group_size, cores=cores)
     codes = out * width * bits // 8
     scales = 2 * out * (width // group_size) * dtype.size
-    return _norm_traffic(codes + scales, out, width, r, facts, tile_rank=8)
+    return _norm_traffic(codes + scales, shape, r, launch, PACKED_TILE)
 
 
 def _norm_traffic(
-    large: int, out: int, width: int, r: int, facts: dict[str, int], tile_rank: int
+    weight: int, shape: tuple[int, int], r: int, launch: Launch, tile: NormTile
 ) -> Traffic:
-    tile = 8 * facts["ROWS"]
-    step = min(r, tile_rank)
-    holds_b = -(-r // step) * step * tile <= 2048
-    a_reads = -(-out // tile)
-    b_reads = 1 if holds_b else -(-width // (32 * facts["N"]))
+    out, width = shape
+    _, strips, _ = launch.output_shapes[0]
+    groups = launch.grid[0] // launch.threadgroup[0]
+    units = -(-out // tile.rows)
+    rounds = -(-units // groups)
+    stagings = groups * (rounds if r > tile.ranks else 1)
     a, b = _FLOAT * width * r, _FLOAT * out * r
-    return Traffic(large=large, rereads=a * a_reads + b * b_reads, cached=a + b)
+    sums = 2 * _FLOAT * 2 * strips * out  # written, then read
+    return Traffic(large=weight + sums, rereads=a * stagings + b * strips, cached=a + b)
 
 
-def fused_weight_traffic(shape: tuple[int, int], r: int, dtype: mx.Dtype) -> Traffic:
+def fused_weight_traffic(
+    shape: tuple[int, int], r: int, dtype: mx.Dtype, *, cores: int | None = None
+) -> Traffic:
     """W once, or twice past the register limit, and the result; A for each few rows."""
     out, width = shape
-    facts = _facts(plan_fused_weight(shape, r, dtype))
+    facts = _facts(plan_fused_weight(shape, r, dtype, cores=cores))
     passes = _passes(facts)
     a, b = _FLOAT * width * r, _FLOAT * out * r
     return Traffic(
@@ -87,10 +102,12 @@ def fused_weight_traffic(shape: tuple[int, int], r: int, dtype: mx.Dtype) -> Tra
     )
 
 
-def dora_scale_traffic(shape: tuple[int, int], r: int, dtype: mx.Dtype) -> Traffic:
+def dora_scale_traffic(
+    shape: tuple[int, int], r: int, dtype: mx.Dtype, *, cores: int | None = None
+) -> Traffic:
     """Read y, write the output; B for each few tokens, h for each strip of columns."""
     tokens, out = shape
-    launch = plan_dora_scale(shape, r, dtype, False)
+    launch = plan_dora_scale(shape, r, dtype, False, cores=cores)
     h, b = tokens * r * dtype.size, _FLOAT * out * r
     strips = launch.grid[1]
     return Traffic(
@@ -101,11 +118,16 @@ def dora_scale_traffic(shape: tuple[int, int], r: int, dtype: mx.Dtype) -> Traff
 
 
 def dora_scale_backward_traffic(
-    shape: tuple[int, int], dtype: mx.Dtype, has_offset: bool
+    shape: tuple[int, int],
+    dtype: mx.Dtype,
+    has_offset: bool,
+    *,
+    cores: int | None = None,
 ) -> Traffic:
     """Read dy and o, write g∘dy; write and read the sums of each chunk of tokens."""
     tokens, out = shape
-    _, partial = plan_dora_scale_backward(shape, dtype, has_offset).output_shapes
+    launch = plan_dora_scale_backward(shape, dtype, has_offset, cores=cores)
+    _, partial = launch.output_shapes
     sums = _FLOAT * partial[0] * partial[1] * partial[2]
     return Traffic(large=3 * tokens * out * dtype.size + 2 * sums, rereads=0, cached=0)
 

@@ -6,7 +6,11 @@ from mlx_dora.kernels import plain
 from mlx_dora.kernels.case import Case
 from mlx_dora.kernels.choice import takes_on_gpu
 from mlx_dora.kernels.dispatch import KERNELS, run, select
-from mlx_dora.kernels.plans import plan_adapted_norm, plan_adapted_norm_packed
+from mlx_dora.kernels.plans import (
+    plan_adapted_norm,
+    plan_adapted_norm_packed,
+    plan_adapted_norm_total,
+)
 from mlx_dora.kernels.trial import Job, normal
 from mlx_dora.matrix.low_rank import LowRank
 from mlx_dora.matrix.packed import QuantizedWeight
@@ -14,6 +18,7 @@ from mlx_dora.matrix.weight import Weight, are_ordinary, row_squares
 
 _DENSE = KERNELS["adapted_norm"]
 _PACKED = KERNELS["adapted_norm_packed"]
+_TOTAL = KERNELS["adapted_norm_total"]
 
 
 def adapted_norm(
@@ -98,19 +103,20 @@ def launched(
     """
     out, width = weight.shape
     r = lora_a.shape[1]
-    low_rank = (
-        lora_a.astype(mx.float32),
-        lora_b.astype(mx.float32),
-        mx.array([scale], dtype=mx.float32),
-    )
+    # s is multiplied into B on the device: MLX's CUDA build keeps arrays of up to 8
+    # bytes in memory of the host, which every threadgroup would have to read.
+    low_rank = (lora_a.astype(mx.float32), scale * lora_b.astype(mx.float32))
     if not isinstance(weight, QuantizedWeight):
-        launch = plan_adapted_norm((out, width), r)
-        (norm,) = run(_DENSE, (weight, *low_rank), launch)
+        launch = plan_adapted_norm((out, width), r, weight.dtype)
+        (partial,) = run(_DENSE, (weight, *low_rank), launch)
     else:
         assert weight.biases is not None
-        launch = plan_adapted_norm_packed(out, r, weight.bits, weight.group_size)
+        launch = plan_adapted_norm_packed(
+            (out, width), r, weight.bits, weight.group_size
+        )
         parts = (weight.weight, weight.scales, weight.biases)
-        (norm,) = run(_PACKED, (*parts, *low_rank), launch)
+        (partial,) = run(_PACKED, (*parts, *low_rank), launch)
+    (norm,) = run(_TOTAL, (partial,), plan_adapted_norm_total(*partial.shape))
     return mx.stop_gradient(norm)
 
 

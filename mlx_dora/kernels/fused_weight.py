@@ -63,9 +63,8 @@ def launched(
     out, width = weight.shape
     inputs = (
         weight,
-        lora_a.astype(mx.float32),
-        lora_b.astype(mx.float32),
-        mx.array([scale], dtype=mx.float32),
+        lora_a.astype(mx.float32).T,  # MLX copies it, so that columns are neighbors
+        scale * lora_b.astype(mx.float32),
         m.astype(mx.float32),
     )
     launch = plan_fused_weight((out, width), lora_a.shape[1], weight.dtype)

@@ -27,22 +27,27 @@ def test_the_checks_cover_every_kernel_dtype_and_width() -> None:
 
 def test_large_operands_move_once() -> None:
     half, packed = 2 * 4096 * 4096, 4096 * 4096 // 2 + 2 * 2 * 4096 * 64
-    for r in (8, 64):
+    sums = 2 * 4 * 2 * 16 * 4096  # of 16 strips, written and read
+    for r, strips in ((8, 16), (64, 32)):
         norm = traffic.adapted_norm_traffic(SQUARE, r, mx.bfloat16)
-        assert norm.large == half
+        assert norm.large == half + sums * strips // 16
         four = traffic.adapted_norm_packed_traffic(SQUARE, r, 4, 64, mx.bfloat16)
-        assert four.large == packed
+        assert four.large == packed + sums
         fused = traffic.fused_weight_traffic(SQUARE, r, mx.bfloat16)
         assert fused.large == 2 * half
         scale = traffic.dora_scale_traffic((2048, 4096), r, mx.bfloat16)
         assert scale.large == half
-    assert traffic.normalize_rows_traffic(SQUARE, mx.bfloat16).large == 2 * half
-    long = (4096, 14336)
-    size = 2 * 4096 * 14336
-    assert traffic.normalize_rows_traffic(long, mx.bfloat16).large == 3 * size
-    assert traffic.fused_weight_traffic(long, 8, mx.bfloat16).large == 3 * size
-    backward = traffic.dora_scale_backward_traffic((2048, 4096), mx.bfloat16, False)
-    assert backward.large == 3 * half // 2 + 2 * 4 * 32 * 4096
+    for columns, passes in ((4096, 2), (14336, 2), (16512, 3)):
+        size = 2 * 4096 * columns
+        shape = (4096, columns)
+        assert traffic.normalize_rows_traffic(shape, mx.bfloat16).large == passes * size
+        fused = traffic.fused_weight_traffic(shape, 8, mx.bfloat16)
+        assert fused.large == passes * size
+    backward = traffic.dora_scale_backward_traffic(
+        (2048, 4096), mx.bfloat16, False, cores=32
+    )
+    chunk = 2048 * 16 // (8 * 32)  # tokens, for 8 threadgroups a core
+    assert backward.large == 3 * half // 2 + 2 * 4 * 2048 // chunk * 4096
 
 
 def test_what_is_read_again_fits_in_two_megabytes() -> None:

@@ -1,5 +1,6 @@
 """Runs whole ops and a model through the kernels on an emulated device."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
@@ -236,7 +237,7 @@ def test_a_model_trains_to_the_losses_of_the_reference(
     by_kernels, model = losses(make_tiny_model, bits, with_checkpoint)
     norm = "adapted_norm" if bits is None else "adapted_norm_packed"
     scale = {"dora_scale", "dora_scale_backward", "dora_scale_columns"}
-    assert names(device) == {norm, *scale}
+    assert names(device) == {norm, "adapted_norm_total", *scale}
     monkeypatch.setenv("MLX_DORA_KERNELS", "reference")
     by_reference, twin = losses(make_tiny_model, bits, False)
     assert by_kernels == pytest.approx(by_reference, rel=1e-5)
@@ -269,4 +270,29 @@ def test_kernels_are_launched_while_mlx_compiles(
     choice.forget()
     dispatch.backend_of.cache_clear()
     scale = {"dora_scale", "dora_scale_backward", "dora_scale_columns"}
-    assert {kernel_of(record.name) for record in records} == {"adapted_norm", *scale}
+    norm_stages = {"adapted_norm", "adapted_norm_total"}
+    assert {kernel_of(record.name) for record in records} == {*norm_stages, *scale}
+
+
+def test_no_kernel_reads_a_scalar() -> None:
+    """MLX's CUDA build keeps arrays of up to 8 bytes in memory of the host."""
+    norm = import_module("mlx_dora.kernels.adapted_norm")
+    fused = import_module("mlx_dora.kernels.fused_weight")
+    scale = import_module("mlx_dora.kernels.rescale")
+    weight, a, b = normal(40, 64), normal(64, 2, seed=1), normal(2, 40, seed=2)
+    packed = kernels.QuantizedWeight(
+        **dict(zip(("weight", "scales", "biases"), mx.quantize(weight), strict=True)),
+        group_size=64,
+        bits=4,
+    )
+    records = launched(
+        [
+            partial(norm.launched, weight, a, b, 0.5),
+            partial(norm.launched, packed, a, b, 0.5),
+            partial(fused.launched, weight, a, b, 0.5, normal(40)),
+            partial(scale.launched, weight @ weight.T, weight @ a, b, normal(40)),
+        ]
+    )
+    given = [(r.name, s, d.size) for r in records for s, d in r.inputs]
+    assert len(given) > 15
+    assert [each for each in given if math.prod(each[1]) * each[2] <= 8] == []

@@ -41,21 +41,34 @@ class Mode:
     sources: tuple[str, ...]
 
 
+_WIDE_FLAGS = "-DDORA_WIDE=1 -fno-strict-aliasing"
 _PLAIN = ("main.cpp", "executor.cpp", "no_checker.cpp")
+_CHECKING = Mode(
+    "-O1 -fno-tree-vectorize -fsanitize=thread",
+    "-O2",
+    "",
+    ("main.cpp", "executor.cpp", "checker.cpp"),
+)
+_SANITIZING = Mode(
+    "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "-O1 -fsanitize=address",
+    "-fsanitize=address,undefined",
+    _PLAIN,
+)
+
+
+def _wide(mode: Mode) -> Mode:
+    """The same, with the accesses of 16 bytes that CUDA gets."""
+    flags = f"{mode.kernel} {_WIDE_FLAGS}"
+    return Mode(flags, mode.runtime, mode.link, mode.sources)
+
+
 MODES = {
     "plain": Mode("-O2", "-O2", "", _PLAIN),
-    "check": Mode(
-        "-O1 -fno-tree-vectorize -fsanitize=thread",
-        "-O2",
-        "",
-        ("main.cpp", "executor.cpp", "checker.cpp"),
-    ),
-    "sanitize": Mode(
-        "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
-        "-O1 -fsanitize=address",
-        "-fsanitize=address,undefined",
-        _PLAIN,
-    ),
+    "check": _CHECKING,
+    "sanitize": _SANITIZING,
+    "check-wide": _wide(_CHECKING),
+    "sanitize-wide": _wide(_SANITIZING),
 }
 
 
@@ -138,11 +151,12 @@ class Builder:
         made.replace(program)
         return program, None
 
-    def assembly(self, records: Iterable[Record]) -> str:
+    def assembly(self, records: Iterable[Record], *, is_wide: bool = False) -> str:
         """The optimised machine code of these kernels, without their names."""
         cpp = self.folder / f"assembly.{os.getpid()}.cpp"
         cpp.write_text(unit(records))
-        command = [COMPILER, *_COMMON, "-O2", "-g0", *self._includes]
+        wide = _WIDE_FLAGS.split() if is_wide else []
+        command = [COMPILER, *_COMMON, "-O2", "-g0", *wide, *self._includes]
         done = subprocess.run(
             [*map(str, command), "-S", "-o", "-", str(cpp)],
             capture_output=True,

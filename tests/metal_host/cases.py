@@ -1,8 +1,8 @@
 """Launches of every kernel over sizes, ranks, dtypes and bit widths, with the truth.
 
 The sizes of CONVENTIONS section 8 (1, 3, 31, 33, 1000, 4096), and those at which a
-kernel takes another path: rows past its registers, several rows of a simdgroup, ranks
-past a tile. Arrays of fewer than 8 elements are in there too: MLX passes them in
+kernel takes another path: rows past its registers, several rounds of rows, ranks past a
+tile. Arrays of fewer than 8 elements are in there too: MLX passes them in
 `constant` memory.
 """
 
@@ -21,6 +21,8 @@ Call = Callable[[str, table.Launch, list[mx.array]], list[mx.array]]
 DTYPES = tuple(BOUNDS)
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
+# A device of one core takes every path of a launch with the fewest threads to emulate.
+CORES = 1
 _SCALE = 0.7
 
 
@@ -62,10 +64,6 @@ def _short(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def _scalar() -> mx.array:
-    return mx.array([_SCALE], dtype=mx.float32)
-
-
 @lru_cache
 def _low_rank(out: int, width: int, r: int) -> tuple[mx.array, mx.array, np.ndarray]:
     """A, B and s·(BA) in float64."""
@@ -73,6 +71,14 @@ def _low_rank(out: int, width: int, r: int) -> tuple[mx.array, mx.array, np.ndar
     b = _normal(r, out, seed=2)
     mx.eval(a, b)
     return a, b, float(np.float32(_SCALE)) * (to_numpy(a) @ to_numpy(b)).T
+
+
+def _total(call: Call, partial: mx.array) -> list[mx.array]:
+    """Launch the second stage of a norm."""
+    strips, out = partial.shape[1:]
+    return call(
+        "adapted_norm_total", table.plan_adapted_norm_total(2, strips, out), [partial]
+    )
 
 
 def _floored(base: np.ndarray, update: np.ndarray) -> np.ndarray:
@@ -113,8 +119,9 @@ def adapted_norm(out: int, width: int, r: int, dtype: mx.Dtype) -> Case:
         weight = _normal(out, width, dtype=dtype)
         if out > 2:
             weight[1] = mx.array(-update[1].astype(np.float32)).astype(dtype)
-        launch = table.plan_adapted_norm((out, width), r)
-        (norm,) = call("adapted_norm", launch, [weight, a, b, _scalar()])
+        launch = table.plan_adapted_norm((out, width), r, dtype, cores=CORES)
+        (partial,) = call("adapted_norm", launch, [weight, a, _SCALE * b])
+        (norm,) = _total(call, partial)
         return [(norm, _floored(to_numpy(weight), update), BOUNDS[mx.float32])]
 
     name = f"adapted_norm-{_short(dtype)}-{out}x{width}-r{r}"
@@ -132,9 +139,11 @@ def adapted_norm_packed(
             _normal(out, width, dtype=dtype), group_size=group, bits=bits
         )
         base = unpack(*packed, bits=bits, group=group)
-        launch = table.plan_adapted_norm_packed(out, r, bits, group)
-        inputs = [*packed, a, b, _scalar()]
-        (norm,) = call("adapted_norm_packed", launch, inputs)
+        launch = table.plan_adapted_norm_packed(
+            (out, width), r, bits, group, cores=CORES
+        )
+        (partial,) = call("adapted_norm_packed", launch, [*packed, a, _SCALE * b])
+        (norm,) = _total(call, partial)
         return [(norm, _floored(base, update), BOUNDS[mx.float32])]
 
     name = f"adapted_norm_packed-{_short(dtype)}-{out}x{width}-r{r}-{bits}bit-g{group}"
@@ -158,8 +167,8 @@ def fused_weight(out: int, width: int, r: int, dtype: mx.Dtype) -> Case:
     def run(call: Call) -> list[tuple[mx.array, np.ndarray, float]]:
         a, b, update = _low_rank(out, width, r)
         weight, magnitude = _normal(out, width, dtype=dtype), _normal(out, seed=3)
-        launch = table.plan_fused_weight((out, width), r, dtype)
-        inputs = [weight, a, b, _scalar(), magnitude]
+        launch = table.plan_fused_weight((out, width), r, dtype, cores=CORES)
+        inputs = [weight, a.T, _SCALE * b, magnitude]
         (fused,) = call("fused_weight", launch, inputs)
         truth = _rescaled(to_numpy(weight) + update, to_numpy(magnitude))
         return [(fused, truth, BOUNDS[dtype])]
@@ -181,7 +190,7 @@ def dora_scale(
         up, gain = _normal(r, out, seed=2) / r**0.5, _normal(out, seed=3)
         offset = _normal(out, seed=6)
         gain[0] = 0
-        launch = table.plan_dora_scale((tokens, out), r, dtype, has_offset)
+        launch = table.plan_dora_scale((tokens, out), r, dtype, has_offset, cores=CORES)
         inputs = [y, h, up, gain, offset if has_offset else gain]
         (composed,) = call("dora_scale", launch, inputs)
         truth = to_numpy(gain) * (to_numpy(y) + to_numpy(h) @ to_numpy(up))
@@ -201,7 +210,9 @@ def dora_scale_backward(
         dy, o = (_normal(tokens, out, dtype=dtype, seed=s) for s in (7, 8))
         gain, offset = _normal(out, seed=3), _normal(out, seed=6)
         gain[0] = 0
-        launch = table.plan_dora_scale_backward((tokens, out), dtype, has_offset)
+        launch = table.plan_dora_scale_backward(
+            (tokens, out), dtype, has_offset, cores=CORES
+        )
         inputs = [dy, o, gain, offset if has_offset else gain]
         scaled, partial = call("dora_scale_backward", launch, inputs)
         second = table.plan_dora_scale_columns(*launch.output_shapes[1])
@@ -225,7 +236,7 @@ def dora_scale_backward(
 
 def _float_cases(dtype: mx.Dtype) -> Iterator[Case]:
     for shape in [(1, 1), (5, 3), (9, 31), (3, 33), (4, 1000), (2, 2300), (3, 4096),
-                  (2, 4097), (2, 9000)]:  # fmt: skip
+                  (2, 4097), (2, 9000), (1, 16400)]:  # fmt: skip
         yield normalize_rows(*shape, dtype)
     for shape in [(1, 1), (9, 31), (3, 33), (17, 300)]:
         for r in (1, 8, 64):
@@ -234,22 +245,26 @@ def _float_cases(dtype: mx.Dtype) -> Iterator[Case]:
     for r in (1, 8, 64):
         yield adapted_norm(3, 1000, r, dtype)
         yield fused_weight(33, 1000, r, dtype)
-    yield adapted_norm(3, 257, 8, dtype)  # one column past whole steps
+    yield adapted_norm(3, 257, 8, dtype)  # one column past whole strips
     yield adapted_norm(2, 4096, 8, dtype)
-    yield adapted_norm(1030, 33, 8, dtype)  # two rows of a simdgroup
-    yield adapted_norm(2051, 40, 3, dtype)  # four
-    yield adapted_norm(10, 70, 17, dtype)  # a second, short tile of ranks
-    yield adapted_norm(9, 40, 512, dtype)  # B in tiles too
-    yield fused_weight(3, 2300, 8, dtype)
-    yield fused_weight(3, 4096, 8, dtype)
-    yield fused_weight(9, 4100, 8, dtype)  # past the registers
+    for r in (8, 17):
+        yield adapted_norm(141, 300, r, dtype)  # several rounds; wide and narrow strips
+    yield adapted_norm(141, 140, 33, dtype)  # a second tile of ranks
+    yield adapted_norm(530, 40, 3, dtype)
+    yield adapted_norm(10, 70, 17, dtype)
+    yield adapted_norm(9, 40, 512, dtype)
+    yield fused_weight(17, 2300, 8, dtype)  # 4 rows in registers
+    yield fused_weight(3, 4096, 8, dtype)  # 1 row
+    yield fused_weight(9, 4100, 8, dtype)  # 2 rows
+    yield fused_weight(5, 16400, 3, dtype)  # past the registers
     yield fused_weight(9, 70, 17, dtype)
     yield fused_weight(9, 40, 512, dtype)
     for has_offset in (False, True):
-        for shape in [(1, 1), (3, 31), (17, 33), (2, 1000), (2, 1200)]:
+        for shape in [(1, 1), (3, 31), (17, 33), (2, 1000), (2, 1200), (1, 1200)]:
             yield dora_scale(*shape, 8, dtype, has_offset)
             yield dora_scale_backward(*shape, dtype, has_offset)
-        yield dora_scale_backward(130, 133, dtype, has_offset)  # three chunks
+        yield dora_scale_backward(130, 133, dtype, has_offset)  # nine chunks
+    yield dora_scale_backward(150, 400, dtype, True)  # chunks of unequal length
     for r in (1, 64, 512):
         yield dora_scale(19, 33, r, dtype, r == 1)
     yield dora_scale(33, 4096, 8, dtype, True)
@@ -268,7 +283,7 @@ def grid() -> list[Case]:
     for r in (1, 17, 512):
         cases.append(adapted_norm_packed(9, 128, r, 4, 32, mx.bfloat16))
     cases.append(adapted_norm_packed(1, 32, 1, 4, 32, mx.float32))
-    cases.append(adapted_norm_packed(1030, 64, 8, 4, 64, mx.float16))
-    cases.append(adapted_norm_packed(2051, 64, 8, 4, 64, mx.float16))
+    for r in (8, 17):
+        cases.append(adapted_norm_packed(141, 320, r, 4, 64, mx.float16))  # rounds
     cases.append(adapted_norm_packed(4, 4096, 8, 4, 64, mx.float16))
     return cases

@@ -67,6 +67,8 @@ def type_errors(record: Record) -> list[str]:
         args=[*_FLAGS, "-I", str(_DECLARATIONS)],
         unsaved_files=[("kernel.cpp", source)],
     )
+    # Commas of template arguments do not part declarations.
+    plain = re.sub(r"<[^<>;(){}]*>", lambda m: m[0].replace(",", " "), source)
     errors = [
         f"line {d.location.line}: {d.spelling}"
         for d in unit.diagnostics
@@ -80,7 +82,7 @@ def type_errors(record: Record) -> list[str]:
         is_pointer = cursor.type.kind.name in ("POINTER", "LVALUEREFERENCE")
         if not (is_variable and is_pointer):
             continue
-        start = max(source.rfind(c, 0, cursor.location.offset) for c in "(,;{}")
+        start = max(plain.rfind(c, 0, cursor.location.offset) for c in "(,;{}")
         declaration = source[start : cursor.location.offset]
         if not _SPACES & set(re.findall(r"\w+", declaration)):
             errors.append(

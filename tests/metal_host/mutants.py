@@ -25,6 +25,7 @@ class Mutant:
         kernel: The kernel whose cases should show it.
         cases: Text in the names of the cases to run; empty for the kernel's usual ones.
         is_refused_by_the_compiler: Whether already g++ sees it, with the shim's types.
+        is_wide: Whether it is in the text with accesses of 16 bytes, which CUDA gets.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Mutant:
     kernel: str
     cases: str = ""
     is_refused_by_the_compiler: bool = False
+    is_wide: bool = False
 
     def apply(self, text: str) -> str:
         """The source with the bug in it."""
@@ -55,23 +57,30 @@ def edited(file: str, edit: Callable[[str], str]) -> Iterator[None]:
 
 # Cheap cases that between them take every path of a kernel.
 USUAL_CASES = {
-    "normalize_rows": r"float16-(5x3|9x31|3x33|2x2300|2x9000)$",
+    "normalize_rows": r"float16-(5x3|9x31|3x33|4x1000|2x2300|2x9000|1x16400)$",
     "adapted_norm": (
-        r"float16-(9x31-r8|3x33-r1|10x70-r17|9x40-r512|3x257-r8|3x1000-r8|2051x40-r3)$"
+        r"float16-(9x31-r8|3x33-r1|10x70-r17|9x40-r512|3x257-r8|3x1000-r8"
+        r"|141x300-r(8|17)|141x140-r33|530x40-r3)$"
     ),
     "adapted_norm_packed": (
-        r"float32-9x(320|384)-.*|float16-9x64-|bfloat16-9x128-r(17|512)-|float16-2051x64"
+        r"float32-9x(320|384)-.*|float16-9x64-|bfloat16-9x128-r(17|512)-"
+        r"|float16-141x320"
     ),
-    "fused_weight": r"float16-(9x31-r8|33x1000-r1|9x4100-r8|9x70-r17|3x2300-r8)$",
-    "dora_scale": r"float16-(3x31-r8|17x33-r8(-offset)?|19x33-r(64|512)|2x1200-r8)$",
-    "dora_scale_backward": r"float16-(1x1|3x31|130x133)(-offset)?$",
+    "fused_weight": (
+        r"float16-(9x31-r8|33x1000-r1|17x300-r8|9x4100-r8|9x70-r17|5x16400-r3)$"
+    ),
+    "dora_scale": (
+        r"float16-(3x31-r8|17x33-r8(-offset)?|19x33-r(64|512)|[12]x1200-r8)$"
+    ),
+    "dora_scale_backward": r"float16-(1x1|3x31|130x133|150x400)(-offset)?$",
 }
+USUAL_CASES["adapted_norm_total"] = USUAL_CASES["adapted_norm"]
 USUAL_CASES["dora_scale_columns"] = USUAL_CASES["dora_scale_backward"]
 
 
 def cases_of(kernel: str, grid: list[Case], pattern: str = "") -> list[Case]:
     """The cases that examine mutants of a kernel."""
-    name = kernel.replace("_columns", "_backward")
+    name = kernel.replace("_columns", "_backward").replace("_total", "")
     wanted = re.compile(rf"^{name}-.*(?:{pattern or USUAL_CASES[kernel]})")
     return [case for case in grid if wanted.match(case.name)]
 
@@ -79,14 +88,19 @@ def cases_of(kernel: str, grid: list[Case], pattern: str = "") -> list[Case]:
 Examinations = tuple[tuple[str, dict[str, int]], ...]
 # How the cases are run, until one shows the bug: first the exact checker, then the
 # compiler's sanitizers with buffers off their natural alignment.
-_EXAMINATIONS: Examinations = (
+EXAMINATIONS: Examinations = (
     ("check", {}),
     ("sanitize", {"flags": HEAP | MISALIGN}),
+)
+WIDE_EXAMINATIONS: Examinations = (
+    ("check-wide", {}),
+    ("check-wide", {"flags": MISALIGN}),
+    ("sanitize-wide", {"flags": HEAP | MISALIGN}),
 )
 
 
 def examine(
-    host: Host, cases: list[Case], examinations: Examinations = _EXAMINATIONS
+    host: Host, cases: list[Case], examinations: Examinations = EXAMINATIONS
 ) -> str:
     """How the cases show a bug in the sources as they are now; empty if they do not."""
     for mode, options in examinations:

@@ -7,15 +7,17 @@ _GROUP_SUM_BARRIER = (
     "  for (int r = 0; r < ROWS; ++r) {\n    v[r] = simd_sum("
 )
 _NO_BARRIER = _GROUP_SUM_BARRIER.split("\n", 1)[1]
-_FIRST_LOAD = (
-    "  if (live >= uint(N)) {\n    for (int i = 0; i < N; ++i) {\n"
-    "      to[i] = static_cast<float>(from[i]);"
+_FULL_READ = (
+    "#else\n  if (live >= uint(N)) {\n    for (int i = 0; i < N; ++i) {\n"
+    "      to.at[i] = from[i];"
 )
-_VECTOR_LOAD = (
-    "  if (live >= uint(N)) {\n    for (int i = 0; i < N; ++i) {\n"
+_VECTOR_READ = (
+    "#else\n  if (live >= uint(N)) {\n    for (int i = 0; i < N; ++i) {\n"
     "      const vec<float, 4> x = *(const device vec<float, 4>*)(from);\n"
-    "      to[i] = x[i];"
+    "      to.at[i] = x[i % 4];"
 )
+_STAGED = "matrix[size_t(i / uint(ROWS)) * out + row]"
+_ONE_READ = "uint(i) < live ? from[i] : static_cast<E>(0.0f)"
 
 COMMON = "common.h"
 MUTANTS = (
@@ -33,11 +35,19 @@ MUTANTS = (
            "      threadgroup_barrier(mem_flags::mem_threadgroup);  ", "      ",
            "adapted_norm"),
     Mutant("adapted_norm: no barrier after a tile is staged", "adapted_norm.metal",
-           "      threadgroup_barrier(mem_flags::mem_threadgroup);\n"
-           "      dora_add_product", "      dora_add_product", "adapted_norm"),
+           "        threadgroup_barrier(mem_flags::mem_threadgroup);\n      }\n"
+           "      dora_add_tile", "      }\n      dora_add_tile", "adapted_norm"),
+    Mutant("adapted_norm: tile staged for the first round alone", "adapted_norm.metal",
+           "if (R > 4 * QUADS || round == 0)", "if (round == 0)", "adapted_norm"),
+    Mutant("chunk sum: no barrier", COMMON,
+           "  threadgroup_barrier(mem_flags::mem_threadgroup);\n  sum = 0.0f;",
+           "  sum = 0.0f;", "dora_scale_columns"),
+    Mutant("adapted_norm_total: two sums share memory", "adapted_norm_total.metal",
+           "strips, out, row, part, lane, sg", "strips, out, row, apart_part, lane, sg",
+           "adapted_norm_total"),
     Mutant("fused_weight: no barrier after B is staged", "fused_weight.metal",
-           "  threadgroup_barrier(mem_flags::mem_threadgroup);\n  const uint steps",
-           "  const uint steps", "fused_weight"),
+           "  threadgroup_barrier(mem_flags::mem_threadgroup);\n  float v[",
+           "  float v[", "fused_weight"),
     Mutant("dora_scale: no barrier after h is staged", "dora_scale.metal",
            "  threadgroup_barrier(mem_flags::mem_threadgroup);\n", "\n", "dora_scale"),
     Mutant("dora_scale_backward: barrier in divergent flow",
@@ -52,34 +62,42 @@ MUTANTS = (
            "if (lid == 0)", "if (lid < 2)", "normalize_rows"),
     # ---- bounds
     Mutant("load: reads past the end and discards", COMMON,
-           "to[i] = uint(i) < live ? static_cast<float>(from[i]) : 0.0f;",
-           "const float x = static_cast<float>(from[i]);\n"
-           "      to[i] = uint(i) < live ? x : 0.0f;", "normalize_rows"),
-    Mutant("load: no tail", COMMON, "if (live >= uint(N)) {\n    for (int i = 0; "
-           "i < N; ++i) {\n      to[i] = static_cast<float>",
-           "if (live > 0u) {\n    for (int i = 0; i < N; ++i) {\n"
-           "      to[i] = static_cast<float>", "dora_scale"),
+           f"dora_put_value<E, N>(to, i, {_ONE_READ});",
+           "const E x = from[i];\n      dora_put_value<E, N>(to, i, "
+           + _ONE_READ.replace("from[i]", "x") + ");", "normalize_rows"),
+    Mutant("load: no tail", COMMON, _FULL_READ,
+           _FULL_READ.replace("live >= uint(N)", "live > 0u"), "dora_scale"),
     Mutant("store: writes past the end", COMMON, "      if (uint(i) < live) {",
            "      if (live > 0u) {", "fused_weight"),
     Mutant("store: last column missing", COMMON, "      if (uint(i) < live) {",
            "      if (uint(i) + 1 < live) {", "dora_scale"),
-    Mutant("adapted_norm: writes rows that do not exist", "adapted_norm.metal",
-           "lane == 0 && row < out", "lane == 0", "adapted_norm"),
-    Mutant("adapted_norm: reads rows that do not exist", "adapted_norm.metal",
+    Mutant("adapted_norm: writes rows that do not exist", COMMON,
+           "if (lane % LANES == 0 && row < out)", "if (lane % LANES == 0)",
+           "adapted_norm"),
+    Mutant("adapted_norm: reads rows that do not exist", COMMON,
            "row < out ? dora_live(c, n) : 0u", "dora_live(c, n)", "adapted_norm"),
     Mutant("dora_scale_backward: tokens past the last", "dora_scale_backward.metal",
            "row < tokens ? live : 0u", "live", "dora_scale_backward"),
     Mutant("dora_scale_columns: no bound on the column", "dora_scale_columns.metal",
-           "if (col < out)", "if (true)", "dora_scale_columns"),
+           "sg == 0 && col < out", "sg == 0", "dora_scale_columns"),
+    Mutant("adapted_norm_total: no bound on the row", "adapted_norm_total.metal",
+           "sg == 0 && row < out", "sg == 0", "adapted_norm_total"),
+    Mutant("chunk sum: columns that do not exist", COMMON,
+           "column < out ? from[size_t(chunk) * out + column] : 0.0f",
+           "from[size_t(chunk) * out + column]", "dora_scale_columns"),
     Mutant("normalize_rows: partial sums of half the simdgroups",
            "normalize_rows.metal", "part[8]", "part[4]", "normalize_rows"),
-    Mutant("adapted_norm: tile of A one row of padding short", "adapted_norm.metal",
-           "a_tile[K * (32 * N + 1)]", "a_tile[K * 32 * N]", "adapted_norm"),
+    Mutant("adapted_norm: tile of A without its padding", "adapted_norm.metal",
+           "tile[33 * N * QUADS]", "tile[32 * N * QUADS]", "adapted_norm"),
     Mutant("stage B: rows outside left as they were", COMMON,
-           "    tile[row * uint(K) + k] =\n        is_inside ? lora_b[size_t(k0 + k) * "
-           "out + row0 + row] : 0.0f;",
-           "    if (is_inside) {\n      tile[row * uint(K) + k] = "
-           "lora_b[size_t(k0 + k) * out + row0 + row];\n    }", "adapted_norm"),
+           f"    tile[i] = row < out ? {_STAGED} : 0.0f;",
+           f"    if (row < out) {{\n      tile[i] = {_STAGED};\n    }}",
+           "fused_weight"),
+    Mutant("rounds: the last rows forgotten", COMMON,
+           "return (units + groups - 1) / groups;", "return units / groups;",
+           "adapted_norm"),
+    Mutant("adapted_norm: rounds overlap", "adapted_norm.metal",
+           "first + (round * 4 + sg)", "first + (round * 3 + sg)", "adapted_norm"),
     # ---- values
     Mutant("group sum: stale partial sums", COMMON,
            "simd_sum(lane < nsg ? part[uint(r) * nsg + lane] : 0.0f)",
@@ -93,16 +111,22 @@ MUTANTS = (
            "return norm > 0.0f ? m / norm : 0.0f;", "return m / norm;",
            "normalize_rows"),
     Mutant("sum of squares in half precision", "normalize_rows.metal",
-           "sum[0] = metal::fma(v[i], v[i], sum[0]);",
-           "sum[0] = float(half(metal::fma(v[i], v[i], sum[0])));", "normalize_rows"),
-    Mutant("product: wrong row length of A's tile", COMMON,
-           "a_tile[uint(k * (32 * N + 1) + i * 32) + lane]",
-           "a_tile[uint(k * (32 * N) + i * 32) + lane]", "adapted_norm"),
-    Mutant("norm: no floor", COMMON, "metal::max(adapted, floor2)", "adapted",
+           "sum[0] = metal::fma(w, w, sum[0]);",
+           "sum[0] = float(half(metal::fma(w, w, sum[0])));", "normalize_rows"),
+    Mutant("simd sums: own values instead of the neighbor's", COMMON,
+           "kept + simd_shuffle_xor(given, ushort(mask))", "kept + given",
            "adapted_norm"),
-    Mutant("norm: floor with the scale unsquared", COMMON,
-           "metal::fma(s * s, update, base)", "metal::fma(s, update, base)",
+    Mutant("simd sums: halves exchanged", COMMON, "is_upper ? v[i + V / 2] : v[i]",
+           "is_upper ? v[i] : v[i + V / 2]", "adapted_norm"),
+    Mutant("product: wrong place in A's tile", COMMON,
+           "tile[dora_tile_place(uint(i), uint(quad), lane, uint(QUADS))];",
+           "tile[dora_tile_place(uint(quad), uint(i), lane, uint(QUADS))];",
            "adapted_norm"),
+    Mutant("norm: no floor", "adapted_norm_total.metal",
+           "metal::max(together, 9.5367431640625e-07f * apart)", "together",
+           "adapted_norm_total"),
+    Mutant("norm: floor without the update", COMMON,
+           "    apart = metal::fma(delta[i], delta[i], apart);\n", "", "adapted_norm"),
     Mutant("unpack: codes in reverse order", COMMON, "stream >> (i * BITS)",
            "stream >> ((7 - i) * BITS)", "adapted_norm_packed"),
     Mutant("unpack: wrong width of the mask", COMMON, "uint((1 << BITS) - 1)",
@@ -113,25 +137,47 @@ MUTANTS = (
     Mutant("packed: half the group size", "adapted_norm_packed.metal",
            "c / uint(GROUP)", "c / uint(GROUP / 2)", "adapted_norm_packed"),
     Mutant("packed: second half of the words not loaded", "adapted_norm_packed.metal",
-           "is_second ? weight[line + word + 32] : 0u", "0u", "adapted_norm_packed"),
+           "is_high ? weight[line + word + 32] : 0u", "0u", "adapted_norm_packed"),
     Mutant("fused_weight: steps share registers", "fused_weight.metal",
-           "t * uint(ROWS * N)", "t * uint(N)", "fused_weight"),
+           "v[(t * ROWS + r) * N + i]", "v[r * N + i]", "fused_weight"),
     Mutant("dora_scale: gain forgotten", "dora_scale.metal",
            "metal::fma(g[i], v[r * N + i], shift[i])", "v[r * N + i] + shift[i]",
            "dora_scale"),
     Mutant("dora_scale_backward: offset not subtracted", "dora_scale_backward.metal",
-           "value[i] - shift[i]", "value[i]", "dora_scale_backward"),
+           "dora_value<T, N>(values, i) - shift[i]", "dora_value<T, N>(values, i)",
+           "dora_scale_backward"),
     Mutant("dora_scale_columns: division by a zero gain",
            "dora_scale_columns.metal", "g != 0.0f ? total / g : 0.0f",
            "total / g", "dora_scale_columns"),
     # ---- what the checks of the language see
-    Mutant("load: vector load of unaligned rows", COMMON, _FIRST_LOAD, _VECTOR_LOAD,
+    Mutant("load: vector load of unaligned rows", COMMON, _FULL_READ, _VECTOR_READ,
            "normalize_rows", r"float32-(3x33|4x1000)$"),
     Mutant("store: float to bfloat without a cast", COMMON,
            "      to[i] = static_cast<T>(from[i]);", "      to[i] = from[i];",
            "normalize_rows", r"bfloat16-9x31$", is_refused_by_the_compiler=True),
-    Mutant("max of a float and an int", COMMON, "metal::max(adapted, floor2)",
-           "metal::max(adapted, 0)", "adapted_norm", is_refused_by_the_compiler=True),
+    Mutant("max of a float and an int", "adapted_norm_total.metal",
+           "metal::max(together, 9.5367431640625e-07f * apart)",
+           "metal::max(together, 0)", "adapted_norm_total",
+           is_refused_by_the_compiler=True),
+    # ---- accesses of 16 bytes
+    Mutant("wide: the address is not looked at", COMMON,
+           "reinterpret_cast<size_t>(matrix) % BYTES == 0 && ", "", "normalize_rows",
+           r"float16-4x1000$", is_wide=True),
+    Mutant("wide: the length of rows is not looked at", COMMON,
+           " && n * sizeof(E) % BYTES == 0", "", "normalize_rows", is_wide=True),
+    Mutant("wide: one value in a word of two", COMMON, "others | word", "word",
+           "normalize_rows", is_wide=True),
+    Mutant("wide: the second of two values is read at the first's place", COMMON,
+           "from.words[i / PER] >> (i % PER * 8 * int(sizeof(E)))",
+           "from.words[i / PER] >> (i % PER * 8)", "dora_scale", is_wide=True),
+    Mutant("wide: tails are read whole", COMMON,
+           "  if (is_wide && live >= uint(N)) {\n    to = ",
+           "  if (is_wide && live > 0u) {\n    to = ", "dora_scale",
+           r"float16-19x33-r64$|float16-3x31-r8$", is_wide=True),
+    Mutant("wide: rows that do not exist are written", COMMON,
+           "  if (is_wide && live >= uint(N)) {\n    dora_values<T, N> values;",
+           "  if (is_wide) {\n    dora_values<T, N> values;", "dora_scale",
+           is_wide=True),
 )  # fmt: skip
 
 # Only the checks of Metal's own rules can see these: the C++ is valid.
@@ -140,18 +186,20 @@ LANGUAGE_MUTANTS = (
            "normalize_rows"),
     Mutant("a double variable", COMMON, "const float sum = simd_sum",
            "const double sum = simd_sum", "normalize_rows"),
-    Mutant("a standard library call", COMMON, "metal::precise::sqrt(metal::max",
-           "std::sqrt(metal::max", "adapted_norm"),
+    Mutant("a standard library call", "adapted_norm_total.metal",
+           "metal::precise::sqrt(metal::max", "std::sqrt(metal::max",
+           "adapted_norm_total"),
     Mutant("device pointer where MLX passes constant memory", COMMON,
-           "METAL_FUNC void dora_load(P from,",
-           "METAL_FUNC void dora_load(const device float* from,", "dora_scale",
-           r"float32-1x1-r8$"),
+           "template <int N, typename P>\nMETAL_FUNC void dora_read_floats(P from,",
+           "template <int N>\n"
+           "METAL_FUNC void dora_read_floats(const device float* from,",
+           "dora_scale", r"float32-1x1-r8$"),
     Mutant("pointer without an address space", COMMON,
            "thread float* v, threadgroup float* part,", "thread float* v, float* part,",
            "normalize_rows"),
     Mutant("thread pointer without an address space", COMMON,
-           "uint live, thread float* to", "uint live, float* to", "normalize_rows"),
-    Mutant("a vector of bytes read as floats across address spaces", COMMON,
-           "const threadgroup float* b_tile, uint lane,",
-           "const device float* b_tile, uint lane,", "adapted_norm"),
+           "bool is_wide, thread float* to", "bool is_wide, float* to", "dora_scale"),
+    Mutant("a tile read across address spaces", COMMON,
+           "P up, const threadgroup dora_quad* tile,",
+           "P up, const device dora_quad* tile,", "adapted_norm"),
 )  # fmt: skip

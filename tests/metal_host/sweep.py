@@ -10,7 +10,7 @@ from mlx_dora.kernels._source import read_source
 from mlx_dora.kernels.plans import KERNELS
 from tests.metal_host.build import Builder
 from tests.metal_host.cases import Case
-from tests.metal_host.execute import HEAP
+from tests.metal_host.execute import HEAP, MISALIGN
 from tests.metal_host.host import Host, call, launched
 from tests.metal_host.mutants import cases_of, edited, examine
 from tests.metal_host.records import Record
@@ -38,6 +38,7 @@ class Edit:
     new: str
     label: str
     kernels: tuple[str, ...]  # that use the changed function
+    is_wide: bool  # in the text with accesses of 16 bytes, which CUDA gets
 
     def apply(self, text: str) -> str:
         """The source with the change."""
@@ -62,21 +63,28 @@ def edits(file: str) -> Iterator[Edit]:
                 replacement(found),
                 f"{file}:{number + 1}:{column}: {rule}: {line}",
                 users,
+                _is_wide(text[: found.start()]),
             )
+
+
+def _is_wide(before: str) -> bool:
+    """Whether what follows this text is compiled with `DORA_WIDE` alone."""
+    last = re.findall(r"^#(?:if DORA_WIDE|else|endif)$", before, re.M)
+    return bool(last) and last[-1] == "#if DORA_WIDE"
 
 
 def _users(common: str, position: int) -> Iterator[str]:
     """The kernels that reach the shared function at this position."""
-    functions = {
-        m[1]: m.start() for m in re.finditer(r"METAL_FUNC \w+ (\w+)\(", common)
-    }
-    starts = [*functions.values(), len(common)]
-    bodies = {
-        name: common[starts[i] : starts[i + 1]] for i, name in enumerate(functions)
-    }
-    reached = {[n for n, start in functions.items() if start <= position][-1]}
+    functions = list(re.finditer(r"METAL_FUNC \w+ (\w+)\(", common))
+    starts = [*(found.start() for found in functions), len(common)]
+    bodies = [
+        (found[1], common[starts[i] : starts[i + 1]])
+        for i, found in enumerate(functions)
+    ]
+    before = [found[1] for found in functions if found.start() <= position]
+    reached = {before[-1] if before else functions[0][1]}
     for _ in functions:  # as deep as calls can nest
-        reached |= {n for n, body in bodies.items() if any(r in body for r in reached)}
+        reached |= {n for n, body in bodies if any(r in body for r in reached)}
     for kernel in KERNELS:
         if any(name in read_source(f"{kernel}.metal") for name in reached):
             yield kernel
@@ -88,6 +96,12 @@ _PHASES = (
     (len(KERNELS), "check", 0),
     (len(KERNELS), "sanitize", HEAP),  # a thread's own arrays have no other guard
 )
+_WIDE_PHASES = (
+    (1, "check-wide", 0),
+    (len(KERNELS), "check-wide", 0),
+    (len(KERNELS), "check-wide", MISALIGN),
+    (len(KERNELS), "sanitize-wide", HEAP),
+)
 
 
 def judge(host: Host, changes: list[Edit], grid: list[Case]) -> dict[str, str]:
@@ -95,8 +109,12 @@ def judge(host: Host, changes: list[Edit], grid: list[Case]) -> dict[str, str]:
 
     What survives and compiles to the same machine code is no change.
     """
+    wide = [change for change in changes if change.is_wide]
+    if wide and len(wide) < len(changes):
+        others = [change for change in changes if not change.is_wide]
+        return judge(host, others, grid) | judge(host, wide, grid)
     verdicts = dict.fromkeys((change.label for change in changes), "")
-    for reach, mode, flags in _PHASES:
+    for reach, mode, flags in _WIDE_PHASES if wide else _PHASES:
         left = [change for change in changes if not verdicts[change.label]]
         records: list[Record] = []
         for change in left:
@@ -132,8 +150,8 @@ def _same_code(builder: Builder, change: Edit, grid: list[Case]) -> bool:
     after = _records(change, grid, len(KERNELS))
     texts = {b.key: (b, a) for b, a in zip(before, after, strict=True)}.values()
     try:
-        return builder.assembly([b for b, _ in texts]) == builder.assembly(
-            [a for _, a in texts]
-        )
+        return builder.assembly(
+            [b for b, _ in texts], is_wide=change.is_wide
+        ) == builder.assembly([a for _, a in texts], is_wide=change.is_wide)
     except subprocess.CalledProcessError:
         return False

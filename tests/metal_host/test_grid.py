@@ -13,7 +13,8 @@ from tests.metal_host.host import Host, call
 
 Prepare = Callable[..., Host]
 
-KERNELS_TESTED = sorted(set(KERNELS) - {"dora_scale_columns"})  # it follows _backward
+# The second stages run with the first ones.
+KERNELS_TESTED = sorted(set(KERNELS) - {"dora_scale_columns", "adapted_norm_total"})
 
 
 def judged(host: Host, cases: list[Case], mode: str, **options: int) -> list[str]:
@@ -43,6 +44,24 @@ def test_right_and_clean_in_the_exact_checker(kernel, prepared: Prepare, every_c
 def test_buffers_may_start_at_any_element(kernel, prepared: Prepare, every_case):
     cases = [c for c in of(kernel, every_case) if "float32" in c.name]
     assert judged(prepared("check"), cases, "check", flags=MISALIGN) == []
+
+
+@pytest.mark.parametrize("kernel", KERNELS_TESTED)
+def test_right_and_clean_with_wide_accesses(kernel, prepared: Prepare, every_case):
+    cases = of(kernel, every_case)
+    assert judged(prepared("check-wide"), cases, "check-wide") == []
+
+
+@pytest.mark.parametrize("kernel", KERNELS_TESTED)
+def test_wide_accesses_only_at_aligned_addresses(
+    kernel, prepared: Prepare, every_case, in_half
+):
+    host = prepared("check-wide")
+    cases = of(kernel, every_case)
+    assert judged(host, cases, "check-wide", flags=MISALIGN) == []
+    host = prepared("sanitize-wide", in_half)
+    flags = HEAP | MISALIGN
+    assert judged(host, of(kernel, in_half), "sanitize-wide", flags=flags) == []
 
 
 @pytest.fixture(scope="session")

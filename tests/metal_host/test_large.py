@@ -16,6 +16,8 @@ from tests.metal_host.mutants import edited
 ROWS, WIDTH, R = (1 << 20) + 8, 4096, 4  # 2^32 + 2^15 elements
 END = 32  # rows that are not zero, at the end
 SCALE = 0.5
+STRIP = 256  # columns of a threadgroup that reads 16 bytes a thread, in half precision
+CORES = 1 << 16  # so many that the last threadgroup has little to do
 
 
 @dataclass(frozen=True)
@@ -69,31 +71,32 @@ def normalize_rows(host: Host) -> Launched:
     return Launched(rescaled[-WIDTH:], truth, BOUNDS[mx.float16])
 
 
-def low_rank() -> tuple[mx.array, Sparse, mx.array, np.ndarray]:
-    """A, B (huge, its last columns), the scale and s·(BA) of the last rows."""
+def low_rank() -> tuple[mx.array, Sparse, np.ndarray]:
+    """A, s·B (huge, its last columns) and s·(BA) of the last rows."""
     rng = np.random.default_rng(2)
     a = mx.array(rng.standard_normal((WIDTH, R)).astype(np.float32) / 64)
     # B is (R, out): its last row holds the last columns, the others stay zero.
-    b = mx.array(rng.standard_normal(END).astype(np.float32))
-    update = SCALE * np.outer(to_numpy(b), to_numpy(a)[:, R - 1])
-    return a, Sparse((R, ROWS), R * ROWS - END, b), mx.array([SCALE]), update
+    b = mx.array(SCALE * rng.standard_normal(END).astype(np.float32))
+    update = np.outer(to_numpy(b), to_numpy(a)[:, R - 1])
+    return a, Sparse((R, ROWS), R * ROWS - END, b), update
 
 
 def adapted_norm(host: Host) -> Launched:
+    """The last strip of columns, of the last rows."""
     rows, matrix = last_rows(WIDTH, 3)
-    a, b, scale, update = low_rank()
-    launch = table.plan_adapted_norm((ROWS, WIDTH), R)
-    inputs = [huge(WIDTH), a, mx.zeros((R, ROWS)), scale]
-    (norm,) = run_last(host, "adapted_norm", launch, inputs, {0: matrix, 2: b})
-    truth = np.linalg.norm(to_numpy(rows) + update, axis=1)
-    return Launched(norm[-8:], truth[-8:], BOUNDS[mx.float32])
+    a, b, update = low_rank()
+    launch = table.plan_adapted_norm((ROWS, WIDTH), R, mx.float16, cores=CORES)
+    inputs = [huge(WIDTH), a, mx.zeros((R, ROWS))]
+    (sums,) = run_last(host, "adapted_norm", launch, inputs, {0: matrix, 2: b})
+    truth = np.square(to_numpy(rows) + update)[-8:, -STRIP:].sum(axis=1)
+    return Launched(sums[-8:], truth, BOUNDS[mx.float32])
 
 
 def fused_weight(host: Host) -> Launched:
     rows, matrix = last_rows(WIDTH, 4)
-    a, b, scale, update = low_rank()
+    a, b, update = low_rank()
     launch = table.plan_fused_weight((ROWS, WIDTH), R, mx.float16)
-    inputs = [huge(WIDTH), a, mx.zeros((R, ROWS)), scale, mx.ones((ROWS,))]
+    inputs = [huge(WIDTH), a.T, mx.zeros((R, ROWS)), mx.ones((ROWS,))]
     (fused,) = run_last(host, "fused_weight", launch, inputs, {0: matrix, 2: b})
     full = (to_numpy(rows) + update)[-1]
     truth = full / np.linalg.norm(full)
@@ -116,7 +119,9 @@ def dora_scale(host: Host) -> Launched:
 def dora_scale_backward(host: Host) -> Launched:
     dy, tokens = last_rows(WIDTH, 8)
     ones = mx.ones((WIDTH,))
-    launch = table.plan_dora_scale_backward((ROWS, WIDTH), mx.float16, False)
+    launch = table.plan_dora_scale_backward(
+        (ROWS, WIDTH), mx.float16, False, cores=CORES
+    )
     inputs = [huge(WIDTH), huge(WIDTH), 2 * ones, ones]
     sparse = {0: tokens, 1: tokens}
     scaled, _ = run_last(host, "dora_scale_backward", launch, inputs, sparse)
@@ -132,13 +137,19 @@ def test_offsets_past_32_bits(launched, host: Host):
     assert cases.worst_error(result.output, result.truth) <= result.bound
 
 
-@pytest.mark.parametrize("launched", LARGE, ids=lambda f: f.__name__)
-def test_a_32_bit_offset_is_caught(launched, host: Host):
-    file = f"{launched.__name__}.metal"
-
+@pytest.mark.parametrize(
+    ("launched", "file"),
+    [
+        *((each, f"{each.__name__}.metal") for each in LARGE if each != adapted_norm),
+        (adapted_norm, "common.h"),
+        (fused_weight, "common.h"),
+    ],
+    ids=lambda given: getattr(given, "__name__", str(given)),
+)
+def test_a_32_bit_offset_is_caught(launched, file: str, host: Host):
     def narrow(text: str) -> str:
-        assert "size_t(row)" in text
-        return text.replace("size_t(row)", "row")
+        assert "size_t(row" in text
+        return text.replace("size_t(row", "(row")
 
     with edited(file, narrow):
         result = launched(host)
@@ -150,13 +161,17 @@ def test_row_offsets_of_a_packed_weight_are_64_bits_wide(host: Host):
     out, width, bits, group = rows + END, 4096, 4, 64
     dense = mx.random.normal((END, width), key=mx.random.key(9)).astype(mx.float16)
     packed = mx.quantize(dense, group_size=group, bits=bits)
-    truth = np.linalg.norm(cases.unpack(*packed, bits=bits, group=group), axis=1)
-    launch = table.plan_adapted_norm_packed(out, 1, bits, group)
+    base = cases.unpack(*packed, bits=bits, group=group)
+    truth = np.square(base[-table.PACKED_TILE.rows :, -STRIP:]).sum(axis=1)
+    launch = table.plan_adapted_norm_packed(
+        (out, width), 1, bits, group, cores=16 * CORES
+    )
     inputs = [mx.zeros((out, p.shape[1]), dtype=p.dtype) for p in packed]
-    inputs += [mx.zeros((width, 1)), mx.zeros((1, out)), mx.array([SCALE])]
+    inputs += [mx.zeros((width, 1)), mx.zeros((1, out))]
     sparse = {
         i: Sparse((out, p.shape[1]), rows * p.shape[1], p) for i, p in enumerate(packed)
     }
     sparse[4] = Sparse((1, out), 0, mx.zeros((1,)))
-    (norm,) = run_last(host, "adapted_norm_packed", launch, inputs, sparse)
-    assert cases.worst_error(norm[-END:], truth) <= BOUNDS[mx.float32]
+    (sums,) = run_last(host, "adapted_norm_packed", launch, inputs, sparse)
+    last = sums[-table.PACKED_TILE.rows :]
+    assert cases.worst_error(last, truth) <= BOUNDS[mx.float32]

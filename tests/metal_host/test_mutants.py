@@ -6,19 +6,29 @@ import pytest
 
 from tests.metal_host import lint
 from tests.metal_host.host import Host, call, launched
-from tests.metal_host.mutants import USUAL_CASES, Mutant, cases_of, edited, examine
+from tests.metal_host.mutants import (
+    EXAMINATIONS,
+    USUAL_CASES,
+    WIDE_EXAMINATIONS,
+    Mutant,
+    cases_of,
+    edited,
+    examine,
+)
 from tests.metal_host.planted import LANGUAGE_MUTANTS, MUTANTS
+from tests.metal_host.records import Record
 
 
 @pytest.fixture(scope="module")
 def mutants_built(host: Host, every_case) -> Host:
     """The device with every mutant compiled, many at a time."""
-    records = []
+    records: dict[bool, list[Record]] = {False: [], True: []}
     for mutant in MUTANTS:
         with edited(mutant.file, mutant.apply):
             cases = cases_of(mutant.kernel, every_case, mutant.cases)
-            records += launched(partial(case.run, call) for case in cases)
-    host.builder.build(records, "check")
+            records[mutant.is_wide] += launched(partial(c.run, call) for c in cases)
+    host.builder.build(records[False], "check")
+    host.builder.build(records[True], "check-wide")
     return host
 
 
@@ -28,7 +38,8 @@ def test_every_planted_bug_is_caught(mutant: Mutant, mutants_built: Host, every_
     cases = cases_of(mutant.kernel, every_case, mutant.cases)
     assert cases
     with edited(mutant.file, mutant.apply):
-        verdict = examine(mutants_built, cases)
+        examinations = WIDE_EXAMINATIONS if mutant.is_wide else EXAMINATIONS
+        verdict = examine(mutants_built, cases, examinations)
     assert verdict, "survives"
     is_typed = mutant.is_refused_by_the_compiler
     assert verdict.startswith("does not compile") == is_typed, verdict
