@@ -109,6 +109,7 @@ def evaluate_loss(
     batch_size: int = 4,
     max_seq_length: int = 2048,
     num_batches: int = -1,
+    batch_tokens: int | None = None,
     loss: Loss = loss_fn,
     progress: Callable[[int], None] | None = None,
     group: mx.distributed.Group | None = None,
@@ -122,6 +123,7 @@ def evaluate_loss(
         max_seq_length: Rows are truncated to this many tokens.
         num_batches: Number of batches, of rows spread evenly over the data; -1 for
             all.
+        batch_tokens: Group the same rows by tokens instead, see `batches_once`.
         loss: Computes the loss and token count of a batch.
         progress: Called after each batch with its number of rows, to which the first
             batch adds those that were skipped.
@@ -136,7 +138,9 @@ def evaluate_loss(
     counts = RowCounts()
     total, tokens = 0.0, 0
     with eval_mode(model):
-        batches = batches_once(dataset, batch_size, max_seq_length, num_batches, counts)
+        batches = batches_once(
+            dataset, batch_size, max_seq_length, num_batches, counts, batch_tokens
+        )
         for number, (batch, lengths) in enumerate(batches):
             if number % ranks == rank:
                 value, count = loss(model, batch, lengths)

@@ -62,6 +62,14 @@ class TrainConfig(DataConfig):
     batch_size: int = option(
         4, help="Rows per batch.", least=1, recorded=True, group="Common options"
     )
+    batch_tokens: int | None = option(
+        None,
+        help="Instead of batch_size: fill each batch with rows of one width, up to "
+        "this many tokens with padding.",
+        least=2,
+        recorded=True,
+        group="Common options",
+    )
     iters: int = option(
         1000,
         help="Batches to train for.",
@@ -281,6 +289,10 @@ class TrainConfig(DataConfig):
             DoRAError: Names the field, the allowed values and the value received.
         """
         super().__post_init__()
+        if self.packing and self.batch_tokens is not None:
+            raise DoRAError(
+                "packing and batch_tokens both fill the batches: set one of them."
+            )
         unknown = [name for name in self.services if name not in SERVICES]
         if unknown:
             known = " and ".join(SERVICES)

@@ -159,7 +159,7 @@ def _prepare(
     group = mx.distributed.init()
     with together(group):
         kind = _STEPPERS.get(dora.variant, Stepper)
-        feed = Feed(kind.levels(data, train), train, batches)
+        feed = Feed(kind.levels(data, train), train, batches, group.size())
         if train.epochs is not None:
             train = replace(train, iters=feed.length(train.epochs))
         epoch_ends = None
@@ -230,6 +230,8 @@ def _describe_start(run: Run) -> None:
         100 * trained / total,
         len(run.modules),
     )
+    if batches := run.feed.describe():
+        logger.info("%s", batches)
 
 
 def _report(run: Run, first_step: int) -> TrainReport:

@@ -50,6 +50,7 @@ def measure_loss(
         batch_size=train.batch_size,
         max_seq_length=train.max_seq_length,
         num_batches=count,
+        batch_tokens=train.batch_tokens,
         loss=loss,
         progress=progress and partial(progress, phase, rows),
         group=group,
