@@ -76,7 +76,8 @@ def loss_fn(
         batch: Tokens. Shape ``(rows, length)``.
         marks: Position of the first target and length of each row, ``(rows, 2)``; or
             another shape described at `Batch`. In packed rows a token sees only its
-            own document (in models that `check_packable` accepts).
+            own document (in models that `check_packable` accepts), see
+            `document_caches`.
 
     Returns:
         The mean in float32 (0 if there is no target), and the number of targets.

@@ -13,6 +13,7 @@ OURS = {
     "epochs",
     "epochs_per_eval",
     "packing",
+    "batch_tokens",
     "all_turns",
     "resume",
     "force",

@@ -16,7 +16,7 @@ from mlx_dora.adapters.config import DoRAConfig, Variant
 from mlx_dora.adapters.fingerprint import fingerprint
 from mlx_dora.adapters.surgery import apply_layers, dora_layers, export_variants
 from mlx_dora.data.batches import Batch, Examples
-from mlx_dora.data.documents import check_packable
+from mlx_dora.data.documents import check_packable, mask_bytes
 from mlx_dora.data.loading import as_dataset
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import Loss, loss_fn
@@ -172,6 +172,16 @@ def _prepare(
         check_lora_plus(model, train.lora_plus_ratio)
         if train.packing:
             check_packable(model)
+            if size := mask_bytes(model, train.batch_size, train.max_seq_length):
+                logger.warning(
+                    "packing: %s computes its own attention, which takes a mask of %d "
+                    "MB for %d rows of %d tokens, and scores of as many numbers for "
+                    "each head; batch_tokens needs no mask",
+                    type(model).__module__.rpartition(".")[2],
+                    -(-size // 10**6),
+                    train.batch_size,
+                    train.max_seq_length,
+                )
         optimizer.init(model.trainable_parameters())
         settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
     check_alike({**settings, "iters": train.iters, "epochs": train.epochs}, group)
