@@ -133,11 +133,14 @@ class DocumentCache:
         count = len(self._starts)
         # The gradient of a split is one concatenation; that of slices, a sum of arrays
         # of the whole row, one per document.
-        parts = zip(*(mx.split(a, count) for a in (queries, keys, values)), strict=True)
+        parts = (mx.split(a, count) for a in (queries, keys, values))
         rows = []
-        for starts, row in zip(self._starts, parts, strict=True):
-            documents = zip(*(mx.split(a, starts, axis=2) for a in row), strict=True)
-            done = [_causal_call(*one, scale, mask.window) for one in documents]
+        for starts, *row in zip(self._starts, *parts, strict=True):
+            q, k, v = (mx.split(a, starts, axis=2) for a in row)
+            done = [
+                _causal_call(*document, scale, mask.window)
+                for document in zip(q, k, v, strict=True)
+            ]
             rows.append(mx.concatenate(done, axis=2))
         return mx.concatenate(rows)
 

@@ -8,19 +8,19 @@ kernels are named ``sdpa_vjp_odo_<dtype>_<width>`` in the installed ``mlx.metall
 Elsewhere the scores of a training exist as an array.
 """
 
-import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlx_dora.train.metal import installed_library, kernel_names
 
 BLOCK = 1024
 """Queries and keys in a block of the fused backward pass (``MLX_SDPA_VJP_BLOCK``)."""
@@ -31,7 +31,7 @@ BLOCK = 1024
 _WIDTHS = {"0.32.4": (64, 72, 80, 96, 128, 192, 256, 512)}
 # Needs a GPU with neural accelerators, says the library.
 _NOT_EVERYWHERE = {512}
-_KERNEL = re.compile(rb"\0sdpa_vjp_odo_\w+?_(\d+)\0")
+_KERNEL = r"sdpa_vjp_odo_\w+?_\d+"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,7 @@ def this_device() -> Device:
         return Device(kind="cpu")
     if not mx.metal.is_available():
         return Device(kind="cuda")
-    library = Path(mx.__file__).parent / "lib" / "mlx.metallib"
-    return metal_device(version("mlx"), library)
+    return metal_device(version("mlx"), installed_library())
 
 
 def metal_device(mlx: str, library: Path | None = None) -> Device:
@@ -91,7 +90,8 @@ def metal_device(mlx: str, library: Path | None = None) -> Device:
     """
     widths = frozenset[int]()
     if library is not None and library.is_file():
-        widths = _library_widths(library)
+        names = kernel_names(_KERNEL, library)
+        widths = frozenset(int(name.rpartition("_")[2]) for name in names)
     else:
         for first, known in _WIDTHS.items():
             if _parts(mlx) >= _parts(first):
@@ -99,16 +99,6 @@ def metal_device(mlx: str, library: Path | None = None) -> Device:
     if int(os.environ.get("MLX_SDPA_VJP_FALLBACK") or 0):  # MLX's switch
         widths = frozenset()
     return Device(kind="metal", fused_widths=widths - _NOT_EVERYWHERE)
-
-
-@cache
-def _library_widths(library: Path) -> frozenset[int]:
-    """Widths of heads in the names of the kernels."""
-    with (
-        library.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        return frozenset(int(width) for width in _KERNEL.findall(content))
 
 
 def _parts(text: str) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from mlx_dora.progress import Progress
 from mlx_dora.train.bilevel import BilevelStepper
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import check_alike, together
+from mlx_dora.train.metal import check_gradients
 from mlx_dora.train.optimizers import describe_training, describe_variant
 from mlx_dora.train.ranks import AdaptiveStepper
 from mlx_dora.train.run.feed import Feed, MakeBatches
@@ -166,6 +167,7 @@ def _prepare(
         if train.epochs_per_eval is not None:
             epoch_ends = feed.epoch_ends(train.epochs_per_eval, train.iters)
         optimizer = kind.make_optimizer(train)
+        check_gradients(model)
         base = BaseModel(model=train.model, fingerprint=fingerprint(model))
         mx.random.seed(train.seed)
         modules = _adapt(model, train, dora)

@@ -5,6 +5,7 @@
 
 from itertools import islice
 
+from mlx_dora.train.gated_delta import fused_delta
 from mlx_dora.train.group import greatest
 from mlx_dora.train.memory import trim_cache, wired_memory
 from mlx_dora.train.recompute import recomputed_blocks
@@ -24,6 +25,7 @@ def loop(run: Run) -> int:
     """
     with (
         wired_memory(),
+        fused_delta(),
         train_mode(run.model),
         recomputed_blocks(run.model, run.train.grad_checkpoint),
         delayed_interrupt() as stopped,
