@@ -250,6 +250,15 @@ class TrainConfig(DataConfig):
         may_change=True,
         group="Memory",
     )
+    memory_limit: int | None = option(
+        None,
+        help="Stop with a checkpoint when MLX's peak memory is above 95 % of this "
+        "(16GB); default: the device's limit; 0 to let it run.",
+        unit="bytes",
+        least=0,
+        may_change=True,
+        group="Memory",
+    )
     lr_schedule: dict[str, Any] | None = option(
         None,
         help="Learning rate schedule: name, arguments, warmup and warmup_init, as in "

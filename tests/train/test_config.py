@@ -14,6 +14,7 @@ OURS = {
     "epochs_per_eval",
     "packing",
     "batch_tokens",
+    "memory_limit",
     "all_turns",
     "resume",
     "force",

@@ -41,6 +41,7 @@ from mlx_dora.train.run.start import (
     check_present,
     trainable_tensors,
 )
+from mlx_dora.train.run.watch import watch_memory
 from mlx_dora.train.services import (
     HostCallback,
     check_services,
@@ -107,8 +108,9 @@ def finetune(
     Raises:
         DoRAError: If a setting, the data or the model is invalid (nothing is written),
             another training uses the folder, settings differ from those of the run to
-            resume, or too many consecutive losses are not finite. In a group of
-            processes, each raises a `SharedError`.
+            resume, too many consecutive losses are not finite, or memory is about to
+            end (a checkpoint is written). In a group of processes, each raises a
+            `SharedError`.
         OSError: If the folder is not writable, or its disk is full.
         KeyboardInterrupt: After Ctrl-C, once the step is done and the adapter is saved;
             `Stopped` after SIGTERM or SIGHUP.
@@ -195,6 +197,7 @@ def _prepare(
         loss=loss,
         feed=feed,
         valid_data=valid_data,
+        watch=watch_memory(train, dora, data),
         epoch_ends=epoch_ends,
         optimizer=optimizer,
         base=base,

@@ -26,6 +26,7 @@ from mlx_dora.train.run.journal import Journal
 from mlx_dora.train.run.meter import Meter
 from mlx_dora.train.run.restore import optimizer_tensors
 from mlx_dora.train.run.start import BEST_NAME, kept_tensors
+from mlx_dora.train.run.watch import MemoryWatch, count_live
 from mlx_dora.train.stepper import Stepper
 
 
@@ -73,6 +74,7 @@ class Run:
         loss: Returns the mean loss of a batch and its number of targets.
         feed: The training batches.
         valid_data: Validation examples; None for no validation.
+        watch: Stops the training before memory ends.
         epoch_ends: Steps after which to validate; None to use ``steps_per_eval``.
         optimizer: The optimizer, initialized for the model.
         base: Description of the base model that the adapter records.
@@ -97,6 +99,7 @@ class Run:
     loss: Loss
     feed: Feed
     valid_data: Examples | None
+    watch: MemoryWatch
     epoch_ends: Sequence[int] | None
     optimizer: optim.Optimizer
     base: BaseModel
@@ -134,6 +137,8 @@ class Run:
             measure_geometry(self.model),
             with_layers=with_layers,
             skipped=self.guard.empty + self.guard.not_finite,
+            batch_shapes=len(self.watch.shapes),
+            live_arrays=count_live(self.model.state, self.optimizer.state),
         )
         with self.together():
             self.journal.add(entry)

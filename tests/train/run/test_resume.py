@@ -21,7 +21,7 @@ from tests.train.saved import log, same_bits, tensors
 # Times and memory differ between any two runs.
 TIMES = {
     "seconds", "val_seconds", "tokens_per_second", "steps_per_second",
-    "peak_memory_bytes",
+    "peak_memory_bytes", "batch_shapes",
 }  # fmt: skip
 Run = Callable[..., Any]
 
