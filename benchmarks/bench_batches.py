@@ -109,13 +109,15 @@ def training(
     return run
 
 
-def packing_case(smoke: bool, folder: Path | None, blocks: int, length: int) -> Any:
+def packing_case(
+    smoke: bool, folder: Path | None, blocks: int, length: int, examples: int
+) -> Any:
     """The same examples in three kinds of batches, with DoRA of rank 8."""
     model, _ = load(str(folder or demo_model()))
     apply_dora(model, DoRAConfig(rank=8, num_layers=2 if smoke else blocks))
     model.train()
     random = np.random.default_rng(0)
-    sizes = random.integers(*SHORT, size=6 if smoke else 64)
+    sizes = random.integers(*SHORT, size=6 if smoke else examples)
     rows = [(random.integers(1, 200, size=n).tolist(), 0) for n in sizes.tolist()]
     runs, counts = {}, {}
     ways: dict[str, Any] = {
@@ -163,6 +165,7 @@ def packing_case(smoke: bool, folder: Path | None, blocks: int, length: int) -> 
 @click.option("--max-seq-length", "longest", default=2048)
 @click.option("--batch-tokens", default=4096, help="Tokens per batch, for padding.")
 @click.option("--pack-to", default=256, help="Tokens per packed row.")
+@click.option("--examples", default=64, help="Number of short examples.")
 @click.option("--num-layers", "blocks", default=-1)
 def main(
     settings: bench.Settings,
@@ -173,6 +176,7 @@ def main(
     longest: int,
     batch_tokens: int,
     pack_to: int,
+    examples: int,
     blocks: int,
 ) -> None:
     if only != "packing":
@@ -189,7 +193,7 @@ def main(
             with settings.json_file.open("a") as file:
                 file.write(line + "\n")
     if only != "padding":
-        real, case = packing_case(settings.smoke, folder, blocks, pack_to)
+        real, case = packing_case(settings.smoke, folder, blocks, pack_to, examples)
         measured = bench.measure(case, settings)
         bench.report(measured)
         for name, timing in measured.timings.items():
