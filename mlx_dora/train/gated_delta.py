@@ -12,6 +12,7 @@ for the whole sequence and its gradient, `mx.fast.gated_delta_update`, for some 
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,12 +73,14 @@ def fused_delta(shapes: frozenset[DeltaShape] | None = None) -> Iterator[None]:
     Args:
         shapes: Shapes with a gradient; default: `differentiable_shapes`.
     """
+    gated_delta: Any = sys.modules.get("mlx_lm.models.gated_delta")
+    if gated_delta is None:  # no model that uses it was loaded
+        yield
+        return
     shapes = differentiable_shapes() if shapes is None else shapes
     if not shapes:
         yield
         return
-    from mlx_lm.models import gated_delta
-
     plain: Step = gated_delta.gated_delta_ops
     agreed: dict[tuple[DeltaShape, mx.Dtype], bool] = {}
 
