@@ -1,9 +1,10 @@
-"""Measure padding in our batches and mlx-lm's, and what packing gains.
+"""Measure padding in our batches and mlx-lm's, and the speed of full batches.
 
 ``padding`` counts the share of padding in an epoch of a data folder, for our batches
 and for those of mlx-lm's own trainer. ``packing`` times the training of short examples
-in target tokens per second, packed and unpacked, after checking that the loss is the
-same.
+in target tokens per second: in batches of four rows, packed, and in batches of as many
+rows of one width as fit into the same number of tokens, after checking that the loss
+is the same.
 """
 
 import json
@@ -37,7 +38,9 @@ def waste(batches: Iterator[Any], real: int) -> float:
     return 1 - real / sum(tokens[:, 1:].size for tokens, _ in batches)
 
 
-def padding(data: str, model: Path, batch_size: int, longest: int) -> dict[str, Any]:
+def padding(
+    data: str, model: Path, batch_size: int, longest: int, batch_tokens: int
+) -> dict[str, Any]:
     """Measure the padding of an epoch; mlx-lm's count leaves out rows that it skips."""
     from mlx_lm.tuner.datasets import CacheDataset
     from mlx_lm.tuner.trainer import iterate_batches
@@ -50,6 +53,7 @@ def padding(data: str, model: Path, batch_size: int, longest: int) -> dict[str, 
     epoch = schedule.length(1)
     ours = schedule.batches()
     packed = Schedule(rows, batch_size, longest, packing=True)
+    filled = Schedule(rows, batch_size, longest, batch_tokens=batch_tokens).usage()
     real = sum(lengths) - len(lengths)
 
     class Plain:  # called by mlx-lm's cache
@@ -74,15 +78,25 @@ def padding(data: str, model: Path, batch_size: int, longest: int) -> dict[str, 
             waste((next(rest) for _ in range(packed.length(1))), real), 4
         ),
         "waste_mlx_lm": round(waste(iter(theirs), theirs_real), 4),
+        "waste_filled": round(filled.padding, 4),
+        "batches_filled": filled.batches,
+        "shapes_filled": len(filled.shapes),
         "widths": len({next(schedule.batches(i))[0].shape[1] for i in range(epoch)}),
     }
 
 
-def training(model: nn.Module, batches: list[Batch]) -> Callable[[], Any]:
+def training(
+    model: nn.Module, batches: list[Batch], *, compiles: bool
+) -> Callable[[], Any]:
     """Compute the gradients of all batches in turn, as the training loop does."""
     state = [model.state]
     compute = nn.value_and_grad(model, loss_fn)
-    step = mx.compile(lambda *b: compute(model, *b), inputs=state, outputs=state)
+
+    def step(*batch: mx.array) -> Any:
+        return compute(model, *batch)
+
+    if compiles:
+        step = mx.compile(step, inputs=state, outputs=state)
 
     def run() -> Any:
         total, count = mx.array(0.0), mx.array(0)
@@ -95,30 +109,39 @@ def training(model: nn.Module, batches: list[Batch]) -> Callable[[], Any]:
     return run
 
 
-def packing_case(smoke: bool, folder: Path | None, blocks: int, length: int) -> Any:
-    """The same examples, unpacked in batches of 4 and packed, with DoRA of rank 8."""
+def packing_case(
+    smoke: bool, folder: Path | None, blocks: int, length: int, examples: int
+) -> Any:
+    """The same examples in three kinds of batches, with DoRA of rank 8."""
     model, _ = load(str(folder or demo_model()))
     apply_dora(model, DoRAConfig(rank=8, num_layers=2 if smoke else blocks))
     model.train()
     random = np.random.default_rng(0)
-    sizes = random.integers(*SHORT, size=6 if smoke else 64)
+    sizes = random.integers(*SHORT, size=6 if smoke else examples)
     rows = [(random.integers(1, 200, size=n).tolist(), 0) for n in sizes.tolist()]
-    runs, tokens = {}, {}
-    for name, packing in (("unpacked", False), ("packed", True)):
-        schedule = Schedule(rows, 4, length, packing=packing)
-        count = schedule.length(1)
-        batches = list(islice(schedule.batches(), count))
+    runs, counts = {}, {}
+    ways: dict[str, Any] = {
+        "unpacked": {},
+        "packed": {"packing": True},
+        "filled": {"batch_tokens": 4 * length},
+    }
+    for name, way in ways.items():
+        schedule = Schedule(rows, 4, length, **way)
+        counts[name] = schedule.length(1)
+        batches = list(islice(schedule.batches(), counts[name]))
         mx.eval(batches)
-        runs[name] = training(model, batches)
-        tokens[name] = count
+        runs[name] = training(model, batches, compiles=name != "packed")
     real = int(sizes.sum() - len(sizes))
     return real, bench.Case(
         name="packing",
         dtype="float32",
         contenders=[
             bench.Contender(name="unpacked", run=runs["unpacked"]),
-            bench.Contender(
-                name="packed", run=runs["packed"], expected=runs["unpacked"], bound=1e-5
+            *(
+                bench.Contender(
+                    name=name, run=runs[name], expected=runs["unpacked"], bound=1e-5
+                )
+                for name in ("packed", "filled")
             ),
         ],
         baseline="unpacked",
@@ -126,8 +149,7 @@ def packing_case(smoke: bool, folder: Path | None, blocks: int, length: int) -> 
             "examples": len(sizes),
             "target_tokens": real,
             "max_seq_length": length,
-            "batches_unpacked": tokens["unpacked"],
-            "batches_packed": tokens["packed"],
+            **{f"batches_{name}": count for name, count in counts.items()},
         },
     )
 
@@ -141,7 +163,9 @@ def packing_case(smoke: bool, folder: Path | None, blocks: int, length: int) -> 
 @click.option("--model", "folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--batch-size", default=4)
 @click.option("--max-seq-length", "longest", default=2048)
+@click.option("--batch-tokens", default=4096, help="Tokens per batch, for padding.")
 @click.option("--pack-to", default=256, help="Tokens per packed row.")
+@click.option("--examples", default=64, help="Number of short examples.")
 @click.option("--num-layers", "blocks", default=-1)
 def main(
     settings: bench.Settings,
@@ -150,7 +174,9 @@ def main(
     folder: Path | None,
     batch_size: int,
     longest: int,
+    batch_tokens: int,
     pack_to: int,
+    examples: int,
     blocks: int,
 ) -> None:
     if only != "packing":
@@ -158,7 +184,7 @@ def main(
             if data is None:
                 write_demo_data(made)
             model = folder or demo_model()
-            shares = padding(data or made, model, batch_size, longest)
+            shares = padding(data or made, model, batch_size, longest, batch_tokens)
         name = Path(data).name if data else "demo"
         facts = {"case": "padding", "data": name, "batch_size": batch_size}
         line = json.dumps({**facts, **shares, **describe_machine()})
@@ -167,7 +193,7 @@ def main(
             with settings.json_file.open("a") as file:
                 file.write(line + "\n")
     if only != "padding":
-        real, case = packing_case(settings.smoke, folder, blocks, pack_to)
+        real, case = packing_case(settings.smoke, folder, blocks, pack_to, examples)
         measured = bench.measure(case, settings)
         bench.report(measured)
         for name, timing in measured.timings.items():

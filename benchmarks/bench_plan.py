@@ -4,7 +4,8 @@ Each setting is planned from the model's headers and then trained for two steps 
 of the full length. Each setting prints a JSON line to stdout and a table row to stderr.
 The exit code is 1 if a prediction is more than 15 % off (not with --smoke, whose model
 is too small to plan). With --experts N, the model is a Mixtral with N experts, made
-from the demo model's first eight blocks in float32.
+from the demo model's first eight blocks in float32. With --documents N, the rows are
+packed with documents of N tokens.
 """
 
 import gc
@@ -43,8 +44,10 @@ SETTINGS: list[tuple[int, int, int, int, bool, bool, str]] = [
 SMOKE = [(32, 2, 4, 1, False, False, "dora"), (32, 2, 4, 1, True, False, "lora")]
 
 
-def compare(model: Path, setting: tuple[Any, ...]) -> dict[str, Any]:
-    """Plan and train one setting."""
+def compare(
+    model: Path, setting: tuple[Any, ...], document: int | None
+) -> dict[str, Any]:
+    """Plan and train one setting, with rows of one document or packed documents."""
     length, rows, rank, num_layers, checkpoint, _, kind = setting
     train = TrainConfig(
         model=str(model),
@@ -53,11 +56,14 @@ def compare(model: Path, setting: tuple[Any, ...]) -> dict[str, Any]:
         max_seq_length=length + 1,
         grad_checkpoint=checkpoint,
         fine_tune_type=kind,
+        packing=document is not None,
     )
     dora = DoRAConfig(rank=rank, num_layers=num_layers)
-    plan = plan_memory(train, dora)
+    each = document or length + 1
+    count = rows * ((length + 1) // each)
+    plan = plan_memory(train, dora, lengths=[each] * count)
     base, _ = load(str(model))
-    data = [([1 + i % 200 for i in range(length + 1)], 0)] * rows
+    data = [([1 + i % 200 for i in range(each)], 0)] * count
     with tempfile.TemporaryDirectory() as folder:
         report = finetune(
             base, None, data, None, train=train, dora=dora, adapter_path=f"{folder}/a"
@@ -78,12 +84,16 @@ def compare(model: Path, setting: tuple[Any, ...]) -> dict[str, Any]:
     "--only", type=int, multiple=True, help="Numbers of the settings to run, from 0."
 )
 @click.option(
+    "--documents", "document", type=int, help="Tokens of each document in packed rows."
+)
+@click.option(
     "--experts", type=click.IntRange(min=2), help="Number of experts of a Mixtral."
 )
 def main(
     settings: bench.Settings,
     folder: Path | None,
     only: tuple[int, ...],
+    document: int | None,
     experts: int | None,
 ) -> None:
     names = ("tokens", "rows", "rank", "num_layers", "grad_checkpoint", "4-bit", "type")
@@ -98,10 +108,18 @@ def main(
         gc.collect()
         mx.clear_cache()
         model = folder or demo_model(dtype="q4" if setting[5] else "float32")
-        result = compare(model, setting)
+        result = compare(model, setting, document)
         facts = dict(zip(names, setting, strict=True))
         worst = max(worst, abs(result["off"]))
-        line = json.dumps({"case": "plan", **facts, **result, **describe_machine()})
+        line = json.dumps(
+            {
+                "case": "plan",
+                "document": document,
+                **facts,
+                **result,
+                **describe_machine(),
+            }
+        )
         click.echo(line)
         if settings.json_file:
             with settings.json_file.open("a") as file:

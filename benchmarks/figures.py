@@ -29,7 +29,12 @@ import numpy as np
 from mlx_dora import DoRAConfig, DoRALinear
 from mlx_dora.demo.data import write_demo_data
 from mlx_dora.demo.model import demo_model
+from mlx_dora.io.json import read_object
 from mlx_dora.train import TrainConfig, plan_memory
+from mlx_dora.train.plan import hub_models
+from mlx_dora.train.plan.attention import Device, metal_device
+from mlx_dora.train.plan.predict import plan_step
+from mlx_dora.train.plan.shapes import build_empty, shapes_of
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = """
@@ -94,8 +99,9 @@ def padding() -> Iterator[Figure]:
     percent = r"\| ([\d.]+) % "
     with tempfile.TemporaryDirectory() as data:
         write_demo_data(data)
-        shares = bench_batches.padding(data, demo_model(), 4, 2048)
-    for at, name in enumerate(("waste", "waste_packed", "waste_mlx_lm")):
+        shares = bench_batches.padding(data, demo_model(), 4, 2048, 4096)
+    names = ("waste_filled", "waste", "waste_packed", "waste_mlx_lm")
+    for at, name in enumerate(names):
         page = number("docs/training.md", row + r"\| [\d.]+ % " * at + percent)
         now = 100 * shares[name]  # docstrings differ between versions of Python
         yield Figure(
@@ -197,6 +203,36 @@ def floors() -> Iterator[Figure]:
         )
 
 
+def mac() -> Iterator[Figure]:
+    """F52: the plan of long rows on the CPU and on a Mac."""
+    configs = read_object(Path(hub_models.__file__).with_name("hub_models.json"))
+    devices = (Device(kind="cpu"), metal_device("0.32.4"))
+    train = TrainConfig(batch_size=4, max_seq_length=8193, grad_checkpoint=True)
+    for shown, name in MAC_MODELS.items():
+        config = configs[name]
+        empty = build_empty(config, name)
+        shapes = shapes_of(empty, config, DoRAConfig(rank=8, num_layers=16), "dora")
+        cells = [r"([\d.]+) GB"] * 4
+        plans = [plan_step(shapes, train, 1 << 60, device) for device in devices]
+        values = [v / 1e9 for plan in plans for v in (plan.scores, plan.peak)]
+        for at, now in enumerate(values):
+            row = [c.replace("(", "(?:") if i != at else c for i, c in enumerate(cells)]
+            page = number("docs/memory.md", rf"\| {shown}[^|]*\| " + r" \| ".join(row))
+            yield Figure(
+                what=f"{shown}, column {at + 1}: GB",
+                page=page,
+                now=now,
+                least=page - 0.06,
+                most=page + 0.06,
+            )
+
+
+MAC_MODELS = {
+    "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "Llama-3.2-1B": "meta-llama/Llama-3.2-1B-Instruct",
+    "Qwen3-8B": "Qwen/Qwen3-8B",
+    "gemma-2-9b": "google/gemma-2-9b-it",
+}
 CHEAP: dict[str, Callable[[], Iterator[Figure]]] = {
     "F4": blas,
     "F6": padding,
@@ -204,6 +240,7 @@ CHEAP: dict[str, Callable[[], Iterator[Figure]]] = {
     "F16": plan,
     "F22": rounding,
     "F25": floors,
+    "F52": mac,
 }
 
 

@@ -26,6 +26,7 @@ NOT_MEASURED = {  # sections whose figures are settings, sizes or limits
     "README.md": {"mlx_dora"},
     "docs/analysis.md": {"What is measured", "What the numbers suggest"},
     "docs/fuse.md": {"A quantized base", "Adapters of earlier mlx-lm"},
+    "docs/memory.md": {"Before memory ends"},
     "docs/merging.md": {"Magnitude and direction apart"},
     "docs/method.md": {"Fuse"},
     "docs/training.md": {"Against mlx-lm's trainer"},

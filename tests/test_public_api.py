@@ -244,7 +244,9 @@ SIGNATURES = {
         "loss=",
         "batches=",
     ],
-    "mlx_dora.train.plan_memory": ["train", "dora", "*", "limit=", "lengths="],
+    "mlx_dora.train.plan_memory": [
+        *("train", "dora", "*", "limit=", "lengths=", "device="),
+    ],
 }
 
 PACKAGES = ("kernels", "train", "adapters", "peft", "merge", "analyze")

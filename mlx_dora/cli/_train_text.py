@@ -31,10 +31,13 @@ def describe_start(train: TrainConfig, dora: DoRAConfig) -> list[str]:
     length = (
         f"{train.iters} steps" if train.epochs is None else f"{train.epochs} epochs"
     )
+    rows = f"{train.batch_size} rows"
+    if train.batch_tokens is not None:
+        rows = f"up to {train.batch_tokens:,} tokens"
     rate = "a schedule" if train.lr_schedule else f"{train.learning_rate:g}"
     return [
         f"Model: {train.model}",
-        f"Training: {what} in {blocks}; {length} of {train.batch_size} rows, "
+        f"Training: {what} in {blocks}; {length} of {rows}, "
         f"{train.optimizer}, learning rate {rate}",
         LEGEND + (DORA_LEGEND if train.fine_tune_type == "dora" else ""),
     ]

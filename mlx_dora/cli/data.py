@@ -20,7 +20,7 @@ from mlx_dora.train.config import TrainConfig
 
 _SHOWN = {
     *(field.name for field in dataclasses.fields(DataConfig)),
-    *("model", "batch_size", "max_seq_length", "packing"),
+    *("model", "batch_size", "batch_tokens", "max_seq_length", "packing"),
     *("grad_checkpoint", "trust_remote_code", "rank", "num_layers"),
 } - {"data", "hf_dataset"}
 _HIDDEN = tuple(

@@ -38,8 +38,15 @@ def padded_width(length: int, max_seq_length: int) -> int:
     return min(1 + step * -(-inputs // step), max_seq_length)
 
 
-def pad_batch(examples: Sequence[Example], max_seq_length: int) -> Batch:
+def pad_batch(
+    examples: Sequence[Example], max_seq_length: int, width: int | None = None
+) -> Batch:
     """Truncate and pad examples, one per row.
+
+    Args:
+        examples: The examples.
+        max_seq_length: Maximum number of tokens in a row.
+        width: Tokens of each row; default: `padded_width` of the longest.
 
     Returns:
         Tokens, int32 ``(rows, length)``, with zeros after each row's end; and marks
@@ -49,18 +56,23 @@ def pad_batch(examples: Sequence[Example], max_seq_length: int) -> Batch:
     """
     firsts = [first for _, first in examples if isinstance(first, int)]
     if len(firsts) < len(examples):
-        tokens, marks = pack_batch([[example] for example in examples], max_seq_length)
+        rows = [[example] for example in examples]
+        tokens, marks = pack_batch(rows, max_seq_length, width)
         return tokens, marks[:, :, :1]
     lengths = [min(len(tokens), max_seq_length) for tokens, _ in examples]
-    width = padded_width(max(lengths), max_seq_length)
+    width = width or padded_width(max(lengths), max_seq_length)
     tokens = np.zeros((len(examples), width), np.int32)
     for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
         tokens[row, :length] = example[0][:length]
     return mx.array(tokens), mx.array(list(zip(firsts, lengths, strict=True)))
 
 
-def pack_batch(rows: Sequence[Sequence[Example]], max_seq_length: int) -> Batch:
+def pack_batch(
+    rows: Sequence[Sequence[Example]], max_seq_length: int, width: int | None = None
+) -> Batch:
     """Concatenate the examples of each row and pad the rows.
+
+    The arguments are those of `pad_batch`, with the examples of each row.
 
     Returns:
         Tokens, int32 ``(rows, length)``; and int32 ``(rows, length, 2)`` with 1
@@ -70,7 +82,7 @@ def pack_batch(rows: Sequence[Sequence[Example]], max_seq_length: int) -> Batch:
         [(tokens[:max_seq_length], targets) for tokens, targets in row] for row in rows
     ]
     longest = max(sum(len(tokens) for tokens, _ in row) for row in cut)
-    width = padded_width(longest, max_seq_length)
+    width = width or padded_width(longest, max_seq_length)
     assert longest <= width, "a packed row is longer than max_seq_length"
     batch = np.zeros((len(rows), width), np.int32)
     marks = np.zeros((len(rows), width, 2), np.int32)
@@ -92,6 +104,7 @@ def batches_once(
     max_seq_length: int,
     num_batches: int = -1,
     counts: RowCounts | None = None,
+    batch_tokens: int | None = None,
 ) -> Iterator[Batch]:
     """Yield each row once, or rows spread evenly over the data for `num_batches`.
 
@@ -101,8 +114,10 @@ def batches_once(
         dataset: The examples.
         batch_size: Rows per batch; the last batch may be smaller.
         max_seq_length: Rows are cut to this many tokens.
-        num_batches: Maximum number of batches; -1 for all.
+        num_batches: Maximum number of batches of `batch_size` rows; -1 for all.
         counts: Updated with the number of truncated and skipped rows.
+        batch_tokens: Group the same rows by tokens instead: as many rows of similar
+            length as fit into this many tokens, padding included, but at least one.
 
     Raises:
         DoRAError: If no row has a target token.
@@ -118,5 +133,21 @@ def batches_once(
     if not chosen:
         refuse_empty(counts, max_seq_length)
     chosen.sort(key=lambda example: min(len(example[0]), max_seq_length))
-    for start in range(0, len(chosen), batch_size):
-        yield pad_batch(chosen[start : start + batch_size], max_seq_length)
+    start = 0
+    while start < len(chosen):
+        size = batch_size
+        if batch_tokens is not None:
+            size = _rows_that_fit(chosen[start:], batch_tokens, max_seq_length)
+        yield pad_batch(chosen[start : start + size], max_seq_length)
+        start += size
+
+
+def _rows_that_fit(
+    examples: Sequence[Example], batch_tokens: int, max_seq_length: int
+) -> int:
+    """Number of the first examples, of increasing length, that fit into a batch."""
+    for count, (tokens, _) in enumerate(examples):
+        length = min(len(tokens), max_seq_length)
+        if (count + 1) * padded_width(length, max_seq_length) > batch_tokens:
+            return max(count, 1)
+    return len(examples)

@@ -1,19 +1,41 @@
 """The batches of each epoch, a function of the seed and the epoch."""
 
 import logging
-from bisect import bisect_left, insort
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from mlx_dora.data.batches import Batch, Examples, pack_batch, pad_batch, padded_width
 from mlx_dora.data.counts import RowCounts, refuse_empty
+from mlx_dora.data.packing import best_fit
+from mlx_dora.data.targets import Example
+from mlx_dora.data.widths import group_by_width
+from mlx_dora.errors import DoRAError
 
 logger = logging.getLogger(__name__)
 
 Row = tuple[int, ...]
-"""Indices of the examples in a row: one, or several if packed."""
+"""Indices of the examples in a row: one, several if packed, none if it is empty."""
+
+Plan = tuple[list[Row], int | None]
+"""The rows of a batch, and their width if the batch does not determine it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What the batches of an epoch consist of.
+
+    Args:
+        batches: Number of batches.
+        shapes: Shapes of the batches: rows and tokens. A compiled step is traced once
+            for each.
+        padding: Share of the input tokens that is padding.
+    """
+
+    batches: int
+    shapes: frozenset[tuple[int, int]]
+    padding: float
 
 
 class Schedule:
@@ -25,6 +47,11 @@ class Schedule:
     batch at the border of two buckets mixes lengths; then the batches are shuffled. One
     batch may be smaller than the others.
 
+    With `batch_tokens`, every batch has as many rows of one width as fit into so many
+    tokens. The widths suit the data (see `group_by_width`), and an epoch has at most
+    16 shapes of batches. Every process gets rows of the same shape; rows without a
+    target fill up its share.
+
     With `packing`, examples are concatenated into rows of up to `max_seq_length`
     tokens, longest first, each into the row where it leaves the least space (best fit).
 
@@ -34,10 +61,13 @@ class Schedule:
         max_seq_length: Examples are truncated to this many tokens.
         seed: Random seed of the order.
         packing: Whether to pack several examples into a row.
+        batch_tokens: Maximum number of tokens per batch, instead of `batch_size`.
+        ranks: Number of processes that share each batch.
         counts: Updated with the number of truncated and skipped examples.
 
     Raises:
-        DoRAError: If no example has a target token.
+        DoRAError: If no example has a target token, or one is longer than a process's
+            share of `batch_tokens`.
     """
 
     def __init__(
@@ -48,6 +78,8 @@ class Schedule:
         *,
         seed: int = 0,
         packing: bool = False,
+        batch_tokens: int | None = None,
+        ranks: int = 1,
         counts: RowCounts | None = None,
     ) -> None:
         counts = RowCounts() if counts is None else counts
@@ -56,6 +88,7 @@ class Schedule:
         self._max_seq_length = max_seq_length
         self._seed = seed
         self._packing = packing
+        self._ranks = ranks
         usable, lengths = [], []
         for index in range(len(dataset)):
             example = dataset[index]
@@ -69,11 +102,33 @@ class Schedule:
         self._usable = np.array(usable)
         self._lengths = np.array(lengths)
         self._widths = np.array([padded_width(n, max_seq_length) for n in lengths])
+        self._groups = []
+        if batch_tokens is not None:
+            if max(lengths) * ranks > batch_tokens:
+                share = f" / {ranks} processes" if ranks > 1 else ""
+                raise DoRAError(
+                    f"batch_tokens {batch_tokens}{share} holds no row of "
+                    f"{max(lengths)} tokens, the longest: raise it to at least "
+                    f"{max(lengths) * ranks}, or lower max_seq_length."
+                )
+            self._groups = group_by_width(lengths, batch_tokens, ranks)
 
     def epoch(self, number: int) -> list[list[Row]]:
         """The batches of an epoch, in order."""
+        return [rows for rows, _ in self._epoch(number)]
+
+    def _epoch(self, number: int) -> list[Plan]:
         random = np.random.default_rng([self._seed, number])
         order = random.permutation(len(self._usable))
+        if self._groups:
+            batches = self._of_one_width(order)
+        else:
+            batches = [(rows, None) for rows in self._of_one_size(order, random)]
+        return [batches[place] for place in random.permutation(len(batches))]
+
+    def _of_one_size(
+        self, order: np.ndarray, random: np.random.Generator
+    ) -> list[list[Row]]:
         order = order[np.argsort(self._widths[order], kind="stable")]
         rows: list[Row] = [(int(self._usable[place]),) for place in order]
         if self._packing:
@@ -85,14 +140,47 @@ class Schedule:
             ]
             rows = [rows[place] for place in random.permutation(len(rows))]
         size = self._batch_size
-        batches = [rows[at : at + size] for at in range(0, len(rows), size)]
-        return [batches[place] for place in random.permutation(len(batches))]
+        return [rows[at : at + size] for at in range(0, len(rows), size)]
+
+    def _of_one_width(self, order: np.ndarray) -> list[Plan]:
+        batches: list[Plan] = []
+        longest = 0
+        for group in self._groups:
+            lengths = self._lengths[order]
+            members = order[(lengths > longest) & (lengths <= group.width)]
+            rows: list[Row] = [(int(self._usable[place]),) for place in members]
+            rows += [()] * (sum(group.sizes) - len(rows))
+            at = 0
+            for size in group.sizes:
+                batches.append((rows[at : at + size], group.width))
+                at += size
+            longest = group.width
+        return batches
 
     def length(self, epochs: int) -> int:
         """Number of batches in the first `epochs` epochs."""
-        if not self._packing:  # the same in every epoch
-            return epochs * -(-len(self._usable) // self._batch_size)
-        return sum(len(self.epoch(number)) for number in range(epochs))
+        if self._packing:  # differs from epoch to epoch
+            return sum(len(self.epoch(number)) for number in range(epochs))
+        if self._groups:
+            return epochs * sum(len(group.sizes) for group in self._groups)
+        return epochs * -(-len(self._usable) // self._batch_size)
+
+    def usage(self, number: int = 0) -> "Usage":
+        """Measure the batches of an epoch, before the processes share their rows."""
+        lengths = dict(zip(self._usable.tolist(), self._lengths.tolist(), strict=True))
+        shapes, tokens = set(), 0
+        epoch = self._epoch(number)
+        for rows, width in epoch:
+            longest = max(sum(lengths[index] for index in row) for row in rows)
+            width = width or padded_width(longest, self._max_seq_length)
+            shapes.add((len(rows), width))
+            tokens += len(rows) * (width - 1)
+        # A row's first token is no input beside the others: it has no predecessor.
+        rows = sum(len(rows) - rows.count(()) for rows, _ in epoch)
+        real = int(self._lengths.sum()) - rows
+        return Usage(
+            batches=len(epoch), shapes=frozenset(shapes), padding=1 - real / tokens
+        )
 
     def ends(self, epochs: int, batches: int) -> list[int]:
         """Number of batches done after every `epochs` epochs, up to `batches`."""
@@ -114,47 +202,24 @@ class Schedule:
                 gets a row without targets.
         """
         number = 0
+        assert not self._groups or ranks == self._ranks
         while True:
-            epoch = self.epoch(number)
-            for rows in epoch[start:]:
-                yield self._make(rows[rank::ranks])
+            epoch = self._epoch(number)
+            for rows, width in epoch[start:]:
+                yield self._make(rows[rank::ranks], width)
             start = max(start - len(epoch), 0)
             number += 1
 
-    def _make(self, rows: Sequence[Row]) -> Batch:
+    def _make(self, rows: Sequence[Row], width: int | None) -> Batch:
         examples = [[self._dataset[index] for index in row] for row in rows]
-        examples = examples or [[([0, 0], 2)]]
+        examples = examples or [[_EMPTY]]
         if self._packing:
             return pack_batch(examples, self._max_seq_length)
-        return pad_batch([row[0] for row in examples], self._max_seq_length)
+        # Targets of empty rows have the form of the others', for marks of one shape.
+        is_spans = any(row and not isinstance(row[0][1], int) for row in examples)
+        empty: Example = (_EMPTY[0], ()) if is_spans else _EMPTY
+        single = [row[0] if row else empty for row in examples]
+        return pad_batch(single, self._max_seq_length, width)
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put items into boxes, each into the fullest box that still has room for it.
-
-    Args:
-        lengths: Lengths of the items, in the order of packing, at most `capacity`.
-        capacity: Capacity of each box.
-
-    Returns:
-        For each box, the indices of its items in `lengths`.
-    """
-    boxes: list[list[int]] = []
-    by_room: defaultdict[int, list[int]] = defaultdict(list)  # room -> boxes
-    rooms: list[int] = []  # keys of by_room that have boxes, sorted
-    for place, length in enumerate(lengths):
-        nearest = bisect_left(rooms, length)
-        if nearest == len(rooms):
-            box, room = len(boxes), capacity
-            boxes.append([])
-        else:
-            room = rooms[nearest]
-            box = by_room[room].pop()
-            if not by_room[room]:
-                rooms.pop(nearest)
-        boxes[box].append(place)
-        left = room - length
-        if not by_room[left]:
-            insort(rooms, left)
-        by_room[left].append(box)
-    return boxes
+_EMPTY: Example = ([0, 0], 2)  # a row without targets

@@ -76,7 +76,8 @@ def loss_fn(
         batch: Tokens. Shape ``(rows, length)``.
         marks: Position of the first target and length of each row, ``(rows, 2)``; or
             another shape described at `Batch`. In packed rows a token sees only its
-            own document (in models that `check_packable` accepts).
+            own document (in models that `check_packable` accepts), see
+            `document_caches`.
 
     Returns:
         The mean in float32 (0 if there is no target), and the number of targets.
@@ -109,6 +110,7 @@ def evaluate_loss(
     batch_size: int = 4,
     max_seq_length: int = 2048,
     num_batches: int = -1,
+    batch_tokens: int | None = None,
     loss: Loss = loss_fn,
     progress: Callable[[int], None] | None = None,
     group: mx.distributed.Group | None = None,
@@ -122,6 +124,7 @@ def evaluate_loss(
         max_seq_length: Rows are truncated to this many tokens.
         num_batches: Number of batches, of rows spread evenly over the data; -1 for
             all.
+        batch_tokens: Group the same rows by tokens instead, see `batches_once`.
         loss: Computes the loss and token count of a batch.
         progress: Called after each batch with its number of rows, to which the first
             batch adds those that were skipped.
@@ -136,7 +139,9 @@ def evaluate_loss(
     counts = RowCounts()
     total, tokens = 0.0, 0
     with eval_mode(model):
-        batches = batches_once(dataset, batch_size, max_seq_length, num_batches, counts)
+        batches = batches_once(
+            dataset, batch_size, max_seq_length, num_batches, counts, batch_tokens
+        )
         for number, (batch, lengths) in enumerate(batches):
             if number % ranks == rank:
                 value, count = loss(model, batch, lengths)

@@ -62,6 +62,14 @@ class TrainConfig(DataConfig):
     batch_size: int = option(
         4, help="Rows per batch.", least=1, recorded=True, group="Common options"
     )
+    batch_tokens: int | None = option(
+        None,
+        help="Instead of batch_size: fill each batch with rows of one width, up to "
+        "this many tokens with padding.",
+        least=2,
+        recorded=True,
+        group="Common options",
+    )
     iters: int = option(
         1000,
         help="Batches to train for.",
@@ -242,6 +250,15 @@ class TrainConfig(DataConfig):
         may_change=True,
         group="Memory",
     )
+    memory_limit: int | None = option(
+        None,
+        help="Stop with a checkpoint when MLX's peak memory is above 95 % of this "
+        "(16GB); default: the device's limit; 0 to let it run.",
+        unit="bytes",
+        least=0,
+        may_change=True,
+        group="Memory",
+    )
     lr_schedule: dict[str, Any] | None = option(
         None,
         help="Learning rate schedule: name, arguments, warmup and warmup_init, as in "
@@ -281,6 +298,10 @@ class TrainConfig(DataConfig):
             DoRAError: Names the field, the allowed values and the value received.
         """
         super().__post_init__()
+        if self.packing and self.batch_tokens is not None:
+            raise DoRAError(
+                "packing and batch_tokens both fill the batches: set one of them."
+            )
         unknown = [name for name in self.services if name not in SERVICES]
         if unknown:
             known = " and ".join(SERVICES)

@@ -102,10 +102,12 @@ class Stepper:
         forward = [model.state, mx.random.state]
         changed = [model.state, optimizer.state]
 
-        @partial(mx.compile, inputs=forward, outputs=forward)
         def differentiate(batch: mx.array, lengths: mx.array) -> tuple[Any, ...]:
             (value, tokens), gradient = value_and_grad(model, batch, lengths)
             return _weighted(value, tokens), tokens, gradient
+
+        if not settings.packing:  # each packed batch has documents of its own lengths
+            differentiate = mx.compile(differentiate, inputs=forward, outputs=forward)
 
         @mx.compile
         def measure(total: Any, scale: mx.array) -> mx.array:

@@ -1,7 +1,9 @@
 from pathlib import Path
 from typing import Any
 
+from mlx_dora import DoRAConfig
 from mlx_dora.cli._train_text import (
+    describe_start,
     describe_training,
     next_commands,
     resume_command,
@@ -34,6 +36,14 @@ def test_summary_reports_the_training() -> None:
         "Adapter: out",
     ]
     assert len(describe_training(report())) == 2
+
+
+def test_the_start_names_the_size_of_a_batch() -> None:
+    dora = DoRAConfig()
+    rows = describe_start(TrainConfig(model="m", batch_size=3), dora)
+    tokens = describe_start(TrainConfig(model="m", batch_tokens=4096), dora)
+    assert "1000 steps of 3 rows, adam" in rows[1]
+    assert "1000 steps of up to 4,096 tokens, adam" in tokens[1]
 
 
 def test_next_commands_are_quoted_for_the_shell() -> None:

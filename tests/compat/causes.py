@@ -57,3 +57,14 @@ CAUSES_PACKED = {
         "it.",
     ),
 }
+# Gated delta nets, by what their state decays with; `gpu_branches` finds them.
+GATED_DELTA = {
+    "head": (
+        "olmo_hybrid",
+        "prism_hadamard_qwen35",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_next",
+    ),
+    "key": ("bailing_moe_v3", "kimi_k3", "kimi_linear"),
+}

@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mlx_dora import openblas
-from tests.compat.causes import CAUSES, CAUSES_PACKED
+from mlx_dora.train.metal import WITHOUT_GRADIENT
+from tests.compat.causes import CAUSES, CAUSES_PACKED, GATED_DELTA
 from tests.compat.put_through import Outcome, put_through
 from tests.compat.tiny_models import model_files
 
@@ -45,6 +46,22 @@ model packed into {bits} bits [F5](figures.md#f5).
 _INDEXERS = """\
 Adapted by default, but without effect: the indexers of sparse attention, which no
 gradient reaches ({idle}). To leave them out, set `keys`.
+"""
+_ON_METAL = """\
+No model of this page was run on an Apple GPU. `tests/compat/gpu_branches.py` runs
+mlx-lm's code on Linux with the branches that only a GPU takes, and notes which kernels
+the backward pass needs the gradient of. These models call a Metal kernel that has none;
+training them on an Apple GPU is refused by name, in one line. Their inference is not
+affected.
+"""
+_DELTA = """\
+Gated delta nets train token by token in mlx-lm. Where MLX has kernels with a gradient
+for their shape (the names in the installed library say which: in 0.32.4, keys and
+values of width 128 in 16, 24 or 32 heads), mlx_dora trains them through
+`mx.fast.gated_delta_update`, after comparing values and gradients with mlx-lm's
+operations at the first use. This serves the nets whose state decays by one number per
+head ({head}). The others decay by one for each number of a key ({key}) and stay with
+mlx-lm's operations.
 """
 _MAKING = """\
 `python -m tests.compat.model_table docs/models.md` writes this page on Linux without a
@@ -95,6 +112,7 @@ def render(dense: Sequence[Outcome], packed: Sequence[Outcome]) -> str:
     changed = [outcome for outcome, other in both if outcome.state != other.state]
     title = f"Different in {BITS} bits"
     lines += _table(title, "what happens", changed, CAUSES | CAUSES_PACKED)
+    lines += _on_metal()
     lines += ["## Parts that models share", "", *_wrapped(f"{', '.join(parts)}."), ""]
     lines += ["## How this page is made", "", *_wrapped(_MAKING)]
     return "\n".join(lines) + "\n"
@@ -146,6 +164,16 @@ def _table(
             for outcome in chosen
         ),
         "",
+    ]
+
+
+def _on_metal() -> list[str]:
+    rows = [f"| {name} | {kernel} |" for name, kernel in WITHOUT_GRADIENT.items()]
+    names = {decay: ", ".join(models) for decay, models in GATED_DELTA.items()}
+    return [
+        *("## On an Apple GPU", "", *_wrapped(_ON_METAL), ""),
+        *("| model | Metal kernel without a gradient |", "| --- | --- |", *rows, ""),
+        *(*_wrapped(_DELTA.format(**names)), ""),
     ]
 
 

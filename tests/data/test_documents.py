@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from mlx_dora.data.batches import pack_batch, pad_batch
-from mlx_dora.data.documents import PACKABLE, check_packable, document_caches
+from mlx_dora.data.documents import (
+    MASKED,
+    PACKABLE,
+    DocumentCache,
+    check_packable,
+    document_caches,
+    mask_bytes,
+)
 from mlx_dora.data.targets import Example
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import loss_fn
@@ -138,15 +145,22 @@ def make(name: str) -> Any:
     return home.Model(home.ModelArgs.from_dict(settings))
 
 
+@pytest.mark.parametrize("has_mask", [False, True])
 @pytest.mark.parametrize("name", PACKABLE)
-def test_a_document_sees_only_itself(name: str) -> None:
+def test_a_document_sees_only_itself(
+    name: str, has_mask: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make(name)
     check_packable(model)
     numbers = mx.array(np.repeat([1, 2, 3], LENGTHS))[None]
-    packed = model(
-        mx.array([ROW]),
-        cache=document_caches(model, numbers),
-    )[0]
+    calls = count_calls(monkeypatch)
+    caches = document_caches(model, numbers)
+    if has_mask:
+        caches = [DocumentCache(numbers)] * len(caches)
+    packed = model(mx.array([ROW]), cache=caches)[0]
+    is_reached = not has_mask and name not in MASKED
+    assert calls == [(*LENGTHS,)] * len(caches) * is_reached
+    assert mask_bytes(model, 2, 100) == (20_000 if name in MASKED else 0)
     alone = mx.concatenate([model(mx.array([document]))[0] for document in DOCUMENTS])
     assert_close(packed, to_numpy(alone), bound=1e-5)
     together = model(mx.array([ROW]))[0]  # without the caches documents mix
@@ -162,6 +176,40 @@ def test_a_document_sees_only_itself(name: str) -> None:
             to_numpy(alone[first:]),
             bound=1e-2,
         )
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The lengths of the documents in each call of a block's attention."""
+    calls: list[tuple[int, ...]] = []
+    plain = DocumentCache.attend
+
+    def attend(self: DocumentCache, queries: Any, *args: Any, **kwargs: Any) -> Any:
+        assert self._starts is not None
+        (starts,) = self._starts
+        calls.append(tuple(np.diff([0, *starts, queries.shape[2]]).tolist()))
+        return plain(self, queries, *args, **kwargs)
+
+    monkeypatch.setattr(DocumentCache, "attend", attend)
+    return calls
+
+
+@pytest.mark.compiled
+def test_traced_rows_get_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama")
+    numbers = mx.array(np.repeat([1, 2, 3], LENGTHS))[None]
+    eager = model(mx.array([ROW]), cache=document_caches(model, numbers))
+    calls = count_calls(monkeypatch)
+    traced = mx.compile(
+        lambda n: model(mx.array([ROW]), cache=document_caches(model, n))
+    )
+    assert_close(traced(numbers), to_numpy(eager), bound=1e-5)
+    assert not calls
+
+
+def test_other_calls_of_a_redirected_model_are_unchanged() -> None:
+    before = make("qwen3")(mx.array([ROW]))
+    document_caches(make("qwen3"), mx.zeros((1, 4)))
+    assert (make("qwen3")(mx.array([ROW])) == before).all()
 
 
 EXAMPLES: list[Example] = [

@@ -7,9 +7,11 @@ import pytest
 
 from mlx_dora.data.batches import padded_width
 from mlx_dora.data.counts import RowCounts
-from mlx_dora.data.schedule import Schedule, best_fit
+from mlx_dora.data.packing import best_fit
+from mlx_dora.data.schedule import Schedule
 from mlx_dora.data.targets import Example
 from mlx_dora.errors import DoRAError
+from mlx_dora.evaluate.loss import marked_targets
 
 LENGTHS = np.random.default_rng(0).integers(2, 500, size=131).tolist()
 
@@ -125,3 +127,86 @@ def test_truncated_and_skipped_rows_are_counted_and_reported_once(
 def test_data_without_any_target_is_refused() -> None:
     with pytest.raises(DoRAError, match="no row has a target token"):
         Schedule([([1, 2, 3], 3)], 2, 64)
+
+
+def tokens_schedule(data: list[Example], tokens: int, ranks: int = 1) -> Schedule:
+    return Schedule(data, 4, 600, seed=3, batch_tokens=tokens, ranks=ranks)
+
+
+def test_batches_of_tokens_have_every_example_once() -> None:
+    schedule = tokens_schedule(rows_of(LENGTHS), 1024)
+    epochs = [schedule.epoch(number) for number in range(2)]
+    for epoch in epochs:
+        assert len(epoch) == schedule.length(1)
+        examples = list(chain.from_iterable(chain.from_iterable(epoch)))
+        assert sorted(examples) == list(range(len(LENGTHS)))
+    assert epochs[0] != epochs[1]
+    assert tokens_schedule(rows_of(LENGTHS), 1024).epoch(1) == epochs[1]
+    count = len(epochs[0])
+    assert schedule.ends(2, 4 * count) == [2 * count, 4 * count]
+
+
+@pytest.mark.parametrize("masked", [0, 1, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_batches_of_tokens_have_few_shapes_and_all_targets(
+    ranks: int, masked: int
+) -> None:
+    """masked: nothing, prompts, or spans of answers."""
+    data: list[Example] = [
+        (tokens, (0, n // 2, ((1, 2), (n // 2, n - 1)))[masked])
+        for tokens, _ in rows_of(LENGTHS)
+        if (n := len(tokens)) > 5
+    ]
+    schedule = tokens_schedule(data, 2048, ranks)
+    count = schedule.length(1)
+    shares = [
+        list(islice(schedule.batches(rank=rank, ranks=ranks), count))
+        for rank in range(ranks)
+    ]
+    shapes, targets = set(), 0
+    for parts in zip(*shares, strict=True):
+        assert len({tokens.shape for tokens, _ in parts}) == 1
+        shapes.add(parts[0][0].shape)
+        assert sum(tokens.size for tokens, _ in parts) <= 2048
+        for tokens, marks in parts:
+            assert marks.ndim == (3 if masked == 2 else 2)
+            targets += int(marked_targets(marks, tokens.shape[1] - 1).sum())
+    assert len(shapes) <= 16
+    usage = schedule.usage()
+    assert usage.batches == count
+    assert {(rows // ranks, width) for rows, width in usage.shapes} == shapes
+    size = sum(part[0][:, 1:].size for part in chain(*shares))
+    real = sum(len(tokens) - 1 for tokens, _ in data)
+    assert usage.padding == pytest.approx(1 - real / size)
+    assert targets == sum(
+        len(t) - max(at, 1) if isinstance(at, int) else 1 + len(t) - 1 - len(t) // 2
+        for t, at in data
+    )
+
+
+def test_batches_of_tokens_start_anywhere() -> None:
+    schedule = tokens_schedule(rows_of(LENGTHS), 1024)
+    total = schedule.length(2)
+    whole = [tokens.tolist() for tokens, _ in islice(schedule.batches(), total + 2)]
+    for start in (0, 1, total // 2, total // 2 + 3, total):
+        tokens, _ = next(schedule.batches(start))
+        assert tokens.tolist() == whole[start]
+
+
+@pytest.mark.parametrize(("ranks", "needed"), [(1, "50"), (3, "150")])
+def test_a_row_longer_than_the_budget_is_refused(ranks: int, needed: str) -> None:
+    match = f"holds no row of 50 tokens.*at least {needed}, or lower max_seq_length"
+    with pytest.raises(DoRAError, match=match):
+        tokens_schedule(rows_of([50, 10]), 49, ranks)
+    tokens_schedule(rows_of([50, 10]), 50 * ranks, ranks)
+
+
+def test_usage_of_packed_and_fixed_batches() -> None:
+    lengths = [9, 9, 5]
+    usage = Schedule(rows_of(lengths), 2, 600).usage()
+    assert usage.shapes == {(2, 9), (1, 9)}
+    assert usage.batches == 2
+    assert usage.padding == pytest.approx(1 - 20 / 24)
+    packed = Schedule(rows_of(lengths), 2, 18, packing=True).usage()
+    assert packed.shapes == {(2, 18)}
+    assert packed.padding == pytest.approx(1 - (17 + 4) / 34)

@@ -1,9 +1,9 @@
 """A training in its own process, which tests can kill.
 
 Run ``python -m tests.train.resumable FOLDER JSON``. The JSON object holds fields of
-`TrainConfig` and two more. ``die`` names a moment in the writing of a checkpoint, and
-the occurrence at which the process kills itself. ``largest_file`` is the file size in
-bytes at which the system stops a write.
+`TrainConfig` and three more. ``dropout`` is the adapter's. ``die`` names a moment in
+the writing of a checkpoint, and the occurrence at which the process kills itself.
+``largest_file`` is the file size in bytes at which the system stops a write.
 """
 
 import json
@@ -68,6 +68,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     die = settings.pop("die", None)
     if die:
         kill_at(*die)
+    dropout = settings.pop("dropout", 0.2)
     largest = settings.pop("largest_file", None)
     if largest:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
@@ -96,7 +97,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
         EXAMPLES,
         EXAMPLES[:4],
         train=TrainConfig(**{**SETTINGS, **settings}),
-        dora=DoRAConfig(rank=4, scale=2.0, num_layers=-1, dropout=0.2),
+        dora=DoRAConfig(rank=4, scale=2.0, num_layers=-1, dropout=dropout),
         adapter_path=folder,
         progress=announce,
     )

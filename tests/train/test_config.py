@@ -13,6 +13,8 @@ OURS = {
     "epochs",
     "epochs_per_eval",
     "packing",
+    "batch_tokens",
+    "memory_limit",
     "all_turns",
     "resume",
     "force",

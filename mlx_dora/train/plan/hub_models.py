@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.io.json import read_object
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.plan.predict import plan_step
-from mlx_dora.train.plan.rows import for_rows
-from mlx_dora.train.plan.shapes import build_empty, shapes_of
+from mlx_dora.train.plan.attention import this_device
+from mlx_dora.train.plan.predict import MemoryPlan, plan_step
+from mlx_dora.train.plan.rows import largest_batches
+from mlx_dora.train.plan.shapes import ModelShapes, build_empty, shapes_of
 
 _CONFIGS = Path(__file__).with_name("hub_models.json")
 _GROUP = 64  # weights that share a scale and a bias of 16 bits each
@@ -54,7 +56,15 @@ def fitting_models(
         lengths: Tokens of each row, as some tokenizer counts them.
         limit: Bytes to fit into.
     """
-    step = for_rows(train, lengths)
+    steps = largest_batches(train, lengths)
+    device = this_device()
+
+    def largest(shapes: ModelShapes, **changes: Any) -> MemoryPlan:
+        plans = (
+            plan_step(shapes, replace(step, **changes), limit, device) for step in steps
+        )
+        return max(plans, key=lambda plan: plan.peak)
+
     models = []
     for name, config in read_object(_CONFIGS).items():
         empty = build_empty(config, name)
@@ -63,12 +73,11 @@ def fitting_models(
         settings = replace(dora, num_layers=layers)
         dense = shapes_of(empty, config, settings, train.fine_tune_type)
         packed = replace(dense, weight_bytes=int(sum(map(_packed_bytes, sizes))))
-        light = replace(step, grad_checkpoint=True)
-        at_16, at_4 = (plan_step(shapes, step, limit) for shapes in (dense, packed))
+        at_16, at_4 = largest(dense), largest(packed)
         ways = {
             "16-bit": at_16,
             "4-bit": at_4,
-            "4-bit, --grad-checkpoint": plan_step(packed, light, limit),
+            "4-bit, --grad-checkpoint": largest(packed, grad_checkpoint=True),
         }
         models.append(
             HubModel(

@@ -11,7 +11,13 @@ from mlx_dora.data.config import DEFAULT_DATA
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.cross_entropy import chunk_size
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.plan.rows import for_rows, row_lengths
+from mlx_dora.train.plan.attention import (
+    BLOCK,
+    Device,
+    count_scored,
+    this_device,
+)
+from mlx_dora.train.plan.rows import largest_batches, row_lengths
 from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
 
 # Number of arrays of a chunk's size, or of a block's width, that exist at a time: MLX
@@ -21,6 +27,8 @@ _BLOCK_IN_FLIGHT = 8
 _RECOMPUTED_IN_FLIGHT = 12
 # Score arrays in flight in a block's backward pass, besides those it kept.
 _SCORES_IN_FLIGHT = 2
+# Arrays of a block of scores in a fused backward pass: scores and their gradient.
+_FUSED_IN_FLIGHT = 2
 # Copies of the trained parameters that an optimizer keeps.
 _OPTIMIZER_COPIES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 1}
 
@@ -45,9 +53,11 @@ class MemoryPlan:
         gradients: Bytes of the gradients.
         activations: Bytes of activations kept for the backward pass or in flight there,
             without attention scores.
-        scores: Bytes of attention scores, kept and in flight. In training MLX
-            materializes them on every device; Apple's fused attention runs only in
-            validation.
+        scores: Bytes of attention scores, kept and in flight: whole arrays in
+            `scored_blocks`, and blocks of them in the fused backward pass elsewhere.
+        scored_blocks: Trained blocks whose attention keeps an array of its scores: all
+            on the CPU; on an Apple GPU those that MLX has no fused backward pass for.
+        device: Backend of MLX that the plan is for: cpu, metal or cuda.
         logits: Bytes of the chunks of logits in flight.
         peak: Predicted peak. Activations and logits do not peak together.
         limit: Bytes that MLX may use on this machine.
@@ -68,6 +78,8 @@ class MemoryPlan:
     gradients: int
     activations: int
     scores: int
+    scored_blocks: int
+    device: str
     logits: int
     peak: int
     limit: int
@@ -87,6 +99,7 @@ def plan_memory(
     *,
     limit: int | None = None,
     lengths: Sequence[int] | None = None,
+    device: Device | None = None,
 ) -> MemoryPlan:
     """Predict the peak memory of a training, which its longest rows determine.
 
@@ -99,6 +112,8 @@ def plan_memory(
         dora: Settings of the adapter.
         limit: Bytes to fit into; default: this machine's limit.
         lengths: Tokens of each training row, instead of reading the data.
+        device: Where to train; default: this machine's device. With `metal_device` and
+            `limit`, the plan is for a Mac wherever it is made.
 
     Raises:
         DoRAError: If the model or the data does not exist, or the model has blocks
@@ -114,15 +129,26 @@ def plan_memory(
     shapes = read_shapes(Path(train.model), dora, train.fine_tune_type)
     if lengths is None and (train.data != DEFAULT_DATA or train.hf_dataset):
         lengths = row_lengths(train)
-    step = train if lengths is None else for_rows(train, lengths)
     limit = memory_limit() if limit is None else limit
-    plan = predict(shapes, step, limit)
+    device = this_device() if device is None else device
+    document = None
+    if train.packing and lengths is not None:
+        document = min(max(lengths), train.max_seq_length)
+    how = limit, device, document
+    step = max(
+        largest_batches(train, lengths),
+        key=lambda step: plan_step(shapes, step, *how).peak,
+    )
+    plan = predict(shapes, step, *how)
+    advice = ()
+    if not plan.fits:
+        advice = _advise(shapes, step, *how, by_tokens=train.batch_tokens is not None)
     return replace(
         plan,
         rows=None if lengths is None else len(lengths),
         longest_row=min(max(lengths), train.max_seq_length) if lengths else None,
         packed=train.packing,
-        advice=() if plan.fits else _advise(shapes, step, limit),
+        advice=advice,
     )
 
 
@@ -133,27 +159,50 @@ def memory_limit() -> int:
     return min(int(size), mx.get_memory_limit()) if size else mx.get_memory_limit()
 
 
-def predict(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan:
-    """Make the plan of a training, without advice."""
+def predict(
+    shapes: ModelShapes,
+    train: TrainConfig,
+    limit: int,
+    device: Device | None = None,
+    document: int | None = None,
+) -> MemoryPlan:
+    """Make the plan of a training, without advice. The arguments are `plan_step`'s."""
+    device = this_device() if device is None else device
+    how = limit, device, document
 
     def fitting(change: Callable[[int], TrainConfig], most: int) -> int:
         least = 0
         while least < most:  # binary search for the largest that fits
             middle = (least + most + 1) // 2
-            if plan_step(shapes, change(middle), limit).peak <= limit:
+            if plan_step(shapes, change(middle), *how).peak <= limit:
                 least = middle
             else:
                 most = middle - 1
         return least
 
-    plan = plan_step(shapes, train, limit)
+    plan = plan_step(shapes, train, *how)
     longest = fitting(lambda n: replace(train, max_seq_length=8 * max(n, 1)), 1 << 17)
     rows = fitting(lambda n: replace(train, batch_size=max(n, 1)), 1 << 14)
     return replace(plan, longest=8 * longest, largest_batch=rows)
 
 
-def plan_step(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan:
-    """The terms and the peak, without the largest sizes that fit."""
+def plan_step(
+    shapes: ModelShapes,
+    train: TrainConfig,
+    limit: int,
+    device: Device,
+    document: int | None = None,
+) -> MemoryPlan:
+    """The terms and the peak, without the largest sizes that fit.
+
+    Args:
+        shapes: Sizes of the model.
+        train: Settings of the training, whose batches have ``batch_size`` rows of
+            ``max_seq_length`` tokens.
+        limit: Bytes to fit into.
+        device: Where to train.
+        document: Tokens of the longest document in packed rows.
+    """
     length = train.max_seq_length
     tokens = train.batch_size * (length - 1)
     size = shapes.element_bytes
@@ -164,24 +213,25 @@ def plan_step(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan
     gradients = trained + 4 * shapes.trainable * (train.grad_accumulation_steps > 1)
     always = shapes.weight_bytes + (0 if is_full else trained) + optimizer + gradients
     # 2. Kept by the forward pass.
-    score = train.batch_size * shapes.heads * (length - 1) ** 2 * size
+    count = len(shapes.block_elements)
+    scored, score, blocks = _scores(shapes, train, device, document)
     stream = tokens * shapes.hidden * size
     block = tokens * max(shapes.block_elements, default=0) * size
-    count = len(shapes.block_elements)
     widest = tokens * shapes.block_width * size
     if train.grad_checkpoint:
         kept, kept_scores = count * stream, 0
         working = block + _RECOMPUTED_IN_FLIGHT * widest
-        working_scores = 1 + _SCORES_IN_FLIGHT
+        working_scores = (1 + _SCORES_IN_FLIGHT) * (scored > 0)
     else:
-        kept, kept_scores = tokens * sum(shapes.block_elements) * size, count
-        working, working_scores = _BLOCK_IN_FLIGHT * widest, _SCORES_IN_FLIGHT
+        kept, kept_scores = tokens * sum(shapes.block_elements) * size, scored
+        working = _BLOCK_IN_FLIGHT * widest
+        working_scores = _SCORES_IN_FLIGHT * (scored > 0)
     # 3. In flight: in the head, or in a block's backward pass.
     chunk = min(tokens, chunk_size(shapes.vocabulary))
     chunks = min(_IN_FLIGHT, 3 * -(-tokens // chunk))
-    wide = 4 if mx.default_device() == mx.cpu else size
+    wide = 4 if device.kind == "cpu" else size
     logits = chunks * chunk * shapes.vocabulary * wide
-    backward = working + working_scores * score
+    backward = working + working_scores * score + blocks
     return MemoryPlan(
         batch_size=train.batch_size,
         length=length,
@@ -191,29 +241,61 @@ def plan_step(shapes: ModelShapes, train: TrainConfig, limit: int) -> MemoryPlan
         optimizer=optimizer,
         gradients=gradients,
         activations=kept + working,
-        scores=(kept_scores + working_scores) * score,
+        scores=(kept_scores + working_scores) * score + blocks,
+        scored_blocks=scored,
+        device=device.kind,
         logits=logits,
         peak=always + kept + kept_scores * score + max(logits, backward),
         limit=limit,
     )
 
 
-def _advise(shapes: ModelShapes, train: TrainConfig, limit: int) -> tuple[str, ...]:
+def _scores(
+    shapes: ModelShapes, train: TrainConfig, device: Device, document: int | None
+) -> tuple[int, int, int]:
+    """Blocks that keep their scores, bytes of those of one, and of fused blocks."""
+    inputs = train.max_seq_length - 1
+    per_head = train.batch_size * shapes.heads * shapes.element_bytes
+    calls = shapes.attention(inputs)
+    trained = len(shapes.block_elements)
+    scored = count_scored(calls, shapes.blocks, trained, device)
+    longest = inputs
+    if document is not None and len(calls) == shapes.blocks:
+        longest = min(document, inputs)  # each document has a call of its own
+    whole, rest = divmod(inputs, longest)
+    score = per_head * (whole * longest**2 + rest**2)
+    fused = 0
+    if scored < trained:
+        fused = _FUSED_IN_FLIGHT * per_head * min(longest, BLOCK) ** 2
+    return scored, score, fused
+
+
+def _advise(
+    shapes: ModelShapes,
+    train: TrainConfig,
+    limit: int,
+    device: Device,
+    document: int | None,
+    *,
+    by_tokens: bool,
+) -> tuple[str, ...]:
     """Flags that make the training fit, added one by one until it does."""
     advice = []
     if not train.grad_checkpoint:
         train = replace(train, grad_checkpoint=True)
         advice.append("--grad-checkpoint")
-    while plan_step(shapes, train, limit).peak > limit and train.batch_size > 1:
+    how = limit, device, document
+    while plan_step(shapes, train, *how).peak > limit and train.batch_size > 1:
         half = train.batch_size // 2
         steps = train.grad_accumulation_steps * train.batch_size // half
         train = replace(train, batch_size=half, grad_accumulation_steps=steps)
     if train.grad_accumulation_steps > 1:
-        advice.append(
-            f"--batch-size {train.batch_size} --grad-accumulation-steps "
-            f"{train.grad_accumulation_steps}"
-        )
-    plan = predict(shapes, train, limit)
+        size = f"--batch-size {train.batch_size}"
+        if by_tokens:
+            size = f"--batch-tokens {train.batch_size * train.max_seq_length}"
+        steps = train.grad_accumulation_steps
+        advice.append(f"{size} --grad-accumulation-steps {steps}")
+    plan = predict(shapes, train, *how)
     if not plan.fits:
         if plan.longest < 8:
             return (

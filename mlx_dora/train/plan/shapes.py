@@ -1,7 +1,9 @@
 """Reads a model's shapes from its config and file headers, without weights."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.io.foreign import foreign
 from mlx_dora.layers import DoRAEmbedding, dora_class
 from mlx_dora.train.config import FineTuneType
+from mlx_dora.train.plan.attention import AttentionCall, attention_calls
 
 # Config keys for the number of experts per token.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
@@ -47,7 +50,10 @@ class ModelShapes:
         block_width: Elements per token of the widest activation in a block's MLP.
         block_elements: For each trained block, elements per token that it keeps for the
             backward pass, without attention scores.
+        blocks: Number of blocks, trained or not.
         trainable: Number of trainable parameters.
+        attention: The calls of attention for a number of tokens per row, one per block;
+            others, or none, if the model computes attention itself.
     """
 
     name: str
@@ -59,6 +65,8 @@ class ModelShapes:
     block_width: int
     block_elements: tuple[int, ...]
     trainable: int
+    blocks: int
+    attention: Callable[[int], Sequence[AttentionCall]] = lambda length: ()
 
 
 def read_shapes(
@@ -142,6 +150,8 @@ def shapes_of(
         block_width=max(mlp.width for mlp in mlps.values()),
         block_elements=tuple(kept),
         trainable=trainable,
+        blocks=len(blocks(empty)),
+        attention=cache(partial(attention_calls, empty)),
     )
 
 

@@ -22,13 +22,18 @@ class Feed:
         levels: The training examples of each level; plain training has one level.
         train: Settings of the training.
         make: Makes the batches instead of `Schedule`, see `finetune`; may be None.
+        processes: Number of processes that share each batch.
 
     Raises:
-        DoRAError: If `make` is given and the settings count in epochs.
+        DoRAError: If `make` is given and the settings count in epochs or tokens.
     """
 
     def __init__(
-        self, levels: Sequence[Examples], train: TrainConfig, make: MakeBatches | None
+        self,
+        levels: Sequence[Examples],
+        train: TrainConfig,
+        make: MakeBatches | None,
+        processes: int = 1,
     ) -> None:
         self.counts = RowCounts()
         self._levels, self._make = levels, make
@@ -42,6 +47,8 @@ class Feed:
                     *self._limits,
                     seed=train.seed,
                     packing=train.packing,
+                    batch_tokens=train.batch_tokens,
+                    ranks=processes,
                     counts=self.counts,
                 )
                 for rows in levels
@@ -51,6 +58,18 @@ class Feed:
                 "epochs and epochs_per_eval cannot count custom batches: set iters and "
                 "steps_per_eval instead."
             )
+        elif train.batch_tokens is not None:
+            raise DoRAError("batch_tokens does not apply to custom batches.")
+
+    def describe(self) -> str | None:
+        """Describe the batches of the first epoch; None for custom batches."""
+        if not self._schedules:
+            return None
+        usage = self._schedules[0].usage()
+        return (
+            f"Batches: {usage.batches:,} an epoch, of {len(usage.shapes)} shapes, "
+            f"{usage.padding:.1%} padding"
+        )
 
     def length(self, epochs: int) -> int:
         """Number of batches in `epochs` passes over the training rows."""

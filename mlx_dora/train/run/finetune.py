@@ -16,7 +16,7 @@ from mlx_dora.adapters.config import DoRAConfig, Variant
 from mlx_dora.adapters.fingerprint import fingerprint
 from mlx_dora.adapters.surgery import apply_layers, dora_layers, export_variants
 from mlx_dora.data.batches import Batch, Examples
-from mlx_dora.data.documents import check_packable
+from mlx_dora.data.documents import check_packable, mask_bytes
 from mlx_dora.data.loading import as_dataset
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import Loss, loss_fn
@@ -24,6 +24,7 @@ from mlx_dora.progress import Progress
 from mlx_dora.train.bilevel import BilevelStepper
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import check_alike, together
+from mlx_dora.train.metal import check_gradients
 from mlx_dora.train.optimizers import describe_training, describe_variant
 from mlx_dora.train.ranks import AdaptiveStepper
 from mlx_dora.train.run.feed import Feed, MakeBatches
@@ -41,7 +42,8 @@ from mlx_dora.train.run.start import (
     check_present,
     trainable_tensors,
 )
-from mlx_dora.train.run.watch import watched
+from mlx_dora.train.run.memory_watch import watch_memory
+from mlx_dora.train.run.view import watched
 from mlx_dora.train.services import (
     HostCallback,
     check_services,
@@ -110,8 +112,9 @@ def finetune(
     Raises:
         DoRAError: If a setting, the data or the model is invalid (nothing is written),
             another training uses the folder, settings differ from those of the run to
-            resume, or too many consecutive losses are not finite. In a group of
-            processes, each raises a `SharedError`.
+            resume, too many consecutive losses are not finite, or memory is about to
+            end (a checkpoint is written). In a group of processes, each raises a
+            `SharedError`.
         OSError: If the folder is not writable, or its disk is full.
         KeyboardInterrupt: After Ctrl-C, once the step is done and the adapter is saved;
             `Stopped` after SIGTERM or SIGHUP.
@@ -171,19 +174,30 @@ def _prepare(
     group = mx.distributed.init()
     with together(group):
         kind = _STEPPERS.get(dora.variant, Stepper)
-        feed = Feed(kind.levels(data, train), train, batches)
+        feed = Feed(kind.levels(data, train), train, batches, group.size())
         if train.epochs is not None:
             train = replace(train, iters=feed.length(train.epochs))
         epoch_ends = None
         if train.epochs_per_eval is not None:
             epoch_ends = feed.epoch_ends(train.epochs_per_eval, train.iters)
         optimizer = kind.make_optimizer(train)
+        check_gradients(model)
         base = BaseModel(model=train.model, fingerprint=fingerprint(model))
         mx.random.seed(train.seed)
         modules = _adapt(model, train, dora)
         check_lora_plus(model, train.lora_plus_ratio)
         if train.packing:
             check_packable(model)
+            if size := mask_bytes(model, train.batch_size, train.max_seq_length):
+                logger.warning(
+                    "packing: %s computes its own attention, which takes a mask of %d "
+                    "MB for %d rows of %d tokens, and scores of as many numbers for "
+                    "each head; batch_tokens needs no mask",
+                    type(model).__module__.rpartition(".")[2],
+                    -(-size // 10**6),
+                    train.batch_size,
+                    train.max_seq_length,
+                )
         optimizer.init(model.trainable_parameters())
         settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
     check_alike({**settings, "iters": train.iters, "epochs": train.epochs}, group)
@@ -195,6 +209,7 @@ def _prepare(
         loss=loss,
         feed=feed,
         valid_data=valid_data,
+        watch=watch_memory(train, dora, data),
         epoch_ends=epoch_ends,
         optimizer=optimizer,
         base=base,
@@ -242,6 +257,8 @@ def _describe_start(run: Run) -> None:
         100 * trained / total,
         len(run.modules),
     )
+    if batches := run.feed.describe():
+        logger.info("%s", batches)
 
 
 def _report(run: Run, first_step: int) -> TrainReport:

@@ -32,6 +32,9 @@ class StepReport:
         trained_tokens: Number of target tokens so far.
         seconds: Time since the training began.
         peak_memory_bytes: Peak memory of MLX so far.
+        batch_shapes: Number of shapes of batches since this run started or resumed.
+        live_arrays: Number of arrays of the model and the optimizer, each of which
+            holds one of Metal's 499,000 buffers.
         val_seconds: Duration of the validation.
         delta_m: Mean over DoRA layers of ΔM, the change of the rows' lengths; None for
             a validation or without such layers.
@@ -55,6 +58,8 @@ class StepReport:
     trained_tokens: int
     seconds: float
     peak_memory_bytes: int
+    batch_shapes: int | None = None
+    live_arrays: int | None = None
     val_seconds: float | None = None
     delta_m: float | None = None
     delta_d: float | None = None
@@ -164,7 +169,14 @@ def read_log(content: bytes, path: Path) -> list[StepReport]:
     ]
 
 
-_WHOLE = {"step", "skipped_steps", "trained_tokens", "peak_memory_bytes"}
+_WHOLE = {
+    "step",
+    "skipped_steps",
+    "trained_tokens",
+    "peak_memory_bytes",
+    "batch_shapes",
+    "live_arrays",
+}
 
 
 def _report(row: Any, where: str) -> StepReport:

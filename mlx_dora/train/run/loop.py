@@ -5,6 +5,7 @@
 
 from itertools import islice
 
+from mlx_dora.train.gated_delta import fused_delta
 from mlx_dora.train.group import greatest
 from mlx_dora.train.memory import trim_cache, wired_memory
 from mlx_dora.train.recompute import recomputed_blocks
@@ -21,9 +22,13 @@ def loop(run: Run) -> int:
 
     Returns:
         Number of the signal that interrupted any of the processes; 0 for none.
+
+    Raises:
+        DoRAError: If memory was about to end, once the checkpoint is written.
     """
     with (
         wired_memory(),
+        fused_delta(),
         train_mode(run.model),
         recomputed_blocks(run.model, run.train.grad_checkpoint),
         delayed_interrupt() as stopped,
@@ -33,10 +38,12 @@ def loop(run: Run) -> int:
         # The second case: the run was interrupted in this validation.
         if run.step == 0 or _evaluates(run, run.step - _window(run)):
             run.validate(stopped)
-        interrupted = greatest(stopped(), run.group)
+        interrupted, is_full = greatest(stopped(), run.group), 0
         if interrupted and run.step == 0:
             return interrupted  # nothing to save
-        while run.step < run.train.iters and not (interrupted or run.best.is_enough):
+        while run.step < run.train.iters and not (
+            interrupted or is_full or run.best.is_enough
+        ):
             before = run.step
             _update(run)
             saves = is_due(run.train.save_every, before, run.step)
@@ -45,19 +52,23 @@ def loop(run: Run) -> int:
             if _evaluates(run, before):
                 run.validate(stopped)
             interrupted = greatest(stopped(), run.group)
+            is_full = greatest(run.watch.is_full, run.group)
             # Checkpoint before the final report, so that a resumed, longer run writes
             # the same log.
             ends = interrupted or run.best.is_enough or run.step >= run.train.iters
-            if saves or ends:
+            if saves or ends or is_full:
                 run.checkpoint()
             if saves:
                 run.save(run.folder)
         if not run.journal.has("learning_rate", run.step):
             run.report(with_layers=True)
-        if not interrupted:
+        if not (interrupted or is_full):
             run.validate(stopped)
             interrupted = greatest(stopped(), run.group)
         run.save(run.folder, warn=True)
+    with run.together():
+        if is_full and run.step < run.train.iters:
+            raise run.watch.error(run.step, run.folder)
     return interrupted
 
 
@@ -85,6 +96,7 @@ def _update(run: Run) -> None:
         run.meter.add(gradient.loss, gradient.tokens)
     run.meter.end_step(len(window))
     trim_cache(train.clear_cache_threshold)
+    run.watch.look(window)
     if run.progress is not None:
         run.progress("train", train.iters, len(window))
 

@@ -58,6 +58,8 @@ class Meter(Saved):
         *,
         with_layers: bool = False,
         skipped: int = 0,
+        batch_shapes: int | None = None,
+        live_arrays: int | None = None,
     ) -> StepReport:
         """Report the steps since the last report, and reset the sums.
 
@@ -67,6 +69,8 @@ class Meter(Saved):
             geometry: Current geometry of the DoRA layers.
             with_layers: Whether to report the geometry of each layer.
             skipped: Number of steps skipped so far.
+            batch_shapes: Number of shapes of batches so far.
+            live_arrays: Number of arrays held between steps.
         """
         self.trained_tokens += self.tokens
         seconds = max(self.step_seconds, 1e-9)
@@ -81,6 +85,8 @@ class Meter(Saved):
             trained_tokens=self.trained_tokens,
             seconds=self.seconds,
             peak_memory_bytes=mx.get_peak_memory(),
+            batch_shapes=batch_shapes,
+            live_arrays=live_arrays,
             layers=layers if geometry and with_layers else None,
             kernels=None,  # added by the journal
             **summarise(geometry),

@@ -26,6 +26,7 @@ from mlx_dora.train.run.journal import Journal
 from mlx_dora.train.run.meter import Meter
 from mlx_dora.train.run.restore import optimizer_tensors
 from mlx_dora.train.run.start import BEST_NAME, kept_tensors
+from mlx_dora.train.run.memory_watch import MemoryWatch, count_live
 from mlx_dora.train.stepper import Stepper
 
 
@@ -50,6 +51,7 @@ def measure_loss(
         batch_size=train.batch_size,
         max_seq_length=train.max_seq_length,
         num_batches=count,
+        batch_tokens=train.batch_tokens,
         loss=loss,
         progress=progress and partial(progress, phase, rows),
         group=group,
@@ -72,6 +74,7 @@ class Run:
         loss: Returns the mean loss of a batch and its number of targets.
         feed: The training batches.
         valid_data: Validation examples; None for no validation.
+        watch: Stops the training before memory ends.
         epoch_ends: Steps after which to validate; None to use ``steps_per_eval``.
         optimizer: The optimizer, initialized for the model.
         base: Description of the base model that the adapter records.
@@ -98,6 +101,7 @@ class Run:
     loss: Loss
     feed: Feed
     valid_data: Examples | None
+    watch: MemoryWatch
     epoch_ends: Sequence[int] | None
     optimizer: optim.Optimizer
     base: BaseModel
@@ -136,6 +140,8 @@ class Run:
             measure_geometry(self.model),
             with_layers=with_layers,
             skipped=self.guard.empty + self.guard.not_finite,
+            batch_shapes=len(self.watch.shapes),
+            live_arrays=count_live(self.model.state, self.optimizer.state),
         )
         with self.together():
             self.journal.add(entry)

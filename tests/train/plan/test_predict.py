@@ -32,6 +32,7 @@ BIG = ModelShapes(
     block_width=12_288,
     block_elements=(110_000,) * 32,
     trainable=20_000_000,
+    blocks=32,
 )
 
 

@@ -21,7 +21,7 @@ from tests.train.saved import log, same_bits, tensors
 # Times and memory differ between any two runs.
 TIMES = {
     "seconds", "val_seconds", "tokens_per_second", "steps_per_second",
-    "peak_memory_bytes",
+    "peak_memory_bytes", "batch_shapes",
 }  # fmt: skip
 Run = Callable[..., Any]
 
@@ -65,8 +65,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def kill_at_step(folder: Path, step: int, wait: float) -> None:
-    process = start(folder, resume=True)
+def kill_at_step(folder: Path, step: int, wait: float, **settings: Any) -> None:
+    process = start(folder, resume=True, **settings)
     assert process.stdout is not None
     for _ in range(step):
         if not process.stdout.readline():

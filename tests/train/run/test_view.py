@@ -12,7 +12,7 @@ import pytest
 from nbclient import NotebookClient
 
 from mlx_dora.train import StepReport
-from mlx_dora.train.run.watch import TrainingView
+from mlx_dora.train.run.view import TrainingView
 from tests.cli.training_data import write_data
 
 
@@ -190,4 +190,4 @@ def test_a_plain_script_is_silent_until_it_asks_for_the_log(
     again = script("import logging; logging.basicConfig(level=logging.INFO)")
     logged = run_script(again.replace("iters=3", "iters=3, overwrite=True"))
     assert logged.stdout == ""
-    assert "INFO:mlx_dora.train.run.watch:step 3  loss " in logged.stderr
+    assert "INFO:mlx_dora.train.run.view:step 3  loss " in logged.stderr
