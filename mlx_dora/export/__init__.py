@@ -1,0 +1,28 @@
+"""Writes adapters and fused models for other hosts: plain LoRA, llama.cpp, Ollama."""
+
+from typing import TYPE_CHECKING
+
+from mlx_dora.lazy import public_names
+
+if TYPE_CHECKING:
+    from mlx_dora.export.gguf_adapter import to_gguf
+    from mlx_dora.export.gguf_model import fused_to_gguf
+    from mlx_dora.export.plain_lora import LoRAConversion, convert_to_lora, to_lora
+
+_HOME = {
+    "LoRAConversion": "mlx_dora.export.plain_lora",
+    "convert_to_lora": "mlx_dora.export.plain_lora",
+    "fused_to_gguf": "mlx_dora.export.gguf_model",
+    "to_gguf": "mlx_dora.export.gguf_adapter",
+    "to_lora": "mlx_dora.export.plain_lora",
+}
+
+__all__ = [
+    "LoRAConversion",
+    "convert_to_lora",
+    "fused_to_gguf",
+    "to_gguf",
+    "to_lora",
+]
+
+__getattr__, __dir__ = public_names(__name__, _HOME)
