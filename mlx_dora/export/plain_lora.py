@@ -8,6 +8,7 @@ the truncated singular value decomposition of the sum (Eckart and Young, 1936).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -301,8 +302,7 @@ def _losses(
     for adapter in adapters:
         if adapter is not None:
             attach_adapter(model, adapter, check_base=False)
-        count = len(rows)
-        report = None if progress is None else (lambda n: progress("loss", count, n))
+        report = None if progress is None else partial(progress, "loss", len(rows))
         values.append(evaluate_loss(model, rows, progress=report).loss)
         remove_dora(model)
     base, original, lora = values
