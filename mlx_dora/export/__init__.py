@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING
 from mlx_dora.lazy import public_names
 
 if TYPE_CHECKING:
+    from mlx_dora.export.convert import convert_to_gguf, convert_to_lora
     from mlx_dora.export.gguf_adapter import to_gguf
     from mlx_dora.export.gguf_model import fused_to_gguf
-    from mlx_dora.export.plain_lora import LoRAConversion, convert_to_lora, to_lora
+    from mlx_dora.export.plain_lora import LoRAConversion, to_lora
 
 _HOME = {
     "LoRAConversion": "mlx_dora.export.plain_lora",
-    "convert_to_lora": "mlx_dora.export.plain_lora",
+    "convert_to_gguf": "mlx_dora.export.convert",
+    "convert_to_lora": "mlx_dora.export.convert",
     "fused_to_gguf": "mlx_dora.export.gguf_model",
     "to_gguf": "mlx_dora.export.gguf_adapter",
     "to_lora": "mlx_dora.export.plain_lora",
@@ -19,6 +21,7 @@ _HOME = {
 
 __all__ = [
     "LoRAConversion",
+    "convert_to_gguf",
     "convert_to_lora",
     "fused_to_gguf",
     "to_gguf",

@@ -4,8 +4,10 @@ llama.cpp multiplies the update by alpha / r of each tensor pair and computes no
 (`plain_lora` makes a LoRA of a DoRA adapter first).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +29,8 @@ from mlx_dora.peft.names import class_in_folder
 
 ADAPTER_NAME = "adapter.gguf"
 MODELFILE_NAME = "Modelfile"
+
+_EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,52 +72,70 @@ def to_gguf(
         DoRAError: If the adapter is not a LoRA, llama.cpp has no such module (by name),
             the class of the base is not in the table, or `path` exists.
     """
-    kind = class_in_folder(model_folder)
-    config = read_object(Path(model_folder).expanduser() / "config.json")
-    tensors = gguf_tensors(adapter, kind, config)
-    text = modelfile(model_folder, base_gguf, adapter=f"./{ADAPTER_NAME}")
-    with atomic_directory(path, inputs=inputs, overwrite=overwrite) as folder:
-        alpha = _alpha(adapter)
-        _write(folder / ADAPTER_NAME, architecture_of(kind).name, alpha, tensors)
-        write_text(folder / MODELFILE_NAME, text.content)
-    return GGUFAdapter(
-        architecture=architecture_of(kind).name,
-        tensors=len(tensors),
-        has_template=text.has_template,
-    )
-
-
-def gguf_tensors(
-    adapter: Adapter, kind: str | None, config: dict
-) -> dict[str, np.ndarray]:
-    """Return the tensors by llama.cpp's names: A ``(r, in)`` and B ``(out, r)``.
-
-    Raises:
-        DoRAError: As `to_gguf`.
-    """
-    architecture = architecture_of(kind)
+    names = check_gguf(adapter, model_folder)
     if adapter.fine_tune_type != "lora":
         raise DoRAError(
             f"llama.cpp reads LoRA only, got a {adapter.fine_tune_type} adapter; "
             "convert it with --to gguf --rank R, which makes the nearest LoRA."
         )
-    assert kind is not None
-    name_of = tensor_names(kind, int(config["num_hidden_layers"]))
+    kind, config = _class_and_config(model_folder)
+    architecture = architecture_of(kind)
     heads = head_counts(config) if architecture.pairs else {}
+    tensors = gguf_tensors(adapter, names, heads)
+    text = modelfile(model_folder, base_gguf, adapter=f"./{ADAPTER_NAME}")
+    with atomic_directory(path, inputs=inputs, overwrite=overwrite) as folder:
+        alpha = _alpha(adapter)
+        _write(folder / ADAPTER_NAME, architecture.name, alpha, tensors)
+        write_text(folder / MODELFILE_NAME, text.content)
+    return GGUFAdapter(
+        architecture=architecture.name,
+        tensors=len(tensors),
+        has_template=text.has_template,
+    )
+
+
+def check_gguf(adapter: Adapter, model_folder: str | Path) -> dict[str, str]:
+    """Return llama.cpp's names of the adapted weights, by path.
+
+    The adapter may be DoRA: what is checked holds for the LoRA made of it, too.
+
+    Raises:
+        DoRAError: If llama.cpp cannot load an adapter of these modules, by name.
+    """
+    kind, config = _class_and_config(model_folder)
+    architecture = architecture_of(kind)
     problems = adapter_problems(adapter)
-    names = {path: name_of(path) for path in adapter.paths}
-    stacks = [path for path in names if adapter.tensors[f"{path}.lora_a"].ndim != 2]
+    if adapter.fine_tune_type == "full":
+        problems.append("it is a full fine-tuning, not a DoRA or LoRA adapter")
+    if problems:
+        raise DoRAError(f"the adapter does not convert to GGUF: {'; '.join(problems)}.")
+    name_of = tensor_names(str(kind), int(config["num_hidden_layers"]))
+    found = {path: name_of(path) for path in adapter.paths}
+    names = {path: name for path, name in found.items() if name is not None}
+    stacks = [path for path in found if adapter.tensors[f"{path}.lora_a"].ndim != 2]
     problems += listed("experts and heads of latent attention do not convert:", stacks)
-    embeddings = [path for path, name in names.items() if name == "token_embd.weight"]
+    embeddings = [path for path, name in names.items() if name == _EMBEDDING]
     problems += listed(
-        "adapters of embeddings do not convert (llama.cpp applies none to a tied "
-        "head):",
+        "adapters of embeddings do not convert (llama.cpp has none for a tied head):",
         embeddings,
     )
-    unknown = [path for path, name in names.items() if name is None]
+    unknown = [path for path in found if path not in (*names, *stacks)]
     problems += listed(f"{architecture.name} has no tensor for:", unknown)
     if problems:
         raise DoRAError(f"the adapter does not convert to GGUF: {'; '.join(problems)}.")
+    return names
+
+
+def gguf_tensors(
+    adapter: Adapter, names: Mapping[str, str], heads: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """Return the tensors by llama.cpp's names: A ``(r, in)`` and B ``(out, r)``.
+
+    Args:
+        adapter: A LoRA adapter.
+        names: llama.cpp's names of the weights, by path.
+        heads: Number of heads by the last name of a module whose rows are reordered.
+    """
     tensors: dict[str, np.ndarray] = {}
     for path, name in names.items():
         a, b = (
@@ -127,6 +149,11 @@ def gguf_tensors(
         tensors[f"{name}.lora_a"] = np.array(mx.contiguous(a))
         tensors[f"{name}.lora_b"] = np.array(mx.contiguous(b * factor))
     return tensors
+
+
+def _class_and_config(folder: str | Path) -> tuple[str | None, dict[str, Any]]:
+    folder = Path(folder).expanduser()
+    return class_in_folder(folder), read_object(folder / "config.json")
 
 
 def _alpha(adapter: Adapter) -> float:

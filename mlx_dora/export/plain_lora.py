@@ -6,20 +6,16 @@ The first term has the rank of W0, so no LoRA equals it; the nearest one of rank
 the truncated singular value decomposition of the sum (Eckart and Young, 1936).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.adapters.adapter import Adapter, ranks_in
-from mlx_dora.adapters.attach import attach_adapter, fit_problems
+from mlx_dora.adapters.attach import fit_problems
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.adapters.files import load_adapter, save_adapter
-from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.key_form import with_key_form
 from mlx_dora.adapters.matrices import (
     adapted_matrices,
@@ -27,14 +23,7 @@ from mlx_dora.adapters.matrices import (
     named_matrices,
 )
 from mlx_dora.adapters.refusals import check_cut
-from mlx_dora.adapters.surgery import remove_dora
-from mlx_dora.data.batches import Examples
-from mlx_dora.data.config import DataConfig
-from mlx_dora.data.loading import make_datasets
-from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.loss import evaluate_loss
-from mlx_dora.io.atomic import check_output
 from mlx_dora.io.finite import refuse_not_finite
 from mlx_dora.matrix.low_rank import Adapted
 from mlx_dora.matrix.subspace import principal_part, residual_energy
@@ -239,71 +228,3 @@ def _nearest(
         passes=part.passes + 2,
     )
     return {"lora_a": lora_a, "lora_b": lora_b}, layer
-
-
-def convert_to_lora(
-    source: str | Path,
-    target: str | Path,
-    *,
-    model: str | Path,
-    rank: int = DEFAULT_RANK,
-    data: str | None = None,
-    base_model: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> LoRAConversion:
-    """Convert an adapter folder to a LoRA adapter folder of mlx-lm's format.
-
-    Args:
-        source: A DoRA or LoRA adapter folder.
-        target: The folder to create.
-        model: The base: a local folder or Hub id.
-        rank: Rank of the LoRA.
-        data: A data set, as for training, on which to measure losses: its test split,
-            or else valid or train.
-        base_model: Name of the base to record; None for the one that `source` records.
-        overwrite: Replace an existing folder.
-        progress: Called after each module and batch.
-
-    Raises:
-        DoRAError: As `to_lora`; if `target` exists; or if the data cannot be read.
-    """
-    inputs = (source, model)
-    check_output(target, inputs=inputs, overwrite=overwrite)
-    adapter = load_adapter(source)
-    base, tokenizer = load(model, lazy=True)
-    rows = None if data is None else _rows(data, tokenizer)
-    made = to_lora(adapter, base, rank, progress=progress)
-    if rows is not None:
-        losses = _losses(base, (None, adapter, made.adapter), rows, progress)
-        made = replace(made, loss=losses)
-    save_adapter(
-        made.adapter, target, base_model=base_model, inputs=inputs, overwrite=overwrite
-    )
-    return made
-
-
-def _rows(data: str, tokenizer: Any) -> Examples:
-    sets = make_datasets(read_splits(DataConfig(data=data)), tokenizer)
-    rows = sets["test"] or sets["valid"] or sets["train"]
-    if rows is None:
-        raise DoRAError(f"{data} has no rows: expected a test, valid or train split.")
-    return rows
-
-
-def _losses(
-    model: nn.Module,
-    adapters: Sequence[Adapter | None],
-    rows: Examples,
-    progress: Progress | None,
-) -> ConvertedLoss:
-    """Measure the loss with each adapter in turn; None is the base."""
-    values = []
-    for adapter in adapters:
-        if adapter is not None:
-            attach_adapter(model, adapter, check_base=False)
-        report = None if progress is None else partial(progress, "loss", len(rows))
-        values.append(evaluate_loss(model, rows, progress=report).loss)
-        remove_dora(model)
-    base, original, lora = values
-    return ConvertedLoss(base=base, adapter=original, lora=lora)

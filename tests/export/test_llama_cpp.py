@@ -2,6 +2,7 @@
 
 import heapq
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
 TEXT = f"{heapq.__about__}\n{json.__doc__}"
 GREEDY, COUNTED = 100, 500
+FIGURES = logging.getLogger("figures")  # shown by --log-cli-level=INFO
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ def test_float32_base_and_adapter_say_the_same(
     difference = float(np.abs(logits - setting.logits).max())
     ours = perplexity(setting.logits, setting.tokens)
     theirs = perplexity(logits, setting.tokens)
-    print(f"\nlargest difference {difference:.2e}, perplexity {ours:.5f} {theirs:.5f}")
+    FIGURES.info(
+        "largest difference %.2e, perplexity %.5f and %.5f", difference, ours, theirs
+    )
     assert difference < 1e-3
     assert greedy == setting.greedy
     assert theirs == pytest.approx(ours, rel=1e-5)
@@ -141,10 +145,12 @@ def test_q4_1_base_differs_by_its_8_bit_activations(
     rms = np.sqrt(np.square(logits - setting.logits).mean())
     relative = float(rms / np.sqrt(np.square(setting.logits).mean()))
     same = float((logits.argmax(-1) == setting.logits.argmax(-1)).mean())
-    print(
-        f"\nperplexity {ours:.4f} {theirs:.4f}, relative RMS {relative:.2e}, top {same}"
-    )
-    print("greedy tokens alike:", sum(a == b for a, b in zip(greedy, setting.greedy)))
+    alike = [a == b for a, b in zip(greedy, setting.greedy, strict=True)]
+    FIGURES.info(
+        "Q4_1: perplexity %.4f and %.4f, relative RMS %.2e, same top token %.3f, first "
+        "other greedy token %d",
+        ours, theirs, relative, same, [*alike, False].index(False),
+    )  # fmt: skip
     assert relative < 0.05
     assert theirs == pytest.approx(ours, rel=0.05)
     assert same > 0.9

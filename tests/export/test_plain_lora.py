@@ -14,7 +14,8 @@ from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.surgery import apply_layers
 from mlx_dora.errors import DoRAError
-from mlx_dora.export.plain_lora import convert_to_lora, to_lora
+from mlx_dora.export.convert import convert_to_lora
+from mlx_dora.export.plain_lora import to_lora
 from tests.adapters.swift_host import swift_load
 from tests.adapters.training import QV, TOKENS, perturb, train
 from tests.checks import to_numpy
