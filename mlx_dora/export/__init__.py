@@ -6,11 +6,13 @@ from mlx_dora.lazy import public_names
 
 if TYPE_CHECKING:
     from mlx_dora.export.convert import convert_to_gguf, convert_to_lora
-    from mlx_dora.export.gguf_adapter import to_gguf
-    from mlx_dora.export.gguf_model import fused_to_gguf
+    from mlx_dora.export.gguf_adapter import GGUFAdapter, to_gguf
+    from mlx_dora.export.gguf_model import GGUFModel, fused_to_gguf
     from mlx_dora.export.plain_lora import LoRAConversion, to_lora
 
 _HOME = {
+    "GGUFAdapter": "mlx_dora.export.gguf_adapter",
+    "GGUFModel": "mlx_dora.export.gguf_model",
     "LoRAConversion": "mlx_dora.export.plain_lora",
     "convert_to_gguf": "mlx_dora.export.convert",
     "convert_to_lora": "mlx_dora.export.convert",
@@ -20,6 +22,8 @@ _HOME = {
 }
 
 __all__ = [
+    "GGUFAdapter",
+    "GGUFModel",
     "LoRAConversion",
     "convert_to_gguf",
     "convert_to_lora",

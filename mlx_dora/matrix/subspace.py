@@ -97,20 +97,11 @@ def principal_part(
             excess = max(growth, 0.0) * ratio / (1 - ratio) / rest
             if excess < tolerance:
                 break
-    right = _orthonormal(basis)
-    directions = mx.array(right.astype(np.float32))
-    parts, energy = [], 0.0
-    for _, block in blocks():
-        full = block.astype(mx.float32)
-        product, squares = full @ directions, mx.square(full).sum()
-        mx.eval(product, squares)
-        parts.append(np.array(product, np.float64))
-        energy += float(squares)
-    left, sizes, mixed = np.linalg.svd(np.concatenate(parts), full_matrices=False)
+    left, sizes, right, energy = _decomposed(blocks, _orthonormal(basis))
     return PrincipalPart(
         outputs=left[:, :rank],
         values=sizes[:rank],
-        inputs=(right @ mixed.T)[:, :rank],
+        inputs=right[:, :rank],
         energy=energy,
         passes=done + 1,
         excess=float(excess),
@@ -153,6 +144,22 @@ def _iterate(
         energy += float(squares)
     values = np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0)
     return np.array(total, np.float64), values, energy
+
+
+def _decomposed(
+    blocks: RowBlocks, directions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Return U, σ and V of M restricted to orthonormal directions, and ‖M‖²."""
+    q = mx.array(directions.astype(np.float32))
+    parts, energy = [], 0.0
+    for _, block in blocks():
+        full = block.astype(mx.float32)
+        product, squares = full @ q, mx.square(full).sum()
+        mx.eval(product, squares)
+        parts.append(np.array(product, np.float64))
+        energy += float(squares)
+    left, sizes, mixed = np.linalg.svd(np.concatenate(parts), full_matrices=False)
+    return left, sizes, directions @ mixed.T, energy
 
 
 def _orthonormal(basis: np.ndarray) -> np.ndarray:
