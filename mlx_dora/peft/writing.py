@@ -95,6 +95,11 @@ def to_peft(
         tensors[theirs] = value.astype(mx.float32).T
     base = base_model_name_or_path or adapter.base.model
     config = peft_config_json(adapter, names, base)
+    if config["rank_pattern"]:
+        logger.warning(
+            "ranks or multipliers differ between modules; PEFT reads them, but vLLM "
+            "reads one r and one lora_alpha for all and would compute something else."
+        )
     metadata = {
         "format": "pt",
         OURS_KEY: json.dumps(config_json(adapter)),

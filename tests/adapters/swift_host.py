@@ -1,6 +1,6 @@
 """The rules by which mlx-swift-lm loads an adapter folder, applied in Python.
 
-Written from mlx-swift-lm 3.31.4 (``LoRAContainer.swift``: `from(directory:)`,
+Written from mlx-swift-lm, commit 1441444 of August 2026 (``LoRAContainer.swift``: `from(directory:)`,
 `load(into:)`, `replaceLayers`) and mlx-swift 0.31.6 (``Module.swift``:
 `update(parameters:verify:)` with `.noUnusedKeys`; ``Nested.swift``: `unflattened`).
 The model is mlx-lm's: Swift's classes have the same module names.

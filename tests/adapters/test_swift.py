@@ -23,6 +23,7 @@ from mlx_dora.peft import convert_adapter
 from tests.adapters.folders import edit_config, read_config
 from tests.adapters.swift_host import SwiftError, swift_load
 from tests.adapters.training import QV, perturb, train
+from tests.hosts import ran
 
 MakeModel = Callable[..., nn.Module]
 MakeFolder = Callable[..., Path]
@@ -232,3 +233,5 @@ def test_swift_takes_all_168_tensors_of_the_demos_adapter(
     apply_dora(adapted, config)
     save_adapter(adapted, tmp_path / "a")
     assert all_used(model, tmp_path / "a") == 168
+    what = "its rules of loading, in Python: 168 of 168 tensors of the demo's adapter"
+    ran("mlx-swift-lm", what, version="commit 1441444 (not run)")
