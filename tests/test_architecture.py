@@ -1,6 +1,6 @@
 """The layering of the design, read from every import; see docs in CONTRIBUTING.md.
 
-cli > demo | doctor | publish | serve > train | analyze | merge > evaluate >
+cli > demo | doctor | publish | serve > train | analyze | merge | export > evaluate >
 data | fuse | peft > adapters > layers > decomposition > kernels | io > matrix >
 notebook | options > errors | lazy | openblas | progress
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("cli",),
     ("demo", "doctor", "publish", "serve"),
-    ("train", "analyze", "merge"),
+    ("train", "analyze", "merge", "export"),
     ("evaluate",),
     ("data", "fuse", "peft"),
     ("adapters",),

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = {"mlx_lm": "mlx-lm", "yaml": "pyyaml"}
 """Distributions by the module that they install, where the names differ."""
-FEATURES = ("report", "data")
+FEATURES = ("report", "data", "gguf")
 """Extras whose packages the package imports; the others hold tools or builds of MLX."""
 
 

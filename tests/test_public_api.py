@@ -83,6 +83,16 @@ NAMES = {
         "write_text",
     ],
     "mlx_dora.peft": ["convert_adapter", "from_peft", "to_peft"],
+    "mlx_dora.export": [
+        "GGUFAdapter",
+        "GGUFModel",
+        "LoRAConversion",
+        "convert_to_gguf",
+        "convert_to_lora",
+        "fused_to_gguf",
+        "to_gguf",
+        "to_lora",
+    ],
     "mlx_dora.merge": ["estimate_fisher", "merge_adapters", "merge_models"],
     "mlx_dora.analyze": [
         "DoRADecomposition",

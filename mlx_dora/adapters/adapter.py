@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.fingerprint import fingerprint
-from mlx_dora.adapters.keys import blocks, natural_order, shortened
+from mlx_dora.adapters.key_form import key_form, with_key_form
+from mlx_dora.adapters.keys import natural_order, shortened
 from mlx_dora.adapters.surgery import FineTuneType, exported_layers
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.finite import not_finite
@@ -43,8 +44,9 @@ class Adapter(Shown):
     """The content of an adapter folder.
 
     Attributes:
-        config: How the model is adapted. The keys are full module paths; in a folder
-            written by mlx-lm, they are unchanged.
+        config: How the model is adapted. The keys are those of the file: names relative
+            to each of the last ``num_layers`` blocks, or full module paths; `paths` has
+            the full paths in any case.
         tensors: Arrays by ``<module path>.lora_a``, ``.lora_b`` and ``.m``, with each
             module's true rank. For full fine-tuning, values by parameter name.
         base: The model that the adapter belongs to.
@@ -148,13 +150,9 @@ def take_adapter(
     ranks = ranks_in(tensors)
     # nn.Dropout stores 1 - p.
     kept = min(layer.dropout._p_1 for _, layer in layers)
-    config = DoRAConfig(
-        scale=scale,
-        dropout=round(1 - kept, 9),
-        num_layers=_covering_blocks(model, ranks),
-    ).with_ranks(ranks)
+    config = DoRAConfig(scale=scale, dropout=round(1 - kept, 9)).with_ranks(ranks)
     return Adapter(
-        config=config,
+        config=with_key_form(config, model),
         tensors=tensors,
         base=base or _base_of(model),
         fine_tune_type=kind,
@@ -170,22 +168,12 @@ def _take_full(
     if not tensors:
         raise DoRAError("the model has no trainable parameters to save.")
     return Adapter(
-        config=DoRAConfig(num_layers=_covering_blocks(model, tensors)),
+        config=DoRAConfig(num_layers=key_form(model, tuple(tensors)).num_layers),
         tensors=tensors,
         base=base,
         fine_tune_type="full",
         training=training,
     )
-
-
-def _covering_blocks(model: nn.Module, names: Iterable[str]) -> int:
-    """Return how many of the last blocks contain all these modules inside blocks."""
-    paths = [path for path, _ in blocks(model)]
-    names = tuple(names)
-    for i, path in enumerate(paths):
-        if any(name == path or name.startswith(f"{path}.") for name in names):
-            return len(paths) - i
-    return 0
 
 
 def rank_axis(leaf: str, ndim: int) -> int:

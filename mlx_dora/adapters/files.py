@@ -17,6 +17,7 @@ from mlx_dora.adapters.adapter import (
     take_adapter,
 )
 from mlx_dora.adapters.format import PARENT, config_json, pad_rank, strip_rank
+from mlx_dora.adapters.hosts import warn_of_hosts
 from mlx_dora.adapters.one_save import (
     CONFIG_NAME,
     TENSORS_NAME,
@@ -24,7 +25,7 @@ from mlx_dora.adapters.one_save import (
     read_one_save,
     remove_unidentified,
 )
-from mlx_dora.adapters.surgery import FineTuneType, base_of, dora_layers
+from mlx_dora.adapters.surgery import FineTuneType
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import atomic_directory, write_tensors, write_text
 from mlx_dora.io.output import Inputs
@@ -40,9 +41,9 @@ def save_adapter(
     base_model: str | None = None,
     inputs: Inputs = (),
 ) -> None:
-    """Write an adapter folder that stock mlx-lm loads; all or nothing.
+    """Write an adapter folder that stock mlx-lm and Swift apps load; all or nothing.
 
-    Warns about modules that stock mlx-lm cannot load.
+    Warns about modules that stock mlx-lm or mlx-swift-lm cannot load, by name.
 
     Args:
         model_or_adapter: A model with DoRA or LoRA layers, or an `Adapter`.
@@ -63,7 +64,7 @@ def save_adapter(
     if base_model is not None:
         adapter = replace(adapter, base=replace(adapter.base, model=base_model))
     _refuse_problems(adapter, f"{path} is not written: ")
-    _warn_of_stock(model_or_adapter, adapter)
+    warn_of_hosts(model_or_adapter, adapter)
     if overwrite:
         inputs = (*inputs, adapter.base.model)
     with atomic_directory(path, inputs=inputs, overwrite=overwrite) as folder:
@@ -90,7 +91,7 @@ def write_adapter_files(
         base: The base to record. Pass it to avoid computing the fingerprint at each
             call; for full fine-tuning, compute it before training.
         training: Summary to record.
-        warn: Warn about modules that stock mlx-lm cannot load.
+        warn: Warn about modules that other hosts cannot load.
 
     Raises:
         DoRAError: If the adapter holds NaN or inf; the files are unchanged.
@@ -107,7 +108,7 @@ def write_adapter_files(
     )
     _refuse_problems(adapter, f"{folder} is unchanged: ")
     if warn:
-        _warn_of_stock(model_or_adapter, adapter)
+        warn_of_hosts(model_or_adapter, adapter)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_files(adapter, folder)
@@ -157,31 +158,3 @@ def _write_files(adapter: Adapter, folder: Path) -> None:
     # Tensors first: a folder with a config is a folder with an adapter.
     write_tensors(folder / TENSORS_NAME, tensors, metadata)
     write_text(folder / CONFIG_NAME, json.dumps(content, indent=4))
-
-
-def _warn_of_stock(model_or_adapter: nn.Module | Adapter, adapter: Adapter) -> None:
-    """Warn about modules of this adapter that stock mlx-lm cannot load."""
-    if adapter.fine_tune_type != "dora":
-        return
-    reasons: dict[str, list[str]] = {}
-    for name, value in adapter.tensors.items():
-        # A zero row of the base has m = 0, which training does not change.
-        if name.endswith(".m") and mx.any(value == 0):
-            reasons.setdefault("zero rows (it computes NaN)", []).append(name[:-2])
-        if name.endswith(".m") and value.ndim > 1:
-            stacks = reasons.setdefault("experts or heads of latent attention", [])
-            stacks.append(name[:-2])
-    if isinstance(model_or_adapter, nn.Module):
-        for path, layer in dora_layers(model_or_adapter):
-            base = base_of(layer)
-            if isinstance(base, nn.QuantizedEmbedding):
-                reasons.setdefault("quantized embeddings", []).append(path)
-            elif isinstance(base, nn.QuantizedLinear) and base.bits in (3, 5, 6):
-                reasons.setdefault("3-, 5- or 6-bit bases", []).append(path)
-    for reason, paths in reasons.items():
-        logger.warning(
-            "stock mlx-lm cannot run DoRA on %s; use mlx_dora.load or use_in_mlx_lm "
-            "for: %s",
-            reason,
-            ", ".join(paths),
-        )

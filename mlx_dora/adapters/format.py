@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_dora.adapters.adapter import Adapter, BaseModel, rank_axis, rank_of
 from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.key_form import kept_form
 from mlx_dora.errors import DoRAError, printable
 from mlx_dora.io.hub_id import lasting_name
 from mlx_dora.options import option, option_problems
@@ -24,12 +25,13 @@ PARENT = ".."
 def config_json(adapter: Adapter) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``."""
     config = adapter.config
+    form = kept_form(config, adapter.paths)
     parameters = None
     if adapter.fine_tune_type != "full":
-        parameters = replace(config, keys=tuple(adapter.paths)).lora_parameters()
+        parameters = replace(config, keys=form.keys).lora_parameters()
     return {
         "fine_tune_type": adapter.fine_tune_type,
-        "num_layers": config.num_layers,
+        "num_layers": form.num_layers,
         "lora_parameters": parameters,
         "mlx_dora": {
             "version": FORMAT_VERSION,

@@ -1,6 +1,7 @@
 """``mlx_dora.fuse``: fuses an adapter into its base model."""
 
 from dataclasses import replace
+from typing import Any
 
 import click
 
@@ -62,6 +63,14 @@ EXIT_NOT_VERIFIED = 3
     "repeated.",
 )
 @dataclass_options(tolerance=FuseTolerance)
+@click.option(
+    "--export",
+    "export_to",
+    type=click.Choice(["gguf"]),
+    help="Also write the fused model as model.gguf with a Modelfile for Ollama, by "
+    "llama.cpp's converter (on the PATH, or in the folder that the variable LLAMA_CPP "
+    "names); without it, show the command to type.",
+)
 @publish_options
 @json_option()
 @overwrite_option()
@@ -80,6 +89,7 @@ def command(
     verify: bool,
     prompts: tuple[str, ...],
     tolerance: FuseTolerance,
+    export_to: str | None,
     card: bool,
     upload_repo: str | None,
     json_output: JsonOutput,
@@ -101,12 +111,19 @@ def command(
     json_output.check(model, adapter_path, save_path)
     if model is None:
         model = announced_base(adapter_path)
+    if dequantize:
+        config = replace(config, mode="dequantize")
+    if export_to is not None and config.mode != "dequantize":
+        from mlx_dora.adapters.hosting import model_folder
+        from mlx_dora.export.gguf_model import check_exportable
+
+        check_exportable(model_folder(model))
     with WorkDisplay(with_memory=True) as display:
         report = fuse_model(
             model,
             adapter_path,
             save_path,
-            config=replace(config, mode="dequantize") if dequantize else config,
+            config=config,
             overwrite=overwrite,
             check_base=check_base,
             trust_remote_code=trust_remote_code,
@@ -131,6 +148,8 @@ def command(
             problems = "; ".join(checked.problems)
             echo(f"Error: not verified: {problems}", err=True)
             return EXIT_NOT_VERIFIED
+    if export_to is not None:
+        values["export"] = _exported(save_path)
     json_output.write(values)
     if card or upload_repo is not None:
         from mlx_dora.publish.card import fused_card
@@ -138,3 +157,17 @@ def command(
         text = fused_card(adapter_path, model, report, command_line(), upload_repo)
         publish(save_path, text, upload_repo)
     return 0
+
+
+def _exported(save_path: str) -> dict[str, Any]:
+    """Write the fused model as GGUF, or show how to."""
+    from mlx_dora.export import fused_to_gguf
+
+    done = fused_to_gguf(save_path)
+    if done.path is not None:
+        echo(f"Exported to {done.path}")
+    else:
+        echo("llama.cpp's converter is not installed here; type, in its folder:")
+        echo(f"  {done.command}")
+    path = None if done.path is None else str(done.path)
+    return {"command": done.command, "path": path}

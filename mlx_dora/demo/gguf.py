@@ -8,6 +8,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.export.row_order import halves_order
 
 ModelDtype = Literal["float32", "bfloat16", "float16", "q4"]
 
@@ -80,7 +81,7 @@ def read_gguf(path: Path, dtype: ModelDtype) -> GGUFModel:
             if f"{stem}.{leaf}" in arrays
         }
         if count := heads.get(stem.rpartition(".")[2]):
-            leaves = {leaf: _halves_order(rows, count) for leaf, rows in leaves.items()}
+            leaves = {leaf: halves_order(rows, count) for leaf, rows in leaves.items()}
         module = _module_name(stem)
         if "scales" in leaves and dtype == "q4":
             bits[module] = _bits(leaves)
@@ -110,18 +111,6 @@ def _module_name(stem: str) -> str:
         return _TOP_MODULES[stem]
     _, block, part = stem.split(".")  # blk.<block>.<part>
     return f"model.layers.{block}.{_MODULES[part]}"
-
-
-def _halves_order(rows: mx.array, heads: int) -> mx.array:
-    """Undo llama.cpp's order of the rows of q and k.
-
-    Its rotary embedding rotates neighboring rows of a head; mlx-lm's rotates row i with
-    row i + half. Whole rows move, so packed weights, scales and biases move in the same
-    way.
-    """
-    out, rest = rows.shape[0], rows.shape[1:]
-    pairs = rows.reshape(heads, out // heads // 2, 2, *rest)
-    return pairs.swapaxes(1, 2).reshape(out, *rest)
 
 
 def _bits(leaves: Mapping[str, mx.array]) -> int:

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.adapter import Adapter, BaseModel
 from mlx_dora.adapters.fingerprint import digest_of, sample_of, tensor_line
+from mlx_dora.adapters.key_form import with_key_form
 from mlx_dora.adapters.keys import takes_lora
 from mlx_dora.adapters.matrices import adapted_matrices, adapter_tensors
 from mlx_dora.errors import DoRAError
@@ -115,7 +116,7 @@ def stream_fused(
             progress("fuse", count, 1)
     beside = None
     if rest:
-        beside = _rest_adapter(adapter, rest, seen.digest())
+        beside = _rest_adapter(model, adapter, rest, seen.digest())
     return Fused(layers=tuple(layers), packing=packing, rest=beside)
 
 
@@ -239,10 +240,13 @@ def _packing(
     return None if after.form == before.form else after.form
 
 
-def _rest_adapter(adapter: Adapter, rest: Parts, fingerprint: str) -> Adapter:
+def _rest_adapter(
+    model: nn.Module, adapter: Adapter, rest: Parts, fingerprint: str
+) -> Adapter:
     paths = dict.fromkeys(name.rpartition(".")[0] for name in rest)
+    config = adapter.config.with_ranks(adapter.config.ranks_of(paths))
     return Adapter(
-        config=adapter.config.with_ranks(adapter.config.ranks_of(paths)),
+        config=with_key_form(config, model),
         tensors=rest,
         base=BaseModel(fingerprint=fingerprint),
         fine_tune_type="lora",

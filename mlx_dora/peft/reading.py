@@ -21,6 +21,7 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.fingerprint import fingerprint
 from mlx_dora.adapters.format import parse_config
 from mlx_dora.adapters.hosting import load_lazily
+from mlx_dora.adapters.key_form import form_of_all_blocks, kept_form, with_key_form
 from mlx_dora.adapters.keys import natural_order, shortened
 from mlx_dora.adapters.one_save import CONFIG_NAME
 from mlx_dora.errors import DoRAError
@@ -34,7 +35,7 @@ from mlx_dora.peft.copies import copy_problems, take_copies
 from mlx_dora.peft.modules import ModelModules
 from mlx_dora.peft.names import class_of, look_plain, names_of
 from mlx_dora.peft.tensors import PEFT_TENSORS_NAME, our_tensors
-from mlx_dora.peft.writing import CLASS_KEY, OURS_KEY
+from mlx_dora.peft.writing import CLASS_KEY, MODULES_KEY, OURS_KEY
 
 # Scales this close count as equal, because s·r/r may differ from s by rounding.
 _SAME_SCALE = 1e-12
@@ -86,7 +87,9 @@ def from_peft(path: str | Path, model: nn.Module | str | Path | None = None) -> 
     problems = adapter_problems(adapter)
     if model is not None:
         adapter = replace(
-            adapter, base=replace(adapter.base, fingerprint=fingerprint(model))
+            adapter,
+            config=with_key_form(adapter.config, model, adapter.paths),
+            base=replace(adapter.base, fingerprint=fingerprint(model)),
         )
         problems += fit_problems(model, adapter)
     if problems:
@@ -135,9 +138,13 @@ def _as_adapter(
         scale=scale,
         dropout=config.lora_dropout,
         keys=tuple(sorted(ranks, key=natural_order)) or None,
-        num_layers=-1 if ours is None else ours.config.num_layers,
         rank_pattern=ranks if len(set(ranks.values())) > 1 else None,
     )
+    if ours is not None:
+        form = kept_form(ours.config, list(dora.keys or ()))
+        dora = replace(dora, keys=form.keys or None, num_layers=form.num_layers)
+    elif all(theirs == path for theirs, path in names.items()):
+        dora = form_of_all_blocks(dora, list(ranks), config.targets)
     base = BaseModel(model=config.base_model_name_or_path)
     return Adapter(
         config=dora,
@@ -164,8 +171,14 @@ def _names_as_written(
 ) -> dict[str, str]:
     """Map PEFT's paths to the names before `to_peft`; keep all other paths."""
     written = names_of(metadata.get(CLASS_KEY)) or ClassNames()
-    keys = () if ours is None else ours.config.keys or ()
-    back = {written.to_transformers(key): key for key in keys}
+    ours_paths = () if ours is None else ours.config.keys or ()
+    if MODULES_KEY in metadata:
+        ours_paths = parse(metadata[MODULES_KEY], f"the metadata {MODULES_KEY!r}")
+        if not isinstance(ours_paths, list) or not all(
+            isinstance(path, str) for path in ours_paths
+        ):
+            raise DoRAError(f"the metadata {MODULES_KEY!r} must be a list of names.")
+    back = {written.to_transformers(path): path for path in ours_paths}
     names = {path: back.get(path, path) for path in paths}
     unknown = [path for path in names if path not in back]
     if not look_plain(unknown):

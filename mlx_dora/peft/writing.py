@@ -33,6 +33,8 @@ from mlx_dora.peft.tensors import EMBEDDINGS, PEFT_TENSORS_NAME, peft_name
 
 OURS_KEY = "mlx_dora"
 """Metadata key of the tensor file for our own config of the adapter."""
+MODULES_KEY = "mlx_dora_modules"
+"""Metadata key of the tensor file for the full paths of the modules in MLX, as JSON."""
 CLASS_KEY = "mlx_dora_class"
 """Metadata key of the tensor file for the mlx-lm class whose names were translated."""
 
@@ -93,7 +95,16 @@ def to_peft(
         tensors[theirs] = value.astype(mx.float32).T
     base = base_model_name_or_path or adapter.base.model
     config = peft_config_json(adapter, names, base)
-    metadata = {"format": "pt", OURS_KEY: json.dumps(config_json(adapter))}
+    if config["rank_pattern"]:
+        logger.warning(
+            "ranks or multipliers differ between modules; PEFT reads them, but vLLM "
+            "reads one r and one lora_alpha for all and would compute something else."
+        )
+    metadata = {
+        "format": "pt",
+        OURS_KEY: json.dumps(config_json(adapter)),
+        MODULES_KEY: json.dumps(adapter.paths),
+    }
     if kind is not None:
         metadata[CLASS_KEY] = kind
     with atomic_directory(path, inputs=inputs, overwrite=overwrite) as folder:

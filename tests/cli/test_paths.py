@@ -22,6 +22,7 @@ TEXTS = {
     "train": {"project_name", "report_to", "upload_repo"},
     "fuse": {"upload_repo", "prompts"},
     "extract": {"keys"},
+    "convert": {"base_gguf"},
     "merge adapters": {"weights"},
     "merge fisher": {"keys"},
     "merge models": {"weights"},
@@ -87,6 +88,7 @@ train -c @settings/train.yaml --model @m0 --data @data --adapter-path @trained
     --batch-size 2 --val-batches 0 --json @0.json
 fuse --model @m0 --adapter-path @a1 --save-path @fused --json @1.json
 convert @a1 @to-peft --to peft --model @m0 --base-model @m0 --json @2.json
+convert @a1 @to-lora --to lora --rank 2 --model @m0 --data @data --json @2l.json
 evaluate -c @settings/evaluate.yaml --model @m0 --adapter-path @a1
     --fused-path @fused --data @data --samples 0 --num-batches 1 --json @evaluated.json
 extract @m0 @fused --rank 2 --save-path @extracted --json @3.json
@@ -107,6 +109,7 @@ analyze models @m0 @fused --json @three.json --report @three.html
 OUTPUTS = (
     *("--save-path", "--adapter-path", "--json", "--report", "--html"),
     "@to-peft",
+    "@to-lora",
 )
 
 

@@ -53,6 +53,16 @@ def run_peer(
     return found
 
 
+def peer_version(package: str) -> str:
+    """The version of a package that the peers' interpreter has."""
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    done = subprocess.run(
+        [peers_python(package), "-c", code],
+        capture_output=True, text=True, env=_environment(), check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
 def _environment() -> dict[str, str]:
     ours = ("PYTHONPATH", "LD_PRELOAD")
     kept = {k: v for k, v in os.environ.items() if k not in ours}

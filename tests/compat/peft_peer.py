@@ -44,30 +44,77 @@ def make(job: dict[str, Any], given: Tensors) -> Tensors:
 
 def linears(job: dict[str, Any], given: Tensors) -> Tensors:
     """Write the paths of the linear layers of classes, layers' numbers left out."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = {}
+    for name, settings in job["classes"].items():
+        found[name] = sorted(
+            {
+                re.sub(r"\.\d+(?=\.|$)", ".#", path)
+                for path, module in on_meta(settings).named_modules()
+                if isinstance(module, torch.nn.Linear | Conv1D)
+                or "Linear" in type(module).__name__  # grouped ones of latent attention
+            }
+        )
+    Path(job["out"]).write_text(json.dumps(found))
+    return given
+
+
+def on_meta(settings: dict[str, Any]) -> Any:
+    """A class with these settings and transformers' defaults, without memory."""
     from transformers import (
         CONFIG_MAPPING,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
     )
+
+    settings = dict(settings)
+    config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config)
+        except ValueError:  # it has no class for the language model alone
+            return AutoModelForImageTextToText.from_config(config)
+
+
+def shapes(job: dict[str, Any], given: Tensors) -> Tensors:
+    """Write the shape (out, in) of every linear layer of classes, by path."""
     from transformers.pytorch_utils import Conv1D
 
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, settings in job["classes"].items():
+        found[name] = {}
+        for path, module in on_meta(settings).named_modules():
+            if isinstance(module, Conv1D):
+                found[name][path] = tuple(module.weight.shape[::-1])
+            elif type(module) is torch.nn.Linear:
+                found[name][path] = tuple(module.weight.shape)
+    Path(job["out"]).write_text(json.dumps(found))
+    return given
+
+
+def load_each(job: dict[str, Any], given: Tensors) -> Tensors:
+    """Load a folder into each class; write the error, or "", and the tensors loaded."""
     found = {}
     for name, settings in job["classes"].items():
-        settings = dict(settings)
-        config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
-        with torch.device("meta"):
-            try:
-                model = AutoModelForCausalLM.from_config(config)
-            except ValueError:  # it has no class for the language model alone
-                model = AutoModelForImageTextToText.from_config(config)
-        found[name] = sorted(
-            {
-                re.sub(r"\.\d+(?=\.|$)", ".#", path)
-                for path, module in model.named_modules()
-                if isinstance(module, torch.nn.Linear | Conv1D)
-                or "Linear" in type(module).__name__  # grouped ones of latent attention
-            }
-        )
+        model = on_meta(settings)
+        folder = Path(job["adapters"]) / name
+        stored = load_file(folder / "adapter_model.safetensors")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*missing adapter keys.*")
+                adapted = PeftModel.from_pretrained(
+                    model, folder, low_cpu_mem_usage=True
+                )
+        except Exception as error:  # what the test is about: PEFT refuses the folder
+            found[name] = [f"{type(error).__name__}: {error}"[:500], 0]
+            continue
+        filled = [
+            parameter
+            for key, parameter in adapted.named_parameters()
+            if "lora_" in key and parameter.device.type != "meta"
+        ]
+        found[name] = ["", len(filled) - len(stored)]
     Path(job["out"]).write_text(json.dumps(found))
     return given
 
@@ -151,6 +198,8 @@ def main() -> None:
     jobs = {
         "make": make,
         "linears": linears,
+        "shapes": shapes,
+        "load_each": load_each,
         "logits": logits,
         "train": train,
         "layer": layer,

@@ -19,6 +19,7 @@ from mlx_dora.adapters.surgery import dora_layers
 from mlx_dora.errors import DoRAError
 from tests.adapters.training import QV, TOKENS, perturb, train
 from tests.checks import BOUNDS, assert_close, to_numpy
+from tests.hosts import ran
 from tests.processes import run
 
 MakeFolder = Callable[..., Path]
@@ -66,6 +67,7 @@ def test_mlx_lm_says_the_same_with_our_adapter(
     # Stock mlx-lm rounds g to bfloat16, once a layer.
     bound = 1e-5 if dtype == mx.float32 else 4 * BOUNDS[dtype]
     assert_close(theirs(TOKENS), to_numpy(ours(TOKENS)), bound=bound)
+    ran("mlx-lm", "DoRA on dense, 4-bit and 8-bit bases: its logits", package="mlx-lm")
 
 
 def test_mlx_lm_loads_our_lora(make_tiny_folder: MakeFolder, tmp_path: Path) -> None:
@@ -74,6 +76,7 @@ def test_mlx_lm_loads_our_lora(make_tiny_folder: MakeFolder, tmp_path: Path) -> 
     ours, _ = load(folder, tmp_path / "adapter")
     theirs = host_load(folder, tmp_path / "adapter")
     assert_close(theirs(TOKENS), to_numpy(ours(TOKENS)))
+    ran("mlx-lm", "LoRA: its logits", package="mlx-lm")
 
 
 @pytest.mark.parametrize("kind", ["dora", "lora"])

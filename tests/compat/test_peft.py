@@ -17,7 +17,8 @@ from mlx_dora.layers import DoRALinear
 from mlx_dora.peft import from_peft, to_peft
 from tests.adapters.training import QV, TOKENS, train
 from tests.checks import assert_close, to_numpy
-from tests.compat.peer_process import run_peer
+from tests.compat.peer_process import peer_version, run_peer
+from tests.hosts import ran
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +50,8 @@ def test_peft_says_the_same_with_our_adapter(
     theirs = peer("logits", tmp_path, job, tokens=TOKENS.astype(mx.int64))
     assert largest(theirs["adapted"] - theirs["base"]) > 0.01
     assert largest(theirs["adapted"] - ours) < 1e-4
+    what = "DoRA and LoRA, one rank and several: its logits within 1e-4"
+    ran("PEFT", what, version=peer_version("peft"))
 
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter
@@ -18,8 +19,9 @@ from mlx_dora.peft import from_peft, to_peft
 from mlx_dora.peft.classes import DIFFERENT, SAME
 from mlx_dora.peft.names import names_of
 from tests.adapters.training import TOKENS, train
-from tests.compat.peer_process import run_peer
+from tests.compat.peer_process import peer_version, run_peer
 from tests.compat.tiny_models import build
+from tests.hosts import ran
 
 pytestmark = pytest.mark.slow
 
@@ -180,13 +182,20 @@ NOT_BUILT = {
 }
 
 
+KINDS = [
+    kind
+    for kind in sorted({*SAME, *DIFFERENT} - NOT_BUILT.keys())
+    if (names := names_of(kind)) is not None and names.refusal is None
+]
+CLASSES = {kind: {"model_type": kind, **SETTINGS.get(kind, {})} for kind in KINDS}
+
+
+def numberless(path: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".#", path)
+
+
 def test_every_linear_layer_is_where_the_table_says(tmp_path: Path) -> None:
-    kinds = [
-        kind
-        for kind in sorted({*SAME, *DIFFERENT} - NOT_BUILT.keys())
-        if (names := names_of(kind)) is not None and names.refusal is None
-    ]
-    classes = {kind: {"model_type": kind, **SETTINGS.get(kind, {})} for kind in kinds}
+    kinds, classes = KINDS, CLASSES
     out = tmp_path / "linears.json"
     peer("linears", tmp_path, {"classes": classes, "out": str(out)})
     theirs = json.loads(out.read_text())
@@ -201,9 +210,58 @@ def test_every_linear_layer_is_where_the_table_says(tmp_path: Path) -> None:
             for path in paths
             if not names.is_missing(path)
             and not re.search(ONLY_TINY.get(kind, "no such"), path)
-            and (named := re.sub(r"\.\d+(?=\.|$)", ".#", names.to_transformers(path)))
-            not in theirs[kind]
+            and (named := numberless(names.to_transformers(path))) not in theirs[kind]
         }
         if kind != "granitemoehybrid":  # whose tiny model has both kinds of projection
             assert [names.to_mlx(names.to_transformers(p)) for p in paths] == paths
     assert {kind: found for kind, found in lost.items() if found} == {}
+
+
+def test_peft_loads_a_folder_of_every_class(tmp_path: Path) -> None:
+    """DoRA of each kind of linear layer, at its first and last place in the model."""
+    peer("shapes", tmp_path, {"classes": CLASSES, "out": str(tmp_path / "shapes.json")})
+    theirs = json.loads((tmp_path / "shapes.json").read_text())
+    counts = {}
+    for kind in KINDS:
+        names = names_of(kind)
+        assert names is not None
+        known = {numberless(p) for p, m in build(kind).named_modules() if is_linear(m)}
+        places: dict[str, list[str]] = {}
+        for path in theirs[kind]:
+            ours = names.to_mlx(path)
+            if numberless(ours) in known and not names.is_missing(ours):
+                places.setdefault(numberless(ours), []).append(path)
+        chosen = {path for found in places.values() for path in (found[0], found[-1])}
+        tensors = {}
+        for path in chosen:
+            out, width = theirs[kind][path]
+            ours = names.to_mlx(path)
+            tensors[f"{ours}.lora_a"] = mx.ones((width, 1))
+            tensors[f"{ours}.lora_b"] = mx.ones((1, out))
+            tensors[f"{ours}.m"] = mx.ones((out,))
+        adapter = Adapter(config=DoRAConfig(rank=1), tensors=tensors)
+        folder = tmp_path / "models" / kind
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        to_peft(adapter, tmp_path / "adapters" / kind, model=folder)
+        counts[kind] = len(chosen)
+    job = {
+        "classes": CLASSES,
+        "adapters": str(tmp_path / "adapters"),
+        "out": str(tmp_path / "loaded.json"),
+    }
+    peer("load_each", tmp_path, job)
+    loaded = json.loads((tmp_path / "loaded.json").read_text())
+    assert all(counts.values())
+    assert {kind: found for kind, found in loaded.items() if found != ["", 0]} == {}
+    page = Path(__file__).parents[2] / "docs" / "peft.md"
+    assert f"{len(KINDS)} classes" in page.read_text()
+    ran(
+        "PEFT",
+        f"folders of {len(KINDS)} classes of models load",
+        version=peer_version("peft"),
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)

@@ -245,7 +245,7 @@ def test_the_command_converts_both_ways(
         (tmp_path / "a", tmp_path / "p", "--to", "peft", "already exists"),
         (tmp_path / "a", tmp_path / "a", "--to", "peft", "is the input"),
         (tmp_path / "p", tmp_path / "c", "--to", "peft", "looks like a PEFT adapter"),
-        (tmp_path / "a", tmp_path / "c", "--to", "mlx", "has no adapter_model"),
+        (base, tmp_path / "c", "--to", "mlx", "has no adapter_config.json"),
     ]
     for *args, message in cases:
         code, said = run(*args, "-q")

@@ -1,15 +1,12 @@
 """PiSSA: DoRA initialized with the principal directions of the base."""
 
-from typing import cast
-
 import mlx.core as mx
-import numpy as np
 
 from mlx_dora.layers.variants.parametrisation import Parametrisation, VariantLinear
+from mlx_dora.matrix.subspace import principal_part
 from mlx_dora.matrix.weight import Weight, row_blocks, weight_of
 
 _PASSES = 8  # passes of subspace iteration
-_SPARE = 8  # directions to iterate in addition to the rank
 
 
 class PiSSA(Parametrisation):
@@ -61,35 +58,10 @@ def principal_factors(weight: Weight, rank: int) -> tuple[mx.array, mx.array]:
         A ``(in, rank)`` and B ``(rank, out)``, float32, evaluated, and zero beyond the
         number of directions of the matrix.
     """
-    out, width = weight.shape
-    count = min(rank + _SPARE, out, width)
-    basis = np.array(mx.random.normal((width, count)))
-    for _ in range(_PASSES):
-        directions = mx.array(_orthogonal(basis))
-        total = mx.zeros((width, count))
-        for _, block in row_blocks(weight):
-            full = block.astype(mx.float32)
-            total = total + full.T @ (full @ directions)
-            mx.eval(total)
-        basis = np.array(total)
-    right = _orthogonal(basis)
-    directions = mx.array(right)
-    parts = [block.astype(mx.float32) @ directions for _, block in row_blocks(weight)]
-    left, sizes, mixed = np.linalg.svd(
-        np.array(mx.concatenate(parts), np.float64), full_matrices=False
+    shape = (weight.shape[0], weight.shape[1])
+    part = principal_part(
+        lambda: row_blocks(weight), shape, rank, tolerance=None, passes=_PASSES
     )
-    root = np.sqrt(sizes[:rank])
-    lora_a = (right @ mixed.T)[:, :rank] * root
-    lora_b = (left[:, :rank] * root).T
-    lacking = rank - root.size
-    lora_a, lora_b = (
-        np.pad(lora_a, ((0, 0), (0, lacking))),
-        np.pad(lora_b, ((0, lacking), (0, 0))),
-    )
-    factors = mx.array(lora_a.astype(np.float32)), mx.array(lora_b.astype(np.float32))
+    factors = part.factors(rank)
     mx.eval(*factors)
     return factors
-
-
-def _orthogonal(basis: np.ndarray) -> np.ndarray:
-    return cast(np.ndarray, np.linalg.qr(basis)[0]).astype(np.float32)

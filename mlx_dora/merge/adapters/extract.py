@@ -14,6 +14,7 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint
 from mlx_dora.adapters.hosting import load_lazily
+from mlx_dora.adapters.key_form import with_key_form
 from mlx_dora.adapters.keys import natural_order, resolve_keys
 from mlx_dora.adapters.matrices import adapter_tensors, named_matrices
 from mlx_dora.adapters.refusals import check_cut
@@ -147,8 +148,9 @@ def extract_adapter(
             progress("extract", len(paths), 1)
     if not layers:
         raise DoRAError(f"{tuned} does not differ from {base} in any adapted matrix.")
+    config = DoRAConfig(scale=1.0).with_ranks(ranks_in(tensors))
     adapter = Adapter(
-        config=DoRAConfig(scale=1.0, num_layers=-1).with_ranks(ranks_in(tensors)),
+        config=with_key_form(config, start),
         tensors=tensors,
         base=BaseModel(model=str(base), fingerprint=fingerprint(start)),
         training={"extracted": {"tuned": str(tuned), "rank": rank, "energy": energy}},

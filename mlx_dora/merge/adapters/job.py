@@ -164,15 +164,12 @@ class Job:
 
     def _adapter(self, tensors: dict[str, mx.array]) -> Adapter:
         """Make the adapter of the merged tensors: its config, base and history."""
-        depths = [adapter.config.num_layers for adapter in self.adapters]
         bases = [adapter.base for adapter in self.adapters]
         models = {base.model for base in bases} - {None}
         fingerprints = {base.fingerprint for base in bases} - {None}
-        config = DoRAConfig(
-            scale=self.scale, num_layers=-1 if -1 in depths else max(depths)
-        )
+        config = DoRAConfig(scale=self.scale).with_ranks(ranks_in(tensors))
         return Adapter(
-            config=config.with_ranks(ranks_in(tensors)),
+            config=config,
             tensors=tensors,
             base=BaseModel(
                 model=models.pop() if len(models) == 1 else None,

@@ -11,6 +11,7 @@ from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import all_problems
 from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.hosting import load_lazily
+from mlx_dora.adapters.key_form import with_key_form
 from mlx_dora.adapters.refusals import check_cut
 from mlx_dora.data.batches import Examples
 from mlx_dora.errors import DoRAError
@@ -151,6 +152,9 @@ def merge_adapters_report(
     only = job.only_one()
     if only is not None and rank is None:
         report = replace(report, adapter=only)
+    merged = report.adapter
+    config = with_key_form(merged.config, base, merged.paths)
+    report = replace(report, adapter=replace(merged, config=config))
     refuse_not_finite(report.adapter.tensors, "the merged adapter")
     if save_path is not None:
         save_adapter(report.adapter, save_path, inputs=inputs, overwrite=overwrite)
