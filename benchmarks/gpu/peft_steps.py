@@ -43,7 +43,8 @@ WARMUPS, STEPS = 4, 16
 
 def base_model(device: str, shape: dict[str, int]) -> Any:
     """Return a random Llama in bfloat16."""
-    config = transformers.LlamaConfig(
+    make: Any = transformers.LlamaConfig
+    config = make(
         **shape,
         rms_norm_eps=1e-5,
         rope_theta=500000.0,
@@ -53,7 +54,7 @@ def base_model(device: str, shape: dict[str, int]) -> Any:
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = transformers.LlamaForCausalLM(config)
+        model: Any = transformers.LlamaForCausalLM(config)
     return model.to(device, torch.bfloat16)
 
 
@@ -99,8 +100,9 @@ def measure(step: Callable[[], float], is_cuda: bool) -> dict[str, Any]:
             torch.cuda.synchronize()
 
     for _ in range(WARMUPS):
-        loss = step()
-    times = []
+        step()
+    times: list[float] = []
+    loss = float("nan")
     for _ in range(STEPS):
         synchronize()
         began = time.perf_counter()

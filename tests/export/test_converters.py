@@ -128,6 +128,7 @@ def test_fused_model_is_exported_by_llama_cpps_converter(
     assert done.path is not None and done.has_template
     fields, tensors = read(done.path)
     assert fields["general.architecture"] == "llama"
+    fused: Any
     fused, _ = load(tmp_path / "fused")
     value = np.array(fused.model.layers[29].self_attn.v_proj.weight)
     np.testing.assert_array_equal(tensors["blk.29.attn_v.weight"], value)

@@ -127,9 +127,9 @@ def _measured(old: Weight, new: Weight) -> _Rows | None:
     base_norm, norm, along = (np.concatenate(part) for part in parts)
     sizes = np.concatenate([base_norm, norm])
     sizes = sizes[sizes != 0]
-    is_plain = np.isfinite(along).all() and (
-        (sizes > _LEAST) & (sizes < _GREATEST)
-    ).all()
+    is_plain = (
+        np.isfinite(along).all() and ((sizes > _LEAST) & (sizes < _GREATEST)).all()
+    )
     if not changed or not is_plain:
         return None
     return _Rows(old=old, new=new, base_norm=base_norm, norm=norm, along=along)
@@ -152,7 +152,10 @@ def _update(
 
     def blocks() -> Iterator[tuple[slice, mx.array]]:
         for index, start, goal in rows.pairs():
-            yield index, goal * _column(of_goal[index]) - start * _column(of_base[index])
+            yield (
+                index,
+                goal * _column(of_goal[index]) - start * _column(of_base[index]),
+            )
 
     most = min(shape) // (2 * _SHARE)
     if rank is not None:

@@ -33,6 +33,7 @@ from mlx_dora.train.run.journal import Journal, StepReport, TrainReport
 from mlx_dora.train.run.kernels import decide_kernels
 from mlx_dora.train.run.lock import training_lock
 from mlx_dora.train.run.loop import loop
+from mlx_dora.train.run.memory_watch import watch_memory
 from mlx_dora.train.run.resume import resume
 from mlx_dora.train.run.run import Run
 from mlx_dora.train.run.settings import run_settings
@@ -42,7 +43,6 @@ from mlx_dora.train.run.start import (
     check_present,
     trainable_tensors,
 )
-from mlx_dora.train.run.memory_watch import watch_memory
 from mlx_dora.train.run.view import watched
 from mlx_dora.train.services import (
     HostCallback,

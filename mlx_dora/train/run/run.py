@@ -23,10 +23,10 @@ from mlx_dora.train.run.checkpoint import TrainState, write_checkpoint
 from mlx_dora.train.run.feed import Feed
 from mlx_dora.train.run.guard import Best, Guard
 from mlx_dora.train.run.journal import Journal
+from mlx_dora.train.run.memory_watch import MemoryWatch, count_live
 from mlx_dora.train.run.meter import Meter
 from mlx_dora.train.run.restore import optimizer_tensors
 from mlx_dora.train.run.start import BEST_NAME, kept_tensors
-from mlx_dora.train.run.memory_watch import MemoryWatch, count_live
 from mlx_dora.train.stepper import Stepper
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_dora import DoRAConfig
 from mlx_dora.errors import DoRAError
 from mlx_dora.train import TrainConfig, memory, plan_memory
-from mlx_dora.train.run import watch as home
+from mlx_dora.train.run import memory_watch as home
 from mlx_dora.train.run.memory_watch import MemoryWatch, watch_memory
 from tests.cli.training_data import write_data
 from tests.processes import run as run_python
@@ -136,7 +137,7 @@ def test_reports_count_shapes_and_arrays(run: Run) -> None:
     model, report = run(iters=8, steps_per_report=4, batch_size=2)
     shapes = [entry.batch_shapes for entry in report.history]
     assert shapes[0] <= shapes[1] <= 12
-    leaves = nn.utils.tree_flatten(model.parameters())
+    leaves = tree_flatten(model.parameters())
     assert all(entry.live_arrays > len(leaves) for entry in report.history)
     assert log(report.adapter_path)[0]["batch_shapes"] == shapes[0]
 
