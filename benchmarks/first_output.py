@@ -108,7 +108,7 @@ def seconds(words: list[str], *, to_the_end: bool) -> tuple[float, str]:
 
 def main() -> int:
     """Print the table; return 1 if a command is too slow."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--runs", type=int, default=3, help="median of this many runs")
     parser.add_argument("only", nargs="*", metavar="COMMAND", help="default: all")
     options = parser.parse_args()

@@ -136,7 +136,7 @@ def read_adapter(path: str | Path) -> Adapter:
     """
     adapter, tensors = read_one_save(Path(path))
     if adapter.base.model == PARENT:
-        base = replace(adapter.base, model=str(Path(path).absolute().parent))
+        base = replace(adapter.base, model=str(Path(path).resolve().parent))
         adapter = replace(adapter, base=base)
     return replace(adapter, tensors=strip_rank(tensors, adapter.config))
 

@@ -13,9 +13,9 @@ def hub_id(text: str) -> str | None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if not text or "\0" in text or len(text) > 4096:
+    path = _path(text)
+    if path is None:
         return None
-    path = Path(text).expanduser()
     for place in (path.absolute(), path.resolve()):
         for part, below in pairwise(place.parts):
             match = re.fullmatch("(?:models|datasets)--(.+)", part)
@@ -28,14 +28,24 @@ def hub_id(text: str) -> str | None:
     return None if path.exists() else text
 
 
+def _path(text: str) -> Path | None:
+    """Return a text as a path with the home folder expanded; None if it is no path."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError):  # too long; or ~ with an unknown user's name
+        return None
+    return path if text and "\0" not in text else None
+
+
 def lasting_name(text: str) -> str:
     """Return the name by which a model is found again, from any working folder.
 
     That is the Hub id of the newest snapshot in the Hub's cache, the absolute path of
     any other local folder, and otherwise the text itself.
     """
-    path = Path(text).expanduser()
-    if "\0" in text or not path.exists():
+    path = _path(text)
+    if path is None or not path.exists():
         return text
     path = path.absolute()
     return _id_of_newest(path) or str(path)

@@ -24,6 +24,14 @@ def test_a_hub_id_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert hub_id("org/lm") is None
 
 
+@pytest.mark.parametrize(
+    "text", ["", "a\0b", "a" * 5000, "~no-such-user/x", "a\udcffb"]
+)
+def test_what_is_no_path_stays(text: str) -> None:
+    assert lasting_name(text) == text
+    assert hub_id(text) is None
+
+
 @pytest.mark.parametrize("name", ["models/lm", "./models/lm", "~/models/lm"])
 def test_a_local_folder_lasts_as_an_absolute_path(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
