@@ -95,13 +95,13 @@ def _update(b: Buffers) -> tuple[mx.array, mx.array, float]:
     return lora_a, b["lora_b"], float(b["scale"][0])
 
 
-def _norm(b: Buffers, _: dict[str, Any], shapes: Shapes) -> list[mx.array]:
+def _norm(b: Buffers, facts: dict[str, Any], shapes: Shapes) -> list[mx.array]:
     norm = naive.adapted_norm(b["weight"], *_update(b))
     if len(shapes[0]) == 1:
         return [norm]
     whole = mx.square(norm)[None, None]  # a first stage: one part holds the sum
-    _, strips, _ = shapes[0]
-    both = mx.concatenate([whole, mx.zeros_like(whole)])[: shapes[0][0]]
+    sums, strips, _ = shapes[0]
+    both = mx.concatenate([whole, mx.zeros_like(whole)])[:sums]
     return [mx.pad(both, [(0, 0), (0, strips - 1), (0, 0)])]
 
 
