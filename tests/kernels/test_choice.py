@@ -182,9 +182,8 @@ def test_a_wrong_kernel_is_reported_once_and_never_timed(
     assert "adapted_norm" not in gpu.timed
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
-    assert (
-        "the metal kernel of adapted_norm in float32 is wrong by 1.0e+00 (allowed"
-        in (record.getMessage())
+    assert "the metal kernel of adapted_norm in float32 is wrong by " in (
+        record.getMessage()
     )
     caplog.clear()
     forget()
