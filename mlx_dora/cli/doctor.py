@@ -3,17 +3,40 @@
 import textwrap
 from dataclasses import asdict
 
+import click
+
 from mlx_dora.cli._echo import echo, note
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._json import JsonOutput, json_option
 
+MODEL = "Kernels of the model"  # its labels repeat
 WIDTH, LABEL = 80, 18
 """Columns of a line and of a label; the output fits into an issue's code block."""
 
 
-@verb("doctor", examples=("mlx_dora.doctor", "mlx_dora.doctor --json -"))
+@verb(
+    "doctor",
+    examples=(
+        "mlx_dora.doctor --json -",
+        "mlx_dora.doctor --model MODEL --rank 16",
+    ),
+)
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="Also measure the kernels at the shapes of this model (folder or Hub id).",
+)
+@click.option(
+    "--rank", type=click.IntRange(min=1), default=8, help="With --model: the rank."
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=2048,
+    help="With --model: tokens of a batch, rows times length.",
+)
 @json_option(overwrite=True)
-def command(json_output: JsonOutput) -> int:
+def command(model: str | None, rank: int, tokens: int, json_output: JsonOutput) -> int:
     """Examine this machine: versions, BLAS, memory, layers, kernels, known traps.
 
     Takes under a minute on a CPU, and a few minutes on a GPU, for which kernels are
@@ -23,7 +46,7 @@ def command(json_output: JsonOutput) -> int:
     note("Examining this machine, which takes a minute or more ...")
     from mlx_dora.doctor.diagnosis import UNVERIFIED, diagnose
 
-    diagnosis = diagnose()
+    diagnosis = diagnose(model, rank, tokens)
     echo(diagnosis.verdict)
     for title, rows in diagnosis.sections.items():
         echo(title)
@@ -33,7 +56,10 @@ def command(json_output: JsonOutput) -> int:
     for trap in diagnosis.traps:
         _show("  - ", trap)
     _show("", UNVERIFIED)
-    sections = {title: dict(rows) for title, rows in diagnosis.sections.items()}
+    sections = {
+        title: [list(row) for row in rows] if title.startswith(MODEL) else dict(rows)
+        for title, rows in diagnosis.sections.items()
+    }
     values = {**asdict(diagnosis), "sections": sections}
     json_output.write({"verdict": diagnosis.verdict, **values})
     return 0 if diagnosis.is_healthy else 1

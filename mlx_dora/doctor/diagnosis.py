@@ -19,6 +19,7 @@ from mlx_dora.doctor.machine import (
     describe_memory,
     describe_versions,
 )
+from mlx_dora.doctor.of_model import measure_model, model_rows
 from mlx_dora.doctor.surroundings import disk_rows, hub_row, optional_rows
 from mlx_dora.doctor.traps import find_traps
 from mlx_dora.kernels.dispatch import device_backend
@@ -65,8 +66,18 @@ class Diagnosis:
         return "mlx_dora works on this machine: all results are right."
 
 
-def diagnose() -> Diagnosis:
-    """Examine this machine; takes seconds, or minutes where kernels are compiled."""
+def diagnose(model: str | None = None, rank: int = 8, tokens: int = 2048) -> Diagnosis:
+    """Examine this machine; takes seconds, or minutes where kernels are compiled.
+
+    Args:
+        model: Also measure the kernels at the shapes of this model, or None.
+        rank: Rank of the adapter that is measured with `model`.
+        tokens: Tokens of the batch that is measured with `model`.
+
+    Raises:
+        DoRAError: If the model does not exist or cannot be adapted.
+    """
+    of_model = None if model is None else measure_model(model, rank, tokens)
     blas = openblas.preload()
     machine, memory = describe_machine(), describe_memory()
     gflops, half = matmul_gflops(), matmul_gflops(mx.bfloat16)
@@ -93,6 +104,7 @@ def diagnose() -> Diagnosis:
         ],
         "Memory": _memory_rows(memory),
         **_kernel_sections(kernels),
+        **_model_section(of_model, f"rank {rank}, {tokens} tokens"),
         "DoRA layer, 1024 x 1024, rank 8, against float64 NumPy": [
             (check.name, _layer_row(check)) for check in layers
         ],
@@ -118,6 +130,14 @@ def _kernel_sections(
         f"Ops, {kernels.sizes}": timing_rows(kernels),
         "Choice between kernels and plain MLX": choice_rows(kernels),
     }
+
+
+def _model_section(
+    found: Choices | None, sizes: str
+) -> dict[str, list[tuple[str, str]]]:
+    return (
+        {} if found is None else {f"Kernels of the model, {sizes}": model_rows(found)}
+    )
 
 
 def _layer_row(check: LayerCheck) -> str:

@@ -8,6 +8,7 @@ from mlx_dora.doctor import examine as examining
 from mlx_dora.doctor import jobs
 from mlx_dora.doctor.examine import Examination, KernelCheck, OpTiming
 from mlx_dora.doctor.kernels import choice_rows, kernel_rows, timing_rows
+from mlx_dora.doctor.of_model import measure_model, model_rows
 from mlx_dora.doctor.traps import find_traps
 from mlx_dora.kernels.trial import Choice
 from tests.doctor.test_traps import LINUX, MEMORY, MISSING
@@ -94,6 +95,32 @@ def test_doctor_measures_keeps_and_reports_on_a_pretended_gpu(
         assert [t.takes_kernel for t in again.timings] == [True, True, False, False]
         assert again.timings[0].now.kernel_us == pytest.approx(5000)
         assert again.choices == found.choices  # what is kept stays
+
+
+def test_doctor_measures_the_shapes_of_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path
+) -> None:
+    assert model_rows(measure_model(tiny_model_folder, 2, 8)) == [
+        ("none", "nothing is to be chosen on this device")
+    ]
+    with pretended(tmp_path / "cache", monkeypatch) as gpu:
+        gpu.ratio = lambda name: 0.5 if name == "adapted_norm" else 2.0
+        found = measure_model(tiny_model_folder, 2, 24)
+        assert {text.partition(",")[0] for text in found} >= {
+            "adapted_norm float32 32 x 32",
+            "dora_scale and gradients float32 16 x 64",
+            "dora_scale and gradients float32 32 x 64",
+            "dora_scale float32 1 x 64",
+        }
+        rows = model_rows(found)
+        assert rows[0][0] == "kernel"
+        assert rows[0][1].endswith("rank 2: kernel 500 us, plain MLX 1000 us")
+        assert rows[-1][0] == "plain MLX"
+        timed = len(gpu.timed)
+        measure_model(tiny_model_folder, 2, 24)
+        assert len(gpu.timed) == timed
+    broken = Choice(takes_kernel=False, problem="is wrong by 1")
+    assert model_rows({"case": broken}) == [("plain MLX", "case: is wrong by 1")]
 
 
 def small() -> list[jobs.Job]:

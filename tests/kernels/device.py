@@ -1,7 +1,7 @@
 """A pretended GPU: kernels computed by the specification, and time that tests set.
 
 It takes MLX's place at `mx.fast.metal_kernel`, so that it depends on no kernel's text
-or launch, only on the names of the buffers.
+or launch, only on the names of the buffers. A norm may be taken in one stage or in two.
 """
 
 from collections.abc import Callable, Iterator
@@ -87,8 +87,26 @@ def _rows(b: Buffers, _: dict[str, Any], __: Shapes) -> list[mx.array]:
     return list(naive.normalize_rows(b["weight"], b["magnitude"]))
 
 
-def _norm(b: Buffers, _: dict[str, Any], __: Shapes) -> list[mx.array]:
-    return [naive.adapted_norm(b["weight"], b["lora_a"], b["lora_b"], b["scale"])]  # pyright: ignore[reportArgumentType] - the scale as an array
+def _update(b: Buffers) -> tuple[mx.array, mx.array, float]:
+    """A, B and s, whether or not the call has multiplied s into B."""
+    lora_a = b["lora_a"] if "lora_a" in b else b["down"].T
+    if "up" in b:
+        return lora_a, b["up"], 1.0
+    return lora_a, b["lora_b"], float(b["scale"][0])
+
+
+def _norm(b: Buffers, facts: dict[str, Any], shapes: Shapes) -> list[mx.array]:
+    norm = naive.adapted_norm(b["weight"], *_update(b))
+    if len(shapes[0]) == 1:
+        return [norm]
+    whole = mx.square(norm)[None, None]  # a first stage: one part holds the sum
+    sums, strips, _ = shapes[0]
+    both = mx.concatenate([whole, mx.zeros_like(whole)])[:sums]
+    return [mx.pad(both, [(0, 0), (0, strips - 1), (0, 0)])]
+
+
+def _total(b: Buffers, _: dict[str, Any], __: Shapes) -> list[mx.array]:
+    return [mx.sqrt(b["partial"].sum(axis=(0, 1)))]
 
 
 def _packed(b: Buffers, facts: dict[str, Any], shapes: Shapes) -> list[mx.array]:
@@ -102,8 +120,7 @@ def _packed(b: Buffers, facts: dict[str, Any], shapes: Shapes) -> list[mx.array]
 
 
 def _fused(b: Buffers, _: dict[str, Any], __: Shapes) -> list[mx.array]:
-    names = ("weight", "lora_a", "lora_b", "scale", "magnitude")
-    return [naive.fused_weight(*(b[name] for name in names))]  # pyright: ignore[reportArgumentType]
+    return [naive.fused_weight(b["weight"], *_update(b), b["magnitude"])]
 
 
 def _scale(b: Buffers, facts: dict[str, Any], _: Shapes) -> list[mx.array]:
@@ -132,6 +149,7 @@ _KERNELS = {
     "normalize_rows": _rows,
     "adapted_norm": _norm,
     "adapted_norm_packed": _packed,
+    "adapted_norm_total": _total,
     "fused_weight": _fused,
     "dora_scale": _scale,
     "dora_scale_backward": _backward,

@@ -80,10 +80,10 @@ def test_a_chosen_kernel_runs_and_its_result_is_used(gpu: Device) -> None:
     decide([NORM])
     gpu.launches.clear()
     norm = kernels.adapted_norm(weight, a, b, 0.5)
-    assert gpu.launches == {"adapted_norm": 1}
+    assert gpu.launches["adapted_norm"] == 1
     assert np.allclose(to_numpy(norm), np.linalg.norm(to_numpy(weight) + 2, axis=1))
     kernels.adapted_norm(weight, a[:, :3], b[:3], 0.5)  # another rank: not measured
-    assert gpu.launches == {"adapted_norm": 1}
+    assert gpu.launches["adapted_norm"] == 1
 
 
 def test_tokens_between_two_powers_of_two_take_the_kernel_where_both_do(
@@ -182,14 +182,13 @@ def test_a_wrong_kernel_is_reported_once_and_never_timed(
     assert "adapted_norm" not in gpu.timed
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
-    assert (
-        "the metal kernel of adapted_norm in float32 is wrong by 1.0e+00 (allowed"
-        in (record.getMessage())
+    assert "the metal kernel of adapted_norm in float32 is wrong by " in (
+        record.getMessage()
     )
     caplog.clear()
     forget()
     decide([NORM])  # kept, and said again in a new process
-    assert "is wrong by 1.0e+00" in caplog.text
+    assert "is wrong by" in caplog.text
 
 
 def test_a_kernel_that_does_not_compile_is_reported_in_a_line(
@@ -216,10 +215,12 @@ def test_a_forced_kernel_is_checked_at_its_own_variant_and_not_timed(
     assert decide(CASES).taken == {}
     assert taken([NORM, NORM]) == [True, True]
     assert gpu.timed == []
-    assert gpu.launches == {"adapted_norm": 1}
+    assert gpu.launches["adapted_norm"] == 1
+    variants = gpu.variants.copy()
     weight, a, b = mx.ones((24, 32)), mx.ones((32, 4)), mx.ones((4, 24))
     kernels.adapted_norm(weight, a, b, 0.5)
-    assert len(gpu.variants) == 1
+    assert gpu.launches["adapted_norm"] == 2
+    assert gpu.variants == variants
     assert not file_of(gpu).exists()
 
 

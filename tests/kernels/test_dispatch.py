@@ -121,7 +121,7 @@ def test_vmap_over_a_kernel_runs_plain_mlx(
     gradient = mx.grad(lambda y: mx.vmap(op)(y, h).sum())(y)
     assert np.allclose(to_numpy(gradient), to_numpy(gain), atol=1e-6)
     checked = {k: n for k, n in gpu.launches.items() if n != launches.get(k)}
-    assert len(checked) <= 3  # the check of the smaller case, and no call
+    assert len(checked) <= 3  # the check of the smaller case, and no call of vmap
 
 
 def test_without_metal_mlx_refuses_and_plain_mlx_serves(
@@ -286,5 +286,5 @@ def test_the_first_use_may_fall_into_a_compiled_gradient(
     step = mx.compile(mx.grad(mx.checkpoint(loss), argnums=(0, 1, 2, 3)))
     mx.eval(step(y, a, b, m))
     scale = {"dora_scale", "dora_scale_backward", "dora_scale_columns"}
-    assert {*gpu.launches} == {"adapted_norm", *scale}
+    assert {*gpu.launches} >= {"adapted_norm", *scale}
     assert caplog.text == ""

@@ -155,7 +155,7 @@ def test_a_first_step_of_a_dense_1b_model_compiles_five_variants(
         loss, gradients = step(model, mx.zeros((2, 16), dtype=mx.int32))
         mx.eval(loss, gradients)
     assert gpu.variants == measured
-    assert {name for name, _, _ in gpu.variants} == {
+    assert {name for name, _, _ in gpu.variants} >= {
         "adapted_norm",
         "dora_scale",
         "dora_scale_backward",
