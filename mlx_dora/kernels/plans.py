@@ -8,6 +8,11 @@ The work is cut so that every core of the device (`cores.device_cores`) gets sev
 threadgroups, where the matrix is large enough. Sizes of that cut are arguments of the
 launch, not of the template: MLX compiles a kernel anew for each set of template
 arguments, for 2 to 4 seconds.
+
+The kernels multiply on the ordinary arithmetic units. Above a rank that
+``benchmarks/kernel_floors.py`` calculates (for the dense norm about 30 on large Apple
+chips and 10 on an H200; see ``metal/README.md``), that takes longer than moving the
+bytes, and MLX's matrix products are the right tool.
 """
 
 from dataclasses import dataclass
