@@ -72,6 +72,8 @@ class Stepper:
         loss: Returns the mean loss of a batch and its number of targets.
         group: The processes that share each batch.
         settings: Settings of the training.
+        noted: Called with the outputs of a batch of a new shape, before they are
+            computed; or None.
     """
 
     @staticmethod
@@ -93,7 +95,10 @@ class Stepper:
         loss: Loss,
         group: mx.distributed.Group,
         settings: TrainConfig,
+        noted: Callable[[Any], None] | None = None,
     ) -> None:
+        self._noted = noted
+        self._shapes: set[tuple[int, ...]] = set()
         self._model = model
         self._group = group
         self._optimizer = optimizer
@@ -146,6 +151,9 @@ class Stepper:
         with held_norms(self._model) if reuses else nullcontext():
             for batch, lengths in window:
                 value, tokens, gradient = self._differentiate(batch, lengths)
+                if self._noted is not None and batch.shape not in self._shapes:
+                    self._shapes.add(batch.shape)
+                    self._noted([value, gradient])
                 loss, count = loss + value, count + tokens
                 if is_weighted:
                     new = tree_map(lambda g, n=tokens: _weighted(g, n), gradient)

@@ -19,6 +19,7 @@ from mlx_dora.train.optimizers import build_optimizer
 from mlx_dora.train.recompute import recomputed_blocks
 from mlx_dora.train.stepper import Stepper
 from tests.checks import assert_close
+from tests.data.test_documents import make
 
 LENGTHS = (1024, 2048, 4096, 8192)
 Attention = Callable[..., mx.array]
@@ -181,3 +182,17 @@ def test_gradients_of_packed_rows_are_those_under_a_mask(
     monkeypatch.setattr("mlx_dora.data.documents._starts", lambda documents: None)
     for name, value in gradient().items():
         assert_close(found[name], value, bound=1e-4)
+
+
+def test_the_memory_of_a_mask_is_stated(
+    run: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"packing": True, "max_seq_length": 2000, "iters": 1}
+    run("llama", **settings)
+    assert "mask" not in caplog.text
+    run("gemma2", model=make("gemma2"), **settings)
+    # 4 x 2000² bytes
+    assert (
+        "gemma2 computes its own attention, which takes a mask of 16 MB for 4 rows"
+        in (caplog.text)
+    )

@@ -200,6 +200,7 @@ def _prepare(
                 )
         optimizer.init(model.trainable_parameters())
         settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
+    watch = watch_memory(train, dora, data)
     check_alike({**settings, "iters": train.iters, "epochs": train.epochs}, group)
     return Run(
         model=model,
@@ -209,7 +210,7 @@ def _prepare(
         loss=loss,
         feed=feed,
         valid_data=valid_data,
-        watch=watch_memory(train, dora, data),
+        watch=watch,
         epoch_ends=epoch_ends,
         optimizer=optimizer,
         base=base,
@@ -217,7 +218,13 @@ def _prepare(
         summary={**describe_training(train), **describe_variant(dora, train)},
         modules=tuple(modules),
         make_stepper=partial(
-            kind, model, optimizer, loss=loss, group=group, settings=train
+            kind,
+            model,
+            optimizer,
+            loss=loss,
+            group=group,
+            settings=train,
+            noted=watch.count if watch.buffers else None,
         ),
     )
 

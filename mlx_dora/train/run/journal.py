@@ -33,6 +33,8 @@ class StepReport:
         seconds: Time since the training began.
         peak_memory_bytes: Peak memory of MLX so far.
         batch_shapes: Number of shapes of batches since this run started or resumed.
+        step_arrays: Number of arrays in the largest step, an upper bound of the buffers
+            it needs; None where the device sets no limit to them.
         live_arrays: Number of arrays of the model and the optimizer, each of which
             holds one of Metal's 499,000 buffers.
         val_seconds: Duration of the validation.
@@ -59,6 +61,7 @@ class StepReport:
     seconds: float
     peak_memory_bytes: int
     batch_shapes: int | None = None
+    step_arrays: int | None = None
     live_arrays: int | None = None
     val_seconds: float | None = None
     delta_m: float | None = None
@@ -175,6 +178,7 @@ _WHOLE = {
     "trained_tokens",
     "peak_memory_bytes",
     "batch_shapes",
+    "step_arrays",
     "live_arrays",
 }
 

@@ -52,7 +52,7 @@ def loop(run: Run) -> int:
             if _evaluates(run, before):
                 run.validate(stopped)
             interrupted = greatest(stopped(), run.group)
-            is_full = greatest(run.watch.is_full, run.group)
+            is_full = greatest(int(run.watch.is_full), run.group)
             # Checkpoint before the final report, so that a resumed, longer run writes
             # the same log.
             ends = interrupted or run.best.is_enough or run.step >= run.train.iters

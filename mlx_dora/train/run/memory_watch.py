@@ -1,10 +1,12 @@
 """Stops a training with a checkpoint before the memory ends."""
 
+import io
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -33,18 +35,37 @@ class MemoryWatch:
 
     Args:
         limit: Bytes that MLX may use; 0 not to watch.
+        buffers: Number of buffers that the device allows; 0 if it sets no limit.
         advise: Returns the flags that would fit into some bytes, for a measured peak.
         system: Returns the bytes that the system can still give, and its total.
         shapes: The shapes of batches so far.
+        step_arrays: Arrays in the largest step so far; None if they are not counted.
     """
 
     limit: int
+    buffers: int
     advise: Callable[[int, int], Sequence[str]]
     system: Callable[[], tuple[int, int] | None]
     shapes: set[tuple[int, ...]] = field(default_factory=set)
+    step_arrays: int | None = None
     _recent: set[tuple[int, ...]] = field(default_factory=set)
     _problem: str = ""
     _fitting: int = 0
+
+    def count(self, outputs: object) -> None:
+        """Count the arrays of a step before it is computed; warn if they are too many.
+
+        Arrays are freed while a step is computed, so the count is an upper bound.
+        """
+        arrays = count_arrays(outputs)
+        if arrays > max(self.buffers, self.step_arrays or 0):
+            logger.warning(
+                "this step makes %s arrays, of which the device holds %s at a time; if "
+                "it runs out of them: --grad-checkpoint, shorter rows or fewer rows",
+                f"{arrays:,}",
+                f"{self.buffers:,}",
+            )
+        self.step_arrays = max(arrays, self.step_arrays or 0)
 
     def look(self, window: Sequence[Batch]) -> None:
         """Note the batches of an update, and whether memory is about to end."""
@@ -100,7 +121,18 @@ def watch_memory(train: TrainConfig, dora: DoRAConfig, data: Examples) -> Memory
     """Watch the memory of a training on these examples."""
     limit = memory_limit() if train.memory_limit is None else train.memory_limit
     advise = partial(_fitting_flags, train, dora, data)
-    return MemoryWatch(limit=limit, advise=advise, system=system_memory)
+    buffers = int(mx.device_info().get("resource_limit", 0))  # Metal's
+    return MemoryWatch(
+        limit=limit, buffers=buffers, advise=advise, system=system_memory
+    )
+
+
+def count_arrays(outputs: object) -> int:
+    """Number of arrays that must be computed for some outputs, themselves included."""
+    graph = io.StringIO()
+    leaves: list[Any] = [value for _, value in tree_flatten(outputs)]
+    mx.export_to_dot(graph, *leaves)
+    return graph.getvalue().count('-> "')
 
 
 def count_live(*trees: object) -> int:

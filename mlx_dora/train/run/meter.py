@@ -59,6 +59,7 @@ class Meter(Saved):
         with_layers: bool = False,
         skipped: int = 0,
         batch_shapes: int | None = None,
+        step_arrays: int | None = None,
         live_arrays: int | None = None,
     ) -> StepReport:
         """Report the steps since the last report, and reset the sums.
@@ -70,6 +71,7 @@ class Meter(Saved):
             with_layers: Whether to report the geometry of each layer.
             skipped: Number of steps skipped so far.
             batch_shapes: Number of shapes of batches so far.
+            step_arrays: Number of arrays in the largest step, if counted.
             live_arrays: Number of arrays held between steps.
         """
         self.trained_tokens += self.tokens
@@ -86,6 +88,7 @@ class Meter(Saved):
             seconds=self.seconds,
             peak_memory_bytes=mx.get_peak_memory(),
             batch_shapes=batch_shapes,
+            step_arrays=step_arrays,
             live_arrays=live_arrays,
             layers=layers if geometry and with_layers else None,
             kernels=None,  # added by the journal

@@ -141,6 +141,7 @@ class Run:
             with_layers=with_layers,
             skipped=self.guard.empty + self.guard.not_finite,
             batch_shapes=len(self.watch.shapes),
+            step_arrays=self.watch.step_arrays,
             live_arrays=count_live(self.model.state, self.optimizer.state),
         )
         with self.together():

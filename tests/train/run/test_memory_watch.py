@@ -27,6 +27,7 @@ BATCH = (mx.zeros((2, 8), mx.int32), mx.zeros((2, 2), mx.int32))
 def watch(limit: int = 1 << 40, available: int = 90) -> MemoryWatch:
     return MemoryWatch(
         limit=limit,
+        buffers=0,
         advise=lambda peak, fitting: (f"--fit {fitting}",),
         system=lambda: (available, 100),
     )
@@ -139,6 +140,28 @@ def test_reports_count_shapes_and_arrays(run: Run) -> None:
     leaves = tree_flatten(model.parameters())
     assert all(entry.live_arrays > len(leaves) for entry in report.history)
     assert log(report.adapter_path)[0]["batch_shapes"] == shapes[0]
+
+
+def test_arrays_of_a_step_are_counted_before_it_is_computed(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = mx.ones((3,))
+    mx.eval(x)
+    assert home.count_arrays([mx.exp(x) + x, {"a": mx.sin(x)}]) == 3
+    info = mx.device_info()
+    _, report = run("plain", iters=2)
+    assert report.history[-1].step_arrays is None
+    monkeypatch.setattr(mx, "device_info", lambda *_: {**info, "resource_limit": 10**6})
+    _, report = run("counted", iters=2)
+    arrays = report.history[-1].step_arrays
+    assert arrays > 500
+    assert "arrays, of which" not in caplog.text
+    monkeypatch.setattr(mx, "device_info", lambda *_: {**info, "resource_limit": 500})
+    _, report = run("many", iters=2)
+    assert report.history[-1].step_arrays == arrays
+    assert f"this step makes {arrays:,} arrays, of which the device holds 500" in (
+        caplog.text
+    )
 
 
 def test_memory_of_the_system_ends_a_training(
