@@ -178,3 +178,18 @@ DIFFERENT: dict[str, ClassNames] = {
     ),
     "nemotron_h": ClassNames(starts=(("backbone", "model"),)),
 }
+# PEFT 0.21 takes these last parts for the experts that transformers 5 fused, also where
+# a dense block or a shared expert is meant; and it adapts no out_proj of Mamba.
+_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+PEFT_REFUSES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1",
+            "exaone_moe", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "laguna",
+            "longcat_flash", "qwen3_next", "solar_open",
+        ),
+        _EXPERTS,
+    ),
+    "afmoe": (*_EXPERTS, "gate"),
+    **dict.fromkeys(("mamba", "mamba2", "nemotron_h"), ("out_proj",)),
+}  # fmt: skip

@@ -22,7 +22,7 @@ from mlx_dora.io.atomic import (
     write_text,
 )
 from mlx_dora.io.output import Inputs
-from mlx_dora.peft.classes import ClassNames
+from mlx_dora.peft.classes import PEFT_REFUSES, ClassNames
 from mlx_dora.peft.names import (
     class_in_folder,
     class_of,
@@ -85,6 +85,7 @@ def to_peft(
             f"the adapter cannot be converted to PEFT: {'; '.join(problems)}."
         )
     _warn_of_zero_rows(adapter)
+    _warn_of_refused(adapter, kind)
     if names is None:
         _warn_of_names(adapter, kind)
         names = ClassNames()
@@ -160,6 +161,13 @@ def _warn_of_zero_rows(adapter: Adapter) -> None:
         if name.endswith(".m") and bool(mx.any(value == 0))
     ]
     for problem in listed("PEFT computes NaN where a row of the base is zero:", zero):
+        logger.warning("%s", problem)
+
+
+def _warn_of_refused(adapter: Adapter, kind: str | None) -> None:
+    refused = PEFT_REFUSES.get(kind or "", ())
+    paths = [path for path in adapter.paths if path.rpartition(".")[2] in refused]
+    for problem in listed(f"PEFT 0.21 cannot load adapters of {kind} for:", paths):
         logger.warning("%s", problem)
 
 

@@ -2,15 +2,15 @@
 
 Written from mlx-swift-lm, commit 1441444 of August 2026 (``LoRAContainer.swift``:
 `from(directory:)`, `load(into:)`, `replaceLayers`) and mlx-swift 0.31.6
-(``Module.swift``: `update(parameters:verify:)` with `.noUnusedKeys`;
-``Nested.swift``: `unflattened`).
+(``Module.swift``: `update(parameters:verify:)` with `.noUnusedKeys`; ``Nested.swift``:
+`unflattened`).
 The model is mlx-lm's: Swift's classes have the same module names.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,7 +36,7 @@ def swift_load(model: nn.Module, folder: Path) -> Loaded:
     config = decoded(json.loads((folder / "adapter_config.json").read_text()))
     weights = mx.load(str(folder / "adapters.safetensors"))
     assert isinstance(weights, dict)
-    layers = list(cast(Any, model).layers)
+    layers: list[nn.Module] = list(model.layers or ())
     # Array.suffix: a negative length stops the program, a large one takes all.
     if config["num_layers"] < 0:
         raise SwiftError("Can't take a suffix of negative length")
@@ -96,7 +96,8 @@ def decoded(content: Any) -> dict[str, Any]:
 
 def shapes(linear: nn.Module, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters that Swift's layer has for a linear layer."""
-    out, width = linear["weight"].shape
+    weight: mx.array = linear["weight"]
+    out, width = weight.shape
     if isinstance(linear, nn.QuantizedLinear):
         width = width * 32 // linear.bits  # QuantizedLinear.shape
     rank = config["rank"]

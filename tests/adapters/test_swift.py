@@ -13,6 +13,8 @@ import pytest
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter, save_adapter, write_adapter_files
 from mlx_dora.adapters.hosting import load
+from mlx_dora.adapters.key_form import key_form
+from mlx_dora.adapters.keys import natural_order, resolve_keys
 from mlx_dora.adapters.surgery import apply_dora
 from mlx_dora.demo import script
 from mlx_dora.fuse.config import FuseConfig
@@ -21,8 +23,9 @@ from mlx_dora.merge import merge_adapters
 from mlx_dora.merge.adapters.extract import extract_adapter
 from mlx_dora.peft import convert_adapter
 from tests.adapters.folders import edit_config, read_config
-from tests.adapters.swift_host import SwiftError, swift_load
+from tests.adapters.swift_host import LINEARS, SwiftError, swift_load
 from tests.adapters.training import QV, perturb, train
+from tests.compat.tiny_models import build
 from tests.hosts import ran
 
 MakeModel = Callable[..., nn.Module]
@@ -235,3 +238,23 @@ def test_swift_takes_all_168_tensors_of_the_demos_adapter(
     assert all_used(model, tmp_path / "a") == 168
     what = "its rules of loading, in Python: 168 of 168 tensors of the demo's adapter"
     ran("mlx-swift-lm", what, version="commit 1441444 (not run)")
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen3_next", "granitemoehybrid", "lfm2", "jamba", "deepseek_v2", "gpt2"]
+)
+@pytest.mark.parametrize("depth", [2, -1])
+def test_models_of_mixed_blocks_have_relative_keys(kind: str, depth: int) -> None:
+    """Blocks differ there: attention or not, dense or experts."""
+    model = build(kind)
+    every = resolve_keys(model, None, depth)
+    modules = dict(model.named_modules())
+    paths = [path for path in every if isinstance(modules[path], LINEARS)]
+    form = key_form(model, paths)
+    assert form.why_full == ""
+    assert resolve_keys(model, form.keys, form.num_layers) == paths
+    assert not any(key.startswith(("model", "transformer")) for key in form.keys)
+    fewer = key_form(model, paths[:-1])  # the last module of the last block is missing
+    assert paths[-1] in fewer.why_full or resolve_keys(
+        model, fewer.keys, fewer.num_layers
+    ) == sorted(paths[:-1], key=natural_order)

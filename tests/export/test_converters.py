@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.adapter import take_adapter
 from mlx_dora.adapters.config import DoRAConfig
@@ -130,5 +131,6 @@ def test_fused_model_is_exported_by_llama_cpps_converter(
     assert fields["general.architecture"] == "llama"
     fused: Any
     fused, _ = load(tmp_path / "fused")
-    value = np.array(fused.model.layers[29].self_attn.v_proj.weight)
+    weights = dict(tree_flatten(fused.parameters()))
+    value = np.array(weights["model.layers.29.self_attn.v_proj.weight"])
     np.testing.assert_array_equal(tensors["blk.29.attn_v.weight"], value)
