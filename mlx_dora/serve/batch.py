@@ -6,13 +6,11 @@ Import this module inside functions only: importing mlx_lm takes a second.
 import gc
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, Queue
-from types import TracebackType
-from typing import Any, TypeVar
+from queue import Queue
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm import server
@@ -26,14 +24,13 @@ from mlx_dora.layers import DoRALayer
 from mlx_dora.layers.gathered import BASE
 from mlx_dora.serve.config import ServeConfig
 from mlx_dora.serve.host import Generator, Provider
+from mlx_dora.serve.jobs import Jobs, Kept
 from mlx_dora.serve.metrics import Metrics
 from mlx_dora.serve.paths import NotServedError
 from mlx_dora.serve.prompt_cache import PromptCache
 from mlx_dora.serve.registry import Registry, Served
 from mlx_dora.serve.rows import AdapterRows, RoutedModel
 from mlx_dora.serve.sampling import Samplers
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -48,27 +45,6 @@ class _Running:
     top_logprobs: int = 0
 
 
-class _Kept:
-    """Hands an exception of a block to whoever waits for its result."""
-
-    def __init__(self, hand_over: Callable[[Exception], Any]) -> None:
-        self._hand_over = hand_over
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self._hand_over(error)
-        return True
-
-
 class BatchServer(Generator):
     """Runs one batch, in its own thread, whose rows use different adapters.
 
@@ -79,7 +55,8 @@ class BatchServer(Generator):
         provider: Loads the base model.
         prompt_cache: Caches processed prompts by the adapter's key.
         registry: The served names.
-        folders: Adapters to load at the start, by name.
+        config: The adapters to load at the start, and the limits.
+        metrics: Counts tokens.
     """
 
     prompt_cache: PromptCache
@@ -99,7 +76,7 @@ class BatchServer(Generator):
         self.running: dict[int, _Running] = {}
         self._rows_of: Counter[int] = Counter()
         self._retired: set[int] = set()
-        self._jobs: Queue[tuple[Callable[[], Any], Future]] = Queue()
+        self._jobs = Jobs(self.generation_available)
         self._loading = threading.Lock()
         super().__init__(provider, prompt_cache)  # starts the thread
 
@@ -133,9 +110,9 @@ class BatchServer(Generator):
             self._check_place(name, replace)
             adapter = read_adapter(folder)
             mx.eval(adapter.tensors)  # the file may change from now on
-            self.call(lambda: self._adapters.check(name, adapter))
+            self._jobs.call(lambda: self._adapters.check(name, adapter))
             layers = self._adapters.measure(name)
-            self.call(lambda: self._put(name, folder, layers))
+            self._jobs.call(lambda: self._put(name, folder, layers))
 
     def unload_adapter(self, name: str) -> None:
         """Stop serving an adapter; requests that run finish with it.
@@ -147,22 +124,7 @@ class BatchServer(Generator):
             served = self.registry.pop(name)
             if served is None:
                 raise NotServedError(f"there is no adapter {name!r:.200} to unload.")
-            self.call(lambda: self._retire(served))
-
-    def call(self, job: Callable[[], T]) -> T:
-        """Run a job in the generation thread, and return its result."""
-        if threading.current_thread() is self._generation_thread:
-            return job()
-        future: Future = Future()
-        self._jobs.put((job, future))
-        while not future.done():
-            if not self.generation_available():
-                raise DoRAError("the generation thread died.")
-            try:
-                return future.result(timeout=1.0)
-            except TimeoutError:
-                continue
-        return future.result()
+            self._jobs.call(lambda: self._retire(served))
 
     def _check_place(self, name: str, replace: bool) -> None:
         if name in self.registry.base_names:
@@ -182,6 +144,7 @@ class BatchServer(Generator):
     # In the generation thread
 
     def _generate(self) -> None:
+        self._jobs.own()
         stream = mx.default_stream(mx.default_device())
         self.model_provider.load_default()
         model: Any = self.model_provider.model
@@ -204,7 +167,7 @@ class BatchServer(Generator):
         )
         self.ready.set()
         while not self._stop:
-            self._do_jobs()
+            self._jobs.run()
             self._take_requests()
             if self.running:
                 self._step()
@@ -213,15 +176,6 @@ class BatchServer(Generator):
         del self._batch, self._adapters, model, self.prompt_cache
         self.model_provider.reset()
         gc.collect()
-
-    def _do_jobs(self) -> None:
-        while True:
-            try:
-                job, future = self._jobs.get_nowait()
-            except Empty:
-                return
-            with _Kept(future.set_exception):
-                future.set_result(job())
 
     def _put(self, name: str, folder: Path, layers: Mapping[str, DoRALayer]) -> None:
         key = self._adapters.put(layers)
@@ -255,7 +209,7 @@ class BatchServer(Generator):
         timeout = None if self.running else 0.1
         while (request := self._next_request(timeout)) is not None:
             answers, wanted, args = request
-            with _Kept(answers.put):
+            with Kept(answers.put):
                 self._insert(answers, wanted, args)
             timeout = None
 

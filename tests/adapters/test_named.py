@@ -12,7 +12,7 @@ from mlx_dora.adapters.adapter import Adapter, take_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
 from mlx_dora.adapters.named import NamedAdapters
-from mlx_dora.adapters.surgery import adapter_layers, remove_dora
+from mlx_dora.adapters.surgery import adapter_layers, put_modules, remove_dora
 from mlx_dora.errors import DoRAError
 from tests.adapters.training import QV, TOKENS, perturb, train
 from tests.checks import assert_close, to_numpy
@@ -237,6 +237,25 @@ def test_zero_rows_stay_zero_in_a_blend(tiny_model: nn.Module) -> None:
     assert mx.isfinite(tiny_model(TOKENS)).all()
     out = dict(tiny_model.named_modules())[Q1](mx.ones((1, 32)))
     assert out[0, 3].item() == 0
+
+
+def test_layers_of_an_adapter_leave_the_model_as_it_is(tiny_model: nn.Module) -> None:
+    adapters = adapters_of(tiny_model)
+    expected = alone(tiny_model, adapters["coder"])
+    before = tiny_model(TOKENS)
+    named = NamedAdapters(tiny_model)
+    for name, adapter in adapters.items():
+        named.add(name, adapter)
+    layers = named.layers("coder")
+    others = named.layers("poet")
+    assert mx.array_equal(tiny_model(TOKENS), before)
+    assert layers.keys() == set(adapters["coder"].paths)
+    assert layers[Q1] is not others[Q1]
+    assert layers[Q1].base is others[Q1].base
+    put_modules(tiny_model, list(layers.items()))
+    assert_close(tiny_model(TOKENS), to_numpy(expected))
+    with pytest.raises(DoRAError, match="no adapter named"):
+        named.layers("nobody")
 
 
 def test_rows_that_nearly_cancel_are_computed_densely() -> None:

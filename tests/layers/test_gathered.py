@@ -99,6 +99,19 @@ def test_half_precision_is_rounded_once(dtype: mx.Dtype, length: int) -> None:
         assert_close(actual[row], to_numpy(alone), dtype)
 
 
+@pytest.mark.compiled
+def test_batches_of_several_sizes_share_compiled_code() -> None:
+    base = linear(None, True, mx.bfloat16)
+    layer, rows, layers = make(base, DoRALinear)
+    for keys in ([1, 2], [1], [3, BASE, 2, 1], [2, 3, 2]):
+        x = mx.random.normal((len(keys), 1, WIDTH)).astype(mx.bfloat16)
+        rows.use(keys)
+        actual = layer(x)
+        for row, key in enumerate(keys):
+            alone = layers[key](x[row]) if key in layers else base(x[row])
+            assert_close(actual[row], to_numpy(alone), mx.bfloat16)
+
+
 def test_a_row_of_the_base_is_not_changed_by_others() -> None:
     base = linear(None, True, mx.float32)
     layer, rows, _ = make(base, DoRALinear)

@@ -149,6 +149,73 @@ def test_a_seed_gives_the_same_text_in_any_batch(server: Server) -> None:
     assert server.text(**{**body, "seed": 8}) != alone
 
 
+PARITY: list[tuple[str, dict[str, Any]]] = [
+    (COMPLETIONS, {"stop": ["a", "fox jumps"], "max_tokens": 40}),
+    (COMPLETIONS, {"logprobs": True}),
+    (COMPLETIONS, {"logprobs": True, "top_logprobs": 3}),
+    (COMPLETIONS, {"logit_bias": {"70": 100.0}}),
+    (COMPLETIONS, {"repetition_penalty": 1.5, "max_tokens": 30}),
+    (COMPLETIONS, {"presence_penalty": 2.0, "frequency_penalty": 1.0}),
+    (CHAT, {"messages": [{"role": "system", "content": "a b"}, *QUESTION["messages"]]}),
+    (CHAT, {**QUESTION, "tools": [{"type": "function", "function": {"name": "f"}}]}),
+    (CHAT, {**QUESTION, "max_completion_tokens": 3}),
+]
+
+
+def test_an_adapter_alone_in_mlx_lms_server_answers_the_same(
+    server: Server, tiny_base: Path, named_adapters: dict[str, Path]
+) -> None:
+    adapter = ("--adapter-path", named_adapters["dan"])
+    theirs = Server("--model", tiny_base, *adapter).ready()
+    try:
+        for path, body in PARITY:
+            body = {**PROMPT, **body}
+            (ours, own), (status, other) = (
+                server.ask({**body, "model": "dan"}, path),
+                theirs.ask(body, path),
+            )
+            assert (ours, status) == (200, 200), body
+            assert own["usage"]["completion_tokens"] > 0
+            assert own["choices"][0].keys() == other["choices"][0].keys()
+            assert without_rounding(own["choices"]) == without_rounding(
+                other["choices"]
+            ), body
+    finally:
+        theirs.stop()
+
+
+def without_rounding(value: Any) -> Any:
+    """The value with its numbers rounded."""
+    if isinstance(value, dict):
+        return {key: without_rounding(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_rounding(one) for one in value]
+    return round(value, 3) if isinstance(value, float) else value
+
+
+def test_a_client_that_leaves_a_stream_frees_its_place(server: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    never = {"2": -1e5}  # the end of the text
+    body = {"model": "cleo", "prompt": "fox", "max_tokens": 300, "logit_bias": never}
+
+    def generated() -> int:
+        counter = r'generated_tokens_total\{adapter="cleo"\} (\d+)'
+        found = re.search(counter, get(server, "/metrics")[1])
+        return 0 if found is None else int(found[1])
+
+    before = generated()
+    connection.request("POST", COMPLETIONS, json.dumps({**body, "stream": True}))
+    answer = connection.getresponse()
+    answer.readline()
+    answer.close()
+    connection.close()
+    for _ in range(500):
+        if "requests_running 0" in get(server, "/metrics")[1]:
+            break
+        time.sleep(0.01)
+    assert 0 < generated() - before < 300
+
+
 @pytest.mark.parametrize("body", DEADLY, ids=str)
 def test_a_request_that_would_stop_the_server_is_refused(
     body: dict[str, Any], server: Server
