@@ -114,7 +114,11 @@ def test_copies_give_the_same_experts(method: str) -> None:
     options = Options(density=density, own=needed(method))
     weights = [0.5, 0.5] if METHODS[method].takes_weights else None
     merged = merge_adapters_report(
-        [first, first][: most(method, 2)], model=model, method=method, weights=weights, options=options
+        [first, first][: most(method, 2)],
+        model=model,
+        method=method,
+        weights=weights,
+        options=options,
     ).adapter
     if method == "tsv":  # orthogonalized copies differ from a single copy
         return

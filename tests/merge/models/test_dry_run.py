@@ -130,9 +130,7 @@ def test_the_command_writes_nothing_and_refuses_what_a_merge_refuses() -> None:
     result = CliRunner().invoke(command, ["models", "-c", "m.yaml"])
     assert result.exit_code == 2
     assert "give --save-path, or --dry-run" in result.stderr
-    Path("m.yaml").write_text(
-        "merge_method: linear\nmodels:\n- model: A\n- model: B\n"
-    )
+    Path("m.yaml").write_text("merge_method: linear\nmodels:\n- model: A\n- model: B\n")
     result = CliRunner().invoke(command, args[:4])
     assert result.exit_code == 1
     assert "no weight for model.embed_tokens.weight of A, B" in result.stderr

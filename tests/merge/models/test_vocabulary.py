@@ -80,7 +80,9 @@ def test_special_tokens_stay_special_and_split_text_as_one() -> None:
 
 
 def test_spare_rows_are_the_mean_of_all_others() -> None:
-    merge({"A": 1, "P": 3}, "out", tokenizer={"source": "base", "pad_to_multiple_of": 64})
+    merge(
+        {"A": 1, "P": 3}, "out", tokenizer={"source": "base", "pad_to_multiple_of": 64}
+    )
     result = to_numpy(Checkpoint("out").tensor(NAME))
     assert result.shape[0] == 320
     assert np.allclose(result[260:], result[:260].mean(0), atol=1e-6)
@@ -131,7 +133,9 @@ def test_a_tokenizer_with_more_tokens_than_rows() -> None:
     assert isinstance(weights, dict)
     mx.eval(weights)
     for rows, message in ((259, None), (200, "57 tokens of tokenizer.json")):
-        mx.save_safetensors("W/model.safetensors", {**weights, NAME: weights[NAME][:rows]})
+        mx.save_safetensors(
+            "W/model.safetensors", {**weights, NAME: weights[NAME][:rows]}
+        )
         config = json.loads(Path("W/config.json").read_text())
         Path("W/config.json").write_text(json.dumps({**config, "vocab_size": rows}))
         if message is None:
