@@ -207,7 +207,8 @@ def unite(
     )
     places = {f: _rows_of(files[f], tokens, size, rows[f]) for f in folders}
     table = np.stack(list(places.values()))
-    unknown = [t for t, i in tokens.items() if (table[:, i] < 0).all()]
+    ordered = sorted(tokens, key=lambda text: tokens[text])
+    unknown = [text for text in ordered if (table[:, tokens[text]] < 0).all()]
     if unknown := [text for text in unknown if text not in plan.rules]:
         notes.append(
             f"tokenizer: {len(unknown)} tokens that no model has get embeddings of 0 "
