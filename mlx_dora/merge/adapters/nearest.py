@@ -114,14 +114,18 @@ def _column(values: np.ndarray) -> mx.array:
 def _measured(old: Weight, new: Weight) -> _Rows | None:
     """Measure the rows; None if they are equal, not finite, or of extreme size."""
     parts: list[list[np.ndarray]] = [[], [], []]
-    changed = False
+    changed = is_lost = False
     for _, start, goal in _pairs(old, new):
         norm = mx.sqrt(mx.square(goal).sum(1))
         unit = goal / mx.where(norm > 0, norm, 1.0)[:, None]
         sums = [mx.sqrt(mx.square(start).sum(1)), norm, (start * unit).sum(1)]
         moved = mx.any(start != goal)
-        mx.eval(sums, moved)
-        changed = changed or bool(moved)
+        lost = [  # squares below float32's range
+            mx.any((size == 0) & mx.any(block != 0, axis=1))
+            for size, block in ((sums[0], start), (norm, goal))
+        ]
+        mx.eval(sums, moved, lost)
+        changed, is_lost = changed or bool(moved), is_lost or any(map(bool, lost))
         for part, values in zip(parts, sums, strict=True):
             part.append(np.array(values, np.float64))
     base_norm, norm, along = (np.concatenate(part) for part in parts)
@@ -130,7 +134,7 @@ def _measured(old: Weight, new: Weight) -> _Rows | None:
     is_plain = (
         np.isfinite(along).all() and ((sizes > _LEAST) & (sizes < _GREATEST)).all()
     )
-    if not changed or not is_plain:
+    if not changed or is_lost or not is_plain:
         return None
     return _Rows(old=old, new=new, base_norm=base_norm, norm=norm, along=along)
 

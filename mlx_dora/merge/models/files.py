@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_dora.adapters.hosting import model_folder
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import write_text
 from mlx_dora.io.json import read_object
@@ -62,9 +63,10 @@ def choose_tokenizer(
     folder = vocabulary = None
     if plan.tokenizer is not None:
         named = plan.tokenizer.model
-        folder = None if named is None else models[named].folder
+        if named is not None:
+            folder = models[named].folder if named in models else model_folder(named)
         rows = {m.folder: m.token_rows for m in (base, *models.values())}
-        vocabulary = unite(plan.tokenizer, base, models, rows, notes)
+        vocabulary = unite(plan.tokenizer, folder, base, models, rows, notes)
     template = None
     if plan.chat_template is not None:
         folders = list(
@@ -92,11 +94,12 @@ def config_changes(
     plan: MergePlan,
     pattern: ModelTensors,
     models: Mapping[str, ModelTensors],
-    vocabulary: Vocabulary | None,
+    choice: TokenizerChoice,
     notes: list[str],
 ) -> dict[str, Any]:
     """What differs from the pattern's config: dtype, vocabulary, blocks, token ids."""
     changes: dict[str, Any] = {}
+    vocabulary, folder = choice.vocabulary, choice.folder
     if plan.dtype is not None:
         for key in ("dtype", "torch_dtype"):
             if key in pattern.config:
@@ -106,8 +109,8 @@ def config_changes(
     elif "vocab_size" in pattern.config:
         sizes = [model.config.get("vocab_size", 0) for model in models.values()]
         changes["vocab_size"] = max(sizes)
-    if plan.tokenizer is not None and plan.tokenizer.model is not None:
-        source = models[plan.tokenizer.model].config
+    if folder is not None and plan.tokenizer is not None:
+        source = read_object(folder / "config.json")
         for key in _TOKEN_IDS:
             if key in source and source[key] != pattern.config.get(key):
                 changes[key] = source[key]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ class ModelTensors:
         self._packed = {f"{path}.weight": self._packing(path) for path in packed}
         parts = {f"{path}.{leaf}" for path in packed for leaf in ("scales", "biases")}
         self.names = sorted(names - parts)
+        self._stored = frozenset(self.names)
         self._tied: dict[str, str] = {}
         self._tied = self._tied_head()
 
@@ -120,19 +122,22 @@ class ModelTensors:
             return self.shape(self.embedding)[0]
         return self.config.get("vocab_size", 1)
 
-    @property
+    @cached_property
     def embedding(self) -> str | None:
         """Name of the input embedding; None if it is not one of the known names."""
         pair = head_and_embedding(self.names)
         return None if pair is None else pair[1]
 
-    def holds_tokens(self, name: str) -> bool:
-        """Whether a tensor has a row for each token: embedding, head, head's bias."""
+    @cached_property
+    def _by_token(self) -> frozenset[str]:
         pair = head_and_embedding(self.names)
         if pair is None:
-            return False
-        head, embedding = pair
-        return name in (head, embedding, f"{head.removesuffix('weight')}bias")
+            return frozenset()
+        return frozenset({*pair, f"{pair[0].removesuffix('weight')}bias"})
+
+    def holds_tokens(self, name: str) -> bool:
+        """Whether a tensor has a row for each token: embedding, head, head's bias."""
+        return name in self._by_token
 
     @property
     def copies(self) -> frozenset[str]:
@@ -145,7 +150,7 @@ class ModelTensors:
 
     def has(self, name: str) -> bool:
         """Whether a tensor can be read: it is stored, or is a tied head."""
-        return name in self._tied or name in self.names
+        return name in self._tied or name in self._stored
 
     def packing(self, name: str) -> Packing | None:
         """How a tensor is packed; None if it is dense."""

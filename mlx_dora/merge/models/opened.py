@@ -55,6 +55,7 @@ class OpenedMerge:
         files = dict.fromkeys(f for model in self.models.values() for f in model.files)
         if self.tokenizer.vocabulary is not None:
             folders = {model.folder for model in self.models.values()}
+            folders.add(self.tokenizer.vocabulary.tokenizer.folder)
             files |= dict.fromkeys(sorted(f / "tokenizer.json" for f in folders))
         return list(files)
 
@@ -83,7 +84,7 @@ def open_merge(plan: MergePlan) -> OpenedMerge:
         places = _whole(plan, pattern, models, choice, fishers)
     notes += notes_of_copies(pattern, every)
     check_paths(fishers, [name.removesuffix(".weight") for name in pattern.names])
-    changes = config_changes(plan, pattern, models, choice.vocabulary, notes)
+    changes = config_changes(plan, pattern, models, choice, notes)
     return OpenedMerge(
         pattern=pattern,
         models=models,

@@ -115,17 +115,17 @@ class MergePlan:
 
     @property
     def names(self) -> list[str]:
-        """All models that the merge reads, each once: the inputs, then the base."""
+        """All models that are merged, each once: the inputs, then the base."""
         bases = [self.base, *(part.base for part in self.parts)]
-        named = [] if self.tokenizer is None else self.tokenizer.models
-        every = [*self.models, *bases, *named]
+        every = [*self.models, *bases]
         return list(dict.fromkeys(name for name in every if name is not None))
 
     @property
     def inputs(self) -> list[str | None]:
         """All folders and Hub ids that the merge reads."""
         folders = [part for name in self.names for part in (name, *name.split("+"))]
-        return [*folders, *(self.fisher or ())]
+        tokenizer = None if self.tokenizer is None else self.tokenizer.model
+        return [*folders, *(self.fisher or ()), tokenizer]
 
     @property
     def entry(self) -> MergeMethod:

@@ -40,8 +40,3 @@ class TokenizerPlan:
     def model(self) -> str | None:
         """The model that the file names as the source, or None."""
         return None if self.source in ("base", "union") else self.source
-
-    @property
-    def models(self) -> list[str | None]:
-        """All models that are named."""
-        return [self.model, *(rule.model for rule in self.rules.values())]

@@ -114,8 +114,8 @@ class Vocabulary:
     ) -> np.ndarray:
         text = next(name for name, i in self.tokens.items() if i == token)
         where = f"tokenizer: tokens: {text}"
-        model = self.models[str(rule.model)]
-        if model not in opened:
+        model = self.models.get(str(rule.model))
+        if model is None or model not in opened:
             raise DoRAError(f"{where}: {rule.model} is not among the merged models.")
         tensor = opened[model]
         if rule.kind == "model":
@@ -146,6 +146,7 @@ def _mean(tensor: GatheredTensor) -> np.ndarray:
 
 def unite(
     plan: TokenizerPlan,
+    named: Path | None,
     base: ModelTensors,
     models: Mapping[str, ModelTensors],
     rows: Mapping[Path, int],
@@ -155,6 +156,7 @@ def unite(
 
     Args:
         plan: What the file asks for.
+        named: Folder of the tokenizer, if the file names one.
         base: The base, or the first model.
         models: All models by name.
         rows: Number of rows of each model's embedding, by folder.
@@ -163,16 +165,18 @@ def unite(
     Raises:
         DoRAError: If a tokenizer is missing or cannot be used.
     """
-    first = base.folder
+    first, source = base.folder, named or base.folder
     folders = list(dict.fromkeys([first, *(m.folder for m in models.values())]))
     if not (plan.rules or plan.multiple) and len(set(rows.values())) == 1:
-        forms = [TokenizerFile.form_of(folder) for folder in folders]
+        every = dict.fromkeys([*folders, source])
+        forms = [TokenizerFile.form_of(folder) for folder in every]
         if all(form == forms[0] for form in forms):
             notes.append("tokenizer: all vocabularies are equal.")
             return None
     files = {folder: TokenizerFile(folder) for folder in folders}
-    source = first if plan.model is None else models[plan.model].folder
-    start = files[source].without_unused(rows[source])
+    start = TokenizerFile(source)
+    if source in rows:
+        start = start.without_unused(rows[source])
     tokens = dict(start.tokens)
     added: list[Mapping[str, object]] = []
 
@@ -202,6 +206,14 @@ def unite(
         f"{size} rows, aligned by token."
     )
     places = {f: _rows_of(files[f], tokens, size, rows[f]) for f in folders}
+    table = np.stack(list(places.values()))
+    ordered = sorted(tokens, key=lambda text: tokens[text])
+    unknown = [text for text in ordered if (table[:, tokens[text]] < 0).all()]
+    if unknown := [text for text in unknown if text not in plan.rules]:
+        notes.append(
+            f"tokenizer: {len(unknown)} tokens that no model has get embeddings of 0 "
+            f"({', '.join(map(repr, unknown[:3]))}{', ...' if unknown[3:] else ''})."
+        )
     for text, rule in plan.rules.items():
         if not rule.force and all(own[tokens[text]] >= 0 for own in places.values()):
             notes.append(

@@ -1,6 +1,7 @@
 """Merges of whole model folders."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,37 @@ def test_memory_is_bounded(
         report = run_merge(plan, tmp_path / method, max_shard_bytes=1 << 20)
         held = report.peak_bytes - before
         assert held <= (4 + 3) * largest + largest  # the output shard is that tensor
+
+
+@pytest.mark.parametrize(
+    "method", ["breadcrumbs", "della", "sce", "nearswap", "arcee_fusion", "nmean"]
+)
+def test_newer_methods_hold_a_few_tensors(
+    make_tiny_folder: MakeFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    """MLX's and NumPy's memory: the sizes of one change, and masks, are held whole."""
+    monkeypatch.setattr(blockwise, "BLOCK", 1 << 14)
+    sizes = {"vocab_size": 20_000, "hidden_size": 64, "num_hidden_layers": 1}
+    count = 1 + most(method, 2)
+    base, *tuned = [
+        str(make_tiny_folder(f"m{s}", seed=s, **sizes)) for s in range(count)
+    ]
+    largest = 4 * 20_000 * 64
+    parameters = needed(method, select_topk=0.5)
+    if METHODS[method].density is not None:
+        parameters["density"] = 0.5
+    plan = plan_models(tuned, base=base, method=method, parameters=parameters)
+    run_merge(plan, tmp_path / "first")  # imports, caches
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    tracemalloc.start()
+    report = run_merge(plan, tmp_path / "out", max_shard_bytes=1 << 20)
+    _, held = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert report.peak_bytes - before + held <= 3 * largest
 
 
 def test_the_command(three: list[Path], tmp_path: Path) -> None:

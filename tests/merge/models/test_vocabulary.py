@@ -107,6 +107,18 @@ def test_rules_that_name_no_embedding_are_refused(
     assert not Path("out").exists()
 
 
+def test_a_tokenizer_may_come_from_a_folder_without_weights() -> None:
+    """Only its tokenizer and config are read; no model is downloaded for it."""
+    Path("V/model.safetensors").unlink()
+    report = merge({"A": 1, "W": 1}, "out", tokenizer_source="V")
+    assert tokens("out") == tokens("V")
+    note = "2 tokens that no model has get embeddings of 0 ('zebra', '<|tool|>')"
+    assert any(note in line for line in report.lines())
+    assert not row("out", "zebra").any()  # no model has it
+    expected = (row("A", "a") + row("W", "a")) / 2
+    assert np.allclose(row("out", "a"), expected, atol=1e-7)
+
+
 def test_a_rule_for_a_token_that_every_model_has_needs_force() -> None:
     rules = {"a": {"source": {"kind": "zero"}}}
     report = merge({"A": 1, "W": 1}, "out", tokenizer={"tokens": rules})
