@@ -43,17 +43,17 @@ WARMUPS, STEPS = 4, 16
 
 def base_model(device: str, shape: dict[str, int]) -> Any:
     """Return a random Llama in bfloat16."""
-    config = transformers.LlamaConfig(
+    facts: dict[str, Any] = {
         **shape,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-        attn_implementation="sdpa",
-    )
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 4096,
+        "attn_implementation": "sdpa",
+    }
     torch.manual_seed(0)
     with torch.device(device):
-        model = transformers.LlamaForCausalLM(config)
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**facts))
     return model.to(device, torch.bfloat16)
 
 
@@ -99,8 +99,8 @@ def measure(step: Callable[[], float], is_cuda: bool) -> dict[str, Any]:
             torch.cuda.synchronize()
 
     for _ in range(WARMUPS):
-        loss = step()
-    times = []
+        step()
+    times, loss = [], float("nan")
     for _ in range(STEPS):
         synchronize()
         began = time.perf_counter()
