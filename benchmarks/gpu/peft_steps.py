@@ -43,18 +43,17 @@ WARMUPS, STEPS = 4, 16
 
 def base_model(device: str, shape: dict[str, int]) -> Any:
     """Return a random Llama in bfloat16."""
-    make: Any = transformers.LlamaConfig
-    config = make(
+    facts: dict[str, Any] = {
         **shape,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-        attn_implementation="sdpa",
-    )
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 4096,
+        "attn_implementation": "sdpa",
+    }
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = transformers.LlamaForCausalLM(config)
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**facts))
     return model.to(device, torch.bfloat16)
 
 
@@ -101,8 +100,7 @@ def measure(step: Callable[[], float], is_cuda: bool) -> dict[str, Any]:
 
     for _ in range(WARMUPS):
         step()
-    times: list[float] = []
-    loss = float("nan")
+    times, loss = [], float("nan")
     for _ in range(STEPS):
         synchronize()
         began = time.perf_counter()

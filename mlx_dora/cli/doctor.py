@@ -8,6 +8,7 @@ import click
 from mlx_dora.cli._echo import echo, note
 from mlx_dora.cli._framework import verb
 from mlx_dora.cli._json import JsonOutput, json_option
+from mlx_dora.cli._paths import PATH_OR_ID
 
 MODEL = "Kernels of the model"  # its labels repeat
 WIDTH, LABEL = 80, 18
@@ -23,7 +24,7 @@ WIDTH, LABEL = 80, 18
 )
 @click.option(
     "--model",
-    metavar="MODEL",
+    type=PATH_OR_ID,
     help="Also measure the kernels at the shapes of this model (folder or Hub id).",
 )
 @click.option(

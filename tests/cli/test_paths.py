@@ -145,7 +145,10 @@ def test_every_path_option_accepts_home_space_quote_and_newline(
     demo = known["demo"].make_context("demo", ["--output", "~/o", "--model", "~/m"])
     assert str(demo.params["output"]) == f"{home}/o"
     assert demo.params["model"] == f"{home}/m"
-    untried = {("demo", "output"), ("demo", "model"), ("doctor", "json_output")}
+    doctor = known["doctor"].make_context("doctor", ["--model", "~/m"])
+    assert doctor.params["model"] == f"{home}/m"
+    untried = {("demo", "output"), ("demo", "model")}
+    untried |= {("doctor", "json_output"), ("doctor", "model")}
     assert path_options() - tried == untried
     assert list(tmp_path.iterdir()) == []  # no folder named ~
     for name in ("trained", "fused", "to-peft", "fisher", "mixed", "extracted"):
