@@ -369,7 +369,10 @@ def test_model_data_settings_and_parameters_precede_the_first_step(
     assert re.fullmatch(
         r"Trainable: [\d,]+ of [\d,]+ parameters \([\d.]+ %\) in 7 modules", lines[4]
     )
-    assert lines[5].startswith("step 0/3  validation loss")
+    assert re.fullmatch(
+        r"Batches: 5 an epoch, of (1 shape|2 shapes), [\d.]+% padding", lines[5]
+    )
+    assert lines[6].startswith("step 0/3  validation loss")
 
 
 def test_json_of_a_training_goes_to_stdout_alone(small: list[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from mlx_dora.errors import DoRAError
 from mlx_dora.train.metal import WITHOUT_GRADIENT, check_gradients
 from tests.compat.causes import GATED_DELTA
-from tests.compat.tiny_models import build
+from tests.compat.tiny_models import build, model_files
 from tests.processes import ROOT
 
 # Files of mlx-lm that make kernels of their own.
@@ -42,9 +42,10 @@ def test_every_model_with_such_a_kernel_is_listed() -> None:
     )
     result = json.loads(done.stdout)
     delta = {name: decay for decay, names in GATED_DELTA.items() for name in names}
-    assert result["gated_delta"] == delta
     found = result["without_gradient"]
-    assert found.keys() == WITHOUT_GRADIENT.keys()
+    models = model_files().keys()  # an older mlx-lm has fewer
+    assert result["gated_delta"] == {n: d for n, d in delta.items() if n in models}
+    assert found.keys() == WITHOUT_GRADIENT.keys() & models
     for name, kernels in found.items():
         first, _, more = WITHOUT_GRADIENT[name].partition(" and ")
         assert first in kernels
@@ -58,7 +59,7 @@ def test_no_other_file_of_mlx_lm_makes_kernels() -> None:
         for path in home.rglob("*.py")
         if "metal_kernel(" in path.read_text(encoding="utf-8")
     }
-    assert found == FILES, "run tests/compat/gpu_branches.py; see WITHOUT_GRADIENT"
+    assert not found - FILES, "run tests/compat/gpu_branches.py; see WITHOUT_GRADIENT"
 
 
 @pytest.mark.parametrize("name", ["rwkv7", "qwen3_5"])

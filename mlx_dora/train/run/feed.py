@@ -66,9 +66,10 @@ class Feed:
         if not self._schedules:
             return None
         usage = self._schedules[0].usage()
+        count = len(usage.shapes)
         return (
-            f"Batches: {usage.batches:,} an epoch, of {len(usage.shapes)} shapes, "
-            f"{usage.padding:.1%} padding"
+            f"Batches: {usage.batches:,} an epoch, of {count} "
+            f"{'shape' if count == 1 else 'shapes'}, {usage.padding:.1%} padding"
         )
 
     def length(self, epochs: int) -> int:
