@@ -8,9 +8,17 @@ import datetime
 import importlib.metadata
 import json
 import os
+import subprocess
 from pathlib import Path
 
 VARIABLE = "MLX_DORA_HOSTS"
+
+
+def version_in(python: str, package: str) -> str:
+    """The version of a package that another interpreter has."""
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
 def ran(host: str, what: str, *, package: str = "", version: str = "") -> None:

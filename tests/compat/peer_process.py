@@ -14,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from tests.hosts import version_in
+
 HERE = Path(__file__).parent
 
 
@@ -55,12 +57,7 @@ def run_peer(
 
 def peer_version(package: str) -> str:
     """The version of a package that the peers' interpreter has."""
-    code = f"import importlib.metadata as m; print(m.version({package!r}))"
-    done = subprocess.run(
-        [peers_python(package), "-c", code],
-        capture_output=True, text=True, env=_environment(), check=True,
-    )  # fmt: skip
-    return done.stdout.strip()
+    return version_in(peers_python(package), package)
 
 
 def _environment() -> dict[str, str]:

@@ -29,7 +29,7 @@ from mlx_dora.fuse.model import fuse_model
 from mlx_dora.peft import to_peft
 from tests.adapters.training import QV, perturb, train
 from tests.compat.tiny_models import build
-from tests.hosts import ran
+from tests.hosts import ran, version_in
 
 pytestmark = pytest.mark.slow
 gguf = pytest.importorskip("gguf")
@@ -110,7 +110,7 @@ def test_adapter_is_that_of_llama_cpps_converter(
     ran(
         "llama.cpp",
         f"adapters of {len(ARCHITECTURES)} classes equal to those of its converter",
-        package="llama_cpp_python",
+        version=version_in(python(), "llama_cpp_python"),
     )
 
 

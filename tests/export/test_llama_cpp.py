@@ -24,7 +24,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.export import to_gguf
 from tests.adapters.training import perturb
 from tests.export.f32_gguf import write_f32
-from tests.hosts import ran
+from tests.hosts import ran, version_in
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
@@ -88,8 +88,12 @@ def continued(model: Any, prompt: list[int]) -> list[int]:
     return tokens
 
 
+def llama_python() -> str:
+    return os.environ.get("MLX_DORA_LLAMA_PYTHON", sys.executable)
+
+
 def llama_cpp(setting: Setting, base: Path, at: Path) -> tuple[np.ndarray, list[int]]:
-    python = os.environ.get("MLX_DORA_LLAMA_PYTHON", sys.executable)
+    python = llama_python()
     probe = [python, "-c", "import llama_cpp"]
     if subprocess.run(probe, capture_output=True).returncode:
         pytest.skip(f"{python} lacks llama-cpp-python (MLX_DORA_LLAMA_PYTHON)")
@@ -132,7 +136,7 @@ def test_float32_base_and_adapter_say_the_same(
         "llama.cpp",
         "F32 GGUF with LoRA: logits of 500 tokens within 1e-3, 100 greedy tokens, "
         "perplexity",
-        package="llama_cpp_python",
+        version=version_in(llama_python(), "llama_cpp_python"),
     )
 
 

@@ -1,6 +1,7 @@
 """Module names: PEFT uses those of transformers, and we use those of mlx-lm."""
 
 import logging
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -160,6 +161,24 @@ def test_modules_missing_in_transformers_are_refused(
     with pytest.raises(DoRAError, match=message):
         to_peft(adapter_of(model, key), tmp_path / "peft", model=model)
     assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "path"),
+    [
+        ("deepseek_v2", "mlp.down_proj", r"model\.layers\.0\.mlp\.down_proj"),
+        ("mamba", "mixer.out_proj", r"backbone\.layers\.0\.mixer\.out_proj"),
+    ],
+)
+def test_modules_that_peft_refuses_are_named(
+    tmp_path: Path, kind: str, key: str, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build(kind)
+    with caplog.at_level("WARNING"):
+        to_peft(adapter_of(model, key), tmp_path / "peft", model=model)
+    assert re.search(
+        rf"PEFT 0\.21 cannot load adapters of {kind} for: {path}", caplog.text
+    )
 
 
 def test_an_adapter_of_weights_that_mlx_lm_scales_is_refused(tmp_path: Path) -> None:
