@@ -131,7 +131,7 @@ def make_tuned(base: Path, folder: Path) -> None:
             if "_proj" in name:
                 out, width = value.shape
                 up = mx.random.normal((out, 32)) * 0.85 ** mx.arange(32)
-                down = mx.random.normal((32, width)) * (0.002 / width**0.5)
+                down = mx.random.normal((32, width)) * (0.02 / width**0.5)
                 value = value + up @ down + 2e-4 * mx.random.normal(value.shape)
             writer.add(name, value.astype(mx.bfloat16))
 

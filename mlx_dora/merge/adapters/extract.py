@@ -1,5 +1,6 @@
 """A DoRA adapter from a base and a fine-tuned model."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from mlx_dora.adapters.adapter import Adapter, BaseModel, ranks_in
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import save_adapter
-from mlx_dora.adapters.fingerprint import base_tensors, fingerprint
+from mlx_dora.adapters.fingerprint import base_tensors, fingerprint_of
 from mlx_dora.adapters.hosting import load_lazily
 from mlx_dora.adapters.key_form import with_key_form
 from mlx_dora.adapters.keys import natural_order, resolve_keys
@@ -28,6 +29,9 @@ from mlx_dora.merge.adapters.factor import factor, row_norm
 from mlx_dora.merge.adapters.nearest import nearest
 from mlx_dora.notebook import Shown
 from mlx_dora.progress import Progress
+
+_LEAVES = ("weight", "scales", "biases")
+_LARGE = 1 << 26  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,21 +148,23 @@ def extract_adapter(
     layers: list[ExtractedLayer] = []
     for path in paths:
         layers += _extract(path, before[path], after[path], rank, energy, tensors)
+        _release(before[path], after[path])
         if progress is not None:
             progress("extract", len(paths), 1)
     if not layers:
         raise DoRAError(f"{tuned} does not differ from {base} in any adapted matrix.")
+    mark = fingerprint_of(base_tensors(load_lazily(base)))
     config = DoRAConfig(scale=1.0).with_ranks(ranks_in(tensors))
     adapter = Adapter(
         config=with_key_form(config, start),
         tensors=tensors,
-        base=BaseModel(model=str(base), fingerprint=fingerprint(start)),
+        base=BaseModel(model=str(base), fingerprint=mark),
         training={"extracted": {"tuned": str(tuned), "rank": rank, "energy": energy}},
     )
     refuse_not_finite(tensors, "the extracted adapter")
     if save_path is not None:
         save_adapter(adapter, save_path, inputs=(base, tuned), overwrite=overwrite)
-    left_out = _left_out(start, end, set(paths))
+    left_out = _left_out(load_lazily(base), load_lazily(tuned), set(paths))
     return Extraction(adapter=adapter, layers=tuple(layers), left_out=left_out)
 
 
@@ -230,21 +236,53 @@ def _extract(
     return layers
 
 
+def _release(*modules: nn.Module) -> None:
+    """Drop the weights of modules that were read, so that they can be freed."""
+    for module in modules:
+        for leaf in _LEAVES:
+            module.pop(leaf, None)
+
+
 def _length(matrix: mx.array) -> float:
     """Frobenius norm, without overflow for any float32 matrix."""
     return float(np.linalg.norm(np.array(row_norm(matrix), np.float64)))
 
 
 def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> tuple[str, ...]:
-    """Names of changed tensors that the adapter does not cover."""
+    """Names of changed tensors that the adapter does not cover.
+
+    Consumes the models, which hold one tensor each at a time.
+    """
     before, after = base_tensors(start), base_tensors(end)
-    leaves = ("weight", "scales", "biases")
-    inside = {f"{path}.{leaf}" for path in covered for leaf in leaves}
+    for model in (start, end):
+        _release(*(module for _, module in model.named_modules()))
+    inside = {f"{path}.{leaf}" for path in covered for leaf in _LEAVES}
     names = sorted((before.keys() | after.keys()) - inside, key=natural_order)
-    both = before.keys() & after.keys()
-    # Arrays of different shapes are not equal.
-    return tuple(
-        name
-        for name in names
-        if name not in both or not mx.array_equal(before[name], after[name])
-    )
+    changed = []
+    for name in names:
+        pair = [before.pop(name, None), after.pop(name, None)]
+        if not _are_equal(pair):
+            changed.append(name)
+    return tuple(changed)
+
+
+def _are_equal(pair: list[mx.array | None]) -> bool:
+    """Whether two lazily read arrays are equal; takes large ones from the list.
+
+    Large arrays of one dtype are hashed in turn, so that only one is in memory.
+    """
+    first, second = pair
+    if first is None or second is None or first.shape != second.shape:
+        return False
+    if first.dtype != second.dtype or first.nbytes < _LARGE:
+        return bool(mx.array_equal(first, second))
+    del first, second
+    digests = []
+    while pair:
+        array = pair.pop()
+        assert array is not None
+        view = np.array(array.view(mx.uint8), copy=False)
+        digests.append(hashlib.blake2b(view.data).digest())
+        del array, view
+        mx.clear_cache()
+    return digests[0] == digests[1]

@@ -99,11 +99,34 @@ def test_energy_chooses_ranks_and_a_rank_is_kept(make_tuned, bits: int | None) -
     assert {layer.rank for layer in capped.layers} == {2}
 
 
-def test_uncovered_tensors_are_named(make_tuned, tmp_path: Path) -> None:
+@pytest.mark.parametrize("large", [1 << 26, 1])
+def test_uncovered_tensors_are_named(
+    make_tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int
+) -> None:
+    """Compared by their values or, if large, by a hash of their bytes."""
+    monkeypatch.setattr("mlx_dora.merge.adapters.extract._LARGE", large)
     base, tuned, _ = make_tuned()
     result = extract_adapter(base, tuned, rank=2, keys=["self_attn.q_proj"])
     names = [f"model.layers.{i}.self_attn.v_proj.weight" for i in (0, 1)]
     assert list(result.left_out) == names
+
+
+def test_weights_leave_the_memory_after_use(
+    make_tiny_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The covered matrices are 25 MB; a few are held at a time."""
+    monkeypatch.setattr("mlx_dora.merge.adapters.nearest.LARGE", 64)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
+    base, tuned = (
+        make_tiny_folder(f"m{s}", seed=s, num_key_value_heads=4, **sizes)
+        for s in (1, 2)
+    )
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    keys = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    extract_adapter(base, tuned, rank=2, keys=keys)
+    assert mx.get_peak_memory() - before < 12e6
 
 
 def test_refusals(make_tuned, tmp_path: Path) -> None:
