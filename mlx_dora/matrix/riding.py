@@ -59,7 +59,7 @@ def product_with_riders(
     rows = mx.stop_gradient(lora_a.astype(mx.float32)).T
     packed = as_packed(weight)
     if packed is None:
-        y, product = _dense_with_riders(x, rows, weight)
+        y, product = cast(tuple, _dense_with_riders(x, rows, weight))
     else:
         y, product = _parted(packed.matmul(_stacked(x, rows)), x)
     return y, mx.stop_gradient(product).T
