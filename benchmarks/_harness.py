@@ -31,7 +31,8 @@ from mlx_dora import openblas  # isort: skip - loads OpenBLAS, so before mlx
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ class Settings:
     runs: int = 30
     smoke: bool = False
     json_file: Path | None = None
+    clock: str = "wall"
+
+    def now(self) -> float:
+        """Return the seconds of the clock: wall time, or CPU time of all threads."""
+        return time.process_time() if self.clock == "cpu" else time.perf_counter()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +123,7 @@ class Measurement:
             "contenders": {n: vars(t) for n, t in self.timings.items()},
             "warmups": self.settings.warmups,
             "runs": self.settings.runs,
+            "clock": self.settings.clock,
             "smoke": self.settings.smoke,
             "blas": BLAS.state,
             **describe_machine(),
@@ -131,6 +138,7 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
         runs: int | None,
         warmups: int | None,
         json_file: Path | None,
+        clock: str,
         **others: Any,
     ) -> None:
         settings = Settings(
@@ -138,6 +146,7 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
             runs=runs if runs is not None else (3 if smoke else 30),
             smoke=smoke,
             json_file=json_file,
+            clock=clock,
         )
         command(settings=settings, **others)
 
@@ -147,6 +156,10 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--json", "json_file", type=click.Path(path_type=Path),
                      help="Also append the JSON lines to this file."),
+        click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall",
+                     show_default=True,
+                     help="cpu: CPU time, for a machine with other jobs; set "
+                     "OPENBLAS_NUM_THREADS=1, since waiting threads count too."),
         click.option("--warmups", type=click.IntRange(min=0),
                      help="Untimed rounds before the timed ones (5; 1 with --smoke)."),
         click.option("--runs", type=click.IntRange(min=1),
@@ -169,10 +182,10 @@ def measure(case: Case, settings: Settings) -> Measurement:
         first = turn % len(case.contenders)
         for contender in (*case.contenders[first:], *case.contenders[:first]):
             mx.synchronize()
-            start = time.perf_counter()
+            start = settings.now()
             mx.eval(contender.run())
             mx.synchronize()
-            times[contender.name].append((time.perf_counter() - start) * 1e3)
+            times[contender.name].append((settings.now() - start) * 1e3)
     timings = {}
     for contender in case.contenders:
         peak, transient = _memory(contender)
@@ -196,6 +209,19 @@ def report(measurement: Measurement) -> None:
         with measurement.settings.json_file.open("a") as file:
             file.write(line + "\n")
     click.echo(_table(measurement), err=True)
+
+
+@contextmanager
+def norms_apart() -> Iterator[None]:
+    """Compute W0·A apart from W0·x, also where one product gives both faster."""
+    from mlx_dora.layers import linear
+
+    decide = linear.rides
+    linear.rides = lambda base, x: False
+    try:
+        yield
+    finally:
+        linear.rides = decide
 
 
 def relative_rms(actual: Arrays, expected: Arrays) -> float:

@@ -3,9 +3,10 @@
     python benchmarks/bench_layer.py [--only decode] [--rank 8] [--smoke]
 
 The cases are the forward pass of 1, 8, 32 and 128 tokens in eval mode, and a training
-step (the forward pass and the gradients of the adapter and the input) of 128 and 512
-tokens, on a dense and on a 4-bit base, at ranks 8 and 64. The shapes are those of
-SmolLM2-1.7B's q_proj and Llama-3.2-1B's down_proj.
+step (the forward pass and the gradients of the adapter and the input) of 32, 128 and
+512 tokens, on a dense and on a 4-bit base, at ranks 8 and 64. In a step, "norms apart"
+is ours with W0·A computed apart from W0·x. The shapes are those of SmolLM2-135M's
+gate_proj, SmolLM2-1.7B's q_proj and Llama-3.2-1B's down_proj.
 """
 
 from collections.abc import Callable
@@ -20,9 +21,10 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_dora.layers import DoRALinear
 
-SHAPES = {"q_proj": (2048, 2048), "down_proj": (8192, 2048)}
+SHAPES = {"gate_proj": (576, 1536), "q_proj": (2048, 2048), "down_proj": (8192, 2048)}
 SMOKE = {"tiny": (64, 64)}
 SCALE = 2.0
+APART = "norms apart"
 REPEATS = {
     1: 20,
     8: 5,
@@ -43,6 +45,7 @@ def layers(
         "mlx-lm LoRA": LoRALinear.from_base(base, r=rank, scale=SCALE),
         "mlx-lm DoRA": TheirDoRA.from_base(base, r=rank, scale=SCALE),
         "ours": DoRALinear.from_base(base, r=rank, scale=SCALE),
+        APART: DoRALinear.from_base(base, r=rank, scale=SCALE),
     }
     first = made["ours"]
     lora_b = mx.random.normal(first["lora_b"].shape) * 0.02
@@ -106,19 +109,24 @@ def case(
     def runner(layer: nn.Module) -> Callable[[], bench.Arrays]:
         return training(layer, x, dy) if train else forward(layer, x, repeats)
 
+    runs = {label: runner(layer) for label, layer in made.items()}
+    apart = runs.pop(APART)
+    if train:
+        runs[APART] = bench.norms_apart()(apart)
+
     # An independent reference: mlx-lm's DoRA divides by the norm of the dense weight.
-    reference = runner(made["mlx-lm DoRA"])
+    reference = runs["mlx-lm DoRA"]
     return bench.Case(
         name=f"{name} {'step' if train else 'forward'}",
         dtype=str(dtype).removeprefix("mlx.core."),
         contenders=[
             bench.Contender(
                 name=label,
-                run=runner(layer),
-                expected=reference if label == "ours" else None,
+                run=run,
+                expected=reference if label in ("ours", APART) else None,
                 bound=1e-4 if dtype == mx.float32 else 2e-2,
             )
-            for label, layer in made.items()
+            for label, run in runs.items()
         ],
         baseline="mlx-lm LoRA",
         facts={
@@ -145,7 +153,7 @@ def main(
     weight: str | None,
     dtype: str,
 ) -> None:
-    kinds = {"decode": (1,), "batch": (8, 32, 128), "step": (128, 512)}
+    kinds = {"decode": (1,), "batch": (8, 32, 128), "step": (32, 128, 512)}
     if settings.smoke:
         kinds = {"decode": (1,), "batch": (8,), "step": (8,)}
     for kind in [only] if only else kinds:

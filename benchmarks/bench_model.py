@@ -5,7 +5,8 @@
 The model is the demo's SmolLM2-135M with every linear layer of every block adapted. The
 cases are: decoding with a KV cache of 64 tokens; prompts of 8, 32 and 128 tokens; and a
 training step (forward pass, loss, gradients of the adapter) of 4 x 32 and 4 x 128
-tokens, with and without gradient checkpointing. The contenders share a single copy of
+tokens, with and without gradient checkpointing. In a step, "norms apart" is ours with
+W0·A computed apart from W0·x. The contenders share a single copy of
 the base's weights.
 """
 
@@ -30,6 +31,7 @@ from mlx_dora.demo.model import demo_model
 SCALE = 2.0
 DECODE_STEPS = 4
 CACHED = 64
+APART = "norms apart"
 LINEARS = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
@@ -67,14 +69,14 @@ def contenders(
     """Make the four models, with the same trained factors and shared base weights."""
     models = {
         name: plain_model(quantized, smoke, folder)
-        for name in ("base", "mlx-lm LoRA", "mlx-lm DoRA", "ours")
+        for name in ("base", "mlx-lm LoRA", "mlx-lm DoRA", "ours", APART)
     }
     shared = models["base"].parameters()
     settings = {"rank": rank, "scale": SCALE, "dropout": 0.0, "keys": LINEARS}
     for name, model in models.items():
         model.update(shared)
         model.freeze()
-        if name == "ours":
+        if name in ("ours", APART):
             config = DoRAConfig(rank=rank, scale=SCALE, keys=LINEARS, num_layers=-1)
             apply_dora(model, config)
         elif name != "base":
@@ -85,7 +87,7 @@ def contenders(
             "lora_a": layer.lora_a,
             "lora_b": mx.random.normal(layer.lora_b.shape) * 0.02,
         }
-        for name in ("mlx-lm LoRA", "mlx-lm DoRA", "ours"):
+        for name in ("mlx-lm LoRA", "mlx-lm DoRA", "ours", APART):
             dict(models[name].named_modules())[path].update(factors)
     mx.eval([model.parameters() for model in models.values()])
     return models
@@ -171,6 +173,9 @@ def cases(
         runs = {label: runner(model) for label, model in models.items()}
         if kind == "step":
             del runs["base"]  # nothing to train in the base
+            runs[APART] = bench.norms_apart()(runs[APART])
+        else:
+            del runs[APART]
         made.append(
             bench.Case(
                 name=f"SmolLM2-135M {name}" if not smoke else f"tiny {name}",
@@ -179,7 +184,9 @@ def cases(
                     bench.Contender(
                         name=label,
                         run=run,
-                        expected=runs["mlx-lm DoRA"] if label == "ours" else None,
+                        expected=runs["mlx-lm DoRA"]
+                        if label in ("ours", APART)
+                        else None,
                         bound=1e-3,
                     )
                     for label, run in runs.items()

@@ -55,7 +55,8 @@ class DoRALinear(DoRALayer):
 
     This is Eq. 5 of DoRA (arXiv:2402.09353), with one norm per output row, which is a
     constant in the backward pass (section 4.3). Initially m = ‖W0‖ and B = 0, and the
-    output equals the base's bit for bit. A zero row of W0 has no direction and stays
+    output equals the base's bit for bit (on a CPU, training may round large products
+    differently; see `project_with_norm`). A zero row of W0 has no direction and stays
     zero. A magnitude that becomes 0 stays 0.
 
     Parameters: ``lora_a`` ``(input_dims, r)``, ``lora_b`` ``(r, output_dims)`` and
