@@ -249,7 +249,7 @@ def _float_cases(dtype: mx.Dtype) -> Iterator[Case]:
     yield adapted_norm(2, 4096, 8, dtype)
     for r in (8, 17):
         yield adapted_norm(141, 300, r, dtype)  # several rounds; wide and narrow strips
-    yield adapted_norm(141, 140, 33, dtype)  # a second tile of ranks
+    yield adapted_norm(290, 130, 33, dtype)  # rounds with a second tile of ranks
     yield adapted_norm(530, 40, 3, dtype)
     yield adapted_norm(10, 70, 17, dtype)
     yield adapted_norm(9, 40, 512, dtype)
