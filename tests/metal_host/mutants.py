@@ -72,7 +72,7 @@ USUAL_CASES = {
     "dora_scale": (
         r"float16-(3x31-r8|17x33-r8(-offset)?|19x33-r(64|512)|[12]x1200-r8)$"
     ),
-    "dora_scale_backward": r"float16-(1x1|3x31|130x133|150x400)(-offset)?$",
+    "dora_scale_backward": r"float16-(1x1|3x31|20x12|130x133|150x400)(-offset)?$",
 }
 USUAL_CASES["adapted_norm_total"] = USUAL_CASES["adapted_norm"]
 USUAL_CASES["dora_scale_columns"] = USUAL_CASES["dora_scale_backward"]
