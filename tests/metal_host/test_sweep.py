@@ -52,7 +52,7 @@ def sweep(host: Host, every_case, files: list[str]) -> tuple[int, int]:
 def test_sweep_of_one_kernel(host: Host, every_case):
     changes, caught = sweep(host, every_case, ["normalize_rows.metal"])
     assert changes >= 8
-    assert caught >= changes - 1
+    assert caught >= changes - 2  # the two loops over columns, see HARMLESS
 
 
 @pytest.mark.slow
