@@ -39,9 +39,10 @@ class Mode:
     runtime: str
     link: str
     sources: tuple[str, ...]
+    is_wide: bool = False
 
 
-_WIDE_FLAGS = "-DDORA_WIDE=1 -fno-strict-aliasing"
+_WIDE_FLAGS = "-fno-strict-aliasing"
 _PLAIN = ("main.cpp", "executor.cpp", "no_checker.cpp")
 _CHECKING = Mode(
     "-O1 -fno-tree-vectorize -fsanitize=thread",
@@ -60,7 +61,7 @@ _SANITIZING = Mode(
 def _wide(mode: Mode) -> Mode:
     """The same, with the accesses of 16 bytes that CUDA gets."""
     flags = f"{mode.kernel} {_WIDE_FLAGS}"
-    return Mode(flags, mode.runtime, mode.link, mode.sources)
+    return Mode(flags, mode.runtime, mode.link, mode.sources, is_wide=True)
 
 
 MODES = {
@@ -114,7 +115,9 @@ class Builder:
 
     def _build_unit(self, records: list[Record], mode: str) -> None:
         while records:
-            program, complaint = self._program(unit(records), mode)
+            program, complaint = self._program(
+                unit(records, is_wide=MODES[mode].is_wide), mode
+            )
             if complaint is None:
                 for record in records:
                     self.programs[mode, record.key] = program
@@ -154,7 +157,7 @@ class Builder:
     def assembly(self, records: Iterable[Record], *, is_wide: bool = False) -> str:
         """The optimised machine code of these kernels, without their names."""
         cpp = self.folder / f"assembly.{os.getpid()}.cpp"
-        cpp.write_text(unit(records))
+        cpp.write_text(unit(records, is_wide=is_wide))
         wide = _WIDE_FLAGS.split() if is_wide else []
         command = [COMPILER, *_COMMON, "-O2", "-g0", *wide, *self._includes]
         done = subprocess.run(

@@ -249,7 +249,8 @@ def _float_cases(dtype: mx.Dtype) -> Iterator[Case]:
     yield adapted_norm(2, 4096, 8, dtype)
     for r in (8, 17):
         yield adapted_norm(141, 300, r, dtype)  # several rounds; wide and narrow strips
-    yield adapted_norm(141, 140, 33, dtype)  # a second tile of ranks
+    yield adapted_norm(20, 64, 17, dtype)  # aligned columns of B, and 4 of 8 rows
+    yield adapted_norm(290, 130, 33, dtype)  # rounds with a second tile of ranks
     yield adapted_norm(530, 40, 3, dtype)
     yield adapted_norm(10, 70, 17, dtype)
     yield adapted_norm(9, 40, 512, dtype)
@@ -265,6 +266,7 @@ def _float_cases(dtype: mx.Dtype) -> Iterator[Case]:
             yield dora_scale_backward(*shape, dtype, has_offset)
         yield dora_scale_backward(130, 133, dtype, has_offset)  # nine chunks
     yield dora_scale_backward(150, 400, dtype, True)  # chunks of unequal length
+    yield dora_scale_backward(20, 12, dtype, True)  # gains aligned, 4 of 8 columns
     for r in (1, 64, 512):
         yield dora_scale(19, 33, r, dtype, r == 1)
     yield dora_scale(33, 4096, 8, dtype, True)

@@ -60,7 +60,7 @@ USUAL_CASES = {
     "normalize_rows": r"float16-(5x3|9x31|3x33|4x1000|2x2300|2x9000|1x16400)$",
     "adapted_norm": (
         r"float16-(9x31-r8|3x33-r1|10x70-r17|9x40-r512|3x257-r8|3x1000-r8"
-        r"|141x300-r(8|17)|141x140-r33|530x40-r3)$"
+        r"|141x300-r(8|17)|290x130-r33|530x40-r3)$"
     ),
     "adapted_norm_packed": (
         r"float32-9x(320|384)-.*|float16-9x64-|bfloat16-9x128-r(17|512)-"
@@ -72,7 +72,7 @@ USUAL_CASES = {
     "dora_scale": (
         r"float16-(3x31-r8|17x33-r8(-offset)?|19x33-r(64|512)|[12]x1200-r8)$"
     ),
-    "dora_scale_backward": r"float16-(1x1|3x31|130x133|150x400)(-offset)?$",
+    "dora_scale_backward": r"float16-(1x1|3x31|20x12|130x133|150x400)(-offset)?$",
 }
 USUAL_CASES["adapted_norm_total"] = USUAL_CASES["adapted_norm"]
 USUAL_CASES["dora_scale_columns"] = USUAL_CASES["dora_scale_backward"]

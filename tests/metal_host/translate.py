@@ -74,8 +74,14 @@ def threadgroup_variables(text: str, replace: str | None = None) -> str:
     return text[:body] + _VARIABLE.sub(replace or storage, tail)
 
 
-def unit(records: Iterable[Record]) -> str:
-    """A translation unit with every kernel, each in a namespace of its own."""
+def unit(records: Iterable[Record], *, is_wide: bool = False) -> str:
+    """A translation unit with every kernel, each in a namespace of its own.
+
+    Args:
+        records: The kernels.
+        is_wide: With accesses of 16 bytes, as for CUDA. Each kernel is given the macro,
+            since it is undefined after each.
+    """
     lines = ['#include "mlx/backend/metal/kernels/utils.h"']
     entries = {}
     for record in records:
@@ -96,6 +102,7 @@ def unit(records: Iterable[Record]) -> str:
                 arguments.append(f"a.{attribute}")
         lines += [
             f"namespace {key} {{",
+            *(["#define DORA_WIDE 1"] if is_wide else []),
             f'#line 1 "{key}"',
             threadgroup_variables(record.text),
             "static void run(void** b, const host::Attributes& a) {",
