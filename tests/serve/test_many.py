@@ -35,6 +35,9 @@ def root(
     for name in ("ada", "bob"):
         shutil.copytree(named_adapters[name], root / name)
     (root / "way-out").symlink_to(named_adapters["cleo"])
+    (root / "hollow").mkdir()
+    shutil.copytree(named_adapters["dan"], root / "cut")
+    (root / "cut" / "adapters.safetensors").write_bytes(b"")
     return root
 
 
@@ -260,9 +263,14 @@ def test_a_body_other_than_an_object_is_refused(
 
 @pytest.mark.parametrize(
     "path",
-    ["../cleo", "way-out", "/etc", "", ".", "ada/adapter_config.json", 5, None, "a\0b"],
+    [
+        *("../cleo", "way-out", "/etc", "", ".", "ada/adapter_config.json", 5, None),
+        *("a\0b", "hollow", "cut"),
+    ],
 )
-def test_an_adapter_outside_the_root_is_not_loaded(path: Any, server: Server) -> None:
+def test_what_is_no_adapter_inside_the_root_is_not_loaded(
+    path: Any, server: Server
+) -> None:
     status, answer = server.ask({"lora_name": "new", "lora_path": path}, LOAD)
     assert status in (400, 404)
     assert isinstance(answer["error"], str)
