@@ -23,7 +23,7 @@ from mlx_dora.adapters.adapter import Adapter, take_adapter
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.gathered import GatheredAdapters
-from mlx_dora.adapters.surgery import adapter_layers, apply_layers
+from mlx_dora.adapters.surgery import adapter_layers, apply_layers, remove_dora
 from mlx_dora.layers.gathered import BASE
 
 RANKS = (4, 8, 8, 16, 16, 32, 32, 64)
@@ -31,7 +31,7 @@ DECODE_STEPS, CACHED = 4, 16
 
 
 def make_adapter(model: Any, rank: int, kind: Literal["dora", "lora"]) -> Adapter:
-    """Put random factors on a model that shares the base's weights."""
+    """Return an adapter with random factors; the model is unchanged."""
     config = DoRAConfig(rank=rank, scale=2.0, keys=LINEARS, num_layers=-1)
     apply_layers(model, config, kind, any_rank=True)
     mx.random.seed(rank)
@@ -39,7 +39,9 @@ def make_adapter(model: Any, rank: int, kind: Literal["dora", "lora"]) -> Adapte
         layer["lora_b"] = mx.random.normal(layer["lora_b"].shape) * 0.02
         if kind == "dora":
             layer["m"] = layer["m"] * (1 + 0.05 * mx.random.normal(layer["m"].shape))
-    return take_adapter(model)
+    adapter = take_adapter(model)
+    remove_dora(model)
+    return adapter
 
 
 def decode(
@@ -65,10 +67,14 @@ def decode(
     return run
 
 
-def alone(models: Sequence[Any], rows: Sequence[int]) -> mx.array:
+def alone(model: Any, adapters: Sequence[Adapter], rows: Sequence[int]) -> mx.array:
     """Return the logits of each row in a batch of its own, with its own adapter."""
-    runs = [decode(models[row % len(models)], [row], lambda: None) for row in rows]
-    return mx.concatenate([run() for run in runs])
+    logits = []
+    for row in rows:
+        attach_adapter(model, adapters[row % len(adapters)], check_base=False)
+        logits.append(decode(model, [row], lambda: None)())
+        remove_dora(model)
+    return mx.concatenate(logits)
 
 
 def case(quantized: bool, count: int, smoke: bool, folder: Path | None) -> bench.Case:
@@ -79,13 +85,14 @@ def case(quantized: bool, count: int, smoke: bool, folder: Path | None) -> bench
 
     rows = list(range(count))
     base = plain_model(quantized, smoke, folder)
-    singles, adapters = [], []
-    for number, rank in enumerate(RANKS):
-        model = fresh()
-        adapters.append(make_adapter(model, rank, "lora" if number % 2 else "dora"))
-        again = fresh()
-        attach_adapter(again, adapters[-1], check_base=False)
-        singles.append(again)
+    other = fresh()
+    adapters = [
+        make_adapter(other, rank, "lora" if number % 2 else "dora")
+        for number, rank in enumerate(RANKS)
+    ]
+    small, large = fresh(), fresh()
+    attach_adapter(small, adapters[4], check_base=False)
+    attach_adapter(large, adapters[7], check_base=False)
     gathered = fresh()
     served = GatheredAdapters(gathered)
     keys = [served.add(adapter, check_base=False) for adapter in adapters]
@@ -96,14 +103,14 @@ def case(quantized: bool, count: int, smoke: bool, folder: Path | None) -> bench
 
     runs = {
         "base": decode(base, rows, lambda: None),
-        "rank 16 alone": decode(singles[4], rows, lambda: None),
-        "rank 64 alone": decode(singles[7], rows, lambda: None),
+        "rank 16 alone": decode(small, rows, lambda: None),
+        "rank 64 alone": decode(large, rows, lambda: None),
         "no adapter, gathered": gathering([BASE] * count),
         "rank 16 gathered": gathering([keys[4]] * count),
         "rank 64 gathered": gathering([keys[7]] * count),
         "8 adapters": gathering(mixed),
     }
-    expected = {"8 adapters": lambda: alone(singles, rows)}
+    expected = {"8 adapters": lambda: alone(other, adapters, rows)}
     return bench.Case(
         name=f"{'tiny' if smoke else 'SmolLM2-135M'} decode, several adapters",
         dtype="float32",

@@ -17,9 +17,11 @@ from mlx_lm import server
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.gathered import GatheredAdapters
 from mlx_dora.errors import DoRAError
+from mlx_dora.io.foreign import foreign
 from mlx_dora.layers import DoRALayer
 from mlx_dora.layers.gathered import BASE
 from mlx_dora.serve.config import ServeConfig
@@ -108,8 +110,7 @@ class BatchServer(Generator):
         """
         with self._loading:
             self._check_place(name, replace)
-            adapter = read_adapter(folder)
-            mx.eval(adapter.tensors)  # the file may change from now on
+            adapter = _read(folder)
             self._jobs.call(lambda: self._adapters.check(name, adapter))
             layers = self._adapters.measure(name)
             self._jobs.call(lambda: self._put(name, folder, layers))
@@ -180,7 +181,8 @@ class BatchServer(Generator):
     def _put(self, name: str, folder: Path, layers: Mapping[str, DoRALayer]) -> None:
         key = self._adapters.put(layers)
         try:
-            self._try_out(key)
+            with foreign(f"adapter {name!r} into the model"):
+                self._try_out(key)
         except BaseException:
             self._adapters.drop(key)
             raise
@@ -332,6 +334,16 @@ class BatchServer(Generator):
             if key in self._retired:
                 self._retired.remove(key)
                 self._adapters.drop(key)
+
+
+def _read(folder: Path) -> Adapter:
+    """Read an adapter, of which the files may change from then on."""
+    try:
+        adapter = read_adapter(folder)
+        mx.eval(adapter.tensors)
+    except OSError as error:
+        raise DoRAError(f"{folder} cannot be read: {error.strerror}.") from error
+    return adapter
 
 
 def _after(

@@ -47,6 +47,14 @@ class Server:
     def ask(self, body: Any, path: str = COMPLETIONS) -> tuple[int, Any]:
         return self.send(json.dumps(body).encode(), path)
 
+    def get(self, path: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        connection.close()
+        return answer.status, text
+
     def text(self, **body: Any) -> str:
         status, answer = self.ask({**GOOD, **body})
         assert status == 200, answer

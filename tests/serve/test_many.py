@@ -4,8 +4,6 @@ import http.client
 import json
 import re
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +33,9 @@ def root(
     for name in ("ada", "bob"):
         shutil.copytree(named_adapters[name], root / name)
     (root / "way-out").symlink_to(named_adapters["cleo"])
+    (root / "hollow").mkdir()
+    shutil.copytree(named_adapters["dan"], root / "cut")
+    (root / "cut" / "adapters.safetensors").write_bytes(b"")
     return root
 
 
@@ -48,13 +49,6 @@ def server(
     )
     yield server.ready()
     server.stop()
-
-
-def get(server: Server, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    connection.request("GET", path)
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
 
 
 def chat(server: Server, name: str | None, **body: Any) -> str:
@@ -101,13 +95,13 @@ def test_adapters_is_another_name_of_model(server: Server) -> None:
 def test_models_lists_base_and_adapters(
     server: Server, tiny_base: Path, named_adapters: dict[str, Path]
 ) -> None:
-    status, text = get(server, "/v1/models")
+    status, text = server.get("/v1/models")
     models = json.loads(text)["data"]
     assert status == 200
     assert [model["id"] for model in models] == [str(tiny_base), *named_adapters]
     assert {model.get("parent") for model in models} == {None, str(tiny_base)}
-    assert json.loads(get(server, "/v1/models/ada")[1]) == models[1]
-    assert get(server, "/v1/models/zoe")[0] == 404
+    assert json.loads(server.get("/v1/models/ada")[1]) == models[1]
+    assert server.get("/v1/models/zoe")[0] == 404
 
 
 def test_a_prompt_is_not_reused_by_another_adapter(server: Server) -> None:
@@ -200,7 +194,7 @@ def test_a_client_that_leaves_a_stream_frees_its_place(server: Server) -> None:
 
     def generated() -> int:
         counter = r'generated_tokens_total\{adapter="cleo"\} (\d+)'
-        found = re.search(counter, get(server, "/metrics")[1])
+        found = re.search(counter, server.get("/metrics")[1])
         return 0 if found is None else int(found[1])
 
     before = generated()
@@ -210,7 +204,7 @@ def test_a_client_that_leaves_a_stream_frees_its_place(server: Server) -> None:
     answer.close()
     connection.close()
     for _ in range(500):
-        if "requests_running 0" in get(server, "/metrics")[1]:
+        if "requests_running 0" in server.get("/metrics")[1]:
             break
         time.sleep(0.01)
     assert 0 < generated() - before < 300
@@ -260,9 +254,14 @@ def test_a_body_other_than_an_object_is_refused(
 
 @pytest.mark.parametrize(
     "path",
-    ["../cleo", "way-out", "/etc", "", ".", "ada/adapter_config.json", 5, None, "a\0b"],
+    [
+        *("../cleo", "way-out", "/etc", "", ".", "ada/adapter_config.json", 5, None),
+        *("a\0b", "hollow", "cut"),
+    ],
 )
-def test_an_adapter_outside_the_root_is_not_loaded(path: Any, server: Server) -> None:
+def test_what_is_no_adapter_inside_the_root_is_not_loaded(
+    path: Any, server: Server
+) -> None:
     status, answer = server.ask({"lora_name": "new", "lora_path": path}, LOAD)
     assert status in (400, 404)
     assert isinstance(answer["error"], str)
@@ -325,7 +324,7 @@ def test_an_adapter_of_another_model_is_not_loaded(server: Server, root: Path) -
 
 def test_metrics_have_the_format_of_prometheus(server: Server) -> None:
     server.text(model="fay", **PROMPT)
-    status, text = get(server, "/metrics")
+    status, text = server.get("/metrics")
     assert status == 200
     sample = re.compile(r'mlx_dora_\w+(\{(\w+="[^"]*",?)+\})? [-+.\deE]+')
     types: dict[str, str] = {}
@@ -349,70 +348,6 @@ def test_metrics_have_the_format_of_prometheus(server: Server) -> None:
 
 
 def test_health_and_unknown_pages(server: Server) -> None:
-    assert get(server, "/health") == (200, '{"status": "ok"}')
-    assert get(server, "/nothing")[0] == 404
+    assert server.get("/health") == (200, '{"status": "ok"}')
+    assert server.get("/nothing")[0] == 404
     assert server.ask({}, "/nothing")[0] == 404
-
-
-def test_too_many_requests_are_answered_429_and_sigterm_drains(
-    tiny_base: Path, named_adapters: dict[str, Path]
-) -> None:
-    server = Server(
-        *("--model", tiny_base, "--adapter", f"ada={named_adapters['ada']}"),
-        *("--decode-concurrency", 2, "--prompt-concurrency", 2, "--max-queue", 1),
-    ).ready()
-    never = {"2": -1e5}  # the end of the text
-    long = {"model": "ada", "prompt": "fox", "max_tokens": 600, "logit_bias": never}
-    answers: list[tuple[int, Any]] = []
-    threads = [
-        threading.Thread(target=lambda: answers.append(server.ask(long)))
-        for _ in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    for _ in range(200):
-        if "requests_admitted 3" in get(server, "/metrics")[1]:
-            break
-        time.sleep(0.02)
-    status, answer = server.ask({**PROMPT, "model": "ada"})
-    assert (status, "--max-queue" in answer["error"]) == (429, True)
-
-    server.process.send_signal(signal.SIGTERM)
-    health = get(server, "/health")
-    for _ in range(200):
-        if health[0] == 503:
-            break
-        time.sleep(0.02)
-        health = get(server, "/health")
-    assert health == (503, '{"status": "stopping"}')
-    assert server.ask({**PROMPT, "model": "ada"})[0] == 503
-    for thread in threads:
-        thread.join()
-    assert [status for status, _ in answers] == [200] * 3
-    lengths = {answer["usage"]["completion_tokens"] for _, answer in answers}
-    assert lengths == {600}
-    errors = server.process.communicate(timeout=30)[1]
-    assert server.process.returncode == 0, errors
-    assert "Traceback" not in errors
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--adapter", "ada"], "must be NAME=FOLDER"),
-        (["--adapter", "a b=x"], "an adapter's name must have"),
-        (["--adapter", "a=x", "a=y"], "names 'a' twice"),
-        (["--adapter", "a=x", "b=y", "--max-adapters", "1"], "--max-adapters allows 1"),
-        (["--adapter", "a=x", "--adapter-path", "y"], "cannot be combined"),
-        (["--max-queue", "5"], "needs --adapter"),
-        (["--adapter", "a=no/such/folder"], "no/such/folder"),
-    ],
-)
-def test_a_wrong_command_line_is_a_one_line_error(
-    words: list[str], message: str, tiny_base: Path
-) -> None:
-    process = Server("--model", tiny_base, *words).process
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
-    assert "Traceback" not in errors
-    assert message in errors.strip().splitlines()[-1]
