@@ -67,7 +67,7 @@ USUAL_CASES = {
         r"|float16-141x320"
     ),
     "fused_weight": (
-        r"float16-(9x31-r8|33x1000-r1|17x300-r8|9x4100-r8|9x70-r17|5x16400-r3)$"
+        r"float16-(3x33-r1|9x31-r8|33x1000-r1|17x300-r8|9x4100-r8|9x70-r17|5x16400-r3)$"
     ),
     "dora_scale": (
         r"float16-(3x31-r8|17x33-r8(-offset)?|19x33-r(64|512)|[12]x1200-r8)$"
