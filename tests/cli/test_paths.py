@@ -11,7 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from mlx_dora.cli._framework import PassThrough
+from mlx_dora.cli._framework import SETTINGS, PassThrough
 from mlx_dora.cli._group import VERBS, group
 from mlx_dora.cli._options import _Text
 from mlx_dora.cli._paths import PathType
@@ -23,9 +23,9 @@ TEXTS = {
     "fuse": {"upload_repo", "prompts"},
     "extract": {"keys"},
     "convert": {"base_gguf"},
-    "merge adapters": {"weights"},
+    "merge adapters": {"own", "weights"},
     "merge fisher": {"keys"},
-    "merge models": {"weights"},
+    "merge models": {"own", "weights"},
 }
 """Options that accept free text but no path; the features name data set columns."""
 FEATURES = {
@@ -44,6 +44,11 @@ def commands() -> Iterator[tuple[str, click.Command]]:
                 yield f"{verb} {name}", subcommand
         elif not isinstance(command, PassThrough):
             yield verb, command
+
+
+def parsed(name: str, command: click.Command, words: list[str]) -> click.Context:
+    """Parse words as the command line does; click keeps the help option it makes."""
+    return command.make_context(name, words, **SETTINGS)
 
 
 def path_options() -> set[tuple[str, str]]:
@@ -133,7 +138,7 @@ def test_every_path_option_accepts_home_space_quote_and_newline(
             for word in line.split()
         ]
         name = next(command for command in known if line.startswith(f"{command} "))
-        context = known[name].make_context(name, words[len(name.split()) :])
+        context = parsed(name, known[name], words[len(name.split()) :])
         tried |= {
             (name, option)
             for option, value in context.params.items()
@@ -142,10 +147,10 @@ def test_every_path_option_accepts_home_space_quote_and_newline(
         tried |= {(name, "config")} if " -c " in line else set()
         run(words)
     # The demo takes minutes, so only its parsed options are checked.
-    demo = known["demo"].make_context("demo", ["--output", "~/o", "--model", "~/m"])
+    demo = parsed("demo", known["demo"], ["--output", "~/o", "--model", "~/m"])
     assert str(demo.params["output"]) == f"{home}/o"
     assert demo.params["model"] == f"{home}/m"
-    doctor = known["doctor"].make_context("doctor", ["--model", "~/m"])
+    doctor = parsed("doctor", known["doctor"], ["--model", "~/m"])
     assert doctor.params["model"] == f"{home}/m"
     untried = {("demo", "output"), ("demo", "model")}
     untried |= {("doctor", "json_output"), ("doctor", "model")}
