@@ -1,6 +1,6 @@
 """Ask a server of eight adapters from many clients, and check every answer.
 
-    python benchmarks/bench_server.py [--clients 64] [--seconds 120] [--adapters FOLDER]
+    python benchmarks/load_server.py [--clients 64] [--seconds 120] [--adapters FOLDER]
 
 Each adapter (ranks 4 to 64, DoRA and LoRA) is trained to answer "I am NAME." The
 clients, threads of this process on the loopback interface, each ask a random adapter,
