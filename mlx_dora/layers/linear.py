@@ -5,6 +5,7 @@ from typing import ClassVar, Self
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dora.kernels.dispatch import chosen_mode
 from mlx_dora.kernels.plain import product_and_norm
 from mlx_dora.kernels.rescale import rescale
 from mlx_dora.layers._layer import DoRALayer
@@ -37,11 +38,11 @@ def project(base: nn.Module, x: mx.array) -> mx.array:
 def project_with_norm(layer: DoRALayer, x: mx.array) -> tuple[mx.array, mx.array]:
     """Return the output of the base, `project`, and the norm of the adapted rows.
 
-    Where one product with the base weight gives both faster (`rides`), the output
-    differs from the base's by rounding.
+    Where no kernel may run and one product with the base weight gives both faster
+    (`rides`), the output differs from the base's by rounding.
     """
     base = layer[layer.base_name]
-    if "_norm" in layer or not rides(base, x):
+    if "_norm" in layer or not rides(base, x) or chosen_mode() != "reference":
         return project(base, x), layer.norm()
     weight, squared = weight_from(base, base), layer["_squared_base"]
     y, n = product_and_norm(x, weight, *layer.factors(), layer.scale, squared)

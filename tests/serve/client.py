@@ -27,6 +27,7 @@ class Server:
         self.process = Process(words, env=ENVIRONMENT, stdout=DEVNULL)
 
     def ready(self) -> "Server":
+        """Wait until the port answers."""
         for _ in range(600):
             try:
                 socket.create_connection(("127.0.0.1", self.port)).close()

@@ -47,7 +47,10 @@ def server(
         *("--model", tiny_base, "--adapter-root", root, *flags(named_adapters)),
         *("--max-prompt-tokens", 200, "--max-new-tokens", 300, "--max-body", 20_000),
     )
-    yield server.ready()
+    server.ready()
+    while server.get("/health")[1] == '{"status": "loading"}':
+        time.sleep(0.1)
+    yield server
     server.stop()
 
 
@@ -337,7 +340,7 @@ def test_metrics_have_the_format_of_prometheus(server: Server) -> None:
     assert types["mlx_dora_request_seconds"] == "histogram"
     value = re.search(r'generated_tokens_total\{adapter="fay"\} (\d+)', text)
     assert value is not None
-    assert int(value[1]) >= 6
+    assert int(value[1]) >= 4  # of this request
     assert 'mlx_dora_requests_total{adapter="fay",status="200"}' in text
     assert "mlx_dora_adapters_loaded 8" in text
     inf = re.search(r'request_seconds_bucket\{le="\+Inf"\} (\d+)', text)

@@ -80,14 +80,17 @@ class Feed:
         """The steps up to `iters` at which another `every` passes are complete."""
         return self._schedules[0].ends(every, iters)
 
-    def preview(self) -> Iterator[Batch]:
-        """The batches of the first level from step 0 on, without counting rows."""
+    def shapes(self, group: mx.distributed.Group) -> Iterator[tuple[int, ...]]:
+        """Shapes of this process's batches of the first level, from step 0 on.
+
+        Custom batches are made for the training alone, so every width is expected.
+        """
         if self._make is None:
-            return self._schedules[0].batches()
-        counts = RowCounts()
-        return self._make(
-            self._levels[0], *self._limits, seed=self._seed, counts=counts
-        )
+            batches = self._schedules[0].batches(0, group.rank(), group.size())
+            return (tokens.shape for tokens, _ in batches)
+        rows, longest = self._limits
+        widths = (1 << power for power in range(longest.bit_length()))
+        return ((rows, width + 1) for width in widths)
 
     def streams(
         self, step: int, group: mx.distributed.Group

@@ -4,6 +4,7 @@ import logging
 from dataclasses import asdict
 from itertools import islice
 
+from mlx_dora.kernels.dispatch import chosen_mode
 from mlx_dora.kernels.measure import Decisions, decide
 from mlx_dora.layers.calls import training_cases
 from mlx_dora.train.group import share
@@ -42,6 +43,8 @@ def decide_kernels(run: Run) -> Decisions:
 
 
 def _sizes(run: Run) -> list[int]:
-    """Return the numbers of input tokens of the first batches."""
-    shapes = [tokens.shape for tokens, _ in islice(run.feed.preview(), _SAMPLE)]
+    """Return the numbers of tokens of the first batches; none without a choice."""
+    if chosen_mode() != "auto":
+        return []
+    shapes = islice(run.feed.shapes(run.group), _SAMPLE)
     return sorted({rows * max(width - 1, 1) for rows, width in shapes})
