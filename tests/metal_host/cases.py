@@ -253,6 +253,7 @@ def _float_cases(dtype: mx.Dtype) -> Iterator[Case]:
     yield adapted_norm(290, 130, 33, dtype)  # rounds with a second tile of ranks
     yield adapted_norm(530, 40, 3, dtype)
     yield adapted_norm(10, 70, 17, dtype)
+    yield adapted_norm(5, 300, 16, dtype)  # the last rank with wide strips
     yield adapted_norm(9, 40, 512, dtype)
     yield fused_weight(17, 2300, 8, dtype)  # 4 rows in registers
     yield fused_weight(3, 4096, 8, dtype)  # 1 row

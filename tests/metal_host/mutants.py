@@ -59,7 +59,7 @@ def edited(file: str, edit: Callable[[str], str]) -> Iterator[None]:
 USUAL_CASES = {
     "normalize_rows": r"float16-(5x3|9x31|3x33|4x1000|2x2300|2x9000|1x16400)$",
     "adapted_norm": (
-        r"float16-(9x31-r8|3x33-r1|10x70-r17|9x40-r512|3x257-r8|3x1000-r8"
+        r"float16-(9x31-r8|3x33-r1|10x70-r17|5x300-r16|9x40-r512|3x257-r8|3x1000-r8"
         r"|141x300-r(8|17)|290x130-r33|530x40-r3)$"
     ),
     "adapted_norm_packed": (
