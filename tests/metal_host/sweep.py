@@ -12,7 +12,7 @@ from tests.metal_host.build import Builder
 from tests.metal_host.cases import Case
 from tests.metal_host.execute import HEAP, MISALIGN
 from tests.metal_host.host import Host, call, launched
-from tests.metal_host.mutants import cases_of, edited, examine
+from tests.metal_host.mutants import FIRST_CASES, cases_of, edited, examine
 from tests.metal_host.records import Record
 
 _COMPARISON = re.compile(r"(?<=[\w)\]]) (<|<=|>|>=) (?=[\w(])")
@@ -92,13 +92,16 @@ def _users(file: str, position: int) -> Iterator[str]:
             yield kernel
 
 
-# On how many of the kernels that use the change it is tried, and how, until it shows.
+# On how many of the kernels that use the change it is tried, and how, until it shows;
+# 0: on a few cases of the first.
 _PHASES = (
+    (0, "check", 0),
     (1, "check", 0),
     (len(KERNELS), "check", 0),
     (len(KERNELS), "sanitize", HEAP),  # a thread's own arrays have no other guard
 )
 _WIDE_PHASES = (
+    (0, "check-wide", 0),
     (1, "check-wide", 0),
     (len(KERNELS), "check-wide", 0),
     (len(KERNELS), "check-wide", MISALIGN),
@@ -134,6 +137,9 @@ def judge(host: Host, changes: list[Edit], grid: list[Case]) -> dict[str, str]:
 
 
 def _cases(change: Edit, grid: list[Case], reach: int) -> list[Case]:
+    if reach == 0:
+        first = change.kernels[0]
+        return cases_of(first, grid, FIRST_CASES[first])
     chosen = [c for k in change.kernels[:reach] for c in cases_of(k, grid)]
     return list(dict.fromkeys(chosen))
 
