@@ -99,6 +99,8 @@ _PHASES = (
     (1, "check", 0),
     (len(KERNELS), "check", 0),
     (len(KERNELS), "sanitize", HEAP),  # a thread's own arrays have no other guard
+    (1, "check-wide", 0),  # text that both builds have
+    (len(KERNELS), "check-wide", 0),
 )
 _WIDE_PHASES = (
     (0, "check-wide", 0),
