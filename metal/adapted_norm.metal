@@ -8,9 +8,10 @@
 //            grid (128 * ceil(out / (4 * ROWS * rounds)), strips, 1)
 // reference: mlx_dora/kernels/naive.py::adapted_norm
   // Up to rank 16, 16 bytes of W; beyond, 4 columns and more rows that share A.
-  constexpr int N = R > 16 ? 4 : 16 / int(sizeof(T));  // columns of a thread
-  constexpr int ROWS = R > 16 ? 8 : 4;                 // of a simdgroup in a round
-  constexpr int QUADS = R < 32 ? (R + 3) / 4 : 8;      // of ranks in a tile
+  constexpr bool IS_TALL = R > 16;
+  constexpr int N = IS_TALL ? 4 : 16 / int(sizeof(T));  // columns of a thread
+  constexpr int ROWS = IS_TALL ? 8 : 4;                 // of a simdgroup in a round
+  constexpr int QUADS = R < 32 ? (R + 3) / 4 : 8;       // of ranks in a tile
   threadgroup dora_quad tile[33 * N * QUADS];
   const uint out = weight_shape[0];
   const uint n = weight_shape[1];
@@ -29,7 +30,7 @@
   for (uint round = 0; round < rounds; ++round) {
     const uint row0 = first + (round * 4 + sg) * uint(ROWS);
     dora_values<T, N> raw[ROWS];
-    if (R <= 16) {  // on the way while the product is computed
+    if (!IS_TALL) {  // on the way while the product is computed
       dora_read_rows<T, ROWS, N>(weight, row0, out, c, n, is_wide, raw);
     }
     float delta[ROWS * N] = {0.0f};
@@ -45,7 +46,7 @@
       dora_add_tile<R, QUADS, ROWS, N>(
           up, tile, row0, dora_live(row0, out), out, uint(k0), is_wide_up, lane, delta);
     }
-    if (R > 16) {  // afterwards, for the sake of registers
+    if (IS_TALL) {  // afterwards, for the sake of registers
       dora_read_rows<T, ROWS, N>(weight, row0, out, c, n, is_wide, raw);
     }
     float sums[2 * ROWS];

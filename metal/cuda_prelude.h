@@ -8,7 +8,7 @@
 typedef unsigned int uint;
 typedef unsigned short ushort;
 
-// Accesses of up to 16 bytes, see common.h.
+// Accesses of up to 16 bytes, see wide.h.
 #define DORA_WIDE 1
 
 #define METAL_FUNC static __device__ __forceinline__

@@ -10,6 +10,8 @@ _PLACES = (
     Path(__file__).parents[1] / "metal",
     Path(__file__).parents[2] / "metal",
 )
+# What every kernel gets before its body, in this order.
+HEADERS = ("wide.h", "common.h")
 _SPACES = re.compile(r"\b(?:device|constant|thread)\b")
 _THREADGROUP = re.compile(r"\bthreadgroup\b")
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)

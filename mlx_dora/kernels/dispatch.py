@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.kernels._source import in_cuda, read_source
+from mlx_dora.kernels._source import HEADERS, in_cuda, read_source
 from mlx_dora.kernels.plans import KERNELS, Kernel, Launch
 
 P = ParamSpec("P")
@@ -130,7 +130,8 @@ def allowed_error(dtype: str, backend: str) -> float:
 def build(name: str, backend: str) -> Callable[..., list[mx.array]]:
     """Build MLX's callable for ``metal/<name>.metal``."""
     kernel = KERNELS[name]
-    header, body = read_source("common.h"), read_source(f"{name}.metal")
+    header = "".join(read_source(part) for part in HEADERS)
+    body = read_source(f"{name}.metal")
     make = mx.fast.metal_kernel
     if backend == "cuda":
         header = read_source("cuda_prelude.h") + in_cuda(header, is_body=False)

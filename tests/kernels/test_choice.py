@@ -146,8 +146,9 @@ class _cached:
         pass
 
 
+@pytest.mark.parametrize("file", ["dora_scale.metal", "common.h", "wide.h"])
 def test_the_key_follows_the_text_of_the_kernels(
-    gpu: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    file: str, gpu: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     before = choice.device_facts()["kernels"]
     copy = tmp_path / "metal"
@@ -157,7 +158,7 @@ def test_the_key_follows_the_text_of_the_kernels(
     monkeypatch.setattr(choice, "source_folder", lambda: copy)
     forget()
     assert choice.device_facts()["kernels"] == before
-    source = copy / "dora_scale.metal"
+    source = copy / file
     source.write_text(source.read_text() + "\n")
     forget()
     assert choice.device_facts()["kernels"] != before

@@ -42,7 +42,7 @@ def uses() -> Iterator[Use]:
 def test_no_word_of_metal_is_left() -> None:
     assert set(sources()) == set(dispatch.KERNELS)
     for name, made in sources().items():
-        text = made["header"].split("MLX_DORA_COMMON_H")[1] + made["source"]
+        text = made["header"].split("#define MLX_DORA_WIDE_H")[1] + made["source"]
         left = re.findall(r"\b(?:device|constant|thread|threadgroup)\b", text)
         assert left == [], name
         declared = _source.read_source(f"{name}.metal").count("  threadgroup ")

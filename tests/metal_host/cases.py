@@ -93,12 +93,12 @@ def _rescaled(rows: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
 
 
 def normalize_rows(out: int, width: int, dtype: mx.Dtype) -> Case:
-    """Rows of any length; one row of zeros where there are several."""
+    """Rows of any length; where there are several, one of zeros and one below 1."""
 
     def run(call: Call) -> list[tuple[mx.array, np.ndarray, float]]:
         weight, magnitude = _normal(out, width, dtype=dtype), _normal(out, seed=3)
         if out > 2:
-            weight[1] = 0
+            weight[1], weight[2] = 0, weight[2] / 64
         launch = table.plan_normalize_rows((out, width), dtype)
         rescaled, norm = call("normalize_rows", launch, [weight, magnitude])
         rows = to_numpy(weight)
@@ -253,6 +253,7 @@ def _float_cases(dtype: mx.Dtype) -> Iterator[Case]:
     yield adapted_norm(290, 130, 33, dtype)  # rounds with a second tile of ranks
     yield adapted_norm(530, 40, 3, dtype)
     yield adapted_norm(10, 70, 17, dtype)
+    yield adapted_norm(5, 300, 16, dtype)  # the last rank with wide strips
     yield adapted_norm(9, 40, 512, dtype)
     yield fused_weight(17, 2300, 8, dtype)  # 4 rows in registers
     yield fused_weight(3, 4096, 8, dtype)  # 1 row

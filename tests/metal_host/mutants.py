@@ -59,7 +59,7 @@ def edited(file: str, edit: Callable[[str], str]) -> Iterator[None]:
 USUAL_CASES = {
     "normalize_rows": r"float16-(5x3|9x31|3x33|4x1000|2x2300|2x9000|1x16400)$",
     "adapted_norm": (
-        r"float16-(9x31-r8|3x33-r1|10x70-r17|9x40-r512|3x257-r8|3x1000-r8"
+        r"float16-(9x31-r8|3x33-r1|10x70-r17|5x300-r16|9x40-r512|3x257-r8|3x1000-r8"
         r"|141x300-r(8|17)|290x130-r33|530x40-r3)$"
     ),
     "adapted_norm_packed": (
@@ -76,6 +76,18 @@ USUAL_CASES = {
 }
 USUAL_CASES["adapted_norm_total"] = USUAL_CASES["adapted_norm"]
 USUAL_CASES["dora_scale_columns"] = USUAL_CASES["dora_scale_backward"]
+
+# A few of them, which show most bugs: to be tried before the others are compiled.
+FIRST_CASES = {
+    "normalize_rows": r"float16-(5x3|9x31)$",
+    "adapted_norm": r"float16-(9x31-r8|10x70-r17|141x300-r8)$",
+    "adapted_norm_packed": r"float32-9x(320-r8-[235]bit|384-r8-8bit)",
+    "fused_weight": r"float16-(3x33-r1|9x31-r8)$",
+    "dora_scale": r"float16-(3x31-r8|17x33-r8(-offset)?)$",
+    "dora_scale_backward": r"float16-(3x31|20x12)(-offset)?$",
+    "dora_scale_columns": r"float16-(3x31|130x133)(-offset)?$",
+}
+FIRST_CASES["adapted_norm_total"] = FIRST_CASES["adapted_norm"]
 
 
 def cases_of(kernel: str, grid: list[Case], pattern: str = "") -> list[Case]:

@@ -19,7 +19,7 @@ _VECTOR_READ = (
 _STAGED = "matrix[size_t(i / uint(ROWS)) * out + row]"
 _ONE_READ = "uint(i) < live ? from[i] : static_cast<E>(0.0f)"
 
-COMMON = "common.h"
+COMMON, WIDE = "common.h", "wide.h"
 MUTANTS = (
     # ---- synchronisation
     Mutant("group sum: barrier missing", COMMON, _GROUP_SUM_BARRIER, _NO_BARRIER,
@@ -61,15 +61,15 @@ MUTANTS = (
     Mutant("normalize_rows: two threads write the norm", "normalize_rows.metal",
            "if (lid == 0)", "if (lid < 2)", "normalize_rows"),
     # ---- bounds
-    Mutant("load: reads past the end and discards", COMMON,
+    Mutant("load: reads past the end and discards", WIDE,
            f"dora_put_value<E, N>(to, i, {_ONE_READ});",
            "const E x = from[i];\n      dora_put_value<E, N>(to, i, "
            + _ONE_READ.replace("from[i]", "x") + ");", "normalize_rows"),
-    Mutant("load: no tail", COMMON, _FULL_READ,
+    Mutant("load: no tail", WIDE, _FULL_READ,
            _FULL_READ.replace("live >= uint(N)", "live > 0u"), "dora_scale"),
-    Mutant("store: writes past the end", COMMON, "      if (uint(i) < live) {",
+    Mutant("store: writes past the end", WIDE, "      if (uint(i) < live) {",
            "      if (live > 0u) {", "fused_weight"),
-    Mutant("store: last column missing", COMMON, "      if (uint(i) < live) {",
+    Mutant("store: last column missing", WIDE, "      if (uint(i) < live) {",
            "      if (uint(i) + 1 < live) {", "dora_scale"),
     Mutant("adapted_norm: writes rows that do not exist", COMMON,
            "if (lane % LANES == 0 && row < out)", "if (lane % LANES == 0)",
@@ -150,9 +150,9 @@ MUTANTS = (
            "dora_scale_columns.metal", "g != 0.0f ? total / g : 0.0f",
            "total / g", "dora_scale_columns"),
     # ---- what the checks of the language see
-    Mutant("load: vector load of unaligned rows", COMMON, _FULL_READ, _VECTOR_READ,
+    Mutant("load: vector load of unaligned rows", WIDE, _FULL_READ, _VECTOR_READ,
            "normalize_rows", r"float32-(3x33|4x1000)$"),
-    Mutant("store: float to bfloat without a cast", COMMON,
+    Mutant("store: float to bfloat without a cast", WIDE,
            "      to[i] = static_cast<T>(from[i]);", "      to[i] = from[i];",
            "normalize_rows", r"bfloat16-9x31$", is_refused_by_the_compiler=True),
     Mutant("max of a float and an int", "adapted_norm_total.metal",
@@ -160,21 +160,21 @@ MUTANTS = (
            "metal::max(together, 0)", "adapted_norm_total",
            is_refused_by_the_compiler=True),
     # ---- accesses of 16 bytes
-    Mutant("wide: the address is not looked at", COMMON,
+    Mutant("wide: the address is not looked at", WIDE,
            "reinterpret_cast<size_t>(matrix) % BYTES == 0 && ", "", "normalize_rows",
            r"float16-4x1000$", is_wide=True),
-    Mutant("wide: the length of rows is not looked at", COMMON,
+    Mutant("wide: the length of rows is not looked at", WIDE,
            " && n * sizeof(E) % BYTES == 0", "", "normalize_rows", is_wide=True),
-    Mutant("wide: one value in a word of two", COMMON, "others | word", "word",
+    Mutant("wide: one value in a word of two", WIDE, "others | word", "word",
            "normalize_rows", is_wide=True),
-    Mutant("wide: the second of two values is read at the first's place", COMMON,
+    Mutant("wide: the second of two values is read at the first's place", WIDE,
            "from.words[i / PER] >> (i % PER * 8 * int(sizeof(E)))",
            "from.words[i / PER] >> (i % PER * 8)", "dora_scale", is_wide=True),
-    Mutant("wide: tails are read whole", COMMON,
+    Mutant("wide: tails are read whole", WIDE,
            "  if (is_wide && live >= uint(N)) {\n    to = ",
            "  if (is_wide && live > 0u) {\n    to = ", "dora_scale_backward",
            r"float16-20x12-offset$", is_wide=True),
-    Mutant("wide: rows that do not exist are written", COMMON,
+    Mutant("wide: rows that do not exist are written", WIDE,
            "  if (is_wide && live >= uint(N)) {\n    dora_values<T, N> values;",
            "  if (is_wide) {\n    dora_values<T, N> values;", "dora_scale",
            is_wide=True),
@@ -189,7 +189,7 @@ LANGUAGE_MUTANTS = (
     Mutant("a standard library call", "adapted_norm_total.metal",
            "metal::precise::sqrt(metal::max", "std::sqrt(metal::max",
            "adapted_norm_total"),
-    Mutant("device pointer where MLX passes constant memory", COMMON,
+    Mutant("device pointer where MLX passes constant memory", WIDE,
            "template <int N, typename P>\nMETAL_FUNC void dora_read_floats(P from,",
            "template <int N>\n"
            "METAL_FUNC void dora_read_floats(const device float* from,",
@@ -197,7 +197,7 @@ LANGUAGE_MUTANTS = (
     Mutant("pointer without an address space", COMMON,
            "thread float* v, threadgroup float* part,", "thread float* v, float* part,",
            "normalize_rows"),
-    Mutant("thread pointer without an address space", COMMON,
+    Mutant("thread pointer without an address space", WIDE,
            "bool is_wide, thread float* to", "bool is_wide, float* to", "dora_scale"),
     Mutant("a tile read across address spaces", COMMON,
            "P up, const threadgroup dora_quad* tile,",

@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from mlx_dora.kernels._source import read_source
+from mlx_dora.kernels._source import HEADERS, read_source
 from mlx_dora.kernels.plans import KERNELS
 from tests.metal_host.build import Builder
 from tests.metal_host.cases import Case
 from tests.metal_host.execute import HEAP, MISALIGN
 from tests.metal_host.host import Host, call, launched
-from tests.metal_host.mutants import cases_of, edited, examine
+from tests.metal_host.mutants import FIRST_CASES, cases_of, edited, examine
 from tests.metal_host.records import Record
 
-COMMON = "common.h"
 _COMPARISON = re.compile(r"(?<=[\w)\]]) (<|<=|>|>=) (?=[\w(])")
 _SWAPPED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 _BACK = {"<": "+", ">": "-"}
@@ -54,8 +53,8 @@ def edits(file: str) -> Iterator[Edit]:
             column = found.start() - text.rfind("\n", 0, found.start())
             line = text.splitlines()[number].strip()
             users = (file.removesuffix(".metal"),)
-            if file == COMMON:
-                users = tuple(_users(text, found.start()))
+            if file in HEADERS:
+                users = tuple(_users(file, found.start()))
             yield Edit(
                 file,
                 found.start(),
@@ -73,12 +72,15 @@ def _is_wide(before: str) -> bool:
     return bool(last) and last[-1] == "#if DORA_WIDE"
 
 
-def _users(common: str, position: int) -> Iterator[str]:
-    """The kernels that reach the shared function at this position."""
-    functions = list(re.finditer(r"METAL_FUNC \w+ (\w+)\(", common))
-    starts = [*(found.start() for found in functions), len(common)]
+def _users(file: str, position: int) -> Iterator[str]:
+    """The kernels that reach the shared function at this position of a header."""
+    texts = [read_source(header) for header in HEADERS]
+    position += sum(map(len, texts[: HEADERS.index(file)]))
+    shared = "".join(texts)
+    functions = list(re.finditer(r"METAL_FUNC \w+ (\w+)\(", shared))
+    starts = [*(found.start() for found in functions), len(shared)]
     bodies = [
-        (found[1], common[starts[i] : starts[i + 1]])
+        (found[1], shared[starts[i] : starts[i + 1]])
         for i, found in enumerate(functions)
     ]
     before = [found[1] for found in functions if found.start() <= position]
@@ -90,13 +92,18 @@ def _users(common: str, position: int) -> Iterator[str]:
             yield kernel
 
 
-# On how many of the kernels that use the change it is tried, and how, until it shows.
+# On how many of the kernels that use the change it is tried, and how, until it shows;
+# 0: on a few cases of the first.
 _PHASES = (
+    (0, "check", 0),
     (1, "check", 0),
     (len(KERNELS), "check", 0),
     (len(KERNELS), "sanitize", HEAP),  # a thread's own arrays have no other guard
+    (1, "check-wide", 0),  # text that both builds have
+    (len(KERNELS), "check-wide", 0),
 )
 _WIDE_PHASES = (
+    (0, "check-wide", 0),
     (1, "check-wide", 0),
     (len(KERNELS), "check-wide", 0),
     (len(KERNELS), "check-wide", MISALIGN),
@@ -132,6 +139,9 @@ def judge(host: Host, changes: list[Edit], grid: list[Case]) -> dict[str, str]:
 
 
 def _cases(change: Edit, grid: list[Case], reach: int) -> list[Case]:
+    if reach == 0:
+        first = change.kernels[0]
+        return cases_of(first, grid, FIRST_CASES[first])
     chosen = [c for k in change.kernels[:reach] for c in cases_of(k, grid)]
     return list(dict.fromkeys(chosen))
 
