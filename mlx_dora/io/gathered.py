@@ -1,15 +1,15 @@
 """A tensor whose rows are gathered from another one, read slice by slice."""
 
-import copy
 import math
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_dora.io.sliced import SlicedTensor
 from mlx_dora.io.stored import StoredTensor
 
 
-class GatheredTensor:
+class GatheredTensor(SlicedTensor):
     """Rows of a source tensor in another order, with new rows in between.
 
     Offers what block-wise code needs: ``shape``, ``ndim``, ``size``, ``reshape`` and
@@ -31,27 +31,6 @@ class GatheredTensor:
         self._source, self._rows, self._extra = source, rows, extra
         self._width = math.prod(source.shape[1:])
         self.shape = (len(rows), *source.shape[1:])
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return len(self._rows) * self._width
-
-    def reshape(self, shape: int | tuple[int, ...]) -> "GatheredTensor":
-        """Return the tensor with another shape; one size may be -1."""
-        sizes = (shape,) if isinstance(shape, int) else shape
-        known = math.prod(size for size in sizes if size != -1)
-        changed = copy.copy(self)
-        changed.shape = tuple(
-            self.size // max(known, 1) if size == -1 else size for size in sizes
-        )
-        assert math.prod(changed.shape) == self.size
-        return changed
 
     def __getitem__(self, index: slice) -> mx.array:
         """Read consecutive entries of the first axis, float32."""

@@ -1,6 +1,5 @@
 """A tensor that stays in its file and is read slice by slice."""
 
-import copy
 import math
 import os
 import weakref
@@ -11,6 +10,7 @@ import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import TensorInfo
+from mlx_dora.io.sliced import SlicedTensor
 
 DTYPES: dict[str, tuple[str, mx.Dtype]] = {
     "BOOL": ("?", mx.bool_),
@@ -37,7 +37,7 @@ class _Owner:
     """Keeps a file open for as long as this object exists."""
 
 
-class StoredTensor:
+class StoredTensor(SlicedTensor):
     """A tensor in its file; indexing reads a slice along the first axis.
 
     Offers the part of `mx.array` that block-wise code needs: ``shape``, ``ndim``,
@@ -59,27 +59,6 @@ class StoredTensor:
         self._file = os.open(path, os.O_RDONLY)
         self._owner = _Owner()  # shared with the results of `reshape`
         weakref.finalize(self._owner, os.close, self._file)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self._info.shape)
-
-    def reshape(self, shape: int | tuple[int, ...]) -> "StoredTensor":
-        """Return the tensor with another shape; one size may be -1."""
-        sizes = (shape,) if isinstance(shape, int) else shape
-        known = math.prod(size for size in sizes if size != -1)
-        changed = copy.copy(self)
-        changed.shape = tuple(
-            self.size // max(known, 1) if size == -1 else size for size in sizes
-        )
-        assert math.prod(changed.shape) == self.size
-        return changed
 
     def __getitem__(self, index: slice) -> mx.array:
         """Read consecutive entries of the first axis.

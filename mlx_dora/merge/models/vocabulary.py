@@ -7,7 +7,7 @@ has it, else of the base, else the mean of those that have it; rules for single 
 come first. Then the embeddings are merged like any other tensor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,20 +206,7 @@ def unite(
         f"{size} rows, aligned by token."
     )
     places = {f: _rows_of(files[f], tokens, size, rows[f]) for f in folders}
-    table = np.stack(list(places.values()))
-    ordered = sorted(tokens, key=lambda text: tokens[text])
-    unknown = [text for text in ordered if (table[:, tokens[text]] < 0).all()]
-    if unknown := [text for text in unknown if text not in plan.rules]:
-        notes.append(
-            f"tokenizer: {len(unknown)} tokens that no model has get embeddings of 0 "
-            f"({', '.join(map(repr, unknown[:3]))}{', ...' if unknown[3:] else ''})."
-        )
-    for text, rule in plan.rules.items():
-        if not rule.force and all(own[tokens[text]] >= 0 for own in places.values()):
-            notes.append(
-                f"tokenizer: tokens: {text}: has no effect, since every model has the "
-                "token; set force to replace its embeddings."
-            )
+    notes += _notes_on_tokens(plan, tokens, places)
     return Vocabulary(
         tokenizer=start,
         tokens=tokens,
@@ -233,12 +220,35 @@ def unite(
     )
 
 
+def _notes_on_tokens(
+    plan: TokenizerPlan, tokens: Mapping[str, int], places: Mapping[Path, np.ndarray]
+) -> Iterator[str]:
+    """Note the tokens that no model has, and the rules without effect.
+
+    `places` holds, for each model, the row of each output token, or −1.
+    """
+    known = np.stack(list(places.values())) >= 0
+    ordered = sorted(tokens, key=lambda text: tokens[text])
+    unknown = [text for text in ordered if not known[:, tokens[text]].any()]
+    if unknown := [text for text in unknown if text not in plan.rules]:
+        yield (
+            f"tokenizer: {len(unknown)} tokens that no model has get embeddings of 0 "
+            f"({', '.join(map(repr, unknown[:3]))}{', ...' if unknown[3:] else ''})."
+        )
+    for text, rule in plan.rules.items():
+        if not rule.force and known[:, tokens[text]].all():
+            yield (
+                f"tokenizer: tokens: {text}: has no effect, since every model has the "
+                "token; set force to replace its embeddings."
+            )
+
+
 def _rows_of(
     file: TokenizerFile, tokens: Mapping[str, int], size: int, rows: int
 ) -> np.ndarray:
     """The row of each output token in one model; −1 if it lacks the token."""
-    found = np.full(size, -1, np.int64)
+    places = np.full(size, -1, np.int64)
     for text, i in tokens.items():
         row = file.tokens.get(text, -1)
-        found[i] = row if row < rows else -1
-    return found
+        places[i] = row if row < rows else -1
+    return places
