@@ -4,17 +4,10 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from _shapes import SHAPE
 
 from mlx_dora import DoRAConfig, apply_dora
 
-SHAPE = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 16,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-}
 TINY = {
     "hidden_size": 128,
     "num_hidden_layers": 2,

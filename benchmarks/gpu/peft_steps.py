@@ -20,15 +20,8 @@ import _turns
 import peft  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
+from _shapes import SHAPE
 
-SHAPE = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 16,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-}
 TINY = {
     "hidden_size": 64,
     "num_hidden_layers": 2,

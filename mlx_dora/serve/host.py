@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +18,7 @@ from mlx_lm import server
 
 from mlx_dora.errors import DoRAError, printable
 from mlx_dora.io.json import parse
+from mlx_dora.serve.jobs import Kept
 from mlx_dora.serve.paths import NotServedError, ServedPaths
 from mlx_dora.serve.prompt_cache import PromptCache
 from mlx_dora.serve.request import check_for_vocabulary, check_request
@@ -79,8 +79,12 @@ class Generator(server.ResponseGenerator):
     failure: BaseException | None = None
 
     def _run_generate(self) -> None:
-        with _Outcome(self):
+        with Kept(self._fail, BaseException):
             self._generate()
+
+    def _fail(self, error: BaseException) -> None:
+        logging.debug("the generation thread died", exc_info=error)
+        self.failure, self._generation_failed = error, True
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         check_for_vocabulary(
@@ -116,28 +120,6 @@ class Generator(server.ResponseGenerator):
                 f"the generation thread died of {type(error).__name__}: {text} "
                 "(--log-level DEBUG shows where)."
             ) from error
-
-
-class _Outcome:
-    """Stores the error that ends a generation thread; the main thread raises it."""
-
-    def __init__(self, generator: Generator) -> None:
-        self._generator = generator
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
-        if error is not None:
-            logging.debug("the generation thread died", exc_info=error)
-            self._generator.failure = error
-            self._generator._generation_failed = True
-        return True
 
 
 class Handler(server.APIHandler):

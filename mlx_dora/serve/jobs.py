@@ -17,10 +17,15 @@ class Kept:
 
     Args:
         hand_over: Called with the exception, which then ends with the block.
+        kind: The exceptions that are handed over; others leave the block.
     """
 
-    def __init__(self, hand_over: Callable[[Exception], Any]) -> None:
-        self._hand_over = hand_over
+    def __init__(
+        self,
+        hand_over: Callable[[Any], Any],
+        kind: type[BaseException] = Exception,
+    ) -> None:
+        self._hand_over, self._kind = hand_over, kind
 
     def __enter__(self) -> None:
         pass
@@ -31,7 +36,7 @@ class Kept:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        if not isinstance(error, Exception):
+        if not isinstance(error, self._kind):
             return False
         self._hand_over(error)
         return True

@@ -1,16 +1,13 @@
 """Adapters that answer with their own names, trained once a session."""
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
 
-from tests.conftest import TINY_CONFIG, write_tiny_tokenizer
+from tests.serve.base import write_tiny_base
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,16 +27,8 @@ def named() -> Any:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama on disk."""
-    from mlx_lm.models import llama
-
     base = tmp_path_factory.mktemp("named") / "base"
-    base.mkdir()
-    mx.random.seed(0)
-    model: Any = llama.Model(llama.ModelArgs.from_dict(TINY_CONFIG))
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(base / "model.safetensors"), weights, {"format": "mlx"})
-    (base / "config.json").write_text(json.dumps(TINY_CONFIG))
-    write_tiny_tokenizer(base)
+    write_tiny_base(base)
     return base
 
 

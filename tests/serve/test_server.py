@@ -10,27 +10,18 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
 
 from mlx_dora import DoRAConfig, apply_dora, load, save_adapter
-from tests.conftest import TINY_CONFIG, write_tiny_tokenizer
+from tests.serve.base import write_tiny_base
 from tests.serve.client import CHAT, COMPLETIONS, GOOD, Server
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, an adapter inside a root, and an adapter outside it."""
-    from mlx_lm.models import llama
-
     folder = tmp_path_factory.mktemp("served")
     base = folder / "base"
-    base.mkdir()
-    mx.random.seed(0)
-    model: Any = llama.Model(llama.ModelArgs.from_dict(TINY_CONFIG))
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(base / "model.safetensors"), weights, {"format": "mlx"})
-    (base / "config.json").write_text(json.dumps(TINY_CONFIG))
-    write_tiny_tokenizer(base)
+    write_tiny_base(base)
     (folder / "root").mkdir()
     for path, seed in (("root/poems", 1), ("outside", 2)):
         adapted = load(str(base))[0]

@@ -3,15 +3,32 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
 from mlx_dora import DoRAConfig
+from mlx_dora.evaluate.loss import loss_fn
 from mlx_dora.train import TrainConfig, TrainReport, finetune
+from mlx_dora.train.optimizers import build_optimizer
+from mlx_dora.train.stepper import Stepper
 
 EXAMPLES = [
     ([1, *range(10 + i, 10 + i + 6 + 5 * (i % 4)), 2], 1 + i % 3) for i in range(12)
 ]
+
+
+def plain_stepper(model: nn.Module, settings: TrainConfig) -> Stepper:
+    """Return the stepper of plain training, with a new optimizer."""
+    optimizer = build_optimizer(settings)
+    optimizer.init(model.trainable_parameters())
+    return Stepper(
+        model,
+        optimizer,
+        loss=loss_fn,
+        group=mx.distributed.init(),
+        settings=settings,
+    )
 
 
 @pytest.fixture

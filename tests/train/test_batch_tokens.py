@@ -12,12 +12,11 @@ import pytest
 from mlx_dora import DoRAConfig, apply_dora
 from mlx_dora.data.schedule import Schedule
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.loss import evaluate_loss, loss_fn
+from mlx_dora.evaluate.loss import evaluate_loss
 from mlx_dora.train import TrainConfig
-from mlx_dora.train.optimizers import build_optimizer
-from mlx_dora.train.stepper import Gradient, Stepper
+from mlx_dora.train.stepper import Gradient
 from tests.checks import assert_close, to_numpy
-from tests.train.conftest import EXAMPLES
+from tests.train.conftest import EXAMPLES, plain_stepper
 from tests.train.run.test_resume import assert_same_run, finish, kill_at_step
 from tests.train.saved import log, tensors
 from tests.train.test_ring import both, resumable
@@ -31,16 +30,7 @@ def epoch_gradient(model: nn.Module, **options: Any) -> Gradient:
         EXAMPLES, settings.batch_size, 64, batch_tokens=settings.batch_tokens
     )
     batches = list(islice(schedule.batches(), schedule.length(1)))
-    optimizer = build_optimizer(settings)
-    optimizer.init(model.trainable_parameters())
-    stepper = Stepper(
-        model,
-        optimizer,
-        loss=loss_fn,
-        group=mx.distributed.init(),
-        settings=settings,
-    )
-    return stepper.gradient(batches)
+    return plain_stepper(model, settings).gradient(batches)
 
 
 def test_an_epoch_has_the_gradient_that_it_has_in_other_batches(

@@ -13,13 +13,11 @@ from mlx_dora import DoRAConfig, apply_dora
 from mlx_dora.data.documents import DocumentCache
 from mlx_dora.data.schedule import Schedule
 from mlx_dora.data.targets import Example
-from mlx_dora.evaluate.loss import loss_fn
 from mlx_dora.train import TrainConfig
-from mlx_dora.train.optimizers import build_optimizer
 from mlx_dora.train.recompute import recomputed_blocks
-from mlx_dora.train.stepper import Stepper
 from tests.checks import assert_close
 from tests.data.test_documents import make
+from tests.train.conftest import plain_stepper
 
 LENGTHS = (1024, 2048, 4096, 8192)
 Attention = Callable[..., mx.array]
@@ -36,15 +34,7 @@ def peak(
     assert schedule.length(1) == 1
     batch = next(schedule.batches())
     assert batch[0].size == tokens
-    optimizer = build_optimizer(settings)
-    optimizer.init(model.trainable_parameters())
-    stepper = Stepper(
-        model,
-        optimizer,
-        loss=loss_fn,
-        group=mx.distributed.init(),
-        settings=settings,
-    )
+    stepper = plain_stepper(model, settings)
     mx.eval(model.state, batch)
     peaks = []
     for _ in range(3):  # how far MLX allocates ahead is a matter of timing
@@ -164,15 +154,7 @@ def test_gradients_of_packed_rows_are_those_under_a_mask(
     )
 
     def gradient() -> dict[str, Any]:
-        optimizer = build_optimizer(settings)
-        optimizer.init(model.trainable_parameters())
-        stepper = Stepper(
-            model,
-            optimizer,
-            loss=loss_fn,
-            group=mx.distributed.init(),
-            settings=settings,
-        )
+        stepper = plain_stepper(model, settings)
         with recomputed_blocks(model, recompute):
             total = stepper.gradient([batch]).total
         return {name: np.array(value) for name, value in tree_flatten(total)}
