@@ -156,7 +156,7 @@ def _fit(keys: Iterable[str], num_layers: int, paths: Iterable[str]) -> bool:
         if index is None:
             return False
         names.setdefault(name, []).append(index)
-    indices = [index for found in names.values() for index in found]
+    indices = [index for places in names.values() for index in places]
     return set(keys) == names.keys() and max(indices) - min(indices) < num_layers
 
 

@@ -133,10 +133,12 @@ def _kernel_sections(
 
 
 def _model_section(
-    found: Choices | None, sizes: str
+    choices: Choices | None, sizes: str
 ) -> dict[str, list[tuple[str, str]]]:
     return (
-        {} if found is None else {f"Kernels of the model, {sizes}": model_rows(found)}
+        {}
+        if choices is None
+        else {f"Kernels of the model, {sizes}": model_rows(choices)}
     )
 
 

@@ -154,14 +154,14 @@ def _small_jobs() -> Iterator[Job]:
 
 
 def _check(job: Job) -> KernelCheck:
-    found = check(job.case, job_of(job.case))
+    result = check(job.case, job_of(job.case))
     return KernelCheck(
         name=job.name,
         dtype=job.case.dtype_name,
-        error=float("nan") if found.error is None else found.error,
+        error=float("nan") if result.error is None else result.error,
         bound=allowed_error(job.case.dtype_name, device_backend()),
-        problem=found.problem,
-        seconds=found.first_seconds or 0.0,
+        problem=result.problem,
+        seconds=result.first_seconds or 0.0,
     )
 
 

@@ -43,10 +43,10 @@ def measure_model(model: str | Path, rank: int, tokens: int) -> Choices:
     return {text: known[text] for text in sorted(points)}
 
 
-def model_rows(found: Choices) -> list[tuple[str, str]]:
+def model_rows(choices: Choices) -> list[tuple[str, str]]:
     """Return a row per kind of call: what is used, and the times of both sides."""
     rows = []
-    for text, choice in found.items():
+    for text, choice in choices.items():
         used = "kernel" if choice.takes_kernel else "plain MLX"
         times = choice.problem or (
             f"kernel {choice.kernel_us or 0:.0f} us, plain MLX "

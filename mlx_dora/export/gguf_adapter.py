@@ -110,16 +110,16 @@ def check_gguf(adapter: Adapter, model_folder: str | Path) -> dict[str, str]:
     if problems:
         raise DoRAError(f"the adapter does not convert to GGUF: {'; '.join(problems)}.")
     name_of = tensor_names(str(kind), int(config["num_hidden_layers"]))
-    found = {path: name_of(path) for path in adapter.paths}
-    names = {path: name for path, name in found.items() if name is not None}
-    stacks = [path for path in found if adapter.tensors[f"{path}.lora_a"].ndim != 2]
+    by_path = {path: name_of(path) for path in adapter.paths}
+    names = {path: name for path, name in by_path.items() if name is not None}
+    stacks = [path for path in by_path if adapter.tensors[f"{path}.lora_a"].ndim != 2]
     problems += listed("experts and heads of latent attention do not convert:", stacks)
     embeddings = [path for path, name in names.items() if name == _EMBEDDING]
     problems += listed(
         "adapters of embeddings do not convert (llama.cpp has none for a tied head):",
         embeddings,
     )
-    unknown = [path for path in found if path not in (*names, *stacks)]
+    unknown = [path for path in by_path if path not in (*names, *stacks)]
     problems += listed(f"{architecture.name} has no tensor for:", unknown)
     if problems:
         raise DoRAError(f"the adapter does not convert to GGUF: {'; '.join(problems)}.")

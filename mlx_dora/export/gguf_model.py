@@ -62,11 +62,11 @@ def fused_to_gguf(folder: str | Path, *, outtype: str = "auto") -> GGUFModel:
     """
     folder = Path(folder)
     check_exportable(folder)
-    found = _converter()
+    script = _converter()
     target = folder / MODEL_NAME
-    program = CONVERTER if found is None else str(found)
+    program = CONVERTER if script is None else str(script)
     command = [
-        *((sys.executable,) if found is not None else ("python",)),
+        *((sys.executable,) if script is not None else ("python",)),
         program,
         str(folder),
         "--outfile",
@@ -76,7 +76,7 @@ def fused_to_gguf(folder: str | Path, *, outtype: str = "auto") -> GGUFModel:
     ]
     text = modelfile(folder, f"./{MODEL_NAME}")
     write_text(folder / "Modelfile", text.content)
-    if found is None:
+    if script is None:
         return GGUFModel(
             command=shlex.join(command), path=None, has_template=text.has_template
         )

@@ -95,10 +95,10 @@ def check(case: Case, job: Job) -> Choice:
     mx.eval(inputs)
     try:
         began = time.perf_counter()
-        found = flat(job.kernel(*inputs))
-        mx.eval(found)
+        outputs = flat(job.kernel(*inputs))
+        mx.eval(outputs)
         first = time.perf_counter() - began
-        error = relative_error(found, flat(job.plain(*inputs)))
+        error = relative_error(outputs, flat(job.plain(*inputs)))
     except (RuntimeError, ValueError) as refused:
         if isinstance(refused, DoRAError):
             raise

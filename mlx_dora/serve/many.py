@@ -68,9 +68,9 @@ class AdapterHandler(Handler):
             self._send_json(200, {"object": "list", "data": self._models()})
         elif path.startswith("/v1/models/"):
             name = path.removeprefix("/v1/models/")
-            found = [model for model in self._models() if model["id"] == name]
-            if found:
-                self._send_json(200, found[0])
+            matches = [model for model in self._models() if model["id"] == name]
+            if matches:
+                self._send_json(200, matches[0])
             else:
                 self.refuse(404, f"{name!r:.200} is not served.")
         else:

@@ -54,10 +54,10 @@ def differentiable_shapes() -> frozenset[DeltaShape]:
 
 def shapes_in(names: frozenset[str]) -> frozenset[DeltaShape]:
     """Shapes in names such as ``seq_gated_delta_vjp_float_128_128_16_32_1``."""
-    found = (re.findall(r"_(\d+)", name)[-5:-1] for name in names)
+    sizes = (re.findall(r"_(\d+)", name)[-5:-1] for name in names)
     return frozenset(
         DeltaShape(key_width=dk, value_width=dv, key_heads=hk, value_heads=hv)
-        for dk, dv, hk, hv in (map(int, numbers) for numbers in found)
+        for dk, dv, hk, hv in (map(int, numbers) for numbers in sizes)
     )
 
 

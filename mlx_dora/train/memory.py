@@ -45,10 +45,10 @@ def system_memory() -> tuple[int, int] | None:
         level, total = _sysctl("kern.memorystatus_level"), _sysctl("hw.memsize")
         return total * level // 100, total
     text = _text(Path("/proc/meminfo"))
-    found = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", text, re.M))
-    if len(found) < 2:
+    kilobytes = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", text, re.M))
+    if len(kilobytes) < 2:
         return None
-    system = int(found["MemAvailable"]) << 10, int(found["MemTotal"]) << 10
+    system = int(kilobytes["MemAvailable"]) << 10, int(kilobytes["MemTotal"]) << 10
     return min(system, _group_memory() or system)
 
 

@@ -66,7 +66,7 @@ def kernel_names(pattern: str, library: Path | None = None) -> frozenset[str]:
         library.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
-        return frozenset(found[1].decode() for found in whole.finditer(content))
+        return frozenset(match[1].decode() for match in whole.finditer(content))
 
 
 def installed_library() -> Path:

@@ -204,9 +204,9 @@ def _extract(
     layers, parts = [], []
     pairs = zip(named_matrices(path, base), matrices(tuned), strict=True)
     for (name, old), new in pairs:
-        found = nearest(old, new, rank=rank, energy=energy)
-        if found is not None:
-            made, error = found
+        update = nearest(old, new, rank=rank, energy=energy)
+        if update is not None:
+            made, error = update
             parts.append(made.tensors)
             layers.append(
                 ExtractedLayer(

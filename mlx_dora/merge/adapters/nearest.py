@@ -72,11 +72,11 @@ def nearest(
     norm, base_norm = rows.norm, rows.base_norm
     target = np.where(rows.along > _LEANS * base_norm, rows.along, base_norm)
     target = np.where(base_norm > 0, target, norm)
-    found = _update(rows, target, rank, energy)
+    update = _update(rows, target, rank, energy)
     for _ in range(_SWEEPS):
-        if found is None:
+        if update is None:
             return None
-        part, gain = found
+        part, gain = update
         best = _fitting(rows, target, part, gain)
         # For this update, the loss falls by exactly so much with the new lengths.
         fall = float(np.square(gain * (best - target)).sum())
@@ -85,10 +85,10 @@ def nearest(
         better = _update(rows, best, part.values.size, None)
         if better is None or _lost(better[0]) >= 0.99 * _lost(part):
             break
-        target, found = best, better
-    if found is None:
+        target, update = best, better
+    if update is None:
         return None
-    part, gain = found
+    part, gain = update
     lora_a, up = _factors(part, gain)
     merged = MergedMatrix(
         lora_a=single(lora_a),

@@ -125,7 +125,7 @@ def _slices(
     choice: TokenizerChoice,
 ) -> list[tuple[Job, Place]]:
     """Places in a stack of slices."""
-    found, first = [], 0
+    steps, first = [], 0
     for i, part in enumerate(plan.parts):
         base = None if part.base is None else models[part.base]
         uses_base = base is not None and (part.relative or part.entry.needs_base)
@@ -150,6 +150,6 @@ def _slices(
             is_first=i == 0,
             is_last=i == len(plan.parts) - 1,
         )
-        found += [(job, place) for place in places]
+        steps += [(job, place) for place in places]
         first += part.count or 0
-    return found
+    return steps

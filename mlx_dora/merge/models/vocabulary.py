@@ -102,8 +102,8 @@ class Vocabulary:
             having = [self.base]
         if not having:
             return np.zeros(width, np.float32)
-        found = [_row(opened[model], rows[model][token]) for model in having]
-        return np.asarray(np.mean(found, axis=0, dtype=np.float64), np.float32)
+        values = [_row(opened[model], rows[model][token]) for model in having]
+        return np.asarray(np.mean(values, axis=0, dtype=np.float64), np.float32)
 
     def _ruled(
         self,
