@@ -174,6 +174,7 @@ def _digest() -> str:
     """Hash the Metal sources and this package: launches and plain MLX count too."""
     total = hashlib.sha256()
     files = [*source_folder().glob("*.metal"), *source_folder().glob("*.h")]
-    for path in sorted([*files, *Path(__file__).parent.glob("*.py")]):
+    files += Path(__file__).parent.glob("*.py")
+    for path in sorted(files, key=lambda file: file.name):
         total.update(path.name.encode() + b"\0" + path.read_bytes())
     return total.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -146,15 +147,27 @@ class _cached:
         pass
 
 
+@pytest.mark.parametrize("place", ["a", "z"])
+def test_the_key_does_not_depend_on_where_the_sources_lie(
+    place: str, gpu: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = choice.device_facts()["kernels"]
+    package, copy = tmp_path / "m", tmp_path / place
+    shutil.copytree(Path(choice.__file__).parent, package)
+    shutil.copytree(choice.source_folder(), copy)
+    monkeypatch.setattr(choice, "__file__", str(package / "choice.py"))
+    monkeypatch.setattr(choice, "source_folder", lambda: copy)
+    forget()
+    assert choice.device_facts()["kernels"] == before
+
+
 @pytest.mark.parametrize("file", ["dora_scale.metal", "common.h", "wide.h"])
 def test_the_key_follows_the_text_of_the_kernels(
     file: str, gpu: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     before = choice.device_facts()["kernels"]
     copy = tmp_path / "metal"
-    copy.mkdir()
-    for path in choice.source_folder().iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(choice.source_folder(), copy)
     monkeypatch.setattr(choice, "source_folder", lambda: copy)
     forget()
     assert choice.device_facts()["kernels"] == before
