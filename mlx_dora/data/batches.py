@@ -1,10 +1,12 @@
 """Rows of tokens as padded arrays, and the batches of a measurement."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from itertools import chain
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_dora.data.counts import RowCounts, refuse_empty
 from mlx_dora.data.targets import Example, target_spans
@@ -24,6 +26,14 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Example: ...
+
+
+def shape_of(inputs: Any) -> tuple[int, ...]:
+    """The shape of a batch's tokens; of a tree of arrays, all shapes in a row."""
+    if isinstance(inputs, mx.array):
+        return tuple(inputs.shape)
+    leaves = cast(list[tuple[str, Any]], tree_flatten(inputs))
+    return tuple(chain.from_iterable(leaf.shape for _, leaf in leaves))
 
 
 def padded_width(length: int, max_seq_length: int) -> int:

@@ -12,7 +12,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
-from mlx_dora.data.batches import Batch, Examples
+from mlx_dora.data.batches import Batch, Examples, shape_of
 from mlx_dora.evaluate.loss import Loss
 from mlx_dora.layers import held_norms
 from mlx_dora.train.config import TrainConfig
@@ -151,8 +151,8 @@ class Stepper:
         with held_norms(self._model) if reuses else nullcontext():
             for batch, lengths in window:
                 value, tokens, gradient = self._differentiate(batch, lengths)
-                if self._noted is not None and batch.shape not in self._shapes:
-                    self._shapes.add(batch.shape)
+                if self._noted is not None and shape_of(batch) not in self._shapes:
+                    self._shapes.add(shape_of(batch))
                     self._noted([value, gradient])
                 loss, count = loss + value, count + tokens
                 if is_weighted:

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.data.batches import Batch, Examples
+from mlx_dora.data.batches import Batch, Examples, shape_of
 from mlx_dora.data.widths import MOST_SHAPES
 from mlx_dora.errors import DoRAError
 from mlx_dora.train.config import TrainConfig
@@ -69,9 +69,9 @@ class MemoryWatch:
 
     def look(self, window: Sequence[Batch]) -> None:
         """Note the batches of an update, and whether memory is about to end."""
-        for tokens, _ in window:
-            self.shapes.add(tuple(tokens.shape))
-            self._recent.add(tuple(tokens.shape))
+        shapes = [shape_of(tokens) for tokens, _ in window]
+        self.shapes.update(shapes)
+        self._recent.update(shapes)
         if len(self._recent) > MOST_SHAPES:
             mx.clear_cache()
             self._recent.clear()

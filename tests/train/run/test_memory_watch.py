@@ -2,16 +2,20 @@
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
 from mlx_dora import DoRAConfig
+from mlx_dora.data.batches import pad_batch
 from mlx_dora.errors import DoRAError
+from mlx_dora.evaluate.loss import target_mask
 from mlx_dora.train import TrainConfig, memory, plan_memory
 from mlx_dora.train.run import memory_watch as home
 from mlx_dora.train.run.memory_watch import MemoryWatch, watch_memory
@@ -221,3 +225,31 @@ def test_a_control_group_may_leave_less(
     if sys.platform == "linux":
         monkeypatch.setattr(memory, "_group_memory", lambda: (1, 1000))
         assert memory.system_memory() == (1, 1000)
+
+
+def test_batches_of_several_arrays_train_as_their_rows_do(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A custom loss may take a tree of arrays, as a trunk of frozen blocks gives."""
+    info = mx.device_info()
+    monkeypatch.setattr(mx, "device_info", lambda *_: {**info, "resource_limit": 10**6})
+
+    def rows(data: Any, size: int, limit: int, **_: Any) -> Iterator[Any]:
+        for index in cycle(range(len(data))):
+            yield pad_batch([data[index]] * size, limit)
+
+    def trees(*data: Any, **others: Any) -> Iterator[Any]:
+        for tokens, lengths in rows(*data, **others):
+            yield (tokens[:, :-1], tokens[:, 1:]), lengths
+
+    def loss(model: Any, batch: Any, lengths: mx.array) -> tuple[mx.array, mx.array]:
+        inputs, targets = batch
+        mask = target_mask(lengths, targets.shape[1])
+        losses = nn.losses.cross_entropy(model(inputs), targets)
+        return (losses * mask).sum() / mask.sum(), mask.sum()
+
+    _, plain = run("rows", iters=6, options={"batches": rows})
+    _, tree = run("trees", iters=6, options={"batches": trees, "loss": loss})
+    assert tree.train_loss == pytest.approx(plain.train_loss, rel=1e-5)
+    assert tree.history[-1].batch_shapes == plain.history[-1].batch_shapes == 3
+    assert tree.history[-1].step_arrays > 500
