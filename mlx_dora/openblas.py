@@ -13,6 +13,7 @@ which the extra ``cpu`` installs, provides the library. Its symbols carry the pr
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -224,6 +225,7 @@ def one_thread() -> Iterator[None]:
                 _restorers.pop()()
 
 
+@functools.cache
 def _loaded() -> list[tuple[Callable[[int], None], Callable[[], int]]]:
     """Return setter and getter of the thread count of each OpenBLAS in the process."""
     maps = Path("/proc/self/maps")

@@ -11,6 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.keys import natural_order
+from mlx_dora.adapters.origins import Origins, origins_of
 from mlx_dora.adapters.surgery import adapter_layers, base_of
 
 # Number of sampled tensors, and of values sampled from each.
@@ -28,16 +29,29 @@ def fingerprint(model: nn.Module) -> str:
     Returns:
         ``"sha256:"`` and 64 hexadecimal digits.
     """
-    return fingerprint_of(base_tensors(model))
+    return fingerprint_of(base_tensors(model), origins_of(model))
 
 
-def fingerprint_of(tensors: dict[str, mx.array]) -> str:
+def fingerprint_of(tensors: dict[str, mx.array], origins: Origins | None = None) -> str:
     """Return the fingerprint of a base's tensors; removes sampled ones from `tensors`.
 
-    If nothing else refers to the lazily read tensors, one is in memory at a time.
+    Of tensors that are still in their files, only the sampled values are read. Of
+    others, if nothing else refers to them, one is in memory at a time.
+
+    Args:
+        tensors: The tensors by name.
+        origins: Where they are stored, if they were read lazily.
     """
     lines = {name: tensor_line(name, tensor) for name, tensor in tensors.items()}
-    return digest_of(lines, lambda name: sample_of(tensors.pop(name)))
+
+    def sample(name: str) -> bytes:
+        tensor = tensors.pop(name)
+        stored = None if origins is None else origins.stored(tensor)
+        if stored is None:
+            return sample_of(tensor)
+        return stored.every(_step(tensor), _SAMPLED_VALUES)
+
+    return digest_of(lines, sample)
 
 
 def digest_of(lines: dict[str, bytes], sample: Callable[[str], bytes]) -> str:
@@ -93,6 +107,9 @@ def _spread(names: list[str], count: int) -> list[str]:
 def sample_of(tensor: mx.array) -> bytes:
     """Return up to 256 evenly spaced values as bytes."""
     flat = tensor.reshape(-1)
-    step = max(1, flat.size // _SAMPLED_VALUES)
-    values = mx.contiguous(flat[::step][:_SAMPLED_VALUES])
+    values = mx.contiguous(flat[:: _step(tensor)][:_SAMPLED_VALUES])
     return np.array(values.view(mx.uint8)).tobytes()
+
+
+def _step(tensor: mx.array) -> int:
+    return max(1, tensor.size // _SAMPLED_VALUES)

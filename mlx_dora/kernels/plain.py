@@ -115,7 +115,7 @@ def fused_weight(
     update = LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale)
     rows = []
     for index, block in row_blocks(weight):
-        adapted = block.astype(mx.float32) + update.rows(index)
+        adapted = update.added_to(block.astype(mx.float32), index)
         rescaled, _ = normalize_rows(adapted, m[index].astype(mx.float32))
         rows.append(rescaled.astype(block.dtype))
     return rows[0] if len(rows) == 1 else mx.concatenate(rows)

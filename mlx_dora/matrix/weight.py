@@ -11,6 +11,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
+from mlx_dora import openblas
 from mlx_dora.errors import DoRAError
 from mlx_dora.matrix.packed import QuantizedWeight
 
@@ -234,6 +235,7 @@ def product(weight: Weight, lora_a: mx.array) -> mx.array:
     return (weight @ lora_a.astype(weight.dtype)).astype(mx.float32)
 
 
+@openblas.one_thread()
 def base_products(
     weight: Weight, lora_a: mx.array, *, in_float64: bool = False
 ) -> tuple[Any, Any]:
@@ -279,8 +281,8 @@ def _products_in_float64(
     """‖W0‖² and W0·A of a float32 block; rows are scaled if a square leaves float32."""
     product = block @ lora_a
     mx.eval(block, product)
-    view = np.array(block, copy=False)
-    squares = np.einsum("ij,ij->i", view, view, dtype=np.float64)
+    wide = np.array(block, copy=False).astype(np.float64)
+    squares = np.einsum("ij,ij->i", wide, wide)
     if not block.size or _within(squares):
         return squares, np.array(product, np.float64)
     block, power = scaled_to_unit(block, axis=-1)

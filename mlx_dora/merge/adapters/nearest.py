@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_dora import openblas
 from mlx_dora.matrix.subspace import PrincipalPart, principal_part
 from mlx_dora.matrix.weight import Weight, row_blocks
 from mlx_dora.merge.adapters.factored import MergedMatrix, single
@@ -78,6 +79,7 @@ class _Change:
             yield index, goal - start * _column(of_base[index]), goal
 
 
+@openblas.one_thread()
 def nearest(
     old: Weight, new: Weight, *, rank: int | None, energy: float | None
 ) -> tuple[MergedMatrix, float] | None:
