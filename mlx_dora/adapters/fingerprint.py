@@ -43,15 +43,7 @@ def fingerprint_of(tensors: dict[str, mx.array], origins: Origins | None = None)
         origins: Where they are stored, if they were read lazily.
     """
     lines = {name: tensor_line(name, tensor) for name, tensor in tensors.items()}
-
-    def sample(name: str) -> bytes:
-        tensor = tensors.pop(name)
-        stored = None if origins is None else origins.stored(tensor)
-        if stored is None:
-            return sample_of(tensor)
-        return stored.every(_step(tensor), _SAMPLED_VALUES)
-
-    return digest_of(lines, sample)
+    return digest_of(lines, lambda name: sample_of(tensors.pop(name), origins))
 
 
 def digest_of(lines: dict[str, bytes], sample: Callable[[str], bytes]) -> str:
@@ -104,12 +96,11 @@ def _spread(names: list[str], count: int) -> list[str]:
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
-def sample_of(tensor: mx.array) -> bytes:
-    """Return up to 256 evenly spaced values as bytes."""
-    flat = tensor.reshape(-1)
-    values = mx.contiguous(flat[:: _step(tensor)][:_SAMPLED_VALUES])
+def sample_of(tensor: mx.array, origins: Origins | None = None) -> bytes:
+    """Return up to 256 evenly spaced values as bytes; from its file if it is there."""
+    step = max(1, tensor.size // _SAMPLED_VALUES)
+    stored = None if origins is None else origins.stored(tensor)
+    if stored is not None:
+        return stored.every(step, _SAMPLED_VALUES)
+    values = mx.contiguous(tensor.reshape(-1)[::step][:_SAMPLED_VALUES])
     return np.array(values.view(mx.uint8)).tobytes()
-
-
-def _step(tensor: mx.array) -> int:
-    return max(1, tensor.size // _SAMPLED_VALUES)

@@ -17,7 +17,6 @@ from mlx_dora.io.gate import check_dtypes, holds_float64, read_tensors
 from mlx_dora.io.header import TensorInfo, read_header
 from mlx_dora.io.weight_files import weight_files, without_strays
 
-
 _swap = threading.RLock()  # held while mlx-lm's name for `mlx.core` is replaced
 
 

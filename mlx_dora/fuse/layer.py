@@ -143,11 +143,8 @@ def _survival_of(base: mx.array, adapted: mx.array, fused: mx.array) -> Survival
         squares = [_inner(values, values) for values in (due, done, before, after)]
         product = _inner(due, done).sum()
     # Of changes only the largest counts; of lengths, each is divided by.
-    least = [
-        value(v)
-        for value, v in zip((np.max, np.max, np.min, np.min), squares, strict=True)
-    ]
-    if not (_LEAST < min(least) and max(v.max() for v in squares) < _GREATEST):
+    smallest = min(*(v.max() for v in squares[:2]), *(v.min() for v in squares[2:]))
+    if not (smallest > _LEAST and max(v.max() for v in squares) < _GREATEST):
         return _extreme_survival(base, adapted, fused)
     length, now = np.sqrt(squares[2]), np.sqrt(squares[3])
     return Survival(

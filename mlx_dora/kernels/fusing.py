@@ -17,7 +17,7 @@ from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.matrix.weight import Weight, row_blocks
 
 # Elements of a block. Its dozen float32 copies are small compared to a large tensor.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 18
 
 Seen = Callable[[mx.array, mx.array, mx.array], None]
 """Called with rows of the base, and of the adapted weight before and after rounding."""

@@ -98,7 +98,7 @@ class LowRank:
         return (self.scale * b) @ self.lora_a.astype(mx.float32).T
 
     def added_to(self, rows: mx.array, index: slice | mx.array) -> mx.array:
-        """Return `rows` + `self.rows(index)`, all float32, without a pass for the sum."""
+        """Return `rows` + `self.rows(index)` in float32, in one product."""
         b = self.lora_b.astype(mx.float32).T[index]
         return mx.addmm(rows, self.scale * b, self.lora_a.astype(mx.float32).T)
 

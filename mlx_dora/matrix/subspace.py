@@ -162,7 +162,7 @@ class _Search:
         return self._expected(ratio, ahead=1) < self.tolerance
 
     def _expected(self, ratio: float | None, ahead: int) -> float:
-        """The growth to be expected after so many more passes, as a share of the rest."""
+        """The growth expected after `ahead` more passes, as a share of the rest."""
         if not self._captured:
             return np.inf
         rest = self._energy - self._captured[-1]

@@ -276,7 +276,7 @@ def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> tuple[str,
 def _are_equal(
     first: mx.array, second: mx.array, before: Origins, after: Origins
 ) -> bool:
-    """Whether two lazily read arrays are equal; by blocks of their files if possible."""
+    """Whether two lazy arrays are equal, compared in their files if possible."""
     if first.shape != second.shape:
         return False
     stored = before.stored(first), after.stored(second)
