@@ -22,6 +22,7 @@ from mlx_dora.matrix.weight import (
     dense_dtype,
     exact_float32_rows,
     row_blocks,
+    row_dot,
     row_norms,
     unpacked_dtype,
 )
@@ -140,8 +141,8 @@ def _survival_of(base: mx.array, adapted: mx.array, fused: mx.array) -> Survival
         np.array(values, copy=False) for values in (exact, left, adapted, fused)
     )
     with np.errstate(over="ignore", invalid="ignore"):
-        squares = [_inner(values, values) for values in (due, done, before, after)]
-        product = _inner(due, done).sum()
+        squares = [row_dot(values, values) for values in (due, done, before, after)]
+        product = row_dot(due, done).sum()
     # Of changes only the largest counts; of lengths, each is divided by.
     smallest = min(*(v.max() for v in squares[:2]), *(v.min() for v in squares[2:]))
     if not (smallest > _LEAST and max(v.max() for v in squares) < _GREATEST):
@@ -154,11 +155,6 @@ def _survival_of(base: mx.array, adapted: mx.array, fused: mx.array) -> Survival
         row_square=float(np.square(now / length - 1).sum()),
         rows=base.shape[0],
     )
-
-
-def _inner(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Inner products of the rows of two float32 blocks; returned in float64."""
-    return np.einsum("ij,ij->i", first, second).astype(np.float64)
 
 
 def _extreme_survival(base: mx.array, adapted: mx.array, fused: mx.array) -> Survival:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from mlx_dora.matrix.weight import row_dot
+
 RowBlocks = Callable[[], Iterator[tuple[slice, mx.array]]]
 """Reads a matrix once: slices of consecutive rows, and the rows ``(n, in)``."""
 
@@ -217,7 +219,7 @@ def _iterate(
 def _energy_of(block: mx.array) -> float:
     """Return the sum of squares of an evaluated float32 block."""
     view = np.array(block, copy=False)
-    return float(np.einsum("ij,ij->i", view, view).sum(dtype=np.float64))
+    return float(row_dot(view, view).sum())
 
 
 def _decomposed(

@@ -11,7 +11,6 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora import openblas
 from mlx_dora.errors import DoRAError
 from mlx_dora.matrix.packed import QuantizedWeight
 
@@ -235,7 +234,6 @@ def product(weight: Weight, lora_a: mx.array) -> mx.array:
     return (weight @ lora_a.astype(weight.dtype)).astype(mx.float32)
 
 
-@openblas.one_thread()
 def base_products(
     weight: Weight, lora_a: mx.array, *, in_float64: bool = False
 ) -> tuple[Any, Any]:
@@ -282,12 +280,25 @@ def _products_in_float64(
     product = block @ lora_a
     mx.eval(block, product)
     wide = np.array(block, copy=False).astype(np.float64)
-    squares = np.einsum("ij,ij->i", wide, wide)
+    squares = row_dot(wide, wide)
     if not block.size or _within(squares):
         return squares, np.array(product, np.float64)
     block, power = scaled_to_unit(block, axis=-1)
     factor = np.array(power, np.float64)
     return squares, np.array(block @ lora_a, np.float64) * factor
+
+
+def row_dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the inner product of each pair of rows, summed in the dtype of the rows.
+
+    Args:
+        first: Rows, float32 or float64. Shape ``(out, in)``.
+        second: Rows of the same dtype and shape.
+
+    Returns:
+        Inner products in float64. Shape ``(out,)``.
+    """
+    return np.einsum("ij,ij->i", first, second).astype(np.float64, copy=False)
 
 
 def _within(squares: np.ndarray) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_dora import openblas
 from mlx_dora.matrix.subspace import PrincipalPart, principal_part
-from mlx_dora.matrix.weight import Weight, row_blocks
+from mlx_dora.matrix.weight import Weight, row_blocks, row_dot
 from mlx_dora.merge.adapters.factored import MergedMatrix, single
 
 LARGE = 512
@@ -155,13 +155,13 @@ def _measured(old: Weight, new: Weight) -> _Rows | None:
             np.array(block, copy=False) for block in (start, goal, delta)
         )
         wide = after.astype(np.float64)  # the magnitudes are these norms
-        norm = np.sqrt(_inner(wide, wide))
-        base_norm = np.sqrt(_inner(before, before))
-        across = _inner(before, after)
+        norm = np.sqrt(row_dot(wide, wide))
+        base_norm = np.sqrt(row_dot(before, before))
+        across = row_dot(before, after)
         parts[0].append(base_norm)
         parts[1].append(norm)
         parts[2].append(np.divide(across, norm, out=across, where=norm > 0))
-        square = float(_inner(apart, apart).sum())
+        square = float(row_dot(apart, apart).sum())
         moved, changed = moved + square, changed or square > 0 or bool(apart.any())
         is_lost = is_lost or any(  # squares below float32's range
             bool(block[size == 0].any())
@@ -178,11 +178,6 @@ def _measured(old: Weight, new: Weight) -> _Rows | None:
     return _Rows(
         old=old, new=new, base_norm=base_norm, norm=norm, along=along, moved=moved
     )
-
-
-def _inner(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Inner products of the rows of two blocks, in their dtype; returned in float64."""
-    return np.einsum("ij,ij->i", first, second).astype(np.float64)
 
 
 def _change(rows: _Rows, target: np.ndarray) -> _Change:
@@ -278,7 +273,7 @@ def _error(change: _Change, merged: MergedMatrix) -> float:
         rest = mx.addmm(block, left[index], a)
         mx.eval(rest, goal)
         seen, y = np.array(rest, copy=False), np.array(goal, copy=False)
-        q, c, square = _inner(seen, seen), _inner(y, seen), _inner(y, y)
+        q, c, square = row_dot(seen, seen), row_dot(y, seen), row_dot(y, y)
         length = np.sqrt(np.maximum(square - 2 * c + q, 0.0))
         lives = (length > 0) & (square > 0)
         # t − 1, without the cancellation of ‖y‖ − n
