@@ -84,11 +84,12 @@ def resolve_keys(
     modules = dict(model.named_modules())
     relative = [key for key in keys if key not in modules]
     chosen = last_blocks(model, num_layers) if relative else []
+    everywhere = blocks(model) if relative else []
     paths = {key for key in keys if key in modules}
     unmatched = []
     for key in relative:
         matches = {_join(path, key) for path, _ in chosen} & modules.keys()
-        elsewhere = any(_join(path, key) in modules for path, _ in blocks(model))
+        elsewhere = any(_join(path, key) in modules for path, _ in everywhere)
         if not matches and not (num_layers == 0 and elsewhere):
             unmatched.append(_unmatched(model, key, elsewhere, num_layers))
         paths |= matches

@@ -108,6 +108,16 @@ def _scaled_norm(weight: Weight, update: LowRank) -> mx.array:
     return floored_norm(shared) * larger
 
 
+# Elements of a block of s·BA. OpenBLAS sums in an order that depends on its number of
+# rows, and a fuse is to give the same bits again.
+_PRODUCT = 1 << 16
+
+
+def _shifted(part: slice, index: slice) -> slice:
+    """Rows `part` of the rows `index`."""
+    return slice(index.start + part.start, index.start + part.stop)
+
+
 def fused_weight(
     weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float, m: mx.array
 ) -> mx.array:
@@ -115,7 +125,12 @@ def fused_weight(
     update = LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale)
     rows = []
     for index, block in row_blocks(weight):
-        adapted = block.astype(mx.float32) + update.rows(index)
+        adapted = mx.concatenate(
+            [
+                update.added_to(rows.astype(mx.float32), _shifted(part, index))
+                for part, rows in row_blocks(block, _PRODUCT)
+            ]
+        )
         rescaled, _ = normalize_rows(adapted, m[index].astype(mx.float32))
         rows.append(rescaled.astype(block.dtype))
     return rows[0] if len(rows) == 1 else mx.concatenate(rows)

@@ -97,6 +97,11 @@ class LowRank:
         b = self.lora_b.astype(mx.float32).T[index]
         return (self.scale * b) @ self.lora_a.astype(mx.float32).T
 
+    def added_to(self, rows: mx.array, index: slice | mx.array) -> mx.array:
+        """Return `rows` + `self.rows(index)` in float32, in one product."""
+        b = self.lora_b.astype(mx.float32).T[index]
+        return mx.addmm(rows, self.scale * b, self.lora_a.astype(mx.float32).T)
+
     def float64(self) -> "Factors":
         """Return the factors in float64, with s multiplied into B."""
         a = np.array(self.lora_a.astype(mx.float32), np.float64)

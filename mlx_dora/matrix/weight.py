@@ -279,13 +279,26 @@ def _products_in_float64(
     """‖W0‖² and W0·A of a float32 block; rows are scaled if a square leaves float32."""
     product = block @ lora_a
     mx.eval(block, product)
-    view = np.array(block, copy=False)
-    squares = np.einsum("ij,ij->i", view, view, dtype=np.float64)
+    wide = np.array(block, copy=False).astype(np.float64)
+    squares = row_dot(wide, wide)
     if not block.size or _within(squares):
         return squares, np.array(product, np.float64)
     block, power = scaled_to_unit(block, axis=-1)
     factor = np.array(power, np.float64)
     return squares, np.array(block @ lora_a, np.float64) * factor
+
+
+def row_dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the inner product of each pair of rows, summed in the dtype of the rows.
+
+    Args:
+        first: Rows, float32 or float64. Shape ``(out, in)``.
+        second: Rows of the same dtype and shape.
+
+    Returns:
+        Inner products in float64. Shape ``(out,)``.
+    """
+    return np.einsum("ij,ij->i", first, second).astype(np.float64, copy=False)
 
 
 def _within(squares: np.ndarray) -> bool:

@@ -66,6 +66,31 @@ def test_the_error_is_that_of_the_dense_decomposition(
     assert merged.discarded == pytest.approx(actual**2, rel=0.1)
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-5])
+@pytest.mark.parametrize("shrunk", [False, True])
+def test_the_error_keeps_its_digits_for_small_changes(
+    size: float, shrunk: bool
+) -> None:
+    """Against float64; a row that nearly vanishes gets the least weight."""
+    rng = np.random.default_rng(1)
+    base = rng.standard_normal((OUT, WIDTH)).astype(np.float32)
+    left = rng.standard_normal((OUT, RANK + 2)) * 0.1 ** np.arange(RANK + 2)
+    goal = base + size * left @ rng.standard_normal((RANK + 2, WIDTH))
+    if shrunk:
+        goal[5] = 1e-8 * rng.standard_normal(WIDTH)
+    goal = goal.astype(np.float32)
+    found = nearest(mx.array(base), mx.array(goal), rank=RANK, energy=None)
+    assert found is not None
+    merged, error = found
+    rows = base + (to_numpy(merged.lora_a) @ to_numpy(merged.lora_b)).T
+    rows *= to_numpy(merged.m)[:, None] / np.linalg.norm(rows, axis=1, keepdims=True)
+    exact, moved = goal.astype(np.float64), goal.astype(np.float64) - base
+    actual = np.linalg.norm(rows - exact) / np.linalg.norm(moved)
+    # float32 rows and magnitudes of 1 cannot be nearer than 1e-7.
+    floor = 1e-7 * np.linalg.norm(exact) / np.linalg.norm(moved)
+    assert error == pytest.approx(actual, rel=1e-3, abs=floor)
+
+
 @pytest.mark.parametrize("energy", [0.3, 0.5])
 def test_an_energy_chooses_the_least_rank(energy: float) -> None:
     base, tuned = make("falling")
