@@ -92,4 +92,4 @@ class DoRAEmbedding(DoRALayer):
         g = row_gain(self.m, n)
         a, b = self.factors()
         h = self.dropout(x) @ a.astype(x.dtype)
-        return rescale(y, h, self.scale * b.astype(mx.float32), g, None)
+        return rescale(y, h, b.astype(mx.float32), g, None, self.scale)

@@ -13,7 +13,7 @@ from typing import Generic
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.matrix.low_rank import Adapted, Array, LowRank, row_inner
+from mlx_dora.matrix.low_rank import Adapted, Array, LowRank
 from mlx_dora.matrix.weight import (
     Weight,
     are_ordinary,
@@ -105,10 +105,10 @@ def terms_of(q0: mx.array, product: mx.array, update: LowRank) -> Terms[mx.array
         product: U = W0·A, shape ``(..., out, r)``, float32.
         update: The update, with A ``(..., in, r)`` and B ``(..., r, out)``.
     """
-    a = update.lora_a.astype(mx.float32)
-    b = update.lora_b.astype(mx.float32).swapaxes(-1, -2)  # (..., out, r)
-    p = row_inner(a, b, a, b)
-    return Terms(q0=q0, c=(product * b).sum(-1), p=p, scale=update.scale)
+    # In the layout of B, not of Bᵀ: the sum then runs along rows of memory.
+    b = update.lora_b.astype(mx.float32)  # (..., r, out)
+    c = (product.swapaxes(-1, -2) * b).sum(-2)
+    return Terms(q0=q0, c=c, p=update.squared_rows(), scale=update.scale)
 
 
 def floored_norm(terms: Terms[mx.array]) -> mx.array:
