@@ -3,7 +3,6 @@
 `naive` specifies each op. The public ops document them and check arguments.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 

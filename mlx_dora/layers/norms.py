@@ -31,7 +31,7 @@ def held_norms(model: nn.Module) -> Iterator[None]:
 def shared_norms(
     layers: Sequence[DoRALayer], known: dict[str, mx.array]
 ) -> Iterator[dict[str, mx.array]]:
-    """Share norms between passes with the same parameters, for example a recomputed one.
+    """Share norms between passes with the same parameters.
 
     The first pass computes each norm where it is needed, with the product of the tokens
     if that is faster, and the passes after it use these norms. Norms that are held
