@@ -8,7 +8,7 @@ same formulas serve MLX's float32 and NumPy's float64.
 """
 
 from dataclasses import dataclass, field
-from typing import Generic
+from typing import Any, Generic, cast
 
 import mlx.core as mx
 import numpy as np
@@ -41,6 +41,28 @@ def row_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
     return mx.where(
         lives, magnitude.astype(mx.float32) / mx.where(lives, norm, 1.0), 0.0
     )
+
+
+@mx.custom_function
+def _constant_norm_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
+    return row_gain(magnitude, norm)
+
+
+@_constant_norm_gain.vjp
+def _gain_vjp(primals: Any, cotangent: mx.array, gain: mx.array) -> Any:
+    # 1/n from the gain, which the backward pass needs anyway: n need not be kept.
+    magnitude, norm = primals
+    m = magnitude.astype(mx.float32)
+    inverse = mx.where(m != 0, gain / mx.where(m != 0, m, 1.0), 0.0)
+    return (cotangent * inverse).astype(magnitude.dtype), mx.zeros_like(norm)
+
+
+def trained_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
+    """Return `row_gain` for training, where the norm is a constant (section 4.3).
+
+    The gradient of a magnitude of 0 is 0: such a magnitude stays 0.
+    """
+    return cast(mx.array, _constant_norm_gain(magnitude, norm))
 
 
 def one_minus_cosine(base: mx.array, norm: mx.array, update: mx.array) -> mx.array:
