@@ -3,7 +3,6 @@
 `naive` specifies each op. The public ops document them and check arguments.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -145,14 +144,24 @@ def _rounded_once(
 
 
 def compose(
-    y: mx.array, h: mx.array, up: mx.array, gain: mx.array, offset: mx.array | None
+    y: mx.array,
+    h: mx.array,
+    up: mx.array,
+    gain: mx.array,
+    offset: mx.array | None,
+    scale: float = 1.0,
 ) -> mx.array:
-    """Return ``g∘(y + h·up) + offset`` like `rescale`, with MLX's own gradients."""
+    """Return ``g∘(y + s·h·up) + offset`` like `rescale`, with MLX's own gradients."""
     h = h.astype(mx.float32)
     if y.dtype != mx.float32:
-        return _rounded_once(y, h @ up, gain, offset)
-    out = gain * mx.addmm(y, h, up)  # the sum needs no separate pass
+        return _rounded_once(y, _scaled(h, scale) @ up, gain, offset)
+    # The sum and s need no separate pass.
+    out = gain * mx.addmm(y, h, up, alpha=scale)
     return out if offset is None else out + offset
+
+
+def _scaled(h: mx.array, scale: float) -> mx.array:
+    return h if scale == 1 else scale * h
 
 
 _rescale = mx.custom_function(compose)
@@ -160,31 +169,37 @@ _rescale = mx.custom_function(compose)
 
 @_rescale.vjp
 def _rescale_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-    y, h, up, gain, offset = primals
-    axes = list(range(y.ndim - 1))
+    _, h, up, gain, offset, scale = primals
+    axes = list(range(cotangent.ndim - 1))
     dy = cotangent.astype(mx.float32)
     scaled = gain * dy
     rows = scaled.reshape(-1, scaled.shape[-1])
-    low = h.reshape(-1, h.shape[-1]).astype(mx.float32)
+    low = _scaled(h.reshape(-1, h.shape[-1]).astype(mx.float32), scale)
     # dg = Σ dy·u, and g·u is the output before the offset: only the output is needed.
     out = output.astype(mx.float32)
     unscaled = dy * (out if offset is None else out - offset)
     safe = mx.where(gain != 0, gain, 1.0)
     return (
-        scaled.astype(y.dtype),
-        (scaled @ up.T).astype(h.dtype),
+        scaled.astype(cotangent.dtype),
+        _scaled(scaled @ up.T, scale).astype(h.dtype),
         low.T @ rows,
         mx.where(gain != 0, unscaled.sum(axis=axes) / safe, 0.0),
         None if offset is None else dy.sum(axis=axes),
     )
 
 
-rescale = cast(
-    Callable[[mx.array, mx.array, mx.array, mx.array, mx.array | None], mx.array],
-    _rescale,
-)
-"""``g∘(y + h·up) + offset`` in float32, rounded once to the dtype of `y`.
+def rescale(
+    y: mx.array,
+    h: mx.array,
+    up: mx.array,
+    gain: mx.array,
+    offset: mx.array | None,
+    scale: float = 1.0,
+) -> mx.array:
+    """Return ``g∘(y + s·h·up) + offset`` in float32, rounded once to the dtype of `y`.
 
-It is differentiable in all arguments. The gradient of g needs only the output, and is 0
-where g is 0. `up`, `gain` and `offset` are float32; `offset` may be None.
-"""
+    It is differentiable in all arrays. The gradient of g needs only the output, and is
+    0 where g is 0. `up`, `gain` and `offset` are float32; `offset` may be None. s·up is
+    not built: it would be kept for the backward pass.
+    """
+    return cast(mx.array, _rescale(y, h, up, gain, offset, scale))

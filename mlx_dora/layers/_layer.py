@@ -76,6 +76,7 @@ class DoRALayer(nn.Module):
     kind: Any = Kind()  # a variant's own code knows its subclass
     _cache: EvalCache | None
     _measured: mx.array
+    _keeps_norm: bool = False
 
     @classmethod
     def base_types(cls) -> tuple[type[nn.Module], ...]:
@@ -210,12 +211,19 @@ class DoRALayer(nn.Module):
         if "_norm" in self:
             return self["_norm"]
         base = self[self.base_name]
-        return row_norm(
+        norm = row_norm(
             weight_from(base, base),
             *self.factors(),
             self.scale,
             squared_base=self["_squared_base"],
         )
+        return self.keep_norm(norm)
+
+    def keep_norm(self, norm: mx.array) -> mx.array:
+        """Return a norm computed by a call, and hold it inside `shared_norms`."""
+        if self._keeps_norm:
+            self._norm = norm
+        return norm
 
     def gain(self) -> mx.array:
         """Return the gain g = m/n of every row, float32; exact, cached in eval mode."""

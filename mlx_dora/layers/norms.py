@@ -1,8 +1,9 @@
-"""Computes all norms of a model once per step."""
+"""Computes the norms of a model once for several passes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.layers._layer import DoRALayer
@@ -13,8 +14,8 @@ def held_norms(model: nn.Module) -> Iterator[None]:
     """Compute every adapted norm on entry and reuse it until exit.
 
     Norms depend only on the parameters. One computation therefore serves all
-    micro-batches of a step and the recomputed forward passes of gradient checkpointing.
-    Leave the context before the optimizer changes the parameters.
+    micro-batches of a step. Leave the context before the optimizer changes the
+    parameters.
     """
     layers = [m for m in model.modules() if isinstance(m, DoRALayer)]
     for layer in layers:
@@ -24,3 +25,36 @@ def held_norms(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.release_norm()
+
+
+@contextmanager
+def shared_norms(
+    layers: Sequence[DoRALayer], known: dict[str, mx.array]
+) -> Iterator[dict[str, mx.array]]:
+    """Share norms between passes with the same parameters.
+
+    The first pass computes each norm where it is needed, with the product of the tokens
+    if that is faster, and the passes after it use these norms. Norms that are held
+    already are not shared.
+
+    Args:
+        layers: The layers, in the same order for all passes.
+        known: Norms of an earlier pass, to be used inside; empty for the first pass.
+
+    Yields:
+        The norms by the position of their layer; complete on exit. They are constants
+        in the backward pass.
+    """
+    free = [(str(i), a) for i, a in enumerate(layers) if "_norm" not in a]
+    norms: dict[str, mx.array] = {}
+    for place, layer in free:
+        layer._keeps_norm = True
+        if place in known:
+            layer._norm = known[place]
+    try:
+        yield norms
+    finally:
+        for place, layer in free:
+            layer._keeps_norm = False
+            if "_norm" in layer:
+                norms[place] = layer.pop("_norm")

@@ -8,12 +8,12 @@ same formulas serve MLX's float32 and NumPy's float64.
 """
 
 from dataclasses import dataclass, field
-from typing import Generic
+from typing import Any, Generic, cast
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.matrix.low_rank import Adapted, Array, LowRank, row_inner
+from mlx_dora.matrix.low_rank import Adapted, Array, LowRank
 from mlx_dora.matrix.weight import (
     Weight,
     are_ordinary,
@@ -41,6 +41,28 @@ def row_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
     return mx.where(
         lives, magnitude.astype(mx.float32) / mx.where(lives, norm, 1.0), 0.0
     )
+
+
+@mx.custom_function
+def _constant_norm_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
+    return row_gain(magnitude, norm)
+
+
+@_constant_norm_gain.vjp
+def _gain_vjp(primals: Any, cotangent: mx.array, gain: mx.array) -> Any:
+    # 1/n from the gain, which the backward pass needs anyway: n need not be kept.
+    magnitude, norm = primals
+    m = magnitude.astype(mx.float32)
+    inverse = mx.where(m != 0, gain / mx.where(m != 0, m, 1.0), 0.0)
+    return (cotangent * inverse).astype(magnitude.dtype), mx.zeros_like(norm)
+
+
+def trained_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
+    """Return `row_gain` for training, where the norm is a constant (section 4.3).
+
+    The gradient of a magnitude of 0 is 0: such a magnitude stays 0.
+    """
+    return cast(mx.array, _constant_norm_gain(magnitude, norm))
 
 
 def one_minus_cosine(base: mx.array, norm: mx.array, update: mx.array) -> mx.array:
@@ -105,10 +127,10 @@ def terms_of(q0: mx.array, product: mx.array, update: LowRank) -> Terms[mx.array
         product: U = W0·A, shape ``(..., out, r)``, float32.
         update: The update, with A ``(..., in, r)`` and B ``(..., r, out)``.
     """
-    a = update.lora_a.astype(mx.float32)
-    b = update.lora_b.astype(mx.float32).swapaxes(-1, -2)  # (..., out, r)
-    p = row_inner(a, b, a, b)
-    return Terms(q0=q0, c=(product * b).sum(-1), p=p, scale=update.scale)
+    # In the layout of B, not of Bᵀ: the sum then runs along rows of memory.
+    b = update.lora_b.astype(mx.float32)  # (..., r, out)
+    c = (product.swapaxes(-1, -2) * b).sum(-2)
+    return Terms(q0=q0, c=c, p=update.squared_rows(), scale=update.scale)
 
 
 def floored_norm(terms: Terms[mx.array]) -> mx.array:

@@ -139,16 +139,14 @@ class Stepper:
         self._measure = measure
         self._apply = apply
         self._limit = settings.max_grad_norm
-        self._recomputes = settings.grad_checkpoint
 
     def gradient(self, window: Sequence[Batch]) -> Gradient:
         """Gradient of the mean loss over the targets of `window`, on all processes."""
         loss, count, total = mx.array(0.0), mx.array(0), None
         is_weighted = len(window) > 1 or self._group.size() > 1
         # Norms are constant until the weights change. A pass that needs them only once
-        # gets them cheaper from its own products.
-        reuses = len(window) > 1 or self._recomputes
-        with held_norms(self._model) if reuses else nullcontext():
+        # gets them cheaper from its own products; so does one that recomputes blocks.
+        with held_norms(self._model) if len(window) > 1 else nullcontext():
             for batch, lengths in window:
                 value, tokens, gradient = self._differentiate(batch, lengths)
                 if self._noted is not None and shape_of(batch) not in self._shapes:
