@@ -1,0 +1,315 @@
+"""Merge combinations of real adapters by every method, and test what compare advises.
+
+    python benchmarks/merge_grid.py --work FOLDER \
+        --task spam data/spam --task dialogue data/chitchat
+    python benchmarks/merge_grid.py --work FOLDER --table
+
+Trains the adapters of `ADAPTERS` on SmolLM2-135M (the last eight blocks), merges every
+combination of `COMBINATIONS` by every method, and measures the loss of each task of the
+combination on validation and test rows. Docstrings, sums and records are made by
+`_made_tasks`; the other tasks are data folders. The frozen blocks are computed once per
+row. Everything is kept in FOLDER and nothing is computed twice, so an interrupted run
+continues where it stopped. ``--table`` prints the tables of ``docs/merging.md``.
+"""
+
+import _harness as bench  # isort: skip - OpenBLAS before mlx
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from _made_tasks import write_tasks
+from _trunk import Row, Trunk, measure, target_loss
+
+from mlx_dora.adapters.adapter import Adapter
+from mlx_dora.adapters.attach import attach_adapter
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.files import load_adapter
+from mlx_dora.adapters.hosting import load
+from mlx_dora.adapters.surgery import remove_dora
+from mlx_dora.data.loading import load_datasets
+from mlx_dora.demo.model import demo_model
+from mlx_dora.merge.adapters.dense import Options
+from mlx_dora.merge.adapters.merge import merge_adapters_report
+from mlx_dora.merge.methods import METHODS
+from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.run.finetune import finetune
+
+BLOCKS, LENGTH, BATCH = 8, 128, 4
+ROWS = {"train": 480, "valid": 16, "test": 48}
+ALONE = "(alone)"
+BASE = "(base)"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an adapter is trained."""
+
+    task: str
+    rank: int = 8
+    iters: int = 40
+    kind: str = "dora"
+    seed: int = 0
+
+
+ADAPTERS = {
+    "docs": Recipe("docstrings"),
+    "docs-again": Recipe("docstrings", seed=1),
+    "docs-long": Recipe("docstrings", rank=32, iters=120),
+    "spam": Recipe("spam"),
+    "spam-lora": Recipe("spam", rank=4, iters=120, kind="lora"),
+    "talk": Recipe("dialogue"),
+    "talk-lora": Recipe("dialogue", rank=16, kind="lora", seed=1),
+    "sums": Recipe("sums"),
+    "sums-long": Recipe("sums", rank=4, iters=120, seed=1),
+    "records": Recipe("records"),
+    "records-lora": Recipe("records", rank=32, iters=80, kind="lora", seed=1),
+}
+COMBINATIONS = (
+    ("docs", "spam"),
+    ("docs", "talk"),
+    ("spam", "talk"),
+    ("docs", "sums"),
+    ("sums", "records"),
+    ("docs", "docs-again"),
+    ("docs-long", "sums-long"),
+    ("spam-lora", "records-lora"),
+    ("sums-long", "talk-lora"),
+    ("docs", "spam", "talk"),
+    ("docs", "docs-again", "spam"),
+    ("talk", "records", "sums"),
+    ("docs", "spam", "sums", "records"),
+    ("docs-long", "spam-lora", "talk-lora", "records-lora"),
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with its settings.
+
+    ``share`` is the sum of the weights of a method that adds changes: 1 for their mean,
+    the number of adapters for their sum.
+    """
+
+    method: str
+    density: float | None = None
+    share: float | None = None
+
+    @property
+    def name(self) -> str:
+        """A name such as ``ties, density 0.2, share 1.4``."""
+        parts = [self.method]
+        if self.density is not None:
+            parts.append(f"density {self.density:g}")
+        if self.share is not None:
+            parts.append(f"share {self.share:.3g}")
+        return ", ".join(parts)
+
+    def merge(self, adapters: Sequence[Adapter], model: Any) -> Adapter:
+        """Merge adapters of a loaded base."""
+        count = len(adapters)
+        weights = None if self.share is None else [self.share / count] * count
+        return merge_adapters_report(
+            adapters,
+            model=model,
+            method=self.method,
+            weights=weights,
+            check_base=False,
+            options=Options(density=self.density),
+        ).adapter
+
+
+def contenders(count: int) -> Iterator[Contender]:
+    """Yield every contender that can merge `count` adapters."""
+    shares = (1.0, math.sqrt(count), float(count))
+    for name, entry in METHODS.items():
+        fewest, most = entry.inputs
+        if entry.needs_fisher or count < fewest or (most is not None and count > most):
+            continue
+        densities = (0.2, 0.5) if "density" in entry.parameters else (None,)
+        adds = entry.base == "changes" and entry.takes_weights and not entry.is_mean
+        for density in densities:
+            for share in shares if adds else (None,):
+                yield Contender(name, density, share)
+
+
+@dataclass
+class Grid:
+    """The base, the rows of every task, and the files of a run."""
+
+    work: Path
+    model: Any
+    tokenizer: Any
+    rows: dict[str, dict[str, list[Row]]]
+    trunk: Trunk
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def results(self) -> Path:
+        """The file of results."""
+        return self.work / "merge_grid.jsonl"
+
+    def adapter(self, name: str) -> Adapter:
+        """Return an adapter, trained if it is not in the folder yet."""
+        folder, recipe = self.work / "adapters" / name, ADAPTERS[name]
+        if not (folder / "adapters.safetensors").exists():
+            started = time.perf_counter()
+            self._train(recipe, folder)
+            click.echo(f"{name}: {time.perf_counter() - started:.0f} s", err=True)
+        return load_adapter(folder)
+
+    def _train(self, recipe: Recipe, folder: Path) -> None:
+        model, tokenizer = load(str(self.work / "model"))
+        config = TrainConfig(
+            fine_tune_type=recipe.kind,  # pyright: ignore[reportArgumentType]
+            seed=recipe.seed,
+            batch_size=BATCH,
+            iters=recipe.iters,
+            learning_rate=5e-4,
+            optimizer_config={"adam": {"bias_correction": True}},
+            steps_per_report=recipe.iters,
+            save_every=recipe.iters,
+            mask_prompt=True,
+            max_seq_length=LENGTH,
+            val_batches=0,
+        )
+        finetune(
+            model,
+            tokenizer,
+            self.rows[recipe.task]["train"],
+            None,
+            train=config,
+            dora=DoRAConfig(rank=recipe.rank, scale=2.0, num_layers=BLOCKS),
+            adapter_path=folder,
+            loss=target_loss(self.trunk.frozen),
+            batches=self.trunk.batches(),
+        )
+
+    def losses(self, adapter: Adapter | None, task: str) -> dict[str, float]:
+        """Return the task's loss on the validation and the test rows."""
+        if adapter is not None:
+            attach_adapter(self.model, adapter, check_base=False)
+        try:
+            return {
+                split: round(
+                    measure(self.model, self.trunk, self.rows[task][split]).loss, 4
+                )
+                for split in ("valid", "test")
+            }
+        finally:
+            remove_dora(self.model)
+
+    def run(self, names: tuple[str, ...]) -> None:
+        """Measure every contender of a combination that has no result yet."""
+        adapters = [self.adapter(name) for name in names]
+        done = {(tuple(line["of"]), line["contender"]) for line in self.lines}
+        tasks = sorted({ADAPTERS[name].task for name in names})
+        if (names, BASE) not in done:
+            self._note(names, BASE, {t: self.losses(None, t) for t in tasks}, 0.0)
+        if (names, ALONE) not in done:
+            own: dict[str, dict[str, float]] = {}
+            for name, adapter in zip(names, adapters, strict=True):
+                own.setdefault(
+                    ADAPTERS[name].task, self.losses(adapter, ADAPTERS[name].task)
+                )
+            self._note(names, ALONE, own, 0.0)
+        for contender in contenders(len(names)):
+            if (names, contender.name) in done:
+                continue
+            started = time.perf_counter()
+            merged = contender.merge(adapters, self.model)
+            seconds = time.perf_counter() - started
+            tasks_of = {task: self.losses(merged, task) for task in tasks}
+            self._note(names, contender.name, tasks_of, seconds, asdict(contender))
+
+    def _note(
+        self,
+        names: tuple[str, ...],
+        contender: str,
+        tasks: dict[str, dict[str, float]],
+        seconds: float,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        line = {
+            "of": [*names],
+            "contender": contender,
+            **(settings or {}),
+            "merge_seconds": round(seconds, 2),
+            "tasks": tasks,
+        }
+        self.lines.append(line)
+        with self.results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        test = {task: values["test"] for task, values in tasks.items()}
+        click.echo(f"{' + '.join(names)}: {contender}: {test}", err=True)
+
+
+def open_grid(work: Path, tasks: Sequence[tuple[str, str]]) -> Grid:
+    """Load the base and the rows, and the results that are there."""
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "model").exists():
+        (work / "model").symlink_to(demo_model())
+    model: Any
+    model, tokenizer = load(str(work / "model"))
+    folders = write_tasks(work / "data") | {name: Path(f) for name, f in tasks}
+    rows = {
+        name: read_rows(folder, tokenizer)
+        for name, folder in folders.items()
+    }  # fmt: skip
+    if lacking := {recipe.task for recipe in ADAPTERS.values()} - rows.keys():
+        raise click.ClickException(f"give the data of {', '.join(sorted(lacking))}.")
+    grid = Grid(
+        work, model, tokenizer, rows, Trunk(model, len(model.layers) - BLOCKS)
+    )
+    grid.lines = read_lines(grid.results)
+    return grid
+
+
+def read_rows(folder: Path, tokenizer: Any) -> dict[str, list[Row]]:
+    """Return the rows of each split that have at most `LENGTH` tokens."""
+    config = TrainConfig(data=str(folder), mask_prompt=True)
+    rows: dict[str, list[Row]] = {}
+    for split, data in load_datasets(config, tokenizer, tuple(ROWS)).items():
+        if data is None:
+            raise click.ClickException(f"{folder} has no {split}.jsonl.")
+        every = (data[i] for i in range(len(data)))
+        short = [
+            (tokens, first)
+            for tokens, first in every
+            if isinstance(first, int) and len(tokens) <= LENGTH
+        ]
+        rows[split] = short[: ROWS[split]]
+    return rows
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the results in a file, if it exists."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@click.command(help=__doc__)
+@click.option("--work", type=click.Path(path_type=Path), required=True)
+@click.option("--task", "tasks", nargs=2, multiple=True, help="Name and data folder.")
+@click.option("--minutes", type=float, help="Stop after this many minutes.")
+def main(
+    work: Path, tasks: tuple[tuple[str, str], ...], minutes: float | None
+) -> None:
+    grid = open_grid(work, tasks)
+    click.echo(f"BLAS: {bench.BLAS.state}", err=True)
+    started = time.perf_counter()
+    for names in COMBINATIONS:
+        if minutes is not None and time.perf_counter() - started > 60 * minutes:
+            click.echo("stopped by --minutes; run again to continue.", err=True)
+            return
+        grid.run(names)
+
+
+if __name__ == "__main__":
+    main()
