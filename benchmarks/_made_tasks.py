@@ -8,9 +8,14 @@ from pathlib import Path
 from mlx_dora.demo.data import write_demo_data
 
 _SIZES = {"train": 480, "valid": 48, "test": 96}
-_FIRST = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo June Kai Lena Max Nora Otto Pia".split()
-_TOWNS = "Oslo Lima Cairo Delhi Quito Sofia Tunis Paris Turin Accra Perth Kyoto".split()
-_JOBS = "baker nurse pilot tailor farmer lawyer welder singer miner editor".split()
+# fmt: off
+_FIRST = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "June",
+          "Kai", "Lena", "Max", "Nora", "Otto", "Pia"]
+_TOWNS = ["Oslo", "Lima", "Cairo", "Delhi", "Quito", "Sofia", "Tunis", "Paris",
+          "Turin", "Accra", "Perth", "Kyoto"]
+_JOBS = ["baker", "nurse", "pilot", "tailor", "farmer", "lawyer", "welder", "singer",
+         "miner", "editor"]
+# fmt: on
 
 
 def write_tasks(folder: Path) -> dict[str, Path]:

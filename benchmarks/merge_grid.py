@@ -4,7 +4,7 @@
         --task spam data/spam --task dialogue data/chitchat
     python benchmarks/merge_grid.py --work FOLDER --table
 
-Trains the adapters of `ADAPTERS` on SmolLM2-135M (the last eight blocks), merges every
+Trains the adapters of `ADAPTERS` on SmolLM2-135M (the last six blocks), merges every
 combination of `COMBINATIONS` by every method, and measures the loss of each task of the
 combination on validation and test rows. Docstrings, sums and records are made by
 `_made_tasks`; the other tasks are data folders. The frozen blocks are computed once per
@@ -16,6 +16,7 @@ import _harness as bench  # isort: skip - OpenBLAS before mlx
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import mlx.core as mx
+import mlx.nn as nn
 from _made_tasks import write_tasks
-from _trunk import Row, Trunk, measure, target_loss
+from _trunk import Row, Trunk, run_blocks, target_loss
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import attach_adapter
@@ -34,14 +37,15 @@ from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.surgery import remove_dora
 from mlx_dora.data.loading import load_datasets
 from mlx_dora.demo.model import demo_model
+from mlx_dora.evaluate.loss import eval_mode
 from mlx_dora.merge.adapters.dense import Options
 from mlx_dora.merge.adapters.merge import merge_adapters_report
 from mlx_dora.merge.methods import METHODS
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.run.finetune import finetune
 
-BLOCKS, LENGTH, BATCH = 8, 128, 4
-ROWS = {"train": 480, "valid": 16, "test": 48}
+BLOCKS, LENGTH, BATCH = 6, 112, 4
+ROWS = {"train": 160, "valid": 6, "test": 12}
 ALONE = "(alone)"
 BASE = "(base)"
 
@@ -52,7 +56,7 @@ class Recipe:
 
     task: str
     rank: int = 8
-    iters: int = 40
+    iters: int = 30
     kind: str = "dora"
     seed: int = 0
 
@@ -60,60 +64,64 @@ class Recipe:
 ADAPTERS = {
     "docs": Recipe("docstrings"),
     "docs-again": Recipe("docstrings", seed=1),
-    "docs-long": Recipe("docstrings", rank=32, iters=120),
+    "docs-long": Recipe("docstrings", rank=32, iters=80),
     "spam": Recipe("spam"),
-    "spam-lora": Recipe("spam", rank=4, iters=120, kind="lora"),
+    "spam-lora": Recipe("spam", rank=4, iters=80, kind="lora"),
     "talk": Recipe("dialogue"),
     "talk-lora": Recipe("dialogue", rank=16, kind="lora", seed=1),
-    "sums": Recipe("sums"),
-    "sums-long": Recipe("sums", rank=4, iters=120, seed=1),
+    "sums": Recipe("sums", rank=16),
+    "sums-long": Recipe("sums", rank=4, iters=80, seed=1),
     "records": Recipe("records"),
-    "records-lora": Recipe("records", rank=32, iters=80, kind="lora", seed=1),
+    "records-lora": Recipe("records", rank=32, iters=60, kind="lora", seed=1),
 }
 COMBINATIONS = (
     ("docs", "spam"),
-    ("docs", "talk"),
-    ("spam", "talk"),
     ("docs", "sums"),
-    ("sums", "records"),
+    ("docs", "spam", "talk"),
     ("docs", "docs-again"),
+    ("docs", "docs-again", "spam"),
+    ("sums", "records"),
+    ("spam", "talk"),
+    ("docs", "spam", "sums", "records"),
+    ("sums-long", "talk-lora"),
     ("docs-long", "sums-long"),
     ("spam-lora", "records-lora"),
-    ("sums-long", "talk-lora"),
-    ("docs", "spam", "talk"),
-    ("docs", "docs-again", "spam"),
     ("talk", "records", "sums"),
-    ("docs", "spam", "sums", "records"),
     ("docs-long", "spam-lora", "talk-lora", "records-lora"),
 )
+DENSITIES = {"ties": (0.2, 0.5)}
+"""Densities that are tried besides a method's own."""
 
 
 @dataclass(frozen=True)
 class Contender:
     """A method with its settings.
 
-    ``share`` is the sum of the weights of a method that adds changes: 1 for their mean,
-    the number of adapters for their sum.
+    Attributes:
+        method: Name of the method.
+        density: Share of the changes that is kept, for methods that drop some.
+        total: Sum of the weights, for methods that add changes: 1 for the mean, the
+            number of adapters for the sum.
     """
 
     method: str
     density: float | None = None
-    share: float | None = None
+    total: float | None = None
 
     @property
     def name(self) -> str:
-        """A name such as ``ties, density 0.2, share 1.4``."""
+        """A name such as ``dare, density 0.5, total 1.41``."""
         parts = [self.method]
         if self.density is not None:
             parts.append(f"density {self.density:g}")
-        if self.share is not None:
-            parts.append(f"share {self.share:.3g}")
+        if self.total is not None:
+            parts.append(f"total {self.total:.3g}")
         return ", ".join(parts)
 
     def merge(self, adapters: Sequence[Adapter], model: Any) -> Adapter:
         """Merge adapters of a loaded base."""
         count = len(adapters)
-        weights = None if self.share is None else [self.share / count] * count
+        weights = None if self.total is None else [self.total / count] * count
         return merge_adapters_report(
             adapters,
             model=model,
@@ -124,18 +132,26 @@ class Contender:
         ).adapter
 
 
+ELECTING = ("ties", "dare_ties", "della")
+"""Methods that divide by the weights that agree, so that only their ratios count."""
+
+
 def contenders(count: int) -> Iterator[Contender]:
     """Yield every contender that can merge `count` adapters."""
-    shares = (1.0, math.sqrt(count), float(count))
+    root = math.sqrt(count)
     for name, entry in METHODS.items():
         fewest, most = entry.inputs
         if entry.needs_fisher or count < fewest or (most is not None and count > most):
             continue
-        densities = (0.2, 0.5) if "density" in entry.parameters else (None,)
+        own = () if entry.density is None else (entry.density,)
         adds = entry.base == "changes" and entry.takes_weights and not entry.is_mean
-        for density in densities:
-            for share in shares if adds else (None,):
-                yield Contender(name, density, share)
+        totals: tuple[float | None, ...] = (None,)
+        if adds and name not in ELECTING:
+            totals = (root, float(count)) if name == "task_arithmetic" else (root,)
+            totals = (1.0, root) if name == "tsv" else totals
+        for density in DENSITIES.get(name, own) or (None,):
+            for total in totals:
+                yield Contender(name, density, total)
 
 
 @dataclass
@@ -157,9 +173,11 @@ class Grid:
     def adapter(self, name: str) -> Adapter:
         """Return an adapter, trained if it is not in the folder yet."""
         folder, recipe = self.work / "adapters" / name, ADAPTERS[name]
-        if not (folder / "adapters.safetensors").exists():
-            started = time.perf_counter()
-            self._train(recipe, folder)
+        if not folder.exists():
+            started, unfinished = time.perf_counter(), folder.with_suffix(".part")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self._train(recipe, unfinished)
+            unfinished.rename(folder)
             click.echo(f"{name}: {time.perf_counter() - started:.0f} s", err=True)
         return load_adapter(folder)
 
@@ -196,10 +214,9 @@ class Grid:
             attach_adapter(self.model, adapter, check_base=False)
         try:
             return {
-                split: round(
-                    measure(self.model, self.trunk, self.rows[task][split]).loss, 4
-                )
-                for split in ("valid", "test")
+                split: round(mean_loss(self.model, self.trunk, rows), 4)
+                for split, rows in self.rows[task].items()
+                if split != "train"
             }
         finally:
             remove_dora(self.model)
@@ -263,11 +280,31 @@ def open_grid(work: Path, tasks: Sequence[tuple[str, str]]) -> Grid:
     }  # fmt: skip
     if lacking := {recipe.task for recipe in ADAPTERS.values()} - rows.keys():
         raise click.ClickException(f"give the data of {', '.join(sorted(lacking))}.")
-    grid = Grid(
-        work, model, tokenizer, rows, Trunk(model, len(model.layers) - BLOCKS)
-    )
+    grid = Grid(work, model, tokenizer, rows, Trunk(model, len(model.layers) - BLOCKS))
     grid.lines = read_lines(grid.results)
     return grid
+
+
+def mean_loss(model: Any, trunk: Trunk, rows: Sequence[Row]) -> float:
+    """Return the mean loss of the rows' targets; only their logits are computed."""
+    total, count = 0.0, 0
+    ordered = sorted(rows, key=lambda row: len(row[0]))
+    with eval_mode(model):
+        for start in range(0, len(ordered), 8):
+            some = ordered[start : start + 8]
+            hidden = trunk.activations([tokens[:-1] for tokens, _ in some])
+            last = run_blocks(model.model.layers[trunk.frozen :], hidden)
+            places = [
+                last[row, first - 1 : len(tokens) - 1]
+                for row, (tokens, first) in enumerate(some)
+            ]
+            targets = mx.array([t for tokens, first in some for t in tokens[first:]])
+            logits = model.model.embed_tokens.as_linear(
+                model.model.norm(mx.concatenate(places))
+            )
+            total += float(nn.losses.cross_entropy(logits, targets).sum())
+            count += targets.size
+    return total / count
 
 
 def read_rows(folder: Path, tokenizer: Any) -> dict[str, list[Row]]:
@@ -298,9 +335,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--task", "tasks", nargs=2, multiple=True, help="Name and data folder.")
 @click.option("--minutes", type=float, help="Stop after this many minutes.")
-def main(
-    work: Path, tasks: tuple[tuple[str, str], ...], minutes: float | None
-) -> None:
+def main(work: Path, tasks: tuple[tuple[str, str], ...], minutes: float | None) -> None:
     grid = open_grid(work, tasks)
     click.echo(f"BLAS: {bench.BLAS.state}", err=True)
     started = time.perf_counter()

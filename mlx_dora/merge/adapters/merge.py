@@ -139,7 +139,7 @@ def merge_adapters_report(
     base, probe = _opened(model, probe, bool(data))
     if data and not isinstance(model, nn.Module):
         fishers = estimate_on_data(model, loaded, names, data, check_base, progress)
-    _check_fit(base, loaded, names, check_base)
+    check_fit(base, loaded, names, check_base)
     modules = dict(base.named_modules())
     job = Job(loaded, names, modules, entry, given, options, fishers, progress)
     check_paths(fishers, job.modules)
@@ -194,10 +194,14 @@ def _checked(
     return check_weights(weights, count)
 
 
-def _check_fit(
+def check_fit(
     model: nn.Module, adapters: Sequence[Adapter], names: Sequence[str], check: bool
 ) -> None:
-    """Refuse adapters that do not belong to the base, naming all of their problems."""
+    """Refuse adapters that do not belong to the base.
+
+    Raises:
+        DoRAError: Naming all problems of the first such adapter.
+    """
     for i, (adapter, name) in enumerate(zip(adapters, names, strict=True), 1):
         name = name or f"adapter {i}"
         if adapter.fine_tune_type == "full":

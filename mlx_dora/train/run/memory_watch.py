@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -69,9 +69,12 @@ class MemoryWatch:
 
     def look(self, window: Sequence[Batch]) -> None:
         """Note the batches of an update, and whether memory is about to end."""
-        for tokens, _ in window:
-            self.shapes.add(tuple(tokens.shape))
-            self._recent.add(tuple(tokens.shape))
+        for inputs, _ in window:
+            # A batch of one's own may hold several arrays.
+            arrays = cast("list[tuple[str, mx.array]]", tree_flatten(inputs))
+            shape = tuple(size for _, array in arrays for size in array.shape)
+            self.shapes.add(shape)
+            self._recent.add(shape)
         if len(self._recent) > MOST_SHAPES:
             mx.clear_cache()
             self._recent.clear()

@@ -221,3 +221,10 @@ def test_a_control_group_may_leave_less(
     if sys.platform == "linux":
         monkeypatch.setattr(memory, "_group_memory", lambda: (1, 1000))
         assert memory.system_memory() == (1, 1000)
+
+
+def test_a_batch_may_hold_several_arrays() -> None:
+    watching = watch()
+    inputs = (mx.zeros((2, 8, 4)), mx.zeros((2, 3), mx.int32))
+    watching.look([(inputs, BATCH[1]), BATCH])  # pyright: ignore[reportArgumentType]
+    assert watching.shapes == {(2, 8, 4, 2, 3), (2, 8)}
