@@ -12,9 +12,11 @@ from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._merge_models import models_command
 from mlx_dora.cli._merge_options import (
     DENSITY_HELP,
+    MAGNITUDES_HELP,
     METHODS_HELP,
     SCALE_HELP,
     SEED_HELP,
+    SPACE_HELP,
     Weights,
     default_method,
     fisher_option,
@@ -29,6 +31,8 @@ from mlx_dora.cli._report import show_report
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.fisher.config import FisherConfig
 from mlx_dora.merge.methods import METHODS
+from mlx_dora.merge.methods.magnitudes import RULES
+from mlx_dora.merge.methods.spaces import SPACES
 from mlx_dora.merge.methods.table import exact_names
 
 AUTO = "auto"
@@ -99,6 +103,8 @@ def command() -> None:
     help=SCALE_HELP,
 )
 @own_option()
+@click.option("--space", type=click.Choice([*SPACES]), help=SPACE_HELP)
+@click.option("--magnitudes", type=click.Choice([*RULES]), help=MAGNITUDES_HELP)
 @json_option()
 @overwrite_option()
 @check_base_option
@@ -122,6 +128,8 @@ def adapters_command(
     seed: int,
     scale: float,
     own: dict[str, float],
+    space: str | None,
+    magnitudes: str | None,
     json_output: JsonOutput,
     overwrite: bool,
     check_base: bool,
@@ -166,7 +174,14 @@ def adapters_command(
             save_path=save_path,
             overwrite=overwrite,
             check_base=check_base,
-            options=Options(density=density, seed=seed, scale=scale, own=own),
+            options=Options(
+                density=density,
+                seed=seed,
+                scale=scale,
+                own=own,
+                space=space,
+                magnitudes=magnitudes,
+            ),
             fisher=fisher or None,
             data=data,
             probe=logit_error,
