@@ -18,8 +18,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,11 @@ class Recipe:
 ADAPTERS = {
     "docs": Recipe("docstrings"),
     "docs-again": Recipe("docstrings", seed=1),
-    "docs-long": Recipe("docstrings", rank=32, iters=80),
     "spam": Recipe("spam"),
-    "spam-lora": Recipe("spam", rank=4, iters=80, kind="lora"),
+    "spam-lora": Recipe("spam", rank=4, iters=60, kind="lora", seed=1),
     "talk": Recipe("dialogue"),
-    "talk-lora": Recipe("dialogue", rank=16, kind="lora", seed=1),
     "sums": Recipe("sums", rank=16),
     "sums-long": Recipe("sums", rank=4, iters=80, seed=1),
-    "records": Recipe("records"),
     "records-lora": Recipe("records", rank=32, iters=60, kind="lora", seed=1),
 }
 COMBINATIONS = (
@@ -80,17 +78,14 @@ COMBINATIONS = (
     ("docs", "spam", "talk"),
     ("docs", "docs-again"),
     ("docs", "docs-again", "spam"),
-    ("sums", "records"),
+    ("sums-long", "talk"),
+    ("docs", "records-lora"),
     ("spam", "talk"),
-    ("docs", "spam", "sums", "records"),
-    ("sums-long", "talk-lora"),
-    ("docs-long", "sums-long"),
+    ("docs", "spam", "sums", "records-lora"),
     ("spam-lora", "records-lora"),
-    ("talk", "records", "sums"),
-    ("docs-long", "spam-lora", "talk-lora", "records-lora"),
+    ("talk", "records-lora", "sums"),
+    ("docs-again", "spam-lora", "talk", "sums-long"),
 )
-DENSITIES = {"ties": (0.2, 0.5)}
-"""Densities that are tried besides a method's own."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +97,15 @@ class Contender:
         density: Share of the changes that is kept, for methods that drop some.
         total: Sum of the weights, for methods that add changes: 1 for the mean, the
             number of adapters for the sum.
+        space: Coordinates of the changes; None for the method's own.
+        magnitudes: Rule for magnitudes; None for the method's own.
     """
 
     method: str
     density: float | None = None
     total: float | None = None
+    space: str | None = None
+    magnitudes: str | None = None
 
     @property
     def name(self) -> str:
@@ -116,42 +115,71 @@ class Contender:
             parts.append(f"density {self.density:g}")
         if self.total is not None:
             parts.append(f"total {self.total:.3g}")
+        if self.space is not None:
+            parts.append(f"space {self.space}")
+        if self.magnitudes is not None:
+            parts.append(f"magnitudes {self.magnitudes}")
         return ", ".join(parts)
 
     def merge(self, adapters: Sequence[Adapter], model: Any) -> Adapter:
         """Merge adapters of a loaded base."""
         count = len(adapters)
         weights = None if self.total is None else [self.total / count] * count
+        options = Options(
+            density=self.density, space=self.space, magnitudes=self.magnitudes
+        )
         return merge_adapters_report(
             adapters,
             model=model,
             method=self.method,
             weights=weights,
             check_base=False,
-            options=Options(density=self.density),
+            options=options,
         ).adapter
 
 
-ELECTING = ("ties", "dare_ties", "della")
-"""Methods that divide by the weights that agree, so that only their ratios count."""
+def contenders(count: int) -> list[Contender]:
+    """Return the contenders that can merge `count` adapters, the likeliest first."""
+    root, whole = math.sqrt(count), float(count)
+    wanted = [
+        Contender("karcher"),
+        Contender("magnitude_weighted"),
+        Contender("task_arithmetic", total=root),
+        Contender("task_arithmetic", total=whole),
+        Contender("ties", 0.2),
+        Contender("ties", 0.5),
+        Contender("ties", 0.5, space="core"),
+        Contender("tsv", total=root),
+        Contender("tsv", total=root, space="core"),
+        Contender("dare_ties", 0.5),
+        *(
+            Contender("task_arithmetic", total=root, magnitudes=rule)
+            for rule in ("mean", "mover", "ties", "base")
+        ),
+        Contender("tsv", total=1.0),
+        Contender("dare", 0.5, root),
+        Contender("sce"),
+        Contender("model_stock"),
+        Contender("breadcrumbs_ties", 0.9, root),
+        Contender("della", 0.5),
+        Contender("linear"),
+        Contender("slerp"),
+        Contender("nuslerp"),
+        Contender("nmean"),
+        Contender("breadcrumbs", 0.9, root),
+        Contender("della_linear", 0.5, root),
+    ]
+    return [one for one in wanted if merges(one.method, count)]
 
 
-def contenders(count: int) -> Iterator[Contender]:
-    """Yield every contender that can merge `count` adapters."""
-    root = math.sqrt(count)
-    for name, entry in METHODS.items():
-        fewest, most = entry.inputs
-        if entry.needs_fisher or count < fewest or (most is not None and count > most):
-            continue
-        own = () if entry.density is None else (entry.density,)
-        adds = entry.base == "changes" and entry.takes_weights and not entry.is_mean
-        totals: tuple[float | None, ...] = (None,)
-        if adds and name not in ELECTING:
-            totals = (root, float(count)) if name == "task_arithmetic" else (root,)
-            totals = (1.0, root) if name == "tsv" else totals
-        for density in DENSITIES.get(name, own) or (None,):
-            for total in totals:
-                yield Contender(name, density, total)
+FIRST = 10
+"""Contenders of the first pass over the combinations."""
+
+
+def merges(method: str, count: int) -> bool:
+    """Whether a method can merge `count` adapters."""
+    fewest, most = METHODS[method].inputs
+    return fewest <= count and (most is None or count <= most)
 
 
 @dataclass
@@ -221,8 +249,8 @@ class Grid:
         finally:
             remove_dora(self.model)
 
-    def run(self, names: tuple[str, ...]) -> None:
-        """Measure every contender of a combination that has no result yet."""
+    def run(self, names: tuple[str, ...], most: int | None = None) -> None:
+        """Measure the first `most` contenders that have no result yet."""
         adapters = [self.adapter(name) for name in names]
         done = {(tuple(line["of"]), line["contender"]) for line in self.lines}
         tasks = sorted({ADAPTERS[name].task for name in names})
@@ -235,7 +263,7 @@ class Grid:
                     ADAPTERS[name].task, self.losses(adapter, ADAPTERS[name].task)
                 )
             self._note(names, ALONE, own, 0.0)
-        for contender in contenders(len(names)):
+        for contender in contenders(len(names))[:most]:
             if (names, contender.name) in done:
                 continue
             started = time.perf_counter()
@@ -339,11 +367,11 @@ def main(work: Path, tasks: tuple[tuple[str, str], ...], minutes: float | None) 
     grid = open_grid(work, tasks)
     click.echo(f"BLAS: {bench.BLAS.state}", err=True)
     started = time.perf_counter()
-    for names in COMBINATIONS:
+    for most, names in product((FIRST, None), COMBINATIONS):
         if minutes is not None and time.perf_counter() - started > 60 * minutes:
             click.echo("stopped by --minutes; run again to continue.", err=True)
             return
-        grid.run(names)
+        grid.run(names, most)
 
 
 if __name__ == "__main__":

@@ -196,6 +196,8 @@ SIGNATURES = {
         "seed=",
         "scale=",
         "parameters=",
+        "space=",
+        "magnitudes=",
         "fisher=",
     ],
     "mlx_dora.merge.merge_models": [

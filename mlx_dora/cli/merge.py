@@ -13,9 +13,11 @@ from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._merge_models import models_command
 from mlx_dora.cli._merge_options import (
     DENSITY_HELP,
+    MAGNITUDES_HELP,
     METHODS_HELP,
     SCALE_HELP,
     SEED_HELP,
+    SPACE_HELP,
     Weights,
     default_method,
     fisher_option,
@@ -31,6 +33,8 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.merge.choice.config import ROWS
 from mlx_dora.merge.fisher.config import FisherConfig
 from mlx_dora.merge.methods import METHODS
+from mlx_dora.merge.methods.magnitudes import RULES
+from mlx_dora.merge.methods.spaces import SPACES
 from mlx_dora.merge.methods.table import exact_names
 
 if TYPE_CHECKING:
@@ -105,6 +109,8 @@ def command() -> None:
     help=SCALE_HELP,
 )
 @own_option()
+@click.option("--space", type=click.Choice([*SPACES]), help=SPACE_HELP)
+@click.option("--magnitudes", type=click.Choice([*RULES]), help=MAGNITUDES_HELP)
 @json_option()
 @overwrite_option()
 @check_base_option
@@ -135,6 +141,8 @@ def adapters_command(
     seed: int,
     scale: float,
     own: dict[str, float],
+    space: str | None,
+    magnitudes: str | None,
     json_output: JsonOutput,
     overwrite: bool,
     check_base: bool,
@@ -156,7 +164,14 @@ def adapters_command(
     from mlx_dora.merge.adapters.dense import Options
     from mlx_dora.merge.adapters.merge import merge_adapters_report
 
-    options = Options(density=density, seed=seed, scale=scale, own=own)
+    options = Options(
+        density=density,
+        seed=seed,
+        scale=scale,
+        own=own,
+        space=space,
+        magnitudes=magnitudes,
+    )
     tries = method == AUTO and bool(data)
     informed = [name for name, entry in METHODS.items() if entry.needs_fisher]
     if data and not tries and (fisher or method not in informed):
@@ -165,10 +180,10 @@ def adapters_command(
         )
     if rows is not None and not tries:
         raise click.UsageError("--rows needs --method auto with --data")
-    if tries and (weights or options.given()):
+    if tries and (weights or options.given() or options.named):
         raise click.UsageError(
             "--method auto with --data chooses the settings: leave out --weights, "
-            "--density, --scale and --set, or name a --method"
+            "--density, --scale, --set, --space and --magnitudes, or name a --method"
         )
     if logit_error and rank is None:
         raise click.UsageError("--logit-error needs --rank")

@@ -24,6 +24,8 @@ from mlx_dora.merge.adapters.report import AdapterMerge
 from mlx_dora.merge.fisher.estimate import estimate_on_data
 from mlx_dora.merge.fisher.information import Fisher, check_fishers, check_paths
 from mlx_dora.merge.methods import DEFAULT, MergeMethod, method_named
+from mlx_dora.merge.methods.spaces import SPACES
+from mlx_dora.merge.methods.table import names_in_spaces
 from mlx_dora.merge.weights import Weights, check_weights
 from mlx_dora.progress import Progress
 
@@ -42,13 +44,16 @@ def merge_adapters(
     seed: int = 0,
     scale: float = 1.0,
     parameters: Mapping[str, float] | None = None,
+    space: str | None = None,
+    magnitudes: str | None = None,
     fisher: Sequence[Fisher | str | Path] | None = None,
 ) -> Adapter:
     """Merge DoRA and LoRA adapters of one base into one DoRA adapter.
 
-    Row methods are exact and build no dense weight. The others, and ``fisher`` by
-    element, build one dense matrix at a time and use a truncated SVD. See
-    ``docs/merging.md`` for the definitions.
+    Row methods are exact and build no dense weight, and nor do the others in a space
+    such as ``core``. In the space ``weight``, and ``fisher`` by element, one dense
+    matrix at a time is built and cut by a truncated SVD. See ``docs/merging.md`` for
+    the definitions.
 
     Args:
         adapters: Folders or adapters; ranks, scales and modules may differ. An adapter
@@ -70,6 +75,10 @@ def merge_adapters(
         scale: Factor λ on the merged task vectors, for methods that use them.
         parameters: Parameters that only the method has, such as ``gamma`` of
             ``breadcrumbs``.
+        space: Coordinates in which the method merges the updates, such as ``core``;
+            None for the method's own.
+        magnitudes: Rule for the merged magnitudes, such as ``mean``; None for the
+            method's own.
         fisher: Fisher information of each adapter, for method ``fisher``: results of
             `mlx_dora.merge.estimate_fisher`, or folders.
 
@@ -90,7 +99,12 @@ def merge_adapters(
         overwrite=overwrite,
         check_base=check_base,
         options=Options(
-            density=density, seed=seed, scale=scale, own=dict(parameters or {})
+            density=density,
+            seed=seed,
+            scale=scale,
+            own=dict(parameters or {}),
+            space=space,
+            magnitudes=magnitudes,
         ),
         fisher=fisher,
     ).adapter
@@ -188,10 +202,22 @@ def _checked(
         raise DoRAError("give at least one adapter to merge.")
     # Any mean accepts a single adapter, and returns it unchanged.
     method.check_count(count, least=1 if method.is_mean else None)
-    method.check_settings(options.given(), weights)
+    method.check_settings(options.beside_rule(), weights)
+    _check_space(method, options.space, rank)
     if rank is not None and (type(rank) is not int or rank < 1):
         raise DoRAError(f"rank must be a whole number of at least 1, got {rank!r}.")
     return check_weights(weights, count)
+
+
+def _check_space(method: MergeMethod, space: str | None, rank: int | None) -> None:
+    """Refuse a space that the method cannot use, or one without its rank."""
+    if space is not None and not method.takes_space:
+        raise DoRAError(
+            f"space {space} has no effect on {method.name}; it is for "
+            f"{', '.join(names_in_spaces())}."
+        )
+    if space is not None or not method.is_exact:
+        SPACES[space or method.space].check_rank(rank)
 
 
 def check_fit(

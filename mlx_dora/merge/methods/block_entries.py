@@ -148,6 +148,7 @@ BLOCK_ENTRIES = (
         inputs=(1, 1),
         base="changes",
         takes_weights=False,
+        reads_base=True,
         mergekit=[Mergekit("arcee_fusion", "equal")],
     ),
 )

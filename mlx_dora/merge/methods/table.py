@@ -47,6 +47,11 @@ def exact_names() -> str:
     return ", ".join(name for name, entry in METHODS.items() if entry.is_exact)
 
 
+def names_in_spaces() -> list[str]:
+    """Names of the methods that merge adapters in any space."""
+    return [name for name, entry in METHODS.items() if entry.takes_space]
+
+
 def names_with(parameter: str) -> str:
     """Names of the methods that use a setting, for a help text."""
     return ", ".join(n for n, entry in METHODS.items() if parameter in entry.uses)

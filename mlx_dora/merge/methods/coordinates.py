@@ -1,0 +1,70 @@
+r"""Coordinates of the updates of one matrix, in which block methods merge them.
+
+A space writes every update as
+
+.. math:: s_i B_i A_i = L \, C_i \, R^\top
+
+with orthonormal L and R that all adapters share. A method merges the coordinates
+:math:`C_i`, small matrices, and :math:`L \, C \, R^\top` is the merged
+update: no ``(out, in)`` array is built. L and R need only the factors (float64).
+
+A function gets the updates, and the rank of the result (None for no limit). Its entry
+is in `mlx_dora.merge.methods.spaces`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_dora.matrix import Factors
+
+# Singular values below this share of the largest are rounding errors of float64: the
+# direction is in no adapter. Factors come from float32, so real ones are larger.
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinates:
+    """The updates of N adapters in one space, float64.
+
+    Attributes:
+        left: L, orthonormal. Shape ``(out, k)``.
+        parts: C of each adapter. Shape ``(k, l)``.
+        right: R, orthonormal. Shape ``(in, l)``; None for the identity, with l = in.
+    """
+
+    left: np.ndarray
+    parts: list[np.ndarray]
+    right: np.ndarray | None = None
+
+    def lifted(self, merged: np.ndarray) -> Factors:
+        """Return the update with coordinates `merged`, of rank min(k, l)."""
+        k, width = merged.shape
+        if self.right is None:
+            return Factors(a=merged.T, b=self.left)
+        if k <= width:
+            return Factors(a=self.right @ merged.T, b=self.left)
+        return Factors(a=self.right, b=self.left @ merged)
+
+
+def core(updates: Sequence[Factors], rank: int | None = None) -> Coordinates:
+    r"""Core space: bases of the stacked factors (arXiv:2509.17786, section 4).
+
+    .. math:: [s_1B_1, \dots, s_NB_N] = U_B \Sigma V^\top, \quad
+        [A_1; \dots; A_N] = U \Sigma V_A^\top, \quad C_i = U_B^\top s_iB_iA_i V_A
+
+    Lossless, for any mix of ranks: every update is inside both spans. Directions that
+    no adapter has (repeated columns) are left out. The scale s is part of B.
+    """
+    left = _basis(np.concatenate([update.b for update in updates], axis=1))
+    right = _basis(np.concatenate([update.a for update in updates], axis=1))
+    parts = [(left.T @ each.b) @ (right.T @ each.a).T for each in updates]
+    return Coordinates(left=left, parts=parts, right=right)
+
+
+def _basis(columns: np.ndarray) -> np.ndarray:
+    """Left singular vectors, at least 1, of the largest singular values first."""
+    left, values, _ = np.linalg.svd(columns, full_matrices=False)
+    count = int((values > _ROUNDING * values[0]).sum())
+    return left[:, : max(count, 1)]
