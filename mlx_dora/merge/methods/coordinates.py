@@ -63,6 +63,22 @@ def core(updates: Sequence[Factors], rank: int | None = None) -> Coordinates:
     return Coordinates(left=left, parts=parts, right=right)
 
 
+def knots(updates: Sequence[Factors], rank: int | None = None) -> Coordinates:
+    r"""KnOTS: the right factors of the updates side by side (arXiv:2410.19735).
+
+    .. math:: [s_1B_1A_1, \dots, s_NB_NA_N] = U \Sigma [V_1, \dots, V_N]^\top, \quad
+        C_i = \Sigma V_i^\top
+
+    of shape ``(k, in)``, with R the identity. U comes from the square root of
+    :math:`\sum_i s_i^2 B_i (A_iA_i^\top) B_i^\top`, so the updates are not built.
+    """
+    roots = [np.linalg.qr(update.a, mode="r").T for update in updates]  # of AᵀA
+    pairs = zip(updates, roots, strict=True)
+    left = _basis(np.concatenate([each.b @ root for each, root in pairs], axis=1))
+    parts = [(left.T @ each.b) @ each.a.T for each in updates]
+    return Coordinates(left=left, parts=parts)
+
+
 def _basis(columns: np.ndarray) -> np.ndarray:
     """Left singular vectors, at least 1, of the largest singular values first."""
     left, values, _ = np.linalg.svd(columns, full_matrices=False)

@@ -62,6 +62,12 @@ SPACES: dict[str, Space] = {
             paper="arXiv:2509.17786",
             coordinates="coordinates:core",
         ),
+        Space(
+            name="knots",
+            summary="the right factors (Σr, in) of the SVD of all updates side by side",
+            paper="arXiv:2410.19735",
+            coordinates="coordinates:knots",
+        ),
     )
 }
 """The spaces by name, in the order of the documentation."""
