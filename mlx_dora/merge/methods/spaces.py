@@ -68,6 +68,13 @@ SPACES: dict[str, Space] = {
             paper="arXiv:2410.19735",
             coordinates="coordinates:knots",
         ),
+        Space(
+            name="ctm",
+            summary="(r, r) cores in the best common subspaces of the rank of --rank",
+            paper="arXiv:2606.03723",
+            coordinates="coordinates:ctm",
+            needs_rank=True,
+        ),
     )
 }
 """The spaces by name, in the order of the documentation."""

@@ -86,6 +86,45 @@ def test_knots_coordinates_are_those_of_the_updates_side_by_side() -> None:
     assert_close(whole, sizes[:8, None] * v[:8], bound=1e-10)
 
 
+def kept(updates: list[Factors], left: np.ndarray, right: np.ndarray) -> list[float]:
+    """Share of each update's norm, squared, in two subspaces."""
+    sizes = [np.linalg.norm(dense(each)) for each in updates]
+    inside = [np.linalg.norm(left.T @ dense(each) @ right) for each in updates]
+    return [float((a / b) ** 2) for a, b in zip(inside, sizes, strict=True)]
+
+
+def test_ctm_finds_the_subspaces_of_hooi_on_dense_updates() -> None:
+    updates = make_updates(3, 5, 4)
+    updates[2] = Factors(a=updates[2].a, b=100 * updates[2].b)  # counts no more
+    units = [dense(each) / np.linalg.norm(dense(each)) for each in updates]
+    left, right = (
+        np.linalg.svd(np.hstack(side))[0][:, :6]
+        for side in (units, [each.T for each in units])
+    )
+    start = sum(kept(updates, left, right))
+    for _ in range(300):
+        left = np.linalg.svd(np.hstack([each @ right for each in units]))[0][:, :6]
+        right = np.linalg.svd(np.hstack([each.T @ left for each in units]))[0][:, :6]
+    space = in_space("ctm", updates, 6)
+    assert space.right is not None
+    found, best = kept(updates, space.left, space.right), kept(updates, left, right)
+    assert start + 1e-3 < sum(found) == pytest.approx(sum(best), rel=1e-3)
+    assert min(found) > 0.4  # the large update does not crowd out the others
+    for update, part in zip(updates, space.parts, strict=True):
+        assert part.shape == (6, 6)
+        assert_close(part, space.left.T @ dense(update) @ space.right, bound=1e-12)
+
+
+@pytest.mark.parametrize("rank", [2, 5, 9])
+def test_ctm_of_one_adapter_is_its_best_cut(rank: int) -> None:
+    (update,) = make_updates(5)
+    space = in_space("ctm", [update, update], rank)
+    cut = dense(space.lifted(space.parts[0]))
+    u, sizes, v = np.linalg.svd(dense(update))
+    sizes = sizes[: min(rank, 5)]
+    assert_close(cut, (u[:, : len(sizes)] * sizes) @ v[: len(sizes)], bound=1e-6)
+
+
 def test_the_update_has_the_shorter_side_of_the_coordinates_as_rank() -> None:
     rng = np.random.default_rng(0)
     left, right = rng.standard_normal((9, 5)), rng.standard_normal((8, 3))

@@ -28,18 +28,18 @@ def test_iso_of_low_rank_changes_stays_in_their_span() -> None:
     rng = np.random.default_rng(1)
     u, v = (np.linalg.qr(rng.standard_normal((n, 3)))[0] for n in (30, 50))
     tuned = ((u * [3.0, 2.0, 1.0]) @ v.T).astype(np.float32)
-    result = methods.iso(*arrays(base), arrays(tuned), [1.0])
+    result = methods.iso(arrays(base)[0], arrays(tuned), [1.0])
     assert_close(result, 2.0 * (u @ v.T))
-    again = methods.iso(*arrays(base), [result], [1.0])
+    again = methods.iso(arrays(base)[0], [result], [1.0])
     assert_close(again, to_numpy(result))  # flat once, flat for ever
 
 
 def test_iso_merges_each_matrix_of_a_stack() -> None:
     base, tuned = make(2, (3, 20, 30))
-    result = methods.iso(*arrays(base), arrays(*tuned), [1.0, 2.0])
+    result = methods.iso(arrays(base)[0], arrays(*tuned), [1.0, 2.0])
     for index in range(3):
         pair = arrays(*(each[index] for each in tuned))
-        alone = methods.iso(*arrays(base[index]), pair, [1.0, 2.0])
+        alone = methods.iso(arrays(base[index])[0], pair, [1.0, 2.0])
         assert_close(result[index], to_numpy(alone))
 
 
@@ -50,5 +50,5 @@ def test_iso_of_vectors_and_of_no_change() -> None:
     moved = taus(base, tuned)
     assert_close(result, base + 2 * (moved[0] + 3 * moved[1]) / 4)
     base, _ = make()
-    result = methods.iso(*arrays(base), arrays(base, base), [1.0, 1.0])
+    result = methods.iso(arrays(base)[0], arrays(base, base), [1.0, 1.0])
     assert (to_numpy(result) == base).all()
