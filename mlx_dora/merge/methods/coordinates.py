@@ -22,6 +22,9 @@ from mlx_dora.matrix import Factors
 # Singular values below this share of the largest are rounding errors of float64: the
 # direction is in no adapter. Factors come from float32, so real ones are larger.
 _ROUNDING = 1e-12
+# Least fall of the relative error for another step of HOOI, and the most steps, as in
+# the authors' code.
+_TOLERANCE, _STEPS = 1e-6, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,57 @@ def core(updates: Sequence[Factors], rank: int | None = None) -> Coordinates:
     right = _basis(np.concatenate([update.a for update in updates], axis=1))
     parts = [(left.T @ each.b) @ (right.T @ each.a).T for each in updates]
     return Coordinates(left=left, parts=parts, right=right)
+
+
+def knots(updates: Sequence[Factors], rank: int | None = None) -> Coordinates:
+    r"""KnOTS: the right factors of the updates side by side (arXiv:2410.19735).
+
+    .. math:: [s_1B_1A_1, \dots, s_NB_NA_N] = U \Sigma [V_1, \dots, V_N]^\top, \quad
+        C_i = \Sigma V_i^\top
+
+    of shape ``(k, in)``, with R the identity. U comes from the square root of
+    :math:`\sum_i s_i^2 B_i (A_iA_i^\top) B_i^\top`, so the updates are not built.
+    """
+    roots = [np.linalg.qr(update.a, mode="r").T for update in updates]  # of AᵀA
+    pairs = zip(updates, roots, strict=True)
+    left = _basis(np.concatenate([each.b @ root for each, root in pairs], axis=1))
+    parts = [(left.T @ each.b) @ each.a.T for each in updates]
+    return Coordinates(left=left, parts=parts)
+
+
+def ctm(updates: Sequence[Factors], rank: int) -> Coordinates:
+    r"""Compress then merge: the best subspaces of `rank` for all (arXiv:2606.03723).
+
+    .. math:: \max_{U, V} \sum_i \frac{\lVert U^\top B_iA_i V\rVert_F^2}
+        {\lVert B_iA_i\rVert_F^2}, \qquad C_i = U^\top s_iB_iA_i V
+
+    with orthonormal U and V of `rank` columns: the result has that rank, without a cut.
+    Every update counts equally in the choice, as in the authors' code (β = 0). The
+    maximum is sought in core space by alternating SVDs (HOOI), from HOSVD. Lossy, but a
+    single adapter is cut as by Eckart and Young.
+    """
+    space = core(updates)
+    sizes = [np.linalg.norm(part) for part in space.parts]
+    units = [c / size for c, size in zip(space.parts, sizes, strict=True) if size > 0]
+    if not units or space.right is None:  # no adapter changes anything
+        return space
+    left, right = (_leading(each, rank) for each in (units, [c.T for c in units]))
+    error = 1.0
+    for _ in range(_STEPS):
+        left = _leading([c @ right for c in units], rank)
+        right = _leading([c.T @ left for c in units], rank)
+        kept = sum(np.square(left.T @ c @ right).sum() for c in units) / len(units)
+        before, error = error, np.sqrt(max(1.0 - float(kept), 0.0))
+        if before - error < _TOLERANCE:
+            break
+    parts = [left.T @ c @ right for c in space.parts]
+    return Coordinates(left=space.left @ left, parts=parts, right=space.right @ right)
+
+
+def _leading(parts: Sequence[np.ndarray], rank: int) -> np.ndarray:
+    """The first `rank` left singular vectors of matrices side by side."""
+    vectors, _, _ = np.linalg.svd(np.concatenate(parts, axis=1), full_matrices=False)
+    return vectors[:, :rank]
 
 
 def _basis(columns: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from mlx_dora.merge.methods.method import MergeMethod
+from mlx_dora.merge.methods.spaces import SPACES
 from mlx_dora.merge.methods.table import DEFAULT, METHODS
 
 _HEAD = (
@@ -32,8 +33,12 @@ def _line(entry: MergeMethod) -> str:
     inputs = f"{fewest}" if fewest == most else f"{fewest} or more"
     if entry.needs_fisher:
         adapters = "exact by row, SVD by element"
+    elif entry.is_exact:
+        adapters = "exact"
+    elif SPACES[entry.space].coordinates:
+        adapters = f"in {entry.space} space"
     else:
-        adapters = "exact" if entry.is_exact else "dense matrix, SVD"
+        adapters = "dense matrix, SVD"
     kits = ", ".join(f"`{kit.name}`" for kit in entry.mergekit)
     default = " (default)" if entry.name == DEFAULT else ""
     cells = (

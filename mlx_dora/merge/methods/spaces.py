@@ -62,6 +62,19 @@ SPACES: dict[str, Space] = {
             paper="arXiv:2509.17786",
             coordinates="coordinates:core",
         ),
+        Space(
+            name="knots",
+            summary="the right factors (Σr, in) of the SVD of all updates side by side",
+            paper="arXiv:2410.19735",
+            coordinates="coordinates:knots",
+        ),
+        Space(
+            name="ctm",
+            summary="(r, r) cores in the best common subspaces of the rank of --rank",
+            paper="arXiv:2606.03723",
+            coordinates="coordinates:ctm",
+            needs_rank=True,
+        ),
     )
 }
 """The spaces by name, in the order of the documentation."""
