@@ -2,24 +2,24 @@
 
     python benchmarks/merge_grid.py --work FOLDER \
         --task spam data/spam --task dialogue data/chitchat
-    python benchmarks/merge_grid.py --work FOLDER --table
+    python benchmarks/merge_grid.py --table FOLDER/merge_grid.jsonl
 
 Trains the adapters of `ADAPTERS` on SmolLM2-135M (the last six blocks), merges every
 combination of `COMBINATIONS` by every method, and measures the loss of each task of the
 combination on validation and test rows. Docstrings, sums and records are made by
 `_made_tasks`; the other tasks are data folders. The frozen blocks are computed once per
 row. Everything is kept in FOLDER and nothing is computed twice, so an interrupted run
-continues where it stopped. ``--table`` prints the tables of ``docs/merging.md``.
+continues where it stopped. ``--table`` prints
+the tables of ``docs/merging.md``.
 """
 
 import _harness as bench  # isort: skip - OpenBLAS before mlx
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from typing import Any
 import click
 import mlx.core as mx
 import mlx.nn as nn
+from _grid_entries import ADAPTERS, COMBINATIONS, FIRST, Contender, Recipe, contenders
+from _grid_table import ADVICE, ALONE, BASE, tables
 from _made_tasks import write_tasks
 from _trunk import Row, Trunk, run_blocks, target_loss
 
@@ -36,150 +38,16 @@ from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import load_adapter
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.surgery import remove_dora
+from mlx_dora.analyze.compare import compare_adapters
 from mlx_dora.data.loading import load_datasets
 from mlx_dora.demo.model import demo_model
 from mlx_dora.evaluate.loss import eval_mode
-from mlx_dora.merge.adapters.dense import Options
-from mlx_dora.merge.adapters.merge import merge_adapters_report
 from mlx_dora.merge.methods import METHODS
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.run.finetune import finetune
 
 BLOCKS, LENGTH, BATCH = 6, 112, 4
 ROWS = {"train": 160, "valid": 6, "test": 12}
-ALONE = "(alone)"
-BASE = "(base)"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How an adapter is trained."""
-
-    task: str
-    rank: int = 8
-    iters: int = 30
-    kind: str = "dora"
-    seed: int = 0
-
-
-ADAPTERS = {
-    "docs": Recipe("docstrings"),
-    "docs-again": Recipe("docstrings", seed=1),
-    "spam": Recipe("spam"),
-    "spam-lora": Recipe("spam", rank=4, iters=60, kind="lora", seed=1),
-    "talk": Recipe("dialogue"),
-    "sums": Recipe("sums", rank=16),
-    "sums-long": Recipe("sums", rank=4, iters=80, seed=1),
-    "records-lora": Recipe("records", rank=32, iters=60, kind="lora", seed=1),
-}
-COMBINATIONS = (
-    ("docs", "spam"),
-    ("docs", "sums"),
-    ("docs", "spam", "talk"),
-    ("docs", "docs-again"),
-    ("docs", "docs-again", "spam"),
-    ("sums-long", "talk"),
-    ("docs", "records-lora"),
-    ("spam", "talk"),
-    ("docs", "spam", "sums", "records-lora"),
-    ("spam-lora", "records-lora"),
-    ("talk", "records-lora", "sums"),
-    ("docs-again", "spam-lora", "talk", "sums-long"),
-)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A method with its settings.
-
-    Attributes:
-        method: Name of the method.
-        density: Share of the changes that is kept, for methods that drop some.
-        total: Sum of the weights, for methods that add changes: 1 for the mean, the
-            number of adapters for the sum.
-        space: Coordinates of the changes; None for the method's own.
-        magnitudes: Rule for magnitudes; None for the method's own.
-    """
-
-    method: str
-    density: float | None = None
-    total: float | None = None
-    space: str | None = None
-    magnitudes: str | None = None
-
-    @property
-    def name(self) -> str:
-        """A name such as ``dare, density 0.5, total 1.41``."""
-        parts = [self.method]
-        if self.density is not None:
-            parts.append(f"density {self.density:g}")
-        if self.total is not None:
-            parts.append(f"total {self.total:.3g}")
-        if self.space is not None:
-            parts.append(f"space {self.space}")
-        if self.magnitudes is not None:
-            parts.append(f"magnitudes {self.magnitudes}")
-        return ", ".join(parts)
-
-    def merge(self, adapters: Sequence[Adapter], model: Any) -> Adapter:
-        """Merge adapters of a loaded base."""
-        count = len(adapters)
-        weights = None if self.total is None else [self.total / count] * count
-        options = Options(
-            density=self.density, space=self.space, magnitudes=self.magnitudes
-        )
-        return merge_adapters_report(
-            adapters,
-            model=model,
-            method=self.method,
-            weights=weights,
-            check_base=False,
-            options=options,
-        ).adapter
-
-
-def contenders(count: int) -> list[Contender]:
-    """Return the contenders that can merge `count` adapters, the likeliest first."""
-    root, whole = math.sqrt(count), float(count)
-    wanted = [
-        Contender("karcher"),
-        Contender("magnitude_weighted"),
-        Contender("task_arithmetic", total=root),
-        Contender("task_arithmetic", total=whole),
-        Contender("ties", 0.2),
-        Contender("ties", 0.5),
-        Contender("ties", 0.5, space="core"),
-        Contender("tsv", total=root),
-        Contender("tsv", total=root, space="core"),
-        Contender("dare_ties", 0.5),
-        *(
-            Contender("task_arithmetic", total=root, magnitudes=rule)
-            for rule in ("mean", "mover", "ties", "base")
-        ),
-        Contender("tsv", total=1.0),
-        Contender("dare", 0.5, root),
-        Contender("sce"),
-        Contender("model_stock"),
-        Contender("breadcrumbs_ties", 0.9, root),
-        Contender("della", 0.5),
-        Contender("linear"),
-        Contender("slerp"),
-        Contender("nuslerp"),
-        Contender("nmean"),
-        Contender("breadcrumbs", 0.9, root),
-        Contender("della_linear", 0.5, root),
-    ]
-    return [one for one in wanted if merges(one.method, count)]
-
-
-FIRST = 10
-"""Contenders of the first pass over the combinations."""
-
-
-def merges(method: str, count: int) -> bool:
-    """Whether a method can merge `count` adapters."""
-    fewest, most = METHODS[method].inputs
-    return fewest <= count and (most is None or count <= most)
 
 
 @dataclass
@@ -272,6 +140,27 @@ class Grid:
             tasks_of = {task: self.losses(merged, task) for task in tasks}
             self._note(names, contender.name, tasks_of, seconds, asdict(contender))
 
+    def advise(self, names: tuple[str, ...]) -> None:
+        """Note what `compare_adapters` advises for a combination."""
+        folders = [self.work / "adapters" / name for name in names]
+        if not all(folder.exists() for folder in folders):
+            return
+        comparison = compare_adapters(folders, self.model, check_base=False)
+        advice = next((a for a in comparison.guidance if a.method), None)
+        facts: dict[str, Any] = {"advised": None}
+        if advice is not None and advice.method is not None:
+            contender = Contender(advice.method)
+            entry = METHODS[advice.method]
+            if not entry.is_mean and advice.weights:
+                contender = replace(contender, total=round(sum(advice.weights), 3))
+            facts = {"advised": contender.name, "rule": advice.rule}
+        measures = ("update_cosine", "input_overlap", "output_overlap", "size_ratio")
+        facts |= {
+            name: [[round(float(v), 4) for v in row] for row in comparison.matrix(name)]
+            for name in measures
+        }
+        self._note(names, ADVICE, {}, 0.0, facts)
+
     def _note(
         self,
         names: tuple[str, ...],
@@ -360,10 +249,29 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @click.command(help=__doc__)
-@click.option("--work", type=click.Path(path_type=Path), required=True)
+@click.option("--work", type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--task", "tasks", nargs=2, multiple=True, help="Name and data folder.")
 @click.option("--minutes", type=float, help="Stop after this many minutes.")
-def main(work: Path, tasks: tuple[tuple[str, str], ...], minutes: float | None) -> None:
+@click.option(
+    "--advice", is_flag=True, help="Add what compare advises for each combination."
+)
+@click.option(
+    "--table",
+    type=click.Path(path_type=Path, exists=True),
+    help="Print the tables of a file of results, and run nothing.",
+)
+def main(
+    work: Path | None,
+    tasks: tuple[tuple[str, str], ...],
+    minutes: float | None,
+    advice: bool,
+    table: Path | None,
+) -> None:
+    if table is not None:
+        click.echo("\n".join(tables(read_lines(table))))
+        return
+    if work is None:
+        raise click.UsageError("give --work or --table")
     grid = open_grid(work, tasks)
     click.echo(f"BLAS: {bench.BLAS.state}", err=True)
     started = time.perf_counter()
@@ -371,7 +279,10 @@ def main(work: Path, tasks: tuple[tuple[str, str], ...], minutes: float | None) 
         if minutes is not None and time.perf_counter() - started > 60 * minutes:
             click.echo("stopped by --minutes; run again to continue.", err=True)
             return
-        grid.run(names, most)
+        if advice:
+            grid.advise(names)
+        else:
+            grid.run(names, most)
 
 
 if __name__ == "__main__":
