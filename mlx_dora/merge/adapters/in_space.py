@@ -90,9 +90,15 @@ def merge_in_space(
 def merged_parts(
     entry: MergeMethod, coordinates: Coordinates, settings: TensorSettings
 ) -> np.ndarray:
-    """Apply a block method to coordinates, with 0 as the base. Shape ``(k, l)``."""
+    """Apply a block method to coordinates, with 0 as the base. Shape ``(k, l)``.
+
+    Raises:
+        DoRAError: If a coordinate is beyond float32.
+    """
     shape = coordinates.parts[0].shape
     base = mx.zeros(shape, mx.float32)
     tensors = [single(part) for part in coordinates.parts]
+    if not all(map(all_finite, tensors)):
+        raise DoRAError(NOT_FINITE)
     merged = joined(entry.block_function(base, tensors, settings), shape)
     return np.array(merged, np.float64)

@@ -75,9 +75,8 @@ def knots(updates: Sequence[Factors], rank: int | None = None) -> Coordinates:
     of shape ``(k, in)``, with R the identity. U comes from the square root of
     :math:`\sum_i s_i^2 B_i (A_iA_i^\top) B_i^\top`, so the updates are not built.
     """
-    roots = [np.linalg.qr(update.a, mode="r").T for update in updates]  # of AᵀA
-    pairs = zip(updates, roots, strict=True)
-    left = _basis(np.concatenate([each.b @ root for each, root in pairs], axis=1))
+    roots = [each.b @ np.linalg.qr(each.a)[1].T for each in updates]
+    left = _basis(np.concatenate(roots, axis=1))
     parts = [(left.T @ each.b) @ each.a.T for each in updates]
     return Coordinates(left=left, parts=parts)
 
