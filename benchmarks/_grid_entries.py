@@ -26,10 +26,9 @@ ADAPTERS = {
     "docs": Recipe("docstrings"),
     "docs-again": Recipe("docstrings", seed=1),
     "spam": Recipe("spam"),
-    "spam-lora": Recipe("spam", rank=4, iters=60, kind="lora", seed=1),
     "talk": Recipe("dialogue"),
     "sums": Recipe("sums", rank=16),
-    "sums-long": Recipe("sums", rank=4, iters=80, seed=1),
+    "sums-lora": Recipe("sums", rank=4, iters=80, kind="lora", seed=1),
     "records-lora": Recipe("records", rank=32, iters=60, kind="lora", seed=1),
 }
 COMBINATIONS = (
@@ -38,13 +37,13 @@ COMBINATIONS = (
     ("docs", "spam", "talk"),
     ("docs", "docs-again"),
     ("docs", "docs-again", "spam"),
-    ("sums-long", "talk"),
+    ("sums-lora", "talk"),
     ("docs", "records-lora"),
     ("spam", "talk"),
     ("docs", "spam", "sums", "records-lora"),
-    ("spam-lora", "records-lora"),
+    ("spam", "records-lora"),
     ("talk", "records-lora", "sums"),
-    ("docs-again", "spam-lora", "talk", "sums-long"),
+    ("docs-again", "spam", "talk", "sums-lora"),
 )
 
 
@@ -59,6 +58,9 @@ class Contender:
             number of adapters for the sum.
         space: Coordinates of the changes; None for the method's own.
         magnitudes: Rule for magnitudes; None for the method's own.
+        grouped: Adapters of the same task share one weight, and the total is the square
+            root of the number of tasks.
+        rank: Maximum rank of the merge.
     """
 
     method: str
@@ -66,6 +68,8 @@ class Contender:
     total: float | None = None
     space: str | None = None
     magnitudes: str | None = None
+    grouped: bool = False
+    rank: int | None = None
 
     @property
     def name(self) -> str:
@@ -79,12 +83,25 @@ class Contender:
             parts.append(f"space {self.space}")
         if self.magnitudes is not None:
             parts.append(f"magnitudes {self.magnitudes}")
+        if self.grouped:
+            parts.append("by task")
+        if self.rank is not None:
+            parts.append(f"rank {self.rank}")
         return ", ".join(parts)
 
-    def merge(self, adapters: Sequence[Adapter], model: Any) -> Adapter:
-        """Merge adapters of a loaded base."""
-        count = len(adapters)
-        weights = None if self.total is None else [self.total / count] * count
+    def weights(self, tasks: Sequence[str]) -> list[float] | None:
+        """Return the weights of adapters of these tasks; None if the method has none."""
+        if self.grouped:
+            among = math.sqrt(len({*tasks}))
+            return [1 / (among * tasks.count(task)) for task in tasks]
+        if self.total is None:
+            return None
+        return [self.total / len(tasks)] * len(tasks)
+
+    def merge(
+        self, adapters: Sequence[Adapter], tasks: Sequence[str], model: Any
+    ) -> Adapter:
+        """Merge adapters of these tasks and of a loaded base."""
         options = Options(
             density=self.density, space=self.space, magnitudes=self.magnitudes
         )
@@ -92,48 +109,67 @@ class Contender:
             adapters,
             model=model,
             method=self.method,
-            weights=weights,
+            weights=self.weights(tasks),
+            rank=self.rank,
             check_base=False,
             options=options,
         ).adapter
 
 
-def contenders(count: int) -> list[Contender]:
-    """Return the contenders that can merge `count` adapters, the likeliest first."""
+def contenders(tasks: Sequence[str]) -> list[Contender]:
+    """Return the contenders for adapters of these tasks, the likeliest first."""
+    count = len(tasks)
     root, whole = math.sqrt(count), float(count)
-    wanted = [
+    repeats = len({*tasks}) < count
+    by_task = [
+        Contender("task_arithmetic", grouped=True),
+        Contender("tsv", space="core", grouped=True),
+    ]
+    first = [
+        *(by_task if repeats else ()),
         Contender("karcher"),
-        Contender("magnitude_weighted"),
         Contender("task_arithmetic", total=root),
         Contender("task_arithmetic", total=whole),
-        Contender("ties", 0.2),
-        Contender("ties", 0.5),
-        Contender("ties", 0.5, space="core"),
-        Contender("tsv", total=root),
         Contender("tsv", total=root, space="core"),
-        Contender("dare_ties", 0.5),
-        *(
-            Contender("task_arithmetic", total=root, magnitudes=rule)
-            for rule in ("mean", "mover", "ties", "base")
-        ),
-        Contender("tsv", total=1.0),
-        Contender("dare", 0.5, root),
-        Contender("sce"),
+        Contender("ties", 0.5, space="core"),
+        Contender("magnitude_weighted"),
+        Contender("ties", 0.5),
+    ]
+    second = [
+        Contender("iso", total=root),
+        Contender("task_arithmetic", total=root, magnitudes="mean"),
+        Contender("task_arithmetic", total=root, magnitudes="mover"),
+        Contender("task_arithmetic", total=root, magnitudes="ties"),
+        Contender("task_arithmetic", total=root, magnitudes="base"),
+        Contender("tsv", total=whole, space="core"),
+        Contender("ties", 0.2, space="core"),
+        Contender("dare_ties", 0.5, space="core"),
+        Contender("task_arithmetic", total=root, rank=8),
+        Contender("task_arithmetic", total=root, space="ctm", rank=8),
+        Contender("tsv", total=1.0, space="core"),
+        Contender("dare", 0.5, root, space="core"),
+        Contender("sce", space="core"),
+        Contender("ties", 0.5, space="knots"),
         Contender("model_stock"),
-        Contender("breadcrumbs_ties", 0.9, root),
-        Contender("della", 0.5),
         Contender("linear"),
         Contender("slerp"),
         Contender("nuslerp"),
         Contender("nmean"),
+        Contender("dare_ties", 0.5),
+        Contender("ties", 0.2),
+        Contender("sce"),
+        Contender("dare", 0.5, root),
+        Contender("tsv", total=root),
+        Contender("breadcrumbs_ties", 0.9, root),
         Contender("breadcrumbs", 0.9, root),
+        Contender("della", 0.5),
         Contender("della_linear", 0.5, root),
     ]
-    return [one for one in wanted if merges(one.method, count)]
+    return [one for one in (*first, *second) if merges(one.method, count)]
 
 
-FIRST = 10
-"""Contenders of the first pass over the combinations."""
+FIRST = 7
+"""Contenders of the first pass over all combinations."""
 
 
 def merges(method: str, count: int) -> bool:

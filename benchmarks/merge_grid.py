@@ -131,11 +131,12 @@ class Grid:
                     ADAPTERS[name].task, self.losses(adapter, ADAPTERS[name].task)
                 )
             self._note(names, ALONE, own, 0.0)
-        for contender in contenders(len(names))[:most]:
+        of = [ADAPTERS[name].task for name in names]
+        for contender in contenders(of)[:most]:
             if (names, contender.name) in done:
                 continue
             started = time.perf_counter()
-            merged = contender.merge(adapters, self.model)
+            merged = contender.merge(adapters, of, self.model)
             seconds = time.perf_counter() - started
             tasks_of = {task: self.losses(merged, task) for task in tasks}
             self._note(names, contender.name, tasks_of, seconds, asdict(contender))
