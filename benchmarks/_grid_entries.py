@@ -90,7 +90,7 @@ class Contender:
         return ", ".join(parts)
 
     def weights(self, tasks: Sequence[str]) -> list[float] | None:
-        """Return the weights of adapters of these tasks; None if the method has none."""
+        """Return the weights for adapters of these tasks; None if it takes none."""
         if self.grouped:
             among = math.sqrt(len({*tasks}))
             return [1 / (among * tasks.count(task)) for task in tasks]
