@@ -13,8 +13,8 @@ ENERGY = 0.99
 """Share of the update's energy that a suggested rank keeps."""
 AGREE = 0.2
 """Least cosine at which two updates agree; its negative is where they oppose."""
-OVERLAP = 0.2
-"""Least subspace overlap at which two updates use the same directions."""
+INDEPENDENT = "task_arithmetic"
+"""Suggested method for updates that neither agree nor oppose each other."""
 SMALL_PART = 0.05
 """Share of the squared change below which a part (magnitude, direction) is minor."""
 
