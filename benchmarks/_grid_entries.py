@@ -116,8 +116,12 @@ class Contender:
         ).adapter
 
 
-def contenders(tasks: Sequence[str]) -> list[Contender]:
-    """Return the contenders for adapters of these tasks, the likeliest first."""
+def contenders(tasks: Sequence[str]) -> list[list[Contender]]:
+    """Return the contenders for adapters of these tasks, in passes.
+
+    A pass is over all combinations. The first has the likeliest contenders, each other
+    pass a single one (none, if it cannot merge so many adapters).
+    """
     count = len(tasks)
     root, whole = math.sqrt(count), float(count)
     repeats = len({*tasks}) < count
@@ -165,11 +169,8 @@ def contenders(tasks: Sequence[str]) -> list[Contender]:
         Contender("della", 0.5),
         Contender("della_linear", 0.5, root),
     ]
-    return [one for one in (*first, *second) if merges(one.method, count)]
-
-
-FIRST = 7
-"""Contenders of the first pass over all combinations."""
+    single = [[one] if merges(one.method, count) else [] for one in second]
+    return [first, *single]
 
 
 def merges(method: str, count: int) -> bool:

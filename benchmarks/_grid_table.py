@@ -55,9 +55,14 @@ class Combination:
         """The merges that were measured."""
         return [name for name in self.lines if not name.startswith("(")]
 
-    def best(self, score: Callable[[str], float]) -> str:
-        """The contender with the least score; the first among equals."""
-        return min(self.contenders, key=score)
+    def best(self, score: Callable[[str], float], split: str = "test") -> str:
+        """The contender with the least score among those measured on a split."""
+        measured = [
+            name
+            for name in self.contenders
+            if all(split in losses for losses in self.lines[name]["tasks"].values())
+        ]
+        return min(measured, key=score)
 
     @property
     def least(self) -> float:
@@ -87,14 +92,17 @@ def general(contender: str, count: int) -> str:
 
 
 def chosen(grid: Sequence[Combination]) -> Iterator[tuple[str, list[str | None]]]:
-    """Yield ways to choose a contender, and what they choose in each combination."""
+    """Yield ways to choose a contender, and what they choose in each combination.
+
+    With data, among the contenders that were measured on validation rows.
+    """
     yield (
         "*data: worst share*",
-        [one.best(lambda name, one=one: -one.worst(name, "valid")) for one in grid],
+        [one.best(lambda n, one=one: -one.worst(n, "valid"), "valid") for one in grid],
     )
     yield (
         "*data: mean loss*",
-        [one.best(lambda name, one=one: one.mean(name, "valid")) for one in grid],
+        [one.best(lambda n, one=one: one.mean(n, "valid"), "valid") for one in grid],
     )
     if any(ADVICE in one.lines for one in grid):
         yield (

@@ -27,7 +27,7 @@ from typing import Any
 import click
 import mlx.core as mx
 import mlx.nn as nn
-from _grid_entries import ADAPTERS, COMBINATIONS, FIRST, Contender, Recipe, contenders
+from _grid_entries import ADAPTERS, COMBINATIONS, Contender, Recipe, contenders
 from _grid_table import ADVICE, ALONE, BASE, tables
 from _made_tasks import write_tasks
 from _trunk import Row, Trunk, run_blocks, target_loss
@@ -48,6 +48,7 @@ from mlx_dora.train.run.finetune import finetune
 
 BLOCKS, LENGTH, BATCH = 6, 112, 4
 ROWS = {"train": 160, "valid": 6, "test": 12}
+SPLITS = ("valid", "test")
 
 
 @dataclass
@@ -104,21 +105,26 @@ class Grid:
             batches=self.trunk.batches(),
         )
 
-    def losses(self, adapter: Adapter | None, task: str) -> dict[str, float]:
-        """Return the task's loss on the validation and the test rows."""
+    def losses(
+        self, adapter: Adapter | None, task: str, splits: Sequence[str] = SPLITS
+    ) -> dict[str, float]:
+        """Return the task's loss on the rows of some splits."""
         if adapter is not None:
             attach_adapter(self.model, adapter, check_base=False)
+        rows = self.rows[task]
         try:
             return {
-                split: round(mean_loss(self.model, self.trunk, rows), 4)
-                for split, rows in self.rows[task].items()
-                if split != "train"
+                split: round(mean_loss(self.model, self.trunk, rows[split]), 4)
+                for split in splits
             }
         finally:
             remove_dora(self.model)
 
-    def run(self, names: tuple[str, ...], most: int | None = None) -> None:
-        """Measure the first `most` contenders that have no result yet."""
+    def run(self, names: tuple[str, ...], number: int) -> None:
+        """Measure the contenders of a pass that have no result yet.
+
+        All but the first pass measure only the test rows.
+        """
         adapters = [self.adapter(name) for name in names]
         done = {(tuple(line["of"]), line["contender"]) for line in self.lines}
         tasks = sorted({ADAPTERS[name].task for name in names})
@@ -132,14 +138,16 @@ class Grid:
                 )
             self._note(names, ALONE, own, 0.0)
         of = [ADAPTERS[name].task for name in names]
-        for contender in contenders(of)[:most]:
+        splits = SPLITS[number > 0 :]
+        for contender in contenders(of)[number]:
             if (names, contender.name) in done:
                 continue
             started = time.perf_counter()
             merged = contender.merge(adapters, of, self.model)
             seconds = time.perf_counter() - started
-            tasks_of = {task: self.losses(merged, task) for task in tasks}
-            self._note(names, contender.name, tasks_of, seconds, asdict(contender))
+            tasks_of = {task: self.losses(merged, task, splits) for task in tasks}
+            settings = {k: v for k, v in asdict(contender).items() if v}
+            self._note(names, contender.name, tasks_of, seconds, settings)
 
     def advise(self, names: tuple[str, ...]) -> None:
         """Note what `compare_adapters` advises for a combination."""
@@ -276,14 +284,17 @@ def main(
     grid = open_grid(work, tasks)
     click.echo(f"BLAS: {bench.BLAS.state}", err=True)
     started = time.perf_counter()
-    for most, names in product((FIRST, None), COMBINATIONS):
+    passes = range(len(contenders(["any"])))
+    for number, names in product(passes, COMBINATIONS):
         if minutes is not None and time.perf_counter() - started > 60 * minutes:
             click.echo("stopped by --minutes; run again to continue.", err=True)
             return
-        if advice:
+        if advice and number == 0:
             grid.advise(names)
+        elif advice:
+            return
         else:
-            grid.run(names, most)
+            grid.run(names, number)
 
 
 if __name__ == "__main__":
