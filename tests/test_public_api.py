@@ -198,6 +198,7 @@ SIGNATURES = {
         "parameters=",
         "space=",
         "magnitudes=",
+        "calibrate=",
         "fisher=",
     ],
     "mlx_dora.merge.merge_models": [

@@ -11,6 +11,7 @@ from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._merge_models import models_command
 from mlx_dora.cli._merge_options import (
+    CALIBRATE_HELP,
     DENSITY_HELP,
     MAGNITUDES_HELP,
     METHODS_HELP,
@@ -31,6 +32,7 @@ from mlx_dora.cli._report import show_report
 from mlx_dora.errors import DoRAError
 from mlx_dora.merge.fisher.config import FisherConfig
 from mlx_dora.merge.methods import METHODS
+from mlx_dora.merge.methods.calibrations import CALIBRATIONS
 from mlx_dora.merge.methods.magnitudes import RULES
 from mlx_dora.merge.methods.spaces import SPACES
 from mlx_dora.merge.methods.table import exact_names
@@ -104,6 +106,7 @@ def command() -> None:
 )
 @own_option()
 @click.option("--space", type=click.Choice([*SPACES]), help=SPACE_HELP)
+@click.option("--calibrate", type=click.Choice([*CALIBRATIONS]), help=CALIBRATE_HELP)
 @click.option("--magnitudes", type=click.Choice([*RULES]), help=MAGNITUDES_HELP)
 @json_option()
 @overwrite_option()
@@ -129,6 +132,7 @@ def adapters_command(
     scale: float,
     own: dict[str, float],
     space: str | None,
+    calibrate: str | None,
     magnitudes: str | None,
     json_output: JsonOutput,
     overwrite: bool,
@@ -181,6 +185,7 @@ def adapters_command(
                 own=own,
                 space=space,
                 magnitudes=magnitudes,
+                calibrate=calibrate,
             ),
             fisher=fisher or None,
             data=data,
