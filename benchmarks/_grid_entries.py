@@ -58,6 +58,7 @@ class Contender:
             number of adapters for the sum.
         space: Coordinates of the changes; None for the method's own.
         magnitudes: Rule for magnitudes; None for the method's own.
+        calibrate: Calibration before the merge.
         grouped: Adapters of the same task share one weight, and the total is the square
             root of the number of tasks.
         rank: Maximum rank of the merge.
@@ -68,6 +69,7 @@ class Contender:
     total: float | None = None
     space: str | None = None
     magnitudes: str | None = None
+    calibrate: str | None = None
     grouped: bool = False
     rank: int | None = None
 
@@ -83,6 +85,8 @@ class Contender:
             parts.append(f"space {self.space}")
         if self.magnitudes is not None:
             parts.append(f"magnitudes {self.magnitudes}")
+        if self.calibrate is not None:
+            parts.append(f"calibrate {self.calibrate}")
         if self.grouped:
             parts.append("by task")
         if self.rank is not None:
@@ -103,7 +107,10 @@ class Contender:
     ) -> Adapter:
         """Merge adapters of these tasks and of a loaded base."""
         options = Options(
-            density=self.density, space=self.space, magnitudes=self.magnitudes
+            density=self.density,
+            space=self.space,
+            magnitudes=self.magnitudes,
+            calibrate=self.calibrate,
         )
         return merge_adapters_report(
             adapters,
@@ -141,6 +148,7 @@ def contenders(tasks: Sequence[str]) -> list[list[Contender]]:
     ]
     second = [
         Contender("iso", total=root),
+        Contender("task_arithmetic", total=root, calibrate="pico"),
         Contender("task_arithmetic", total=root, magnitudes="mean"),
         Contender("task_arithmetic", total=root, magnitudes="mover"),
         Contender("task_arithmetic", total=root, magnitudes="ties"),

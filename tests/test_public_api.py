@@ -206,6 +206,7 @@ SIGNATURES = {
         "parameters=",
         "space=",
         "magnitudes=",
+        "calibrate=",
         "fisher=",
     ],
     "mlx_dora.merge.merge_models": [

@@ -9,6 +9,7 @@ import click
 from mlx_dora.cli._paths import PATH
 from mlx_dora.cli._yaml import parse_yaml
 from mlx_dora.errors import DoRAError
+from mlx_dora.merge.methods.calibrations import CALIBRATIONS
 from mlx_dora.merge.methods.magnitudes import RULES
 from mlx_dora.merge.methods.spaces import SPACES
 from mlx_dora.merge.methods.table import (
@@ -39,6 +40,7 @@ SPACE_HELP = (
     f"Coordinates in which the method merges the updates, for "
     f"{', '.join(names_in_spaces())}: {described(SPACES)}. By default the method's own."
 )
+CALIBRATE_HELP = f"Before the merge, for every method: {described(CALIBRATIONS)}."
 MAGNITUDES_HELP = (
     f"Merged magnitudes: {described(RULES)}. By default the method's own rule: means "
     "average the lengths, sums have the length of the sum, and methods on changes also "

@@ -12,6 +12,7 @@ from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._merge_models import models_command
 from mlx_dora.cli._merge_options import (
+    CALIBRATE_HELP,
     DENSITY_HELP,
     MAGNITUDES_HELP,
     METHODS_HELP,
@@ -33,6 +34,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.merge.choice.config import ROWS
 from mlx_dora.merge.fisher.config import FisherConfig
 from mlx_dora.merge.methods import METHODS
+from mlx_dora.merge.methods.calibrations import CALIBRATIONS
 from mlx_dora.merge.methods.magnitudes import RULES
 from mlx_dora.merge.methods.spaces import SPACES
 from mlx_dora.merge.methods.table import exact_names
@@ -110,6 +112,7 @@ def command() -> None:
 )
 @own_option()
 @click.option("--space", type=click.Choice([*SPACES]), help=SPACE_HELP)
+@click.option("--calibrate", type=click.Choice([*CALIBRATIONS]), help=CALIBRATE_HELP)
 @click.option("--magnitudes", type=click.Choice([*RULES]), help=MAGNITUDES_HELP)
 @json_option()
 @overwrite_option()
@@ -142,6 +145,7 @@ def adapters_command(
     scale: float,
     own: dict[str, float],
     space: str | None,
+    calibrate: str | None,
     magnitudes: str | None,
     json_output: JsonOutput,
     overwrite: bool,
@@ -171,6 +175,7 @@ def adapters_command(
         own=own,
         space=space,
         magnitudes=magnitudes,
+        calibrate=calibrate,
     )
     tries = method == AUTO and bool(data)
     informed = [name for name, entry in METHODS.items() if entry.needs_fisher]
@@ -183,7 +188,8 @@ def adapters_command(
     if tries and (weights or options.given() or options.named):
         raise click.UsageError(
             "--method auto with --data chooses the settings: leave out --weights, "
-            "--density, --scale, --set, --space and --magnitudes, or name a --method"
+            "--density, --scale, --set, --space, --magnitudes and --calibrate, or name "
+            "a --method"
         )
     if logit_error and rank is None:
         raise click.UsageError("--logit-error needs --rank")

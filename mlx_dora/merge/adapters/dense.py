@@ -30,6 +30,7 @@ from mlx_dora.merge.adapters.factored import (
 from mlx_dora.merge.fisher.information import informed_weights
 from mlx_dora.merge.methods import METHODS, MergeMethod, elementwise
 from mlx_dora.merge.methods.blockwise import joined
+from mlx_dora.merge.methods.calibrations import calibration_named
 from mlx_dora.merge.methods.lengths import (
     Lengths,
     merged_magnitude,
@@ -57,6 +58,8 @@ class Options:
             method's own.
         magnitudes: Rule of `mlx_dora.merge.methods.lengths`; None for the method's
             own.
+        calibrate: Calibration of `mlx_dora.merge.methods.calibrations` before the
+            merge; None for none.
     """
 
     density: float | None = None
@@ -65,6 +68,7 @@ class Options:
     own: Mapping[str, float] = field(default_factory=dict)
     space: str | None = None
     magnitudes: str | None = None
+    calibrate: str | None = None
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -74,6 +78,8 @@ class Options:
             space_named(self.space)
         if self.magnitudes is not None:
             rule_named(self.magnitudes)
+        if self.calibrate is not None:
+            calibration_named(self.calibrate)
 
     def given(self) -> list[str]:
         """Names of the settings that differ from their defaults."""
@@ -88,7 +94,11 @@ class Options:
     @property
     def named(self) -> dict[str, str]:
         """The choices by name that were made, for reports."""
-        choices = {"space": self.space, "magnitudes": self.magnitudes}
+        choices = {
+            "space": self.space,
+            "magnitudes": self.magnitudes,
+            "calibrate": self.calibrate,
+        }
         return {name: value for name, value in choices.items() if value is not None}
 
 

@@ -65,6 +65,11 @@ class MergedMatrix:
         return self.lora_a.shape[1]
 
     @property
+    def update(self) -> LowRank:
+        """The update s·BA."""
+        return LowRank(lora_a=self.lora_a, lora_b=self.lora_b, scale=self.scale)
+
+    @property
     def tensors(self) -> dict[str, mx.array]:
         """A, B and m, by their names in an adapter."""
         return {"lora_a": self.lora_a, "lora_b": self.lora_b, "m": self.m}

@@ -19,12 +19,19 @@ from mlx_dora.adapters.matrices import (
 from mlx_dora.errors import DoRAError
 from mlx_dora.matrix import Adapted, Weight
 from mlx_dora.matrix.weight import weight_of
+from mlx_dora.merge.adapters.calibrate import (
+    calibrated,
+    restored,
+    with_own_lengths,
+)
 from mlx_dora.merge.adapters.dense import Options, merge_dense, merge_informed
 from mlx_dora.merge.adapters.factored import MergedMatrix, merge_matrix
 from mlx_dora.merge.adapters.in_space import merge_in_space
 from mlx_dora.merge.adapters.report import AdapterMerge, MergedLayer
 from mlx_dora.merge.fisher.information import Fisher
 from mlx_dora.merge.methods import MergeMethod
+from mlx_dora.merge.methods.calibrations import CALIBRATIONS
+from mlx_dora.merge.methods.magnitudes import RULES
 from mlx_dora.merge.methods.spaces import SPACES, Space
 from mlx_dora.merge.weights import row_weights
 from mlx_dora.progress import Progress
@@ -157,6 +164,32 @@ class Job:
                 if update.scale != scale:
                     up = up * (update.scale / scale)
                 return MergedMatrix(lora_a=update.lora_a, lora_b=up, m=m, scale=scale)
+        if options.calibrate is None:
+            merged = self._by_method(weight, inputs, shares, known, rank)
+        else:
+            calibration = CALIBRATIONS[options.calibrate]
+            merged = self._by_method(
+                weight,
+                calibrated(weight, inputs, shares, calibration),
+                shares,
+                known,
+                rank,
+            )
+            merged = restored(merged, inputs, shares, options.scale)
+        if options.magnitudes is not None and RULES[options.magnitudes].of_result:
+            merged = with_own_lengths(weight, merged)
+        return merged
+
+    def _by_method(
+        self,
+        weight: Weight,
+        inputs: Sequence[Adapted],
+        shares: np.ndarray,
+        known: Sequence[mx.array | None],
+        rank: int | None,
+    ) -> MergedMatrix:
+        """Merge the adapters of one matrix, calibrated or not, by the method."""
+        method, scale, options = self.method, self.scale, self.options
         if method.needs_fisher:
             return merge_informed(
                 weight, inputs, shares, known, scale=scale, rank=rank, options=options
@@ -217,7 +250,7 @@ class Job:
 
     def only_one(self) -> Adapter | None:
         """The only adapter with nonzero weights in a mean; None for several."""
-        if not self.method.is_mean or self.options.named:
+        if not self.method.is_mean or self.options.magnitudes is not None:
             return None
         used = {
             i for share in self.shares.values() for i in np.flatnonzero(share.any(0))

@@ -46,6 +46,7 @@ def merge_adapters(
     parameters: Mapping[str, float] | None = None,
     space: str | None = None,
     magnitudes: str | None = None,
+    calibrate: str | None = None,
     fisher: Sequence[Fisher | str | Path] | None = None,
 ) -> Adapter:
     """Merge DoRA and LoRA adapters of one base into one DoRA adapter.
@@ -79,6 +80,8 @@ def merge_adapters(
             None for the method's own.
         magnitudes: Rule for the merged magnitudes, such as ``mean``; None for the
             method's own.
+        calibrate: Calibration of the updates before the merge, such as ``pico``; None
+            for none.
         fisher: Fisher information of each adapter, for method ``fisher``: results of
             `mlx_dora.merge.estimate_fisher`, or folders.
 
@@ -105,6 +108,7 @@ def merge_adapters(
             own=dict(parameters or {}),
             space=space,
             magnitudes=magnitudes,
+            calibrate=calibrate,
         ),
         fisher=fisher,
     ).adapter

@@ -19,8 +19,8 @@ import numpy as np
 
 from mlx_dora.matrix import Factors
 
-# Singular values below this share of the largest are rounding errors of float64: the
-# direction is in no adapter. Factors come from float32, so real ones are larger.
+# Singular values of merged coordinates below this share of the largest are rounding
+# errors of float64, of directions that no adapter has.
 _ROUNDING = 1e-12
 # Least fall of the relative error for another step of HOOI, and the most steps, as in
 # the authors' code.
@@ -42,13 +42,13 @@ class Coordinates:
     right: np.ndarray | None = None
 
     def lifted(self, merged: np.ndarray) -> Factors:
-        """Return the update with coordinates `merged`, of rank min(k, l)."""
-        k, width = merged.shape
-        if self.right is None:
-            return Factors(a=merged.T, b=self.left)
-        if k <= width:
-            return Factors(a=self.right @ merged.T, b=self.left)
-        return Factors(a=self.right, b=self.left @ merged)
+        """Return the update with coordinates `merged`, of their rank (at least 1)."""
+        u, sizes, v = np.linalg.svd(merged, full_matrices=False)
+        count = max(int((sizes > _ROUNDING * sizes[0]).sum()), 1)
+        root = np.sqrt(sizes[:count])
+        a = v[:count].T * root
+        a = a if self.right is None else self.right @ a
+        return Factors(a=a, b=self.left @ (u[:, :count] * root))
 
 
 def core(updates: Sequence[Factors], rank: int | None = None) -> Coordinates:
@@ -57,8 +57,8 @@ def core(updates: Sequence[Factors], rank: int | None = None) -> Coordinates:
     .. math:: [s_1B_1, \dots, s_NB_N] = U_B \Sigma V^\top, \quad
         [A_1; \dots; A_N] = U \Sigma V_A^\top, \quad C_i = U_B^\top s_iB_iA_i V_A
 
-    Lossless, for any mix of ranks: every update is inside both spans. Directions that
-    no adapter has (repeated columns) are left out. The scale s is part of B.
+    Lossless, for any mix of ranks: every update is inside both spans. The scale s is
+    part of B.
     """
     left = _basis(np.concatenate([update.b for update in updates], axis=1))
     right = _basis(np.concatenate([update.a for update in updates], axis=1))
@@ -112,12 +112,9 @@ def ctm(updates: Sequence[Factors], rank: int) -> Coordinates:
 
 def _leading(parts: Sequence[np.ndarray], rank: int) -> np.ndarray:
     """The first `rank` left singular vectors of matrices side by side."""
-    vectors, _, _ = np.linalg.svd(np.concatenate(parts, axis=1), full_matrices=False)
-    return vectors[:, :rank]
+    return _basis(np.concatenate(parts, axis=1))[:, :rank]
 
 
 def _basis(columns: np.ndarray) -> np.ndarray:
-    """Left singular vectors, at least 1, of the largest singular values first."""
-    left, values, _ = np.linalg.svd(columns, full_matrices=False)
-    count = int((values > _ROUNDING * values[0]).sum())
-    return left[:, : max(count, 1)]
+    """Left singular vectors, those of the largest singular values first."""
+    return np.linalg.svd(columns, full_matrices=False)[0]

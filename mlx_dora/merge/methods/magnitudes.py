@@ -21,12 +21,14 @@ class Rule:
         summary: What a merged magnitude is, for the documentation.
         lengths: ``module:function`` in `mlx_dora.merge.methods`.
         parameters: Names of the shared settings that it uses.
+        of_result: Whether it takes the lengths of the final direction, after a cut.
     """
 
     name: str
     summary: str
     lengths: str
     parameters: tuple[str, ...] = ()
+    of_result: bool = False
 
     @cached_property
     def function(self) -> Any:
@@ -62,6 +64,7 @@ RULES: dict[str, Rule] = {
             name="own",
             summary="the length of the merged, unnormalized direction, as in LoRA",
             lengths="lengths:own",
+            of_result=True,
         ),
     )
 }

@@ -50,17 +50,22 @@ def test_coordinates_lose_nothing(name: str, ranks: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_copies_and_zeros_add_no_directions(name: str) -> None:
+def test_copies_and_zeros_add_no_rank(name: str) -> None:
     first, other = make_updates(4, 3)
     zero = Factors(a=other.a, b=np.zeros_like(other.b))
     twice = Factors(a=2 * first.a, b=first.b / 2)
     space = in_space(name, [first, twice, zero])
-    assert space.left.shape[1] == 4
+    assert (
+        space.left.shape[1] == 11
+    )  # as in the papers, so that shares of it are theirs
     assert_close(space.parts[0], space.parts[1], bound=1e-12)
     assert not space.parts[2].any()
-    nothing = in_space(name, [zero, zero])
-    assert nothing.left.shape[1] == 1  # an adapter has a rank of at least 1
-    assert not dense(nothing.lifted(nothing.parts[0])).any()
+    lifted = space.lifted(space.parts[0])
+    assert lifted.a.shape[1] == 4
+    assert_close(dense(lifted), dense(first), bound=1e-12)
+    nothing = space.lifted(space.parts[2])
+    assert nothing.a.shape[1] == 1  # an adapter has a rank of at least 1
+    assert not dense(nothing).any()
 
 
 def test_core_bases_are_those_of_the_stacked_factors() -> None:
@@ -125,14 +130,14 @@ def test_ctm_of_one_adapter_is_its_best_cut(rank: int) -> None:
     assert_close(cut, (u[:, : len(sizes)] * sizes) @ v[: len(sizes)], bound=1e-6)
 
 
-def test_the_update_has_the_shorter_side_of_the_coordinates_as_rank() -> None:
+def test_the_update_has_the_rank_of_the_coordinates() -> None:
     rng = np.random.default_rng(0)
-    left, right = rng.standard_normal((9, 5)), rng.standard_normal((8, 3))
-    for right_or_none, size in ((right, 3), (None, 5)):
-        merged = rng.standard_normal((5, 3 if right_or_none is not None else 8))
+    left, right = rng.standard_normal((9, 5)), rng.standard_normal((8, 4))
+    for right_or_none, width in ((right, 4), (None, 8)):
+        merged = rng.standard_normal((5, 3)) @ rng.standard_normal((3, width))
         space = Coordinates(left=left, parts=[], right=right_or_none)
         lifted = space.lifted(merged)
-        assert lifted.a.shape[1] == lifted.b.shape[1] == size
+        assert lifted.a.shape[1] == lifted.b.shape[1] == 3
         end = merged if right_or_none is None else merged @ right.T
         assert_close(dense(lifted), left @ end, bound=1e-12)
 
