@@ -157,11 +157,14 @@ class Grid:
         comparison = compare_adapters(folders, self.model, check_base=False)
         advice = next((a for a in comparison.guidance if a.method), None)
         facts: dict[str, Any] = {"advised": None}
-        if advice is not None and advice.method is not None:
-            contender = Contender(advice.method)
-            entry = METHODS[advice.method]
-            if not entry.is_mean and advice.weights:
-                contender = replace(contender, total=round(sum(advice.weights), 3))
+        if advice is not None and advice.method is not None and advice.weights:
+            # Of two adapters, slerp is karcher.
+            method = "karcher" if advice.method == "slerp" else advice.method
+            contender = Contender(method, space=advice.space)
+            if advice.rule == "groups":
+                contender = replace(contender, grouped=True)
+            elif not METHODS[method].is_mean:
+                contender = replace(contender, total=sum(advice.weights))
             facts = {"advised": contender.name, "rule": advice.rule}
         measures = ("update_cosine", "input_overlap", "output_overlap", "size_ratio")
         facts |= {

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_dora.analyze.guidance import AGREE, INDEPENDENT, Advice
+from mlx_dora.analyze.guidance import AGREE, INDEPENDENT, SPACE, Advice
 from mlx_dora.analyze.metrics import number
 
 
@@ -192,14 +192,15 @@ def _method_advice(pairs: Sequence[PairAgreement], names: Sequence[str]) -> Advi
     shown = ",".join(f"{weight:.3g}" for weight in weights)
     total = f"each group has a weight of 1/√{len(groups)}"
     reason = (
-        f"{INDEPENDENT} with weights {shown} ({total}) keeps more of each than a mean, "
-        "and does not exceed their size as their sum would."
+        f"{INDEPENDENT} in space {SPACE} with weights {shown} ({total}) keeps more of "
+        "each than a mean, and disturbs the others less than their sum."
     )
     if len(groups) == len(names):
         return Advice(
             rule="independent",
             method=INDEPENDENT,
             weights=weights,
+            space=SPACE,
             sentence=f"The updates do different things ({size}): {reason}",
         )
     listed = [" with ".join(names[i] for i in group) for group in groups]
@@ -207,6 +208,7 @@ def _method_advice(pairs: Sequence[PairAgreement], names: Sequence[str]) -> Advi
         rule="groups",
         method=INDEPENDENT,
         weights=weights,
+        space=SPACE,
         sentence=f"The pairs differ: {size}. Groups that agree (cosine at least "
         f"{AGREE}): {'; '.join(listed)}. {reason}",
     )

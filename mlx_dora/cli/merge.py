@@ -1,7 +1,7 @@
 """``mlx_dora.merge``: merges several adapters, or several models."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,6 +40,7 @@ from mlx_dora.merge.methods.spaces import SPACES
 from mlx_dora.merge.methods.table import exact_names
 
 if TYPE_CHECKING:
+    from mlx_dora.analyze.guidance import Advice
     from mlx_dora.merge.choice import MergeChoice
 
 AUTO = "auto"
@@ -207,8 +208,9 @@ def adapters_command(
         method, weights, data = best.method, best.weights, ()
         options = best.options(seed)
     elif method == AUTO:
-        method, suggested = _suggested_merge(adapters, model, check_base)
-        weights = weights or suggested
+        advice = _suggested_merge(adapters, model, check_base)
+        method, weights = str(advice.method), weights or advice.weights
+        options = replace(options, space=space or advice.space)
     with WorkDisplay(with_memory=True) as display:
         report = merge_adapters_report(
             adapters,
@@ -257,9 +259,7 @@ def _tried(
     return choice
 
 
-def _suggested_merge(
-    adapters: Sequence[str], base: str, check_base: bool
-) -> tuple[str, Sequence[float] | None]:
+def _suggested_merge(adapters: Sequence[str], base: str, check_base: bool) -> "Advice":
     """Choose method and weights by comparing the adapters; prints the reasons."""
     from mlx_dora.analyze import compare_adapters
 
@@ -270,13 +270,13 @@ def _suggested_merge(
     for advice in comparison.guidance:
         echo(advice.sentence)
     choice = next((advice for advice in comparison.guidance if advice.method), None)
-    if choice is None or choice.method is None:
+    if choice is None:
         raise DoRAError(
             "the comparison suggests no way to merge these adapters; to merge them "
             "anyway, give --data, or name a --method and --weights."
         )
     echo(f"Method: {choice.method}")
-    return choice.method, choice.weights
+    return choice
 
 
 @command.command(

@@ -19,11 +19,13 @@ class Candidate:
         method: Name of the method.
         weights: One weight per adapter; None if the method takes none.
         density: Fraction of the changes to keep; None if the method drops none.
+        space: Space to merge in; None for the method's own.
     """
 
     method: str
     weights: tuple[float, ...] | None = None
     density: float | None = None
+    space: str | None = None
 
     @property
     def name(self) -> str:
@@ -33,6 +35,8 @@ class Candidate:
             parts.append(f"weights {','.join(f'{w:.3g}' for w in self.weights)}")
         if self.density is not None:
             parts.append(f"density {self.density:g}")
+        if self.space is not None:
+            parts.append(f"space {self.space}")
         return ", ".join(parts)
 
     def tilted(self, place: int) -> "Candidate":
@@ -45,7 +49,11 @@ class Candidate:
     def options(self, seed: int) -> Options:
         """Return the settings besides the weights; the seed is for random methods."""
         uses = method_named(self.method).uses
-        return Options(density=self.density, seed=seed if "seed" in uses else 0)
+        return Options(
+            density=self.density,
+            seed=seed if "seed" in uses else 0,
+            space=self.space,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -53,15 +61,17 @@ class Candidate:
             "method": self.method,
             "weights": None if self.weights is None else list(self.weights),
             "density": self.density,
+            "space": self.space,
         }
 
 
 def default_candidates(count: int) -> list[Candidate]:
     """Return the merges of `count` adapters to try, the simplest first.
 
-    Sums of changes are tried with weights that add up to 1 (a mean), to √N, and to N;
-    N independent changes of equal size, summed with a total of √N, are together as
-    large as one of them. ``docs/merging.md`` has the benchmark behind the list.
+    Changes are added with weights of a total of 1 (a mean), √N and N: N independent
+    changes of equal size, added with a total of √N, are together as large as one of
+    them. All but ``ties`` without a space build no dense weight. ``docs/merging.md``
+    has the benchmark behind the list.
     """
     mean, root, whole = (
         (round(total / count, 4),) * count
@@ -69,12 +79,13 @@ def default_candidates(count: int) -> list[Candidate]:
     )
     wanted = [
         Candidate(method="slerp" if count == 2 else "karcher", weights=mean),
+        Candidate(method="magnitude_weighted", weights=mean),
         Candidate(method="task_arithmetic", weights=root),
         Candidate(method="task_arithmetic", weights=whole),
-        Candidate(method="ties", weights=mean, density=0.2),
+        Candidate(method="tsv", weights=root, space="core"),
+        Candidate(method="ties", weights=mean, density=0.2, space="core"),
+        Candidate(method="ties", weights=mean, density=0.5, space="core"),
         Candidate(method="ties", weights=mean, density=0.5),
-        Candidate(method="tsv", weights=mean),
-        Candidate(method="tsv", weights=root),
     ]
     return [candidate for candidate in wanted if _merges(candidate, count)]
 
