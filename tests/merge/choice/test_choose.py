@@ -125,6 +125,7 @@ def test_every_trial_has_the_loss_of_its_merge(material: dict[str, Any]) -> None
             method=candidate.method,
             weights=candidate.weights,
             density=candidate.density,
+            space=candidate.space,
         )
         fresh, _ = load(material["base"])
         attach_adapter(fresh, merged)
