@@ -37,13 +37,13 @@ COMBINATIONS = (
     ("docs", "spam", "talk"),
     ("docs", "docs-again"),
     ("docs", "docs-again", "spam"),
-    ("sums-lora", "talk"),
-    ("docs", "records-lora"),
     ("spam", "talk"),
+    ("docs", "sums-lora"),
+    ("docs", "records-lora"),
+    ("sums", "records-lora"),
+    ("docs", "docs-again", "sums"),
+    ("talk", "records-lora", "sums-lora"),
     ("docs", "spam", "sums", "records-lora"),
-    ("spam", "records-lora"),
-    ("talk", "records-lora", "sums"),
-    ("docs-again", "spam", "talk", "sums-lora"),
 )
 
 
@@ -142,11 +142,11 @@ def contenders(tasks: Sequence[str]) -> list[list[Contender]]:
         Contender("task_arithmetic", total=root),
         Contender("task_arithmetic", total=whole),
         Contender("tsv", total=root, space="core"),
-        Contender("ties", 0.5, space="core"),
-        Contender("magnitude_weighted"),
-        Contender("ties", 0.5),
     ]
     second = [
+        Contender("ties", 0.5, space="core"),
+        Contender("ties", 0.5),
+        Contender("magnitude_weighted"),
         Contender("iso", total=root),
         Contender("task_arithmetic", total=root, calibrate="pico"),
         Contender("task_arithmetic", total=root, magnitudes="mean"),

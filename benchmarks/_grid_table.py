@@ -57,12 +57,12 @@ class Combination:
 
     def best(self, score: Callable[[str], float], split: str = "test") -> str:
         """The contender with the least score among those measured on a split."""
-        measured = [
-            name
-            for name in self.contenders
-            if all(split in losses for losses in self.lines[name]["tasks"].values())
-        ]
-        return min(measured, key=score)
+        return min((n for n in self.contenders if self.has(n, split)), key=score)
+
+    def has(self, contender: str, split: str) -> bool:
+        """Whether a contender was measured on a split."""
+        tasks = self.lines[contender]["tasks"].values()
+        return all(split in losses for losses in tasks)
 
     @property
     def least(self) -> float:
@@ -96,13 +96,17 @@ def chosen(grid: Sequence[Combination]) -> Iterator[tuple[str, list[str | None]]
 
     With data, among the contenders that were measured on validation rows.
     """
+
+    def on_validation(one: Combination, score: Callable[[str], float]) -> str | None:
+        return one.best(score, "valid") if one.has(BASE, "valid") else None
+
     yield (
         "*data: worst share*",
-        [one.best(lambda n, one=one: -one.worst(n, "valid"), "valid") for one in grid],
+        [on_validation(one, lambda n, one=one: -one.worst(n, "valid")) for one in grid],
     )
     yield (
         "*data: mean loss*",
-        [one.best(lambda n, one=one: one.mean(n, "valid"), "valid") for one in grid],
+        [on_validation(one, lambda n, one=one: one.mean(n, "valid")) for one in grid],
     )
     if any(ADVICE in one.lines for one in grid):
         yield (

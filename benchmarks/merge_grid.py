@@ -60,6 +60,7 @@ class Grid:
     tokenizer: Any
     rows: dict[str, dict[str, list[Row]]]
     trunk: Trunk
+    splits: tuple[str, ...] = SPLITS
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -106,16 +107,16 @@ class Grid:
         )
 
     def losses(
-        self, adapter: Adapter | None, task: str, splits: Sequence[str] = SPLITS
+        self, adapter: Adapter | None, task: str, splits: Sequence[str] = ()
     ) -> dict[str, float]:
-        """Return the task's loss on the rows of some splits."""
+        """Return the task's loss on the rows of some splits; of all by default."""
         if adapter is not None:
             attach_adapter(self.model, adapter, check_base=False)
         rows = self.rows[task]
         try:
             return {
                 split: round(mean_loss(self.model, self.trunk, rows[split]), 4)
-                for split in splits
+                for split in splits or self.splits
             }
         finally:
             remove_dora(self.model)
@@ -138,7 +139,7 @@ class Grid:
                 )
             self._note(names, ALONE, own, 0.0)
         of = [ADAPTERS[name].task for name in names]
-        splits = SPLITS[number > 0 :]
+        splits = self.splits if number == 0 else ("test",)
         for contender in contenders(of)[number]:
             if (names, contender.name) in done:
                 continue
@@ -264,6 +265,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 @click.option("--work", type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--task", "tasks", nargs=2, multiple=True, help="Name and data folder.")
 @click.option("--minutes", type=float, help="Stop after this many minutes.")
+@click.option("--test-only", is_flag=True, help="Measure no validation rows.")
 @click.option(
     "--advice", is_flag=True, help="Add what compare advises for each combination."
 )
@@ -276,6 +278,7 @@ def main(
     work: Path | None,
     tasks: tuple[tuple[str, str], ...],
     minutes: float | None,
+    test_only: bool,
     advice: bool,
     table: Path | None,
 ) -> None:
@@ -285,6 +288,8 @@ def main(
     if work is None:
         raise click.UsageError("give --work or --table")
     grid = open_grid(work, tasks)
+    if test_only:
+        grid.splits = ("test",)
     click.echo(f"BLAS: {bench.BLAS.state}", err=True)
     started = time.perf_counter()
     passes = range(len(contenders(["any"])))
