@@ -202,8 +202,7 @@ class Job:
                 method=method.name,
                 scale=scale,
                 rank=rank,
-                magnitudes=options.magnitudes,
-                density=options.density,
+                rule=options.rule(),
             )
         if not self.space.coordinates:
             return merge_dense(
