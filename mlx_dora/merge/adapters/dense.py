@@ -32,9 +32,9 @@ from mlx_dora.merge.methods import METHODS, MergeMethod, elementwise
 from mlx_dora.merge.methods.blockwise import joined
 from mlx_dora.merge.methods.calibrations import calibration_named
 from mlx_dora.merge.methods.lengths import (
+    LengthRule,
     Lengths,
     merged_magnitude,
-    ruled,
     signed_lengths,
 )
 from mlx_dora.merge.methods.magnitudes import rule_named
@@ -90,6 +90,12 @@ class Options:
         """Those of `given` that the rule for magnitudes does not use."""
         used = () if self.magnitudes is None else rule_named(self.magnitudes).parameters
         return [name for name in self.given() if name not in used]
+
+    def rule(self, weights: np.ndarray | None = None) -> LengthRule | None:
+        """The chosen rule for magnitudes, with weights of its own ``(out, N)``."""
+        if self.magnitudes is None:
+            return None
+        return LengthRule(name=self.magnitudes, density=self.density, weights=weights)
 
     @property
     def named(self) -> dict[str, str]:
@@ -187,8 +193,7 @@ def merge_informed(
             method="linear",
             scale=scale,
             rank=rank,
-            magnitudes=options.magnitudes,
-            density=options.density,
+            rule=options.rule(weights),
         )
         return replace(merged, unknown=unknown * weight.shape[1])
     if np.ptp(weights, axis=0).any():
@@ -224,14 +229,11 @@ def _merge_by_element(
     length = np.array(base_norm / mx.maximum(magnitude, 1e-30), np.float64)
     is_plain = share > _LEANS * size
     factors = np.where(is_plain, 1 / np.where(is_plain, share, 1.0), length)
-    if options.magnitudes is not None:
-        lengths = Lengths(
-            base=np.array(base_norm, np.float64),
-            inputs=signed_lengths(np.stack(norms, axis=1), magnitudes),
-            weights=weights,
-            own=np.abs(factors) * np.array(magnitude, np.float64),
-        )
-        magnitude = single(ruled(options.magnitudes, lengths, options.density))
+    if (rule := options.rule()) is not None:
+        signed = signed_lengths(np.stack(norms, axis=1), magnitudes)
+        own = np.abs(factors) * np.array(magnitude, np.float64)
+        base_norm = np.array(base_norm, np.float64)
+        magnitude = single(rule.merged(base_norm, signed, weights, own))
     made = factor(
         base,
         mx.array(factors[:, None].astype(np.float32)) * merged,

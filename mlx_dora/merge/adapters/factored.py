@@ -19,7 +19,7 @@ from mlx_dora.matrix import Adapted, Factors, LowRank, RowGrams, Weight, row_gra
 from mlx_dora.matrix.low_rank import side_by_side
 from mlx_dora.matrix.weight import float32_rows
 from mlx_dora.merge.methods import METHODS
-from mlx_dora.merge.methods.lengths import Lengths, ruled
+from mlx_dora.merge.methods.lengths import LengthRule
 from mlx_dora.merge.methods.rows import Combination, Rows, heaviest, of_changes
 
 # Where the β cancel to less than this share, W0 drops out of the sum and W0 + BA cannot
@@ -83,15 +83,13 @@ def merge_matrix(
     method: str,
     scale: float,
     rank: int | None = None,
-    magnitudes: str | None = None,
-    density: float | None = None,
+    rule: LengthRule | None = None,
 ) -> MergedMatrix:
     """Merge the adapters of one matrix by a row method.
 
     The base weight ``(out, in)`` is read once. The inputs' weights are ``(out, N)``;
     for means each row sums to 1. `scale`, not 0, is the merged adapter's multiplier.
-    `magnitudes` is a rule for their lengths (`mlx_dora.merge.methods.magnitudes`), with
-    its `density`; None for the method's own.
+    `rule` merges their lengths; None for the method's own rule.
 
     Raises:
         DoRAError: If the base holds NaN or inf, or an adapted row overflows float32.
@@ -124,22 +122,13 @@ def merge_matrix(
         dense = np.array(float32_rows(weight, mx.array(recomputed)), np.float64)
         dense = dense + merged.rows(np.array(recomputed))
         length[recomputed] = np.linalg.norm(share[recomputed, None] * dense, axis=1)
-    weigh = np.where(is_zero, 1.0, np.abs(share))
-    if magnitudes is not None:
-        own = length / weigh
-        lengths = Lengths(
-            base=grams.base_norm,
-            inputs=np.where(rows.norm > 0, rows.magnitude, 0.0)[:, : given.shape[1]],
-            weights=given,
-            own=own,
-        )
-        length = ruled(magnitudes, lengths, density)
-        weigh = gains(length, own)
-    discarded = 0.0
-    if rank is not None and rank < merged.a.shape[1]:
-        if not (np.isfinite(merged.a).all() and np.isfinite(merged.b).all()):
-            raise DoRAError(NOT_FINITE)
-        merged, discarded = merged.cut(rank, weigh)
+    gain = np.where(is_zero, 1.0, np.abs(share))
+    if rule is not None:
+        own = length / gain  # of W0 + BA
+        inputs_only = _signed(rows)[:, : given.shape[1]]
+        length = rule.merged(grams.base_norm, inputs_only, given, own)
+        gain = gains(length, own)
+    merged, discarded = cut(merged, rank, gain)
     return MergedMatrix(
         lora_a=single(merged.a),
         lora_b=single((merged.b / scale).T),
@@ -150,6 +139,27 @@ def merge_matrix(
         zero=int((length == 0).sum()),
         discarded=discarded,
     )
+
+
+def cut(update: Factors, rank: int | None, gain: np.ndarray) -> tuple[Factors, float]:
+    """Cut an update to a rank, if it is larger, by the error of its rows times `gain`.
+
+    Returns:
+        The update, and the lost share of the squared norm.
+
+    Raises:
+        DoRAError: If the update is not finite.
+    """
+    if rank is None or rank >= update.a.shape[1]:
+        return update, 0.0
+    if not (np.isfinite(update.a).all() and np.isfinite(update.b).all()):
+        raise DoRAError(NOT_FINITE)
+    return update.cut(rank, gain)
+
+
+def _signed(rows: Rows) -> np.ndarray:
+    """Magnitudes of the inputs, 0 for zero rows. Shape ``(rows, N)``."""
+    return np.where(rows.norm > 0, rows.magnitude, 0.0)
 
 
 def _rows(grams: RowGrams, inputs: Sequence[Adapted], weights: np.ndarray) -> Rows:

@@ -16,7 +16,13 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.finite import all_finite
 from mlx_dora.matrix import Adapted, LowRank, Weight, row_grams
 from mlx_dora.merge.adapters.dense import Options, plain_weights, tensor_settings
-from mlx_dora.merge.adapters.factored import NOT_FINITE, MergedMatrix, gains, single
+from mlx_dora.merge.adapters.factored import (
+    NOT_FINITE,
+    MergedMatrix,
+    cut,
+    gains,
+    single,
+)
 from mlx_dora.merge.methods import METHODS, MergeMethod
 from mlx_dora.merge.methods.blockwise import joined
 from mlx_dora.merge.methods.coordinates import Coordinates
@@ -73,9 +79,7 @@ def merge_in_space(
         own=own,
     )
     m = merged_magnitude(entry, lengths, settings, options.magnitudes)
-    discarded = 0.0
-    if rank is not None and rank < merged.a.shape[1]:
-        merged, discarded = merged.cut(rank, gains(m, own))
+    merged, discarded = cut(merged, rank, gains(m, own))
     return MergedMatrix(
         lora_a=single(merged.a),
         lora_b=single((merged.b / scale).T),

@@ -31,6 +31,7 @@ from mlx_dora.merge.adapters.report import AdapterMerge, MergedLayer
 from mlx_dora.merge.fisher.information import Fisher
 from mlx_dora.merge.methods import MergeMethod
 from mlx_dora.merge.methods.calibrations import CALIBRATIONS
+from mlx_dora.merge.methods.lengths import LengthRule
 from mlx_dora.merge.methods.magnitudes import RULES
 from mlx_dora.merge.methods.spaces import SPACES, Space
 from mlx_dora.merge.weights import row_weights
@@ -86,6 +87,11 @@ class Job:
         if chosen is None and self.method.is_exact:
             return None
         return SPACES[chosen or self.method.space]
+
+    @cached_property
+    def rule(self) -> LengthRule | None:
+        """The rule for magnitudes; None for the method's own."""
+        return self.options.rule()
 
     def merged(self, rank: int | None) -> AdapterMerge:
         """Merge every module; cut the updates to `rank` if it is not None."""
@@ -202,8 +208,7 @@ class Job:
                 method=method.name,
                 scale=scale,
                 rank=rank,
-                magnitudes=options.magnitudes,
-                density=options.density,
+                rule=self.rule,
             )
         if not self.space.coordinates:
             return merge_dense(

@@ -83,6 +83,30 @@ def ruled(rule: str, lengths: Lengths, density: float | None = None) -> np.ndarr
     return np.where(lengths.own > 0, np.maximum(size, 0.0), 0.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LengthRule:
+    """A rule with its settings.
+
+    Attributes:
+        name: Name in `mlx_dora.merge.methods.magnitudes`.
+        density: Fraction of the changes to keep; None for the default.
+        weights: Weights of the adapters, if they differ from those of the directions.
+            Shape ``(out, N)``.
+    """
+
+    name: str
+    density: float | None = None
+    weights: np.ndarray | None = None
+
+    def merged(
+        self, base: np.ndarray, inputs: np.ndarray, weights: np.ndarray, own: np.ndarray
+    ) -> np.ndarray:
+        """Merge lengths, given as in `Lengths`. Shape ``(out,)``."""
+        weights = weights if self.weights is None else self.weights
+        lengths = Lengths(base=base, inputs=inputs, weights=weights, own=own)
+        return ruled(self.name, lengths, self.density)
+
+
 def merged_magnitude(
     entry: MergeMethod, lengths: Lengths, settings: TensorSettings, rule: str | None
 ) -> np.ndarray:

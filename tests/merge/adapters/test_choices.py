@@ -131,8 +131,6 @@ def test_every_method_takes_every_rule_for_magnitudes(
         furthest = np.take_along_axis(moved, np.abs(moved).argmax(0)[None], 0)[0]
         truths = {"mean": base + moved.mean(0), "mover": base + furthest, "base": base}
         for rule, truth in truths.items():
-            if method == "fisher" and rule != "base":
-                continue  # its weights are those of the information
             merged = merge_adapters(pair, magnitudes=rule, **kw)
             assert_close(norms(tiny_model, merged, path), truth, bound=1e-5)
             rows, other = (dense_rows(tiny_model, a, path) for a in (merged, plain))
@@ -283,7 +281,8 @@ def test_the_rule_ties_takes_a_density_with_any_method(tiny_model: nn.Module) ->
     assert kept[0] <= 6 < 20 < kept[1]
 
 
-def test_fisher_takes_rules_by_element_too(tiny_model: nn.Module) -> None:
+def test_rules_weigh_by_element_fisher_as_given(tiny_model: nn.Module) -> None:
+    """By row, this is part of the test of every method."""
     pair = [train(tiny_model, i) for i in (1, 2)]
     merged = merge_adapters(
         pair, model=tiny_model, method="fisher", magnitudes="mean", rank=FULL,
