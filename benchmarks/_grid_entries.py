@@ -130,7 +130,7 @@ def contenders(tasks: Sequence[str]) -> list[list[Contender]]:
     pass a single one (none, if it cannot merge so many adapters).
     """
     count = len(tasks)
-    root, whole = math.sqrt(count), float(count)
+    root, more, whole = math.sqrt(count), count**0.75, float(count)
     repeats = len({*tasks}) < count
     by_task = [
         Contender("task_arithmetic", grouped=True),
@@ -144,16 +144,17 @@ def contenders(tasks: Sequence[str]) -> list[list[Contender]]:
         Contender("tsv", total=root, space="core"),
     ]
     second = [
-        Contender("ties", 0.5, space="core"),
-        Contender("ties", 0.5),
-        Contender("magnitude_weighted"),
+        Contender("tsv", total=more, space="core"),
+        Contender("tsv", total=whole, space="core"),
         Contender("iso", total=root),
         Contender("task_arithmetic", total=root, calibrate="pico"),
         Contender("task_arithmetic", total=root, magnitudes="mean"),
         Contender("task_arithmetic", total=root, magnitudes="mover"),
         Contender("task_arithmetic", total=root, magnitudes="ties"),
         Contender("task_arithmetic", total=root, magnitudes="base"),
-        Contender("tsv", total=whole, space="core"),
+        Contender("ties", 0.5, space="core"),
+        Contender("ties", 0.5),
+        Contender("magnitude_weighted"),
         Contender("ties", 0.2, space="core"),
         Contender("dare_ties", 0.5, space="core"),
         Contender("task_arithmetic", total=root, rank=8),

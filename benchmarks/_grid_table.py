@@ -83,11 +83,12 @@ def combinations(lines: Sequence[Line]) -> list[Combination]:
 
 
 def general(contender: str, count: int) -> str:
-    """Name a contender for any number of adapters: totals as 1, √N and N."""
+    """Name a contender for any number of adapters: totals as 1, √N, N^¾ and N."""
     root = f"total {count**0.5:.3g}"
     whole = f"total {count:.3g}"
     parts = contender.split(", ")
-    names = {root: "sum √N", whole: "sum N", "total 1": "sum 1"}
+    more = f"total {count**0.75:.3g}"
+    names = {root: "sum √N", more: "sum N^¾", whole: "sum N", "total 1": "sum 1"}
     return ", ".join(names.get(part, part) for part in parts)
 
 
