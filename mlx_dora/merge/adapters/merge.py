@@ -24,7 +24,7 @@ from mlx_dora.merge.adapters.report import AdapterMerge
 from mlx_dora.merge.fisher.estimate import estimate_on_data
 from mlx_dora.merge.fisher.information import Fisher, check_fishers, check_paths
 from mlx_dora.merge.methods import DEFAULT, MergeMethod, method_named
-from mlx_dora.merge.methods.spaces import SPACES
+from mlx_dora.merge.methods.spaces import SPACES, space_named
 from mlx_dora.merge.methods.table import names_in_spaces
 from mlx_dora.merge.weights import Weights, check_weights
 from mlx_dora.progress import Progress
@@ -144,6 +144,11 @@ def merge_adapters_report(
         )
     if probe is not None and rank is None:
         raise DoRAError("logit_error measures a rank cut: give a rank.")
+    if probe is not None and options.space and space_named(options.space).needs_rank:
+        raise DoRAError(
+            f"logit_error measures a rank cut, and space {options.space} makes none: "
+            "leave logit_error out."
+        )
     fishers = [] if data else check_fishers(method, fisher, len(adapters))
     read = (*adapters, model, probe, *(fisher or ()), *data)
     inputs = tuple(source for source in read if isinstance(source, str | Path))

@@ -161,4 +161,4 @@ BLOCK_ENTRIES = (
         mergekit=[Mergekit("arcee_fusion", "equal")],
     ),
 )
-"""They merge models, and adapters through a dense matrix."""
+"""They merge models, and adapters in a space."""

@@ -268,6 +268,18 @@ def test_bad_choices_are_refused_in_a_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_space_of_a_rank_has_no_cut_to_measure(tiny_model: nn.Module) -> None:
+    with pytest.raises(DoRAError, match="space ctm makes none: leave logit_error out"):
+        merge_adapters_report(
+            [train(tiny_model, 1)],
+            model=tiny_model,
+            method="ties",
+            rank=2,
+            options=Options(space="ctm"),
+            probe="data",
+        )
+
+
 def test_the_rule_ties_takes_a_density_with_any_method(tiny_model: nn.Module) -> None:
     pair = [train(tiny_model, i) for i in (1, 2)]
     kw: dict[str, Any] = {"model": tiny_model, "magnitudes": "ties"}
