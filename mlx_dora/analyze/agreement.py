@@ -1,12 +1,13 @@
 """Measures how two adapters agree on a matrix, and advises how to merge them."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from mlx_dora.analyze.guidance import AGREE, OVERLAP, Advice
+from mlx_dora.analyze.guidance import AGREE, INDEPENDENT, SPACE, Advice
 from mlx_dora.analyze.metrics import number
 
 
@@ -85,14 +86,14 @@ def pair_cosines(pairs: Sequence[PairAgreement]) -> dict[tuple[int, int], float]
 def comparison_advice(
     pairs: Sequence[PairAgreement], names: Sequence[str], rank: int
 ) -> list[Advice]:
-    """Return advice from the energy-weighted means over matrices and pairs.
+    """Return advice from the energy-weighted means over matrices of each pair.
 
     Args:
         pairs: Agreement of each pair of adapters on each matrix.
         names: Short names of the adapters.
         rank: Rank that holds the updates together in every matrix; 0 if unknown.
     """
-    advice = [_method_advice(pairs, len(names)), *_groups_advice(pairs, names)]
+    advice = [_method_advice(pairs, names)]
     conflict = mean_agreement(pairs, "sign_conflict")
     if conflict > 0.5:
         advice.append(
@@ -111,80 +112,103 @@ def comparison_advice(
                 "together, in every matrix.",
             )
         )
+    if advice[0].method is not None:
+        advice.append(
+            Advice(
+                rule="test",
+                sentence="Updates alone do not show whether a task ends up worse than "
+                "with the base: measure it (mlx_dora.evaluate), or let "
+                "mlx_dora.merge --method auto --data choose by it.",
+            )
+        )
     return advice
 
 
-def _groups_advice(
-    pairs: Sequence[PairAgreement], names: Sequence[str]
-) -> list[Advice]:
-    """Name the adapters that agree, if not all pairs are of the same kind."""
-    cosines = pair_cosines(pairs)
-    kinds = {(c >= AGREE) - (c <= -AGREE) for c in cosines.values()}
-    if len(kinds) < 2:
-        return []
-    groups = [{i} for i in range(len(names))]
+def groups_that_agree(
+    cosines: Mapping[tuple[int, int], float], count: int
+) -> list[list[int]]:
+    """Group adapters: pairs with a cosine of at least `AGREE` share a group.
+
+    Groups join through a common member.
+
+    Args:
+        cosines: Mean cosine of each pair that shares a matrix.
+        count: Number of adapters.
+
+    Returns:
+        The indices of each group in order, by their first member.
+    """
+    groups = [{i} for i in range(count)]
     for (first, second), cosine in cosines.items():
         if cosine >= AGREE:
             both = [g for g in groups if first in g or second in g]
             groups = [g for g in groups if g not in both] + [set[int]().union(*both)]
-    listed = [" with ".join(names[i] for i in sorted(g)) for g in groups]
-    extremes = [end(cosines, key=cosines.__getitem__) for end in (min, max)]
-    ends = (
-        f"{names[a]} and {names[b]} have cosine {cosines[a, b]:+.2f}"
-        for a, b in extremes
-    )
-    return [
-        Advice(
-            rule="groups",
-            sentence=f"The pairs differ: {', '.join(ends)}. Groups that agree "
-            f"(cosine at least {AGREE}): {'; '.join(sorted(listed))}. Compare and "
-            "merge within a group first.",
+    return sorted(sorted(group) for group in groups)
+
+
+def group_weights(groups: Sequence[Sequence[int]]) -> tuple[float, ...]:
+    """Weights with which changes are added: equal groups, shared within each.
+
+    Of G groups with changes of equal size and different directions, the sum with the
+    weights 1/√G is as large as one of them.
+    """
+    count = sum(map(len, groups))
+    weights = [0.0] * count
+    for group in groups:
+        for place in group:
+            weights[place] = round(1 / (math.sqrt(len(groups)) * len(group)), 4)
+    return tuple(weights)
+
+
+def _method_advice(pairs: Sequence[PairAgreement], names: Sequence[str]) -> Advice:
+    """Suggest a merge method from the cosines of the pairs."""
+    cosines = pair_cosines(pairs)
+    least, most = (end(cosines, key=cosines.__getitem__) for end in (min, max))
+    said = {pair: f"cosine {cosine:+.2f}" for pair, cosine in cosines.items()}
+    size = said[least]
+    if len(cosines) > 1:
+        size = (
+            f"{names[least[0]]} and {names[least[1]]} have {said[least]}, "
+            f"{names[most[0]]} and {names[most[1]]} {said[most]}"
         )
-    ]
-
-
-def _method_advice(pairs: Sequence[PairAgreement], count: int) -> Advice:
-    """Suggest a merge method from the cosines and subspace overlaps."""
-    cosine = mean_agreement(pairs, "update_cosine")
-    reads = mean_agreement(pairs, "input_overlap")
-    writes = mean_agreement(pairs, "output_overlap")
-    each = pair_cosines(pairs).values()
-    size = f"cosine {cosine:+.2f}"
-    if len(each) > 1:
-        size = f"mean cosine {cosine:+.2f}, from {min(each):+.2f} to {max(each):+.2f}"
-    mean = "slerp" if count == 2 else "karcher"
-    equal = tuple(round(1 / count, 4) for _ in range(count))
-    if cosine >= AGREE:
+    if cosines[least] <= -AGREE:
+        return Advice(
+            rule="opposed",
+            sentence=f"The updates of {names[least[0]]} and {names[least[1]]} oppose "
+            f"each other ({said[least]}): any mean cancels what they learned. Keep "
+            "them apart, or give one a much larger weight than the other.",
+        )
+    groups = groups_that_agree(cosines, len(names))
+    if len(groups) == 1:
+        mean = "slerp" if len(names) == 2 else "karcher"
         return Advice(
             rule="agree",
             method=mean,
-            weights=equal,
-            sentence=f"The updates agree ({size}): a mean of the "
-            f"directions, {mean} with equal weights, keeps what they share.",
+            weights=tuple(round(1 / len(names), 4) for _ in names),
+            sentence=f"The updates agree ({size}): a mean of the directions, {mean} "
+            "with equal weights, keeps what they share.",
         )
-    if cosine <= -AGREE:
-        return Advice(
-            rule="opposed",
-            sentence=f"The updates oppose each other ({size}): any "
-            "mean cancels what they learned. Keep them apart, or give one a much "
-            "larger weight than the other.",
-        )
-    if min(reads, writes) < OVERLAP:
+    weights = group_weights(groups)
+    shown = ",".join(f"{weight:.3g}" for weight in weights)
+    total = f"each group has a weight of 1/√{len(groups)}"
+    reason = (
+        f"{INDEPENDENT} in space {SPACE} with weights {shown} ({total}) keeps more of "
+        "each than a mean, and disturbs the others less than their sum."
+    )
+    if len(groups) == len(names):
         return Advice(
             rule="independent",
-            method="task_arithmetic",
-            weights=(1.0,) * count,
-            sentence=f"The updates use different directions ({size}; "
-            f"overlap of what they read {reads:.2f}, of what they write "
-            f"{writes:.2f}): their sum, task_arithmetic with weights 1, keeps each "
-            f"whole, while a mean leaves 1/{count} of each.",
+            method=INDEPENDENT,
+            weights=weights,
+            space=SPACE,
+            sentence=f"The updates do different things ({size}): {reason}",
         )
+    listed = [" with ".join(names[i] for i in group) for group in groups]
     return Advice(
-        rule="entangled",
-        method="ties",
-        weights=equal,
-        sentence="The updates use the same directions (overlap "
-        f"{reads:.2f} and {writes:.2f}) for different things "
-        f"({size}): expect losses. "
-        "ties settles entries whose signs differ; test the result.",
+        rule="groups",
+        method=INDEPENDENT,
+        weights=weights,
+        space=SPACE,
+        sentence=f"The pairs differ: {size}. Groups that agree (cosine at least "
+        f"{AGREE}): {'; '.join(listed)}. {reason}",
     )

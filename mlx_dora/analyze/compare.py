@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.keys import natural_order
+from mlx_dora.adapters.labels import short_names
 from mlx_dora.adapters.matrices import adapted_matrices, named_matrices
 from mlx_dora.analyze.adapter import (
     check_fit,
@@ -54,12 +55,7 @@ class AdapterComparison(Shown):
 
         Adapters with equal paths are numbered.
         """
-        parts = [Path(name).parts or (name,) for name in self.adapters]
-        for depth in range(1, max(map(len, parts)) + 1):
-            labels = ["/".join(part[-depth:]) for part in parts]
-            if len({*labels}) == len(labels):
-                return labels
-        return [f"{part[-1]} ({i})" for i, part in enumerate(parts, 1)]
+        return short_names(self.adapters)
 
     @property
     def layers(self) -> list[PairAgreement]:

@@ -15,6 +15,7 @@ from mlx_dora.analyze import (
     analyze_finetune,
     compare_adapters,
 )
+from mlx_dora.analyze.guidance import INDEPENDENT
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import read_header
 
@@ -215,8 +216,8 @@ def test_disjoint_rows_are_independent(tiny_model):
     assert result.pairs[0].output_overlap == pytest.approx(0, abs=1e-12)
     assert (result.pairs[0].row_update_cosine == 0).all()
     advice = result.guidance[0]
-    assert (advice.rule, advice.method) == ("independent", "task_arithmetic")
-    assert advice.weights == (1.0, 1.0)
+    assert (advice.rule, advice.method) == ("independent", INDEPENDENT)
+    assert advice.weights == pytest.approx((2**-0.5,) * 2, abs=1e-4)
 
 
 def test_opposite_signs_conflict(tiny_model):

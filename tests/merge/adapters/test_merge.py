@@ -17,6 +17,7 @@ from mlx_dora.adapters.adapter import take_adapter
 from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.surgery import adapter_layers, apply_layers, remove_dora
+from mlx_dora.analyze.guidance import INDEPENDENT, SPACE
 from mlx_dora.cli.merge import command
 from mlx_dora.layers import weight_of
 from mlx_dora.merge import merge_adapters
@@ -324,9 +325,13 @@ def test_auto_uses_the_suggestion_of_the_comparison(
     else:
         assert result.exit_code == 0, result.output
         chosen = result.output.partition("Method: ")[2].splitlines()[0]
-        assert chosen == "task_arithmetic"
+        assert chosen == INDEPENDENT
         summed = merge_adapters(
-            [first, second], model=model, method=chosen, weights=[1.0, 1.0]
+            [first, second],
+            model=model,
+            method=chosen,
+            weights=[0.7071, 0.7071],
+            space=SPACE,
         )
         saved = load_adapter(tmp_path / "out")
         assert all(
