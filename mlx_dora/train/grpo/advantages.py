@@ -17,12 +17,14 @@ class Advantages:
         reward: Weighted sum of each completion's rewards, NaN if no function gave a
             reward. Shape ``(groups * completions,)``.
         advantage: Advantage of each completion; 0 without a reward.
+        deviation: Standard deviation of all rewards; 0 if there are fewer than 2.
         flat_groups: Share of the groups whose completions have equal rewards, from
             which nothing is learned.
     """
 
     reward: np.ndarray
     advantage: np.ndarray
+    deviation: float
     flat_groups: float
 
 
@@ -44,8 +46,8 @@ def advantages(rewards: np.ndarray, config: RewardConfig) -> Advantages:
     """
     rewards = np.asarray(rewards, np.float64)
     size, weights = config.num_generations, np.array(config.weights)
-    unscored = np.isnan(rewards).all(axis=1)
-    total = np.where(unscored, np.nan, np.nansum(rewards * weights, axis=1))
+    total = total_rewards(rewards, config)
+    unscored = np.isnan(total)
     groups = total.reshape(-1, size)
     spread = _deviation(groups, axis=1)
     if config.multi_objective_aggregation == "normalize_then_sum":
@@ -63,9 +65,22 @@ def advantages(rewards: np.ndarray, config: RewardConfig) -> Advantages:
             relative = relative / (_deviation(total, axis=0) + _EPSILON)
     return Advantages(
         reward=total,
+        deviation=float(np.nan_to_num(_deviation(total, axis=0)[0])),
         advantage=np.nan_to_num(relative.reshape(-1), nan=0.0),
         flat_groups=float(np.isclose(spread, 0).mean()),
     )
+
+
+def total_rewards(rewards: np.ndarray, config: RewardConfig) -> np.ndarray:
+    """Weighted sum of each completion's rewards; NaN if no function gave one.
+
+    Args:
+        rewards: As in `advantages`.
+        config: The weights.
+    """
+    unscored = np.isnan(rewards).all(axis=1)
+    total = np.nansum(rewards * np.array(config.weights), axis=1)
+    return np.where(unscored, np.nan, total)
 
 
 def _mean(values: np.ndarray, axis: int) -> np.ndarray:

@@ -12,14 +12,16 @@ class PolicyLoss:
     """Loss of a batch of completions.
 
     Args:
-        value: Loss, a float32 scalar. The loss of several batches of as many
-            completions is the mean of their values.
+        value: Loss, a float32 scalar. The loss of several batches is the mean of their
+            values, weighted by `count`.
+        count: Number of tokens (dapo) or of completions (otherwise), an int32 scalar.
         kl: Mean KL divergence to the reference per token; None without a reference.
         clipped: Share of the tokens whose ratio is clipped; with ratios of sequences,
             share of the sequences.
     """
 
     value: mx.array
+    count: mx.array
     kl: mx.array | None
     clipped: mx.array
 
@@ -32,7 +34,6 @@ def policy_loss(
     *,
     old: mx.array | None = None,
     reference: mx.array | None = None,
-    batch_tokens: mx.array | None = None,
 ) -> PolicyLoss:
     r"""Clipped policy gradient of each token, normalized as ``loss_type`` says.
 
@@ -56,9 +57,6 @@ def policy_loss(
             if it is the current one.
         reference: Log-probabilities of the reference policy; needed if ``beta`` is not
             0, unused otherwise.
-        batch_tokens: Mean number of tokens, as in `mask`, of the batches that were
-            sampled together, a scalar that ``dapo`` divides by; None for those of this
-            batch.
     """
     old = mx.stop_gradient(logps) if old is None else old
     mask = mask.astype(mx.float32)
@@ -85,22 +83,21 @@ def policy_loss(
     is_clipped = ((ratio < low) & (gain < 0)) | ((ratio > high) & (gain > 0))
     places = mx.ones_like(is_clipped) if is_clipped.shape[1] == 1 else mask
     share = (is_clipped * places).sum() / mx.maximum(places.sum(), 1)
-    value = _normalized(losses * mask, mask, config, batch_tokens)
-    return PolicyLoss(value=value, kl=kl, clipped=share)
+    value, count = _normalized(losses * mask, mask, config)
+    return PolicyLoss(value=value, count=count, kl=kl, clipped=share)
 
 
 def _normalized(
-    losses: mx.array,
-    mask: mx.array,
-    config: RewardConfig,
-    batch_tokens: mx.array | None,
-) -> mx.array:
-    """The loss of a batch from those of its tokens, 0 outside the completions."""
+    losses: mx.array, mask: mx.array, config: RewardConfig
+) -> tuple[mx.array, mx.array]:
+    """The loss of a batch and its count, from the losses of its tokens."""
+    rows = mask.shape[0]
     if config.loss_type == "grpo":
-        return (losses.sum(-1) / mx.maximum(mask.sum(-1), 1)).mean()
+        return (losses.sum(-1) / mx.maximum(mask.sum(-1), 1)).mean(), mx.array(rows)
     if config.loss_type == "dr_grpo":
-        return losses.sum() / (losses.shape[0] * config.max_completion_length)
+        value = losses.sum() / (rows * config.max_completion_length)
+        return value, mx.array(rows)
     tokens = mask.sum()
-    if config.loss_type == "dapo" and batch_tokens is not None:
-        tokens = batch_tokens
-    return losses.sum() / mx.maximum(tokens, 1)
+    value = losses.sum() / mx.maximum(tokens, 1)
+    count = tokens.astype(mx.int32) if config.loss_type == "dapo" else mx.array(rows)
+    return value, count

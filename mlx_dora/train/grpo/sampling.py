@@ -91,17 +91,10 @@ def sample_completions(
     return [[found[next(in_order)] for _ in own] for own in seeds]
 
 
-def row_seeds(seed: int, step: int, prompt: int, count: int) -> list[int]:
-    """Seeds of a prompt's completions, from the run's seed and the place in the data.
-
-    Args:
-        seed: Seed of the run.
-        step: Number of batches before the sampling.
-        prompt: Number of the prompt among those that are sampled together.
-        count: Number of completions.
-    """
-    sequence = np.random.SeedSequence([seed, step, prompt])
-    return [int(value) for value in sequence.generate_state(count, np.uint64)]
+def row_seeds(seed: Sequence[int], count: int) -> list[int]:
+    """Seeds of a prompt's completions, below 2**64, from numbers that identify it."""
+    states = np.random.SeedSequence(list(seed)).generate_state(count, np.uint64)
+    return [int(value) for value in states]
 
 
 class _Sampler:

@@ -12,7 +12,6 @@ from tests.checks import assert_close
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 ROWS, LENGTH = 5, 7
-BATCH_TOKENS = 13.5
 Arrays = dict[str, np.ndarray]
 
 
@@ -65,7 +64,7 @@ def expected(given: Arrays, c: RewardConfig) -> tuple[float, np.ndarray, float, 
         / {
             "grpo": count * ROWS,
             "bnpo": mask.sum(),
-            "dapo": BATCH_TOKENS,
+            "dapo": mask.sum(),
             "dr_grpo": ROWS * c.max_completion_length,
         }[c.loss_type]
     )
@@ -103,15 +102,14 @@ def test_loss_and_gradient(
     arrays["old"] = mx.where(padding, -mx.inf, arrays["old"])
 
     def loss(logps: mx.array) -> mx.array:
-        return policy_loss(
-            logps, config=config, batch_tokens=mx.array(BATCH_TOKENS), **arrays
-        ).value
+        return policy_loss(logps, config=config, **arrays).value
 
     value, gradient = mx.value_and_grad(loss)(logps)
     wanted, slope, kl, clipped = expected(given, config)
     assert_close(value, np.array(wanted))
     assert_close(gradient, slope)
     found = policy_loss(logps, config=config, **arrays)
+    assert found.count.item() == (18 if loss_type == "dapo" else ROWS)
     assert found.clipped.item() == pytest.approx(clipped, rel=1e-5)
     assert (found.kl is None) == (config.beta == 0)
     if found.kl is not None:
