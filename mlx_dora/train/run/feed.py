@@ -23,6 +23,8 @@ class Feed:
         train: Settings of the training.
         make: Makes the batches instead of `Schedule`, see `finetune`; may be None.
         processes: Number of processes that share each batch.
+        unit: Number of consecutive examples that stay together in a batch; None for
+            single rows.
 
     Raises:
         DoRAError: If `make` is given and the settings count in epochs or tokens.
@@ -34,6 +36,7 @@ class Feed:
         train: TrainConfig,
         make: MakeBatches | None,
         processes: int = 1,
+        unit: int | None = None,
     ) -> None:
         self.counts = RowCounts()
         self._levels, self._make = levels, make
@@ -49,6 +52,7 @@ class Feed:
                     packing=train.packing,
                     batch_tokens=train.batch_tokens,
                     ranks=processes,
+                    unit=unit,
                     counts=self.counts,
                 )
                 for rows in levels
@@ -87,7 +91,7 @@ class Feed:
         """
         if self._make is None:
             batches = self._schedules[0].batches(0, group.rank(), group.size())
-            return (tokens.shape for tokens, _ in batches)
+            return (batch[0].shape for batch in batches)
         rows, longest = self._limits
         widths = (1 << power for power in range(longest.bit_length()))
         return ((rows, width + 1) for width in widths)

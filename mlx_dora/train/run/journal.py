@@ -26,6 +26,8 @@ class StepReport:
         tokens_per_second: Target tokens (without padding and prompts) per second spent
             on steps.
         steps_per_second: Batches per second spent on steps.
+        metrics: Means of the objective's metrics since the previous report, or on the
+            validation data; None for supervised fine-tuning.
         skipped_steps: Number of steps so far that had no target, or whose loss or
             gradient was not finite; None if zero. They did not change the weights.
         trained_tokens: Number of target tokens so far.
@@ -55,6 +57,7 @@ class StepReport:
     learning_rate: float | None = None
     tokens_per_second: float | None = None
     steps_per_second: float | None = None
+    metrics: dict[str, float] | None = None
     skipped_steps: int | None = None
     trained_tokens: int
     seconds: float
@@ -192,7 +195,7 @@ def _report(row: Any, where: str) -> StepReport:
         if value is None:
             if kind.default is MISSING:
                 problems.append(f"{name} is missing")
-        elif name in ("layers", "kernels"):
+        elif name in ("layers", "kernels", "metrics"):
             if not isinstance(value, dict):
                 problems.append(f"{name} must be an object, got {value!r:.40}")
         elif name in _WHOLE and (type(value) is not int or value < 0):

@@ -69,7 +69,7 @@ class MemoryWatch:
 
     def look(self, window: Sequence[Batch]) -> None:
         """Note the batches of an update, and whether memory is about to end."""
-        for tokens, _ in window:
+        for tokens, *_ in window:
             self.shapes.add(tuple(tokens.shape))
             self._recent.add(tuple(tokens.shape))
         if len(self._recent) > MOST_SHAPES:

@@ -1,0 +1,38 @@
+"""Makes the objective that the settings name."""
+
+from collections.abc import Callable
+
+from mlx_dora.errors import DoRAError
+from mlx_dora.evaluate.loss import Loss, loss_fn
+from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.objectives.config import PreferenceConfig
+from mlx_dora.train.objectives.dpo import Dpo
+from mlx_dora.train.objectives.objective import Objective
+from mlx_dora.train.objectives.sft import Sft
+
+PREFERENCES: dict[str, Callable[[PreferenceConfig], Objective]] = {"dpo": Dpo}
+
+
+def make_objective(
+    train: TrainConfig,
+    preference: PreferenceConfig | None = None,
+    loss: Loss = loss_fn,
+) -> Objective:
+    """Make the objective that ``train.objective`` names.
+
+    Args:
+        train: Settings of the training.
+        preference: Settings of dpo, orpo, kto and simpo; default: TRL's defaults.
+        loss: Loss of sft.
+
+    Raises:
+        DoRAError: If settings are given that the objective does not read.
+    """
+    if make := PREFERENCES.get(train.objective):
+        return make(preference or PreferenceConfig())
+    if preference is not None and preference != PreferenceConfig():
+        raise DoRAError(
+            f"settings of preferences do not apply to objective {train.objective}: set "
+            f"objective to {', '.join(PREFERENCES)}, or leave them out."
+        )
+    return Sft(loss)
