@@ -57,6 +57,7 @@ def row_log_probs(
     *,
     gradient: bool = True,
     mask: mx.array | None = None,
+    temperature: float = 1.0,
 ) -> LogProbs:
     """Log-probabilities of the targets of a batch.
 
@@ -67,11 +68,17 @@ def row_log_probs(
         gradient: Whether gradients will be taken; without, less memory is needed.
         mask: Positions to compute, if other than the targets; a superset of them.
             Shape ``(rows, length - 1)``.
+        temperature: Divides the logits.
     """
     targets = marked_targets(marks, tokens.shape[1] - 1)
     wanted = targets if mask is None else mask
     each = target_log_probs(
-        model, tokens[:, :-1], tokens[:, 1:], wanted, gradient=gradient
+        model,
+        tokens[:, :-1],
+        tokens[:, 1:],
+        wanted,
+        gradient=gradient,
+        temperature=temperature,
     )
     return LogProbs(each=each, mask=targets)
 
@@ -83,6 +90,7 @@ def target_log_probs(
     mask: mx.array,
     *,
     gradient: bool = True,
+    temperature: float = 1.0,
 ) -> mx.array:
     r"""Log-probability :math:`z_t - \log\sum_v e^{z_v}` of each target, for logits z.
 
@@ -99,6 +107,7 @@ def target_log_probs(
         targets: The tokens to predict. Shape ``(rows, length)``.
         mask: Whether each target counts. Shape ``(rows, length)``.
         gradient: Whether gradients will be taken.
+        temperature: Divides the logits.
 
     Returns:
         Float32 ``(rows, length)``; 0 outside the mask.
@@ -107,7 +116,7 @@ def target_log_probs(
     logits, split = split_head(model, inputs, None)
     if split is None:
         warn_of_whole(model)
-        return -token_losses(logits, targets, mask)
+        return -token_losses(_tempered(logits, temperature), targets, mask)
     targets, mask = targets.flatten(), mask.flatten()
     places = target_places(mask)
     if places is not None:
@@ -117,7 +126,8 @@ def target_log_probs(
 
     def of_chunk(start: int, hidden: mx.array) -> mx.array:
         here = slice(start, start + size)
-        return -token_losses(head(hidden), targets[here], mask[here])
+        logits = _tempered(head(hidden), temperature)
+        return -token_losses(logits, targets[here], mask[here])
 
     starts = range(0, targets.size, size)
     if not gradient:
@@ -129,6 +139,10 @@ def target_log_probs(
     if places is not None:
         each = mx.zeros(shape[0] * shape[1]).at[places].add(each)
     return each.reshape(shape)
+
+
+def _tempered(logits: mx.array, temperature: float) -> mx.array:
+    return logits if temperature == 1 else logits / temperature
 
 
 def _in_turn(

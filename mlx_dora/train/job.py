@@ -17,6 +17,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import together
+from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.objectives.config import PreferenceConfig
 from mlx_dora.train.objectives.make import make_objective
 from mlx_dora.train.objectives.objective import Measured, Objective
@@ -59,6 +60,7 @@ def run_job(
     dora: DoRAConfig,
     *,
     preference: PreferenceConfig | None = None,
+    reward: RewardConfig | None = None,
     callback: Callable[[StepReport], None] | HostCallback | None = None,
     progress: Progress | None = None,
 ) -> JobResult:
@@ -73,6 +75,7 @@ def run_job(
         train: Settings of the training; names model, data and adapter folder.
         dora: Settings of the adapter.
         preference: Settings of the objectives dpo, orpo, kto and simpo.
+        reward: Settings of the objective grpo.
         callback: Called with each report, or an mlx-lm ``TrainingCallback``.
         progress: Called after every step and during validations and the test.
 
@@ -83,7 +86,7 @@ def run_job(
     group = mx.distributed.init()
     try:
         with watched_peers(group):
-            objective = make_objective(train, preference)
+            objective = make_objective(train, preference, reward=reward)
             return _run(train, dora, objective, group, callback, progress)
     except RuntimeError as error:
         if group.size() == 1 or _PEER_LOST not in str(error):

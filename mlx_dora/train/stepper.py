@@ -1,6 +1,6 @@
 """An update of the weights, from the gradients of some batches on all processes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -75,7 +75,8 @@ class Stepper:
         loss: Returns the mean loss of a batch and the number of what it is a mean of;
             of some objectives, also the number of targets and a table of metrics (see
             `mlx_dora.train.objectives.objective.Outputs`).
-        complete: Adds to a batch what is computed without a gradient; or None.
+        complete: Adds to the batches of an update what is computed without a gradient;
+            or None.
         group: The processes that share each batch.
         settings: Settings of the training.
         noted: Called with the outputs of a batch of a new shape, before they are
@@ -99,7 +100,7 @@ class Stepper:
         held_out: Sequence[Iterator[Batch]] = (),
         *,
         loss: Callable[..., tuple[mx.array, ...]],
-        complete: Callable[[Batch], Batch] | None = None,
+        complete: Callable[[Sequence[Batch]], Iterable[Batch]] | None = None,
         group: mx.distributed.Group,
         settings: TrainConfig,
         noted: Callable[[Any], None] | None = None,
@@ -158,9 +159,8 @@ class Stepper:
         # gets them cheaper from its own products.
         reuses = len(window) > 1 or self._recomputes
         with held_norms(self._model) if reuses else nullcontext():
-            for batch in window:
-                if self._complete is not None:
-                    batch = self._complete(batch)
+            whole = window if self._complete is None else self._complete(window)
+            for batch in whole:
                 value, size, gradient, more = self._differentiate(*batch)
                 shape = batch[0].shape
                 if self._noted is not None and shape not in self._shapes:

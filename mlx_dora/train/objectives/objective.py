@@ -5,7 +5,7 @@ The loop knows none of them. It takes batches from `Schedule`, passes each throu
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -98,13 +98,16 @@ class Objective:
         what: What the loss is a mean over, for messages.
         metrics: Names of the metrics in the table that `loss` returns.
         rows_per_unit: Rows that a training step computes for each unit.
+        passes: How often the batches of an update are used, in consecutive updates.
+            Checkpoints are written after the last.
     """
 
     name: ClassVar[str]
     unit: ClassVar[int | None] = None
     what: ClassVar[str] = "target tokens"
-    metrics: ClassVar[tuple[str, ...]] = ()
-    rows_per_unit: ClassVar[int] = 1
+    metrics: tuple[str, ...] = ()
+    rows_per_unit: int = 1
+    passes: int = 1
 
     # 1. Before the model is loaded.
 
@@ -151,6 +154,13 @@ class Objective:
         """
         return 0
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the objective, as JSON values."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from the `state` of a checkpoint; called in every process."""
+
     # 3. Each step.
 
     def complete(self, model: nn.Module, data: Examples, batch: Batch) -> Batch:
@@ -166,6 +176,12 @@ class Objective:
             is traced.
         """
         return batch
+
+    def completed(
+        self, model: nn.Module, data: Examples, window: Sequence[Batch]
+    ) -> Iterable[Batch]:
+        """The completed batches of an update, each when it is needed."""
+        return (self.complete(model, data, batch) for batch in window)
 
     def loss(self, model: nn.Module, *batch: mx.array) -> Outputs:
         """The loss of a completed batch; compiled in training."""

@@ -49,8 +49,8 @@ class Preference(Objective):
 
     unit: ClassVar[int | None] = 2
     what: ClassVar[str] = "pairs"
-    rows_per_unit: ClassVar[int] = 2
-    metrics: ClassVar[tuple[str, ...]] = PAIR_METRICS
+    rows_per_unit: int = 2
+    metrics: tuple[str, ...] = PAIR_METRICS
     default_beta: ClassVar[float] = 0.1
     """TRL's default."""
     loss_types: ClassVar[tuple[str, ...]] = ()

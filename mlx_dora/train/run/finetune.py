@@ -24,6 +24,7 @@ from mlx_dora.progress import Progress
 from mlx_dora.train.bilevel import BilevelStepper
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import check_alike, together
+from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.metal import check_gradients
 from mlx_dora.train.objectives.config import PreferenceConfig
 from mlx_dora.train.objectives.make import make_objective
@@ -78,6 +79,7 @@ def finetune(
     loss: Loss = loss_fn,
     batches: Callable[..., Iterator[Batch]] | None = None,
     preference: PreferenceConfig | None = None,
+    reward: RewardConfig | None = None,
     objective: Objective | None = None,
 ) -> TrainReport:
     """Fine-tune a model in place and write its adapter.
@@ -115,6 +117,7 @@ def finetune(
             set iters, not epochs. For an exact resume, the batches must depend on these
             arguments only.
         preference: Settings of the objectives dpo, orpo, kto and simpo.
+        reward: Settings of the objective grpo.
         objective: What to minimize; default: made from ``train.objective`` and the
             settings of it.
 
@@ -131,7 +134,7 @@ def finetune(
     group, folder = mx.distributed.init(), Path(adapter_path).expanduser()
     with together(group):
         if objective is None:
-            objective = make_objective(train, preference, loss)
+            objective = make_objective(train, preference, loss, reward)
         objective.check(train, dora)
         if group.rank() == 0:
             check_folder(folder, train)
@@ -204,7 +207,9 @@ def _prepare(
     with together(group):
         kind = _STEPPERS.get(dora.variant, Stepper)
         levels = kind.levels(data, train)
-        feed = Feed(levels, train, batches, group.size(), objective.unit)
+        feed = Feed(
+            levels, train, batches, group.size(), objective.unit, objective.passes
+        )
         if train.epochs is not None:
             train = replace(train, iters=feed.length(train.epochs))
         epoch_ends = None
@@ -260,7 +265,7 @@ def _prepare(
             loss=objective.loss,
             complete=None
             if objective.unit is None
-            else partial(objective.complete, model, data),
+            else partial(objective.completed, model, data),
             group=group,
             settings=train,
             noted=watch.count if watch.buffers else None,

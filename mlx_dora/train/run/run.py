@@ -126,6 +126,11 @@ class Run:
         """Whether this process reads and writes the adapter's folder."""
         return self.group.rank() == 0
 
+    @property
+    def block(self) -> int:
+        """Number of batches between steps that can be resumed from."""
+        return self.train.grad_accumulation_steps * self.objective.passes
+
     def together(self) -> AbstractContextManager[None]:
         """A block that every process completes, or none."""
         return together(self.group)
@@ -197,12 +202,12 @@ class Run:
                 )
 
     def checkpoint(self) -> None:
-        """Write a checkpoint, unless the step lies inside an update.
+        """Write a checkpoint, unless the step lies inside an update or a sampling.
 
         A longer run would not make the shortened last update, so it could not resume
         from such a step.
         """
-        if self.step % self.train.grad_accumulation_steps:
+        if self.step % self.block:
             return
         state = TrainState(
             step=self.step,
@@ -212,6 +217,7 @@ class Run:
             best=self.best.state(),
             settings=self.settings,
             kernels=self.kernels,
+            objective=self.objective.state(),
         )
         weights, moments = kept_tensors(self.model), optimizer_tensors(self.optimizer)
         with self.together():
