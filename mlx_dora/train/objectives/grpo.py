@@ -1,5 +1,6 @@
 """GRPO: group relative policy optimization (arXiv:2402.03300)."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -154,7 +155,8 @@ class Grpo(Objective):
         """Facts that must be unchanged when a run is resumed."""
         values = {f"reward.{name}": v for name, v in asdict(self.config).items()}
         values["reward data"] = self._digests[0]  # that of the training set
-        return {"objective": self.name, **values}
+        # As a checkpoint reads them: tuples as lists.
+        return json.loads(json.dumps({"objective": self.name, **values}))
 
     def summary(self) -> dict[str, Any]:
         """Facts that the adapter records about its training."""
