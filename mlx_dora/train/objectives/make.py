@@ -1,16 +1,20 @@
 """Makes the objective that the settings name."""
 
-from collections.abc import Callable
-
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import Loss, loss_fn
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.objectives.config import PreferenceConfig
 from mlx_dora.train.objectives.dpo import Dpo
+from mlx_dora.train.objectives.kto import Kto
 from mlx_dora.train.objectives.objective import Objective
+from mlx_dora.train.objectives.orpo import Orpo
+from mlx_dora.train.objectives.preference import Preference
 from mlx_dora.train.objectives.sft import Sft
+from mlx_dora.train.objectives.simpo import Simpo
 
-PREFERENCES: dict[str, Callable[[PreferenceConfig], Objective]] = {"dpo": Dpo}
+PREFERENCES: dict[str, type[Preference]] = {
+    objective.name: objective for objective in (Dpo, Orpo, Kto, Simpo)
+}
 
 
 def make_objective(
@@ -29,7 +33,7 @@ def make_objective(
         DoRAError: If settings are given that the objective does not read.
     """
     if make := PREFERENCES.get(train.objective):
-        return make(preference or PreferenceConfig())
+        return make(preference or PreferenceConfig(), train.max_seq_length)
     if preference is not None and preference != PreferenceConfig():
         raise DoRAError(
             f"settings of preferences do not apply to objective {train.objective}: set "

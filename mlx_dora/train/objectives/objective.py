@@ -143,10 +143,11 @@ class Objective:
         """Facts that the adapter records about its training."""
         return {}
 
-    def held_bytes(self, trained: int) -> int:
+    def held_bytes(self, train: TrainConfig, trained: int) -> int:
         """Bytes held during the whole training, beside those of an SFT.
 
         Args:
+            train: Settings of the training.
             trained: Bytes of the trained parameters.
         """
         return 0

@@ -232,7 +232,7 @@ def _prepare(
         optimizer.init(model.trainable_parameters())
         settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
         settings |= objective.settings()
-    watch = watch_memory(train, dora, data)
+    watch = watch_memory(train, dora, data, objective)
     check_alike({**settings, "iters": train.iters, "epochs": train.epochs}, group)
     return Run(
         model=model,
