@@ -1,5 +1,6 @@
 """KTO (arXiv:2402.01306): answers that are desirable or not, without pairs."""
 
+import hashlib
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -115,6 +116,13 @@ class Kto(Preference):
     def dataset(self, rows: Rows, tokenizer: Any) -> RowDataset:
         """Make the examples of a source: one of each answer."""
         return LabeledDataset(rows, tokenizer)
+
+    def settings(self, data: Examples) -> dict[str, Any]:
+        """Facts that must be unchanged when a run is resumed, with the labels."""
+        label = data.label  # pyright: ignore[reportAttributeAccessIssue] - labeled
+        text = "".join("01"[label(index)] for index in range(len(data)))
+        labels = hashlib.sha256(text.encode()).hexdigest()
+        return {**super().settings(data), "labels": f"sha256:{labels}"}
 
     def begin(self, around: Surroundings) -> None:
         """Keep the reference; of several processes, each estimates a part."""

@@ -137,7 +137,7 @@ class Preference(Objective):
         """The reference policy."""
         return self._reference or Reference()
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, data: Examples) -> dict[str, Any]:
         """Facts that must be unchanged when a run is resumed."""
         names = names_with(PreferenceConfig, "may_change", False)
         values = {f"preference.{n}": getattr(self.config, n) for n in names}
