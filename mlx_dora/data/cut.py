@@ -18,6 +18,7 @@ class KeptEnds(RowDataset):
 
     def __init__(self, data: RowDataset, max_seq_length: int) -> None:
         self.data = data
+        self.serves = data.serves
         self._most = max_seq_length
         lengths = [len(data[index][0]) for index in range(len(data))]
         self.cut = sum(length > max_seq_length for length in lengths)

@@ -29,7 +29,13 @@ class Parts:
 
 
 class RowDataset:
-    """A data set made from rows, whose examples can be named in messages."""
+    """A data set made from rows, whose examples can be named in messages.
+
+    Attributes:
+        serves: Names of the objectives that it is made for; empty for any.
+    """
+
+    serves: tuple[str, ...] = ()
 
     @property
     def reading(self) -> str:
@@ -63,6 +69,8 @@ class TokenDataset(RowDataset):
         DoRAError: If a row does not have the form of the first row; the message names
             the file, the line, the expected keys and the actual keys.
     """
+
+    serves = ("sft",)
 
     def __init__(self, rows: Rows, tokenizer: Any) -> None:
         self.rows = rows
@@ -178,6 +186,7 @@ class JoinedDataset(RowDataset):
 
     def __init__(self, parts: Sequence[Any]) -> None:
         self._parts = parts
+        self.serves = parts[0].serves
         self._places = [(part, i) for part in parts for i in range(len(part))]
 
     @property

@@ -49,6 +49,7 @@ class AnswerDataset(RowDataset):
             raise DoRAError(f"{rows.source} has no rows.")
         self.rows = rows
         self._tokenizer = tokenizer
+        self._warned = False
         self._chat = ChatTemplate(rows, TOKENS, tokenizer)
         self._columns = required_columns(rows, self._wants_pairs(rows))
         self._answers = [self._read(index) for index in range(len(rows.values))]
@@ -116,6 +117,16 @@ class AnswerDataset(RowDataset):
             start = min(start, shared(prompt, whole))
             if name == column:
                 tokens = whole
+        if start < len(prompt) and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s: the last tokens of the prompt change when an answer follows, so "
+                "answers start after the %d of %d tokens that they share: do not end a "
+                "prompt with a space",
+                self.rows.where(row),
+                start,
+                len(prompt),
+            )
         return (tokens if end in (None, *tokens[-1:]) else [*tokens, end]), start
 
     def _encode_chat(self, row: int, prompt: Any, answer: Any) -> Example:
@@ -137,6 +148,7 @@ class PairDataset(AnswerDataset):
     """
 
     noun = "preferences"
+    serves = ("dpo", "orpo", "simpo")
 
     def _wants_pairs(self, rows: Rows) -> bool:
         return True
@@ -169,6 +181,7 @@ class LabeledDataset(AnswerDataset):
     """Answers, each desirable or not; a pair becomes one of each."""
 
     noun = "labeled answers"
+    serves = ("kto",)
 
     def _wants_pairs(self, rows: Rows) -> bool:
         return is_paired(rows)

@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dora.data.prompts import Prompt
+from mlx_dora.data.targets import Example
 from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.grpo.sampling import Completion, row_seeds, sample_completions
 from mlx_dora.train.rewards import Reward, score
@@ -31,6 +32,20 @@ class Generation:
     texts: list[str]
     shown: list[str]
     rewards: np.ndarray
+
+    def examples(self, rows: slice, *, leave_out_cut: bool) -> list[Example]:
+        """Prompt and completion of some rows, with the completion as the target.
+
+        Args:
+            rows: The rows.
+            leave_out_cut: Whether a completion that was cut is no target.
+        """
+        examples = []
+        for prompt, one in zip(self.prompts[rows], self.completions[rows], strict=True):
+            tokens = prompt + one.tokens
+            is_left_out = leave_out_cut and not one.is_stopped
+            examples.append((tokens, len(tokens) if is_left_out else len(prompt)))
+        return examples
 
 
 class Generator:

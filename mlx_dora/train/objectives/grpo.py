@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.data.batches import EMPTY, Batch, Examples, pad_batch
+from mlx_dora.data.batches import EMPTY, Batch, pad_batch
 from mlx_dora.data.dataset import RowDataset
 from mlx_dora.data.prompts import PromptDataset, digest_columns
 from mlx_dora.data.rows import Rows
@@ -19,12 +19,11 @@ from mlx_dora.evaluate.log_probabilities import row_log_probs
 from mlx_dora.evaluate.loss import eval_mode
 from mlx_dora.options import names_with
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.group import share, together
-from mlx_dora.train.grpo.advantages import Advantages, advantages, total_rewards
 from mlx_dora.train.grpo.config import RewardConfig
-from mlx_dora.train.grpo.generation import Generation, Generator
+from mlx_dora.train.grpo.generation import Generator
 from mlx_dora.train.grpo.loss import policy_loss
-from mlx_dora.train.grpo.samples import SAMPLES_NAME, sample_rows
+from mlx_dora.train.grpo.rollouts import Rollout, Rollouts
+from mlx_dora.train.grpo.samples import SAMPLES_NAME
 from mlx_dora.train.objectives.objective import (
     Measured,
     Objective,
@@ -35,11 +34,6 @@ from mlx_dora.train.objectives.objective import (
 from mlx_dora.train.objectives.reference import Reference, StartingWeights
 from mlx_dora.train.rewards import check_columns, load_rewards
 from mlx_dora.train.run.lines import Lines
-
-
-_VALIDATION = 2**63
-"""In place of the step, in the seeds of validations."""
-_LENGTH = "completions/mean_length"
 
 
 class Grpo(Objective):
@@ -60,24 +54,14 @@ class Grpo(Objective):
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
         self.rewards = load_rewards(config)
-        self.metrics = (
-            "reward",
-            *(f"rewards/{reward.name}" for reward in self.rewards),
-            "reward_std",
-            "frac_reward_zero_std",
-            _LENGTH,
-            "completions/clipped_ratio",
-            "clip_ratio",
-            *("kl",) * bool(config.beta),
-        )
+        self._rollouts = Rollouts(config, self.rewards, mx.distributed.init())
+        self.metrics = self._rollouts.metrics
         self.rows_per_unit = config.num_generations
+        self.added_tokens = config.max_completion_length
         self.passes = config.num_iterations
-        self._group = mx.distributed.init()
         self._tokenizer: Any = None
-        self._digests: list[str] = []
-        self._log = Lines(None)
         self._reference = Reference()
-        self._step = self._used = 0
+        self._used = 0
         self._window: list[Batch] = []
 
     # Before the model is loaded.
@@ -135,7 +119,6 @@ class Grpo(Objective):
                     f"{self.config.max_completion_length} leaves {room}: raise "
                     "max_seq_length, or remove the row."
                 )
-        self._digests.append(digest_columns(data))
         return data
 
     # Before the first step.
@@ -147,14 +130,14 @@ class Grpo(Objective):
         self._length = around.train.max_seq_length
         if self.config.beta and around.train.fine_tune_type == "full":
             self._reference = StartingWeights(around.model)
+        self._samples = around.folder / SAMPLES_NAME
         is_writer = around.group.rank() == 0
-        self._log = Lines(around.folder / SAMPLES_NAME if is_writer else None)
-        self._place = around.folder / SAMPLES_NAME
+        self._rollouts.log = Lines(self._samples if is_writer else None)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, data: Any) -> dict[str, Any]:
         """Facts that must be unchanged when a run is resumed."""
         values = {f"reward.{name}": v for name, v in asdict(self.config).items()}
-        values["reward data"] = self._digests[0]  # that of the training set
+        values["reward data"] = digest_columns(data)
         # As a checkpoint reads them: tuples as lists.
         return json.loads(json.dumps({"objective": self.name, **values}))
 
@@ -165,18 +148,20 @@ class Grpo(Objective):
         weights = dict(zip(self.config.reward_funcs, self.config.weights, strict=True))
         return {"objective": self.name, "rewards": weights, **own}
 
-    def held_bytes(self, trained: int) -> int:
-        """Bytes of the reference beside the model."""
-        return self._reference.held_bytes(trained) if self.config.beta else 0
+    def held_bytes(self, train: TrainConfig, trained: int) -> int:
+        """Bytes of the reference beside the model: in full training, the weights."""
+        is_kept = self.config.beta and train.fine_tune_type == "full"
+        return trained if is_kept else 0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the place in the log of samples."""
-        return {"step": self._step, "samples_bytes": self._log.position()}
+        rollouts = self._rollouts
+        return {"step": rollouts.step, "samples_bytes": rollouts.log.position()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of a checkpoint, and cut the log of samples."""
-        self._step = state["step"]
-        self._log.restore(self._place, state["samples_bytes"])
+        self._rollouts.step = state["step"]
+        self._rollouts.log.restore(self._samples, state["samples_bytes"])
 
     # Each step.
 
@@ -198,7 +183,7 @@ class Grpo(Objective):
         if self._used % self.passes == 0:
             self._window = self._sampled(model, data, window)
         self._used += 1
-        self._step += len(window)
+        self._rollouts.step += len(window)
         return self._window
 
     def loss(self, model: nn.Module, *batch: mx.array) -> Outputs:
@@ -219,46 +204,19 @@ class Grpo(Objective):
     def _sampled(
         self, model: nn.Module, data: Any, window: Sequence[Batch]
     ) -> list[Batch]:
-        group, count = self._group, self.config.num_generations
-        own = [[i for i in batch[2].tolist() if i >= 0] for batch in window]
-        seed = (self._seed, self._step, group.rank())
-        with together(group):
-            made = self._generator(model).generate(
-                data, [index for indices in own for index in indices], seed, count
-            )
-        # Rewards are compared with those of all processes.
-        tables = self._of_all(made.rewards.tolist())
-        judged = advantages(np.array([r for t in tables for r in t]), self.config)
-        start = sum(len(table) for table in tables[: group.rank()])
-        here = slice(start, start + len(made.completions))
-        gains, totals = judged.advantage[here], judged.reward[here]
-        self._write(self._rows(made, totals, gains, "train"))
-        batches, at = [], 0
-        for place, indices in enumerate(own):
-            rows = slice(at, at + count * len(indices))
-            is_first = place == 0 and group.rank() == 0
-            table = self._facts(made, rows, totals, judged if is_first else None)
-            batches.append(self._batch(model, made, rows, gains, table))
-            at = rows.stop
-        return batches
+        """Completed batches of new completions, evaluated."""
+        indices = [[i for i in batch[2].tolist() if i >= 0] for batch in window]
+        rollouts = self._rollouts.of_update(
+            self._generator(model), data, indices, self._seed
+        )
+        return [self._batch(model, rollout) for rollout in rollouts]
 
-    def _batch(
-        self,
-        model: nn.Module,
-        made: Generation,
-        rows: slice,
-        gains: np.ndarray,
-        table: np.ndarray,
-    ) -> Batch:
-        """A batch of completions with all that the loss takes, evaluated."""
-        examples = []
-        for prompt, one in zip(made.prompts[rows], made.completions[rows], strict=True):
-            tokens = prompt + one.tokens
-            is_left_out = self.config.mask_truncated_completions and not one.is_stopped
-            examples.append((tokens, len(tokens) if is_left_out else len(prompt)))
-        own = gains[rows] if examples else np.zeros(1)
-        tokens, marks = pad_batch(examples or [EMPTY], self._length)
-        batch = [tokens, marks, mx.array(own.astype(np.float32)), mx.array(table)]
+    def _batch(self, model: nn.Module, rollout: Rollout) -> Batch:
+        # A process that has no prompt of a small batch gets a row without a target.
+        gains = rollout.advantages if rollout.examples else np.zeros(1)
+        tokens, marks = pad_batch(rollout.examples or [EMPTY], self._length)
+        table = mx.array(rollout.table.astype(np.float32))
+        batch = [tokens, marks, mx.array(gains.astype(np.float32)), table]
         if self.passes > 1:
             batch.append(self._log_probs(model, tokens, marks))
         if self.config.beta:
@@ -299,91 +257,22 @@ class Grpo(Objective):
         Every validation draws the same random numbers, so that two differ by the model
         alone. The loss is minus the mean reward.
         """
-        group = mx.distributed.init() if group is None else group
-        count = self.config.num_generations_eval or self.config.num_generations
-        wanted = len(data)
+        size, wanted = train.batch_size, len(data)
         if num_batches != -1:
-            wanted = min(wanted, num_batches * train.batch_size)
+            wanted = min(wanted, num_batches * size)
         chosen = [place * len(data) // wanted for place in range(wanted)]
-        rows, table = [], np.zeros((len(self.metrics), 2))
-        with together(group):
-            for number, at in enumerate(range(0, wanted, train.batch_size)):
-                indices = chosen[at : at + train.batch_size]
-                if number % group.size() == group.rank():
-                    seed = (train.seed, _VALIDATION, number)
-                    made = self._generator(model).generate(data, indices, seed, count)
-                    totals = total_rewards(made.rewards, self.config)
-                    every = slice(0, len(totals))
-                    table = table + self._facts(made, every, totals)
-                    rows += self._rows(made, totals, None, "valid")
-                if progress is not None:
-                    progress(len(indices))
-        table = np.array(self._of_all(table.tolist())).sum(axis=0)
-        self._write(rows)
+        batches = [chosen[at : at + size] for at in range(0, wanted, size)]
+        table = self._rollouts.of_validation(
+            self._generator(model), data, batches, train.seed, progress
+        )
         reward, scored = table[0]
         return Measured(
             loss=-reward / max(scored, 1),
             count=round(scored),
-            tokens=round(table[self.metrics.index(_LENGTH), 0]),
+            tokens=self._rollouts.length_of(table),
             rows=wanted,
             metrics=self.values(table.flatten().tolist()),
         )
 
-    # For all.
-
     def _generator(self, model: nn.Module) -> Generator:
         return Generator(model, self._tokenizer, self.rewards, self.config)
-
-    def _of_all(self, value: Any) -> list[Any]:
-        """A JSON value of every process."""
-        group = self._group
-        return [share(value, group, source=rank) for rank in range(group.size())]
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        """Log the samples of all processes."""
-        everyone = [row for part in self._of_all(rows) for row in part]
-        with together(self._group):
-            self._log.append(everyone)
-
-    def _rows(
-        self,
-        made: Generation,
-        totals: np.ndarray,
-        gains: np.ndarray | None,
-        of: str,
-    ) -> list[dict[str, Any]]:
-        facts = {"step": self._step, "set": of}
-        return sample_rows(made, self.rewards, totals, gains, facts)
-
-    def _facts(
-        self,
-        made: Generation,
-        rows: slice,
-        totals: np.ndarray,
-        judged: Advantages | None = None,
-    ) -> np.ndarray:
-        """Sum and weight of each metric that is known before the loss.
-
-        Args:
-            made: The completions.
-            rows: Those that count.
-            totals: Reward of every completion.
-            judged: What is reported once for all batches sampled together, or None.
-
-        Returns:
-            Shape ``(metrics, 2)``; weight 0 where a metric is not known here.
-        """
-        table = np.zeros((len(self.metrics), 2))
-        columns = [totals[rows], *made.rewards[rows].T]
-        for place, values in enumerate(columns):
-            table[place] = np.nansum(values), (~np.isnan(values)).sum()
-        if judged is not None:
-            at = len(columns)
-            table[at : at + 2] = [(judged.deviation, 1), (judged.flat_groups, 1)]
-        completions = made.completions[rows]
-        count = len(completions)
-        cut = sum(not one.is_stopped for one in completions)
-        at = self.metrics.index(_LENGTH)
-        table[at] = sum(len(one.tokens) for one in completions), count
-        table[at + 1] = cut, count
-        return table

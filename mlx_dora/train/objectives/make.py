@@ -1,7 +1,5 @@
 """Makes the objective that the settings name."""
 
-from collections.abc import Callable
-
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import Loss, loss_fn
 from mlx_dora.train.config import TrainConfig
@@ -9,10 +7,16 @@ from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.objectives.config import PreferenceConfig
 from mlx_dora.train.objectives.dpo import Dpo
 from mlx_dora.train.objectives.grpo import Grpo
+from mlx_dora.train.objectives.kto import Kto
 from mlx_dora.train.objectives.objective import Objective
+from mlx_dora.train.objectives.orpo import Orpo
+from mlx_dora.train.objectives.preference import Preference
 from mlx_dora.train.objectives.sft import Sft
+from mlx_dora.train.objectives.simpo import Simpo
 
-PREFERENCES: dict[str, Callable[[PreferenceConfig], Objective]] = {"dpo": Dpo}
+PREFERENCES: dict[str, type[Preference]] = {
+    objective.name: objective for objective in (Dpo, Orpo, Kto, Simpo)
+}
 
 
 def make_objective(
@@ -38,7 +42,7 @@ def make_objective(
             "objective to grpo, or leave them out."
         )
     if make := PREFERENCES.get(train.objective):
-        return make(preference or PreferenceConfig())
+        return make(preference or PreferenceConfig(), train.max_seq_length)
     if preference is not None and preference != PreferenceConfig():
         raise DoRAError(
             f"settings of preferences do not apply to objective {train.objective}: set "

@@ -19,6 +19,7 @@ from mlx_dora.data.batches import Batch, Examples, batches_once
 from mlx_dora.data.counts import RowCounts
 from mlx_dora.data.dataset import RowDataset
 from mlx_dora.data.rows import Rows
+from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import eval_mode
 from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
@@ -100,6 +101,7 @@ class Objective:
         rows_per_unit: Rows that a training step computes for each unit.
         passes: How often the batches of an update are used, in consecutive updates.
             Checkpoints are written after the last.
+        added_tokens: Most tokens that a training step adds to an example.
     """
 
     name: ClassVar[str]
@@ -108,6 +110,7 @@ class Objective:
     metrics: tuple[str, ...] = ()
     rows_per_unit: int = 1
     passes: int = 1
+    added_tokens: int = 0
 
     # 1. Before the model is loaded.
 
@@ -126,6 +129,18 @@ class Objective:
         """
         raise NotImplementedError
 
+    def check_data(self, data: RowDataset, name: str) -> None:
+        """Refuse a data set that was made for another objective.
+
+        Raises:
+            DoRAError: Names both.
+        """
+        if data.serves and self.name not in data.serves:
+            raise DoRAError(
+                f"{name} was read for objective {' or '.join(data.serves)}, not "
+                f"{self.name}: pass the rows themselves."
+            )
+
     def limited(self, data: RowDataset, max_seq_length: int) -> RowDataset:
         """The data with long rows cut, where that is not done at the end of a row."""
         return data
@@ -138,18 +153,23 @@ class Objective:
     def begin(self, around: Surroundings) -> None:
         """Prepare for the first step; called once, before a checkpoint is loaded."""
 
-    def settings(self) -> dict[str, Any]:
-        """Facts that must be unchanged when a run is resumed, as JSON values."""
+    def settings(self, data: Examples) -> dict[str, Any]:
+        """Facts that must be unchanged when a run is resumed, as JSON values.
+
+        Args:
+            data: The training data, whose tokens and targets are compared anyway.
+        """
         return {}
 
     def summary(self) -> dict[str, Any]:
         """Facts that the adapter records about its training."""
         return {}
 
-    def held_bytes(self, trained: int) -> int:
+    def held_bytes(self, train: TrainConfig, trained: int) -> int:
         """Bytes held during the whole training, beside those of an SFT.
 
         Args:
+            train: Settings of the training.
             trained: Bytes of the trained parameters.
         """
         return 0

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.files import read_adapter
 from mlx_dora.data.batches import Batch, Examples
 from mlx_dora.data.cut import KeptEnds
 from mlx_dora.data.dataset import RowDataset
@@ -45,6 +46,7 @@ class Preference(Objective):
 
     Args:
         config: Settings of the objective.
+        max_seq_length: Number of tokens to which rows are cut.
     """
 
     unit: ClassVar[int | None] = 2
@@ -59,8 +61,9 @@ class Preference(Objective):
     """Settings that the objective reads beside those of every one."""
     has_reference: ClassVar[bool] = True
 
-    def __init__(self, config: PreferenceConfig) -> None:
+    def __init__(self, config: PreferenceConfig, max_seq_length: int = 2048) -> None:
         self.config = config
+        self.max_seq_length = max_seq_length
         self.beta = self.default_beta if config.beta is None else config.beta
         self.loss_type = config.loss_type or self.loss_types[:1]
         self._reference: Reference | None = None
@@ -134,7 +137,7 @@ class Preference(Objective):
         """The reference policy."""
         return self._reference or Reference()
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, data: Examples) -> dict[str, Any]:
         """Facts that must be unchanged when a run is resumed."""
         names = names_with(PreferenceConfig, "may_change", False)
         values = {f"preference.{n}": getattr(self.config, n) for n in names}
@@ -151,9 +154,13 @@ class Preference(Objective):
     def _resolved(self) -> dict[str, Any]:
         return {"beta": self.beta, "loss_type": list(self.loss_type)}
 
-    def held_bytes(self, trained: int) -> int:
+    def held_bytes(self, train: TrainConfig, trained: int) -> int:
         """Bytes of the reference beside the model."""
-        return self.reference.held_bytes(trained) if self.has_reference else 0
+        if not self.has_reference:
+            return 0
+        if path := self.config.reference_adapter:
+            return sum(value.nbytes for value in read_adapter(path).tensors.values())
+        return trained if train.fine_tune_type == "full" else 0
 
     def complete(self, model: nn.Module, data: Examples, batch: Batch) -> Batch:
         """Add the reference's log-probability of each row, float32 ``(rows,)``."""

@@ -34,10 +34,6 @@ class Reference:
         """Make the model behave as the reference during the block."""
         return disabled(model)
 
-    def held_bytes(self, trained: int) -> int:
-        """Bytes that the reference holds beside the model."""
-        return 0
-
 
 class StartingWeights(Reference):
     """The weights that full fine-tuning changes, as they were.
@@ -52,10 +48,6 @@ class StartingWeights(Reference):
     def standing_in(self, model: nn.Module) -> AbstractContextManager[None]:
         """Make the model behave as the reference during the block."""
         return _with_weights(model, self._weights)
-
-    def held_bytes(self, trained: int) -> int:
-        """Bytes that the reference holds beside the model."""
-        return trained
 
 
 class EarlierAdapter(Reference):
@@ -89,15 +81,10 @@ class EarlierAdapter(Reference):
         for _, layer in self._layers:
             layer.eval()
         self.identity = _digest(adapter.tensors, adapter.config)
-        self._bytes = sum(value.nbytes for value in adapter.tensors.values())
 
     def standing_in(self, model: nn.Module) -> AbstractContextManager[None]:
         """Make the model behave as the reference during the block."""
         return _with_layers(model, self._layers)
-
-    def held_bytes(self, trained: int) -> int:
-        """Bytes that the reference holds beside the model."""
-        return self._bytes
 
 
 @contextmanager

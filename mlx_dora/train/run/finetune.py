@@ -142,6 +142,7 @@ def finetune(
 
         def read(rows: Any, name: str) -> Any:
             made = as_dataset(rows, tokenizer, train, name, objective.dataset)
+            objective.check_data(made, name)
             return objective.limited(made, train.max_seq_length)
 
         data, valid_data = read(train_set, "the training data"), None
@@ -236,8 +237,8 @@ def _prepare(
                 )
         optimizer.init(model.trainable_parameters())
         settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
-        settings |= objective.settings()
-    watch = watch_memory(train, dora, data)
+        settings |= objective.settings(data)
+    watch = watch_memory(train, dora, data, objective)
     check_alike({**settings, "iters": train.iters, "epochs": train.epochs}, group)
     return Run(
         model=model,
