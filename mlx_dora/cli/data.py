@@ -17,17 +17,19 @@ from mlx_dora.cli._publish import command_line
 from mlx_dora.data.config import DataConfig
 from mlx_dora.data.formats import FORMATS
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.objectives.config import PreferenceConfig
 
 _SHOWN = {
-    *("objective", "truncation_mode"),
+    *("objective", "truncation_mode", "reward_funcs", "reward_arguments"),
+    *("num_generations", "max_completion_length"),
     *(field.name for field in dataclasses.fields(DataConfig)),
     *("model", "batch_size", "batch_tokens", "max_seq_length", "packing"),
     *("grad_checkpoint", "trust_remote_code", "rank", "num_layers"),
 } - {"data", "hf_dataset"}
 _HIDDEN = tuple(
     field.name
-    for config in (TrainConfig, DoRAConfig, PreferenceConfig)
+    for config in (TrainConfig, DoRAConfig, PreferenceConfig, RewardConfig)
     for field in dataclasses.fields(config)
     if field.name not in _SHOWN
 )
@@ -42,7 +44,11 @@ _HIDDEN = tuple(
 )
 @click.argument("data", type=PATH_OR_ID)
 @dataclass_options(
-    train=TrainConfig, dora=DoRAConfig, preference=PreferenceConfig, exclude=_HIDDEN
+    train=TrainConfig,
+    dora=DoRAConfig,
+    preference=PreferenceConfig,
+    reward=RewardConfig,
+    exclude=_HIDDEN,
 )
 @click.option(
     "--rows",
@@ -66,6 +72,7 @@ def command(
     train: TrainConfig,
     dora: DoRAConfig,
     preference: PreferenceConfig,
+    reward: RewardConfig,
     rows: int,
     html: Path | None,
     json_output: JsonOutput,
@@ -95,6 +102,7 @@ def command(
         dora,
         samples=rows,
         preference=preference,
+        reward=reward,
     )
     if str(json_output) != STDOUT:
         show_preview(preview)

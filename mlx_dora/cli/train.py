@@ -14,6 +14,7 @@ from mlx_dora.cli._echo import echo, note, show_command
 from mlx_dora.cli._framework import EXIT_BAD_INPUT, exit_code_of, verb
 from mlx_dora.cli._help import GroupedOption
 from mlx_dora.cli._json import JsonOutput, json_option
+from mlx_dora.cli._objectives import SHARED, shared_settings
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._progress import TrainDisplay
 from mlx_dora.cli._publish import check_repo, command_line, publish, publish_options
@@ -27,6 +28,7 @@ from mlx_dora.cli._train_text import (
 )
 from mlx_dora.data.config import hub_entries
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.objectives.config import PreferenceConfig
 
 if TYPE_CHECKING:
@@ -43,7 +45,13 @@ HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
     ),
 )
 @config_file_option
-@dataclass_options(train=TrainConfig, dora=DoRAConfig, preference=PreferenceConfig)
+@dataclass_options(
+    train=TrainConfig,
+    dora=DoRAConfig,
+    preference=PreferenceConfig,
+    reward=RewardConfig,
+    exclude=SHARED,
+)
 @click.option(
     "--plan",
     is_flag=True,
@@ -57,6 +65,7 @@ def command(
     train: TrainConfig,
     dora: DoRAConfig,
     preference: PreferenceConfig,
+    reward: RewardConfig,
     plan: bool,
     card: bool,
     json_output: JsonOutput,
@@ -73,11 +82,12 @@ def command(
     finishes the step, saves, and exits with 130, 143 or 129.
     """
     json_output.check(train.model, train.data)
+    preference, reward = shared_settings(train, preference, reward)
     train = replace(train, model=train.model or _default_model(train))
     if plan:
         from mlx_dora.train.plan.predict import plan_memory
 
-        predicted = plan_memory(train, dora, preference=preference)
+        predicted = plan_memory(train, dora, preference=preference, reward=reward)
         json_output.write({"plan": asdict(predicted)})
         for line in describe_plan(predicted):
             echo(line)
@@ -85,12 +95,12 @@ def command(
     import mlx.core as mx
 
     if mx.distributed.init().rank() > 0:
-        return _work_in_silence(train, dora, preference)
+        return _work_in_silence(train, dora, preference, reward)
     check_repo(upload_repo)
     if train.trains:
         for line in describe_start(train, dora):
             note(line)
-    result = _run(train, dora, preference)
+    result = _run(train, dora, preference, reward)
     _describe(result, train)
     json_output.write(_values(result))
     if result.train is not None:
@@ -113,7 +123,10 @@ def _default_model(train: TrainConfig) -> str:
 
 
 def _run(
-    train: TrainConfig, dora: DoRAConfig, preference: PreferenceConfig
+    train: TrainConfig,
+    dora: DoRAConfig,
+    preference: PreferenceConfig,
+    reward: RewardConfig,
 ) -> "JobResult":
     from mlx_dora.train.job import run_job
     from mlx_dora.train.run.checkpoint import has_checkpoints
@@ -125,6 +138,7 @@ def _run(
                 train,
                 dora,
                 preference=preference,
+                reward=reward,
                 callback=display.report,
                 progress=display.progress,
             )
@@ -171,7 +185,10 @@ def _publish_adapter(train: TrainConfig, repo: str | None) -> None:
 
 
 def _work_in_silence(
-    train: TrainConfig, dora: DoRAConfig, preference: PreferenceConfig
+    train: TrainConfig,
+    dora: DoRAConfig,
+    preference: PreferenceConfig,
+    reward: RewardConfig,
 ) -> int:
     """Train in a process other than the first, which prints for all processes."""
     from mlx_dora.train.group import SharedError
@@ -179,7 +196,7 @@ def _work_in_silence(
 
     logging.getLogger("mlx_dora").setLevel(logging.ERROR)
     try:
-        run_job(train, dora, preference=preference)
+        run_job(train, dora, preference=preference, reward=reward)
     except SharedError:
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:

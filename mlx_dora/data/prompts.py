@@ -42,9 +42,9 @@ class PromptDataset(RowDataset):
     """Prompts, tokenized on first use; the other columns are for rewards.
 
     Rows are read as TRL reads them: messages through the chat template, followed by the
-    header of an answer, and text as it stands. Every token of an example is a target,
-    so that no row is left out for lack of one. All rows are checked when the data set
-    is made.
+    header of an answer, and text as it stands. The last token of an example is marked
+    as its target, since the completion follows it. All rows are checked when the data
+    set is made.
 
     Args:
         rows: The rows.
@@ -129,8 +129,10 @@ class PromptDataset(RowDataset):
     def _encode(self, index: int) -> Example:
         prompt = self._prompts[index]
         if prompt.is_chat:
-            return self._chat.tokens(index, prompt.value, True), 0
-        return list(self._tokenizer.encode(prompt.value)), 0
+            tokens = self._chat.tokens(index, prompt.value, True)
+        else:
+            tokens = list(self._tokenizer.encode(prompt.value))
+        return tokens, max(len(tokens) - 1, 0)
 
 
 def digest_columns(data: Any) -> str:

@@ -24,7 +24,8 @@ class PreferenceConfig:
     beta: float | None = option(
         None,
         help="Weight of the deviation from the reference (ipo: tau; orpo: lambda; "
-        "simpo: scale of the rewards); default: 0.1, as in TRL.",
+        "simpo: scale of the rewards), 0.1 by default; grpo: weight of the KL divergence, "
+        "none by default.",
         above=0,
         recorded=True,
     )
@@ -33,7 +34,7 @@ class PreferenceConfig:
         help="Loss, or several with loss_weights. dpo: sigmoid (default), hinge, ipo, "
         "exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down, "
         "discopop, sft, sigmoid_norm; kto: kto (default), apo_zero_unpaired; simpo: "
-        "simpo.",
+        "simpo; grpo: dapo (default), grpo, bnpo, dr_grpo.",
         recorded=True,
         items="names",
     )
