@@ -42,9 +42,9 @@ class PromptDataset(RowDataset):
     """Prompts, tokenized on first use; the other columns are for rewards.
 
     Rows are read as TRL reads them: messages through the chat template, followed by the
-    header of an answer, and text as it stands. The last token of an example is marked
-    as its target, since the completion follows it. All rows are checked when the data
-    set is made.
+    header of an answer, and text as it stands. An example is a prompt and, as its only
+    target, an end token in the place of the completion. All rows are checked when the
+    data set is made.
 
     Args:
         rows: The rows.
@@ -132,7 +132,8 @@ class PromptDataset(RowDataset):
             tokens = self._chat.tokens(index, prompt.value, True)
         else:
             tokens = list(self._tokenizer.encode(prompt.value))
-        return tokens, max(len(tokens) - 1, 0)
+        end = self._tokenizer.eos_token_id
+        return [*tokens, 0 if end is None else end], len(tokens)
 
 
 def digest_columns(data: Any) -> str:

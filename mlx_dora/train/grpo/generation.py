@@ -83,7 +83,7 @@ class Generator:
         Raises:
             DoRAError: If a reward fails; names the reward and the prompt.
         """
-        prompts = [data[index][0] for index in indices]
+        prompts = [data[index][0][:-1] for index in indices]
         seeds = [row_seeds([*seed, at], count) for at in range(len(prompts))]
         groups = sample_completions(
             self._model, self._tokenizer, prompts, seeds, self._config

@@ -57,7 +57,7 @@ class Grpo(Objective):
         self._rollouts = Rollouts(config, self.rewards, mx.distributed.init())
         self.metrics = self._rollouts.metrics
         self.rows_per_unit = config.num_generations
-        self.added_tokens = config.max_completion_length
+        self.added_tokens = config.max_completion_length - 1
         self.passes = config.num_iterations
         self._tokenizer: Any = None
         self._reference = Reference()
@@ -112,7 +112,7 @@ class Grpo(Objective):
         """Refuse prompts that leave no room for a completion."""
         room = max_seq_length - self.config.max_completion_length
         for index in range(len(data)):
-            if (length := len(data[index][0])) > room:
+            if (length := len(data[index][0]) - 1) > room:
                 raise DoRAError(
                     f"{data.where(index)}: the prompt has {length} tokens, but "
                     f"max_seq_length {max_seq_length} less max_completion_length "

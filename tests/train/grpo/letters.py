@@ -41,3 +41,10 @@ def parity(
 def length(completions: Sequence[str]) -> list[float | None]:
     """A hundredth of the number of characters; None for an empty completion."""
     return [len(text) / 100 or None for text in completions]
+
+
+def fails_for_abc(prompts: Sequence[str]) -> list[float]:
+    """Raises for one of the prompts."""
+    if "abc" in prompts:
+        raise ValueError("no abc")
+    return [0.0 for _ in prompts]
