@@ -19,6 +19,7 @@ NAMES = {
         "DoRAMultiLinear",
         "DoRASwitchLinear",
         "NamedAdapters",
+        "RewardConfig",
         "TrainConfig",
         "analyze_adapter",
         "analyze_finetune",
@@ -109,6 +110,7 @@ NAMES = {
         "compare_adapters",
     ],
     "mlx_dora.train": [
+        "RewardConfig",
         "StepReport",
         "TrainConfig",
         "TrainReport",

@@ -13,6 +13,7 @@ from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.run.journal import TrainReport
 
 if TYPE_CHECKING:
+    from mlx_dora.train.objectives.objective import Measured
     from mlx_dora.train.plan.predict import MemoryPlan
 
 LEGEND = "loss: mean over target tokens, in nats; tok/s: target tokens a second"
@@ -25,6 +26,7 @@ def describe_start(train: TrainConfig, dora: DoRAConfig) -> list[str]:
         "all blocks" if dora.num_layers < 0 else f"the last {dora.num_layers} blocks"
     )
     what = "all weights"
+    goal = "" if train.objective == "sft" else f"{train.objective}, "
     if train.fine_tune_type != "full":
         kind = train.fine_tune_type.replace("dora", dora.variant)
         what = f"{kind}, rank {dora.rank}, scale {dora.scale:g}"
@@ -37,10 +39,31 @@ def describe_start(train: TrainConfig, dora: DoRAConfig) -> list[str]:
     rate = "a schedule" if train.lr_schedule else f"{train.learning_rate:g}"
     return [
         f"Model: {train.model}",
-        f"Training: {what} in {blocks}; {length} of {rows}, "
+        f"Training: {goal}{what} in {blocks}; {length} of {rows}, "
         f"{train.optimizer}, learning rate {rate}",
-        LEGEND + (DORA_LEGEND if train.fine_tune_type == "dora" else ""),
+        legend(train),
     ]
+
+
+def legend(train: TrainConfig) -> str:
+    """Say what the numbers of the reports are."""
+    if train.objective != "sft":
+        return (
+            f"loss: of {train.objective}, mean over a batch; accuracy and margin: of "
+            "the rewards; tok/s: target tokens a second"
+        )
+    return LEGEND + (DORA_LEGEND if train.fine_tune_type == "dora" else "")
+
+
+def describe_test(test: "Measured", train: TrainConfig) -> str:
+    """Describe a result on the test data in one line."""
+    tokens = f"{test.tokens:,} tokens"
+    if train.objective == "sft":
+        return (
+            f"Test loss {test.loss:.4f}, perplexity {test.perplexity:.3f} ({tokens})."
+        )
+    metrics = "".join(f", {name} {v:.4f}" for name, v in test.metrics.items())
+    return f"Test loss {test.loss:.4f}{metrics} ({tokens})."
 
 
 def describe_training(report: TrainReport) -> list[str]:
@@ -72,6 +95,7 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
     parts = {
         "weights": plan.weights,
         "adapter": plan.adapter,
+        "reference": plan.reference,
         "optimizer": plan.optimizer,
         "gradients": plan.gradients,
         "activations": plan.activations,
@@ -81,6 +105,9 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
     lines = [
         f"Calculated for batches of {plan.batch_size} {_widest(plan)}{recomputed}:"
     ]
+    parts = {
+        name: count for name, count in parts.items() if name != "reference" or count
+    }
     lines += [f"  {name:<17}{size(count):>10}" for name, count in parts.items()]
     verdict = "fits into" if plan.fits else "does not fit into"
     lines.append(

@@ -9,6 +9,7 @@ from mlx_dora.options import option
 
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
 FineTuneType = Literal["dora", "lora", "full"]
+ObjectiveName = Literal["sft", "dpo", "orpo", "kto", "simpo", "grpo"]
 SERVICES = ("wandb", "swanlab")
 
 
@@ -41,6 +42,13 @@ class TrainConfig(DataConfig):
         help="Kind of training: a DoRA or LoRA adapter, or the full weights of "
         "the blocks.",
         recorded=True,
+        group="Common options",
+    )
+    objective: ObjectiveName = option(
+        "sft",
+        help="What to minimize: sft, the cross-entropy of examples; dpo, orpo, kto or "
+        "simpo, a loss of preferences; grpo, a reward.",
+        may_change=True,  # recorded by the objective itself
         group="Common options",
     )
     optimizer: Optimizer = option(

@@ -14,16 +14,19 @@ from mlx_dora.adapters.hosting import load, model_folder
 from mlx_dora.data.loading import make_datasets
 from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.loss import LossResult
 from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import together
+from mlx_dora.train.grpo.config import RewardConfig
+from mlx_dora.train.objectives.config import PreferenceConfig
+from mlx_dora.train.objectives.make import make_objective
+from mlx_dora.train.objectives.objective import Measured, Objective
 from mlx_dora.train.optimizers import build_optimizer
 from mlx_dora.train.peers import watched_peers
 from mlx_dora.train.plot import PLOT_NAME, can_plot, plot_losses
 from mlx_dora.train.run.finetune import finetune
 from mlx_dora.train.run.journal import StepReport, TrainReport
-from mlx_dora.train.run.run import measure_loss
+from mlx_dora.train.run.run import measure
 from mlx_dora.train.run.start import check_folder
 from mlx_dora.train.services import HostCallback, check_services
 
@@ -39,14 +42,14 @@ class JobResult:
 
     Args:
         train: Report of the training; None if there was only a test.
-        test: Loss on the test set; None without a test.
+        test: The objective on the test set; None without a test.
         plot: Path of the loss plot; None without matplotlib or training.
         splits: Names of the data sets that were read and have rows.
         chats: Whether the model has a chat template.
     """
 
     train: TrainReport | None
-    test: LossResult | None
+    test: Measured | None
     plot: Path | None
     splits: tuple[str, ...] = ()
     chats: bool = False
@@ -56,6 +59,8 @@ def run_job(
     train: TrainConfig,
     dora: DoRAConfig,
     *,
+    preference: PreferenceConfig | None = None,
+    reward: RewardConfig | None = None,
     callback: Callable[[StepReport], None] | HostCallback | None = None,
     progress: Progress | None = None,
 ) -> JobResult:
@@ -69,6 +74,8 @@ def run_job(
     Args:
         train: Settings of the training; names model, data and adapter folder.
         dora: Settings of the adapter.
+        preference: Settings of the objectives dpo, orpo, kto and simpo.
+        reward: Settings of the objective grpo.
         callback: Called with each report, or an mlx-lm ``TrainingCallback``.
         progress: Called after every step and during validations and the test.
 
@@ -79,7 +86,8 @@ def run_job(
     group = mx.distributed.init()
     try:
         with watched_peers(group):
-            return _run(train, dora, group, callback, progress)
+            objective = make_objective(train, preference, reward=reward)
+            return _run(train, dora, objective, group, callback, progress)
     except RuntimeError as error:
         if group.size() == 1 or _PEER_LOST not in str(error):
             raise
@@ -92,13 +100,16 @@ def run_job(
 def _run(
     train: TrainConfig,
     dora: DoRAConfig,
+    objective: Objective,
     group: mx.distributed.Group,
     callback: Callable[[StepReport], None] | HostCallback | None,
     progress: Progress | None,
 ) -> JobResult:
     folder = Path(train.adapter_path).expanduser()
     with together(group):
-        model, tokenizer, data = _load(train, folder, is_first=group.rank() == 0)
+        objective.check(train, dora)
+        is_first = group.rank() == 0
+        model, tokenizer, data = _load(train, objective, folder, is_first=is_first)
     report, plot = None, None
     if train.trains:
         report = finetune(
@@ -111,6 +122,7 @@ def _run(
             adapter_path=folder,
             callback=callback,
             progress=progress,
+            objective=objective,
         )
         with together(group):
             if can_plot() and group.rank() == 0:
@@ -118,7 +130,10 @@ def _run(
                 plot_losses(report.history, plot)
     test = None
     if train.test:
-        test = measure_loss(model, data["test"], train, "test", progress, group)
+        test_set = objective.limited(data["test"], train.max_seq_length)
+        if not train.trains:
+            objective.adapting(model)
+        test = measure(objective, model, test_set, train, "test", progress, group)
     return JobResult(
         train=report,
         test=test,
@@ -128,7 +143,9 @@ def _run(
     )
 
 
-def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any, Any]:
+def _load(
+    train: TrainConfig, objective: Objective, folder: Path, *, is_first: bool
+) -> tuple[Any, Any, Any]:
     """Load model, tokenizer and data; quick checks precede the slow loading."""
     if train.model is None:
         raise DoRAError("model is not given: name a folder or a Hugging Face id.")
@@ -157,7 +174,7 @@ def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any
     model, tokenizer = load(
         train.model, tested, trust_remote_code=train.trust_remote_code
     )
-    return model, tokenizer, make_datasets(splits, tokenizer)
+    return model, tokenizer, make_datasets(splits, tokenizer, objective.dataset)
 
 
 def _check_tested(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,10 @@ from mlx_dora.data.config import DEFAULT_DATA
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.cross_entropy import chunk_size
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.grpo.config import RewardConfig
+from mlx_dora.train.objectives.config import PreferenceConfig
+from mlx_dora.train.objectives.make import make_objective
+from mlx_dora.train.objectives.objective import Objective
 from mlx_dora.train.plan.attention import (
     BLOCK,
     Device,
@@ -47,6 +52,7 @@ class MemoryPlan:
         packed: Whether short rows are joined into rows of `length` tokens.
         grad_checkpoint: Whether blocks are recomputed.
         weights: Bytes of the model as stored.
+        reference: Bytes of an objective's reference beside the model.
         adapter: Bytes of the trained parameters, in float32 (in full training, a part
             of the weights).
         optimizer: Bytes of the optimizer's state.
@@ -83,6 +89,7 @@ class MemoryPlan:
     logits: int
     peak: int
     limit: int
+    reference: int = 0
     longest: int = 0
     largest_batch: int = 0
     advice: tuple[str, ...] = ()
@@ -100,6 +107,9 @@ def plan_memory(
     limit: int | None = None,
     lengths: Sequence[int] | None = None,
     device: Device | None = None,
+    preference: PreferenceConfig | None = None,
+    reward: RewardConfig | None = None,
+    objective: Objective | None = None,
 ) -> MemoryPlan:
     """Predict the peak memory of a training, which its longest rows determine.
 
@@ -114,6 +124,10 @@ def plan_memory(
         lengths: Tokens of each training row, instead of reading the data.
         device: Where to train; default: this machine's device. With `metal_device` and
             `limit`, the plan is for a Mac wherever it is made.
+        preference: Settings of the objectives dpo, orpo, kto and simpo.
+        reward: Settings of the objective grpo.
+        objective: What to minimize; default: made from ``train.objective`` and its
+            settings.
 
     Raises:
         DoRAError: If the model or the data does not exist, or the model has blocks
@@ -126,17 +140,24 @@ def plan_memory(
             "no memory plan for variants, init pissa or magnitude_keys: only DoRA, "
             "LoRA and full fine-tuning have one."
         )
+    objective = objective or make_objective(train, preference, reward=reward)
+    objective.check(train, dora)
     shapes = read_shapes(Path(train.model), dora, train.fine_tune_type)
     if lengths is None and (train.data != DEFAULT_DATA or train.hf_dataset):
-        lengths = row_lengths(train)
+        lengths = row_lengths(train, objective)
     limit = memory_limit() if limit is None else limit
     device = this_device() if device is None else device
     document = None
     if train.packing and lengths is not None:
         document = min(max(lengths), train.max_seq_length)
+    shapes = replace(
+        shapes,
+        rows_per_unit=objective.rows_per_unit,
+        held=partial(objective.held_bytes, train),
+    )
     how = limit, device, document
     step = max(
-        largest_batches(train, lengths),
+        largest_batches(train, lengths, objective.rows_per_unit),
         key=lambda step: plan_step(shapes, step, *how).peak,
     )
     plan = predict(shapes, step, *how)
@@ -204,14 +225,17 @@ def plan_step(
         document: Tokens of the longest document in packed rows.
     """
     length = train.max_seq_length
-    tokens = train.batch_size * (length - 1)
+    rows = train.batch_size * shapes.rows_per_unit
+    tokens = rows * (length - 1)
     size = shapes.element_bytes
     # 1. Held throughout the step.
     is_full = train.fine_tune_type == "full"
     trained = shapes.trainable * (size if is_full else 4)
     optimizer = trained * _OPTIMIZER_COPIES[train.optimizer]
     gradients = trained + 4 * shapes.trainable * (train.grad_accumulation_steps > 1)
+    reference = shapes.held(trained)
     always = shapes.weight_bytes + (0 if is_full else trained) + optimizer + gradients
+    always += reference
     # 2. Kept by the forward pass.
     count = len(shapes.block_elements)
     scored, score, blocks = _scores(shapes, train, device, document)
@@ -247,6 +271,7 @@ def plan_step(
         logits=logits,
         peak=always + kept + kept_scores * score + max(logits, backward),
         limit=limit,
+        reference=reference,
     )
 
 
@@ -255,7 +280,8 @@ def _scores(
 ) -> tuple[int, int, int]:
     """Blocks that keep their scores, bytes of those of one, and of fused blocks."""
     inputs = train.max_seq_length - 1
-    per_head = train.batch_size * shapes.heads * shapes.element_bytes
+    rows = train.batch_size * shapes.rows_per_unit
+    per_head = rows * shapes.heads * shapes.element_bytes
     calls = shapes.attention(inputs)
     trained = len(shapes.block_elements)
     scored = count_scored(calls, shapes.blocks, trained, device)

@@ -54,6 +54,10 @@ class ModelShapes:
         trainable: Number of trainable parameters.
         attention: The calls of attention for a number of tokens per row, one per block;
             others, or none, if the model computes attention itself.
+        rows_per_unit: Rows that a step computes for each row of ``batch_size``: 2 for
+            pairs.
+        held: Bytes that the objective holds beside the model, from those of the trained
+            parameters.
     """
 
     name: str
@@ -67,6 +71,8 @@ class ModelShapes:
     trainable: int
     blocks: int
     attention: Callable[[int], Sequence[AttentionCall]] = lambda length: ()
+    rows_per_unit: int = 1
+    held: Callable[[int], int] = lambda trained: 0
 
 
 def read_shapes(

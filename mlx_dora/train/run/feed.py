@@ -23,6 +23,9 @@ class Feed:
         train: Settings of the training.
         make: Makes the batches instead of `Schedule`, see `finetune`; may be None.
         processes: Number of processes that share each batch.
+        unit: Number of consecutive examples that stay together in a batch; None for
+            single rows.
+        passes: How often the batches of an update are repeated, in consecutive updates.
 
     Raises:
         DoRAError: If `make` is given and the settings count in epochs or tokens.
@@ -34,11 +37,14 @@ class Feed:
         train: TrainConfig,
         make: MakeBatches | None,
         processes: int = 1,
+        unit: int | None = None,
+        passes: int = 1,
     ) -> None:
         self.counts = RowCounts()
         self._levels, self._make = levels, make
         self._limits = train.batch_size, train.max_seq_length
         self._seed = train.seed
+        self._passes, self._window = passes, train.grad_accumulation_steps
         self._schedules: list[Schedule] = []
         if make is None:
             self._schedules = [
@@ -49,6 +55,7 @@ class Feed:
                     packing=train.packing,
                     batch_tokens=train.batch_tokens,
                     ranks=processes,
+                    unit=unit,
                     counts=self.counts,
                 )
                 for rows in levels
@@ -74,7 +81,7 @@ class Feed:
 
     def length(self, epochs: int) -> int:
         """Number of batches in `epochs` passes over the training rows."""
-        return self._schedules[0].length(epochs)
+        return self._schedules[0].length(epochs) * self._passes
 
     def epoch_ends(self, every: int, iters: int) -> Sequence[int]:
         """The steps up to `iters` at which another `every` passes are complete."""
@@ -87,7 +94,7 @@ class Feed:
         """
         if self._make is None:
             batches = self._schedules[0].batches(0, group.rank(), group.size())
-            return (tokens.shape for tokens, _ in batches)
+            return (batch[0].shape for batch in batches)
         rows, longest = self._limits
         widths = (1 << power for power in range(longest.bit_length()))
         return ((rows, width + 1) for width in widths)
@@ -100,6 +107,8 @@ class Feed:
         Raises:
             DoRAError: If a level has no row with a target.
         """
+        assert step % (self._passes * self._window) == 0 or self._passes == 1
+        step //= self._passes
         if self._make is None:
             place = step, group.rank(), group.size()
             streams = [schedule.batches(*place) for schedule in self._schedules]
@@ -109,4 +118,11 @@ class Feed:
                 islice(make(rows, *self._limits), step, None) for rows in self._levels
             ]
         # Make the first batch now, so that bad data is refused before the first step.
-        return tuple(chain([next(stream)], stream) for stream in streams)
+        whole = (chain([next(stream)], stream) for stream in streams)
+        return tuple(map(self._repeated, whole))
+
+    def _repeated(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        if self._passes == 1:
+            return stream
+        windows = iter(lambda: [*islice(stream, self._window)], [])
+        return chain.from_iterable(chain(*[window] * self._passes) for window in windows)

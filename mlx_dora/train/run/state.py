@@ -22,6 +22,7 @@ class TrainState:
         settings: Settings that must be unchanged when the run is resumed.
         kernels: What the ops used (`Decisions` as a dict); empty in checkpoints of
             version 0.1, which did not record it.
+        objective: State of the objective, from `Objective.state`.
     """
 
     step: int
@@ -31,6 +32,7 @@ class TrainState:
     best: dict[str, Any]
     settings: dict[str, Any]
     kernels: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
 
 
 class Saved:
@@ -113,12 +115,16 @@ def parse_state(content: Mapping[str, Any], step: int) -> TrainState:
     kernels = content.get("kernels", {})
     if not _are_decisions(kernels):
         problems.append(f"kernels must be what the ops used, got {kernels!r:.40}")
+    objective = content.get("objective", {})
+    if not isinstance(objective, dict) or not all(map(_is_count, objective.values())):
+        problems.append(f"objective must hold whole numbers, got {objective!r:.40}")
     if not problems and content["step"] != step:
         problems.append(f"step is {content['step']} in the folder of step {step}")
     if problems:
         raise DoRAError("; ".join(problems))
     names = ("step", "log_bytes", "meter", "guard", "best", "settings")
-    return TrainState(**{name: content[name] for name in names}, kernels=kernels)
+    state = {name: content[name] for name in names}
+    return TrainState(**state, kernels=kernels, objective=objective)
 
 
 def _are_decisions(kernels: Any) -> bool:

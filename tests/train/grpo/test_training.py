@@ -1,0 +1,308 @@
+"""GRPO trainings of a tiny model: what is learned, refused, logged and shared."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_dora import DoRAConfig
+from mlx_dora.errors import DoRAError
+from mlx_dora.train import TrainConfig, TrainReport, finetune
+from mlx_dora.train.grpo.config import RewardConfig
+from tests.train import ring
+from tests.train.grpo.letters import PROMPTS, Letters
+from tests.train.run.test_resume import assert_same_run
+from tests.train.saved import log, same_bits, tensors
+
+PARITY = "tests.train.grpo.letters.parity"
+EVEN = [{**row, "wanted": 0} for row in PROMPTS]
+Run = Callable[..., tuple[nn.Module, TrainReport]]
+
+
+@pytest.fixture
+def grpo(make_tiny_model: Callable[..., nn.Module], tmp_path: Path) -> Run:
+    """Train a tiny model: ``grpo("name", iters=3, reward={...}, dora={...})``."""
+
+    def call(
+        name: str = "adapter",
+        *,
+        model: nn.Module | None = None,
+        data: Any = PROMPTS,
+        valid: Any = None,
+        reward: dict[str, Any] | None = None,
+        dora: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> tuple[nn.Module, TrainReport]:
+        given = {"iters": 3, "batch_size": 2, "learning_rate": 1e-2, **settings}
+        model = make_tiny_model(vocab_size=64) if model is None else model
+        rewards = {"reward_funcs": (PARITY,), "num_generations": 4}
+        report = finetune(
+            model,
+            Letters(),
+            data,
+            valid,
+            train=TrainConfig(objective="grpo", max_seq_length=32, **given),
+            dora=DoRAConfig(**{"rank": 4, "scale": 2.0, "num_layers": -1, **(dora or {})}),
+            adapter_path=tmp_path / name,
+            reward=RewardConfig(
+                **{**rewards, "max_completion_length": 6, **(reward or {})}
+            ),
+        )
+        return model, report
+
+    return call
+
+
+def samples(report: TrainReport) -> list[dict[str, Any]]:
+    text = (report.adapter_path / "samples.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_training_raises_the_reward_and_keeps_the_best_adapter(grpo: Run) -> None:
+    _, report = grpo(
+        iters=20,
+        steps_per_eval=5,
+        batch_size=4,
+        data=EVEN,
+        valid=EVEN,
+        learning_rate=1e-2,
+        reward={"num_generations": 8},
+    )
+    rewards = [
+        (line.step, line.metrics["reward"], line.val_loss)
+        for line in report.history
+        if line.val_loss is not None and line.metrics is not None
+    ]
+    assert rewards[-1][1] > rewards[0][1] + 0.1
+    assert all(loss == -reward for _, reward, loss in rewards)
+    best = max((reward, -step) for step, reward, _ in rewards[1:])
+    assert report.best_step == -best[1]
+    saved = json.loads((report.adapter_path / "best/adapter_config.json").read_text())
+    assert saved["mlx_dora"]["training"]["steps"] == report.best_step
+    assert saved["mlx_dora"]["training"]["rewards"] == {PARITY: 1.0}
+
+
+def test_the_log_holds_what_the_samples_say(grpo: Run) -> None:
+    _, report = grpo(
+        iters=2,
+        data=PROMPTS[:4],
+        steps_per_report=1,
+        reward={"scale_rewards": "none"},
+    )
+    found = samples(report)
+    assert len(found) == 2 * 2 * 4
+    for line in (line for line in report.history if line.train_loss is not None):
+        own = [row for row in found if row["step"] == line.step - 1]
+        metrics = line.metrics or {}
+        rewards = np.array([row["reward"] for row in own])
+        assert metrics["reward"] == pytest.approx(rewards.mean(), rel=1e-5)
+        assert metrics["reward_std"] == pytest.approx(rewards.std(ddof=1), rel=1e-5)
+        tokens = [row["tokens"] for row in own]
+        assert metrics["completions/mean_length"] == pytest.approx(np.mean(tokens))
+        cut = np.mean([not row["stopped"] for row in own])
+        assert metrics["completions/clipped_ratio"] == pytest.approx(cut)
+        gains = (rewards.reshape(2, 4) - rewards.reshape(2, 4).mean(1)[:, None]).ravel()
+        assert [row["advantage"] for row in own] == pytest.approx(gains.tolist())
+        # The policy that sampled is the current one: the loss is minus the mean
+        # advantage of the tokens.
+        mean = -np.average(gains, weights=tokens)
+        assert line.train_loss == pytest.approx(mean, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reward"),
+    [
+        ({"fine_tune_type": "lora"}, {"beta": 0.1}),
+        ({"fine_tune_type": "full"}, {"beta": 0.1, "num_iterations": 2}),
+        ({"dora": {"variant": "doran"}}, {}),
+        ({"dora": {"variant": "map"}}, {"beta": 0.1}),
+        ({"dora": {"dropout": 0.3}, "grad_checkpoint": True}, {"num_iterations": 3}),
+    ],
+)
+def test_every_kind_of_training_changes_the_model(
+    grpo: Run, settings: dict[str, Any], reward: dict[str, Any]
+) -> None:
+    _, report = grpo(iters=6, save_every=6, steps_per_report=6, reward=reward, **settings)
+    line = next(line for line in report.history if line.train_loss is not None)
+    assert line.metrics is not None
+    assert ("kl" in line.metrics) == ("beta" in reward)
+    assert line.metrics.get("kl", 1) > 0
+    changed = [value for value in tensors(report.adapter_path).values()]
+    assert all(bool(mx.isfinite(value).all()) for value in changed)
+    assert not line.skipped_steps
+
+
+def test_a_packed_base_is_trained(
+    grpo: Run, make_tiny_model: Callable[..., nn.Module]
+) -> None:
+    base = make_tiny_model(vocab_size=64, bits=4)
+    _, report = grpo(model=base, reward={"beta": 0.1})
+    assert report.steps == 3
+
+
+def test_completions_that_were_cut_can_be_left_out(grpo: Run) -> None:
+    """A model that never ends a completion learns nothing then."""
+    config = {"max_completion_length": 1, "mask_truncated_completions": True}
+    _, report = grpo(reward=config, steps_per_report=1)
+    cut = [row for row in samples(report) if not row["stopped"]]
+    assert len(cut) > 20
+    counted = sum(row["tokens"] for row in samples(report) if row["stopped"])
+    assert report.trained_tokens == counted
+
+
+def test_the_same_seed_gives_the_same_bits(grpo: Run) -> None:
+    one, other = grpo("one")[1], grpo("other")[1]
+    assert samples(one) == samples(other)
+    assert same_bits(tensors(one.adapter_path), tensors(other.adapter_path))
+    third = grpo("third", seed=1)[1]
+    assert samples(third) != samples(one)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"packing": True}, "packing does not apply to objective grpo"),
+        ({"batch_tokens": 64}, "batch_tokens does not apply"),
+        ({"mask_prompt": True}, "mask_prompt does not apply"),
+        ({"dora": {"variant": "bidora"}}, "variant bidora splits the rows"),
+        ({"reward": {"max_completion_length": 32}}, "leaves no room for a prompt in"),
+        (
+            {"reward": {"num_iterations": 2}, "save_every": 5},
+            "save_every must be a multiple of .* 2, got 5",
+        ),
+        ({"reward": {"reward_funcs": ()}}, "grpo needs a reward"),
+        (
+            {"reward": {"reward_funcs": ("exact_match",)}},
+            "reward exact_match needs 'answer'",
+        ),
+        (
+            {"reward": {"max_completion_length": 27}},
+            r"row 3: the prompt has 6 tokens, but max_seq_length 32 less .* leaves 5",
+        ),
+        ({"data": [{"text": "a"}]}, "row 0: expected the key 'prompt'; found 'text'"),
+        ({"data": [*PROMPTS, {"prompt": "a"}]}, "expected the keys 'prompt', 'wanted'"),
+        ({"data": [{"prompt": ""}]}, "'prompt' is empty"),
+        (
+            {"data": [{"prompt": "a", "wanted": 1, "completions": 2}]},
+            "the column 'completions' would hide",
+        ),
+        (
+            {"data": [{"prompt": [{"role": "assistant", "content": "a"}]}]},
+            "'prompt' ends with an assistant's message",
+        ),
+        ({"data": ["abc"]}, "expected a mapping with the key 'prompt', got a str"),
+    ],
+)
+def test_bad_settings_and_data_are_refused_before_anything_is_written(
+    grpo: Run, tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(DoRAError, match=reason) as caught:
+        grpo(**settings)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_reward_that_fails_ends_the_run_and_what_was_written_is_whole(
+    grpo: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fails_later(prompts: list[str], **columns: Any) -> list[float]:
+        calls.append(prompts)
+        return [float("nan") if len(calls) == 4 else 0.5 for _ in prompts]
+
+    monkeypatch.setattr("tests.train.grpo.letters.parity", fails_later)
+    pattern = r"^reward \S+parity returned nan for the prompt '[a-p]+': return a finite"
+    with pytest.raises(DoRAError, match=pattern) as caught:
+        grpo(iters=9, save_every=2, steps_per_report=1)
+    assert "\n" not in str(caught.value)
+    folder = tmp_path / "adapter"
+    assert [line["step"] for line in log(folder)] == [1, 2, 3]
+    rows = (folder / "samples.jsonl").read_text().splitlines()
+    assert {json.loads(row)["step"] for row in rows} == {0, 1, 2}
+    assert (folder / "checkpoints" / "2" / "state.json").exists()
+    monkeypatch.undo()
+    again = grpo(iters=4, save_every=2, steps_per_report=1, resume=True)[1]
+    assert again.first_step == 2
+    assert {row["step"] for row in samples(again)} == {0, 1, 2, 3}
+
+
+def test_a_reward_that_fails_at_once_leaves_no_folder(
+    grpo: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.train.grpo.letters.parity", lambda prompts: [1 / 0])
+    with pytest.raises(DoRAError, match="ZeroDivisionError: division by zero, for the"):
+        grpo(valid=PROMPTS)
+    files = [path for path in (tmp_path / "adapter").rglob("*") if path.is_file()]
+    assert [path.name for path in files] == [".lock"] or not files
+
+
+def test_changed_data_columns_are_not_resumed(grpo: Run) -> None:
+    grpo(iters=2, save_every=2)
+    other = [{**row, "wanted": 1 - row["wanted"]} for row in PROMPTS]
+    with pytest.raises(DoRAError, match="reward data was"):
+        grpo(iters=4, save_every=2, data=other, resume=True)
+    with pytest.raises(DoRAError, match="reward.temperature was 1.0, is 0.5"):
+        grpo(iters=4, save_every=2, reward={"temperature": 0.5}, resume=True)
+
+
+def test_settings_of_grpo_need_its_objective(tiny_model: nn.Module) -> None:
+    with pytest.raises(DoRAError, match="settings of grpo do not apply to objective sft"):
+        finetune(
+            tiny_model,
+            None,
+            [[1, 2, 3]],
+            None,
+            train=TrainConfig(),
+            dora=DoRAConfig(),
+            adapter_path="unused",
+            reward=RewardConfig(reward_funcs=("exact_match",)),
+        )
+
+
+def test_two_processes_share_prompts_and_compare_all_rewards(tmp_path: Path) -> None:
+    def run(folder: Path, iters: int) -> None:
+        settings = {
+            **{"iters": iters, "resume": True, "steps_per_eval": 8},
+            "reward": {"scale_rewards": "batch"},
+        }
+        command = ["-m", "tests.train.grpo.resumable", str(folder), json.dumps(settings)]
+        with ring.started(tmp_path, command, command) as processes:
+            errors = [process.communicate(timeout=120)[1] for process in processes]
+        assert [process.wait() for process in processes] == [0, 0], errors
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole, 16)
+    run(parts, 8)
+    run(parts, 16)
+    assert_same_run(whole, parts)
+    texts = [(folder / "samples.jsonl").read_text() for folder in (whole, parts)]
+    assert texts[0] == texts[1]
+    rows = [json.loads(line) for line in texts[0].splitlines()]
+    for step in range(0, 16, 2):
+        own = [row for row in rows if row["step"] == step and row["set"] == "train"]
+        rewards = np.array([row["reward"] for row in own]).reshape(-1, 3)
+        assert len({row["prompt"] for row in own}) in (3, 4)  # 4 prompts an update
+        gains = rewards - rewards.mean(1, keepdims=True)
+        gains = gains / (rewards.std(ddof=1) + 1e-4)
+        found = [row["advantage"] for row in own]
+        assert found == pytest.approx(gains.ravel().tolist(), rel=1e-6)
+
+
+def test_a_reward_that_fails_in_one_process_ends_both(tmp_path: Path) -> None:
+    settings = {"reward": {"reward_funcs": ("tests.train.grpo.letters.fails_for_abc",)}}
+    command = [
+        *("-m", "tests.train.grpo.resumable", str(tmp_path / "adapter")),
+        json.dumps(settings),
+    ]
+    with ring.started(tmp_path, command, command) as processes:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.wait() for process in processes] == [1, 1]
+    for text in errors:
+        assert re.search(r"reward \S+ failed: ValueError: no abc, for the prompt", text)
