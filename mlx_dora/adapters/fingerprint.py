@@ -12,10 +12,12 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.keys import natural_order
 from mlx_dora.adapters.surgery import adapter_layers, base_of
+from mlx_dora.io.stored import StoredTensor
 
 # Number of sampled tensors, and of values sampled from each.
 _SAMPLED_TENSORS = 16
 _SAMPLED_VALUES = 256
+_REMEMBERED = "_mlx_dora_fingerprint"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -28,7 +30,13 @@ def fingerprint(model: nn.Module) -> str:
     Returns:
         ``"sha256:"`` and 64 hexadecimal digits.
     """
-    return fingerprint_of(base_tensors(model))
+    known = getattr(model, _REMEMBERED, None)
+    return known if isinstance(known, str) else fingerprint_of(base_tensors(model))
+
+
+def remember_fingerprint(model: nn.Module, value: str) -> None:
+    """Record the fingerprint of a model before its weights are divided."""
+    setattr(model, _REMEMBERED, value)
 
 
 def fingerprint_of(tensors: dict[str, mx.array]) -> str:
@@ -95,4 +103,13 @@ def sample_of(tensor: mx.array) -> bytes:
     flat = tensor.reshape(-1)
     step = max(1, flat.size // _SAMPLED_VALUES)
     values = mx.contiguous(flat[::step][:_SAMPLED_VALUES])
+    return np.array(values.view(mx.uint8)).tobytes()
+
+
+def sample_stored(tensor: StoredTensor) -> bytes:
+    """Return `sample_of` a tensor in a file, of which only the sample is read."""
+    flat = tensor.reshape(-1)
+    step = max(1, flat.size // _SAMPLED_VALUES)
+    places = range(0, flat.size, step)[:_SAMPLED_VALUES]
+    values = mx.concatenate([flat[place : place + 1] for place in places])
     return np.array(values.view(mx.uint8)).tobytes()

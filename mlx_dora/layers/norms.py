@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.layers.sharded import ShardedModule
 
 
 @contextmanager
@@ -15,12 +18,32 @@ def held_norms(model: nn.Module) -> Iterator[None]:
     Norms depend only on the parameters. One computation therefore serves all
     micro-batches of a step and the recomputed forward passes of gradient checkpointing.
     Leave the context before the optimizer changes the parameters.
+
+    Norms of weights that are divided among processes are evaluated on entry: inside the
+    context, a process may use them while others do not.
     """
     layers = [m for m in model.modules() if isinstance(m, DoRALayer)]
+    divided = [layer for layer in layers if isinstance(layer.base, ShardedModule)]
     for layer in layers:
-        layer.hold_norm()
+        if not isinstance(layer.base, ShardedModule):
+            layer.hold_norm()
+    if divided:
+        _gather_norms(divided)
     try:
         yield
     finally:
         for layer in layers:
             layer.release_norm()
+
+
+def _gather_norms(layers: list[DoRALayer]) -> None:
+    """Hold the norms of layers over divided weights, gathered in one message."""
+    own = [layer.own_norm() for layer in layers]
+    ends = np.cumsum([norm.size for norm in own]).tolist()
+    every = layers[0].base.whole_weight.gathered(mx.concatenate(own)[None])
+    norms = [
+        mx.contiguous(norm.reshape(-1)) for norm in mx.split(every, ends[:-1], axis=1)
+    ]
+    mx.eval(norms)
+    for layer, norm in zip(layers, norms, strict=True):
+        layer._norm = norm

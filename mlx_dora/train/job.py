@@ -8,9 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load, model_folder
+from mlx_dora.adapters.sharding import PendingDivision, load_sharded
 from mlx_dora.data.loading import make_datasets
 from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
@@ -26,6 +28,7 @@ from mlx_dora.train.run.journal import StepReport, TrainReport
 from mlx_dora.train.run.run import measure_loss
 from mlx_dora.train.run.start import check_folder
 from mlx_dora.train.services import HostCallback, check_services
+from mlx_dora.train.sharded import finish
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +101,13 @@ def _run(
 ) -> JobResult:
     folder = Path(train.adapter_path).expanduser()
     with together(group):
-        model, tokenizer, data = _load(train, folder, is_first=group.rank() == 0)
+        model, tokenizer, data = _load(train, folder, group)
+    if isinstance(model, PendingDivision):
+        model = finish(model)
+        if not train.trains and train.adapter_path:
+            with together(group):
+                attach_adapter(model, read_adapter(folder), name=str(folder))
+                model.eval()
     report, plot = None, None
     if train.trains:
         report = finetune(
@@ -128,8 +137,13 @@ def _run(
     )
 
 
-def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any, Any]:
-    """Load model, tokenizer and data; quick checks precede the slow loading."""
+def _load(
+    train: TrainConfig, folder: Path, group: mx.distributed.Group
+) -> tuple[Any, Any, Any]:
+    """Load model, tokenizer and data; quick checks precede the slow loading.
+
+    With ``shard`` on several processes, the model is a `PendingDivision`.
+    """
     if train.model is None:
         raise DoRAError("model is not given: name a folder or a Hugging Face id.")
     if not train.trains and not train.test:
@@ -139,7 +153,7 @@ def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any
     if train.trains:
         if not train.adapter_path:
             raise DoRAError("adapter_path is empty: name a folder for the adapter.")
-        if is_first:
+        if group.rank() == 0:
             data = train.data if train.hf_dataset is None else None
             check_folder(folder, train, inputs=(data,))
             check_services(train)
@@ -154,9 +168,11 @@ def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any
             raise DoRAError(f"{train.data} has no {name} data.")
         logger.warning("there is no validation data: training without validation")
     model_folder(train.model)
-    model, tokenizer = load(
-        train.model, tested, trust_remote_code=train.trust_remote_code
-    )
+    trust = train.trust_remote_code
+    if train.shard and group.size() > 1:
+        model, tokenizer = load_sharded(train.model, group, trust_remote_code=trust)
+    else:
+        model, tokenizer = load(train.model, tested, trust_remote_code=trust)
     return model, tokenizer, make_datasets(splits, tokenizer)
 
 

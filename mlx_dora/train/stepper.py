@@ -14,8 +14,9 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_dora.data.batches import Batch, Examples
 from mlx_dora.evaluate.loss import Loss
-from mlx_dora.layers import held_norms
+from mlx_dora.layers import held_norms, sharded_modules
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.group import check_same_shapes
 from mlx_dora.train.optimizers import build_optimizer
 
 B_NAME = "lora_b"
@@ -140,6 +141,7 @@ class Stepper:
         self._apply = apply
         self._limit = settings.max_grad_norm
         self._recomputes = settings.grad_checkpoint
+        self._is_sharded = bool(sharded_modules(model))
 
     def gradient(self, window: Sequence[Batch]) -> Gradient:
         """Gradient of the mean loss over the targets of `window`, on all processes."""
@@ -147,7 +149,9 @@ class Stepper:
         is_weighted = len(window) > 1 or self._group.size() > 1
         # Norms are constant until the weights change. A pass that needs them only once
         # gets them cheaper from its own products.
-        reuses = len(window) > 1 or self._recomputes
+        reuses = len(window) > 1 or self._recomputes or self._is_sharded
+        if self._is_sharded:
+            check_same_shapes(window, self._group)
         with held_norms(self._model) if reuses else nullcontext():
             for batch, lengths in window:
                 value, tokens, gradient = self._differentiate(batch, lengths)

@@ -23,6 +23,7 @@ class Feed:
         train: Settings of the training.
         make: Makes the batches instead of `Schedule`, see `finetune`; may be None.
         processes: Number of processes that share each batch.
+        alike: Give every process a batch of the same shape.
 
     Raises:
         DoRAError: If `make` is given and the settings count in epochs or tokens.
@@ -34,9 +35,11 @@ class Feed:
         train: TrainConfig,
         make: MakeBatches | None,
         processes: int = 1,
+        *,
+        alike: bool = False,
     ) -> None:
         self.counts = RowCounts()
-        self._levels, self._make = levels, make
+        self._levels, self._make, self._alike = levels, make, alike
         self._limits = train.batch_size, train.max_seq_length
         self._seed = train.seed
         self._schedules: list[Schedule] = []
@@ -86,7 +89,8 @@ class Feed:
         Custom batches are made for the training alone, so every width is expected.
         """
         if self._make is None:
-            batches = self._schedules[0].batches(0, group.rank(), group.size())
+            place = 0, group.rank(), group.size()
+            batches = self._schedules[0].batches(*place, alike=self._alike)
             return (tokens.shape for tokens, _ in batches)
         rows, longest = self._limits
         widths = (1 << power for power in range(longest.bit_length()))
@@ -102,7 +106,10 @@ class Feed:
         """
         if self._make is None:
             place = step, group.rank(), group.size()
-            streams = [schedule.batches(*place) for schedule in self._schedules]
+            streams = [
+                schedule.batches(*place, alike=self._alike)
+                for schedule in self._schedules
+            ]
         else:
             make = partial(self._make, seed=self._seed, counts=self.counts)
             streams = [
