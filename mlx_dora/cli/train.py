@@ -49,12 +49,23 @@ HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
     group="Common options",
     help="Predict the memory that training needs, and exit.",
 )
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    cls=GroupedOption,
+    group="Common options",
+    help="With --plan: plan for one of this many processes of mlx.launch, with the "
+    "bytes that it sends.",
+)
 @json_option(group="Reports")
 @publish_options
 def command(
     train: TrainConfig,
     dora: DoRAConfig,
     plan: bool,
+    processes: int,
     card: bool,
     json_output: JsonOutput,
     upload_repo: str | None,
@@ -71,10 +82,15 @@ def command(
     """
     json_output.check(train.model, train.data)
     train = replace(train, model=train.model or _default_model(train))
+    if processes > 1 and not plan:
+        raise click.UsageError(
+            "--processes is for --plan; start a training on several processes with "
+            "mlx.launch."
+        )
     if plan:
         from mlx_dora.train.plan.predict import plan_memory
 
-        predicted = plan_memory(train, dora)
+        predicted = plan_memory(train, dora, processes=processes)
         json_output.write({"plan": asdict(predicted)})
         for line in describe_plan(predicted):
             echo(line)

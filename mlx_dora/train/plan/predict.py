@@ -19,6 +19,7 @@ from mlx_dora.train.plan.attention import (
 )
 from mlx_dora.train.plan.rows import largest_batches, row_lengths
 from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
+from mlx_dora.train.plan.traffic import Traffic, divided_by, traffic_of
 
 # Number of arrays of a chunk's size, or of a block's width, that exist at a time: MLX
 # allocates up to ten tasks ahead of the computation. See docs/memory.md.
@@ -29,6 +30,8 @@ _RECOMPUTED_IN_FLIGHT = 12
 _SCORES_IN_FLIGHT = 2
 # Arrays of a block of scores in a fused backward pass: scores and their gradient.
 _FUSED_IN_FLIGHT = 2
+# Gathered weights of a block that exist at a time, where processes divide them.
+_GATHERS_IN_FLIGHT = 2
 # Copies of the trained parameters that an optimizer keeps.
 _OPTIMIZER_COPIES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 1}
 
@@ -59,6 +62,10 @@ class MemoryPlan:
             on the CPU; on an Apple GPU those that MLX has no fused backward pass for.
         device: Backend of MLX that the plan is for: cpu, metal or cuda.
         logits: Bytes of the chunks of logits in flight.
+        gathered: Bytes of the largest weight that is gathered whole; 0 unless weights
+            are divided among processes.
+        processes: Number of processes; all numbers are for one of them.
+        traffic: Bytes that a process sends per batch; None for one process.
         peak: Predicted peak. Activations and logits do not peak together.
         limit: Bytes that MLX may use on this machine.
         longest: Longest rows that fit at this batch size, in tokens; 0 for none.
@@ -81,6 +88,9 @@ class MemoryPlan:
     scored_blocks: int
     device: str
     logits: int
+    gathered: int = 0
+    processes: int = 1
+    traffic: Traffic | None = None
     peak: int
     limit: int
     longest: int = 0
@@ -100,6 +110,7 @@ def plan_memory(
     limit: int | None = None,
     lengths: Sequence[int] | None = None,
     device: Device | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """Predict the peak memory of a training, which its longest rows determine.
 
@@ -114,6 +125,8 @@ def plan_memory(
         lengths: Tokens of each training row, instead of reading the data.
         device: Where to train; default: this machine's device. With `metal_device` and
             `limit`, the plan is for a Mac wherever it is made.
+        processes: Number of processes that share each batch and, with ``shard``, the
+            weights. The plan is for one of them.
 
     Raises:
         DoRAError: If the model or the data does not exist, or the model has blocks
@@ -126,7 +139,10 @@ def plan_memory(
             "no memory plan for variants, init pissa or magnitude_keys: only DoRA, "
             "LoRA and full fine-tuning have one."
         )
-    shapes = read_shapes(Path(train.model), dora, train.fine_tune_type)
+    is_divided = train.shard is not None and processes > 1
+    shapes = read_shapes(
+        Path(train.model), dora, train.fine_tune_type, is_divided=is_divided
+    )
     if lengths is None and (train.data != DEFAULT_DATA or train.hf_dataset):
         lengths = row_lengths(train)
     limit = memory_limit() if limit is None else limit
@@ -134,7 +150,7 @@ def plan_memory(
     document = None
     if train.packing and lengths is not None:
         document = min(max(lengths), train.max_seq_length)
-    how = limit, device, document
+    how = limit, device, document, processes
     step = max(
         largest_batches(train, lengths),
         key=lambda step: plan_step(shapes, step, *how).peak,
@@ -165,10 +181,11 @@ def predict(
     limit: int,
     device: Device | None = None,
     document: int | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """Make the plan of a training, without advice. The arguments are `plan_step`'s."""
     device = this_device() if device is None else device
-    how = limit, device, document
+    how = limit, device, document, processes
 
     def fitting(change: Callable[[int], TrainConfig], most: int) -> int:
         least = 0
@@ -192,6 +209,7 @@ def plan_step(
     limit: int,
     device: Device,
     document: int | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """The terms and the peak, without the largest sizes that fit.
 
@@ -202,8 +220,10 @@ def plan_step(
         limit: Bytes to fit into.
         device: Where to train.
         document: Tokens of the longest document in packed rows.
+        processes: Number of processes that share a batch.
     """
-    length = train.max_seq_length
+    length, rows = train.max_seq_length, train.batch_size
+    train = replace(train, batch_size=-(-rows // processes))
     tokens = train.batch_size * (length - 1)
     size = shapes.element_bytes
     # 1. Held throughout the step.
@@ -211,7 +231,12 @@ def plan_step(
     trained = shapes.trainable * (size if is_full else 4)
     optimizer = trained * _OPTIMIZER_COPIES[train.optimizer]
     gradients = trained + 4 * shapes.trainable * (train.grad_accumulation_steps > 1)
-    always = shapes.weight_bytes + (0 if is_full else trained) + optimizer + gradients
+    divided = divided_by(shapes.modules, processes)
+    away = sum(m.nbytes * (processes - 1) // processes for m in divided)
+    in_blocks = [m.nbytes for m in divided if m.block is not None]
+    heads = [m.nbytes for m in divided if m.is_head]
+    weights = shapes.weight_bytes - away
+    always = weights + (0 if is_full else trained) + optimizer + gradients
     # 2. Kept by the forward pass.
     count = len(shapes.block_elements)
     scored, score, blocks = _scores(shapes, train, device, document)
@@ -231,12 +256,26 @@ def plan_step(
     chunks = min(_IN_FLIGHT, 3 * -(-tokens // chunk))
     wide = 4 if device.kind == "cpu" else size
     logits = chunks * chunk * shapes.vocabulary * wide
-    backward = working + working_scores * score + blocks
+    # A divided weight is whole while it is used: the head's for all chunks.
+    logits += max(heads, default=0)
+    gathers = _GATHERS_IN_FLIGHT * max(in_blocks, default=0)
+    backward = working + working_scores * score + blocks + gathers
+    traffic = None
+    if processes > 1:
+        traffic = traffic_of(
+            shapes.modules,
+            processes=processes,
+            tokens=tokens,
+            trainable=shapes.trainable,
+            has_norms=train.fine_tune_type == "dora",
+            grad_checkpoint=train.grad_checkpoint,
+            accumulation=train.grad_accumulation_steps,
+        )
     return MemoryPlan(
-        batch_size=train.batch_size,
+        batch_size=rows,
         length=length,
         grad_checkpoint=train.grad_checkpoint,
-        weights=shapes.weight_bytes,
+        weights=weights,
         adapter=trained,
         optimizer=optimizer,
         gradients=gradients,
@@ -245,6 +284,9 @@ def plan_step(
         scored_blocks=scored,
         device=device.kind,
         logits=logits,
+        gathered=max([*heads, *in_blocks], default=0),
+        processes=processes,
+        traffic=traffic,
         peak=always + kept + kept_scores * score + max(logits, backward),
         limit=limit,
     )
@@ -276,6 +318,7 @@ def _advise(
     limit: int,
     device: Device,
     document: int | None,
+    processes: int,
     *,
     by_tokens: bool,
 ) -> tuple[str, ...]:
@@ -284,7 +327,7 @@ def _advise(
     if not train.grad_checkpoint:
         train = replace(train, grad_checkpoint=True)
         advice.append("--grad-checkpoint")
-    how = limit, device, document
+    how = limit, device, document, processes
     while plan_step(shapes, train, *how).peak > limit and train.batch_size > 1:
         half = train.batch_size // 2
         steps = train.grad_accumulation_steps * train.batch_size // half

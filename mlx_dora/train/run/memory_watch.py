@@ -152,11 +152,12 @@ def _fitting_flags(
         peak: Measured peak; the plan is scaled so that it predicts this.
         fitting: Bytes to fit into.
     """
+    processes = mx.distributed.init().size()
     lengths = [len(data[index][0]) for index in range(len(data))]
     try:
-        planned = plan_memory(train, dora, lengths=lengths, limit=fitting).peak
-        scaled = int(fitting * planned / peak)
-        flags = plan_memory(train, dora, lengths=lengths, limit=scaled).advice
+        plan = partial(plan_memory, train, dora, lengths=lengths, processes=processes)
+        planned = plan(limit=fitting).peak
+        flags = plan(limit=int(fitting * planned / peak)).advice
     except DoRAError as error:
         logger.info("no plan of the memory: %s", error)
         flags = ()
