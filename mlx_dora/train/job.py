@@ -80,16 +80,18 @@ def run_job(
         KeyboardInterrupt: After Ctrl-C, once the step is done and the adapter is saved.
     """
     group = mx.distributed.init()
-    try:
-        with watched_peers(group):
+    with watched_peers(group) as ended:
+        try:
             return _run(train, dora, group, callback, progress)
-    except RuntimeError as error:
-        if group.size() == 1 or _PEER_LOST not in str(error):
-            raise
-        raise DoRAError(
-            f"another process of this training has ended ({error}): see its output; "
-            "--resume continues from the last checkpoint."
-        ) from error
+        except RuntimeError as error:
+            if group.size() == 1 or _PEER_LOST not in str(error):
+                raise
+            ranks = ", ".join(map(str, ended()))
+            what = f"process {ranks}" if ranks else "another process"
+            raise DoRAError(
+                f"{what} of this training has ended ({error}): see its output; "
+                "--resume continues from the last checkpoint."
+            ) from error
 
 
 def _run(
