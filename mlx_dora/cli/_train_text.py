@@ -15,6 +15,7 @@ from mlx_dora.train.run.journal import TrainReport
 if TYPE_CHECKING:
     from mlx_dora.train.objectives.objective import Measured
     from mlx_dora.train.plan.predict import MemoryPlan
+    from mlx_dora.train.plan.traffic import Traffic
 
 LEGEND = "loss: mean over target tokens, in nats; tok/s: target tokens a second"
 DORA_LEGEND = "; ΔM, ΔD: mean changes of the rows' lengths and directions"
@@ -102,18 +103,25 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
         "attention scores": plan.scores,
         "logits": plan.logits,
     }
+    shared = f", shared by {plan.processes} processes" if plan.processes > 1 else ""
     lines = [
-        f"Calculated for batches of {plan.batch_size} {_widest(plan)}{recomputed}:"
+        f"Calculated for batches of {plan.batch_size} {_widest(plan)}{shared}"
+        f"{recomputed}:"
     ]
     parts = {
         name: count for name, count in parts.items() if name != "reference" or count
     }
+    if plan.gathered:
+        parts["gathered at once"] = plan.gathered
     lines += [f"  {name:<17}{size(count):>10}" for name, count in parts.items()]
+    each = " on each machine" if plan.processes > 1 else ""
     verdict = "fits into" if plan.fits else "does not fit into"
     lines.append(
-        f"Peak {size(plan.peak)} (not all of it at once): {verdict} this machine's "
-        f"{size(plan.limit)}."
+        f"Peak {size(plan.peak)}{each} (not all of it at once): {verdict} this "
+        f"machine's {size(plan.limit)}."
     )
+    if plan.traffic is not None:
+        lines += _describe_traffic(plan.traffic)
     fitting = []
     if plan.longest:
         fitting.append(f"{plan.batch_size} rows of up to {plan.longest:,} tokens")
@@ -124,6 +132,23 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
     if plan.advice:
         lines.append(f"To make it fit: {' '.join(plan.advice)}")
     return lines
+
+
+def _describe_traffic(traffic: "Traffic") -> list[str]:
+    parts = {
+        "weights": traffic.weights,
+        "embeddings": traffic.tokens,
+        "norms": traffic.norms,
+        "gradients": traffic.gradients,
+    }
+    listed = ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
+    times = ", ".join(
+        f"{s:.3g} s at {rate} Gb/s" for rate, s in traffic.seconds.items()
+    )
+    return [
+        f"Each process sends {size(traffic.total)} per batch ({listed}).",
+        f"The transfers alone take {times} (calculated).",
+    ]
 
 
 def _widest(plan: "MemoryPlan") -> str:

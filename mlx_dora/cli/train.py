@@ -59,6 +59,16 @@ HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
     group="Common options",
     help="Predict the memory that training needs, and exit.",
 )
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    cls=GroupedOption,
+    group="Common options",
+    help="With --plan: plan for one of this many processes of mlx.launch, with the "
+    "bytes that it sends.",
+)
 @json_option(group="Reports")
 @publish_options
 def command(
@@ -67,6 +77,7 @@ def command(
     preference: PreferenceConfig,
     reward: RewardConfig,
     plan: bool,
+    processes: int,
     card: bool,
     json_output: JsonOutput,
     upload_repo: str | None,
@@ -84,10 +95,17 @@ def command(
     json_output.check(train.model, train.data)
     preference, reward = shared_settings(train, preference, reward)
     train = replace(train, model=train.model or _default_model(train))
+    if processes > 1 and not plan:
+        raise click.UsageError(
+            "--processes is for --plan; start a training on several processes with "
+            "mlx.launch."
+        )
     if plan:
         from mlx_dora.train.plan.predict import plan_memory
 
-        predicted = plan_memory(train, dora, preference=preference, reward=reward)
+        predicted = plan_memory(
+            train, dora, preference=preference, reward=reward, processes=processes
+        )
         json_output.write({"plan": asdict(predicted)})
         for line in describe_plan(predicted):
             echo(line)

@@ -218,7 +218,9 @@ class Schedule:
                 ends.append(done)
         return ends
 
-    def batches(self, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    def batches(
+        self, start: int = 0, rank: int = 0, ranks: int = 1, *, alike: bool = False
+    ) -> Iterator[Batch]:
         """Yield batches indefinitely.
 
         Args:
@@ -226,15 +228,28 @@ class Schedule:
             rank: Rank of this process among those that share each batch's rows.
             ranks: Number of processes. A process that gets no row of a small batch
                 gets a row without targets.
+            alike: Give every process a batch of the same shape.
         """
         number = 0
         assert not self._groups or ranks == self._ranks
         while True:
             epoch = self._epoch(number)
             for rows, width in epoch[start:]:
+                if alike:
+                    width = width or self._width(rows)
+                    rows = [*rows, *[()] * (-len(rows) % ranks)]
                 yield self._make(rows[rank::ranks], width)
             start = max(start - len(epoch), 0)
             number += 1
+
+    def _width(self, rows: Sequence[Row]) -> int:
+        """Width of a batch of these rows."""
+        most = self._max_seq_length
+        lengths = [
+            sum(min(len(self._dataset[index][0]), most) for index in row)
+            for row in rows
+        ]
+        return padded_width(max(lengths), most)
 
     def _make(self, rows: Sequence[Row], width: int | None) -> Batch:
         if self._unit is not None:
@@ -245,7 +260,7 @@ class Schedule:
         examples = [[self._dataset[index] for index in row] for row in rows]
         examples = examples or [[EMPTY]]
         if self._packing:
-            return pack_batch(examples, self._max_seq_length)
+            return pack_batch(examples, self._max_seq_length, width)
         # Targets of empty rows have the form of the others', for marks of one shape.
         is_spans = any(row and not isinstance(row[0][1], int) for row in examples)
         empty: Example = (EMPTY[0], ()) if is_spans else EMPTY

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_dora.layers import is_traced
+from mlx_dora.layers import held_whole, is_traced
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +116,11 @@ def summed_loss(
         return token_losses(split.head(hidden), targets[here], mask[here]).sum()
 
     starts = range(0, targets.size, size)
-    if not model.training:
-        return _in_turn(hidden, starts, size, of_chunk)
-    return _with_gradient(model, split.blocks, hidden, starts, size, of_chunk)
+    # A head whose rows are divided among processes is gathered once for all chunks.
+    with held_whole(model, hidden):
+        if not model.training:
+            return _in_turn(hidden, starts, size, of_chunk)
+        return _with_gradient(model, split.blocks, hidden, starts, size, of_chunk)
 
 
 def target_places(mask: mx.array) -> mx.array | None:

@@ -4,15 +4,17 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.data.batches import Examples, batches_once
+from mlx_dora.data.batches import Batch, Examples, batches_once
 from mlx_dora.data.counts import RowCounts
 from mlx_dora.data.documents import document_caches
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.cross_entropy import summed_loss
+from mlx_dora.layers import sharded_modules
 
 Loss = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
 """``(model, tokens, marks) -> (mean loss of the targets, number of targets)``."""
@@ -142,6 +144,8 @@ def evaluate_loss(
         batches = batches_once(
             dataset, batch_size, max_seq_length, num_batches, counts, batch_tokens
         )
+        if ranks > 1 and sharded_modules(model):
+            batches = _of_equal_shapes(batches, ranks)
         for number, (batch, lengths) in enumerate(batches):
             if number % ranks == rank:
                 value, count = loss(model, batch, lengths)
@@ -160,3 +164,23 @@ def evaluate_loss(
         rows_truncated=counts.truncated,
         rows_skipped=counts.skipped,
     )
+
+
+def _of_equal_shapes(batches: Iterator[Batch], ranks: int) -> Iterator[Batch]:
+    """Pad each round of `ranks` batches to one shape, and fill up the last round.
+
+    Processes that divide a model's weights communicate within each pass, so that each
+    needs a batch in each round, of the same shape.
+    """
+    while members := list(islice(batches, ranks)):
+        members += [(mx.zeros_like(members[0][0]), mx.zeros_like(members[0][1]))] * (
+            ranks - len(members)
+        )
+        rows = max(tokens.shape[0] for tokens, _ in members)
+        width = max(tokens.shape[1] for tokens, _ in members)
+        for tokens, marks in members:
+            more = (0, rows - tokens.shape[0]), (0, width - tokens.shape[1])
+            in_marks = [more[0], more[1] if marks.ndim == 3 else (0, 0)]
+            if marks.ndim == 3:
+                in_marks.append((0, 0))
+            yield mx.pad(tokens, more), mx.pad(marks, in_marks)

@@ -14,6 +14,7 @@ from mlx_dora.kernels.plans import (
 from mlx_dora.kernels.trial import Job, normal
 from mlx_dora.matrix.low_rank import LowRank
 from mlx_dora.matrix.packed import QuantizedWeight
+from mlx_dora.matrix.sharded import ShardedWeight
 from mlx_dora.matrix.weight import Weight, are_ordinary, row_squares
 
 _DENSE = KERNELS["adapted_norm"]
@@ -120,8 +121,45 @@ def launched(
     return mx.stop_gradient(norm)
 
 
-row_norm = select(plain.adapted_norm, launched, _takes)
-"""Compute `adapted_norm` without checking shapes, for layers; also for stacks."""
+_norm = select(plain.adapted_norm, launched, _takes)
+
+
+def row_norm(
+    weight: Weight,
+    lora_a: mx.array,
+    lora_b: mx.array,
+    scale: float,
+    *,
+    squared_base: mx.array | None = None,
+) -> mx.array:
+    """Compute `adapted_norm` without checking shapes, for layers; also for stacks.
+
+    Of a weight whose rows are divided among processes, each computes the norms of its
+    own rows, and all gather the norms.
+    """
+    if not isinstance(weight, ShardedWeight):
+        return _norm(weight, lora_a, lora_b, scale, squared_base=squared_base)
+    squares = weight.squares if squared_base is None else squared_base
+    own = own_norm(weight, lora_a, lora_b, scale, squared_base=squares)
+    return weight.gathered(own)
+
+
+def own_norm(
+    weight: ShardedWeight,
+    lora_a: mx.array,
+    lora_b: mx.array,
+    scale: float,
+    *,
+    squared_base: mx.array,
+) -> mx.array:
+    """Compute `adapted_norm` of the rows that this process holds.
+
+    The arguments are those of the whole weight. Shape ``(out / processes,)``.
+    """
+    own = weight.own
+    return _norm(
+        weight.part, lora_a, lora_b[:, own], scale, squared_base=squared_base[own]
+    )
 
 
 def job(case: Case) -> Job:

@@ -9,11 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.kernels.adapted_norm import row_norm
+from mlx_dora.kernels.adapted_norm import own_norm, row_norm
 from mlx_dora.layers._cache import Epilogue, EvalCache, Sources, is_traced
 from mlx_dora.layers._fuse import fused_module
 from mlx_dora.layers.layout import Layout, rearranged
 from mlx_dora.matrix.low_rank import Adapted, LowRank
+from mlx_dora.matrix.sharded import ShardedWeight
 from mlx_dora.matrix.terms import exact_terms, row_gain
 from mlx_dora.matrix.weight import matrices, row_squares, weight_from, weight_of
 
@@ -224,6 +225,14 @@ class DoRALayer(nn.Module):
         if self._keeps_norm:
             self._norm = norm
         return norm
+
+    def own_norm(self) -> mx.array:
+        """Return `norm` of the rows that this process holds of a divided weight."""
+        weight = weight_of(self.base)
+        assert isinstance(weight, ShardedWeight)
+        return own_norm(
+            weight, *self.factors(), self.scale, squared_base=self["_squared_base"]
+        )
 
     def gain(self) -> mx.array:
         """Return the gain g = m/n of every row, float32; exact, cached in eval mode."""

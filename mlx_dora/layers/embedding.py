@@ -8,6 +8,7 @@ import mlx.nn as nn
 from mlx_dora.kernels.rescale import rescale
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers.linear import project, project_with_norm
+from mlx_dora.layers.sharded import ShardedEmbedding
 from mlx_dora.matrix.low_rank import LowRank
 from mlx_dora.matrix.terms import floored_norm, row_gain, terms_of, trained_gain
 
@@ -40,7 +41,7 @@ class DoRAEmbedding(DoRALayer):
 
     base_name: ClassVar[str] = "embedding"
     layout = "embedding"
-    embedding: nn.Embedding | nn.QuantizedEmbedding
+    embedding: nn.Embedding | nn.QuantizedEmbedding | ShardedEmbedding
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class DoRAEmbedding(DoRALayer):
     @classmethod
     def base_types(cls) -> tuple[type[nn.Module], ...]:
         """Return the classes of modules that this layer can wrap."""
-        return nn.Embedding, nn.QuantizedEmbedding
+        return nn.Embedding, nn.QuantizedEmbedding, ShardedEmbedding
 
     set_embedding = DoRALayer.set_base
 

@@ -9,6 +9,7 @@ from mlx_dora.kernels.dispatch import chosen_mode
 from mlx_dora.kernels.plain import product_and_norm
 from mlx_dora.kernels.rescale import rescale
 from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.layers.sharded import ShardedLinear
 from mlx_dora.matrix.low_rank import Adapted
 from mlx_dora.matrix.packed import unpacks
 from mlx_dora.matrix.riding import rides
@@ -83,7 +84,7 @@ class DoRALinear(DoRALayer):
     """
 
     base_name: ClassVar[str] = "linear"
-    linear: nn.Linear | nn.QuantizedLinear
+    linear: nn.Linear | nn.QuantizedLinear | ShardedLinear
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class DoRALinear(DoRALayer):
     @classmethod
     def base_types(cls) -> tuple[type[nn.Module], ...]:
         """Return the classes of modules that this layer can wrap."""
-        return nn.Linear, nn.QuantizedLinear
+        return nn.Linear, nn.QuantizedLinear, ShardedLinear
 
     @classmethod
     def from_parts(

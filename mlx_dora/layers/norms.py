@@ -5,8 +5,10 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.layers.sharded import ShardedModule
 
 
 @contextmanager
@@ -16,10 +18,17 @@ def held_norms(model: nn.Module) -> Iterator[None]:
     Norms depend only on the parameters. One computation therefore serves all
     micro-batches of a step. Leave the context before the optimizer changes the
     parameters.
+
+    Norms of weights that are divided among processes are evaluated on entry: inside the
+    context, a process may use them while others do not.
     """
     layers = [m for m in model.modules() if isinstance(m, DoRALayer)]
+    divided = [layer for layer in layers if isinstance(layer.base, ShardedModule)]
     for layer in layers:
-        layer.hold_norm()
+        if not isinstance(layer.base, ShardedModule):
+            layer.hold_norm()
+    if divided:
+        _gather_norms(divided)
     try:
         yield
     finally:
@@ -58,3 +67,14 @@ def shared_norms(
             layer._keeps_norm = False
             if "_norm" in layer:
                 norms[place] = layer.pop("_norm")
+def _gather_norms(layers: list[DoRALayer]) -> None:
+    """Hold the norms of layers over divided weights, gathered in one message."""
+    own = [layer.own_norm() for layer in layers]
+    ends = np.cumsum([norm.size for norm in own]).tolist()
+    every = layers[0].base.whole_weight.gathered(mx.concatenate(own)[None])
+    norms = [
+        mx.contiguous(norm.reshape(-1)) for norm in mx.split(every, ends[:-1], axis=1)
+    ]
+    mx.eval(norms)
+    for layer, norm in zip(layers, norms, strict=True):
+        layer._norm = norm

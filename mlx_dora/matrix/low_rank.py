@@ -83,6 +83,10 @@ class LowRank:
         factors = zip(self.lora_a, self.lora_b, strict=True)
         return [replace(self, lora_a=a, lora_b=b) for a, b in factors]
 
+    def for_rows(self, index: slice) -> "LowRank":
+        """Return the update of some output rows."""
+        return replace(self, lora_b=self.lora_b[..., index])
+
     def with_unit_columns(self) -> "LowRank":
         """Return this update in float32, with columns of A scaled near 1.
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.matrix.low_rank import Adapted, Array, LowRank
+from mlx_dora.matrix.sharded import ShardedWeight
 from mlx_dora.matrix.weight import (
     Weight,
     are_ordinary,
@@ -167,9 +168,23 @@ def exact_terms(weight: Weight, update: LowRank) -> ExactTerms:
         DoRAError: If the shapes do not fit together.
     """
     update.check_fits(weight.shape)
+    if isinstance(weight, ShardedWeight):
+        return _gathered_terms(weight, update)
     scaled = update.with_unit_columns()
     q0, product = base_products(weight, scaled.lora_a)
     return with_exact_norm(weight, update, terms_of(q0, product, scaled))
+
+
+def _gathered_terms(weight: ShardedWeight, update: LowRank) -> ExactTerms:
+    """Compute the terms of the own rows, dense rows included, and gather them."""
+    own = exact_terms(weight.part, update.for_rows(weight.own))
+    columns = mx.stack([own.q0, own.c, own.p, own.norm], axis=1)
+    count = mx.distributed.all_sum(mx.array(own.recomputed), group=weight.group)
+    q0, c, p, norm = weight.gathered(columns).T
+    mx.eval(q0, c, p, norm, count)
+    return ExactTerms(
+        q0=q0, c=c, p=p, scale=update.scale, norm=norm, recomputed=int(count)
+    )
 
 
 def with_exact_norm(

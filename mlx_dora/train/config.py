@@ -10,6 +10,7 @@ from mlx_dora.options import option
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
 FineTuneType = Literal["dora", "lora", "full"]
 ObjectiveName = Literal["sft", "dpo", "orpo", "kto", "simpo", "grpo"]
+Shard = Literal["full"]
 SERVICES = ("wandb", "swanlab")
 
 
@@ -248,6 +249,12 @@ class TrainConfig(DataConfig):
         least=1,
         recorded=True,
         group="Training",
+    )
+    shard: Shard | None = option(
+        None,
+        help="Divide the frozen weights among the processes of mlx.launch, for models "
+        "larger than one machine; full: each holds a share of the rows.",
+        group="Memory",
     )
     clear_cache_threshold: int = option(
         0,

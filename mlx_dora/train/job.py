@@ -8,9 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load, model_folder
+from mlx_dora.adapters.sharding import PendingDivision, load_sharded
 from mlx_dora.data.loading import make_datasets
 from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
@@ -29,6 +31,7 @@ from mlx_dora.train.run.journal import StepReport, TrainReport
 from mlx_dora.train.run.run import measure
 from mlx_dora.train.run.start import check_folder
 from mlx_dora.train.services import HostCallback, check_services
+from mlx_dora.train.sharded import finish
 
 logger = logging.getLogger(__name__)
 
@@ -84,17 +87,19 @@ def run_job(
         KeyboardInterrupt: After Ctrl-C, once the step is done and the adapter is saved.
     """
     group = mx.distributed.init()
-    try:
-        with watched_peers(group):
+    with watched_peers(group) as ended:
+        try:
             objective = make_objective(train, preference, reward=reward)
             return _run(train, dora, objective, group, callback, progress)
-    except RuntimeError as error:
-        if group.size() == 1 or _PEER_LOST not in str(error):
-            raise
-        raise DoRAError(
-            f"another process of this training has ended ({error}): see its output; "
-            "--resume continues from the last checkpoint."
-        ) from error
+        except RuntimeError as error:
+            if group.size() == 1 or _PEER_LOST not in str(error):
+                raise
+            ranks = ", ".join(map(str, ended()))
+            what = f"process {ranks}" if ranks else "another process"
+            raise DoRAError(
+                f"{what} of this training has ended ({error}): see its output; "
+                "--resume continues from the last checkpoint."
+            ) from error
 
 
 def _run(
@@ -108,8 +113,13 @@ def _run(
     folder = Path(train.adapter_path).expanduser()
     with together(group):
         objective.check(train, dora)
-        is_first = group.rank() == 0
-        model, tokenizer, data = _load(train, objective, folder, is_first=is_first)
+        model, tokenizer, data = _load(train, objective, folder, group)
+    if isinstance(model, PendingDivision):
+        model = finish(model)
+        if not train.trains and train.adapter_path:
+            with together(group):
+                attach_adapter(model, read_adapter(folder), name=str(folder))
+                model.eval()
     report, plot = None, None
     if train.trains:
         report = finetune(
@@ -144,9 +154,15 @@ def _run(
 
 
 def _load(
-    train: TrainConfig, objective: Objective, folder: Path, *, is_first: bool
+    train: TrainConfig,
+    objective: Objective,
+    folder: Path,
+    group: mx.distributed.Group,
 ) -> tuple[Any, Any, Any]:
-    """Load model, tokenizer and data; quick checks precede the slow loading."""
+    """Load model, tokenizer and data; quick checks precede the slow loading.
+
+    With ``shard`` on several processes, the model is a `PendingDivision`.
+    """
     if train.model is None:
         raise DoRAError("model is not given: name a folder or a Hugging Face id.")
     if not train.trains and not train.test:
@@ -156,7 +172,7 @@ def _load(
     if train.trains:
         if not train.adapter_path:
             raise DoRAError("adapter_path is empty: name a folder for the adapter.")
-        if is_first:
+        if group.rank() == 0:
             data = train.data if train.hf_dataset is None else None
             check_folder(folder, train, inputs=(data,))
             check_services(train)
@@ -171,9 +187,11 @@ def _load(
             raise DoRAError(f"{train.data} has no {name} data.")
         logger.warning("there is no validation data: training without validation")
     model_folder(train.model)
-    model, tokenizer = load(
-        train.model, tested, trust_remote_code=train.trust_remote_code
-    )
+    trust = train.trust_remote_code
+    if train.shard and group.size() > 1:
+        model, tokenizer = load_sharded(train.model, group, trust_remote_code=trust)
+    else:
+        model, tokenizer = load(train.model, tested, trust_remote_code=trust)
     return model, tokenizer, make_datasets(splits, tokenizer, objective.dataset)
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_dora.data.batches import Batch, Examples, shape_of
-from mlx_dora.layers import held_norms
+from mlx_dora.layers import held_norms, sharded_modules
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.group import check_same_shapes
 from mlx_dora.train.optimizers import build_optimizer
 
 B_NAME = "lora_b"
@@ -148,6 +149,7 @@ class Stepper:
         self._measure = measure
         self._apply = apply
         self._limit = settings.max_grad_norm
+        self._is_sharded = bool(sharded_modules(model))
 
     def gradient(self, window: Sequence[Batch]) -> Gradient:
         """Gradient of the mean loss over all of `window`, on all processes."""
@@ -156,7 +158,10 @@ class Stepper:
         is_weighted = len(window) > 1 or self._group.size() > 1
         # Norms are constant until the weights change. A pass that needs them only once
         # gets them cheaper from its own products; so does one that recomputes blocks.
-        with held_norms(self._model) if len(window) > 1 else nullcontext():
+        reuses = len(window) > 1 or self._is_sharded
+        if self._is_sharded:
+            check_same_shapes(window, self._group)
+        with held_norms(self._model) if reuses else nullcontext():
             whole = window if self._complete is None else self._complete(window)
             for batch in whole:
                 value, size, gradient, more = self._differentiate(*batch)

@@ -24,6 +24,7 @@ from mlx_dora.train.plan.attention import (
 )
 from mlx_dora.train.plan.rows import largest_batches, row_lengths
 from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
+from mlx_dora.train.plan.traffic import Traffic, divided_by, traffic_of
 
 # Number of arrays of a chunk's size, or of a block's width, that exist at a time: MLX
 # allocates up to ten tasks ahead of the computation. See docs/memory.md.
@@ -34,6 +35,8 @@ _RECOMPUTED_IN_FLIGHT = 12
 _SCORES_IN_FLIGHT = 2
 # Arrays of a block of scores in a fused backward pass: scores and their gradient.
 _FUSED_IN_FLIGHT = 2
+# Gathered weights of a block that exist at a time, where processes divide them.
+_GATHERS_IN_FLIGHT = 2
 # Copies of the trained parameters that an optimizer keeps.
 _OPTIMIZER_COPIES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 1}
 
@@ -65,6 +68,10 @@ class MemoryPlan:
             on the CPU; on an Apple GPU those that MLX has no fused backward pass for.
         device: Backend of MLX that the plan is for: cpu, metal or cuda.
         logits: Bytes of the chunks of logits in flight.
+        gathered: Bytes of the largest weight that is gathered whole; 0 unless weights
+            are divided among processes.
+        processes: Number of processes; all numbers are for one of them.
+        traffic: Bytes that a process sends per batch; None for one process.
         peak: Predicted peak. Activations and logits do not peak together.
         limit: Bytes that MLX may use on this machine.
         longest: Longest rows that fit at this batch size, in tokens; 0 for none.
@@ -87,6 +94,9 @@ class MemoryPlan:
     scored_blocks: int
     device: str
     logits: int
+    gathered: int = 0
+    processes: int = 1
+    traffic: Traffic | None = None
     peak: int
     limit: int
     reference: int = 0
@@ -110,6 +120,7 @@ def plan_memory(
     preference: PreferenceConfig | None = None,
     reward: RewardConfig | None = None,
     objective: Objective | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """Predict the peak memory of a training, which its longest rows determine.
 
@@ -128,6 +139,8 @@ def plan_memory(
         reward: Settings of the objective grpo.
         objective: What to minimize; default: made from ``train.objective`` and its
             settings.
+        processes: Number of processes that share each batch and, with ``shard``, the
+            weights. The plan is for one of them.
 
     Raises:
         DoRAError: If the model or the data does not exist, or the model has blocks
@@ -142,7 +155,10 @@ def plan_memory(
         )
     objective = objective or make_objective(train, preference, reward=reward)
     objective.check(train, dora)
-    shapes = read_shapes(Path(train.model), dora, train.fine_tune_type)
+    is_divided = train.shard is not None and processes > 1
+    shapes = read_shapes(
+        Path(train.model), dora, train.fine_tune_type, is_divided=is_divided
+    )
     if lengths is None and (train.data != DEFAULT_DATA or train.hf_dataset):
         lengths = row_lengths(train, objective)
     limit = memory_limit() if limit is None else limit
@@ -155,7 +171,7 @@ def plan_memory(
         rows_per_unit=objective.rows_per_unit,
         held=partial(objective.held_bytes, train),
     )
-    how = limit, device, document
+    how = limit, device, document, processes
     step = max(
         largest_batches(train, lengths, objective.rows_per_unit),
         key=lambda step: plan_step(shapes, step, *how).peak,
@@ -186,10 +202,11 @@ def predict(
     limit: int,
     device: Device | None = None,
     document: int | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """Make the plan of a training, without advice. The arguments are `plan_step`'s."""
     device = this_device() if device is None else device
-    how = limit, device, document
+    how = limit, device, document, processes
 
     def fitting(change: Callable[[int], TrainConfig], most: int) -> int:
         least = 0
@@ -213,6 +230,7 @@ def plan_step(
     limit: int,
     device: Device,
     document: int | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """The terms and the peak, without the largest sizes that fit.
 
@@ -223,10 +241,11 @@ def plan_step(
         limit: Bytes to fit into.
         device: Where to train.
         document: Tokens of the longest document in packed rows.
+        processes: Number of processes that share a batch.
     """
-    length = train.max_seq_length
-    rows = train.batch_size * shapes.rows_per_unit
-    tokens = rows * (length - 1)
+    length, rows = train.max_seq_length, train.batch_size
+    train = replace(train, batch_size=-(-rows // processes))
+    tokens = train.batch_size * shapes.rows_per_unit * (length - 1)
     size = shapes.element_bytes
     # 1. Held throughout the step.
     is_full = train.fine_tune_type == "full"
@@ -234,7 +253,12 @@ def plan_step(
     optimizer = trained * _OPTIMIZER_COPIES[train.optimizer]
     gradients = trained + 4 * shapes.trainable * (train.grad_accumulation_steps > 1)
     reference = shapes.held(trained)
-    always = shapes.weight_bytes + (0 if is_full else trained) + optimizer + gradients
+    divided = divided_by(shapes.modules, processes)
+    away = sum(m.nbytes * (processes - 1) // processes for m in divided)
+    in_blocks = [m.nbytes for m in divided if m.block is not None]
+    heads = [m.nbytes for m in divided if m.is_head]
+    weights = shapes.weight_bytes - away
+    always = weights + (0 if is_full else trained) + optimizer + gradients
     always += reference
     # 2. Kept by the forward pass.
     count = len(shapes.block_elements)
@@ -255,12 +279,26 @@ def plan_step(
     chunks = min(_IN_FLIGHT, 3 * -(-tokens // chunk))
     wide = 4 if device.kind == "cpu" else size
     logits = chunks * chunk * shapes.vocabulary * wide
-    backward = working + working_scores * score + blocks
+    # A divided weight is whole while it is used: the head's for all chunks.
+    logits += max(heads, default=0)
+    gathers = _GATHERS_IN_FLIGHT * max(in_blocks, default=0)
+    backward = working + working_scores * score + blocks + gathers
+    traffic = None
+    if processes > 1:
+        traffic = traffic_of(
+            shapes.modules,
+            processes=processes,
+            tokens=tokens,
+            trainable=shapes.trainable,
+            has_norms=train.fine_tune_type == "dora",
+            grad_checkpoint=train.grad_checkpoint,
+            accumulation=train.grad_accumulation_steps,
+        )
     return MemoryPlan(
-        batch_size=train.batch_size,
+        batch_size=rows,
         length=length,
         grad_checkpoint=train.grad_checkpoint,
-        weights=shapes.weight_bytes,
+        weights=weights,
         adapter=trained,
         optimizer=optimizer,
         gradients=gradients,
@@ -269,6 +307,9 @@ def plan_step(
         scored_blocks=scored,
         device=device.kind,
         logits=logits,
+        gathered=max([*heads, *in_blocks], default=0),
+        processes=processes,
+        traffic=traffic,
         peak=always + kept + kept_scores * score + max(logits, backward),
         limit=limit,
         reference=reference,
@@ -302,6 +343,7 @@ def _advise(
     limit: int,
     device: Device,
     document: int | None,
+    processes: int,
     *,
     by_tokens: bool,
 ) -> tuple[str, ...]:
@@ -310,7 +352,7 @@ def _advise(
     if not train.grad_checkpoint:
         train = replace(train, grad_checkpoint=True)
         advice.append("--grad-checkpoint")
-    how = limit, device, document
+    how = limit, device, document, processes
     while plan_step(shapes, train, *how).peak > limit and train.batch_size > 1:
         half = train.batch_size // 2
         steps = train.grad_accumulation_steps * train.batch_size // half

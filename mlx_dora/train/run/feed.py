@@ -26,6 +26,7 @@ class Feed:
         unit: Number of consecutive examples that stay together in a batch; None for
             single rows.
         passes: How often the batches of an update are repeated, in consecutive updates.
+        alike: Give every process a batch of the same shape.
 
     Raises:
         DoRAError: If `make` is given and the settings count in epochs or tokens.
@@ -39,9 +40,11 @@ class Feed:
         processes: int = 1,
         unit: int | None = None,
         passes: int = 1,
+        *,
+        alike: bool = False,
     ) -> None:
         self.counts = RowCounts()
-        self._levels, self._make = levels, make
+        self._levels, self._make, self._alike = levels, make, alike
         self._limits = train.batch_size, train.max_seq_length
         self._seed = train.seed
         self._passes, self._window = passes, train.grad_accumulation_steps
@@ -93,7 +96,8 @@ class Feed:
         Custom batches are made for the training alone, so every width is expected.
         """
         if self._make is None:
-            batches = self._schedules[0].batches(0, group.rank(), group.size())
+            place = 0, group.rank(), group.size()
+            batches = self._schedules[0].batches(*place, alike=self._alike)
             return (batch[0].shape for batch in batches)
         rows, longest = self._limits
         widths = (1 << power for power in range(longest.bit_length()))
@@ -111,7 +115,10 @@ class Feed:
         step //= self._passes
         if self._make is None:
             place = step, group.rank(), group.size()
-            streams = [schedule.batches(*place) for schedule in self._schedules]
+            streams = [
+                schedule.batches(*place, alike=self._alike)
+                for schedule in self._schedules
+            ]
         else:
             make = partial(self._make, seed=self._seed, counts=self.counts)
             streams = [

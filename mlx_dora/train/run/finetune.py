@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.config import DoRAConfig, Variant
 from mlx_dora.adapters.fingerprint import fingerprint
+from mlx_dora.adapters.sharding import parameter_count
 from mlx_dora.adapters.surgery import apply_layers, dora_layers, export_variants
 from mlx_dora.data.batches import Batch, Examples
 from mlx_dora.data.documents import check_packable, mask_bytes
@@ -54,6 +55,7 @@ from mlx_dora.train.services import (
     listener_of,
     service_listener,
 )
+from mlx_dora.train.sharded import check_shardable, divide
 from mlx_dora.train.stepper import Stepper
 
 logger = logging.getLogger(__name__)
@@ -206,10 +208,20 @@ def _prepare(
     """Make the model trainable and assemble a run."""
     group = mx.distributed.init()
     with together(group):
+        check_shardable(train, dora, group)
+    if train.shard:
+        divide(model, group)
+    with together(group):
         kind = _STEPPERS.get(dora.variant, Stepper)
         levels = kind.levels(data, train)
         feed = Feed(
-            levels, train, batches, group.size(), objective.unit, objective.passes
+            levels,
+            train,
+            batches,
+            group.size(),
+            objective.unit,
+            objective.passes,
+            alike=train.shard is not None,
         )
         if train.epochs is not None:
             train = replace(train, iters=feed.length(train.epochs))
@@ -296,12 +308,10 @@ def _adapt(model: nn.Module, train: TrainConfig, dora: DoRAConfig) -> list[str]:
 
 def _describe_start(run: Run) -> None:
     """Log what will be trained."""
-    from mlx_lm.utils import get_total_parameters
-
     if not run.is_writer:
         return
     trained = sum(value.size for value in trainable_tensors(run.model).values())
-    total = get_total_parameters(run.model) or 1
+    total = parameter_count(run.model) or 1
     logger.info(
         "Trainable: %s of %s parameters (%.3g %%) in %d modules",
         f"{trained:,}",

@@ -163,7 +163,14 @@ def _fitting_flags(
         fitting: Bytes to fit into.
     """
     lengths = unit_lengths(data, objective.unit or 1, train.max_seq_length)
-    plan = partial(plan_memory, train, dora, lengths=lengths, objective=objective)
+    plan = partial(
+        plan_memory,
+        train,
+        dora,
+        lengths=lengths,
+        objective=objective,
+        processes=mx.distributed.init().size(),
+    )
     try:
         scaled = int(fitting * plan(limit=fitting).peak / peak)
         flags = plan(limit=scaled).advice

@@ -1,7 +1,7 @@
 """A training run: its parts, and its actions between updates."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import mlx.optimizers as optim
 from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.files import write_adapter_files
 from mlx_dora.data.batches import Batch, Examples
+from mlx_dora.layers import held_norms, sharded_modules
 from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.geometry import measure_geometry
@@ -135,12 +136,19 @@ class Run:
         """A block that every process completes, or none."""
         return together(self.group)
 
+    def exchanged_norms(self) -> AbstractContextManager[None]:
+        """A block in which no norm needs another process, where weights are divided."""
+        is_sharded = self.group.size() > 1 and bool(sharded_modules(self.model))
+        return held_norms(self.model) if is_sharded else nullcontext()
+
     def report(self, *, with_layers: bool) -> None:
         """Report the steps since the last report."""
+        with self.exchanged_norms():
+            geometry = measure_geometry(self.model)
         entry = self.meter.report(
             self.step,
             self.optimizer.learning_rate,
-            measure_geometry(self.model),
+            geometry,
             with_layers=with_layers,
             skipped=self.guard.empty + self.guard.not_finite,
             batch_shapes=len(self.watch.shapes),
@@ -190,7 +198,8 @@ class Run:
             warn: Whether to warn of parts that mlx-lm itself cannot load.
         """
         losses = {name: self.journal.last(name) for name in ("train_loss", "val_loss")}
-        with self.together():
+        # The writer's check of the norms must not wait for other processes.
+        with self.exchanged_norms(), self.together():
             if self.is_writer:
                 write_adapter_files(
                     self.model,

@@ -1,0 +1,126 @@
+"""Training with a model's frozen weights divided among processes."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_dora.train import plan_memory
+from tests.checks import assert_close, to_numpy
+from tests.train import ring
+from tests.train.saved import log, tensors
+from tests.train.sharded import STEPS, Case, gradients, train, words
+
+CASES = (
+    Case(name="dense-dora-tied", dora={"dropout": 0.0}),
+    Case(
+        name="packed-dora-untied",
+        bits=4,
+        model={"tie_word_embeddings": False, "attention_bias": True},
+        train={"grad_checkpoint": True},
+        dora={"num_layers": 1},
+    ),
+    Case(
+        name="dense-lora-untied",
+        model={"tie_word_embeddings": False},
+        train={
+            "fine_tune_type": "lora",
+            "grad_accumulation_steps": 2,
+        },
+    ),
+    Case(
+        name="packed-lora-tied",
+        bits=4,
+        train={"fine_tune_type": "lora", "grad_checkpoint": True},
+    ),
+    Case(
+        name="packed-dora-head",
+        bits=4,
+        dora={"keys": ["self_attn.q_proj", "mlp.down_proj", "model.embed_tokens"]},
+    ),
+)
+
+
+def run(work: Path, folder: Path, processes: int, *cases: Case) -> None:
+    commands = [words(folder, *cases)] * processes
+    with ring.started(work, *commands) as started:
+        for process in started:
+            _, errors = process.communicate(timeout=400)
+            assert process.wait() == 0, errors
+
+
+@pytest.mark.parametrize(
+    ("processes", "cases"), [(2, CASES), (4, CASES[:2])], ids=["two", "four"]
+)
+def test_losses_and_gradients_equal_those_of_a_single_process(
+    tmp_path: Path, processes: int, cases: tuple[Case, ...]
+) -> None:
+    run(tmp_path, tmp_path / "ring", processes, *cases)
+    alone = mx.distributed.init()
+    for case in cases:
+        folder, other = tmp_path / "ring" / case.name, tmp_path / "alone" / case.name
+        train(case, other)
+        expected_log, ring_log = log(other), log(folder)
+        per_update = case.settings.grad_accumulation_steps
+        assert len(expected_log) == len(ring_log) == STEPS // per_update + 3
+        for expected, line in zip(expected_log, ring_log, strict=True):
+            assert line.keys() == expected.keys()
+            for name in {"train_loss", "val_loss", "delta_m", "delta_d"} & line.keys():
+                assert line[name] == pytest.approx(expected[name], rel=1e-5), name
+            assert line["trained_tokens"] == expected["trained_tokens"]
+        weights = tensors(other)
+        for name, value in tensors(folder).items():
+            # Adam's first steps amplify the rounding of gradients near 0.
+            assert_close(value, to_numpy(weights[name]), bound=2e-4)
+        values = mx.load(str(folder / "gradients.safetensors"))
+        assert isinstance(values, dict)
+        truth = gradients(case, alone)
+        assert values.keys() == truth.keys()
+        for name, value in values.items():
+            assert np.abs(to_numpy(truth[name])).max() > 0, name
+            assert_close(value, to_numpy(truth[name]), bound=1e-5)
+
+
+LENGTH = 25
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's counts of TCP")
+def test_what_a_step_sends_is_what_the_plan_says(
+    make_tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    quiet = {
+        "steps_per_report": STEPS,
+        "steps_per_eval": STEPS,
+        "max_seq_length": LENGTH,
+        "iters": 6,
+        "val_batches": 0,
+    }
+    cases = [
+        replace(
+            case,
+            train={**case.train, **quiet},
+            length=LENGTH,
+            writes_gradients=False,
+        )
+        for case in CASES
+    ]
+    data_parallel = replace(cases[0], name="data-parallel", shard=None)
+    run(tmp_path, tmp_path / "ring", 2, *cases, data_parallel)
+    for case in (*cases, data_parallel):
+        totals = json.loads((tmp_path / "ring" / case.name / "sent.json").read_text())
+        sent = float(np.median(np.diff(totals)))
+        folder = make_tiny_folder(f"model-{case.name}", bits=case.bits, **case.model)
+        plan = plan_memory(
+            replace(case.settings, model=str(folder)),
+            case.adapter,
+            lengths=[LENGTH] * 8,
+            processes=2,
+        )
+        assert plan.traffic is not None
+        per_update = plan.traffic.total * case.settings.grad_accumulation_steps
+        assert sent == pytest.approx(per_update, rel=0.05), case.name
