@@ -201,7 +201,7 @@ def cases(
         }
         if kind == "step":
             del runs["base"]  # nothing to train in the base
-            runs[APART] = bench.norms_apart()(runs[APART])
+            runs[APART] = bench.norms_where(bench.never)(runs[APART])
         else:
             del runs[APART]
         made.append(

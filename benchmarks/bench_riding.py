@@ -1,105 +1,119 @@
-"""Find up to how many tokens the norm's product should ride along with W0·x.
+"""Time training steps with the norm's product riding along with W0·x, and apart.
 
-    python benchmarks/bench_riding.py [--rank 8] [--tokens 128] [--shape gate_proj]
+    OPENBLAS_NUM_THREADS=1 python benchmarks/bench_riding.py --clock cpu --runs 10
 
-Each case computes W0·x and the norms of a few layers in one graph, as a training step
-does: from one product of [x; Aᵀ] with W0 ("riding") and from two ("apart"). "base" is
-W0·x alone. The layers' weights take 32 MB together, so that each is read from memory,
-not from the cache. The shapes are those of SmolLM2-135M, and Llama-3.2-1B's q_proj. The
-last lines give, per shape and rank, the numbers of tokens at which riding was faster;
-`riding._TOKENS_PER_ROW` is set from their ratio to the rows of W0.
+The limit `_TOKENS_PER_ROW` of `mlx_dora.matrix.riding` comes from this comparison: a
+step of mlx-lm's LoRA; of ours with W0·A apart from W0·x in every layer, riding in every
+layer, and riding up to the limit ("ours"). With `--grad-checkpoint`, the blocks are
+recomputed: by mlx-lm for LoRA, and as in our training for ours.
+
+The model has six blocks of SmolLM2-135M's shape, every linear layer adapted, random
+weights, and a head of a fifth of the size, so that it takes a fifth of the time of the
+whole model. A single layer would mislead: its weight stays in the cache, and a second
+product with it costs less than in a step.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import _harness as bench
+import bench_model
 import click
 import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import llama
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_dora.kernels import plain
-from mlx_dora.matrix.weight import row_squares
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.surgery import adapter_layers, apply_dora
+from mlx_dora.layers.linear import rides
 
-SHAPES = {
-    "k_proj": (192, 576),
-    "q_proj": (576, 576),
-    "gate_proj": (1536, 576),
-    "down_proj": (576, 1536),
-    "1B q_proj": (2048, 2048),
-}
-TOKENS = (16, 32, 64, 128, 256, 512, 1024)
 SCALE = 2.0
-WEIGHTS_BYTES = 1 << 25
+DECISIONS: dict[str, Callable[[Any, mx.array], bool]] = {
+    "apart": bench.never,
+    "riding": lambda base, x: True,
+    "ours": rides,
+}
 
 
-def case(name: str, shape: tuple[int, int], tokens: int, rank: int) -> bench.Case:
-    out, width = shape
+def blocks(smoke: bool) -> nn.Module:
+    if smoke:
+        return bench_model.tiny_model()
     mx.random.seed(0)
-    copies = max(1, WEIGHTS_BYTES // (4 * out * width))
-    weights = [mx.random.normal(shape) for _ in range(copies)]
-    squares = [row_squares(weight) for weight in weights]
-    x = mx.random.normal((1, tokens, width))
-    lora_a = mx.random.normal((width, rank)) * 0.02
-    lora_b = mx.random.normal((rank, out)) * 0.02
-    mx.eval(weights, squares, x, lora_a, lora_b)
-
-    def compiled(one: Callable[..., bench.Arrays]) -> Callable[[], bench.Arrays]:
-        both = mx.compile(
-            lambda x, a, b, ws, qs: [
-                one(x, w, a, b, q) for w, q in zip(ws, qs, strict=True)
-            ]
+    return llama.Model(
+        llama.ModelArgs(
+            model_type="llama",
+            hidden_size=576,
+            num_hidden_layers=6,
+            intermediate_size=1536,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            rms_norm_eps=1e-5,
+            vocab_size=49152 // 5,
+            tie_word_embeddings=True,
         )
-        return lambda: both(x, lora_a, lora_b, weights, squares)
-
-    def apart(
-        x: mx.array, w: mx.array, a: mx.array, b: mx.array, q: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        return x @ w.T, plain.adapted_norm(w, a, b, SCALE, squared_base=q)
-
-    def riding(
-        x: mx.array, w: mx.array, a: mx.array, b: mx.array, q: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        return plain.product_and_norm(x, w, a, b, SCALE, q)
-
-    two = compiled(apart)
-    return bench.Case(
-        name=f"{name} {out} x {width}",
-        dtype="float32",
-        contenders=[
-            bench.Contender(name="base", run=compiled(lambda x, w, *_: x @ w.T)),
-            bench.Contender(name="apart", run=two),
-            bench.Contender(name="riding", run=compiled(riding), expected=two),
-        ],
-        baseline="base",
-        facts={"rank": rank, "tokens": tokens, "rows": out, "layers": copies},
     )
+
+
+def contenders(rank: int, smoke: bool) -> dict[str, Any]:
+    """Make LoRA and DoRA over the same weights, with the same random factors."""
+    lora, dora = blocks(smoke), blocks(smoke)
+    settings: dict[str, Any] = {"rank": rank, "scale": SCALE}
+    keys = bench_model.LINEARS
+    for model in (lora, dora):
+        model.freeze()
+    linear_to_lora_layers(lora, -1, settings | {"dropout": 0.0, "keys": keys})
+    apply_dora(dora, DoRAConfig(keys=keys, num_layers=-1, **settings))
+    theirs = dict(lora.named_modules())
+    for path, layer in adapter_layers(dora):
+        layer.lora_b = mx.random.normal(layer.lora_b.shape) * 0.02
+        theirs[path].update({"lora_a": layer.lora_a, "lora_b": layer.lora_b})
+    mx.eval(lora.parameters(), dora.parameters())
+    return {"mlx-lm LoRA": lora} | dict.fromkeys(DECISIONS, dora)
 
 
 @click.command(help=__doc__.split("\n", 1)[0] if __doc__ else None)
 @bench.options
+@click.option("--rank", type=int, default=8, show_default=True)
 @click.option(
-    "--rank", "ranks", type=int, multiple=True, help="Ranks (default: 8 and 64)."
+    "--tokens",
+    "counts",
+    type=int,
+    multiple=True,
+    help="Tokens of a step, in 4 rows (default: 32, 128, 256 and 512).",
 )
-@click.option("--tokens", "counts", type=int, multiple=True, help="Numbers of tokens.")
-@click.option("--shape", "names", type=click.Choice(list(SHAPES)), multiple=True)
+@click.option(
+    "--grad-checkpoint", "checkpoint", is_flag=True, help="Recompute the blocks."
+)
 def main(
-    settings: bench.Settings,
-    ranks: tuple[int, ...],
-    counts: tuple[int, ...],
-    names: tuple[str, ...],
+    settings: bench.Settings, rank: int, counts: tuple[int, ...], checkpoint: bool
 ) -> None:
-    lines = []
-    for rank in ranks or ((8,) if settings.smoke else (8, 64)):
-        for name in names or (("k_proj",) if settings.smoke else tuple(SHAPES)):
-            gains = []
-            for tokens in counts or ((16,) if settings.smoke else TOKENS):
-                done = bench.measure(case(name, SHAPES[name], tokens, rank), settings)
-                bench.report(done)
-                times = done.timings
-                gain = 1 - times["riding"].p20_ms / times["apart"].p20_ms
-                gains.append(f"{tokens}: {100 * gain:+.1f} %")
-            lines.append(f"rank {rank}, {name}: {', '.join(gains)}")
-    click.echo("Time that riding saves of both products, by tokens:", err=True)
-    click.echo("\n".join(lines), err=True)
+    models = contenders(rank, settings.smoke)
+    lora = models["mlx-lm LoRA"]
+    vocabulary = lora["model"].embed_tokens.weight.shape[0]
+    for tokens in counts or ((32,) if settings.smoke else (32, 128, 256, 512)):
+        batch = (mx.arange(4 + tokens) * 7 % vocabulary).reshape(4, -1)
+        runs = {
+            name: bench_model.step(model, batch, checkpoint, theirs=model is lora)
+            for name, model in models.items()
+        }
+        for name, decide in DECISIONS.items():
+            runs[name] = bench.norms_where(decide)(runs[name])
+        case = bench.Case(
+            name="six blocks, step",
+            dtype="float32",
+            contenders=[
+                bench.Contender(
+                    name=name,
+                    run=run,
+                    expected=runs["apart"] if name in ("riding", "ours") else None,
+                )
+                for name, run in runs.items()
+            ],
+            baseline="mlx-lm LoRA",
+            facts={"rank": rank, "tokens": tokens, "grad_checkpoint": checkpoint},
+        )
+        bench.report(bench.measure(case, settings))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 `naive` specifies each op. The public ops document them and check arguments.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -169,7 +170,8 @@ _rescale = mx.custom_function(compose)
 
 @_rescale.vjp
 def _rescale_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-    _, h, up, gain, offset, scale = primals
+    _, h, up, gain, offset, *rest = primals
+    scale = rest[0] if rest else 1.0
     axes = list(range(cotangent.ndim - 1))
     dy = cotangent.astype(mx.float32)
     scaled = gain * dy
@@ -188,18 +190,11 @@ def _rescale_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
     )
 
 
-def rescale(
-    y: mx.array,
-    h: mx.array,
-    up: mx.array,
-    gain: mx.array,
-    offset: mx.array | None,
-    scale: float = 1.0,
-) -> mx.array:
-    """Return ``g∘(y + s·h·up) + offset`` in float32, rounded once to the dtype of `y`.
+rescale = cast(Callable[..., mx.array], _rescale)
+"""``g∘(y + s·h·up) + offset`` in float32, rounded once to the dtype of `y`.
 
-    It is differentiable in all arrays. The gradient of g needs only the output, and is
-    0 where g is 0. `up`, `gain` and `offset` are float32; `offset` may be None. s·up is
-    not built: it would be kept for the backward pass.
-    """
-    return cast(mx.array, _rescale(y, h, up, gain, offset, scale))
+The arguments are those of `compose`, in their order. It is differentiable in all
+arrays. The gradient of g needs only the output, and is 0 where g is 0. `up`, `gain` and
+`offset` are float32; `offset` may be None. s·up is not built, since it would be kept
+for the backward pass.
+"""

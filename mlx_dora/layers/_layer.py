@@ -218,7 +218,7 @@ class DoRALayer(nn.Module):
             self.scale,
             squared_base=self["_squared_base"],
         )
-        return self.keep_norm(norm)
+        return self.keep_norm(norm) if self._keeps_norm else norm
 
     def keep_norm(self, norm: mx.array) -> mx.array:
         """Return a norm computed by a call, and hold it inside `shared_norms`."""

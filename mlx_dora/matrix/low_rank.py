@@ -103,7 +103,7 @@ class LowRank:
         in: on a CPU, twice as fast as with Bᵀ.
         """
         a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
-        if self.rank > a.shape[-2]:
+        if a.shape[-1] > a.shape[-2]:
             return mx.square(a @ b).sum(-2)
         return ((a.swapaxes(-1, -2) @ a @ b) * b).sum(-2)
 

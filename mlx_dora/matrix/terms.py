@@ -7,6 +7,7 @@ with :math:`q_0 = \lVert W_0\rVert^2`, :math:`c = \langle W_0, BA\rangle` and
 same formulas serve MLX's float32 and NumPy's float64.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, cast
 
@@ -44,9 +45,7 @@ def row_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
     )
 
 
-@mx.custom_function
-def _constant_norm_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
-    return row_gain(magnitude, norm)
+_constant_norm_gain = mx.custom_function(row_gain)
 
 
 @_constant_norm_gain.vjp
@@ -58,12 +57,11 @@ def _gain_vjp(primals: Any, cotangent: mx.array, gain: mx.array) -> Any:
     return (cotangent * inverse).astype(magnitude.dtype), mx.zeros_like(norm)
 
 
-def trained_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
-    """Return `row_gain` for training, where the norm is a constant (section 4.3).
+trained_gain = cast(Callable[[mx.array, mx.array], mx.array], _constant_norm_gain)
+"""`row_gain` for training, where the norm is a constant (section 4.3 of DoRA).
 
-    The gradient of a magnitude of 0 is 0: such a magnitude stays 0.
-    """
-    return cast(mx.array, _constant_norm_gain(magnitude, norm))
+The gradient of a magnitude of 0 is 0: such a magnitude stays 0.
+"""
 
 
 def one_minus_cosine(base: mx.array, norm: mx.array, update: mx.array) -> mx.array:
