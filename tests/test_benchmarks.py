@@ -54,6 +54,21 @@ def test_a_case_is_one_line_with_machine_and_losses(tmp_path: Path) -> None:
             assert figures["p20_ms"] <= figures["median_ms"] <= figures["p80_ms"]
 
 
+def test_the_scale_benchmark_compares_with_an_earlier_run(tmp_path: Path) -> None:
+    script, earlier = ROOT / "benchmarks" / "bench_scale.py", tmp_path / "before.jsonl"
+    done = run(script, "--smoke", "--only", "extract", "--output", earlier)
+    assert done.returncode == 0, done.stderr
+    (record,) = (json.loads(line) for line in earlier.read_text().splitlines())
+    assert record["matrices"] == 14
+    record |= {"seconds": 100.0, "peak_bytes": 2e9}
+    earlier.write_text(json.dumps(record))
+    done = run(script, "--smoke", "--only", "extract", "--before", earlier)
+    assert done.returncode == 0, done.stderr
+    row = done.stdout.splitlines()[-1]
+    assert row.startswith("| extract | 100.0 → ")
+    assert "| 2000 → " in row
+
+
 @pytest.mark.slow
 def test_an_interrupted_comparison_of_variants_continues(
     tiny_model_folder: Path, tmp_path: Path

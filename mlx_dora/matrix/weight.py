@@ -24,7 +24,7 @@ A `ShardedWeight` is a matrix. All processes of its group must make the same cal
 # Elements of a block, whose float32 copy takes 4 MB.
 _BLOCK = 1 << 20
 # Elements of a block that is also copied to float64.
-_SMALL_BLOCK = 1 << 18
+_SMALL_BLOCK = 1 << 20
 # Between these bounds, a sum of squares is not affected by underflow or overflow.
 _LEAST_SQUARE = 2.0**-60
 _LARGEST_SQUARE = 2.0**120
