@@ -87,7 +87,7 @@ class Grid:
             batch_size=BATCH,
             iters=recipe.iters,
             learning_rate=5e-4,
-            optimizer_config={"adam": {"bias_correction": True}},
+            optimizer_config={"adam": {"bias_correction": recipe.bias_correction}},
             steps_per_report=recipe.iters,
             save_every=recipe.iters,
             mask_prompt=True,
