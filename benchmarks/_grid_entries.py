@@ -34,7 +34,7 @@ ADAPTERS = {
     "talk": Recipe("dialogue"),
     "sums": Recipe("sums", rank=16),
     "sums-lora": Recipe("sums", rank=4, iters=80, kind="lora", seed=1),
-    "records-lora": Recipe("records", rank=32, iters=60, kind="lora", seed=1),
+    "records-lora": Recipe("records", rank=32, iters=40, kind="lora", seed=1),
     "docs-hot": Recipe("docstrings", bias_correction=False),
     "sums-hot": Recipe("sums", bias_correction=False),
 }
@@ -46,11 +46,12 @@ COMBINATIONS = (
     ("docs", "docs-again", "spam"),
     ("spam", "talk"),
     ("docs", "sums-lora"),
-    ("docs", "records-lora"),
-    ("sums", "records-lora"),
+    ("sums-lora", "spam"),
+    ("docs", "docs-again", "sums"),
     ("docs-hot", "sums-hot"),
-    ("docs-hot", "spam", "talk"),
-    ("talk", "records-lora", "sums-lora"),
+    ("docs", "records-lora"),
+    ("docs-hot", "sums-hot", "records-lora"),
+    ("docs", "spam", "talk", "sums-lora"),
     ("docs", "spam", "sums", "records-lora"),
 )
 
