@@ -13,13 +13,18 @@ from mlx_dora.merge.methods import METHODS
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an adapter is trained."""
+    """How an adapter is trained.
+
+    Without the correction of Adam's bias, which is MLX's default, the first steps are
+    larger, and the update ends up larger.
+    """
 
     task: str
     rank: int = 8
     iters: int = 30
     kind: str = "dora"
     seed: int = 0
+    bias_correction: bool = True
 
 
 ADAPTERS = {
@@ -29,7 +34,9 @@ ADAPTERS = {
     "talk": Recipe("dialogue"),
     "sums": Recipe("sums", rank=16),
     "sums-lora": Recipe("sums", rank=4, iters=80, kind="lora", seed=1),
-    "records-lora": Recipe("records", rank=32, iters=60, kind="lora", seed=1),
+    "records-lora": Recipe("records", rank=32, iters=40, kind="lora", seed=1),
+    "docs-hot": Recipe("docstrings", bias_correction=False),
+    "sums-hot": Recipe("sums", bias_correction=False),
 }
 COMBINATIONS = (
     ("docs", "spam"),
@@ -39,10 +46,12 @@ COMBINATIONS = (
     ("docs", "docs-again", "spam"),
     ("spam", "talk"),
     ("docs", "sums-lora"),
-    ("docs", "records-lora"),
-    ("sums", "records-lora"),
+    ("sums-lora", "spam"),
     ("docs", "docs-again", "sums"),
-    ("talk", "records-lora", "sums-lora"),
+    ("docs-hot", "sums-hot"),
+    ("docs", "records-lora"),
+    ("docs-hot", "sums-hot", "records-lora"),
+    ("docs", "spam", "talk", "sums-lora"),
     ("docs", "spam", "sums", "records-lora"),
 )
 

@@ -68,10 +68,14 @@ class Grid:
         """The file of results."""
         return self.work / "merge_grid.jsonl"
 
+    def is_trained(self, name: str) -> bool:
+        """Whether an adapter is in the folder."""
+        return (self.work / "adapters" / name).exists()
+
     def adapter(self, name: str) -> Adapter:
         """Return an adapter, trained if it is not in the folder yet."""
         folder, recipe = self.work / "adapters" / name, ADAPTERS[name]
-        if not folder.exists():
+        if not self.is_trained(name):
             started, unfinished = time.perf_counter(), folder.with_suffix(".part")
             shutil.rmtree(unfinished, ignore_errors=True)
             self._train(recipe, unfinished)
@@ -87,7 +91,7 @@ class Grid:
             batch_size=BATCH,
             iters=recipe.iters,
             learning_rate=5e-4,
-            optimizer_config={"adam": {"bias_correction": True}},
+            optimizer_config={"adam": {"bias_correction": recipe.bias_correction}},
             steps_per_report=recipe.iters,
             save_every=recipe.iters,
             mask_prompt=True,
@@ -153,7 +157,7 @@ class Grid:
     def advise(self, names: tuple[str, ...]) -> None:
         """Note what `compare_adapters` advises for a combination."""
         folders = [self.work / "adapters" / name for name in names]
-        if not all(folder.exists() for folder in folders):
+        if not all(map(self.is_trained, names)):
             return
         comparison = compare_adapters(folders, self.model, check_base=False)
         advice = next((a for a in comparison.guidance if a.method), None)
@@ -265,6 +269,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 @click.option("--work", type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--task", "tasks", nargs=2, multiple=True, help="Name and data folder.")
 @click.option("--minutes", type=float, help="Stop after this many minutes.")
+@click.option(
+    "--trained-only", is_flag=True, help="Train nothing; leave out combinations."
+)
 @click.option("--test-only", is_flag=True, help="Measure no validation rows.")
 @click.option(
     "--advice", is_flag=True, help="Add what compare advises for each combination."
@@ -278,6 +285,7 @@ def main(
     work: Path | None,
     tasks: tuple[tuple[str, str], ...],
     minutes: float | None,
+    trained_only: bool,
     test_only: bool,
     advice: bool,
     table: Path | None,
@@ -294,6 +302,8 @@ def main(
     started = time.perf_counter()
     passes = range(len(contenders(["any"])))
     for number, names in product(passes, COMBINATIONS):
+        if trained_only and not all(map(grid.is_trained, names)):
+            continue
         if minutes is not None and time.perf_counter() - started > 60 * minutes:
             click.echo("stopped by --minutes; run again to continue.", err=True)
             return

@@ -190,25 +190,22 @@ def _method_advice(pairs: Sequence[PairAgreement], names: Sequence[str]) -> Advi
         )
     weights = group_weights(groups)
     shown = ",".join(f"{weight:.3g}" for weight in weights)
-    total = f"each group has a weight of 1/√{len(groups)}"
-    reason = (
-        f"{INDEPENDENT} in space {SPACE} with weights {shown} ({total}) keeps more of "
-        "each than a mean, and disturbs the others less than their sum."
-    )
     if len(groups) == len(names):
         return Advice(
             rule="independent",
             method=INDEPENDENT,
             weights=weights,
             space=SPACE,
-            sentence=f"The updates do different things ({size}): {reason}",
+            sentence=f"The updates do different things ({size}): {INDEPENDENT} in "
+            f"space {SPACE} with weights {shown} (1/√{len(names)}) keeps more of each "
+            "than a mean, and disturbs the others less than their sum.",
         )
     listed = [" with ".join(names[i] for i in group) for group in groups]
     return Advice(
         rule="groups",
-        method=INDEPENDENT,
+        method="task_arithmetic",
         weights=weights,
-        space=SPACE,
         sentence=f"The pairs differ: {size}. Groups that agree (cosine at least "
-        f"{AGREE}): {'; '.join(listed)}. {reason}",
+        f"{AGREE}): {'; '.join(listed)}. task_arithmetic with weights {shown} adds the "
+        f"means of the groups, each with a weight of 1/√{len(groups)}.",
     )

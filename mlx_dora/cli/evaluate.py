@@ -30,8 +30,7 @@ LABEL_WIDTH, TEXT_WIDTH = 11, 69
     "evaluate",
     examples=(
         "mlx_dora.evaluate --adapter-path adapters --data FOLDER --mask-prompt",
-        "mlx_dora.evaluate --adapter-path A --adapter-path B --adapter-path merged "
-        "--data DATA_A --data DATA_B --report table.html",
+        "mlx_dora.evaluate --adapter-path A --adapter-path B --data D1 --data D2",
     ),
 )
 @config_file_option

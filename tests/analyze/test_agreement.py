@@ -7,7 +7,7 @@ import pytest
 
 from mlx_dora.analyze.agreement import PairAgreement, comparison_advice
 from mlx_dora.analyze.compare import AdapterComparison
-from mlx_dora.analyze.guidance import INDEPENDENT, Advice
+from mlx_dora.analyze.guidance import INDEPENDENT, SPACE, Advice
 from mlx_dora.analyze.table import comparison_lines
 
 
@@ -41,7 +41,7 @@ def advice(cosines: dict[tuple[int, int], float], names: str) -> Advice:
 
 def test_a_third_adapter_is_not_hidden_by_two_that_agree() -> None:
     method = advice({(0, 1): 0.98, (0, 2): 0.01, (1, 2): -0.03}, "abc")
-    assert method.rule == "groups"
+    assert (method.rule, method.method) == ("groups", "task_arithmetic")
     assert "b and c have cosine -0.03, a and b cosine +0.98" in method.sentence
     assert "a with b; c." in method.sentence
     # The pair shares the weight of the third; the total is that of two groups, √2.
@@ -68,7 +68,7 @@ def test_a_single_group_gets_a_mean() -> None:
 def test_independent_adapters_are_together_as_large_as_one() -> None:
     four = advice({(i, k): 0.1 for i in range(4) for k in range(i + 1, 4)}, "abcd")
     assert (four.rule, four.weights) == ("independent", (0.5,) * 4)
-    assert four.method == INDEPENDENT
+    assert (four.method, four.space) == (INDEPENDENT, SPACE)
 
 
 def test_a_single_opposed_pair_suggests_no_method() -> None:
