@@ -13,8 +13,6 @@ repeated, and one that was interrupted resumes from its checkpoint.
 ``--summary`` reads the output and prints the table and the curves that the docs quote.
 """
 
-import _harness as bench  # isort: skip - OpenBLAS before mlx
-
 import json
 import math
 import random
@@ -32,7 +30,6 @@ from mlx_dora.demo.model import demo_model
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.run.finetune import finetune
-
 
 REWARD = RewardConfig(
     reward_funcs=("regex_match", "number_match"),
@@ -123,7 +120,9 @@ def interval(values: list[float]) -> str:
 
 def summarize(lines: list[dict[str, Any]]) -> None:
     """Print the table and the mean curves, in steps of four."""
-    click.echo("| method | seeds | trainable | reward before | after | alone | larger |")
+    click.echo(
+        "| method | seeds | trainable | reward before | after | alone | larger |"
+    )
     click.echo("| --- | --- | --- | --- | --- | --- | --- |")
     for name in dict.fromkeys(line["job"]["method"] for line in lines):
         own = [line for line in lines if line["job"]["method"] == name]
@@ -181,12 +180,16 @@ def main(
             job = Job(model=Path(model).name, method=method, seed=seed, **settings)
             if asdict(job) in done:
                 continue
-            result = run(Job(**{**asdict(job), "model": model}), work / f"{method}-{seed}")
+            result = run(
+                Job(**{**asdict(job), "model": model}), work / f"{method}-{seed}"
+            )
             line = {"job": asdict(job), **result, "machine": describe_machine()}
             with output.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             after = result["after"]["reward"]
-            click.echo(f"{method} seed {seed}: {result['before']['reward']:.3f} -> {after:.3f}")
+            click.echo(
+                f"{method} seed {seed}: {result['before']['reward']:.3f} -> {after:.3f}"
+            )
     return None
 
 

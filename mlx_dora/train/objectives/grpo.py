@@ -205,7 +205,8 @@ class Grpo(Objective):
         self, model: nn.Module, data: Any, window: Sequence[Batch]
     ) -> list[Batch]:
         """Completed batches of new completions, evaluated."""
-        indices = [[i for i in batch[2].tolist() if i >= 0] for batch in window]
+        listed: list[Any] = [batch[2].tolist() for batch in window]
+        indices = [[index for index in batch if index >= 0] for batch in listed]
         rollouts = self._rollouts.of_update(
             self._generator(model), data, indices, self._seed
         )
