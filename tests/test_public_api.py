@@ -255,9 +255,11 @@ SIGNATURES = {
         "progress=",
         "loss=",
         "batches=",
+        *("preference=", "reward=", "objective="),
     ],
     "mlx_dora.train.plan_memory": [
         *("train", "dora", "*", "limit=", "lengths=", "device="),
+        *("preference=", "reward=", "objective="),
     ],
 }
 

@@ -33,7 +33,7 @@ def describe_start(train: TrainConfig, dora: DoRAConfig) -> list[str]:
     length = (
         f"{train.iters} steps" if train.epochs is None else f"{train.epochs} epochs"
     )
-    rows = f"{train.batch_size} rows"
+    rows = f"{train.batch_size} {'prompts' if train.objective == 'grpo' else 'rows'}"
     if train.batch_tokens is not None:
         rows = f"up to {train.batch_tokens:,} tokens"
     rate = "a schedule" if train.lr_schedule else f"{train.learning_rate:g}"
@@ -47,6 +47,11 @@ def describe_start(train: TrainConfig, dora: DoRAConfig) -> list[str]:
 
 def legend(train: TrainConfig) -> str:
     """Say what the numbers of the reports are."""
+    if train.objective == "grpo":
+        return (
+            "reward: mean over completions; validation loss: minus the mean reward; "
+            "tok/s: sampled tokens a second"
+        )
     if train.objective != "sft":
         return (
             f"loss: of {train.objective}, mean over a batch; accuracy and margin: of "
@@ -154,7 +159,7 @@ def next_commands(
     lines = [f"mlx_dora.generate {adapter} --prompt Hello"]
     if chats:
         lines.append(f"mlx_dora.chat {adapter}")
-    if evaluates:
+    if evaluates and train.objective != "grpo":  # prompts alone have no loss
         lines.append(f"mlx_dora.evaluate {adapter} {' '.join(_data_words(train))}")
     lines.append(f"mlx_dora.fuse {adapter} --save-path {fused}")
     return lines
