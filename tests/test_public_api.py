@@ -19,6 +19,7 @@ NAMES = {
         "DoRAMultiLinear",
         "DoRASwitchLinear",
         "NamedAdapters",
+        "PreferenceConfig",
         "TrainConfig",
         "analyze_adapter",
         "analyze_finetune",
@@ -101,6 +102,7 @@ NAMES = {
         "compare_adapters",
     ],
     "mlx_dora.train": [
+        "PreferenceConfig",
         "StepReport",
         "TrainConfig",
         "TrainReport",
@@ -253,9 +255,12 @@ SIGNATURES = {
         "progress=",
         "loss=",
         "batches=",
+        "preference=",
+        "objective=",
     ],
     "mlx_dora.train.plan_memory": [
         *("train", "dora", "*", "limit=", "lengths=", "device="),
+        *("preference=", "objective="),
     ],
 }
 

@@ -16,6 +16,7 @@ ORDER = (
     "Data",
     "Adapter",
     "Training",
+    "Preference (dpo, orpo, kto, simpo)",
     "Validation and test",
     "Saving and resuming",
     "Reports",
