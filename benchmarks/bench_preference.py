@@ -48,7 +48,7 @@ Z = 1.96
 
 
 def log_probs(model: nn.Module, data: PairDataset, path: Path) -> np.ndarray:
-    """Log-probabilities ``(pairs, chosen or rejected, sum or mean)``, kept in a file."""
+    """Log-probabilities ``(pairs, chosen or rejected, sum or mean)``, as kept."""
     if path.exists():
         return np.load(path)
     found = np.zeros((len(data), 2))
@@ -141,7 +141,8 @@ def main(work: Path, objective: str, iters: int, pairs: int, layers: int, rate: 
     assert abs(float(check.total[0]) - base[0, 0, 0]) < 1e-2
     print(json.dumps({
         "bench": "preference", **describe_machine(), "objective": objective,
-        "iters": iters, "steps": report.steps, "pairs": pairs, "layers": layers, "rate": rate, "seed": seed,
+        "iters": iters, "steps": report.steps, "pairs": pairs, "layers": layers,
+        "rate": rate, "seed": seed,
         **compare(base, tuned),
         "curve": [{"step": r.step, "train_loss": r.train_loss, "val_loss": r.val_loss,
                    "metrics": r.metrics} for r in report.history],
