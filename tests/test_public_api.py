@@ -19,6 +19,7 @@ NAMES = {
         "DoRAMultiLinear",
         "DoRASwitchLinear",
         "NamedAdapters",
+        "PreferenceConfig",
         "RewardConfig",
         "TrainConfig",
         "analyze_adapter",
@@ -102,6 +103,7 @@ NAMES = {
         "compare_adapters",
     ],
     "mlx_dora.train": [
+        "PreferenceConfig",
         "RewardConfig",
         "StepReport",
         "TrainConfig",

@@ -120,10 +120,11 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
         f"{size(plan.limit)}."
     )
     fitting = []
+    noun = "pairs of rows" if plan.rows_per_unit == 2 else "rows"
     if plan.longest:
-        fitting.append(f"{plan.batch_size} rows of up to {plan.longest:,} tokens")
+        fitting.append(f"{plan.batch_size} {noun} of up to {plan.longest:,} tokens")
     if plan.largest_batch:
-        fitting.append(f"up to {plan.largest_batch:,} rows of {plan.length} tokens")
+        fitting.append(f"up to {plan.largest_batch:,} {noun} of {plan.length} tokens")
     if fitting:
         lines.append(f"Would fit: {', or '.join(fitting)}.")
     if plan.advice:
@@ -134,14 +135,15 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
 def _widest(plan: "MemoryPlan") -> str:
     """Describe the rows of the largest batch: their width, and why it is that."""
     tokens = f"{plan.length:,} tokens"
+    noun = "pairs of rows" if plan.rows_per_unit == 2 else "rows"
     if plan.rows is None or plan.longest_row is None:
-        return f"rows of {tokens} (the maximum; name --data to use its longest rows)"
+        return f"{noun} of {tokens} (the maximum; name --data to use its longest rows)"
     if plan.packed:
         return f"rows of {tokens} ({plan.rows:,} rows joined by --packing)"
-    longest = f"the longest of {plan.rows:,} rows"
+    longest = f"the longest of {plan.rows:,} {noun}"
     if plan.longest_row == plan.length:
-        return f"rows of {tokens} ({longest})"
-    return f"rows padded to {tokens} ({longest} has {plan.longest_row:,})"
+        return f"{noun} of {tokens} ({longest})"
+    return f"{noun} padded to {tokens} ({longest} has {plan.longest_row:,})"
 
 
 def next_commands(
