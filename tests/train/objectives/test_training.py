@@ -314,7 +314,7 @@ def test_accumulated_batches_equal_a_large_batch(
             model,
             Stepper.make_optimizer(train),
             loss=made.loss,
-            complete=lambda batch: made.complete(model, ExampleSet(), batch),
+            complete=lambda window: made.completed(model, ExampleSet(), window),
             group=mx.distributed.init(),
             settings=train,
         )
