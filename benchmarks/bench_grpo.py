@@ -33,7 +33,6 @@ from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.run.finetune import finetune
 
-
 REWARD = RewardConfig(
     reward_funcs=("regex_match", "number_match"),
     reward_weights=(0.5, 0.5),
@@ -122,29 +121,30 @@ def interval(values: list[float]) -> str:
 
 
 def summarize(lines: list[dict[str, Any]]) -> None:
-    """Print the table and the mean curves, in steps of four."""
-    click.echo("| method | seeds | trainable | reward before | after | alone | larger |")
+    """Print a table of the methods, and the curves of the runs in steps of four."""
+    click.echo("| method | trainable | before | after | gain | alone | larger |")
     click.echo("| --- | --- | --- | --- | --- | --- | --- |")
     for name in dict.fromkeys(line["job"]["method"] for line in lines):
         own = [line for line in lines if line["job"]["method"] == name]
-        after = [line["after"] for line in own]
+        before, after = ([line[when] for line in own] for when in ("before", "after"))
+        pairs = zip(before, after, strict=True)
         cells = [
-            name,
-            str(len(own)),
+            f"{name}, {len(own)} seeds",
             f"{own[0]['trainable']:,}",
-            interval([line["before"]["reward"] for line in own]),
-            *(
-                interval([metrics[key] for metrics in after])
-                for key in ("reward", "rewards/regex_match", "rewards/number_match")
-            ),
+            interval([metrics["reward"] for metrics in before]),
+            interval([metrics["reward"] for metrics in after]),
+            interval([last["reward"] - first["reward"] for first, last in pairs]),
+            interval([metrics["rewards/regex_match"] for metrics in after]),
+            interval([metrics["rewards/number_match"] for metrics in after]),
         ]
         click.echo(f"| {' | '.join(cells)} |")
-        curves = [line["curve"] for line in own]
-        points = [
-            sum(sum(curve[at : at + 4]) / 4 for curve in curves) / len(curves)
-            for at in range(0, min(map(len, curves)) - 3, 4)
-        ]
-        click.echo(f"{name}: {' '.join(f'{point:.2f}' for point in points)}", err=True)
+    steps = range(0, min(len(line["curve"]) for line in lines) - 3, 4)
+    click.echo(f"\n| run | {' | '.join(f'{at + 1}–{at + 4}' for at in steps)} |")
+    click.echo(f"| --- |{' --- |' * len(steps)}")
+    for line in sorted(lines, key=lambda line: line["job"]["method"]):
+        means = [f"{sum(line['curve'][at : at + 4]) / 4:.2f}" for at in steps]
+        name = f"{line['job']['method']}, seed {line['job']['seed']}"
+        click.echo(f"| {name} | {' | '.join(means)} |")
 
 
 @click.command()
@@ -181,12 +181,17 @@ def main(
             job = Job(model=Path(model).name, method=method, seed=seed, **settings)
             if asdict(job) in done:
                 continue
-            result = run(Job(**{**asdict(job), "model": model}), work / f"{method}-{seed}")
-            line = {"job": asdict(job), **result, "machine": describe_machine()}
+            result = run(
+                Job(**{**asdict(job), "model": model}), work / f"{method}-{seed}"
+            )
+            machine = {**describe_machine(), "blas": str(bench.BLAS)}
+            line = {"job": asdict(job), **result, "machine": machine}
             with output.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             after = result["after"]["reward"]
-            click.echo(f"{method} seed {seed}: {result['before']['reward']:.3f} -> {after:.3f}")
+            click.echo(
+                f"{method} seed {seed}: {result['before']['reward']:.3f} -> {after:.3f}"
+            )
     return None
 
 

@@ -48,7 +48,7 @@ Z = 1.96
 
 
 def log_probs(model: nn.Module, data: PairDataset, path: Path) -> np.ndarray:
-    """Log-probabilities ``(pairs, chosen or rejected, sum or mean)``, kept in a file."""
+    """Log-probabilities ``(pairs, chosen or rejected, sum or mean)``, as kept."""
     if path.exists():
         return np.load(path)
     found = np.zeros((len(data), 2))
@@ -95,13 +95,14 @@ def compare(base: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
 @click.command()
 @click.option("--work", type=Path, required=True)
 @click.option("--objective", default="dpo")
-@click.option("--iters", default=80)
+@click.option("--iters", default=80, help="Steps of the learning rate's schedule.")
+@click.option("--stop", type=int, default=None, help="Step to stop at, if earlier.")
 @click.option("--pairs", default=320, help="Pairs to train on.")
 @click.option("--layers", default=8)
 @click.option("--rate", default=2e-4)
 @click.option("--seed", default=0)
 def main(work: Path, objective: str, iters: int, pairs: int, layers: int, rate: float,
-         seed: int) -> None:  # fmt: skip
+         seed: int, stop: int | None) -> None:  # fmt: skip
     """Train, measure, print."""
     write_preferences(work / "data")
     model, tokenizer = load(str(demo_model()))
@@ -113,7 +114,7 @@ def main(work: Path, objective: str, iters: int, pairs: int, layers: int, rate: 
     name = f"{objective}-{iters}-{pairs}-{layers}-{rate:g}-{seed}"
     train = TrainConfig(
         objective=objective,  # pyright: ignore[reportArgumentType]
-        iters=iters,
+        iters=stop or iters,
         batch_size=4,
         val_batches=15,
         steps_per_eval=20,
@@ -134,13 +135,14 @@ def main(work: Path, objective: str, iters: int, pairs: int, layers: int, rate: 
         preference=PreferenceConfig(),
         adapter_path=work / name,
     )
-    tuned = log_probs(model, sets["test"], work / f"{name}.npy")
+    tuned = log_probs(model, sets["test"], work / f"{name}-{stop or iters}.npy")
     with disabled(model):  # the base is untouched
         check = row_log_probs(model, *pad_batch([sets["test"][0]], 512), gradient=False)
     assert abs(float(check.total[0]) - base[0, 0, 0]) < 1e-2
     print(json.dumps({
         "bench": "preference", **describe_machine(), "objective": objective,
-        "iters": iters, "pairs": pairs, "layers": layers, "rate": rate, "seed": seed,
+        "iters": iters, "steps": report.steps, "pairs": pairs, "layers": layers,
+        "rate": rate, "seed": seed,
         **compare(base, tuned),
         "curve": [{"step": r.step, "train_loss": r.train_loss, "val_loss": r.val_loss,
                    "metrics": r.metrics} for r in report.history],

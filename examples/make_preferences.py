@@ -52,4 +52,4 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit("usage: python examples/make_preferences.py FOLDER")
     for split, count in write_preferences(Path(sys.argv[1])).items():
-        print(f"{split}: {count} pairs")  # noqa: T201 - a script
+        print(f"{split}: {count} pairs")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mlx_dora.peft import from_peft, to_peft
     from mlx_dora.train.config import TrainConfig
     from mlx_dora.train.grpo.config import RewardConfig
+    from mlx_dora.train.objectives.config import PreferenceConfig
     from mlx_dora.train.run.finetune import finetune
 
 preload()
@@ -49,6 +50,7 @@ _HOME = {
     "DoRAMultiLinear": "mlx_dora.layers",
     "DoRASwitchLinear": "mlx_dora.layers",
     "NamedAdapters": "mlx_dora.adapters.named",
+    "PreferenceConfig": "mlx_dora.train.objectives.config",
     "RewardConfig": "mlx_dora.train.grpo.config",
     "TrainConfig": "mlx_dora.train.config",
     "analyze_adapter": "mlx_dora.analyze.adapter",
@@ -83,6 +85,7 @@ __all__ = [
     "DoRAMultiLinear",
     "DoRASwitchLinear",
     "NamedAdapters",
+    "PreferenceConfig",
     "RewardConfig",
     "TrainConfig",
     "analyze_adapter",

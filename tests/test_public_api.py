@@ -19,6 +19,7 @@ NAMES = {
         "DoRAMultiLinear",
         "DoRASwitchLinear",
         "NamedAdapters",
+        "PreferenceConfig",
         "RewardConfig",
         "TrainConfig",
         "analyze_adapter",
@@ -110,6 +111,7 @@ NAMES = {
         "compare_adapters",
     ],
     "mlx_dora.train": [
+        "PreferenceConfig",
         "RewardConfig",
         "StepReport",
         "TrainConfig",
@@ -266,9 +268,11 @@ SIGNATURES = {
         "progress=",
         "loss=",
         "batches=",
+        *("preference=", "reward=", "objective="),
     ],
     "mlx_dora.train.plan_memory": [
         *("train", "dora", "*", "limit=", "lengths=", "device="),
+        *("preference=", "reward=", "objective="),
     ],
 }
 

@@ -50,8 +50,8 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
         raise DoRAError(
             f"{where}: set must be {' or '.join(_SETS)}, got {row.get('set')!r:.40}."
         )
-    is_number = type(reward) in (int, float) and abs(reward) < 1e300
-    if reward is not None and not is_number:
+    is_number = isinstance(reward, int | float) and not isinstance(reward, bool)
+    if reward is not None and not (is_number and abs(reward) < 1e300):
         raise DoRAError(f"{where}: reward must be a number, got {reward!r:.40}.")
     texts = {}
     for name in ("prompt", "completion"):

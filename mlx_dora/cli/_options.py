@@ -237,7 +237,8 @@ def dataclass_options(
                     **{
                         name: value
                         for name, value in chosen.items()
-                        if name in owned[key] and not options[name].is_left_to_class(value)
+                        if name in owned[key]
+                        and not options[name].is_left_to_class(value)
                     }
                 )
             return function(**values)

@@ -34,7 +34,7 @@ def describe_start(train: TrainConfig, dora: DoRAConfig) -> list[str]:
     length = (
         f"{train.iters} steps" if train.epochs is None else f"{train.epochs} epochs"
     )
-    rows = f"{train.batch_size} rows"
+    rows = f"{train.batch_size} {'prompts' if train.objective == 'grpo' else 'rows'}"
     if train.batch_tokens is not None:
         rows = f"up to {train.batch_tokens:,} tokens"
     rate = "a schedule" if train.lr_schedule else f"{train.learning_rate:g}"
@@ -48,6 +48,11 @@ def describe_start(train: TrainConfig, dora: DoRAConfig) -> list[str]:
 
 def legend(train: TrainConfig) -> str:
     """Say what the numbers of the reports are."""
+    if train.objective == "grpo":
+        return (
+            "reward: mean over completions; validation loss: minus the mean reward; "
+            "tok/s: sampled tokens a second"
+        )
     if train.objective != "sft":
         return (
             f"loss: of {train.objective}, mean over a batch; accuracy and margin: of "
@@ -123,10 +128,11 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
     if plan.traffic is not None:
         lines += _describe_traffic(plan.traffic)
     fitting = []
+    noun = "pairs of rows" if plan.rows_per_unit == 2 else "rows"
     if plan.longest:
-        fitting.append(f"{plan.batch_size} rows of up to {plan.longest:,} tokens")
+        fitting.append(f"{plan.batch_size} {noun} of up to {plan.longest:,} tokens")
     if plan.largest_batch:
-        fitting.append(f"up to {plan.largest_batch:,} rows of {plan.length} tokens")
+        fitting.append(f"up to {plan.largest_batch:,} {noun} of {plan.length} tokens")
     if fitting:
         lines.append(f"Would fit: {', or '.join(fitting)}.")
     if plan.advice:
@@ -154,14 +160,15 @@ def _describe_traffic(traffic: "Traffic") -> list[str]:
 def _widest(plan: "MemoryPlan") -> str:
     """Describe the rows of the largest batch: their width, and why it is that."""
     tokens = f"{plan.length:,} tokens"
+    noun = "pairs of rows" if plan.rows_per_unit == 2 else "rows"
     if plan.rows is None or plan.longest_row is None:
-        return f"rows of {tokens} (the maximum; name --data to use its longest rows)"
+        return f"{noun} of {tokens} (the maximum; name --data to use its longest rows)"
     if plan.packed:
         return f"rows of {tokens} ({plan.rows:,} rows joined by --packing)"
-    longest = f"the longest of {plan.rows:,} rows"
+    longest = f"the longest of {plan.rows:,} {noun}"
     if plan.longest_row == plan.length:
-        return f"rows of {tokens} ({longest})"
-    return f"rows padded to {tokens} ({longest} has {plan.longest_row:,})"
+        return f"{noun} of {tokens} ({longest})"
+    return f"{noun} padded to {tokens} ({longest} has {plan.longest_row:,})"
 
 
 def next_commands(
@@ -179,7 +186,7 @@ def next_commands(
     lines = [f"mlx_dora.generate {adapter} --prompt Hello"]
     if chats:
         lines.append(f"mlx_dora.chat {adapter}")
-    if evaluates:
+    if evaluates and train.objective != "grpo":  # prompts alone have no loss
         lines.append(f"mlx_dora.evaluate {adapter} {' '.join(_data_words(train))}")
     lines.append(f"mlx_dora.fuse {adapter} --save-path {fused}")
     return lines

@@ -125,7 +125,8 @@ def command(
         if card or upload_repo is not None:
             _publish_adapter(train, upload_repo)
         echo("Next:")
-        evaluates = bool({"valid", "test"} & set(result.splits))
+        is_sft = train.objective == "sft"  # evaluate reads examples
+        evaluates = is_sft and bool({"valid", "test"} & set(result.splits))
         for line in next_commands(train, chats=result.chats, evaluates=evaluates):
             show_command(line)
     return None

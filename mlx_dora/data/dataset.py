@@ -206,6 +206,11 @@ class JoinedDataset(RowDataset):
         part, i = self._places[index]
         return part.where(i)
 
+    def prompt(self, index: int) -> Any:
+        """The prompt of a row, as `PromptDataset.prompt`."""
+        part, i = self._places[index]
+        return part.prompt(i)
+
     def label(self, index: int) -> bool:
         """Whether an answer is desirable, as `LabeledDataset.label`."""
         part, i = self._places[index]

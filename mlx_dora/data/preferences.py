@@ -80,8 +80,8 @@ class AnswerDataset(RowDataset):
         """How rows are read: their format, and the columns used and not used."""
         title = title_of(self._answers[0], self.noun)
         first = self.rows.values[0]
-        optional = ("tools", self.rows.config.prompt_feature)
-        return describe_columns(title, first, self._columns, optional)
+        more = {"tools", self.rows.config.prompt_feature} - {*self._columns}
+        return describe_columns(title, first, self._columns, sorted(more))
 
     def where(self, index: int) -> str:
         """Name an example by file, line and column, for use in messages."""

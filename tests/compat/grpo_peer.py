@@ -62,7 +62,7 @@ def loss(job: dict[str, Any], given: Tensors, folder: Path) -> Tensors:
     with torch.no_grad():
         own, *_ = trainer._get_per_token_logps_and_entropies(model, row, mask, length)
     found = {"logps": own, "reference": reference}
-    old = own + given.pop("noise")
+    old, other = own + given.pop("old"), own + given.pop("reference")
     for number, case in enumerate(job["cases"]):
         trainer.loss_type = case["loss_type"]
         trainer.beta = case.get("beta", 0.0)
@@ -75,7 +75,7 @@ def loss(job: dict[str, Any], given: Tensors, folder: Path) -> Tensors:
         trainer.args.use_bias_correction_kl = case.get("use_bias_correction_kl", True)
         inputs = {
             **given,
-            "ref_per_token_logps": reference,
+            "ref_per_token_logps": other,
             "old_per_token_logps": old if case["is_later"] else None,
             "num_items_in_batch": given["completion_mask"].sum(),
         }

@@ -24,8 +24,8 @@ class PreferenceConfig:
     beta: float | None = option(
         None,
         help="Weight of the deviation from the reference (ipo: tau; orpo: lambda; "
-        "simpo: scale of the rewards), 0.1 by default; grpo: weight of the KL divergence, "
-        "none by default.",
+        "simpo: scale of the rewards), 0.1 by default; grpo: weight of the KL "
+        "divergence, none by default.",
         above=0,
         recorded=True,
     )

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dora.adapters.config import DoRAConfig
-from mlx_dora.data.batches import EMPTY, Batch, pad_batch
+from mlx_dora.data.batches import EMPTY, Batch, pad_batch, padded_width
 from mlx_dora.data.dataset import RowDataset
 from mlx_dora.data.prompts import PromptDataset, digest_columns
 from mlx_dora.data.rows import Rows
@@ -163,6 +163,13 @@ class Grpo(Objective):
         self._rollouts.step = state["step"]
         self._rollouts.log.restore(self._samples, state["samples_bytes"])
 
+    def step_shapes(self, shape: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
+        """Shapes of the completions of a batch of prompts, from shortest to longest."""
+        prompts, width = shape
+        lengths = range(width, width + self.added_tokens + 1)
+        widths = {padded_width(length, self._length) for length in lengths}
+        return [(prompts * self.rows_per_unit, width) for width in sorted(widths)]
+
     # Each step.
 
     def completed(
@@ -184,7 +191,7 @@ class Grpo(Objective):
             self._window = self._sampled(model, data, window)
         self._used += 1
         self._rollouts.step += len(window)
-        return self._window
+        return self._window[: len(window)]  # fewer where the run ends
 
     def loss(self, model: nn.Module, *batch: mx.array) -> Outputs:
         """The loss of a batch of completions, its count, tokens and metrics."""
@@ -205,7 +212,8 @@ class Grpo(Objective):
         self, model: nn.Module, data: Any, window: Sequence[Batch]
     ) -> list[Batch]:
         """Completed batches of new completions, evaluated."""
-        indices = [[i for i in batch[2].tolist() if i >= 0] for batch in window]
+        listed: list[Any] = [batch[2].tolist() for batch in window]
+        indices = [[index for index in batch if index >= 0] for batch in listed]
         rollouts = self._rollouts.of_update(
             self._generator(model), data, indices, self._seed
         )

@@ -79,10 +79,10 @@ class Kto(Preference):
     name: ClassVar[str] = "kto"
     unit: ClassVar[int | None] = 1
     what: ClassVar[str] = "rows"
-    rows_per_unit: ClassVar[int] = 1
+    rows_per_unit: int = 1
     loss_types: ClassVar[tuple[str, ...]] = ("kto", "apo_zero_unpaired")
     uses: ClassVar[tuple[str, ...]] = ("desirable_weight", "undesirable_weight")
-    metrics: ClassVar[tuple[str, ...]] = (
+    metrics: tuple[str, ...] = (
         "rewards/chosen",
         "rewards/rejected",
         "logps/chosen",

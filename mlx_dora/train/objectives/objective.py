@@ -181,6 +181,10 @@ class Objective:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from the `state` of a checkpoint; called in every process."""
 
+    def step_shapes(self, shape: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
+        """Shapes that a batch of tokens of this shape may have once completed."""
+        return (shape,)
+
     # 3. Each step.
 
     def complete(self, model: nn.Module, data: Examples, batch: Batch) -> Batch:

@@ -47,7 +47,7 @@ class Orpo(Preference):
 
     name: ClassVar[str] = "orpo"
     has_reference: ClassVar[bool] = False
-    metrics: ClassVar[tuple[str, ...]] = (
+    metrics: tuple[str, ...] = (
         *PAIR_METRICS,
         "nll_loss",
         "log_odds_ratio",

@@ -48,7 +48,7 @@ class Simpo(Preference):
     loss_types: ClassVar[tuple[str, ...]] = ("simpo",)
     uses: ClassVar[tuple[str, ...]] = ("simpo_gamma", "cpo_alpha", "label_smoothing")
     has_reference: ClassVar[bool] = False
-    metrics: ClassVar[tuple[str, ...]] = (*PAIR_METRICS, "nll_loss")
+    metrics: tuple[str, ...] = (*PAIR_METRICS, "nll_loss")
 
     def loss(self, model: nn.Module, *batch: mx.array) -> Outputs:
         """The loss of the pairs, their number, tokens and metrics.

@@ -55,6 +55,7 @@ class MemoryPlan:
         packed: Whether short rows are joined into rows of `length` tokens.
         grad_checkpoint: Whether blocks are recomputed.
         weights: Bytes of the model as stored.
+        rows_per_unit: Rows for each row of ``batch_size``: 2 for pairs.
         reference: Bytes of an objective's reference beside the model.
         adapter: Bytes of the trained parameters, in float32 (in full training, a part
             of the weights).
@@ -100,6 +101,7 @@ class MemoryPlan:
     peak: int
     limit: int
     reference: int = 0
+    rows_per_unit: int = 1
     longest: int = 0
     largest_batch: int = 0
     advice: tuple[str, ...] = ()
@@ -313,6 +315,7 @@ def plan_step(
         peak=always + kept + kept_scores * score + max(logits, backward),
         limit=limit,
         reference=reference,
+        rows_per_unit=shapes.rows_per_unit,
     )
 
 

@@ -132,4 +132,6 @@ class Feed:
         if self._passes == 1:
             return stream
         windows = iter(lambda: [*islice(stream, self._window)], [])
-        return chain.from_iterable(chain(*[window] * self._passes) for window in windows)
+        return chain.from_iterable(
+            chain(*[window] * self._passes) for window in windows
+        )

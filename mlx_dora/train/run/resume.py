@@ -84,9 +84,7 @@ def _newest(run: Run) -> Checkpoint | None:
     discard_fragments(run.folder)
     if not run.train.resume:
         return None
-    checkpoint = newest_checkpoint(
-        run.folder, multiple_of=run.block
-    )
+    checkpoint = newest_checkpoint(run.folder, multiple_of=run.block)
     if checkpoint is None:
         logger.warning("%s has no checkpoint: training starts at step 0", run.folder)
     return checkpoint

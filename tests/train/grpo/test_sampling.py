@@ -1,6 +1,5 @@
 """Sampled completions, on a random tiny model."""
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -145,7 +144,6 @@ def test_an_empty_prompt_is_refused(model: nn.Module) -> None:
 def test_a_model_whose_cache_cannot_be_merged_is_refused(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own: Callable[..., Any] = lambda: [object()]
-    model.make_cache = own
+    model.make_cache = lambda: [object()]
     with pytest.raises(DoRAError, match="llama models cannot be sampled in batches"):
         sample(model)

@@ -11,10 +11,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_dora import DoRAConfig
+from mlx_dora import DoRAConfig, DoRASwitchLinear
 from mlx_dora.errors import DoRAError
 from mlx_dora.train import TrainConfig, TrainReport, finetune
 from mlx_dora.train.grpo.config import RewardConfig
+from mlx_dora.train.objectives.grpo import Grpo
+from tests.adapters.stacks import make_model
 from tests.train import ring
 from tests.train.grpo.letters import PROMPTS, Letters
 from tests.train.run.test_resume import assert_same_run
@@ -48,7 +50,9 @@ def grpo(make_tiny_model: Callable[..., nn.Module], tmp_path: Path) -> Run:
             data,
             valid,
             train=TrainConfig(objective="grpo", max_seq_length=32, **given),
-            dora=DoRAConfig(**{"rank": 4, "scale": 2.0, "num_layers": -1, **(dora or {})}),
+            dora=DoRAConfig(
+                **{"rank": 4, "scale": 2.0, "num_layers": -1, **(dora or {})}
+            ),
             adapter_path=tmp_path / name,
             reward=RewardConfig(
                 **{**rewards, "max_completion_length": 6, **(reward or {})}
@@ -128,12 +132,14 @@ def test_the_log_holds_what_the_samples_say(grpo: Run) -> None:
 def test_every_kind_of_training_changes_the_model(
     grpo: Run, settings: dict[str, Any], reward: dict[str, Any]
 ) -> None:
-    _, report = grpo(iters=6, save_every=6, steps_per_report=6, reward=reward, **settings)
+    _, report = grpo(
+        iters=6, save_every=6, steps_per_report=6, reward=reward, **settings
+    )
     line = next(line for line in report.history if line.train_loss is not None)
     assert line.metrics is not None
     assert ("kl" in line.metrics) == ("beta" in reward)
     assert line.metrics.get("kl", 1) > 0
-    changed = [value for value in tensors(report.adapter_path).values()]
+    changed = tensors(report.adapter_path).values()
     assert all(bool(mx.isfinite(value).all()) for value in changed)
     assert not line.skipped_steps
 
@@ -144,6 +150,29 @@ def test_a_packed_base_is_trained(
     base = make_tiny_model(vocab_size=64, bits=4)
     _, report = grpo(model=base, reward={"beta": 0.1})
     assert report.steps == 3
+
+
+def test_experts_are_trained(grpo: Run) -> None:
+    model, report = grpo(model=make_model("mixtral"), reward={"beta": 0.1})
+    assert report.steps == 3
+    assert any(isinstance(m, DoRASwitchLinear) for m in model.modules())
+
+
+def test_an_epoch_uses_each_prompt_in_every_pass(grpo: Run) -> None:
+    _, report = grpo(iters=1, epochs=2, save_every=2, reward={"num_iterations": 2})
+    assert report.steps == 2 * 3 * 2
+    assert len(samples(report)) == 2 * len(PROMPTS) * 4
+    _, cut = grpo(
+        "cut",
+        iters=3,
+        grad_accumulation_steps=2,
+        save_every=4,
+        reward={"num_iterations": 2},
+    )
+    assert cut.steps == 3
+    counted = [row["tokens"] for row in samples(cut)]
+    assert len(counted) in (12, 16)
+    assert cut.trained_tokens < 2 * sum(counted)
 
 
 def test_completions_that_were_cut_can_be_left_out(grpo: Run) -> None:
@@ -248,12 +277,14 @@ def test_changed_data_columns_are_not_resumed(grpo: Run) -> None:
     other = [{**row, "wanted": 1 - row["wanted"]} for row in PROMPTS]
     with pytest.raises(DoRAError, match="reward data was"):
         grpo(iters=4, save_every=2, data=other, resume=True)
-    with pytest.raises(DoRAError, match="reward.temperature was 1.0, is 0.5"):
+    with pytest.raises(DoRAError, match=r"reward\.temperature was 1\.0, is 0.5"):
         grpo(iters=4, save_every=2, reward={"temperature": 0.5}, resume=True)
 
 
 def test_settings_of_grpo_need_its_objective(tiny_model: nn.Module) -> None:
-    with pytest.raises(DoRAError, match="settings of grpo do not apply to objective sft"):
+    with pytest.raises(
+        DoRAError, match="settings of grpo do not apply to objective sft"
+    ):
         finetune(
             tiny_model,
             None,
@@ -272,7 +303,12 @@ def test_two_processes_share_prompts_and_compare_all_rewards(tmp_path: Path) -> 
             **{"iters": iters, "resume": True, "steps_per_eval": 8},
             "reward": {"scale_rewards": "batch"},
         }
-        command = ["-m", "tests.train.grpo.resumable", str(folder), json.dumps(settings)]
+        command = [
+            "-m",
+            "tests.train.grpo.resumable",
+            str(folder),
+            json.dumps(settings),
+        ]
         with ring.started(tmp_path, command, command) as processes:
             errors = [process.communicate(timeout=120)[1] for process in processes]
         assert [process.wait() for process in processes] == [0, 0], errors
@@ -306,3 +342,28 @@ def test_a_reward_that_fails_in_one_process_ends_both(tmp_path: Path) -> None:
     assert [process.wait() for process in processes] == [1, 1]
     for text in errors:
         assert re.search(r"reward \S+ failed: ValueError: no abc, for the prompt", text)
+
+
+def test_kernels_are_chosen_for_the_sizes_of_completions(
+    grpo: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each size of a step is measured before; here they are only listed."""
+    asked: list[set[int]] = []
+
+    def listed(model: nn.Module, sizes: list[int]) -> list[Any]:
+        asked.append({*sizes})
+        return []
+
+    monkeypatch.setattr("mlx_dora.train.run.kernels.chosen_mode", lambda: "auto")
+    monkeypatch.setattr("mlx_dora.train.run.kernels.training_cases", listed)
+    used: set[int] = set()
+
+    def note(self: Grpo, model: nn.Module, *batch: mx.array) -> Any:
+        used.add(batch[0].shape[0] * (batch[0].shape[1] - 1))
+        return real(self, model, *batch)
+
+    real = Grpo.loss
+    monkeypatch.setattr(Grpo, "loss", note)
+    grpo(iters=6, reward={"max_completion_length": 20})
+    assert len(used) > 1
+    assert used <= asked[0]
