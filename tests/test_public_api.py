@@ -255,7 +255,7 @@ SIGNATURES = {
         "batches=",
     ],
     "mlx_dora.train.plan_memory": [
-        *("train", "dora", "*", "limit=", "lengths=", "device="),
+        *("train", "dora", "*", "limit=", "lengths=", "device=", "processes="),
     ],
 }
 

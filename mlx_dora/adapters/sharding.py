@@ -38,9 +38,8 @@ from mlx_dora.layers.sharded import (
     ShardedLinear,
     ShardedModule,
 )
-from mlx_dora.matrix.packed import QuantizedWeight
-from mlx_dora.matrix.sharded import own_rows
-from mlx_dora.matrix.weight import row_squares, weight_of
+from mlx_dora.matrix.sharded import Part, own_rows
+from mlx_dora.matrix.weight import row_squares, weight_from
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ class PendingDivision:
     model: nn.Module
     group: mx.distributed.Group
     division: Division
-    parts: dict[str, mx.array | QuantizedWeight] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
 
     def finish(self) -> nn.Module:
         """Replace the modules; all processes must make this call."""
@@ -146,16 +145,13 @@ def shard_loaded(model: nn.Module, group: mx.distributed.Group) -> PendingDivisi
     remember_fingerprint(model, fingerprint(model))
     pending = PendingDivision(model=model, group=group, division=division)
     for path, module in modules:
-        weight = cast(mx.array | QuantizedWeight, weight_of(module))
-        own = own_rows(weight.shape[0], group)
-        if isinstance(weight, QuantizedWeight):
-            part = weight.rows(own)
-            arrays = {k: mx.contiguous(v) for k, v in part.parts.items()}
-            mx.eval(arrays)
-            pending.parts[path] = _packed(arrays, module)
-        else:
-            pending.parts[path] = part = mx.contiguous(weight[own])
-            mx.eval(part)
+        arrays = {
+            name: mx.contiguous(module[name][own_rows(module[name].shape[0], group)])
+            for name in _WEIGHTS
+            if module.get(name) is not None
+        }
+        mx.eval(arrays)
+        pending.parts[path] = cast(Part, weight_from(arrays, module))
     return pending
 
 
@@ -209,25 +205,12 @@ def load_sharded(
             module[name] = mx.zeros((0, *array.shape[1:]), array.dtype)
             del array
             mx.eval(arrays[name])
-        pending.parts[path] = _packed(arrays, module)
+        pending.parts[path] = cast(Part, weight_from(arrays, module))
     mx.eval(loaded.parameters())
     pending.division = Division(
         divided=division.divided, whole=division.whole, read_whole=tuple(read_whole)
     )
     return pending, tokenizer
-
-
-def _packed(arrays: dict[str, mx.array], module: Any) -> mx.array | QuantizedWeight:
-    if "scales" not in arrays:
-        return arrays["weight"]
-    return QuantizedWeight(
-        weight=arrays["weight"],
-        scales=arrays["scales"],
-        biases=arrays.get("biases"),
-        group_size=module.group_size,
-        bits=module.bits,
-        mode=module.mode,
-    )
 
 
 def _divide(

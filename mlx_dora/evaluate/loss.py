@@ -179,7 +179,7 @@ def _of_equal_shapes(batches: Iterator[Batch], ranks: int) -> Iterator[Batch]:
         rows = max(tokens.shape[0] for tokens, _ in members)
         width = max(tokens.shape[1] for tokens, _ in members)
         for tokens, marks in members:
-            more = (0, rows - tokens.shape[0]), (0, width - tokens.shape[1])
+            more = [(0, rows - tokens.shape[0]), (0, width - tokens.shape[1])]
             in_marks = [more[0], more[1] if marks.ndim == 3 else (0, 0)]
             if marks.ndim == 3:
                 in_marks.append((0, 0))

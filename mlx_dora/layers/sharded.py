@@ -13,9 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.matrix.sharded import Part, ShardedWeight, looked_up_in, product_with
-from mlx_dora.matrix.weight import weight_of
+from mlx_dora.matrix.weight import as_packed, weight_of
 
 SHARDABLE = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 """Classes of modules that can be divided, exactly."""
@@ -65,10 +64,10 @@ class ShardedModule(nn.Module):
         """
         module = cls.__new__(cls)
         nn.Module.__init__(module)
-        arrays = {"weight": part}
-        if isinstance(part, QuantizedWeight):
-            arrays = part.parts
-            for name, value in part.form.items():
+        arrays: dict[str, Any] = {"weight": part}
+        if (packed := as_packed(part)) is not None:
+            arrays = packed.parts
+            for name, value in packed.form.items():
                 setattr(module, name, value)
         # Not by attribute: reading `weight` raises.
         for name, array in arrays.items():

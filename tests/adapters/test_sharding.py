@@ -95,7 +95,7 @@ def test_what_mlx_lm_changes_is_read_whole_and_named(
 ) -> None:
     from mlx_lm.models import llama
 
-    own = llama.Model.sanitize
+    own: Any = llama.Model.sanitize
 
     def sanitize(self: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         name = "model.layers.1.mlp.up_proj.weight"
