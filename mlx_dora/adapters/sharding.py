@@ -4,10 +4,8 @@ Each process reads its own rows from the model's files: the whole model is never
 memory of one process.
 """
 
-import importlib
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -28,10 +26,9 @@ from mlx_dora.adapters.fingerprint import (
 )
 from mlx_dora.adapters.hosting import load, model_folder
 from mlx_dora.adapters.keys import natural_order, shortened, takes_lora
+from mlx_dora.adapters.noted import noted_tensors
 from mlx_dora.adapters.surgery import adapted_already, put_modules
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.header import TensorInfo, read_header
-from mlx_dora.io.stored import StoredTensor
 from mlx_dora.layers.sharded import (
     SHARDABLE,
     ShardedEmbedding,
@@ -85,8 +82,14 @@ class Division:
 class PendingDivision:
     """A model whose weights are not divided yet; nothing was communicated.
 
-    `load_pending` reads the own rows of each module, which may fail in one process;
-    `finish` then exchanges what all need.
+    `load_sharded` and `shard_loaded` take the own rows of each module, which may fail
+    in one process. `finish` then exchanges what all need.
+
+    Args:
+        model: The model, whose modules `finish` replaces.
+        group: The processes.
+        division: Which modules are divided.
+        parts: This process's rows, by the path of their module.
     """
 
     model: nn.Module
@@ -98,7 +101,10 @@ class PendingDivision:
         """Replace the modules; all processes must make this call."""
         modules = dict(self.model.named_modules())
         paths = list(self.parts)
-        own = [row_squares(self.parts[path]) for path in paths]
+        own = []
+        for path in paths:
+            own.append(row_squares(self.parts[path]))
+            mx.eval(own[-1])
         sizes = [square.size for square in own]
         every = mx.distributed.all_gather(
             mx.concatenate(own).reshape(1, -1), group=self.group
@@ -120,6 +126,7 @@ class PendingDivision:
                 part, squares, self.group, module.get("bias")
             )
             known[id(module)].train(module.training)
+            known[id(module)].name_as(path)
         for path, module in modules.items():
             if id(module) in known:  # shared modules under each of their paths
                 made.append((path, known[id(module)]))
@@ -174,7 +181,7 @@ def load_sharded(
         DoRAError: If the model cannot be loaded, or has experts.
     """
     folder = model_folder(model)
-    with _noted_tensors() as noted:
+    with noted_tensors() as noted:
         loaded, tokenizer = load(folder, lazy=True, trust_remote_code=trust_remote_code)
     remember_source(loaded, str(model))
     modules, division = _divide(loaded, group)
@@ -244,55 +251,6 @@ def _divide(
         )
     paths = tuple(path for path, _ in modules)
     return modules, Division(divided=paths, whole=tuple(whole))
-
-
-class _Noted:
-    """Where the arrays that mlx-lm reads come from, by identity.
-
-    An array that mlx-lm passes on to the model unchanged is the tensor in the file, by
-    whatever name.
-    """
-
-    def __init__(self) -> None:
-        # Holds the arrays, so that no other takes their place.
-        self._places: dict[int, tuple[mx.array, Path, str]] = {}
-        self._headers: dict[Path, dict[str, TensorInfo]] = {}
-
-    def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        """Read a file like `mx.load`."""
-        loaded = mx.load(path, *args, **kwargs)
-        if isinstance(loaded, dict) and str(path).endswith(".safetensors"):
-            file = Path(path).resolve()  # a view of the folder may end before us
-            self._headers[file] = read_header(file)
-            for name, array in loaded.items():
-                self._places[id(array)] = (array, file, name)
-        return loaded
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(mx, name)
-
-    def stored(self, array: mx.array) -> StoredTensor | None:
-        """Return the tensor in a file that an array is; None if it was changed."""
-        place = self._places.get(id(array))
-        if place is None or place[0] is not array:
-            return None
-        _, file, name = place
-        info = self._headers[file][name]
-        if tuple(info.shape) != tuple(array.shape):
-            return None
-        return StoredTensor(file, info, name)
-
-
-@contextmanager
-def _noted_tensors() -> Iterator[_Noted]:
-    """Note the tensors that mlx-lm reads during the block."""
-    utils: Any = importlib.import_module("mlx_lm.utils")
-    own, noted = utils.mx, _Noted()
-    utils.mx = noted
-    try:
-        yield noted
-    finally:
-        utils.mx = own
 
 
 def parameter_count(model: nn.Module) -> int:

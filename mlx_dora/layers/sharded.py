@@ -45,6 +45,7 @@ class ShardedModule(nn.Module):
 
     group: mx.distributed.Group
     _held: _Held | None
+    _path: str
 
     @classmethod
     def from_part(
@@ -77,6 +78,7 @@ class ShardedModule(nn.Module):
         module["_row_squares"] = squares
         module.group = group
         object.__setattr__(module, "_held", None)
+        module.name_as(cls.__name__)
         module.freeze()
         return module
 
@@ -84,9 +86,13 @@ class ShardedModule(nn.Module):
     def weight(self) -> Any:
         """Always raises: this process holds only a part of the weight."""
         raise DoRAError(
-            f"{type(self).__name__}: the model's own code reads this weight instead of "
+            f"{self._path}: the model's own code reads this weight instead of "
             "calling the module, so it cannot be divided among processes."
         )
+
+    def name_as(self, path: str) -> None:
+        """Set the path in the model, for messages."""
+        object.__setattr__(self, "_path", path)
 
     @property
     def whole_weight(self) -> ShardedWeight:

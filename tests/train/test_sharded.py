@@ -44,6 +44,10 @@ CASES = (
         dora={"keys": ["self_attn.q_proj", "mlp.down_proj", "model.embed_tokens"]},
     ),
 )
+FEEDS = (
+    Case(name="joined-rows", train={"packing": True}, writes_gradients=False),
+    Case(name="by-tokens", train={"batch_tokens": 96}, writes_gradients=False),
+)
 
 
 def run(work: Path, folder: Path, processes: int, *cases: Case) -> None:
@@ -55,7 +59,7 @@ def run(work: Path, folder: Path, processes: int, *cases: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "cases"), [(2, CASES), (4, CASES[:2])], ids=["two", "four"]
+    ("processes", "cases"), [(2, CASES + FEEDS), (4, CASES[:2])], ids=["two", "four"]
 )
 def test_losses_and_gradients_equal_those_of_a_single_process(
     tmp_path: Path, processes: int, cases: tuple[Case, ...]
@@ -67,7 +71,7 @@ def test_losses_and_gradients_equal_those_of_a_single_process(
         train(case, other)
         expected_log, ring_log = log(other), log(folder)
         per_update = case.settings.grad_accumulation_steps
-        assert len(expected_log) == len(ring_log) == STEPS // per_update + 3
+        assert len(expected_log) == len(ring_log) >= STEPS // per_update + 3
         for expected, line in zip(expected_log, ring_log, strict=True):
             assert line.keys() == expected.keys()
             for name in {"train_loss", "val_loss", "delta_m", "delta_d"} & line.keys():
@@ -77,6 +81,8 @@ def test_losses_and_gradients_equal_those_of_a_single_process(
         for name, value in tensors(folder).items():
             # Adam's first steps amplify the rounding of gradients near 0.
             assert_close(value, to_numpy(weights[name]), bound=2e-4)
+        if not case.writes_gradients:
+            continue
         values = mx.load(str(folder / "gradients.safetensors"))
         assert isinstance(values, dict)
         truth = gradients(case, alone)
