@@ -15,6 +15,7 @@ from mlx_dora.data.documents import document_caches
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.cross_entropy import summed_loss
 from mlx_dora.layers import sharded_modules
+from mlx_dora.matrix.sharded import in_order
 
 Loss = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
 """``(model, tokens, marks) -> (mean loss of the targets, number of targets)``."""
@@ -152,7 +153,8 @@ def evaluate_loss(
         rounds = _of_equal_shapes(batches, ranks) if is_sharded else _counted(batches)
         for number, (batch, lengths, rows) in enumerate(rounds):
             if number % ranks == rank:
-                value, count = loss(model, batch, lengths)
+                with in_order():
+                    value, count = loss(model, batch, lengths)
                 mx.eval(value, count)
                 total += float(value) * int(count)
                 tokens += int(count)

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from mlx_dora.data.batches import Batch, Examples
 from mlx_dora.evaluate.loss import Loss
 from mlx_dora.layers import held_norms, sharded_modules
+from mlx_dora.matrix.sharded import in_order
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import check_same_shapes
 from mlx_dora.train.optimizers import build_optimizer
@@ -109,7 +110,8 @@ class Stepper:
         changed = [model.state, optimizer.state]
 
         def differentiate(batch: mx.array, lengths: mx.array) -> tuple[Any, ...]:
-            (value, tokens), gradient = value_and_grad(model, batch, lengths)
+            with in_order():
+                (value, tokens), gradient = value_and_grad(model, batch, lengths)
             return _weighted(value, tokens), tokens, gradient
 
         if not settings.packing:  # each packed batch has documents of its own lengths
