@@ -272,7 +272,7 @@ SIGNATURES = {
     ],
     "mlx_dora.train.plan_memory": [
         *("train", "dora", "*", "limit=", "lengths=", "device="),
-        *("preference=", "reward=", "objective="),
+        *("preference=", "reward=", "objective=", "processes="),
     ],
 }
 

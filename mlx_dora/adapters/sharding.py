@@ -4,10 +4,8 @@ Each process reads its own rows from the model's files: the whole model is never
 memory of one process.
 """
 
-import importlib
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -28,19 +26,17 @@ from mlx_dora.adapters.fingerprint import (
 )
 from mlx_dora.adapters.hosting import load, model_folder
 from mlx_dora.adapters.keys import natural_order, shortened, takes_lora
+from mlx_dora.adapters.noted import noted_tensors
 from mlx_dora.adapters.surgery import adapted_already, put_modules
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.header import TensorInfo, read_header
-from mlx_dora.io.stored import StoredTensor
 from mlx_dora.layers.sharded import (
     SHARDABLE,
     ShardedEmbedding,
     ShardedLinear,
     ShardedModule,
 )
-from mlx_dora.matrix.packed import QuantizedWeight
-from mlx_dora.matrix.sharded import own_rows
-from mlx_dora.matrix.weight import row_squares, weight_of
+from mlx_dora.matrix.sharded import Part, own_rows
+from mlx_dora.matrix.weight import row_squares, weight_from
 
 logger = logging.getLogger(__name__)
 
@@ -86,20 +82,29 @@ class Division:
 class PendingDivision:
     """A model whose weights are not divided yet; nothing was communicated.
 
-    `load_pending` reads the own rows of each module, which may fail in one process;
-    `finish` then exchanges what all need.
+    `load_sharded` and `shard_loaded` take the own rows of each module, which may fail
+    in one process. `finish` then exchanges what all need.
+
+    Args:
+        model: The model, whose modules `finish` replaces.
+        group: The processes.
+        division: Which modules are divided.
+        parts: This process's rows, by the path of their module.
     """
 
     model: nn.Module
     group: mx.distributed.Group
     division: Division
-    parts: dict[str, mx.array | QuantizedWeight] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
 
     def finish(self) -> nn.Module:
         """Replace the modules; all processes must make this call."""
         modules = dict(self.model.named_modules())
         paths = list(self.parts)
-        own = [row_squares(self.parts[path]) for path in paths]
+        own = []
+        for path in paths:
+            own.append(row_squares(self.parts[path]))
+            mx.eval(own[-1])
         sizes = [square.size for square in own]
         every = mx.distributed.all_gather(
             mx.concatenate(own).reshape(1, -1), group=self.group
@@ -121,6 +126,7 @@ class PendingDivision:
                 part, squares, self.group, module.get("bias")
             )
             known[id(module)].train(module.training)
+            known[id(module)].name_as(path)
         for path, module in modules.items():
             if id(module) in known:  # shared modules under each of their paths
                 made.append((path, known[id(module)]))
@@ -146,16 +152,13 @@ def shard_loaded(model: nn.Module, group: mx.distributed.Group) -> PendingDivisi
     remember_fingerprint(model, fingerprint(model))
     pending = PendingDivision(model=model, group=group, division=division)
     for path, module in modules:
-        weight = cast(mx.array | QuantizedWeight, weight_of(module))
-        own = own_rows(weight.shape[0], group)
-        if isinstance(weight, QuantizedWeight):
-            part = weight.rows(own)
-            arrays = {k: mx.contiguous(v) for k, v in part.parts.items()}
-            mx.eval(arrays)
-            pending.parts[path] = _packed(arrays, module)
-        else:
-            pending.parts[path] = part = mx.contiguous(weight[own])
-            mx.eval(part)
+        arrays = {
+            name: mx.contiguous(module[name][own_rows(module[name].shape[0], group)])
+            for name in _WEIGHTS
+            if module.get(name) is not None
+        }
+        mx.eval(arrays)
+        pending.parts[path] = cast(Part, weight_from(arrays, module))
     return pending
 
 
@@ -178,7 +181,7 @@ def load_sharded(
         DoRAError: If the model cannot be loaded, or has experts.
     """
     folder = model_folder(model)
-    with _noted_tensors() as noted:
+    with noted_tensors() as noted:
         loaded, tokenizer = load(folder, lazy=True, trust_remote_code=trust_remote_code)
     remember_source(loaded, str(model))
     modules, division = _divide(loaded, group)
@@ -209,25 +212,12 @@ def load_sharded(
             module[name] = mx.zeros((0, *array.shape[1:]), array.dtype)
             del array
             mx.eval(arrays[name])
-        pending.parts[path] = _packed(arrays, module)
+        pending.parts[path] = cast(Part, weight_from(arrays, module))
     mx.eval(loaded.parameters())
     pending.division = Division(
         divided=division.divided, whole=division.whole, read_whole=tuple(read_whole)
     )
     return pending, tokenizer
-
-
-def _packed(arrays: dict[str, mx.array], module: Any) -> mx.array | QuantizedWeight:
-    if "scales" not in arrays:
-        return arrays["weight"]
-    return QuantizedWeight(
-        weight=arrays["weight"],
-        scales=arrays["scales"],
-        biases=arrays.get("biases"),
-        group_size=module.group_size,
-        bits=module.bits,
-        mode=module.mode,
-    )
 
 
 def _divide(
@@ -261,55 +251,6 @@ def _divide(
         )
     paths = tuple(path for path, _ in modules)
     return modules, Division(divided=paths, whole=tuple(whole))
-
-
-class _Noted:
-    """Where the arrays that mlx-lm reads come from, by identity.
-
-    An array that mlx-lm passes on to the model unchanged is the tensor in the file, by
-    whatever name.
-    """
-
-    def __init__(self) -> None:
-        # Holds the arrays, so that no other takes their place.
-        self._places: dict[int, tuple[mx.array, Path, str]] = {}
-        self._headers: dict[Path, dict[str, TensorInfo]] = {}
-
-    def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        """Read a file like `mx.load`."""
-        loaded = mx.load(path, *args, **kwargs)
-        if isinstance(loaded, dict) and str(path).endswith(".safetensors"):
-            file = Path(path).resolve()  # a view of the folder may end before us
-            self._headers[file] = read_header(file)
-            for name, array in loaded.items():
-                self._places[id(array)] = (array, file, name)
-        return loaded
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(mx, name)
-
-    def stored(self, array: mx.array) -> StoredTensor | None:
-        """Return the tensor in a file that an array is; None if it was changed."""
-        place = self._places.get(id(array))
-        if place is None or place[0] is not array:
-            return None
-        _, file, name = place
-        info = self._headers[file][name]
-        if tuple(info.shape) != tuple(array.shape):
-            return None
-        return StoredTensor(file, info, name)
-
-
-@contextmanager
-def _noted_tensors() -> Iterator[_Noted]:
-    """Note the tensors that mlx-lm reads during the block."""
-    utils: Any = importlib.import_module("mlx_lm.utils")
-    own, noted = utils.mx, _Noted()
-    utils.mx = noted
-    try:
-        yield noted
-    finally:
-        utils.mx = own
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_dora.layers import held_whole, is_traced
+from mlx_dora.matrix.sharded import pause_order
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class _StandIn:
         if self.hidden is not None:
             return self.hidden
         self.returned.append(self.trunk(*args, **kwargs))
+        pause_order(True)  # the logits after it are not evaluated
         return self.returned[-1]
 
     def __getattr__(self, name: str) -> Any:
@@ -185,8 +187,11 @@ def split_head(
         return model(inputs, **arguments), None
     path, inner = trunk
     noted = _StandIn(inner)
-    with _in_place_of(model, path, noted):
-        logits = model(inputs, **arguments)  # not evaluated if split into chunks
+    try:
+        with _in_place_of(model, path, noted):
+            logits = model(inputs, **arguments)  # not evaluated if split into chunks
+    finally:
+        pause_order(False)
     hidden = noted.returned[0] if len(noted.returned) == 1 else None
     if not isinstance(hidden, mx.array) or hidden.shape[:-1] != inputs.shape:
         return logits, None

@@ -57,6 +57,8 @@ def adapted_norm(
         DoRAError: If the shapes do not fit together.
     """
     LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale).check_fits(weight.shape)
+    if isinstance(weight, ShardedWeight):
+        return weight.gathered(own_norm(weight, lora_a, lora_b, scale))
     return row_norm(weight, lora_a, lora_b, scale, squared_base=squared_base)
 
 
@@ -78,7 +80,7 @@ def _takes(
 
 def _case(weight: Weight, rank: int) -> Case | None:
     """Return the case of a call; None for a stack, and a packing without a kernel."""
-    if len(weight.shape) != 2:
+    if len(weight.shape) != 2 or isinstance(weight, ShardedWeight):
         return None
     out, width = weight.shape[0], weight.shape[1]
     if not isinstance(weight, QuantizedWeight):
@@ -102,6 +104,7 @@ def launched(
 
     The kernel sums the squares itself, so that `squared_base` is not used.
     """
+    assert not isinstance(weight, ShardedWeight)
     out, width = weight.shape
     r = lora_a.shape[1]
     # s is multiplied into B on the device: MLX's CUDA build keeps arrays of up to 8
@@ -121,27 +124,11 @@ def launched(
     return mx.stop_gradient(norm)
 
 
-_norm = select(plain.adapted_norm, launched, _takes)
+row_norm = select(plain.adapted_norm, launched, _takes)
+"""Compute `adapted_norm` without checking shapes, for layers; also for stacks.
 
-
-def row_norm(
-    weight: Weight,
-    lora_a: mx.array,
-    lora_b: mx.array,
-    scale: float,
-    *,
-    squared_base: mx.array | None = None,
-) -> mx.array:
-    """Compute `adapted_norm` without checking shapes, for layers; also for stacks.
-
-    Of a weight whose rows are divided among processes, each computes the norms of its
-    own rows, and all gather the norms.
-    """
-    if not isinstance(weight, ShardedWeight):
-        return _norm(weight, lora_a, lora_b, scale, squared_base=squared_base)
-    squares = weight.squares if squared_base is None else squared_base
-    own = own_norm(weight, lora_a, lora_b, scale, squared_base=squares)
-    return weight.gathered(own)
+The weight must not be divided among processes; see `own_norm`.
+"""
 
 
 def own_norm(
@@ -149,16 +136,14 @@ def own_norm(
     lora_a: mx.array,
     lora_b: mx.array,
     scale: float,
-    *,
-    squared_base: mx.array,
 ) -> mx.array:
     """Compute `adapted_norm` of the rows that this process holds.
 
     The arguments are those of the whole weight. Shape ``(out / processes,)``.
     """
     own = weight.own
-    return _norm(
-        weight.part, lora_a, lora_b[:, own], scale, squared_base=squared_base[own]
+    return row_norm(
+        weight.part, lora_a, lora_b[:, own], scale, squared_base=weight.squares[own]
     )
 
 

@@ -212,6 +212,8 @@ class DoRALayer(nn.Module):
         if "_norm" in self:
             return self["_norm"]
         base = self[self.base_name]
+        if "_row_squares" in base:  # divided among processes
+            return base.whole_weight.gathered(self.own_norm())
         norm = row_norm(
             weight_from(base, base),
             *self.factors(),
@@ -230,9 +232,7 @@ class DoRALayer(nn.Module):
         """Return `norm` of the rows that this process holds of a divided weight."""
         weight = weight_of(self.base)
         assert isinstance(weight, ShardedWeight)
-        return own_norm(
-            weight, *self.factors(), self.scale, squared_base=self["_squared_base"]
-        )
+        return own_norm(weight, *self.factors(), self.scale)
 
     def gain(self) -> mx.array:
         """Return the gain g = m/n of every row, float32; exact, cached in eval mode."""

@@ -9,6 +9,8 @@ import numpy as np
 
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers.sharded import ShardedModule
+from mlx_dora.matrix.sharded import ShardedWeight
+from mlx_dora.matrix.weight import weight_of
 
 
 @contextmanager
@@ -71,7 +73,9 @@ def _gather_norms(layers: list[DoRALayer]) -> None:
     """Hold the norms of layers over divided weights, gathered in one message."""
     own = [layer.own_norm() for layer in layers]
     ends = np.cumsum([norm.size for norm in own]).tolist()
-    every = layers[0].base.whole_weight.gathered(mx.concatenate(own)[None])
+    first = weight_of(layers[0].base)
+    assert isinstance(first, ShardedWeight)
+    every = first.gathered(mx.concatenate(own)[None])
     norms = [
         mx.contiguous(norm.reshape(-1)) for norm in mx.split(every, ends[:-1], axis=1)
     ]

@@ -13,9 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.matrix.sharded import Part, ShardedWeight, looked_up_in, product_with
-from mlx_dora.matrix.weight import weight_of
+from mlx_dora.matrix.weight import as_packed, weight_of
 
 SHARDABLE = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 """Classes of modules that can be divided, exactly."""
@@ -46,6 +45,7 @@ class ShardedModule(nn.Module):
 
     group: mx.distributed.Group
     _held: _Held | None
+    _path: str
 
     @classmethod
     def from_part(
@@ -65,10 +65,10 @@ class ShardedModule(nn.Module):
         """
         module = cls.__new__(cls)
         nn.Module.__init__(module)
-        arrays = {"weight": part}
-        if isinstance(part, QuantizedWeight):
-            arrays = part.parts
-            for name, value in part.form.items():
+        arrays: dict[str, Any] = {"weight": part}
+        if (packed := as_packed(part)) is not None:
+            arrays = packed.parts
+            for name, value in packed.form.items():
                 setattr(module, name, value)
         # Not by attribute: reading `weight` raises.
         for name, array in arrays.items():
@@ -78,6 +78,7 @@ class ShardedModule(nn.Module):
         module["_row_squares"] = squares
         module.group = group
         object.__setattr__(module, "_held", None)
+        module.name_as(cls.__name__)
         module.freeze()
         return module
 
@@ -85,9 +86,13 @@ class ShardedModule(nn.Module):
     def weight(self) -> Any:
         """Always raises: this process holds only a part of the weight."""
         raise DoRAError(
-            f"{type(self).__name__}: the model's own code reads this weight instead of "
+            f"{self._path}: the model's own code reads this weight instead of "
             "calling the module, so it cannot be divided among processes."
         )
+
+    def name_as(self, path: str) -> None:
+        """Set the path in the model, for messages."""
+        object.__setattr__(self, "_path", path)
 
     @property
     def whole_weight(self) -> ShardedWeight:

@@ -6,7 +6,9 @@ pass each gather it again. What depends on a row alone (its norm) is computed fr
 own rows, and only the result, one number per row, is gathered.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -14,6 +16,56 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dora.matrix.packed import QuantizedWeight
+
+
+class _Order:
+    """The last message of a pass, for which the next one waits."""
+
+    def __init__(self) -> None:
+        self.last: mx.array | None = None
+        self.is_paused = False
+
+
+_ORDER: ContextVar[_Order | None] = ContextVar("order", default=None)
+
+
+@contextmanager
+def in_order() -> Iterator[None]:
+    """Send the messages of a pass, forward and backward, in the order of their calls.
+
+    MLX orders what does not depend on each other by the graph, which may differ between
+    processes (as with packed rows of different documents). Messages of equal size would
+    then be taken for each other. Use this inside a compiled function, not around it.
+    """
+    token = _ORDER.set(_Order())
+    try:
+        yield
+    finally:
+        _ORDER.reset(token)
+
+
+def pause_order(is_paused: bool) -> None:
+    """Leave messages that are not going to be sent out of the order, or go on with it.
+
+    A message that waits for one in the order causes that one to be sent.
+    """
+    if (order := _ORDER.get()) is not None:
+        order.is_paused = is_paused
+
+
+def _in_turn(arrays: list[mx.array], after: Sequence[mx.array] = ()) -> list[mx.array]:
+    """Return arrays that wait for others, and for the last message in the order."""
+    order, waits = _ORDER.get(), list(after)
+    if order is not None and order.last is not None:
+        waits.append(order.last)
+    return mx.depends(arrays, waits) if waits else arrays
+
+
+def _end_turn(result: mx.array) -> None:
+    order = _ORDER.get()
+    if order is not None and not order.is_paused:
+        order.last = result
+
 
 Part = mx.array | QuantizedWeight
 """A matrix of rows that a process holds, or that it has gathered."""
@@ -59,10 +111,9 @@ class ShardedWeight:
                 they are used.
         """
         parts = _arrays_of(self.part)
-        arrays = list(parts.values())
-        if after:
-            arrays = mx.depends(arrays, list(after))
+        arrays = _in_turn(list(parts.values()), after)
         whole = gather_rows(arrays, self.group)
+        _end_turn(whole[0])
         if isinstance(self.part, QuantizedWeight):
             return replace(self.part, **dict(zip(parts, whole, strict=True)))
         return whole[0]
@@ -104,11 +155,13 @@ class ShardedWeight:
         if self.bytes_of_rows(index.size) > self.bytes_of_whole:
             return looked_up_in(self.whole([index]), index)
         own = self.own
-        every = mx.distributed.all_gather(index.reshape(1, -1), group=self.group)
+        (own_index,) = _in_turn([index.reshape(1, -1)])
+        every = mx.distributed.all_gather(own_index, group=self.group)
         here = (every >= own.start) & (every < own.stop)
         rows = looked_up_in(self.part, mx.where(here, every - own.start, 0))
         rows = mx.where(here[..., None], rows, mx.array(0, rows.dtype))
         summed = mx.distributed.all_sum(rows, group=self.group)
+        _end_turn(summed)
         mine = summed[self.group.rank()]
         return mx.stop_gradient(mine.reshape(*index.shape, -1))
 

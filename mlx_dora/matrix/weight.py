@@ -42,30 +42,27 @@ def weight_from(parts: Mapping[str, Any], packing: Any) -> Weight:
     Raises:
         DoRAError: If the weight is packed with a global scale.
     """
-    part = _own_weight_from(parts, packing)
-    if "_row_squares" not in parts:
-        return part
-    return ShardedWeight(part=part, group=packing.group, squares=parts["_row_squares"])
-
-
-def _own_weight_from(
-    parts: Mapping[str, Any], packing: Any
-) -> mx.array | QuantizedWeight:
+    part: mx.array | QuantizedWeight
     if "scales" not in parts:
-        return parts["weight"]
-    if parts.get("global_scale") is not None:
+        part = parts["weight"]
+    elif parts.get("global_scale") is not None:
         raise DoRAError(
             f"{type(packing).__name__} has weights with a global scale, to which DoRA "
             "cannot be applied."
         )
-    return QuantizedWeight(
-        weight=parts["weight"],
-        scales=parts["scales"],
-        biases=parts.get("biases"),
-        group_size=cast(int, packing.group_size),
-        bits=cast(int, packing.bits),
-        mode=cast(str, packing.mode),
-    )
+    else:
+        part = QuantizedWeight(
+            weight=parts["weight"],
+            scales=parts["scales"],
+            biases=parts.get("biases"),
+            group_size=cast(int, packing.group_size),
+            bits=cast(int, packing.bits),
+            mode=cast(str, packing.mode),
+        )
+    squares = parts.get("_row_squares")
+    if squares is None:
+        return part
+    return ShardedWeight(part=part, group=packing.group, squares=squares)
 
 
 def weight_of(module: Any) -> Weight:

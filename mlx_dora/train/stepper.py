@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_dora.data.batches import Batch, Examples, shape_of
 from mlx_dora.layers import held_norms, sharded_modules
+from mlx_dora.matrix.sharded import in_order
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import check_same_shapes
 from mlx_dora.train.optimizers import build_optimizer
@@ -118,7 +119,8 @@ class Stepper:
         changed = [model.state, optimizer.state]
 
         def differentiate(*batch: mx.array) -> tuple[Any, ...]:
-            (value, count, *more), gradient = value_and_grad(model, *batch)
+            with in_order():
+                (value, count, *more), gradient = value_and_grad(model, *batch)
             return _weighted(value, count), count, gradient, more
 
         if not settings.packing:  # each packed batch has documents of its own lengths

@@ -16,6 +16,7 @@ from mlx_dora.adapters.fingerprint import fingerprint
 from mlx_dora.adapters.sharding import load_sharded, shard_loaded
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers import weight_of
+from mlx_dora.layers.sharded import ShardedLinear
 from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.matrix.sharded import own_rows
 
@@ -95,7 +96,7 @@ def test_what_mlx_lm_changes_is_read_whole_and_named(
 ) -> None:
     from mlx_lm.models import llama
 
-    own = llama.Model.sanitize
+    own: Any = llama.Model.sanitize
 
     def sanitize(self: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         name = "model.layers.1.mlp.up_proj.weight"
@@ -169,3 +170,14 @@ def test_experts_and_adapters_are_refused_by_name(
     apply_dora(model, DoRAConfig(rank=2, num_layers=1))
     with pytest.raises(DoRAError, match="adapted layers already"):
         shard_loaded(model, member(0, 2))
+
+
+def test_code_that_reads_a_divided_weight_is_refused_by_name() -> None:
+    part = mx.ones((2, 4))
+    module = ShardedLinear.from_part(part, mx.full((4,), 4.0), member(0, 2))
+    module.name_as("lm_head")
+    with pytest.raises(DoRAError, match="lm_head: the model's own code reads"):
+        _ = module.weight
+    assert module.whole_weight.shape == (4, 4)
+    module.unfreeze()
+    assert not tree_flatten(module.trainable_parameters())

@@ -44,6 +44,10 @@ CASES = (
         dora={"keys": ["self_attn.q_proj", "mlp.down_proj", "model.embed_tokens"]},
     ),
 )
+FEEDS = (
+    Case(name="joined-rows", train={"packing": True}, writes_gradients=False),
+    Case(name="by-tokens", train={"batch_tokens": 96}, writes_gradients=False),
+)
 
 
 def run(work: Path, folder: Path, processes: int, *cases: Case) -> None:
@@ -55,28 +59,56 @@ def run(work: Path, folder: Path, processes: int, *cases: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "cases"), [(2, CASES), (4, CASES[:2])], ids=["two", "four"]
+    ("processes", "cases"),
+    [(2, CASES + FEEDS[:1]), (4, CASES[:2])],
+    ids=["two", "four"],
 )
 def test_losses_and_gradients_equal_those_of_a_single_process(
     tmp_path: Path, processes: int, cases: tuple[Case, ...]
 ) -> None:
-    run(tmp_path, tmp_path / "ring", processes, *cases)
+    compare(tmp_path, processes, cases)
+
+
+@pytest.mark.compiled
+def test_compiled_steps_equal_those_of_a_single_process(tmp_path: Path) -> None:
+    few = {"iters": 5, "save_every": 5, "grad_checkpoint": True, "max_seq_length": 25}
+    case = replace(CASES[1], train=few, length=25, compiles=True)
+    compare(tmp_path, 2, (replace(case, writes_gradients=False),))
+
+
+def test_batches_by_tokens_train_as_with_whole_weights(tmp_path: Path) -> None:
+    whole = replace(FEEDS[1], name="whole", shard=None)
+    run(tmp_path, tmp_path / "ring", 2, FEEDS[1], whole)
+    assert_same_log(tmp_path / "ring" / "whole", tmp_path / "ring" / FEEDS[1].name)
+
+
+def assert_same_log(other: Path, folder: Path) -> None:
+    """Compare the numbers of two logs."""
+    expected_log, ring_log = log(other), log(folder)
+    assert len(expected_log) == len(ring_log)
+    for expected, line in zip(expected_log, ring_log, strict=True):
+        assert line.keys() == expected.keys()
+        for name in {"train_loss", "val_loss", "delta_m", "delta_d"} & line.keys():
+            assert line[name] == pytest.approx(expected[name], rel=1e-5), folder.name
+        assert line["trained_tokens"] == expected["trained_tokens"]
+
+
+def compare(work: Path, processes: int, cases: tuple[Case, ...]) -> None:
+    """Train in a ring and alone; compare logs, weights and gradients."""
+    run(work, work / "ring", processes, *cases)
     alone = mx.distributed.init()
     for case in cases:
-        folder, other = tmp_path / "ring" / case.name, tmp_path / "alone" / case.name
+        folder, other = work / "ring" / case.name, work / "alone" / case.name
         train(case, other)
-        expected_log, ring_log = log(other), log(folder)
         per_update = case.settings.grad_accumulation_steps
-        assert len(expected_log) == len(ring_log) == STEPS // per_update + 3
-        for expected, line in zip(expected_log, ring_log, strict=True):
-            assert line.keys() == expected.keys()
-            for name in {"train_loss", "val_loss", "delta_m", "delta_d"} & line.keys():
-                assert line[name] == pytest.approx(expected[name], rel=1e-5), name
-            assert line["trained_tokens"] == expected["trained_tokens"]
+        assert len(log(folder)) > case.settings.iters // per_update
+        assert_same_log(other, folder)
         weights = tensors(other)
         for name, value in tensors(folder).items():
             # Adam's first steps amplify the rounding of gradients near 0.
             assert_close(value, to_numpy(weights[name]), bound=2e-4)
+        if not case.writes_gradients:
+            continue
         values = mx.load(str(folder / "gradients.safetensors"))
         assert isinstance(values, dict)
         truth = gradients(case, alone)

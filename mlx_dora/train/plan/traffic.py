@@ -31,7 +31,6 @@ _STAGES = {
     "gate_up_proj": 2,
     "down_proj": 3,
 }
-_LAST_STAGE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +178,7 @@ def traffic_of(
         gather = gather_bytes(module.nbytes, processes)
         times = 0
         if module.block is not None:
-            times = _times_gathered(module, first, has_norms, grad_checkpoint)
+            times = _times_gathered(module, first, grad_checkpoint)
         elif module.is_head:
             times = 1  # held for all chunks, backward included
         weights += times * gather
@@ -216,15 +215,10 @@ def _first_trained(modules: Sequence[DividedModule]) -> tuple[int, int]:
 def _times_gathered(
     module: DividedModule,
     first: tuple[int, int],
-    has_norms: bool,
     grad_checkpoint: bool,
 ) -> int:
     """How often a module's weight is gathered for a batch."""
     assert module.block is not None
     is_traced = (module.block, module.stage) > first
     times = 1 + is_traced
-    if grad_checkpoint and module.block >= first[0]:
-        # Of the last layer, the recomputed output is needed only for a magnitude.
-        needs = module.stage < _LAST_STAGE or (module.is_adapted and has_norms)
-        times += needs
-    return times
+    return times + (grad_checkpoint and module.block >= first[0])
