@@ -64,16 +64,22 @@ METAL_FUNC bool dora_is_wide(P matrix, uint n) {
 #endif
 }
 
+// Whether the next N values are all inside a row, of which `live` values are left.
+template <int N>
+METAL_FUNC bool dora_is_whole(uint live) {
+  return live >= uint(N);
+}
+
 // N contiguous values, 0 from the `live`-th on. With `is_wide`, `from` is aligned.
 template <typename E, int N, typename P>
 METAL_FUNC void dora_read(
     P from, uint live, bool is_wide, thread dora_values<E, N>& to) {
 #if DORA_WIDE
-  if (is_wide && live >= uint(N)) {
+  if (is_wide && dora_is_whole<N>(live)) {
     to = *reinterpret_cast<const device dora_values<E, N>*>(from);
   } else {
 #else
-  if (live >= uint(N)) {
+  if (dora_is_whole<N>(live)) {
     for (int i = 0; i < N; ++i) {
       to.at[i] = from[i];
     }
@@ -101,7 +107,7 @@ METAL_FUNC void dora_read_floats(P from, uint live, bool is_wide, thread float* 
 template <typename T, int N, typename P>
 METAL_FUNC void dora_store(thread const float* from, uint live, bool is_wide, P to) {
 #if DORA_WIDE
-  if (is_wide && live >= uint(N)) {
+  if (is_wide && dora_is_whole<N>(live)) {
     dora_values<T, N> values;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -110,7 +116,7 @@ METAL_FUNC void dora_store(thread const float* from, uint live, bool is_wide, P 
     *reinterpret_cast<device dora_values<T, N>*>(to) = values;
   } else {
 #else
-  if (live >= uint(N)) {
+  if (dora_is_whole<N>(live)) {
     for (int i = 0; i < N; ++i) {
       to[i] = static_cast<T>(from[i]);
     }
