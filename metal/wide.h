@@ -64,22 +64,16 @@ METAL_FUNC bool dora_is_wide(P matrix, uint n) {
 #endif
 }
 
-// Whether the next N values are all inside a row, of which `live` values are left.
-template <int N>
-METAL_FUNC bool dora_is_whole(uint live) {
-  return live >= uint(N);
-}
-
 // N contiguous values, 0 from the `live`-th on. With `is_wide`, `from` is aligned.
 template <typename E, int N, typename P>
 METAL_FUNC void dora_read(
     P from, uint live, bool is_wide, thread dora_values<E, N>& to) {
 #if DORA_WIDE
-  if (is_wide && dora_is_whole<N>(live)) {
+  if (is_wide && live >= uint(N)) {
     to = *reinterpret_cast<const device dora_values<E, N>*>(from);
   } else {
 #else
-  if (dora_is_whole<N>(live)) {
+  if (live >= uint(N)) {
     for (int i = 0; i < N; ++i) {
       to.at[i] = from[i];
     }
@@ -107,7 +101,7 @@ METAL_FUNC void dora_read_floats(P from, uint live, bool is_wide, thread float* 
 template <typename T, int N, typename P>
 METAL_FUNC void dora_store(thread const float* from, uint live, bool is_wide, P to) {
 #if DORA_WIDE
-  if (is_wide && dora_is_whole<N>(live)) {
+  if (is_wide && live >= uint(N)) {
     dora_values<T, N> values;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -116,7 +110,7 @@ METAL_FUNC void dora_store(thread const float* from, uint live, bool is_wide, P 
     *reinterpret_cast<device dora_values<T, N>*>(to) = values;
   } else {
 #else
-  if (dora_is_whole<N>(live)) {
+  if (live >= uint(N)) {
     for (int i = 0; i < N; ++i) {
       to[i] = static_cast<T>(from[i]);
     }

@@ -8,11 +8,11 @@ _GROUP_SUM_BARRIER = (
 )
 _NO_BARRIER = _GROUP_SUM_BARRIER.split("\n", 1)[1]
 _FULL_READ = (
-    "#else\n  if (dora_is_whole<N>(live)) {\n    for (int i = 0; i < N; ++i) {\n"
+    "#else\n  if (live >= uint(N)) {\n    for (int i = 0; i < N; ++i) {\n"
     "      to.at[i] = from[i];"
 )
 _VECTOR_READ = (
-    "#else\n  if (dora_is_whole<N>(live)) {\n    for (int i = 0; i < N; ++i) {\n"
+    "#else\n  if (live >= uint(N)) {\n    for (int i = 0; i < N; ++i) {\n"
     "      const vec<float, 4> x = *(const device vec<float, 4>*)(from);\n"
     "      to.at[i] = x[i % 4];"
 )
@@ -66,7 +66,7 @@ MUTANTS = (
            "const E x = from[i];\n      dora_put_value<E, N>(to, i, "
            + _ONE_READ.replace("from[i]", "x") + ");", "normalize_rows"),
     Mutant("load: no tail", WIDE, _FULL_READ,
-           _FULL_READ.replace("dora_is_whole<N>(live)", "live > 0u"), "dora_scale"),
+           _FULL_READ.replace("live >= uint(N)", "live > 0u"), "dora_scale"),
     Mutant("store: writes past the end", WIDE, "      if (uint(i) < live) {",
            "      if (live > 0u) {", "fused_weight"),
     Mutant("store: last column missing", WIDE, "      if (uint(i) < live) {",
@@ -171,11 +171,11 @@ MUTANTS = (
            "from.words[i / PER] >> (i % PER * 8 * int(sizeof(E)))",
            "from.words[i / PER] >> (i % PER * 8)", "dora_scale", is_wide=True),
     Mutant("wide: tails are read whole", WIDE,
-           "  if (is_wide && dora_is_whole<N>(live)) {\n    to = ",
+           "  if (is_wide && live >= uint(N)) {\n    to = ",
            "  if (is_wide && live > 0u) {\n    to = ", "dora_scale_backward",
            r"float16-20x12-offset$", is_wide=True),
     Mutant("wide: rows that do not exist are written", WIDE,
-           "  if (is_wide && dora_is_whole<N>(live)) {\n    dora_values<T, N> values;",
+           "  if (is_wide && live >= uint(N)) {\n    dora_values<T, N> values;",
            "  if (is_wide) {\n    dora_values<T, N> values;", "dora_scale",
            is_wide=True),
 )  # fmt: skip
