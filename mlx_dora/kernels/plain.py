@@ -168,7 +168,6 @@ def _scaled(h: mx.array, scale: float) -> mx.array:
 _rescale = mx.custom_function(compose)
 
 
-@_rescale.vjp
 def _rescale_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
     _, h, up, gain, offset, *rest = primals
     scale = rest[0] if rest else 1.0
@@ -189,6 +188,26 @@ def _rescale_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
         None if offset is None else dy.sum(axis=axes),
     )
 
+
+_rescale.vjp(_rescale_vjp)
+
+
+@mx.custom_function
+def _rescale_known(*arguments: Any) -> mx.array:
+    return arguments[-1]
+
+
+@_rescale_known.vjp
+def _(primals: Any, cotangent: mx.array, _output: mx.array) -> Any:
+    *inputs, known = primals
+    return *_rescale_vjp(inputs, cotangent, known), mx.zeros_like(known)
+
+
+rescale_known = cast(Callable[..., mx.array], _rescale_known)
+"""`rescale` where its output is known already: the last argument, a constant.
+
+The gradients are those of `rescale`. Where only they are needed, y is not computed.
+"""
 
 rescale = cast(Callable[..., mx.array], _rescale)
 """``g∘(y + s·h·up) + offset`` in float32, rounded once to the dtype of `y`.

@@ -12,6 +12,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.kernels.adapted_norm import own_norm, row_norm
 from mlx_dora.layers._cache import Epilogue, EvalCache, Sources, is_traced
 from mlx_dora.layers._fuse import fused_module
+from mlx_dora.layers._shared import SharedPass
 from mlx_dora.layers.layout import Layout, rearranged
 from mlx_dora.matrix.low_rank import Adapted, LowRank
 from mlx_dora.matrix.sharded import ShardedWeight
@@ -77,7 +78,7 @@ class DoRALayer(nn.Module):
     kind: Any = Kind()  # a variant's own code knows its subclass
     _cache: EvalCache | None
     _measured: mx.array
-    _keeps_norm: bool = False
+    _shared: SharedPass | None = None
 
     @classmethod
     def base_types(cls) -> tuple[type[nn.Module], ...]:
@@ -220,11 +221,11 @@ class DoRALayer(nn.Module):
             self.scale,
             squared_base=self["_squared_base"],
         )
-        return self.keep_norm(norm) if self._keeps_norm else norm
+        return norm if self._shared is None else self.keep_norm(norm)
 
     def keep_norm(self, norm: mx.array) -> mx.array:
-        """Return a norm computed by a call, and hold it inside `shared_norms`."""
-        if self._keeps_norm:
+        """Return a norm computed by a call, and hold it in a shared pass."""
+        if self._shared is not None:
             self._norm = norm
         return norm
 

@@ -151,4 +151,7 @@ class DoRALinear(DoRALayer):
         h = self.dropout(x) @ self.lora_a.astype(x.dtype)
         up = self.lora_b.astype(mx.float32)
         # g∘(W0·x + b + s·B(Ax)) + (1 − g)∘b
+        if (shared := self._shared) is not None:
+            arguments = y, h, up, g, self.bias_offset(g), self.scale
+            return shared.rescale(self, x, *arguments)
         return rescale(y, h, up, g, self.bias_offset(g), self.scale)

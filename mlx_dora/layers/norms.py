@@ -8,9 +8,12 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.layers._shared import SharedPass
 from mlx_dora.layers.sharded import ShardedModule
 from mlx_dora.matrix.sharded import ShardedWeight
 from mlx_dora.matrix.weight import weight_of
+
+_OUTPUT = ".output"
 
 
 @contextmanager
@@ -39,36 +42,46 @@ def held_norms(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def shared_norms(
+def shared_pass(
     layers: Sequence[DoRALayer], known: dict[str, mx.array]
 ) -> Iterator[dict[str, mx.array]]:
-    """Share norms between passes with the same parameters.
+    """Share constants between two passes with the same parameters and inputs.
 
     The first pass computes each norm where it is needed, with the product of the tokens
-    if that is faster, and the passes after it use these norms. Norms that are held
-    already are not shared.
+    if that is faster, and the second pass uses these norms. Norms that are held already
+    are not shared. Of few tokens, the output of the last layer is shared too
+    (`SharedPass`).
 
     Args:
-        layers: The layers, in the same order for all passes.
-        known: Norms of an earlier pass, to be used inside; empty for the first pass.
+        layers: The layers, in the same order for both passes.
+        known: What the first pass kept, for the second; empty for the first.
 
     Yields:
-        The norms by the position of their layer; complete on exit. They are constants
-        in the backward pass.
+        What is kept, by the position of the layer; complete on exit.
     """
-    free = [(str(i), a) for i, a in enumerate(layers) if "_norm" not in a]
-    norms: dict[str, mx.array] = {}
-    for place, layer in free:
-        layer._keeps_norm = True
-        if place in known:
+    places = {str(i): layer for i, layer in enumerate(layers)}
+    free = {place: layer for place, layer in places.items() if "_norm" not in layer}
+    shared = SharedPass()
+    kept: dict[str, mx.array] = {}
+    for place, layer in places.items():
+        layer._shared = shared
+        if place in known and place in free:
             layer._norm = known[place]
+        if (output := known.get(place + _OUTPUT)) is not None:
+            shared.known[id(layer)] = output
     try:
-        yield norms
+        yield kept
+        if (last := shared.last()) is not None:
+            place = next(p for p, layer in places.items() if layer is last[0])
+            kept[place + _OUTPUT] = last[1]
     finally:
-        for place, layer in free:
-            layer._keeps_norm = False
+        for layer in layers:
+            layer._shared = None
+        for place, layer in free.items():
             if "_norm" in layer:
-                norms[place] = layer.pop("_norm")
+                kept[place] = layer.pop("_norm")
+
+
 def _gather_norms(layers: list[DoRALayer]) -> None:
     """Hold the norms of layers over divided weights, gathered in one message."""
     own = [layer.own_norm() for layer in layers]

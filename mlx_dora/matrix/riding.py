@@ -16,7 +16,8 @@ from mlx_dora.matrix.weight import Weight, as_packed
 # used there, whose results are bit-identical to the base's.
 _SMALL_WORK = 1 << 21
 # Stacking copies x. With more tokens per row of a dense W0, the copy takes as long as
-# reading W0 again.
+# reading W0 again: benchmarks/bench_riding.py times whole steps with and without riders
+# (docs/training.md, "Few tokens").
 _TOKENS_PER_ROW = 0.25
 
 

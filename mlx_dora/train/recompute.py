@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.layers import DoRALayer, shared_norms
+from mlx_dora.layers import DoRALayer, shared_pass
 
 
 class _KeyedDropout(nn.Dropout):
@@ -97,9 +97,9 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
             for i, dropout in enumerate(dropouts):
                 # Bypasses the module's state, where the key would be a parameter.
                 object.__setattr__(dropout, "_key", None if keys is None else keys[i])
-            with shared_norms(layers, known) as norms:
+            with shared_pass(layers, known) as kept:
                 output = plain(block, *args, **kwargs)
-            return output, norms
+            return output, kept
 
         parameters = block.trainable_parameters()
         return recomputed(inner, parameters, keys, *args, **kwargs)

@@ -15,7 +15,7 @@ from mlx_dora.train import TrainConfig, TrainReport, finetune
 from mlx_dora.train.optimizers import build_optimizer
 from mlx_dora.train.stepper import Stepper
 
-EXAMPLES: list[Example] = [
+EXAMPLES: list[tuple[list[int], int]] = [
     ([1, *range(10 + i, 10 + i + 6 + 5 * (i % 4)), 2], 1 + i % 3) for i in range(12)
 ]
 

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from mlx_dora import DoRAConfig, apply_dora
 from mlx_dora.data.batches import pad_batch
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import loss_fn
-from mlx_dora.layers import DoRALayer, _layer, held_norms, linear
+from mlx_dora.layers import DoRALayer, DoRALinear, _layer, _shared, held_norms, linear
 from mlx_dora.layers.wrap import VARIANTS
 from mlx_dora.train.recompute import recomputed_blocks
 from mlx_dora.train.run.start import trainable_tensors
@@ -120,6 +121,69 @@ def test_the_recomputed_pass_computes_no_norm(
     for name, value in actual.items():
         assert_close(value, to_numpy(expected[name]), bound=1e-5)
         assert mx.array_equal(value, again[name])
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("limit", [0.0, math.inf])
+def test_of_few_tokens_the_last_output_of_a_block_is_not_computed_again(
+    make_tiny_model: Callable[..., nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int | None,
+    dropout: float,
+    limit: float,
+) -> None:
+    monkeypatch.setattr(_shared, "_TOKENS_PER_COLUMN", limit)
+    known = []
+    plain = _shared.rescale_known
+    monkeypatch.setattr(
+        _shared, "rescale_known", lambda *a: known.append(a[-1].shape[-1]) or plain(*a)
+    )
+    model = adapted(make_tiny_model, bits=bits, dropout=dropout)
+    with recomputed_blocks(model):
+        _, actual = gradients(model)
+        with monkeypatch.context() as patch:  # the same masks, nothing known
+            patch.setattr(_shared, "_TOKENS_PER_COLUMN", 0.0)
+            _, expected = gradients(model)
+    width = model.model.layers[0].mlp.down_proj.m.shape[0]
+    assert known == [width] * (len(model.layers) if limit else 0)
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        assert_close(value, to_numpy(expected[name]), bound=1e-6)
+
+
+def test_a_layer_that_a_block_calls_twice_is_computed_again() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = DoRALinear.from_base(nn.Linear(32, 32), r=4, scale=2.0)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return x + self.layer(mx.tanh(self.layer(x)))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [Twice()]
+
+    mx.random.seed(0)
+    model: Any = Model()
+    model.layers[0].layer.lora_b = mx.random.normal((4, 32)) * 0.1
+    model.freeze()
+    model.layers[0].layer.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
+    model.train()
+    x = mx.random.normal((3, 32))
+
+    def squares(model: Any) -> mx.array:
+        return mx.square(model.layers[0](x)).sum()
+
+    compute = nn.value_and_grad(model, squares)
+    expected = dict(tree_flatten(compute(model)[1]))
+    with recomputed_blocks(model):
+        actual = dict(tree_flatten(compute(model)[1]))
+    assert len(actual) == 3
+    for name, value in actual.items():
+        assert_close(value, to_numpy(expected[name]), bound=1e-5)
 
 
 def test_two_passes_in_one_step_keep_their_own_norms(
