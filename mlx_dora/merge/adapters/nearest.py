@@ -21,7 +21,7 @@ LARGE = 512
 TOLERANCE = 1e-3
 """How far the squared error may be above the least possible, as a share of it."""
 _SHARE = 4  # of the smaller side, directions may be this part at most
-_FIRST = 32  # rank of the first try for an energy
+_FIRST = 8  # rank of the first try for an energy
 _LEANS = 0.1
 _SWEEPS = 2
 _LEAST, _GREATEST = 1e-12, 1e12  # lengths of rows whose squares float32 holds
@@ -216,7 +216,9 @@ def _principal(
         if kept[-1] >= least or count == rank:
             enough = int(np.searchsorted(kept, least))
             return _first(near, min(enough + 1, kept.size))
-        if count == most:
+        # No direction beyond these holds more than the last of them.
+        within_reach = kept[-1] + (most - count) * near.values[-1] ** 2
+        if count == most or (rank is None and within_reach < least):
             return None
         count = min(2 * count, most)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_dora.kernels import QuantizedWeight
+from mlx_dora.matrix.subspace import principal_part
 from mlx_dora.merge.adapters import nearest as module
 from mlx_dora.merge.adapters.factor import factor, row_norm
 from mlx_dora.merge.adapters.nearest import nearest
@@ -114,6 +115,22 @@ def test_it_declines_what_a_dense_decomposition_does_better() -> None:
         assert nearest(base * factor_, tuned * factor_, rank=4, energy=None) is None
     bad = mx.where(mx.arange(WIDTH) == 5, float("nan"), tuned)
     assert nearest(base, bad, rank=4, energy=None) is None
+
+
+def test_an_energy_out_of_reach_is_declined_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The eight directions of a try show that the 24 allowed cannot be enough."""
+    base, tuned = make("noise", (192, 256))
+    counts = []
+
+    def counted(*args, **kw):
+        counts.append(args[2])
+        return principal_part(*args, **kw)
+
+    monkeypatch.setattr(module, "principal_part", counted)
+    assert nearest(base, tuned, rank=None, energy=0.9) is None
+    assert counts == [8]
 
 
 def test_zero_rows_have_no_direction() -> None:
