@@ -43,14 +43,14 @@ def test_a_third_adapter_is_not_hidden_by_two_that_agree() -> None:
     method = advice({(0, 1): 0.98, (0, 2): 0.01, (1, 2): -0.03}, "abc")
     assert (method.rule, method.method) == ("groups", INDEPENDENT)
     assert "b and c have cosine -0.03, a and b cosine +0.98" in method.sentence
-    assert "a with b; c." in method.sentence
+    assert "a with b; c:" in method.sentence
     assert method.weights == pytest.approx((3**-0.25,) * 3, abs=1e-4)
 
 
 def test_groups_join_through_a_common_member() -> None:
     cosines = {(0, 1): 0.9, (2, 3): 0.9, (0, 2): 0.0, (0, 3): 0.0, (1, 3): 0.0}
     apart = advice({**cosines, (1, 2): 0.1}, "abcd")
-    assert "a with b; c with d." in apart.sentence
+    assert "a with b; c with d:" in apart.sentence
     joined = advice({**cosines, (1, 2): 0.3}, "abcd")
     assert (joined.rule, joined.method) == ("agree", "karcher")
     assert joined.weights == (0.25,) * 4
