@@ -1,12 +1,12 @@
 """Measures how two adapters agree on a matrix, and advises how to merge them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from mlx_dora.analyze.guidance import AGREE, INDEPENDENT, SPACE, Advice
+from mlx_dora.analyze.guidance import AGREE, INDEPENDENT, SPACE, STRONG, Advice
 from mlx_dora.analyze.metrics import number
 
 
@@ -26,6 +26,7 @@ class PairAgreement:
         sign_conflict: Share of the product of both Δm that lies in rows where the two
             have opposite signs.
         size_ratio: Frobenius norm of the second update, divided by the first's.
+        relative_size: Geometric mean of the norms of both updates, divided by ‖W0‖.
         input_overlap: Mean squared cosine of the principal angles between the input
             directions of the updates.
         output_overlap: Mean squared cosine of the principal angles between their output
@@ -46,6 +47,7 @@ class PairAgreement:
     delta_m_correlation: float
     sign_conflict: float
     size_ratio: float
+    relative_size: float
     input_overlap: float
     output_overlap: float
     disturbs_first: float
@@ -167,15 +169,27 @@ def _method_advice(pairs: Sequence[PairAgreement], names: Sequence[str]) -> Advi
             f"each other ({said[least]}): any mean cancels what they learned. Keep "
             "them apart, or give one a much larger weight than the other.",
         )
+    mean = Advice(
+        rule="agree",
+        method="slerp" if len(names) == 2 else "karcher",
+        weights=tuple(round(1 / len(names), 4) for _ in names),
+        sentence="",
+    )
     groups = groups_that_agree(cosines, len(names))
     if len(groups) == 1:
-        mean = "slerp" if len(names) == 2 else "karcher"
-        return Advice(
-            rule="agree",
-            method=mean,
-            weights=tuple(round(1 / len(names), 4) for _ in names),
-            sentence=f"The updates agree ({size}): a mean of the directions, {mean} "
-            "with equal weights, keeps what they share.",
+        return replace(
+            mean,
+            sentence=f"The updates agree ({size}): a mean of the directions, "
+            f"{mean.method} with equal weights, keeps what they share.",
+        )
+    strength = mean_agreement(pairs, "relative_size")
+    if strength >= STRONG:
+        return replace(
+            mean,
+            rule="strong",
+            sentence=f"The updates do different things ({size}) and are large "
+            f"({strength:.1%} of the weights): a mean, {mean.method} with equal "
+            "weights, loses less than a sum, in which each disturbs the others.",
         )
     weight = round(len(names) ** -0.25, 4)
     suggestion = (

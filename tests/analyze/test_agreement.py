@@ -7,11 +7,13 @@ import pytest
 
 from mlx_dora.analyze.agreement import PairAgreement, comparison_advice
 from mlx_dora.analyze.compare import AdapterComparison
-from mlx_dora.analyze.guidance import INDEPENDENT, SPACE, Advice
+from mlx_dora.analyze.guidance import INDEPENDENT, SPACE, STRONG, Advice
 from mlx_dora.analyze.table import comparison_lines
 
 
-def agreement(name: str, first: int, second: int, cosine: float) -> PairAgreement:
+def agreement(
+    name: str, first: int, second: int, cosine: float, size: float = 0.01
+) -> PairAgreement:
     """Return a pair of adapters on one matrix with this cosine."""
     return PairAgreement(
         name=name,
@@ -23,6 +25,7 @@ def agreement(name: str, first: int, second: int, cosine: float) -> PairAgreemen
         delta_m_correlation=0.1,
         sign_conflict=0.25,
         size_ratio=1.0,
+        relative_size=size,
         input_overlap=0.5,
         output_overlap=0.5,
         disturbs_first=0.3,
@@ -67,6 +70,18 @@ def test_independent_adapters_get_weights_between_a_mean_and_a_sum() -> None:
     four = advice({(i, k): 0.1 for i in range(4) for k in range(i + 1, 4)}, "abcd")
     assert (four.rule, four.weights) == ("independent", (0.7071,) * 4)
     assert (four.method, four.space) == (INDEPENDENT, SPACE)
+
+
+def test_large_updates_get_a_mean() -> None:
+    def rule(size: float) -> Advice:
+        pairs = [agreement("q_proj", 0, 1, 0.1, size)]
+        return comparison_advice(pairs, ["a", "b"], 0)[0]
+
+    assert rule(STRONG - 1e-6).rule == "independent"
+    strong = rule(STRONG)
+    assert (strong.rule, strong.method) == ("strong", "slerp")
+    assert strong.weights == (0.5, 0.5)
+    assert "2.0% of the weights" in strong.sentence
 
 
 def test_a_single_opposed_pair_suggests_no_method() -> None:
