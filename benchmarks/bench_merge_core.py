@@ -1,6 +1,6 @@
 """Time merges of adapters in core space against dense matrices and an SVD.
 
-    python benchmarks/bench_merge_core.py [--rank 16] [--adapters 2] [--smoke]
+    python benchmarks/bench_merge_core.py [--rank 16] [--adapters 2] [--method ties]
 
 N DoRA adapters of rank r on one matrix are merged by a method in core space
 (arXiv:2509.17786), magnitudes on their own. ``core space`` is `merge_in_space`, whose
@@ -24,6 +24,7 @@ from mlx_dora.merge.adapters.in_space import merge_in_space
 from mlx_dora.merge.methods.spaces import SPACES
 
 SHAPES = {"q_proj": (2048, 2048)}
+METHODS = ("ties", "iso")
 DENSITY = 0.2
 
 
@@ -156,9 +157,19 @@ def case(
 @bench.options
 @click.option("--rank", default=16, show_default=True)
 @click.option("--adapters", default=2, show_default=True)
-def main(settings: bench.Settings, rank: int, adapters: int) -> None:
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    default=METHODS,
+    type=click.Choice(METHODS),
+    help="Repeatable.",
+)
+def main(
+    settings: bench.Settings, rank: int, adapters: int, methods: tuple[str, ...]
+) -> None:
     for name, shape in (SMOKE if settings.smoke else SHAPES).items():
-        for method in ("ties", "iso"):
+        for method in methods:
             made = case(name, shape, rank, adapters, method)
             bench.report(bench.measure(made, settings))
 

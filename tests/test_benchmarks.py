@@ -205,3 +205,12 @@ def test_the_grid_of_merges_shows_regret_and_tasks_above_the_base(
     assert rows["*data: worst share*"][:2] == ["1.85 (75%)", "1.77 (40%)"]
     assert rows["*data: mean loss*"][:2] == ["1.85 (75%)", "1.40 (-40%)"]
     assert "| 2 | a + b + c | x 4.00, 2.00, y 2.00, 1.00, z 1.00, 0.50 |" in done.stdout
+
+
+def test_the_page_has_the_tables_of_the_grids_results() -> None:
+    results = ROOT / "benchmarks" / "results" / "merge_grid.jsonl"
+    done = run(ROOT / "benchmarks" / "merge_grid.py", "--table", results)
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs" / "merging.md").read_text()
+    for table in done.stdout.strip().split("\n\n"):
+        assert table in page

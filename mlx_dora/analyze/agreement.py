@@ -1,13 +1,12 @@
 """Measures how two adapters agree on a matrix, and advises how to merge them."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from mlx_dora.analyze.guidance import AGREE, INDEPENDENT, SPACE, Advice
+from mlx_dora.analyze.guidance import AGREE, INDEPENDENT, SPACE, STRONG, Advice
 from mlx_dora.analyze.metrics import number
 
 
@@ -27,6 +26,7 @@ class PairAgreement:
         sign_conflict: Share of the product of both Δm that lies in rows where the two
             have opposite signs.
         size_ratio: Frobenius norm of the second update, divided by the first's.
+        relative_size: Geometric mean of the norms of both updates, divided by ‖W0‖.
         input_overlap: Mean squared cosine of the principal angles between the input
             directions of the updates.
         output_overlap: Mean squared cosine of the principal angles between their output
@@ -47,6 +47,7 @@ class PairAgreement:
     delta_m_correlation: float
     sign_conflict: float
     size_ratio: float
+    relative_size: float
     input_overlap: float
     output_overlap: float
     disturbs_first: float
@@ -146,22 +147,12 @@ def groups_that_agree(
     return sorted(sorted(group) for group in groups)
 
 
-def group_weights(groups: Sequence[Sequence[int]]) -> tuple[float, ...]:
-    """Weights with which changes are added: equal groups, shared within each.
-
-    Of G groups with changes of equal size and different directions, the sum with the
-    weights 1/√G is as large as one of them.
-    """
-    count = sum(map(len, groups))
-    weights = [0.0] * count
-    for group in groups:
-        for place in group:
-            weights[place] = round(1 / (math.sqrt(len(groups)) * len(group)), 4)
-    return tuple(weights)
-
-
 def _method_advice(pairs: Sequence[PairAgreement], names: Sequence[str]) -> Advice:
-    """Suggest a merge method from the cosines of the pairs."""
+    """Suggest a merge method from the cosines of the pairs.
+
+    The weights N^-¼ are between those of a mean of N directions and of their sum; the
+    benchmark of ``docs/merging.md`` is behind them.
+    """
     cosines = pair_cosines(pairs)
     least, most = (end(cosines, key=cosines.__getitem__) for end in (min, max))
     said = {pair: f"cosine {cosine:+.2f}" for pair, cosine in cosines.items()}
@@ -178,34 +169,46 @@ def _method_advice(pairs: Sequence[PairAgreement], names: Sequence[str]) -> Advi
             f"each other ({said[least]}): any mean cancels what they learned. Keep "
             "them apart, or give one a much larger weight than the other.",
         )
+    mean = Advice(
+        rule="agree",
+        method="slerp" if len(names) == 2 else "karcher",
+        weights=tuple(round(1 / len(names), 4) for _ in names),
+        sentence="",
+    )
     groups = groups_that_agree(cosines, len(names))
     if len(groups) == 1:
-        mean = "slerp" if len(names) == 2 else "karcher"
-        return Advice(
-            rule="agree",
-            method=mean,
-            weights=tuple(round(1 / len(names), 4) for _ in names),
-            sentence=f"The updates agree ({size}): a mean of the directions, {mean} "
-            "with equal weights, keeps what they share.",
+        return replace(
+            mean,
+            sentence=f"The updates agree ({size}): a mean of the directions, "
+            f"{mean.method} with equal weights, keeps what they share.",
         )
-    weights = group_weights(groups)
-    shown = ",".join(f"{weight:.3g}" for weight in weights)
+    strength = mean_agreement(pairs, "relative_size")
+    if strength >= STRONG:
+        return replace(
+            mean,
+            rule="strong",
+            sentence=f"The updates do different things ({size}) and are large "
+            f"({strength:.1%} of the weights): a mean, {mean.method} with equal "
+            "weights, loses less than a sum, in which each disturbs the others.",
+        )
+    weight = round(len(names) ** -0.25, 4)
+    suggestion = (
+        f"{INDEPENDENT} in space {SPACE} with weights {weight:.3g} keeps most of each "
+        "and makes their directions orthogonal, so that they disturb each other little."
+    )
     if len(groups) == len(names):
-        return Advice(
-            rule="independent",
-            method=INDEPENDENT,
-            weights=weights,
-            space=SPACE,
-            sentence=f"The updates do different things ({size}): {INDEPENDENT} in "
-            f"space {SPACE} with weights {shown} (1/√{len(names)}) keeps more of each "
-            "than a mean, and disturbs the others less than their sum.",
+        rule, seen = "independent", f"The updates do different things ({size})"
+    else:
+        listed = "; ".join(" with ".join(names[i] for i in g) for g in groups)
+        rule = "groups"
+        seen = (
+            f"The pairs differ: {size}. Groups that agree (cosine at least {AGREE}): "
+            f"{listed}"
         )
-    listed = [" with ".join(names[i] for i in group) for group in groups]
     return Advice(
-        rule="groups",
-        method="task_arithmetic",
-        weights=weights,
-        sentence=f"The pairs differ: {size}. Groups that agree (cosine at least "
-        f"{AGREE}): {'; '.join(listed)}. task_arithmetic with weights {shown} adds the "
-        f"means of the groups, each with a weight of 1/√{len(groups)}.",
+        rule=rule,
+        method=INDEPENDENT,
+        weights=(weight,) * len(names),
+        space=SPACE,
+        sentence=f"{seen}: {suggestion}",
     )

@@ -1,5 +1,6 @@
 """Compares adapters of one base with each other, matrix by matrix, in factored form."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,6 +241,7 @@ def _compare_matrix(
             moved = np.abs(both)
             energies = own[0].sum(), own[1].sum()
             whole = float(np.sqrt(energies[0] * energies[1]))
+            base = float(np.linalg.norm(grams.base_norm))
             pairs.append(
                 PairAgreement(
                     name=name,
@@ -255,6 +257,7 @@ def _compare_matrix(
                     size_ratio=float(np.sqrt(energies[1] / energies[0]))
                     if energies[0] > 0
                     else float("nan"),
+                    relative_size=math.sqrt(whole) / base if base > 0 else 0.0,
                     input_overlap=_overlap(spaces[x].inputs, spaces[y].inputs),
                     output_overlap=_overlap(spaces[x].outputs, spaces[y].outputs),
                     disturbs_first=_disturbance(factors, spaces, x, y, inputs),

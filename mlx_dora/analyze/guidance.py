@@ -13,6 +13,8 @@ ENERGY = 0.99
 """Share of the update's energy that a suggested rank keeps."""
 AGREE = 0.2
 """Least cosine at which two updates agree; its negative is where they oppose."""
+STRONG = 0.02
+"""Least size of updates, relative to the weights, at which sums of them do harm."""
 INDEPENDENT, SPACE = "tsv", "core"
 """Suggested method, and its space, for updates that neither agree nor oppose."""
 SMALL_PART = 0.05

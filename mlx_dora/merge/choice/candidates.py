@@ -1,6 +1,5 @@
 """The merges that a choice tries: methods with their settings."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,14 +67,13 @@ class Candidate:
 def default_candidates(count: int) -> list[Candidate]:
     """Return the merges of `count` adapters to try, the simplest first.
 
-    Changes are added with weights of a total of 1 (a mean), √N and N: N independent
-    changes of equal size, added with a total of √N, are together as large as one of
-    them. All but ``ties`` without a space build no dense weight. ``docs/merging.md``
-    has the benchmark behind the list.
+    Changes are added with weights of a total of 1 (a mean), √N, N^¾ and N: N
+    independent changes of equal size, added with a total of √N, are together as large
+    as one of them. All but ``ties`` without a space build no dense weight.
+    ``docs/merging.md`` has the benchmark behind the list.
     """
-    mean, root, whole = (
-        (round(total / count, 4),) * count
-        for total in (1.0, math.sqrt(count), float(count))
+    mean, root, more, whole = (
+        (round(count**power / count, 4),) * count for power in (0, 0.5, 0.75, 1)
     )
     wanted = [
         Candidate(method="slerp" if count == 2 else "karcher", weights=mean),
@@ -83,6 +81,8 @@ def default_candidates(count: int) -> list[Candidate]:
         Candidate(method="task_arithmetic", weights=root),
         Candidate(method="task_arithmetic", weights=whole),
         Candidate(method="tsv", weights=root, space="core"),
+        Candidate(method="tsv", weights=more, space="core"),
+        Candidate(method="tsv", weights=whole, space="core"),
         Candidate(method="ties", weights=mean, density=0.2, space="core"),
         Candidate(method="ties", weights=mean, density=0.5, space="core"),
         Candidate(method="ties", weights=mean, density=0.5),
