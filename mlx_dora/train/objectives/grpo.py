@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -60,6 +61,7 @@ class Grpo(Objective):
         self.added_tokens = config.max_completion_length - 1
         self.passes = config.num_iterations
         self._tokenizer: Any = None
+        self._samples: Path | None = None
         self._reference = Reference()
         self._used = 0
         self._window: list[Batch] = []
@@ -130,9 +132,9 @@ class Grpo(Objective):
         self._length = around.train.max_seq_length
         if self.config.beta and around.train.fine_tune_type == "full":
             self._reference = StartingWeights(around.model)
-        self._samples = around.folder / SAMPLES_NAME
-        is_writer = around.group.rank() == 0
-        self._rollouts.log = Lines(self._samples if is_writer else None)
+        if around.group.rank() == 0:  # the others may have no such folder
+            self._samples = around.folder / SAMPLES_NAME
+            self._rollouts.log = Lines(self._samples)
 
     def settings(self, data: Any) -> dict[str, Any]:
         """Facts that must be unchanged when a run is resumed."""
@@ -160,8 +162,14 @@ class Grpo(Objective):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of a checkpoint, and cut the log of samples."""
+        if not {"step", "samples_bytes"} <= {*state}:
+            raise DoRAError(
+                "the checkpoint to resume from belongs to another objective: start "
+                "over with --overwrite."
+            )
         self._rollouts.step = state["step"]
-        self._rollouts.log.restore(self._samples, state["samples_bytes"])
+        if self._samples is not None:
+            self._rollouts.log.restore(self._samples, state["samples_bytes"])
 
     def step_shapes(self, shape: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
         """Shapes of the completions of a batch of prompts, from shortest to longest."""

@@ -19,7 +19,7 @@ from mlx_dora.train.objectives.grpo import Grpo
 from tests.adapters.stacks import make_model
 from tests.train import ring
 from tests.train.grpo.letters import PROMPTS, Letters
-from tests.train.run.test_resume import assert_same_run
+from tests.train.run.test_resume import lines
 from tests.train.saved import log, same_bits, tensors
 
 PARITY = "tests.train.grpo.letters.parity"
@@ -281,6 +281,24 @@ def test_changed_data_columns_are_not_resumed(grpo: Run) -> None:
         grpo(iters=4, save_every=2, reward={"temperature": 0.5}, resume=True)
 
 
+def test_a_checkpoint_of_another_objective_is_not_resumed(
+    grpo: Run, make_tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    finetune(
+        make_tiny_model(vocab_size=64),
+        None,
+        [[1, 2, 3]] * 4,
+        None,
+        train=TrainConfig(iters=2, save_every=2, learning_rate=1e-2, batch_size=2),
+        dora=DoRAConfig(rank=4, scale=2.0, num_layers=-1),
+        adapter_path=tmp_path / "adapter",
+    )
+    with pytest.raises(DoRAError, match="reward data was null"):
+        grpo(iters=4, save_every=2, resume=True)
+    with pytest.raises(DoRAError, match="belongs to another objective: start over"):
+        grpo(iters=4, save_every=2, resume=True, force=True)
+
+
 def test_settings_of_grpo_need_its_objective(tiny_model: nn.Module) -> None:
     with pytest.raises(
         DoRAError, match="settings of grpo do not apply to objective sft"
@@ -303,13 +321,12 @@ def test_two_processes_share_prompts_and_compare_all_rewards(tmp_path: Path) -> 
             **{"iters": iters, "resume": True, "steps_per_eval": 8},
             "reward": {"scale_rewards": "batch"},
         }
-        command = [
-            "-m",
-            "tests.train.grpo.resumable",
-            str(folder),
-            json.dumps(settings),
+        words = json.dumps(settings)
+        commands = [  # the second process has no such folder
+            ["-m", "tests.train.grpo.resumable", str(place), words]
+            for place in (folder, tmp_path / "elsewhere")
         ]
-        with ring.started(tmp_path, command, command) as processes:
+        with ring.started(tmp_path, *commands) as processes:
             errors = [process.communicate(timeout=120)[1] for process in processes]
         assert [process.wait() for process in processes] == [0, 0], errors
 
@@ -317,7 +334,9 @@ def test_two_processes_share_prompts_and_compare_all_rewards(tmp_path: Path) -> 
     run(whole, 16)
     run(parts, 8)
     run(parts, 16)
-    assert_same_run(whole, parts)
+    assert same_bits(tensors(whole), tensors(parts))
+    assert lines(whole) == lines(parts)
+    assert not (tmp_path / "elsewhere").exists()
     texts = [(folder / "samples.jsonl").read_text() for folder in (whole, parts)]
     assert texts[0] == texts[1]
     rows = [json.loads(line) for line in texts[0].splitlines()]
