@@ -28,7 +28,8 @@ class Feed:
         passes: How often the batches of an update are repeated, in consecutive updates.
 
     Raises:
-        DoRAError: If `make` is given and the settings count in epochs or tokens.
+        DoRAError: If `make` is given and the settings count in epochs or tokens, or
+            the batches are of units.
     """
 
     def __init__(
@@ -60,6 +61,11 @@ class Feed:
                 )
                 for rows in levels
             ]
+        elif unit is not None:
+            raise DoRAError(
+                f"custom batches are for objective sft, not {train.objective}: leave "
+                "them out."
+            )
         elif train.epochs or train.epochs_per_eval:
             raise DoRAError(
                 "epochs and epochs_per_eval cannot count custom batches: set iters and "

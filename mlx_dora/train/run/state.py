@@ -73,6 +73,10 @@ _SECONDS: _Check = (
     "a number of at least 0",
     lambda value: _is_number(value) and value >= 0,
 )
+_NUMBERS: _Check = (
+    "a list of finite numbers",
+    lambda value: isinstance(value, list) and all(map(_is_number, value)),
+)
 _OBJECT: _Check = ("an object", lambda value: isinstance(value, dict))
 
 _FIELDS: dict[str, _Check] = {
@@ -93,6 +97,9 @@ _FIELDS: dict[str, _Check] = {
     "settings": _OBJECT,
 }
 
+_LATER: dict[str, _Check] = {"meter.count": _COUNT, "meter.table": _NUMBERS}
+"""Fields that checkpoints of version 0.1 lack."""
+
 
 def parse_state(content: Mapping[str, Any], step: int) -> TrainState:
     """Read the content of ``state.json``, and check the type and range of each field.
@@ -105,9 +112,11 @@ def parse_state(content: Mapping[str, Any], step: int) -> TrainState:
         DoRAError: If fields are missing or invalid; names them all.
     """
     problems = []
-    for name, (must_be, is_good) in _FIELDS.items():
+    for name, (must_be, is_good) in (_FIELDS | _LATER).items():
         group, _, key = name.rpartition(".")
         inside = content.get(group) if group else content
+        if name in _LATER and isinstance(inside, Mapping) and key not in inside:
+            continue
         if not isinstance(inside, Mapping) or key not in inside:
             problems.append(f"{name} is missing")
         elif not is_good(inside[key]):

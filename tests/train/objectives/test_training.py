@@ -218,6 +218,17 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(
     assert not (tmp_path / "adapter").exists()
 
 
+def test_custom_batches_are_for_examples_alone(dpo: Run, run: Run) -> None:
+    with pytest.raises(
+        DoRAError, match="custom batches are for objective sft, not dpo"
+    ):
+        run(
+            objective="dpo",
+            data=ExampleSet(),
+            options={"batches": lambda *_, **__: iter(())},
+        )
+
+
 def test_data_of_another_objective_are_refused(dpo: Run) -> None:
     class Labeled(ExampleSet):
         serves = ("kto",)
