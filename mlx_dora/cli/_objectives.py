@@ -1,6 +1,7 @@
 """Options that objectives share under one name."""
 
 from dataclasses import replace
+from typing import Any
 
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.grpo.config import RewardConfig
@@ -13,12 +14,13 @@ SHARED = ("reward.beta", "reward.loss_type")
 def shared_settings(
     train: TrainConfig, preference: PreferenceConfig, reward: RewardConfig
 ) -> tuple[PreferenceConfig, RewardConfig]:
-    """Give ``--beta`` and ``--loss-type`` to the objective that is trained."""
+    """Give the options that both classes know to the objective that is trained."""
     if train.objective != "grpo":
-        return preference, reward
-    given = {}
+        return preference, replace(reward, reference_adapter=None)
+    given: dict[str, Any] = {}
     if preference.beta is not None:
         given["beta"] = preference.beta
     if preference.loss_type is not None:
         given["loss_type"] = ",".join(preference.loss_type)
-    return replace(preference, beta=None, loss_type=None), replace(reward, **given)
+    none = {"beta": None, "loss_type": None, "reference_adapter": None}
+    return replace(preference, **none), replace(reward, **given)

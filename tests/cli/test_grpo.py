@@ -117,6 +117,8 @@ def test_the_preview_shows_the_place_of_the_completion(
         (["--objective", "dpo"], "settings of grpo do not apply to objective dpo"),
         (["--label-smoothing", "0.1"], "settings of preferences do not apply"),
         (["--mask-prompt"], "mask_prompt does not apply to objective grpo"),
+        (["--reference-adapter", "no"], "reference_adapter needs beta above 0"),
+        (["--reference-adapter", "no", "--beta", ".1"], "no is not an adapter folder"),
         (["--top-p", "0"], "top_p must be above 0 and at most 1"),
     ],
 )

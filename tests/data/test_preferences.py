@@ -33,7 +33,7 @@ def tokenizer(tiny_model_folder: Path) -> Any:
     return load_tokenizer(str(tiny_model_folder))
 
 
-def read(rows: list[Any], tokenizer: Any, make: Any = PairDataset, **names: str) -> Any:
+def read(rows: list[Any], tokenizer: Any, make: Any = PairDataset, **names: Any) -> Any:
     return as_dataset(rows, tokenizer, DataConfig(**names), "rows", make)
 
 

@@ -142,6 +142,11 @@ class RewardConfig:
         help="Multiply the KL divergence by the ratio of probabilities.",
         recorded=True,
     )
+    reference_adapter: str | None = option(
+        None,
+        help="Adapter that is the reference, instead of the base model alone.",
+        path="local",
+    )
     mask_truncated_completions: bool = option(
         False,
         help="Leave completions that reach max_completion_length out of the loss.",

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.files import read_adapter
 from mlx_dora.data.batches import EMPTY, Batch, pad_batch, padded_width
 from mlx_dora.data.dataset import RowDataset
 from mlx_dora.data.prompts import PromptDataset, digest_columns
@@ -31,7 +33,11 @@ from mlx_dora.train.objectives.objective import (
     Surroundings,
     metric_table,
 )
-from mlx_dora.train.objectives.reference import Reference, StartingWeights
+from mlx_dora.train.objectives.reference import (
+    EarlierAdapter,
+    Reference,
+    StartingWeights,
+)
 from mlx_dora.train.rewards import check_columns, load_rewards
 from mlx_dora.train.run.lines import Lines
 
@@ -60,6 +66,7 @@ class Grpo(Objective):
         self.added_tokens = config.max_completion_length - 1
         self.passes = config.num_iterations
         self._tokenizer: Any = None
+        self._samples: Path | None = None
         self._reference = Reference()
         self._used = 0
         self._window: list[Batch] = []
@@ -78,6 +85,11 @@ class Grpo(Objective):
             raise DoRAError(
                 "variant bidora splits the rows between its two levels: it does not go "
                 "with objective grpo."
+            )
+        if self.config.reference_adapter is not None and not self.config.beta:
+            raise DoRAError(
+                "reference_adapter needs beta above 0: without the KL divergence there "
+                "is no reference."
             )
         room = train.max_seq_length - self.config.max_completion_length
         if room < 1:
@@ -123,21 +135,29 @@ class Grpo(Objective):
 
     # Before the first step.
 
+    def adapting(self, model: nn.Module) -> None:
+        """Read the adapter that is the reference, if one is named."""
+        if self.config.reference_adapter is not None:
+            path = self.config.reference_adapter
+            self._reference = EarlierAdapter(model, path)
+
     def begin(self, around: Surroundings) -> None:
         """Prepare to sample, and keep the reference if there is one."""
         self._seed = around.train.seed
         self._tokenizer = around.tokenizer
         self._length = around.train.max_seq_length
-        if self.config.beta and around.train.fine_tune_type == "full":
+        is_full = around.train.fine_tune_type == "full"
+        if self.config.beta and is_full and self.config.reference_adapter is None:
             self._reference = StartingWeights(around.model)
-        self._samples = around.folder / SAMPLES_NAME
-        is_writer = around.group.rank() == 0
-        self._rollouts.log = Lines(self._samples if is_writer else None)
+        if around.group.rank() == 0:  # the others may have no such folder
+            self._samples = around.folder / SAMPLES_NAME
+            self._rollouts.log = Lines(self._samples)
 
     def settings(self, data: Any) -> dict[str, Any]:
         """Facts that must be unchanged when a run is resumed."""
         values = {f"reward.{name}": v for name, v in asdict(self.config).items()}
         values["reward data"] = digest_columns(data)
+        values["reference"] = self._reference.identity
         # As a checkpoint reads them: tuples as lists.
         return json.loads(json.dumps({"objective": self.name, **values}))
 
@@ -150,8 +170,9 @@ class Grpo(Objective):
 
     def held_bytes(self, train: TrainConfig, trained: int) -> int:
         """Bytes of the reference beside the model: in full training, the weights."""
-        is_kept = self.config.beta and train.fine_tune_type == "full"
-        return trained if is_kept else 0
+        if path := self.config.reference_adapter:
+            return sum(value.nbytes for value in read_adapter(path).tensors.values())
+        return trained if self.config.beta and train.fine_tune_type == "full" else 0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the place in the log of samples."""
@@ -160,8 +181,14 @@ class Grpo(Objective):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of a checkpoint, and cut the log of samples."""
+        if not {"step", "samples_bytes"} <= {*state}:
+            raise DoRAError(
+                "the checkpoint to resume from belongs to another objective: start "
+                "over with --overwrite."
+            )
         self._rollouts.step = state["step"]
-        self._rollouts.log.restore(self._samples, state["samples_bytes"])
+        if self._samples is not None:
+            self._rollouts.log.restore(self._samples, state["samples_bytes"])
 
     def step_shapes(self, shape: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
         """Shapes of the completions of a batch of prompts, from shortest to longest."""

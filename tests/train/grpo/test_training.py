@@ -1,7 +1,6 @@
 """GRPO trainings of a tiny model: what is learned, refused, logged and shared."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from mlx_dora.train import TrainConfig, TrainReport, finetune
 from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.objectives.grpo import Grpo
 from tests.adapters.stacks import make_model
-from tests.train import ring
 from tests.train.grpo.letters import PROMPTS, Letters
-from tests.train.run.test_resume import assert_same_run
 from tests.train.saved import log, same_bits, tensors
 
 PARITY = "tests.train.grpo.letters.parity"
@@ -152,6 +149,19 @@ def test_a_packed_base_is_trained(
     assert report.steps == 3
 
 
+def test_an_earlier_adapter_can_be_the_reference(grpo: Run, tmp_path: Path) -> None:
+    grpo("first", iters=8, learning_rate=3e-2)
+    more = {"iters": 1, "resume_adapter_file": str(tmp_path / "first")}
+    divergence = {}
+    for name in (None, str(tmp_path / "first")):
+        reward = {"beta": 0.1, "reference_adapter": name}
+        _, report = grpo(f"to {name is None}", reward=reward, **more)
+        line = next(line for line in report.history if line.train_loss is not None)
+        divergence[name is None] = (line.metrics or {})["kl"]
+    assert divergence[True] > 1e-3
+    assert divergence[False] == pytest.approx(0, abs=1e-6)
+
+
 def test_experts_are_trained(grpo: Run) -> None:
     model, report = grpo(model=make_model("mixtral"), reward={"beta": 0.1})
     assert report.steps == 3
@@ -200,6 +210,10 @@ def test_the_same_seed_gives_the_same_bits(grpo: Run) -> None:
         ({"batch_tokens": 64}, "batch_tokens does not apply"),
         ({"mask_prompt": True}, "mask_prompt does not apply"),
         ({"dora": {"variant": "bidora"}}, "variant bidora splits the rows"),
+        (
+            {"reward": {"reference_adapter": "x"}},
+            "reference_adapter needs beta above 0",
+        ),
         ({"reward": {"max_completion_length": 32}}, "leaves no room for a prompt in"),
         (
             {"reward": {"num_iterations": 2}, "save_every": 5},
@@ -281,6 +295,24 @@ def test_changed_data_columns_are_not_resumed(grpo: Run) -> None:
         grpo(iters=4, save_every=2, reward={"temperature": 0.5}, resume=True)
 
 
+def test_a_checkpoint_of_another_objective_is_not_resumed(
+    grpo: Run, make_tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    finetune(
+        make_tiny_model(vocab_size=64),
+        None,
+        [[1, 2, 3]] * 4,
+        None,
+        train=TrainConfig(iters=2, save_every=2, learning_rate=1e-2, batch_size=2),
+        dora=DoRAConfig(rank=4, scale=2.0, num_layers=-1),
+        adapter_path=tmp_path / "adapter",
+    )
+    with pytest.raises(DoRAError, match="reward data was null"):
+        grpo(iters=4, save_every=2, resume=True)
+    with pytest.raises(DoRAError, match="belongs to another objective: start over"):
+        grpo(iters=4, save_every=2, resume=True, force=True)
+
+
 def test_settings_of_grpo_need_its_objective(tiny_model: nn.Module) -> None:
     with pytest.raises(
         DoRAError, match="settings of grpo do not apply to objective sft"
@@ -295,53 +327,6 @@ def test_settings_of_grpo_need_its_objective(tiny_model: nn.Module) -> None:
             adapter_path="unused",
             reward=RewardConfig(reward_funcs=("exact_match",)),
         )
-
-
-def test_two_processes_share_prompts_and_compare_all_rewards(tmp_path: Path) -> None:
-    def run(folder: Path, iters: int) -> None:
-        settings = {
-            **{"iters": iters, "resume": True, "steps_per_eval": 8},
-            "reward": {"scale_rewards": "batch"},
-        }
-        command = [
-            "-m",
-            "tests.train.grpo.resumable",
-            str(folder),
-            json.dumps(settings),
-        ]
-        with ring.started(tmp_path, command, command) as processes:
-            errors = [process.communicate(timeout=120)[1] for process in processes]
-        assert [process.wait() for process in processes] == [0, 0], errors
-
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(whole, 16)
-    run(parts, 8)
-    run(parts, 16)
-    assert_same_run(whole, parts)
-    texts = [(folder / "samples.jsonl").read_text() for folder in (whole, parts)]
-    assert texts[0] == texts[1]
-    rows = [json.loads(line) for line in texts[0].splitlines()]
-    for step in range(0, 16, 2):
-        own = [row for row in rows if row["step"] == step and row["set"] == "train"]
-        rewards = np.array([row["reward"] for row in own]).reshape(-1, 3)
-        assert len({row["prompt"] for row in own}) in (3, 4)  # 4 prompts an update
-        gains = rewards - rewards.mean(1, keepdims=True)
-        gains = gains / (rewards.std(ddof=1) + 1e-4)
-        found = [row["advantage"] for row in own]
-        assert found == pytest.approx(gains.ravel().tolist(), rel=1e-6)
-
-
-def test_a_reward_that_fails_in_one_process_ends_both(tmp_path: Path) -> None:
-    settings = {"reward": {"reward_funcs": ("tests.train.grpo.letters.fails_for_abc",)}}
-    command = [
-        *("-m", "tests.train.grpo.resumable", str(tmp_path / "adapter")),
-        json.dumps(settings),
-    ]
-    with ring.started(tmp_path, command, command) as processes:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.wait() for process in processes] == [1, 1]
-    for text in errors:
-        assert re.search(r"reward \S+ failed: ValueError: no abc, for the prompt", text)
 
 
 def test_kernels_are_chosen_for_the_sizes_of_completions(

@@ -82,7 +82,7 @@ class Trunk(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = [nn.Linear(WIDTH, WIDTH)]
+        self.layers: list[Any] = [nn.Linear(WIDTH, WIDTH)]
 
     def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
         return self.layers[0](self.table(tokens))

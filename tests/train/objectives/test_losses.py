@@ -46,7 +46,7 @@ def test_a_loss_of_dpo_and_its_slopes_equal_numpy(name: str) -> None:
         return LOSSES[name](terms)
 
     def true(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-        return oracle.dpo(name, chosen, rejected, *COUNTS, 2.5)
+        return oracle.dpo(name, chosen, rejected, COUNTS[0], COUNTS[1], 2.5)
 
     given = single(CHOSEN), single(REJECTED)
     assert_close(loss(*given), true(CHOSEN, REJECTED))
@@ -119,7 +119,7 @@ class Examples(RowDataset):
 
     def __init__(self, count: int = 6) -> None:
         random = np.random.default_rng(1)
-        self._rows = []
+        self._rows, prompt = [], [0]
         for index in range(count):
             if index % 2 == 0:
                 prompt = random.integers(1, 40, random.integers(2, 5)).tolist()
@@ -202,7 +202,7 @@ def test_dpo_trains_the_adapter_as_numpy_does(name: str, starts: list[int]) -> N
             w * oracle.dpo(n, x[:half], x[half:], counts[:half], counts[half:], entropy)
             for n, w in zip(types, weights, strict=True)
         ]
-        return float(sum(parts).mean())
+        return float(np.sum(parts, axis=0).mean())
 
     metrics = case.check(true)
     assert case.targets == counts.sum()

@@ -89,6 +89,7 @@ def test_the_reference_is_the_model_as_it_was(
 def test_a_table_of_the_reference_trains_alike(dpo: Run) -> None:
     _, live = dpo("live")
     _, table = dpo("table", precompute_reference=True)
+    accuracies = []
     for one, other in zip(live.history, table.history, strict=True):
         # Of rewards of 0, rounding decides which is greater.
         rest = [{**one.metrics}, {**other.metrics}]
@@ -257,13 +258,19 @@ def test_the_adapter_records_its_objective(dpo: Run) -> None:
     _, report = dpo(loss_type=("ipo", "sft"))
     adapter = load_adapter(report.adapter_path)
     recorded = adapter.training
+    assert recorded is not None
     assert recorded["objective"] == "dpo"
     assert recorded["loss_type"] == ["ipo", "sft"]
     assert recorded["beta"] == 0.1
 
 
 def test_pairs_stay_together_in_every_batch() -> None:
-    for settings in ({}, {"batch_tokens": 120}, {"batch_tokens": 160, "ranks": 2}):
+    cases: list[dict[str, Any]] = [
+        {},
+        {"batch_tokens": 120},
+        {"batch_tokens": 160, "ranks": 2},
+    ]
+    for settings in cases:
         ranks = settings.get("ranks", 1)
         schedule = Schedule(EXAMPLES, 3, 64, unit=2, **settings)
         seen: list[int] = []
@@ -315,7 +322,7 @@ def test_accumulated_batches_equal_a_large_batch(
     model = make_tiny_model()
     apply_layers(model, DoRAConfig(rank=4, num_layers=-1), "dora")
     model.train()
-    own = {"cpo_alpha": 0.0} if objective == "simpo" else {}
+    own: dict[str, Any] = {"cpo_alpha": 0.0} if objective == "simpo" else {}
     train = TrainConfig(objective=objective, max_grad_norm=None)  # pyright: ignore[reportArgumentType]
     made = make_objective(train, PreferenceConfig(**own))
     found = []
