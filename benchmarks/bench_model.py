@@ -169,7 +169,7 @@ def cases(
 ) -> list[bench.Case]:
     models = contenders(rank, quantized, smoke, folder)
     vocabulary = models["base"]["model"].embed_tokens.weight.shape[0]
-    runners: list[tuple[str, dict, Callable[[nn.Module, bool], Callable]]] = []
+    runners: list[tuple[str, dict, Callable[..., Callable]]] = []
     if kind == "decode":
         facts = {"tokens": 1, "repeats": DECODE_STEPS}
         runners.append(("decode", facts, lambda model, _: decode(model, vocabulary)))

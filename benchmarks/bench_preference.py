@@ -41,7 +41,9 @@ from mlx_dora.train.objectives.config import PreferenceConfig
 from mlx_dora.train.run.finetune import finetune
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from make_preferences import write_preferences
+from make_preferences import (  # pyright: ignore[reportMissingImports]
+    write_preferences,
+)
 
 ROWS = 16  # of a measured batch
 Z = 1.96

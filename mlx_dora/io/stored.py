@@ -99,7 +99,7 @@ class StoredTensor(SlicedTensor):
             parts = [buffer[: size - start] for buffer in buffers]
             self._read(parts[0].data, start)
             other._read(parts[1].data, start)
-            if not np.array_equal(*parts):
+            if not np.array_equal(parts[0], parts[1]):
                 return False
         return True
 

@@ -124,7 +124,7 @@ def test_origins_hold_no_array(make_tiny_folder: MakeFolder) -> None:
     assert mx.get_active_memory() > before
     for module in model.modules():
         module.clear()
-    del model, module
+    del model, module  # pyright: ignore[reportPossiblyUnbound]
     assert mx.get_active_memory() == before
     assert names and origins is not None
 

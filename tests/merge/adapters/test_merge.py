@@ -20,6 +20,7 @@ from mlx_dora.adapters.surgery import adapter_layers, apply_layers, remove_dora
 from mlx_dora.analyze.guidance import INDEPENDENT, SPACE
 from mlx_dora.cli.merge import command
 from mlx_dora.layers import weight_of
+from mlx_dora.matrix.weight import dense
 from mlx_dora.merge import merge_adapters
 from mlx_dora.merge.adapters.merge import merge_adapters_report
 from mlx_dora.merge.fisher.information import Fisher, FisherFacts
@@ -78,7 +79,7 @@ def known_of(
 def dense_rows(model: nn.Module, adapter: Adapter, path: str) -> np.ndarray:
     """W' of one linear layer in float64."""
     weight = weight_of(dict(model.named_modules())[path])
-    base = to_numpy(weight if isinstance(weight, mx.array) else weight.dequantize())
+    base = to_numpy(dense(weight))
     if f"{path}.lora_a" not in adapter.tensors:
         return base
     a, b = (
