@@ -195,9 +195,9 @@ def cases(
 
                 runners.append(("step", facts, runner))
     made = []
-    for name, facts, runner in runners:
+    for name, facts, make in runners:
         runs = {
-            label: runner(model, label not in OURS) for label, model in models.items()
+            label: make(model, label not in OURS) for label, model in models.items()
         }
         if kind == "step":
             del runs["base"]  # nothing to train in the base

@@ -45,8 +45,8 @@ class SharedPass:
 
     def last(self) -> tuple[Any, mx.array] | None:
         """Return the last layer and its output, if it is kept and was called once."""
-        if not self.calls or self.calls[-1][1] is None:
+        if not self.calls:
             return None
         layer, output = self.calls[-1]
         once = sum(other is layer for other, _ in self.calls) == 1
-        return (layer, output) if once else None
+        return (layer, output) if once and output is not None else None
