@@ -96,10 +96,10 @@ class StoredTensor(SlicedTensor):
             return False
         buffers = [np.empty(min(size, _COMPARED), np.uint8) for _ in range(2)]
         for start in range(0, size, _COMPARED):
-            parts = [buffer[: size - start] for buffer in buffers]
-            self._read(parts[0].data, start)
-            other._read(parts[1].data, start)
-            if not np.array_equal(parts[0], parts[1]):
+            own, theirs = (buffer[: size - start] for buffer in buffers)
+            self._read(own.data, start)
+            other._read(theirs.data, start)
+            if not np.array_equal(own, theirs):
                 return False
         return True
 

@@ -122,9 +122,10 @@ def test_origins_hold_no_array(make_tiny_folder: MakeFolder) -> None:
     before = mx.get_active_memory()
     mx.eval(model.parameters())
     assert mx.get_active_memory() > before
-    for module in model.modules():
-        module.clear()
-    del model, module  # pyright: ignore[reportPossiblyUnbound]
+    modules = model.modules()
+    while modules:
+        modules.pop().clear()
+    del model
     assert mx.get_active_memory() == before
     assert names and origins is not None
 

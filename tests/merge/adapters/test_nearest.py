@@ -88,8 +88,8 @@ def test_the_error_keeps_its_digits_for_small_changes(
     exact, moved = goal.astype(np.float64), goal.astype(np.float64) - base
     actual = np.linalg.norm(rows - exact) / np.linalg.norm(moved)
     # float32 rows and magnitudes of 1 cannot be nearer than 1e-7.
-    floor = 1e-7 * np.linalg.norm(exact) / np.linalg.norm(moved)
-    assert error == pytest.approx(actual, rel=1e-3, abs=float(floor))
+    floor = float(1e-7 * np.linalg.norm(exact) / np.linalg.norm(moved))
+    assert error == pytest.approx(actual, rel=1e-3, abs=floor)
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.5])
