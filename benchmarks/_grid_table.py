@@ -104,7 +104,6 @@ def chosen(grid: Sequence[Combination]) -> Iterator[tuple[str, list[str | None]]
     With data, among the contenders that were measured on validation rows, if all
     combinations were.
     """
-
     if all(one.has(BASE, "valid") for one in grid):
         yield (
             "*data: worst share*",
