@@ -55,6 +55,12 @@ class Combination:
         """The merges that were measured."""
         return [name for name in self.lines if not name.startswith("(")]
 
+    @property
+    def advised(self) -> str | None:
+        """What `compare_adapters` advises, if it was measured."""
+        name = self.lines.get(ADVICE, {}).get("advised")
+        return name if name in self.lines else None
+
     def best(self, score: Callable[[str], float], split: str = "test") -> str:
         """The contender with the least score among those measured on a split."""
         return min((n for n in self.contenders if self.has(n, split)), key=score)
@@ -95,24 +101,28 @@ def general(contender: str, count: int) -> str:
 def chosen(grid: Sequence[Combination]) -> Iterator[tuple[str, list[str | None]]]:
     """Yield ways to choose a contender, and what they choose in each combination.
 
-    With data, among the contenders that were measured on validation rows.
+    With data, among the contenders that were measured on validation rows, if all
+    combinations were.
     """
-
-    def on_validation(one: Combination, score: Callable[[str], float]) -> str | None:
-        return one.best(score, "valid") if one.has(BASE, "valid") else None
-
-    yield (
-        "*data: worst share*",
-        [on_validation(one, lambda n, one=one: -one.worst(n, "valid")) for one in grid],
-    )
-    yield (
-        "*data: mean loss*",
-        [on_validation(one, lambda n, one=one: one.mean(n, "valid")) for one in grid],
-    )
+    if all(one.has(BASE, "valid") for one in grid):
+        yield (
+            "*data: worst share*",
+            [
+                one.best(lambda n, one=one: -one.worst(n, "valid"), "valid")
+                for one in grid
+            ],
+        )
+        yield (
+            "*data: mean loss*",
+            [
+                one.best(lambda n, one=one: one.mean(n, "valid"), "valid")
+                for one in grid
+            ],
+        )
     if any(ADVICE in one.lines for one in grid):
         yield (
             "*without data*",
-            [one.lines.get(ADVICE, {}).get("advised") for one in grid],
+            [one.advised for one in grid],
         )
 
 

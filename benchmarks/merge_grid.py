@@ -166,9 +166,7 @@ class Grid:
             # Of two adapters, slerp is karcher.
             method = "karcher" if advice.method == "slerp" else advice.method
             contender = Contender(method, space=advice.space)
-            if advice.rule == "groups":
-                contender = replace(contender, grouped=True)
-            elif not METHODS[method].is_mean:
+            if not METHODS[method].is_mean:
                 contender = replace(contender, total=sum(advice.weights))
             facts = {"advised": contender.name, "rule": advice.rule}
         measures = ("update_cosine", "input_overlap", "output_overlap", "size_ratio")
