@@ -18,6 +18,13 @@ from mlx_dora.train.objectives.reference import Reference
 from tests.checks import relative_rms
 from tests.compat.peer_process import peers_python, run_peer
 
+GRADIENTS = 3e-4
+"""Bound of the gradients' relative error, over the whole adapter.
+
+Not 1e-4: it is 6e-5 to 8e-5 on one choice of advantages and 1.7e-4 on another, the
+rounding of thirty blocks in float32 on MLX's CPU (see test_trl.py). The gradient of the
+loss itself holds 1e-5 against NumPy in tests/train/grpo/test_loss.py.
+"""
 TEMPERATURE = 0.8
 LONGEST = 9  # max_completion_length
 # Of equal length: TRL pads prompts on the left and leaves the positions to start
@@ -81,7 +88,9 @@ def test_losses_and_gradients_are_trls(smollm: Path, tmp_path: Path) -> None:
     marks = mx.array(
         [(len(p), len(p) + len(a)) for p, a in zip(prompts, answers, strict=True)]
     )
-    gains = mx.array([0.7, -0.7, 1.1, -1.3])
+    # Not balanced, so that a relative error of the loss, a sum of both signs, is one of
+    # its terms.
+    gains = mx.array([0.9, -0.4, 1.3, -0.2])
     model.eval()
     with_adapter = log_probs(model, tokens, marks)
     with Reference().standing_in(model):
@@ -169,7 +178,7 @@ def check(
         ours.append(own.ravel())
         theirs.append(wanted.ravel())
     error = relative_rms(np.concatenate(ours), np.concatenate(theirs))
-    assert error < 1e-4, case
+    assert error < GRADIENTS, case
 
 
 def log_probs(model: nn.Module, tokens: mx.array, marks: mx.array) -> mx.array:
