@@ -92,7 +92,8 @@ def adapted(
     assert version_in(python, "trl").startswith("1.16."), "another version of trl"
     folder = tmp_path_factory.mktemp("trl")
     model, tokenizer = load(smollm)
-    for block in model.layers:
+    blocks: Any = model.layers
+    for block in blocks:
         rope = block.self_attn.rope
         block.self_attn.rope = Rotation(rope.dims, rope.base)
     keys = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
