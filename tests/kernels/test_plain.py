@@ -2,6 +2,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dora import openblas
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import (
     QuantizedWeight,
@@ -9,7 +10,10 @@ from mlx_dora.kernels import (
     dora_scale,
     fused_weight,
     normalize_rows,
+    plain,  # the ops in plain MLX
 )
+from mlx_dora.kernels.fusing import dense_fused
+from mlx_dora.matrix.low_rank import Adapted, LowRank
 from mlx_dora.matrix.weight import row_blocks, row_squares
 from tests.checks import BOUNDS, assert_close, to_numpy
 
@@ -181,3 +185,26 @@ def test_a_packed_weight_knows_its_dense_shape_and_rows():
         assert packed.shape == (12, 96)
         some = packed.rows(mx.array([3, 1]))
         assert mx.array_equal(some.dequantize(), packed.dequantize()[mx.array([3, 1])])
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_fuse_gives_the_same_bits_in_larger_blocks(dtype: mx.Dtype) -> None:
+    """As in 0.1, which read 2^16 elements at a time."""
+    rng = np.random.default_rng(0)
+    out, width, rank, step = 300, 2048, 16, 32
+
+    def made(*shape: int) -> mx.array:
+        return mx.array(0.02 * rng.standard_normal(shape).astype(np.float32))
+
+    weight, a, b = made(out, width).astype(dtype), made(width, rank), made(rank, out)
+    m = mx.abs(made(out)) + 1
+    update = LowRank(lora_a=a, lora_b=b, scale=2.0)
+    expected = []
+    with openblas.one_thread():  # its sums depend on the number of threads
+        for start in range(0, out, step):
+            index = slice(start, min(start + step, out))
+            rows = weight[index].astype(mx.float32) + update.rows(index)
+            expected.append(plain.normalize_rows(rows, m[index])[0].astype(dtype))
+            mx.eval(expected[-1])
+    fused = dense_fused(weight, Adapted(update=update, m=m), dtype)
+    assert mx.array_equal(fused, mx.concatenate(expected))
