@@ -212,16 +212,21 @@ def report(measurement: Measurement) -> None:
 
 
 @contextmanager
-def norms_apart() -> Iterator[None]:
-    """Compute W0·A apart from W0·x, also where one product gives both faster."""
+def norms_where(ride: Callable[[Any, mx.array], bool]) -> Iterator[None]:
+    """Decide by `ride` in place of `riding.rides` where W0·A rides with W0·x."""
     from mlx_dora.layers import linear
 
     decide = linear.rides
-    linear.rides = lambda base, x: False
+    linear.rides = ride
     try:
         yield
     finally:
         linear.rides = decide
+
+
+def never(base: Any, x: mx.array) -> bool:
+    """Decide for `norms_where` that W0·A is computed apart from W0·x everywhere."""
+    return False
 
 
 def relative_rms(actual: Arrays, expected: Arrays) -> float:

@@ -112,7 +112,7 @@ def case(
     runs = {label: runner(layer) for label, layer in made.items()}
     apart = runs.pop(APART)
     if train:
-        runs[APART] = bench.norms_apart()(apart)
+        runs[APART] = bench.norms_where(bench.never)(apart)
 
     # An independent reference: mlx-lm's DoRA divides by the norm of the dense weight.
     reference = runs["mlx-lm DoRA"]

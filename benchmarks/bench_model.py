@@ -5,12 +5,13 @@
 The model is the demo's SmolLM2-135M with every linear layer of every block adapted. The
 cases are: decoding with a KV cache of 64 tokens; prompts of 8, 32 and 128 tokens; and a
 training step (forward pass, loss, gradients of the adapter) of 4 x 32 and 4 x 128
-tokens, with and without gradient checkpointing. In a step, "norms apart" is ours with
-W0·A computed apart from W0·x. The contenders share a single copy of
-the base's weights.
+tokens, with and without gradient checkpointing: mlx-lm's for its own layers, ours for
+ours. In a step, "norms apart" is ours with W0·A computed apart from W0·x. The
+contenders share a single copy of the base's weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.surgery import adapter_layers, apply_dora
 from mlx_dora.demo.model import demo_model
+from mlx_dora.train.recompute import recomputed_blocks
 
 SCALE = 2.0
 DECODE_STEPS = 4
 CACHED = 64
 APART = "norms apart"
+OURS = ("ours", APART)
 LINEARS = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
@@ -76,7 +79,7 @@ def contenders(
     for name, model in models.items():
         model.update(shared)
         model.freeze()
-        if name in ("ours", APART):
+        if name in OURS:
             config = DoRAConfig(rank=rank, scale=SCALE, keys=LINEARS, num_layers=-1)
             apply_dora(model, config)
         elif name != "base":
@@ -115,8 +118,13 @@ def prompt(model: Any, tokens: mx.array) -> Callable[[], mx.array]:
     return lambda: model(tokens)
 
 
-def step(model: Any, batch: mx.array, checkpoint: bool) -> Callable[[], list]:
-    """Compute loss and gradients as mlx-lm's trainer does, compiled."""
+def step(
+    model: Any, batch: mx.array, checkpoint: bool, *, theirs: bool
+) -> Callable[[], list]:
+    """Compute loss and gradients as a trainer does, compiled.
+
+    Gradient checkpointing is mlx-lm's if `theirs`, otherwise that of our training.
+    """
     lengths = mx.array([[0, batch.shape[1]]] * batch.shape[0])
     compute = nn.value_and_grad(model, default_loss)
     compiled = mx.compile(
@@ -124,20 +132,31 @@ def step(model: Any, batch: mx.array, checkpoint: bool) -> Callable[[], list]:
         inputs=[model.state],
         outputs=[model.state],
     )
-    layer = type(model.layers[0])
-    plain = layer.__call__
     model.train()  # once, as in training: it looks at every module
 
+    def recomputing() -> AbstractContextManager[None]:
+        if theirs and checkpoint:
+            return their_checkpoint(model.layers[0])
+        return recomputed_blocks(model, checkpoint)
+
     def run() -> list:
-        if checkpoint:
-            grad_checkpoint(model.layers[0])
-        try:
+        with recomputing():
             (loss, _), gradients = compiled(batch, lengths)
-        finally:
-            layer.__call__ = plain
         return [loss, gradients]
 
     return run
+
+
+@contextmanager
+def their_checkpoint(block: Any) -> Iterator[None]:
+    """Checkpoint blocks of this class as mlx-lm's trainer does, which never stops."""
+    kind = type(block)
+    plain = kind.__call__
+    grad_checkpoint(block)
+    try:
+        yield
+    finally:
+        kind.__call__ = plain
 
 
 def cases(
@@ -150,30 +169,39 @@ def cases(
 ) -> list[bench.Case]:
     models = contenders(rank, quantized, smoke, folder)
     vocabulary = models["base"]["model"].embed_tokens.weight.shape[0]
-    runners: list[tuple[str, dict, Callable[[nn.Module], Callable]]] = []
+    runners: list[tuple[str, dict, Callable[..., Callable]]] = []
     if kind == "decode":
         facts = {"tokens": 1, "repeats": DECODE_STEPS}
-        runners.append(("decode", facts, lambda model: decode(model, vocabulary)))
+        runners.append(("decode", facts, lambda model, _: decode(model, vocabulary)))
     elif kind == "prompt":
         for count in (8,) if smoke else (8, 32, 128):
             tokens = mx.arange(count)[None] * 7 % vocabulary
             runners.append(
-                ("prompt", {"tokens": count}, lambda m, t=tokens: prompt(m, t))
+                ("prompt", {"tokens": count}, lambda m, _, t=tokens: prompt(m, t))
             )
     else:
         for length in (8,) if smoke else (lengths or (32, 128)):
             batch = (mx.arange(4 * (length + 1)) * 7 % vocabulary).reshape(4, -1)
             for checkpoint in (False, True):
                 facts = {"tokens": 4 * length, "grad_checkpoint": checkpoint}
-                runners.append(
-                    ("step", facts, lambda m, b=batch, c=checkpoint: step(m, b, c))
-                )
+
+                def runner(
+                    model: nn.Module,
+                    theirs: bool,
+                    batch: mx.array = batch,
+                    checkpoint: bool = checkpoint,
+                ) -> Callable[[], list]:
+                    return step(model, batch, checkpoint, theirs=theirs)
+
+                runners.append(("step", facts, runner))
     made = []
-    for name, facts, runner in runners:
-        runs = {label: runner(model) for label, model in models.items()}
+    for name, facts, make in runners:
+        runs = {
+            label: make(model, label not in OURS) for label, model in models.items()
+        }
         if kind == "step":
             del runs["base"]  # nothing to train in the base
-            runs[APART] = bench.norms_apart()(runs[APART])
+            runs[APART] = bench.norms_where(bench.never)(runs[APART])
         else:
             del runs[APART]
         made.append(
@@ -184,9 +212,7 @@ def cases(
                     bench.Contender(
                         name=label,
                         run=run,
-                        expected=runs["mlx-lm DoRA"]
-                        if label in ("ours", APART)
-                        else None,
+                        expected=runs["mlx-lm DoRA"] if label in OURS else None,
                         bound=1e-3,
                     )
                     for label, run in runs.items()

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from mlx_dora.merge.models.merge import merge_models
     from mlx_dora.peft import from_peft, to_peft
     from mlx_dora.train.config import TrainConfig
+    from mlx_dora.train.grpo.config import RewardConfig
+    from mlx_dora.train.objectives.config import PreferenceConfig
     from mlx_dora.train.run.finetune import finetune
 
 preload()
@@ -48,6 +50,8 @@ _HOME = {
     "DoRAMultiLinear": "mlx_dora.layers",
     "DoRASwitchLinear": "mlx_dora.layers",
     "NamedAdapters": "mlx_dora.adapters.named",
+    "PreferenceConfig": "mlx_dora.train.objectives.config",
+    "RewardConfig": "mlx_dora.train.grpo.config",
     "TrainConfig": "mlx_dora.train.config",
     "analyze_adapter": "mlx_dora.analyze.adapter",
     "analyze_finetune": "mlx_dora.analyze.finetune",
@@ -81,6 +85,8 @@ __all__ = [
     "DoRAMultiLinear",
     "DoRASwitchLinear",
     "NamedAdapters",
+    "PreferenceConfig",
+    "RewardConfig",
     "TrainConfig",
     "analyze_adapter",
     "analyze_finetune",

@@ -10,8 +10,10 @@ which the extra ``cpu`` installs, provides the library. Its symbols carry the pr
 ``scipy_``, so patchelf makes a copy without the prefix once, in the user's cache.
 """
 
+import contextlib
 import ctypes
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -22,6 +24,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +35,16 @@ _PREFIX = b"scipy_"
 _GPU_BUILDS = ("mlx-metal", "mlx-cuda-12", "mlx-cuda-13")
 
 State = Literal["not needed", "loaded", "environment", "missing", "too late"]
+
+# Names of OpenBLAS's setter of its number of threads, after build options.
+_SETTERS = tuple(
+    f"{prefix}openblas_set_num_threads{suffix}"
+    for prefix in ("", "scipy_")
+    for suffix in ("", "64_")
+)
+_lock = threading.Lock()
+_users = 0  # of `one_thread`, at the moment
+_restorers: list[Callable[[], None]] = []
 
 _log = logging.getLogger(__name__)
 _status: "OpenBLASStatus | None" = None
@@ -186,3 +200,55 @@ def preload() -> OpenBLASStatus:
         if _status.state in ("missing", "too late"):
             _log.warning("%s", _status.message)
     return _status
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Run every OpenBLAS in this process, MLX's and NumPy's, on one thread meanwhile.
+
+    For loops that multiply thin blocks of a large matrix. Such a product takes less
+    than a millisecond. On two threads, it ends when the slower thread has been
+    scheduled, which takes ten milliseconds if another process uses that core. Outside
+    Linux, and without OpenBLAS, nothing changes.
+    """
+    global _users
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _restorers.extend(map(_limited, _loaded()))
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            while not _users and _restorers:
+                _restorers.pop()()
+
+
+@functools.cache
+def _loaded() -> list[tuple[Callable[[int], None], Callable[[], int]]]:
+    """Return setter and getter of the thread count of each OpenBLAS in the process."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    # The path is the sixth field of a line, and may hold blanks.
+    fields = [line.split(maxsplit=5) for line in maps.read_text().splitlines()]
+    paths = {row[5] for row in fields if len(row) > 5 and "openblas" in row[5]}
+    found = []
+    for path in sorted(path for path in paths if Path(path).is_file()):
+        library = ctypes.CDLL(path)
+        for name in _SETTERS:
+            if hasattr(library, name):
+                getter = getattr(library, name.replace("_set_", "_get_"))
+                found.append((getattr(library, name), getter))
+    return found
+
+
+def _limited(
+    functions: tuple[Callable[[int], None], Callable[[], int]],
+) -> Callable[[], None]:
+    """Set one library to one thread; return the function that undoes it."""
+    set_threads, get_threads = functions
+    before = get_threads()
+    set_threads(1)
+    return lambda: set_threads(before)

@@ -54,6 +54,21 @@ def test_a_case_is_one_line_with_machine_and_losses(tmp_path: Path) -> None:
             assert figures["p20_ms"] <= figures["median_ms"] <= figures["p80_ms"]
 
 
+def test_the_scale_benchmark_compares_with_an_earlier_run(tmp_path: Path) -> None:
+    script, earlier = ROOT / "benchmarks" / "bench_scale.py", tmp_path / "before.jsonl"
+    done = run(script, "--smoke", "--only", "extract", "--output", earlier)
+    assert done.returncode == 0, done.stderr
+    (record,) = (json.loads(line) for line in earlier.read_text().splitlines())
+    assert record["matrices"] == 14
+    record |= {"seconds": 100.0, "peak_bytes": 2e9}
+    earlier.write_text(json.dumps(record))
+    done = run(script, "--smoke", "--only", "extract", "--before", earlier)
+    assert done.returncode == 0, done.stderr
+    row = done.stdout.splitlines()[-1]
+    assert row.startswith("| extract | 100.0 → ")
+    assert "| 2000 → " in row
+
+
 @pytest.mark.slow
 def test_an_interrupted_comparison_of_variants_continues(
     tiny_model_folder: Path, tmp_path: Path
@@ -153,3 +168,49 @@ def test_the_first_output_of_a_command_is_timed_and_shown() -> None:
         assert row.startswith(f"mlx_dora.{name} ")
         assert all(0 < float(number) < 60 for number in row.split()[1:3])
         assert shown in row
+
+
+def grid_line(of: list[str], contender: str, **losses: float) -> str:
+    tasks = {task: {"valid": loss, "test": loss} for task, loss in losses.items()}
+    return json.dumps({"of": of, "contender": contender, "tasks": tasks})
+
+
+def test_the_grid_of_merges_shows_regret_and_tasks_above_the_base(
+    tmp_path: Path,
+) -> None:
+    two, three = ["a", "b"], ["a", "b", "c"]
+    lines = [
+        grid_line(two, "(base)", x=4.0, y=2.0),
+        grid_line(two, "(alone)", x=2.0, y=1.0),
+        grid_line(two, "karcher", x=3.0, y=1.5),
+        grid_line(two, "tsv, total 1.41", x=2.5, y=1.2),
+        grid_line(three, "(base)", x=4.0, y=2.0, z=1.0),
+        grid_line(three, "(alone)", x=2.0, y=1.0, z=0.5),
+        grid_line(three, "karcher", x=3.0, y=1.5, z=0.8),
+        grid_line(three, "tsv, total 1.73", x=2.0, y=1.0, z=1.2),
+    ]
+    results = tmp_path / "grid.jsonl"
+    results.write_text("\n".join(lines) + "\n")
+    done = run(ROOT / "benchmarks" / "merge_grid.py", "--table", results)
+    assert done.returncode == 0, done.stderr
+    table = [line.split(" | ") for line in done.stdout.splitlines()]
+    rows = {row[0].strip("| "): row[1:] for row in table if len(row) == 6}
+    # Means 2.25 and 1.7667 against 1.85 and 1.4.
+    assert rows["karcher"][:2] == ["2.25 (50%)", "1.77 (40%)"]
+    assert rows["karcher"][2] == "0.383 ± 0.017"
+    assert rows["karcher"][3:] == ["0 of 2", "0 |"]
+    # One row for any number of adapters; z is above the base by two fifths of .5.
+    assert rows["tsv, sum √N"][1:] == ["1.40 (-40%)", "0.000 ± 0.000", "2 of 2", "1 |"]
+    # By the worst share the other method is taken in the second combination.
+    assert rows["*data: worst share*"][:2] == ["1.85 (75%)", "1.77 (40%)"]
+    assert rows["*data: mean loss*"][:2] == ["1.85 (75%)", "1.40 (-40%)"]
+    assert "| 2 | a + b + c | x 4.00, 2.00, y 2.00, 1.00, z 1.00, 0.50 |" in done.stdout
+
+
+def test_the_page_has_the_tables_of_the_grids_results() -> None:
+    results = ROOT / "benchmarks" / "results" / "merge_grid.jsonl"
+    done = run(ROOT / "benchmarks" / "merge_grid.py", "--table", results)
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs" / "merging.md").read_text()
+    for table in done.stdout.strip().split("\n\n"):
+        assert table in page

@@ -42,7 +42,10 @@ def called(node: ast.AST) -> set[str]:
         (r"2(?:\.0)?\*\*-20\b", "matrix/terms.py"),  # the floor of training
         (r"\(\w+ @ \w*gram\w*\) \* \w+\)\.sum\(", "matrix/low_rank.py"),  # p
         (r"jii->ji", "matrix/grams.py"),  # lengths from Gram matrices
-        (r'"ij,ij->i", view, view, dtype', "matrix/weight.py"),  # ‖W0‖², W0·A
+        (
+            r'"ij,ij->i", first, second',
+            "matrix/weight.py",
+        ),  # products of rows, in float32 and float64
     ],
 )
 def test_an_equation_stands_once(pattern: str, home: str) -> None:

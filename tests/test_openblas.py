@@ -123,3 +123,30 @@ def test_a_preloaded_library_makes_float32_products_fast() -> None:
     )
     # The reference BLAS reaches 2. The bound is low, so that a busy machine passes.
     assert float(run(code).splitlines()[0]) > 8
+
+
+def test_one_thread_is_restored_after_the_last_user() -> None:
+    counts = [getter for _, getter in openblas._loaded()]
+    if not counts:
+        pytest.skip("no OpenBLAS in this process")
+    before = [get() for get in counts]
+    with openblas.one_thread():
+        with openblas.one_thread():
+            assert {get() for get in counts} == {1}
+        assert {get() for get in counts} == {1}
+    assert [get() for get in counts] == before
+    with pytest.raises(KeyError), openblas.one_thread():
+        raise KeyError
+    assert [get() for get in counts] == before
+
+
+def test_one_thread_limits_every_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [4, 2]
+
+    def functions(i: int):
+        return lambda n: counts.__setitem__(i, n), lambda: counts[i]
+
+    monkeypatch.setattr(openblas, "_loaded", lambda: [functions(0), functions(1)])
+    with openblas.one_thread():
+        assert counts == [1, 1]
+    assert counts == [4, 2]

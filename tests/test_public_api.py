@@ -19,6 +19,8 @@ NAMES = {
         "DoRAMultiLinear",
         "DoRASwitchLinear",
         "NamedAdapters",
+        "PreferenceConfig",
+        "RewardConfig",
         "TrainConfig",
         "analyze_adapter",
         "analyze_finetune",
@@ -58,8 +60,10 @@ NAMES = {
         "Comparison",
         "EvaluateConfig",
         "LossResult",
+        "TaskTable",
         "compare_models",
         "evaluate_loss",
+        "evaluate_tasks",
         "label_accuracy",
         "loss_fn",
         "verify_fused",
@@ -93,7 +97,13 @@ NAMES = {
         "to_gguf",
         "to_lora",
     ],
-    "mlx_dora.merge": ["estimate_fisher", "merge_adapters", "merge_models"],
+    "mlx_dora.merge": [
+        "MergeChoice",
+        "choose_merge",
+        "estimate_fisher",
+        "merge_adapters",
+        "merge_models",
+    ],
     "mlx_dora.analyze": [
         "DoRADecomposition",
         "analyze_adapter",
@@ -101,6 +111,8 @@ NAMES = {
         "compare_adapters",
     ],
     "mlx_dora.train": [
+        "PreferenceConfig",
+        "RewardConfig",
         "StepReport",
         "TrainConfig",
         "TrainReport",
@@ -196,6 +208,9 @@ SIGNATURES = {
         "seed=",
         "scale=",
         "parameters=",
+        "space=",
+        "magnitudes=",
+        "calibrate=",
         "fisher=",
     ],
     "mlx_dora.merge.merge_models": [
@@ -253,9 +268,11 @@ SIGNATURES = {
         "progress=",
         "loss=",
         "batches=",
+        *("preference=", "reward=", "objective="),
     ],
     "mlx_dora.train.plan_memory": [
         *("train", "dora", "*", "limit=", "lengths=", "device="),
+        *("preference=", "reward=", "objective=", "processes="),
     ],
 }
 

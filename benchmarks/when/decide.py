@@ -30,7 +30,7 @@ class Difference:
         """Return better, worse, alike or undecided, given the corrected p-value."""
         if corrected < LEVEL and abs(self.mean) > SMALLEST:
             return "better" if self.mean < 0 else "worse"
-        if -SMALLEST < self.low and self.high < SMALLEST:
+        if self.low > -SMALLEST and self.high < SMALLEST:
             return "alike"
         return "undecided"
 

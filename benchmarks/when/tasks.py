@@ -7,11 +7,11 @@ version gives the same rows on every run.
 import hashlib
 import importlib
 import inspect
-import json
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from _made_tasks import Row, chat_line, distinct_rows, record_row, sum_row
 
 from mlx_dora.demo.data import (
     MODULES,
@@ -20,17 +20,8 @@ from mlx_dora.demo.data import (
     demo_rows,
 )
 
-Row = tuple[str, str]
-"""Question and answer."""
-
 SIZES = {"train": 480, "valid": 64, "test": 128}
 KINDS = ("class", "function", "method")
-
-_FIRST = (
-    "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo June Kai Lena Max Nora Otto Pia".split()
-)
-_TOWNS = "Oslo Lima Cairo Delhi Quito Sofia Tunis Paris Turin Accra Perth Kyoto".split()
-_JOBS = "baker nurse pilot tailor farmer lawyer welder singer miner editor".split()
 
 
 def write_task(name: str, folder: Path) -> str:
@@ -44,7 +35,7 @@ def write_task(name: str, folder: Path) -> str:
     for split, rows in TASKS[name]().items():
         if len(rows) < SIZES[split]:
             raise SystemExit(f"{name}: {len(rows)} {split} rows, not {SIZES[split]}.")
-        text = "".join(_line(row) for row in rows[: SIZES[split]])
+        text = "".join(map(chat_line, rows[: SIZES[split]]))
         total.update(text.encode())
         (folder / f"{split}.jsonl").write_text(text)
     return total.hexdigest()[:16]
@@ -85,12 +76,12 @@ def docstrings() -> dict[str, list[Row]]:
 
 def records() -> dict[str, list[Row]]:
     """Rows with a sentence about a person, to be written as JSON."""
-    return _distinct(_record, "records")
+    return distinct_rows(record_row, "records", SIZES)
 
 
 def sums() -> dict[str, list[Row]]:
     """Rows with a sum or difference of two numbers below 100."""
-    return _distinct(_sum, "sums")
+    return distinct_rows(sum_row, "sums", SIZES)
 
 
 TASKS: dict[str, Callable[[], dict[str, list[Row]]]] = {
@@ -115,47 +106,6 @@ def _documented() -> Iterator[tuple[str, str, str]]:
                     is_method = "method" if "." in path else "function"
                     kind = "class" if inspect.isclass(member) else is_method
                     yield name, kind, sentence
-
-
-def _distinct(draw: Callable[[random.Random], Row], name: str) -> dict[str, list[Row]]:
-    random_numbers, seen = random.Random(name), set[str]()
-    splits: dict[str, list[Row]] = {}
-    for split, count in SIZES.items():
-        rows: list[Row] = []
-        while len(rows) < count:
-            row = draw(random_numbers)
-            if row[0] not in seen:
-                seen.add(row[0])
-                rows.append(row)
-        splits[split] = rows
-    return splits
-
-
-def _sum(draw: random.Random) -> Row:
-    first, second = draw.randrange(100), draw.randrange(100)
-    if draw.random() < 0.5:
-        return f"What is {first} + {second}?", f"The answer is {first + second}."
-    return f"What is {first} - {second}?", f"The answer is {first - second}."
-
-
-def _record(draw: random.Random) -> Row:
-    name, town = draw.choice(_FIRST), draw.choice(_TOWNS)
-    job, age = draw.choice(_JOBS), draw.randrange(18, 80)
-    facts = {"name": name, "age": age, "job": job, "town": town}
-    text = draw.choice(
-        (
-            f"{name} is {age} years old and works as a {job} in {town}.",
-            f"In {town} lives {name}, a {job} of {age}.",
-            f"The {job} from {town} is called {name} and is {age}.",
-        )
-    )
-    return f"Write as JSON: {text}", json.dumps(facts)
-
-
-def _line(row: Row) -> str:
-    roles = zip(("user", "assistant"), row, strict=True)
-    messages = [{"role": role, "content": content} for role, content in roles]
-    return json.dumps({"messages": messages}) + "\n"
 
 
 def _split_of(module: str) -> str:

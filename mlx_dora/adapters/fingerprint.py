@@ -11,11 +11,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.keys import natural_order
+from mlx_dora.adapters.origins import Origins, origins_of
 from mlx_dora.adapters.surgery import adapter_layers, base_of
+from mlx_dora.io.stored import StoredTensor
 
 # Number of sampled tensors, and of values sampled from each.
 _SAMPLED_TENSORS = 16
 _SAMPLED_VALUES = 256
+_REMEMBERED = "_mlx_dora_fingerprint"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -28,16 +31,29 @@ def fingerprint(model: nn.Module) -> str:
     Returns:
         ``"sha256:"`` and 64 hexadecimal digits.
     """
-    return fingerprint_of(base_tensors(model))
+    known = getattr(model, _REMEMBERED, None)
+    if isinstance(known, str):
+        return known
+    return fingerprint_of(base_tensors(model), origins_of(model))
 
 
-def fingerprint_of(tensors: dict[str, mx.array]) -> str:
+def remember_fingerprint(model: nn.Module, value: str) -> None:
+    """Record the fingerprint of a model before its weights are divided."""
+    setattr(model, _REMEMBERED, value)
+
+
+def fingerprint_of(tensors: dict[str, mx.array], origins: Origins | None = None) -> str:
     """Return the fingerprint of a base's tensors; removes sampled ones from `tensors`.
 
-    If nothing else refers to the lazily read tensors, one is in memory at a time.
+    Of tensors that are still in their files, only the sampled values are read. Of
+    others, if nothing else refers to them, one is in memory at a time.
+
+    Args:
+        tensors: The tensors by name.
+        origins: Where they are stored, if they were read lazily.
     """
     lines = {name: tensor_line(name, tensor) for name, tensor in tensors.items()}
-    return digest_of(lines, lambda name: sample_of(tensors.pop(name)))
+    return digest_of(lines, lambda name: sample_of(tensors.pop(name), origins))
 
 
 def digest_of(lines: dict[str, bytes], sample: Callable[[str], bytes]) -> str:
@@ -90,9 +106,20 @@ def _spread(names: list[str], count: int) -> list[str]:
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
-def sample_of(tensor: mx.array) -> bytes:
-    """Return up to 256 evenly spaced values as bytes."""
+def sample_of(tensor: mx.array, origins: Origins | None = None) -> bytes:
+    """Return up to 256 evenly spaced values as bytes; from its file if it is there."""
+    step = max(1, tensor.size // _SAMPLED_VALUES)
+    stored = None if origins is None else origins.stored(tensor)
+    if stored is not None:
+        return stored.every(step, _SAMPLED_VALUES)
+    values = mx.contiguous(tensor.reshape(-1)[::step][:_SAMPLED_VALUES])
+    return np.array(values.view(mx.uint8)).tobytes()
+
+
+def sample_stored(tensor: StoredTensor) -> bytes:
+    """Return `sample_of` a tensor in a file, of which only the sample is read."""
     flat = tensor.reshape(-1)
     step = max(1, flat.size // _SAMPLED_VALUES)
-    values = mx.contiguous(flat[::step][:_SAMPLED_VALUES])
+    places = range(0, flat.size, step)[:_SAMPLED_VALUES]
+    values = mx.concatenate([flat[place : place + 1] for place in places])
     return np.array(values.view(mx.uint8)).tobytes()

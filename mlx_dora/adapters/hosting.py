@@ -21,9 +21,11 @@ from mlx_dora.adapters.model_view import (
     headers_of,
     model_view,
 )
+from mlx_dora.adapters.origins import Origins
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.foreign import foreign
 from mlx_dora.io.gate import check_dtypes
+from mlx_dora.io.header import TensorInfo
 from mlx_dora.io.json import read_object
 from mlx_dora.layers import DoRAEmbedding, DoRALinear
 
@@ -84,11 +86,12 @@ def load_with_config(
     """Like `load`, but also return the model's config as mlx-lm reads it."""
     # Check the adapter before the model, which may take minutes to load.
     adapter = None if adapter_path is None else read_adapter(adapter_path)
-    folder = model_folder(model, revision=revision)
+    folder, infos = checked_folder(model, revision=revision)
+    origins = Origins(infos) if lazy else None
     from mlx_lm.utils import load as host_load
 
     settings = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
-    with model_view(folder) as seen, foreign(model):
+    with model_view(folder, infos, origins) as seen, foreign(model):
         loaded, tokenizer, config = host_load(  # pyright: ignore[reportAssignmentType]
             str(seen),
             tokenizer_config=settings,
@@ -101,8 +104,10 @@ def load_with_config(
         # not match, without computing anything.
         tokenizer.encode("a")
         loaded(mx.array([[0, 0]]))
-    check_loaded(folder, loaded)
+    check_loaded(folder, infos, loaded)
     remember_source(loaded, str(model))
+    if origins is not None:
+        origins.keep(loaded)
     if not lazy:
         mx.eval(loaded.parameters())
     if adapter is not None:
@@ -115,12 +120,12 @@ def load_with_config(
 
 def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Return mlx-lm's tokenizer of a model, without the model."""
-    folder = model_folder(model)
+    folder, infos = checked_folder(model)
     from mlx_lm.utils import load_tokenizer as host_load
 
     ends = read_object(folder / "config.json").get("eos_token_id")
     settings = {"trust_remote_code": trust_remote_code}
-    with model_view(folder) as seen, foreign(model):
+    with model_view(folder, infos) as seen, foreign(model):
         tokenizer = host_load(seen, settings, eos_token_ids=ends)
         tokenizer.encode("a")
     return tokenizer
@@ -128,12 +133,14 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
 
 def load_lazily(model: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
     """Return a model without its tokenizer; no tensor is read yet."""
-    folder = model_folder(model)
+    folder, infos = checked_folder(model)
+    origins = Origins(infos)
     from mlx_lm.utils import load_model
 
-    with model_view(folder) as seen, foreign(model):
+    with model_view(folder, infos, origins) as seen, foreign(model):
         loaded, _ = load_model(seen, lazy=True, trust_remote_code=trust_remote_code)
-    check_loaded(folder, loaded)
+    check_loaded(folder, infos, loaded)
+    origins.keep(loaded)
     return loaded
 
 
@@ -143,6 +150,13 @@ def model_folder(model: str | Path, *, revision: str | None = None) -> Path:
     Raises:
         DoRAError: If there is no such model, or its files are not those of a model.
     """
+    return checked_folder(model, revision=revision)[0]
+
+
+def checked_folder(
+    model: str | Path, *, revision: str | None = None
+) -> tuple[Path, dict[str, TensorInfo]]:
+    """Return `model_folder`, and the checked headers of its weight files."""
     folder = Path(model).expanduser()
     if not folder.exists():
         folder = _fetch(str(model), revision)
@@ -160,8 +174,9 @@ def model_folder(model: str | Path, *, revision: str | None = None) -> Path:
             f"{config} starts with a byte order mark, which mlx-lm cannot read; save "
             "it as plain UTF-8."
         )
-    check_dtypes(folder, headers_of(folder), host_unpacks=True)
-    return folder
+    infos = headers_of(folder)
+    check_dtypes(folder, infos, host_unpacks=True)
+    return folder, infos
 
 
 def _fetch(model: str, revision: str | None) -> Path:

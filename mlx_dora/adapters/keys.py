@@ -1,7 +1,7 @@
 """Resolves the keys of a config to full paths of a model's modules."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,12 +28,20 @@ def natural_order(path: str) -> list[tuple[int, int, str]]:
     ]
 
 
-def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the model's ``layers`` with their paths; empty if it has none."""
+def blocks(
+    model: nn.Module, modules: Mapping[str, nn.Module] | None = None
+) -> list[tuple[str, nn.Module]]:
+    """Return the model's ``layers`` with their paths; empty if it has none.
+
+    Args:
+        model: The model.
+        modules: Its modules by path, if the caller has walked them already.
+    """
     layers = getattr(model, "layers", None)
     if not isinstance(layers, Sequence) or isinstance(layers, str):
         return []
-    paths = {id(module): path for path, module in model.named_modules()}
+    walked = model.named_modules() if modules is None else modules.items()
+    paths = {id(module): path for path, module in walked}
     return [
         (paths[id(block)], block)
         for block in layers
@@ -41,13 +49,17 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def last_blocks(model: nn.Module, num_layers: int) -> list[tuple[str, nn.Module]]:
-    """Return the last `num_layers` blocks; -1 means all, 0 none.
+def last_blocks(
+    model: nn.Module,
+    num_layers: int,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> list[tuple[str, nn.Module]]:
+    """Return the last `num_layers` blocks; -1 means all, 0 none. See `blocks`.
 
     Raises:
         DoRAError: If the model has fewer blocks, or none at all.
     """
-    layers = blocks(model)
+    layers = blocks(model, modules)
     if not layers:
         raise DoRAError(
             f"{type(model).__name__} has no blocks in .layers; name the modules to "
@@ -83,12 +95,13 @@ def resolve_keys(
         ]
     modules = dict(model.named_modules())
     relative = [key for key in keys if key not in modules]
-    chosen = last_blocks(model, num_layers) if relative else []
+    chosen = last_blocks(model, num_layers, modules) if relative else []
+    everywhere = blocks(model, modules) if relative else []
     paths = {key for key in keys if key in modules}
     unmatched = []
     for key in relative:
         matches = {_join(path, key) for path, _ in chosen} & modules.keys()
-        elsewhere = any(_join(path, key) in modules for path, _ in blocks(model))
+        elsewhere = any(_join(path, key) in modules for path, _ in everywhere)
         if not matches and not (num_layers == 0 and elsewhere):
             unmatched.append(_unmatched(model, key, elsewhere, num_layers))
         paths |= matches

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,34 +11,44 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dora.adapters.origins import Origins
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.gate import check_dtypes, holds_float64, read_tensors
 from mlx_dora.io.header import TensorInfo, read_header
 from mlx_dora.io.weight_files import weight_files, without_strays
 
+_swap = threading.RLock()  # held while mlx-lm's name for `mlx.core` is replaced
+
 
 @contextlib.contextmanager
-def model_view(folder: Path) -> Iterator[Path]:
+def model_view(
+    folder: Path, infos: Mapping[str, TensorInfo], origins: Origins | None = None
+) -> Iterator[Path]:
     """Yield the folder from which mlx-lm should load a model.
 
     It excludes weights that the index does not list. During the block, float64, which
     `mx.load` refuses, is read as float32. float8 that mlx-lm cannot unpack is refused
     by name.
+
+    Args:
+        folder: The model's folder.
+        infos: `headers_of` the folder.
+        origins: Takes a note of each array that is read lazily.
     """
-    infos = headers_of(folder)
-    utils: Any = importlib.import_module("mlx_lm.utils")
-    own = utils.mx
-    if holds_float64(infos):
-        utils.mx = _RoundingReader()
-    try:
-        with without_strays(folder) as seen:
+    is_rounded = holds_float64(infos)
+    with contextlib.ExitStack() as stack:
+        if is_rounded or origins is not None:
+            stack.enter_context(_swap)
+            utils: Any = importlib.import_module("mlx_lm.utils")
+            stack.callback(setattr, utils, "mx", utils.mx)
+            utils.mx = _Reader(utils.mx, is_rounded, origins)
+        seen = stack.enter_context(without_strays(folder))
+        try:
             yield seen
-    except ValueError as error:
-        if float8 := _float8(infos):
-            raise DoRAError(_dequantize_first(folder, float8)) from error
-        raise
-    finally:
-        utils.mx = own
+        except ValueError as error:
+            if float8 := _float8(infos):
+                raise DoRAError(_dequantize_first(folder, float8)) from error
+            raise
 
 
 def gated_loader(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,25 +59,34 @@ def gated_loader(own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
     def load_model(model_path: str | Path, *args: Any, **kwargs: Any) -> Any:
         folder = Path(model_path)
-        check_dtypes(folder, headers_of(folder), host_unpacks=True)
-        with model_view(folder) as seen:
+        infos = headers_of(folder)
+        check_dtypes(folder, infos, host_unpacks=True)
+        with model_view(folder, infos) as seen:
             loaded = own(seen, *args, **kwargs)
-        check_loaded(folder, loaded[0])
+        check_loaded(folder, infos, loaded[0])
         return loaded
 
     load_model.is_gated = True  # pyright: ignore[reportAttributeAccessIssue] - a mark
     return load_model
 
 
-class _RoundingReader:
-    """Stands in for `mlx.core` with a `load` that also reads float64."""
+class _Reader:
+    """Stands in for `mlx.core`, with a `load` that rounds float64 or notes origins."""
+
+    def __init__(self, own: Any, is_rounded: bool, origins: Origins | None) -> None:
+        self._own, self._is_rounded, self._origins = own, is_rounded, origins
 
     def load(self, path: str) -> dict[str, mx.array]:
-        """Read a file like `mx.load`, but not lazily."""
-        return read_tensors(path)
+        """Read a file like `mx.load`; not lazily, if the model holds float64."""
+        if self._is_rounded:
+            return read_tensors(path)
+        loaded = self._own.load(path)
+        if self._origins is not None:
+            self._origins.add(path, loaded)
+        return loaded
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(mx, name)
+        return getattr(self._own, name)
 
 
 def headers_of(folder: Path) -> dict[str, TensorInfo]:
@@ -90,9 +110,11 @@ def _dequantize_first(folder: Path, names: list[str]) -> str:
     )
 
 
-def check_loaded(folder: Path, model: nn.Module) -> None:
+def check_loaded(
+    folder: Path, infos: Mapping[str, TensorInfo], model: nn.Module
+) -> None:
     """Refuse a model in which float8 remains as the integers that MLX reads."""
-    if not (float8 := _float8(headers_of(folder))):
+    if not (float8 := _float8(infos)):
         return
     for module in model.modules():
         weight = module.get("weight")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 
+from mlx_dora import openblas
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import all_problems
 from mlx_dora.adapters.files import read_adapter
@@ -19,6 +20,7 @@ from mlx_dora.matrix import row_geometry
 from mlx_dora.progress import Progress
 
 
+@openblas.one_thread()
 def analyze_adapter(
     adapter: Adapter | str | Path,
     model: nn.Module | str | Path | None = None,

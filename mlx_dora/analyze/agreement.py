@@ -1,12 +1,12 @@
 """Measures how two adapters agree on a matrix, and advises how to merge them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from mlx_dora.analyze.guidance import AGREE, OVERLAP, Advice
+from mlx_dora.analyze.guidance import AGREE, INDEPENDENT, SPACE, STRONG, Advice
 from mlx_dora.analyze.metrics import number
 
 
@@ -26,6 +26,7 @@ class PairAgreement:
         sign_conflict: Share of the product of both Δm that lies in rows where the two
             have opposite signs.
         size_ratio: Frobenius norm of the second update, divided by the first's.
+        relative_size: Geometric mean of the norms of both updates, divided by ‖W0‖.
         input_overlap: Mean squared cosine of the principal angles between the input
             directions of the updates.
         output_overlap: Mean squared cosine of the principal angles between their output
@@ -46,6 +47,7 @@ class PairAgreement:
     delta_m_correlation: float
     sign_conflict: float
     size_ratio: float
+    relative_size: float
     input_overlap: float
     output_overlap: float
     disturbs_first: float
@@ -85,14 +87,14 @@ def pair_cosines(pairs: Sequence[PairAgreement]) -> dict[tuple[int, int], float]
 def comparison_advice(
     pairs: Sequence[PairAgreement], names: Sequence[str], rank: int
 ) -> list[Advice]:
-    """Return advice from the energy-weighted means over matrices and pairs.
+    """Return advice from the energy-weighted means over matrices of each pair.
 
     Args:
         pairs: Agreement of each pair of adapters on each matrix.
         names: Short names of the adapters.
         rank: Rank that holds the updates together in every matrix; 0 if unknown.
     """
-    advice = [_method_advice(pairs, len(names)), *_groups_advice(pairs, names)]
+    advice = [_method_advice(pairs, names)]
     conflict = mean_agreement(pairs, "sign_conflict")
     if conflict > 0.5:
         advice.append(
@@ -111,80 +113,102 @@ def comparison_advice(
                 "together, in every matrix.",
             )
         )
+    if advice[0].method is not None:
+        advice.append(
+            Advice(
+                rule="test",
+                sentence="Updates alone do not show whether a task ends up worse than "
+                "with the base: measure it (mlx_dora.evaluate), or let "
+                "mlx_dora.merge --method auto --data choose by it.",
+            )
+        )
     return advice
 
 
-def _groups_advice(
-    pairs: Sequence[PairAgreement], names: Sequence[str]
-) -> list[Advice]:
-    """Name the adapters that agree, if not all pairs are of the same kind."""
-    cosines = pair_cosines(pairs)
-    kinds = {(c >= AGREE) - (c <= -AGREE) for c in cosines.values()}
-    if len(kinds) < 2:
-        return []
-    groups = [{i} for i in range(len(names))]
+def groups_that_agree(
+    cosines: Mapping[tuple[int, int], float], count: int
+) -> list[list[int]]:
+    """Group adapters: pairs with a cosine of at least `AGREE` share a group.
+
+    Groups join through a common member.
+
+    Args:
+        cosines: Mean cosine of each pair that shares a matrix.
+        count: Number of adapters.
+
+    Returns:
+        The indices of each group in order, by their first member.
+    """
+    groups = [{i} for i in range(count)]
     for (first, second), cosine in cosines.items():
         if cosine >= AGREE:
             both = [g for g in groups if first in g or second in g]
             groups = [g for g in groups if g not in both] + [set[int]().union(*both)]
-    listed = [" with ".join(names[i] for i in sorted(g)) for g in groups]
-    extremes = [end(cosines, key=cosines.__getitem__) for end in (min, max)]
-    ends = (
-        f"{names[a]} and {names[b]} have cosine {cosines[a, b]:+.2f}"
-        for a, b in extremes
-    )
-    return [
-        Advice(
-            rule="groups",
-            sentence=f"The pairs differ: {', '.join(ends)}. Groups that agree "
-            f"(cosine at least {AGREE}): {'; '.join(sorted(listed))}. Compare and "
-            "merge within a group first.",
-        )
-    ]
+    return sorted(sorted(group) for group in groups)
 
 
-def _method_advice(pairs: Sequence[PairAgreement], count: int) -> Advice:
-    """Suggest a merge method from the cosines and subspace overlaps."""
-    cosine = mean_agreement(pairs, "update_cosine")
-    reads = mean_agreement(pairs, "input_overlap")
-    writes = mean_agreement(pairs, "output_overlap")
-    each = pair_cosines(pairs).values()
-    size = f"cosine {cosine:+.2f}"
-    if len(each) > 1:
-        size = f"mean cosine {cosine:+.2f}, from {min(each):+.2f} to {max(each):+.2f}"
-    mean = "slerp" if count == 2 else "karcher"
-    equal = tuple(round(1 / count, 4) for _ in range(count))
-    if cosine >= AGREE:
-        return Advice(
-            rule="agree",
-            method=mean,
-            weights=equal,
-            sentence=f"The updates agree ({size}): a mean of the "
-            f"directions, {mean} with equal weights, keeps what they share.",
+def _method_advice(pairs: Sequence[PairAgreement], names: Sequence[str]) -> Advice:
+    """Suggest a merge method from the cosines of the pairs.
+
+    The weights N^-¼ are between those of a mean of N directions and of their sum; the
+    benchmark of ``docs/merging.md`` is behind them.
+    """
+    cosines = pair_cosines(pairs)
+    least, most = (end(cosines, key=cosines.__getitem__) for end in (min, max))
+    said = {pair: f"cosine {cosine:+.2f}" for pair, cosine in cosines.items()}
+    size = said[least]
+    if len(cosines) > 1:
+        size = (
+            f"{names[least[0]]} and {names[least[1]]} have {said[least]}, "
+            f"{names[most[0]]} and {names[most[1]]} {said[most]}"
         )
-    if cosine <= -AGREE:
+    if cosines[least] <= -AGREE:
         return Advice(
             rule="opposed",
-            sentence=f"The updates oppose each other ({size}): any "
-            "mean cancels what they learned. Keep them apart, or give one a much "
-            "larger weight than the other.",
+            sentence=f"The updates of {names[least[0]]} and {names[least[1]]} oppose "
+            f"each other ({said[least]}): any mean cancels what they learned. Keep "
+            "them apart, or give one a much larger weight than the other.",
         )
-    if min(reads, writes) < OVERLAP:
-        return Advice(
-            rule="independent",
-            method="task_arithmetic",
-            weights=(1.0,) * count,
-            sentence=f"The updates use different directions ({size}; "
-            f"overlap of what they read {reads:.2f}, of what they write "
-            f"{writes:.2f}): their sum, task_arithmetic with weights 1, keeps each "
-            f"whole, while a mean leaves 1/{count} of each.",
+    mean = Advice(
+        rule="agree",
+        method="slerp" if len(names) == 2 else "karcher",
+        weights=tuple(round(1 / len(names), 4) for _ in names),
+        sentence="",
+    )
+    groups = groups_that_agree(cosines, len(names))
+    if len(groups) == 1:
+        return replace(
+            mean,
+            sentence=f"The updates agree ({size}): a mean of the directions, "
+            f"{mean.method} with equal weights, keeps what they share.",
+        )
+    strength = mean_agreement(pairs, "relative_size")
+    if strength >= STRONG:
+        return replace(
+            mean,
+            rule="strong",
+            sentence=f"The updates do different things ({size}) and are large "
+            f"({strength:.1%} of the weights): a mean, {mean.method} with equal "
+            "weights, loses less than a sum, in which each disturbs the others.",
+        )
+    weight = round(len(names) ** -0.25, 4)
+    suggestion = (
+        f"{INDEPENDENT} in space {SPACE} with weights {weight:.3g} keeps most of each "
+        "and makes their directions orthogonal, so that they disturb each other little."
+    )
+    if len(groups) == len(names):
+        rule, seen = "independent", f"The updates do different things ({size})"
+    else:
+        listed = "; ".join(" with ".join(names[i] for i in g) for g in groups)
+        rule = "groups"
+        seen = (
+            f"The pairs differ: {size}. Groups that agree (cosine at least {AGREE}): "
+            f"{listed}"
         )
     return Advice(
-        rule="entangled",
-        method="ties",
-        weights=equal,
-        sentence="The updates use the same directions (overlap "
-        f"{reads:.2f} and {writes:.2f}) for different things "
-        f"({size}): expect losses. "
-        "ties settles entries whose signs differ; test the result.",
+        rule=rule,
+        method=INDEPENDENT,
+        weights=(weight,) * len(names),
+        space=SPACE,
+        sentence=f"{seen}: {suggestion}",
     )

@@ -1,5 +1,6 @@
 """Compares adapters of one base with each other, matrix by matrix, in factored form."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.keys import natural_order
+from mlx_dora.adapters.labels import short_names
 from mlx_dora.adapters.matrices import adapted_matrices, named_matrices
 from mlx_dora.analyze.adapter import (
     check_fit,
@@ -54,12 +56,7 @@ class AdapterComparison(Shown):
 
         Adapters with equal paths are numbered.
         """
-        parts = [Path(name).parts or (name,) for name in self.adapters]
-        for depth in range(1, max(map(len, parts)) + 1):
-            labels = ["/".join(part[-depth:]) for part in parts]
-            if len({*labels}) == len(labels):
-                return labels
-        return [f"{part[-1]} ({i})" for i, part in enumerate(parts, 1)]
+        return short_names(self.adapters)
 
     @property
     def layers(self) -> list[PairAgreement]:
@@ -244,6 +241,7 @@ def _compare_matrix(
             moved = np.abs(both)
             energies = own[0].sum(), own[1].sum()
             whole = float(np.sqrt(energies[0] * energies[1]))
+            base = float(np.linalg.norm(grams.base_norm))
             pairs.append(
                 PairAgreement(
                     name=name,
@@ -259,6 +257,7 @@ def _compare_matrix(
                     size_ratio=float(np.sqrt(energies[1] / energies[0]))
                     if energies[0] > 0
                     else float("nan"),
+                    relative_size=math.sqrt(whole) / base if base > 0 else 0.0,
                     input_overlap=_overlap(spaces[x].inputs, spaces[y].inputs),
                     output_overlap=_overlap(spaces[x].outputs, spaces[y].outputs),
                     disturbs_first=_disturbance(factors, spaces, x, y, inputs),

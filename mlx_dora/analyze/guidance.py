@@ -13,8 +13,10 @@ ENERGY = 0.99
 """Share of the update's energy that a suggested rank keeps."""
 AGREE = 0.2
 """Least cosine at which two updates agree; its negative is where they oppose."""
-OVERLAP = 0.2
-"""Least subspace overlap at which two updates use the same directions."""
+STRONG = 0.02
+"""Least size of updates, relative to the weights, at which sums of them do harm."""
+INDEPENDENT, SPACE = "tsv", "core"
+"""Suggested method, and its space, for updates that neither agree nor oppose."""
 SMALL_PART = 0.05
 """Share of the squared change below which a part (magnitude, direction) is minor."""
 
@@ -28,6 +30,7 @@ class Advice:
         sentence: The suggestion and its reason, with numbers.
         method: Suggested method of ``mlx_dora.merge``, or None.
         weights: Suggested weights, or None.
+        space: Suggested space to merge in, or None for the method's own.
         rank: Suggested rank, or None.
     """
 
@@ -35,6 +38,7 @@ class Advice:
     sentence: str
     method: str | None = None
     weights: tuple[float, ...] | None = None
+    space: str | None = None
     rank: int | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -72,11 +72,11 @@ function boxes(w, key, scale, title, isSigned) {
 }
 const roomy = () => Math.min(4000, 60 + Math.max(4 * ordered.length, 66 * modules.length));
 
-function curve(w) {
-  const h = 250, series = ["train_loss", "val_loss"].map(k => data.log.filter(r => typeof r[k] === "number").map(r => [r.step, r[k]])), all = series.flat();
+function curve(w, log, keys, what) {
+  const h = 250, series = keys.map(k => log.filter(r => typeof r[k] === "number").map(r => [r.step, r[k]])), all = series.flat();
   const range = i => { const v = all.map(p => p[i]), a = Math.min(...v), b = Math.max(...v); return [a, b > a ? b : a + 1]; }, losses = range(1), pad = .06 * (losses[1] - losses[0]);
-  const f = frame(w, h, {range: range(0), title: "step", integer: true}, {range: [losses[0] - pad, losses[1] + pad], title: "loss"}), style = i => `stroke="${hue(i ? 4 : 0)}" stroke-width="2"${i ? ' stroke-dasharray="6 4"' : ""}`;
-  return svg(w, h, f.s + series.map((p, i) => `<polyline fill="none" ${style(i)} points="${p.map(q => f.X(q[0]) + "," + f.Y(q[1])).join(" ")}"/>` + p.map(q => marker(i ? 4 : 0, f.X(q[0]), f.Y(q[1]), 4, tip(`${["training", "validation"][i]} loss\nstep ${whole(q[0])}: ${num(q[1], 5)}`))).join("")).join(""), "Loss over steps");
+  const f = frame(w, h, {range: range(0), title: "step", integer: true}, {range: [losses[0] - pad, losses[1] + pad], title: what}), style = i => `stroke="${hue(i ? 4 : 0)}" stroke-width="2"${i ? ' stroke-dasharray="6 4"' : ""}`;
+  return svg(w, h, f.s + series.map((p, i) => `<polyline fill="none" ${style(i)} points="${p.map(q => f.X(q[0]) + "," + f.Y(q[1])).join(" ")}"/>` + p.map(q => marker(i ? 4 : 0, f.X(q[0]), f.Y(q[1]), 4, tip(`${["training", "validation"][i]} ${what}\nstep ${whole(q[0])}: ${num(q[1], 5)}`))).join("")).join(""), what[0].toUpperCase() + what.slice(1) + " over steps");
 }
 
 function grid(w, measure, title) {
@@ -113,6 +113,7 @@ function adaptation() {
   const lead = `${esc(data.source)} on ${esc(data.base)}` + (ranks.length ? ` · rank ${ranks.length > 1 ? `${ranks[0]} to ${ranks[ranks.length - 1]}` : ranks[0]}` : "") + (left ? ` · ${many(left, "matrix is", "matrices are")} equal in both models and left out` : "");
   const head = `<h1>${data.kind === "adapter" ? "What the adapter did" : "What fine-tuning did"}</h1><p class="soft">${lead}</p>`;
   if (!rows.length) return `${head}<div class="grid">${advice}</div>`;
+  const trained = legend([[0, "training"], [4, "validation (dashed)"]]), sampled = [["step", r => r.step, whole], ["set", r => r.set], ["prompt", r => r.prompt], ["completion", r => r.completion], ["reward", r => r.reward, v => num(v)]];
   const keys = {"absolute ΔM": ["delta_m", "ΔM"], "relative ΔM": ["delta_m_relative", "ΔM / ‖W₀‖"]};
   const heats = {"mean angle": [r => r.mean_angle, deg], "relative ΔM": [r => r.delta_m_relative, pct], "magnitude's share": [r => r.radial_share, pct], ...(rows.some(r => r.effective_rank) ? {"effective rank": [r => r.effective_rank, num]} : {})};
   const boxed = {"angle, degrees": ["angle", 180 / Math.PI], "Δm / ‖W₀‖, percent": ["delta_m_relative", 100, true]};
@@ -123,7 +124,9 @@ function adaptation() {
     + card("Magnitude against direction", "Each point is a matrix, as in figure 2 of the DoRA paper.", chart("scatter", (w, o) => scatter(w, ...keys[o])) + moduleLegend(), false, choose("scatter", Object.keys(keys)))
     + card("Layer by module", "The bar below is the scale.", chart("heat", (w, o) => heat(w, ...heats[o], o)), false, choose("heat", Object.keys(heats)))
     + card("Rows inside each matrix", "Median, middle half, and 5 to 95 % of the rows; the numbers are layers.", chart("dist", (w, o) => boxes(w, boxed[o][0], boxed[o][1], o, boxed[o][2]), roomy), true, choose("dist", Object.keys(boxed)))
-    + (data.log && data.log.length > 1 ? card("Training", "From log.jsonl beside the adapter.", chart("curve", curve) + legend([[0, "training"], [4, "validation (dashed)"]]), true) : "")
+    + (data.log && data.log.length > 1 ? card("Training", "From log.jsonl beside the adapter.", chart("curve", w => curve(w, data.log, ["train_loss", "val_loss"], "loss")) + trained, true) : "")
+    + (data.samples && data.samples.curve.length > 1 ? card("Rewards", "Mean reward of the completions sampled at each step.", chart("rewards", w => curve(w, data.samples.curve, ["train", "valid"], "reward")) + trained, true) : "")
+    + (data.samples ? card("Samples", "The latest completions in samples.jsonl. Click a heading to sort.", table("samples", sampled, data.samples.rows), true) : "")
     + card("Every matrix", "Click a heading to sort.", table("matrices", columns, rows, {column: 3, descending: true}), true) + "</div>";
 }
 show(data.kind === "comparison" ? comparison() : adaptation());

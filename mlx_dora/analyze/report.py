@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_dora.analyze.samples import SAMPLES_NAME, read_samples
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.json import parse
 from mlx_dora.page import name_of, provenance, render_page
@@ -22,11 +23,12 @@ def render_report(
 
     Args:
         content: Result of ``to_dict`` of the analysis or comparison.
-        log: The training log, ``log.jsonl``; plotted if the file exists.
+        log: The training log, ``log.jsonl``; plotted if the file exists, as are the
+            rewards in ``samples.jsonl`` beside it.
         command: The words of the command that makes the report, if any.
 
     Raises:
-        DoRAError: If the log is not JSON lines.
+        DoRAError: If a log is not JSON lines of the right form.
     """
     page = {**content, "provenance": provenance(command)}
     for key in ("source", "base"):
@@ -36,6 +38,8 @@ def render_report(
         page["adapters"] = page["labels"]
     if log is not None and log.is_file():
         page["log"] = _read_log(log)
+        if (samples := log.with_name(SAMPLES_NAME)).is_file():
+            page["samples"] = read_samples(samples)
     return render_page("mlx_dora analysis", page, _SCRIPT)
 
 

@@ -88,7 +88,9 @@ def default_map(path: Path, params: list[click.Parameter]) -> dict[str, Any]:
             if value is not None:
                 param = names[name]
                 _refuse_other_kind(path, written, param, value)
-                defaults[str(param.name)] = value
+                # Click would take a single text for a list of letters.
+                several = param.multiple and isinstance(value, str)
+                defaults[str(param.name)] = [value] if several else value
             continue
         near = difflib.get_close_matches(name, names, n=3)
         hint = f" (did you mean {', '.join(near)}?)" if near else ""

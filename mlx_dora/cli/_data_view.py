@@ -112,7 +112,8 @@ def _show_memory(preview: "Preview") -> None:
         echo(f"No memory plan for {preview.model}: {preview.problem}")
     else:
         plan, verb = preview.plan, "fit" if preview.plan.fits else "do not fit"
-        rows = f"{plan.batch_size} rows padded to {plan.length:,} tokens, none cut"
+        noun = "pairs of rows" if plan.rows_per_unit == 2 else "rows"
+        rows = f"{plan.batch_size} {noun} padded to {plan.length:,} tokens, none cut"
         echo(f"{rows}, {verb}: {size(plan.peak)} of {size(preview.limit)}.")
         echo(f"Suggested: {' '.join(preview.flags)}")
     echo("")

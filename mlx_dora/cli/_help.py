@@ -16,6 +16,8 @@ ORDER = (
     "Data",
     "Adapter",
     "Training",
+    "Preference (dpo, orpo, kto, simpo)",
+    "GRPO",
     "Validation and test",
     "Saving and resuming",
     "Reports",

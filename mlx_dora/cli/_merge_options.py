@@ -9,15 +9,26 @@ import click
 from mlx_dora.cli._paths import PATH
 from mlx_dora.cli._yaml import parse_yaml
 from mlx_dora.errors import DoRAError
+from mlx_dora.merge.methods.calibrations import CALIBRATIONS
+from mlx_dora.merge.methods.magnitudes import RULES
+from mlx_dora.merge.methods.spaces import SPACES
 from mlx_dora.merge.methods.table import (
     DEFAULT,
     METHODS,
     densities,
+    names_in_spaces,
     names_with,
     own_parameters,
 )
 
 DEFAULT_OF_MANY = "karcher"
+
+
+def described(entries: Mapping[str, Any]) -> str:
+    """Names and summaries of a table's entries, for a help text."""
+    return "; ".join(f"{name} ({entry.summary})" for name, entry in entries.items())
+
+
 METHODS_HELP = (
     f"Merge method: {', '.join(METHODS)}; by default {DEFAULT} for two inputs and "
     f"{DEFAULT_OF_MANY}, its equal, for more."
@@ -25,6 +36,16 @@ METHODS_HELP = (
 SEED_HELP = f"Random seed, for {names_with('seed')}."
 SCALE_HELP = f"Factor on the merged changes, for {names_with('lambda')}."
 DENSITY_HELP = f"Fraction of the changes to keep (default: {densities()})."
+SPACE_HELP = (
+    f"Coordinates in which the method merges the updates, for "
+    f"{', '.join(names_in_spaces())}: {described(SPACES)}. By default the method's own."
+)
+CALIBRATE_HELP = f"Before the merge, for every method: {described(CALIBRATIONS)}."
+MAGNITUDES_HELP = (
+    f"Merged magnitudes: {described(RULES)}. By default the method's own rule: means "
+    "average the lengths, sums have the length of the sum, and methods on changes also "
+    "merge the changes of lengths."
+)
 OWN_HELP = (
     "A parameter of one method, NAME=VALUE: "
     + ", ".join(

@@ -211,15 +211,18 @@ def dataclass_options(
     above the function's ``click.option`` decorators, below `config_file_option`.
 
     Args:
-        exclude: Fields that get no option and keep their default.
+        exclude: Fields that get no option and keep their default: a name, or an
+            argument's name and a field's, as ``"reward.beta"``.
         **configs: The dataclass for each argument of the function.
     """
     hints = {key: typing.get_type_hints(config) for key, config in configs.items()}
     options: dict[str, _Option] = {}
+    owned: dict[str, set[str]] = {key: set() for key in configs}
     for key, config in configs.items():
         for field in dataclasses.fields(config):
-            if field.name in exclude or not field.init:
+            if {field.name, f"{key}.{field.name}"} & {*exclude} or not field.init:
                 continue
+            owned[key].add(field.name)
             option = _option(field, hints[key][field.name], _group_of(field, config))
             known = options.setdefault(field.name, option)
             if known.default != option.default:
@@ -230,12 +233,12 @@ def dataclass_options(
         def call(**values: Any) -> Any:
             chosen = {name: values.pop(name) for name in options}
             for key, config in configs.items():
-                names = {field.name for field in dataclasses.fields(config)}
                 values[key] = config(
                     **{
                         name: value
                         for name, value in chosen.items()
-                        if name in names and not options[name].is_left_to_class(value)
+                        if name in owned[key]
+                        and not options[name].is_left_to_class(value)
                     }
                 )
             return function(**values)

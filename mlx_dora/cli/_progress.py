@@ -29,6 +29,19 @@ LINE = 80
 """Columns of a report, which must fit a terminal of the usual width."""
 
 
+_METRICS = {
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "reward": "reward",
+}
+"""The metrics of objectives that a report shows, and their short names."""
+
+
+def _metrics(report: StepReport) -> list[str]:
+    found = report.metrics or {}
+    return [f"{short} {found[n]:.3g}" for n, short in _METRICS.items() if n in found]
+
+
 def describe(
     report: StepReport, iters: int | None, *, with_time_left: bool = True
 ) -> str:
@@ -43,14 +56,17 @@ def describe(
         f"step {report.step}" + (f"/{iters}" if iters and report.step <= iters else "")
     ]
     if report.val_loss is not None:
-        return f"{parts[0]}  validation loss {report.val_loss:.4f}"
+        parts.append(f"validation loss {report.val_loss:.4f}")
+        return "  ".join([*parts, *_metrics(report)])
     if report.train_loss is not None:
         parts.append(f"loss {report.train_loss:.4f}")
+    parts += _metrics(report)
     if report.learning_rate is not None:
         parts.append(f"lr {report.learning_rate:.2g}")
     if report.tokens_per_second is not None:
         parts.append(f"{report.tokens_per_second:.0f} tok/s")
-    if report.delta_m is not None and report.delta_d is not None:
+    has_room = not report.metrics
+    if has_room and report.delta_m is not None and report.delta_d is not None:
         parts.append(f"ΔM {report.delta_m:.2g} ΔD {report.delta_d:.2g}")
     line = "  ".join(parts)
     if with_time_left and report.steps_per_second and iters:

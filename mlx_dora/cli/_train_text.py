@@ -13,7 +13,9 @@ from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.run.journal import TrainReport
 
 if TYPE_CHECKING:
+    from mlx_dora.train.objectives.objective import Measured
     from mlx_dora.train.plan.predict import MemoryPlan
+    from mlx_dora.train.plan.traffic import Traffic
 
 LEGEND = "loss: mean over target tokens, in nats; tok/s: target tokens a second"
 DORA_LEGEND = "; ΔM, ΔD: mean changes of the rows' lengths and directions"
@@ -25,22 +27,49 @@ def describe_start(train: TrainConfig, dora: DoRAConfig) -> list[str]:
         "all blocks" if dora.num_layers < 0 else f"the last {dora.num_layers} blocks"
     )
     what = "all weights"
+    goal = "" if train.objective == "sft" else f"{train.objective}, "
     if train.fine_tune_type != "full":
         kind = train.fine_tune_type.replace("dora", dora.variant)
         what = f"{kind}, rank {dora.rank}, scale {dora.scale:g}"
     length = (
         f"{train.iters} steps" if train.epochs is None else f"{train.epochs} epochs"
     )
-    rows = f"{train.batch_size} rows"
+    rows = f"{train.batch_size} {'prompts' if train.objective == 'grpo' else 'rows'}"
     if train.batch_tokens is not None:
         rows = f"up to {train.batch_tokens:,} tokens"
     rate = "a schedule" if train.lr_schedule else f"{train.learning_rate:g}"
     return [
         f"Model: {train.model}",
-        f"Training: {what} in {blocks}; {length} of {rows}, "
+        f"Training: {goal}{what} in {blocks}; {length} of {rows}, "
         f"{train.optimizer}, learning rate {rate}",
-        LEGEND + (DORA_LEGEND if train.fine_tune_type == "dora" else ""),
+        legend(train),
     ]
+
+
+def legend(train: TrainConfig) -> str:
+    """Say what the numbers of the reports are."""
+    if train.objective == "grpo":
+        return (
+            "reward: mean over completions; validation loss: minus the mean reward; "
+            "tok/s: sampled tokens a second"
+        )
+    if train.objective != "sft":
+        return (
+            f"loss: of {train.objective}, mean over a batch; accuracy and margin: of "
+            "the rewards; tok/s: target tokens a second"
+        )
+    return LEGEND + (DORA_LEGEND if train.fine_tune_type == "dora" else "")
+
+
+def describe_test(test: "Measured", train: TrainConfig) -> str:
+    """Describe a result on the test data in one line."""
+    tokens = f"{test.tokens:,} tokens"
+    if train.objective == "sft":
+        return (
+            f"Test loss {test.loss:.4f}, perplexity {test.perplexity:.3f} ({tokens})."
+        )
+    metrics = "".join(f", {name} {v:.4f}" for name, v in test.metrics.items())
+    return f"Test loss {test.loss:.4f}{metrics} ({tokens})."
 
 
 def describe_training(report: TrainReport) -> list[str]:
@@ -72,26 +101,38 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
     parts = {
         "weights": plan.weights,
         "adapter": plan.adapter,
+        "reference": plan.reference,
         "optimizer": plan.optimizer,
         "gradients": plan.gradients,
         "activations": plan.activations,
         "attention scores": plan.scores,
         "logits": plan.logits,
     }
+    shared = f", shared by {plan.processes} processes" if plan.processes > 1 else ""
     lines = [
-        f"Calculated for batches of {plan.batch_size} {_widest(plan)}{recomputed}:"
+        f"Calculated for batches of {plan.batch_size} {_widest(plan)}{shared}"
+        f"{recomputed}:"
     ]
+    parts = {
+        name: count for name, count in parts.items() if name != "reference" or count
+    }
+    if plan.gathered:
+        parts["gathered at once"] = plan.gathered
     lines += [f"  {name:<17}{size(count):>10}" for name, count in parts.items()]
+    each = " on each machine" if plan.processes > 1 else ""
     verdict = "fits into" if plan.fits else "does not fit into"
     lines.append(
-        f"Peak {size(plan.peak)} (not all of it at once): {verdict} this machine's "
-        f"{size(plan.limit)}."
+        f"Peak {size(plan.peak)}{each} (not all of it at once): {verdict} this "
+        f"machine's {size(plan.limit)}."
     )
+    if plan.traffic is not None:
+        lines += _describe_traffic(plan.traffic)
     fitting = []
+    noun = "pairs of rows" if plan.rows_per_unit == 2 else "rows"
     if plan.longest:
-        fitting.append(f"{plan.batch_size} rows of up to {plan.longest:,} tokens")
+        fitting.append(f"{plan.batch_size} {noun} of up to {plan.longest:,} tokens")
     if plan.largest_batch:
-        fitting.append(f"up to {plan.largest_batch:,} rows of {plan.length} tokens")
+        fitting.append(f"up to {plan.largest_batch:,} {noun} of {plan.length} tokens")
     if fitting:
         lines.append(f"Would fit: {', or '.join(fitting)}.")
     if plan.advice:
@@ -99,17 +140,35 @@ def describe_plan(plan: "MemoryPlan") -> list[str]:
     return lines
 
 
+def _describe_traffic(traffic: "Traffic") -> list[str]:
+    parts = {
+        "weights": traffic.weights,
+        "embeddings": traffic.tokens,
+        "norms": traffic.norms,
+        "gradients": traffic.gradients,
+    }
+    listed = ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
+    times = ", ".join(
+        f"{s:.3g} s at {rate} Gb/s" for rate, s in traffic.seconds.items()
+    )
+    return [
+        f"Each process sends {size(traffic.total)} per batch ({listed}).",
+        f"The transfers alone take {times} (calculated).",
+    ]
+
+
 def _widest(plan: "MemoryPlan") -> str:
     """Describe the rows of the largest batch: their width, and why it is that."""
     tokens = f"{plan.length:,} tokens"
+    noun = "pairs of rows" if plan.rows_per_unit == 2 else "rows"
     if plan.rows is None or plan.longest_row is None:
-        return f"rows of {tokens} (the maximum; name --data to use its longest rows)"
+        return f"{noun} of {tokens} (the maximum; name --data to use its longest rows)"
     if plan.packed:
         return f"rows of {tokens} ({plan.rows:,} rows joined by --packing)"
-    longest = f"the longest of {plan.rows:,} rows"
+    longest = f"the longest of {plan.rows:,} {noun}"
     if plan.longest_row == plan.length:
-        return f"rows of {tokens} ({longest})"
-    return f"rows padded to {tokens} ({longest} has {plan.longest_row:,})"
+        return f"{noun} of {tokens} ({longest})"
+    return f"{noun} padded to {tokens} ({longest} has {plan.longest_row:,})"
 
 
 def next_commands(
@@ -127,7 +186,7 @@ def next_commands(
     lines = [f"mlx_dora.generate {adapter} --prompt Hello"]
     if chats:
         lines.append(f"mlx_dora.chat {adapter}")
-    if evaluates:
+    if evaluates and train.objective != "grpo":  # prompts alone have no loss
         lines.append(f"mlx_dora.evaluate {adapter} {' '.join(_data_words(train))}")
     lines.append(f"mlx_dora.fuse {adapter} --save-path {fused}")
     return lines

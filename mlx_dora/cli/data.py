@@ -17,15 +17,19 @@ from mlx_dora.cli._publish import command_line
 from mlx_dora.data.config import DataConfig
 from mlx_dora.data.formats import FORMATS
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.grpo.config import RewardConfig
+from mlx_dora.train.objectives.config import PreferenceConfig
 
 _SHOWN = {
+    *("objective", "truncation_mode", "reward_funcs", "reward_arguments"),
+    *("num_generations", "max_completion_length"),
     *(field.name for field in dataclasses.fields(DataConfig)),
     *("model", "batch_size", "batch_tokens", "max_seq_length", "packing"),
     *("grad_checkpoint", "trust_remote_code", "rank", "num_layers"),
 } - {"data", "hf_dataset"}
 _HIDDEN = tuple(
     field.name
-    for config in (TrainConfig, DoRAConfig)
+    for config in (TrainConfig, DoRAConfig, PreferenceConfig, RewardConfig)
     for field in dataclasses.fields(config)
     if field.name not in _SHOWN
 )
@@ -39,7 +43,13 @@ _HIDDEN = tuple(
     ),
 )
 @click.argument("data", type=PATH_OR_ID)
-@dataclass_options(train=TrainConfig, dora=DoRAConfig, exclude=_HIDDEN)
+@dataclass_options(
+    train=TrainConfig,
+    dora=DoRAConfig,
+    preference=PreferenceConfig,
+    reward=RewardConfig,
+    exclude=_HIDDEN,
+)
 @click.option(
     "--rows",
     type=click.IntRange(min=0),
@@ -61,6 +71,8 @@ def command(
     data: str,
     train: TrainConfig,
     dora: DoRAConfig,
+    preference: PreferenceConfig,
+    reward: RewardConfig,
     rows: int,
     html: Path | None,
     json_output: JsonOutput,
@@ -86,7 +98,11 @@ def command(
         used = (*inputs, json_output.file)
         check_output_file(html, inputs=used, overwrite=overwrite)
     preview = preview_training(
-        dataclasses.replace(train, data=data), dora, samples=rows
+        dataclasses.replace(train, data=data),
+        dora,
+        samples=rows,
+        preference=preference,
+        reward=reward,
     )
     if str(json_output) != STDOUT:
         show_preview(preview)

@@ -1,7 +1,8 @@
 """``mlx_dora.merge``: merges several adapters, or several models."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,10 +12,13 @@ from mlx_dora.cli._framework import verb_group
 from mlx_dora.cli._json import JsonOutput, json_option, overwrite_option
 from mlx_dora.cli._merge_models import models_command
 from mlx_dora.cli._merge_options import (
+    CALIBRATE_HELP,
     DENSITY_HELP,
+    MAGNITUDES_HELP,
     METHODS_HELP,
     SCALE_HELP,
     SEED_HELP,
+    SPACE_HELP,
     Weights,
     default_method,
     fisher_option,
@@ -27,9 +31,17 @@ from mlx_dora.cli._paths import PATH, PATH_OR_ID
 from mlx_dora.cli._progress import WorkDisplay
 from mlx_dora.cli._report import show_report
 from mlx_dora.errors import DoRAError
+from mlx_dora.merge.choice.config import ROWS
 from mlx_dora.merge.fisher.config import FisherConfig
 from mlx_dora.merge.methods import METHODS
+from mlx_dora.merge.methods.calibrations import CALIBRATIONS
+from mlx_dora.merge.methods.magnitudes import RULES
+from mlx_dora.merge.methods.spaces import SPACES
 from mlx_dora.merge.methods.table import exact_names
+
+if TYPE_CHECKING:
+    from mlx_dora.analyze.guidance import Advice
+    from mlx_dora.merge.choice import MergeChoice
 
 AUTO = "auto"
 
@@ -63,9 +75,10 @@ def command() -> None:
     "--method",
     type=click.Choice([*METHODS, AUTO]),
     metavar="NAME",
-    help=f"{METHODS_HELP} auto compares the adapters, uses the "
-    f"method that this suggests and says why. Exact, without a dense weight: "
-    f"{exact_names()}.",
+    help=f"{METHODS_HELP} auto with --data tries methods, weights and densities on "
+    "rows of the data, and chooses by the task that gains least; without --data it "
+    "compares the adapters and uses the method that this suggests. Exact, without a "
+    f"dense weight: {exact_names()}.",
 )
 @click.option(
     "--weights",
@@ -99,6 +112,9 @@ def command() -> None:
     help=SCALE_HELP,
 )
 @own_option()
+@click.option("--space", type=click.Choice([*SPACES]), help=SPACE_HELP)
+@click.option("--calibrate", type=click.Choice([*CALIBRATIONS]), help=CALIBRATE_HELP)
+@click.option("--magnitudes", type=click.Choice([*RULES]), help=MAGNITUDES_HELP)
 @json_option()
 @overwrite_option()
 @check_base_option
@@ -107,8 +123,15 @@ def command() -> None:
     "--data",
     type=PATH_OR_ID,
     multiple=True,
-    help="For --method fisher: data of an adapter, to estimate its Fisher information "
-    "on with the defaults of `fisher`. Repeat for each adapter, in order.",
+    help="For --method auto: data of a task, on which to try merges; repeat for each "
+    "task. For --method fisher: data of an adapter, to estimate its Fisher "
+    "information on with the defaults of `fisher`; repeat for each adapter, in order.",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    help="For --method auto with --data: rows of each task to try merges on (default: "
+    f"{ROWS}).",
 )
 def adapters_command(
     adapters: tuple[str, ...],
@@ -122,11 +145,15 @@ def adapters_command(
     seed: int,
     scale: float,
     own: dict[str, float],
+    space: str | None,
+    calibrate: str | None,
+    magnitudes: str | None,
     json_output: JsonOutput,
     overwrite: bool,
     check_base: bool,
     fisher: tuple[str, ...],
     data: tuple[str, ...],
+    rows: int | None,
 ) -> None:
     """Merge DoRA and LoRA adapters of one base into one DoRA adapter.
 
@@ -142,20 +169,48 @@ def adapters_command(
     from mlx_dora.merge.adapters.dense import Options
     from mlx_dora.merge.adapters.merge import merge_adapters_report
 
+    options = Options(
+        density=density,
+        seed=seed,
+        scale=scale,
+        own=own,
+        space=space,
+        magnitudes=magnitudes,
+        calibrate=calibrate,
+    )
+    tries = method == AUTO and bool(data)
     informed = [name for name, entry in METHODS.items() if entry.needs_fisher]
-    if data and (fisher or method not in informed):
-        raise click.UsageError("--data needs --method fisher, without --fisher")
+    if data and not tries and (fisher or method not in informed):
+        raise click.UsageError(
+            "--data needs --method auto, or --method fisher without --fisher"
+        )
+    if rows is not None and not tries:
+        raise click.UsageError("--rows needs --method auto with --data")
+    if tries and (weights or options.given() or options.named):
+        raise click.UsageError(
+            "--method auto with --data chooses the settings: leave out --weights, "
+            "--density, --scale, --set, --space, --magnitudes and --calibrate, or name "
+            "a --method"
+        )
     if logit_error and rank is None:
         raise click.UsageError("--logit-error needs --rank")
     model = model or recorded_base(adapters[0])
     json_output.check(*adapters, model, save_path)
     if method is None:
         method = default_method(len(adapters))
+    chosen: dict[str, Any] = {}
     if method == AUTO:  # slow: check the output first
         inputs = (*adapters, model, logit_error, *fisher, *data)
         check_output(save_path, inputs=inputs, overwrite=overwrite)
-        method, suggested = _suggested_merge(adapters, model, check_base)
-        weights = weights or suggested
+    if tries:
+        choice = _tried(adapters, model, data, rows or ROWS, rank, seed, check_base)
+        chosen, best = {"choice": choice.to_dict()}, choice.best.candidate
+        method, weights, data = best.method, best.weights, ()
+        options = best.options(seed)
+    elif method == AUTO:
+        advice = _suggested_merge(adapters, model, check_base)
+        method, weights = str(advice.method), weights or advice.weights
+        options = replace(options, space=space or advice.space)
     with WorkDisplay(with_memory=True) as display:
         report = merge_adapters_report(
             adapters,
@@ -166,19 +221,45 @@ def adapters_command(
             save_path=save_path,
             overwrite=overwrite,
             check_base=check_base,
-            options=Options(density=density, seed=seed, scale=scale, own=own),
+            options=options,
             fisher=fisher or None,
             data=data,
             probe=logit_error,
             progress=display.progress,
         )
     show_report(report, save_path)
-    json_output.write({**report.to_dict(), "save_path": save_path})
+    json_output.write({**report.to_dict(), **chosen, "save_path": save_path})
 
 
-def _suggested_merge(
-    adapters: Sequence[str], base: str, check_base: bool
-) -> tuple[str, Sequence[float] | None]:
+def _tried(
+    adapters: Sequence[str],
+    base: str,
+    data: Sequence[str],
+    rows: int,
+    rank: int | None,
+    seed: int,
+    check_base: bool,
+) -> "MergeChoice":
+    """Choose a merge by trying candidates on data; prints what was tried."""
+    from mlx_dora.merge.choice import choose_merge
+
+    with WorkDisplay(with_memory=True) as display:
+        choice = choose_merge(
+            adapters,
+            model=base,
+            data=data,
+            rows=rows,
+            rank=rank,
+            seed=seed,
+            check_base=check_base,
+            progress=display.progress,
+        )
+    for line in choice.lines():
+        echo(line)
+    return choice
+
+
+def _suggested_merge(adapters: Sequence[str], base: str, check_base: bool) -> "Advice":
     """Choose method and weights by comparing the adapters; prints the reasons."""
     from mlx_dora.analyze import compare_adapters
 
@@ -189,13 +270,13 @@ def _suggested_merge(
     for advice in comparison.guidance:
         echo(advice.sentence)
     choice = next((advice for advice in comparison.guidance if advice.method), None)
-    if choice is None or choice.method is None:
+    if choice is None:
         raise DoRAError(
             "the comparison suggests no way to merge these adapters; to merge them "
-            "anyway, name a --method and --weights."
+            "anyway, give --data, or name a --method and --weights."
         )
     echo(f"Method: {choice.method}")
-    return choice.method, choice.weights
+    return choice
 
 
 @command.command(

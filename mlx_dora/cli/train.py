@@ -14,18 +14,22 @@ from mlx_dora.cli._echo import echo, note, show_command
 from mlx_dora.cli._framework import EXIT_BAD_INPUT, exit_code_of, verb
 from mlx_dora.cli._help import GroupedOption
 from mlx_dora.cli._json import JsonOutput, json_option
+from mlx_dora.cli._objectives import SHARED, shared_settings
 from mlx_dora.cli._options import dataclass_options
 from mlx_dora.cli._progress import TrainDisplay
 from mlx_dora.cli._publish import check_repo, command_line, publish, publish_options
 from mlx_dora.cli._train_text import (
     describe_plan,
     describe_start,
+    describe_test,
     describe_training,
     next_commands,
     resume_command,
 )
 from mlx_dora.data.config import hub_entries
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.grpo.config import RewardConfig
+from mlx_dora.train.objectives.config import PreferenceConfig
 
 if TYPE_CHECKING:
     from mlx_dora.train.job import JobResult
@@ -41,7 +45,13 @@ HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
     ),
 )
 @config_file_option
-@dataclass_options(train=TrainConfig, dora=DoRAConfig)
+@dataclass_options(
+    train=TrainConfig,
+    dora=DoRAConfig,
+    preference=PreferenceConfig,
+    reward=RewardConfig,
+    exclude=SHARED,
+)
 @click.option(
     "--plan",
     is_flag=True,
@@ -49,12 +59,25 @@ HOST_DEFAULT_MODEL = "Qwen/Qwen3-0.6b"
     group="Common options",
     help="Predict the memory that training needs, and exit.",
 )
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    cls=GroupedOption,
+    group="Common options",
+    help="With --plan: plan for one of this many processes of mlx.launch, with the "
+    "bytes that it sends.",
+)
 @json_option(group="Reports")
 @publish_options
 def command(
     train: TrainConfig,
     dora: DoRAConfig,
+    preference: PreferenceConfig,
+    reward: RewardConfig,
     plan: bool,
+    processes: int,
     card: bool,
     json_output: JsonOutput,
     upload_repo: str | None,
@@ -70,11 +93,19 @@ def command(
     finishes the step, saves, and exits with 130, 143 or 129.
     """
     json_output.check(train.model, train.data)
+    preference, reward = shared_settings(train, preference, reward)
     train = replace(train, model=train.model or _default_model(train))
+    if processes > 1 and not plan:
+        raise click.UsageError(
+            "--processes is for --plan; start a training on several processes with "
+            "mlx.launch."
+        )
     if plan:
         from mlx_dora.train.plan.predict import plan_memory
 
-        predicted = plan_memory(train, dora)
+        predicted = plan_memory(
+            train, dora, preference=preference, reward=reward, processes=processes
+        )
         json_output.write({"plan": asdict(predicted)})
         for line in describe_plan(predicted):
             echo(line)
@@ -82,19 +113,20 @@ def command(
     import mlx.core as mx
 
     if mx.distributed.init().rank() > 0:
-        return _work_in_silence(train, dora)
+        return _work_in_silence(train, dora, preference, reward)
     check_repo(upload_repo)
     if train.trains:
         for line in describe_start(train, dora):
             note(line)
-    result = _run(train, dora)
-    _describe(result)
+    result = _run(train, dora, preference, reward)
+    _describe(result, train)
     json_output.write(_values(result))
     if result.train is not None:
         if card or upload_repo is not None:
             _publish_adapter(train, upload_repo)
         echo("Next:")
-        evaluates = bool({"valid", "test"} & set(result.splits))
+        is_sft = train.objective == "sft"  # evaluate reads examples
+        evaluates = is_sft and bool({"valid", "test"} & set(result.splits))
         for line in next_commands(train, chats=result.chats, evaluates=evaluates):
             show_command(line)
     return None
@@ -109,7 +141,12 @@ def _default_model(train: TrainConfig) -> str:
     return HOST_DEFAULT_MODEL
 
 
-def _run(train: TrainConfig, dora: DoRAConfig) -> "JobResult":
+def _run(
+    train: TrainConfig,
+    dora: DoRAConfig,
+    preference: PreferenceConfig,
+    reward: RewardConfig,
+) -> "JobResult":
     from mlx_dora.train.job import run_job
     from mlx_dora.train.run.checkpoint import has_checkpoints
 
@@ -117,7 +154,12 @@ def _run(train: TrainConfig, dora: DoRAConfig) -> "JobResult":
     try:
         with display:
             return run_job(
-                train, dora, callback=display.report, progress=display.progress
+                train,
+                dora,
+                preference=preference,
+                reward=reward,
+                callback=display.report,
+                progress=display.progress,
             )
     except KeyboardInterrupt:
         if has_checkpoints(Path(train.adapter_path).expanduser()):
@@ -126,7 +168,7 @@ def _run(train: TrainConfig, dora: DoRAConfig) -> "JobResult":
         raise
 
 
-def _describe(result: "JobResult") -> None:
+def _describe(result: "JobResult", train: TrainConfig) -> None:
     """Print the result of the job."""
     if result.train is not None:
         for line in describe_training(result.train):
@@ -136,9 +178,7 @@ def _describe(result: "JobResult") -> None:
         else:
             echo("No loss plot: pip install matplotlib to get one.")
     if result.test is not None:
-        loss, perplexity = result.test.loss, result.test.perplexity
-        tokens = f"{result.test.tokens:,} tokens"
-        echo(f"Test loss {loss:.4f}, perplexity {perplexity:.3f} ({tokens}).")
+        echo(describe_test(result.test, train))
 
 
 def _values(result: "JobResult") -> dict[str, Any]:
@@ -163,14 +203,19 @@ def _publish_adapter(train: TrainConfig, repo: str | None) -> None:
     publish(folder, adapter_card(folder, base, command_line(), data, repo), repo)
 
 
-def _work_in_silence(train: TrainConfig, dora: DoRAConfig) -> int:
+def _work_in_silence(
+    train: TrainConfig,
+    dora: DoRAConfig,
+    preference: PreferenceConfig,
+    reward: RewardConfig,
+) -> int:
     """Train in a process other than the first, which prints for all processes."""
     from mlx_dora.train.group import SharedError
     from mlx_dora.train.job import run_job
 
     logging.getLogger("mlx_dora").setLevel(logging.ERROR)
     try:
-        run_job(train, dora)
+        run_job(train, dora, preference=preference, reward=reward)
     except SharedError:
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:

@@ -11,8 +11,10 @@ from mlx.utils import tree_flatten
 from mlx_dora.data.counts import RowCounts, refuse_empty
 from mlx_dora.data.targets import Example, target_spans
 
-Batch = tuple[mx.array, mx.array]
+Batch = tuple[mx.array, ...]
 """Tokens ``(rows, length)``, and marks that say which tokens are targets.
+
+A batch of units (see `unit_batch`) has a third array: the index of each row's example.
 
 The marks have one of three shapes. ``(rows, 2)``, the usual shape and mlx-lm's: the
 position of each row's first target, and the row's length. ``(rows, length, 1)``, for
@@ -108,6 +110,36 @@ def pack_batch(
     return mx.array(batch), mx.array(marks)
 
 
+EMPTY: Example = ([0, 0], 2)  # a row without targets
+
+
+def unit_batch(
+    dataset: Examples,
+    starts: Sequence[int],
+    unit: int,
+    max_seq_length: int,
+    width: int | None = None,
+) -> Batch:
+    """Pad units of consecutive examples that must stay in one batch, such as pairs.
+
+    Args:
+        dataset: The examples.
+        starts: Index of each unit's first example; -1 for a unit without targets, which
+            fills up a batch.
+        unit: Number of examples in a unit.
+        max_seq_length: Maximum number of tokens in a row.
+        width: Tokens of each row; default: `padded_width` of the longest.
+
+    Returns:
+        Tokens ``(unit * n, length)`` and marks, as from `pad_batch`: the first example
+        of all n units, then the second of all. And the indices of the examples, int32
+        ``(unit * n,)``, with -1 for rows that fill up.
+    """
+    indices = [start + k if start >= 0 else -1 for k in range(unit) for start in starts]
+    examples = [dataset[index] if index >= 0 else EMPTY for index in indices]
+    return *pad_batch(examples, max_seq_length, width), mx.array(indices)
+
+
 def batches_once(
     dataset: Examples,
     batch_size: int,
@@ -115,6 +147,7 @@ def batches_once(
     num_batches: int = -1,
     counts: RowCounts | None = None,
     batch_tokens: int | None = None,
+    unit: int | None = None,
 ) -> Iterator[Batch]:
     """Yield each row once, or rows spread evenly over the data for `num_batches`.
 
@@ -128,36 +161,44 @@ def batches_once(
         counts: Updated with the number of truncated and skipped rows.
         batch_tokens: Group the same rows by tokens instead: as many rows of similar
             length as fit into this many tokens, padding included, but at least one.
+        unit: Yield batches of units of this many consecutive examples, which count as
+            one row above (see `unit_batch`); None for batches of single rows.
 
     Raises:
         DoRAError: If no row has a target token.
     """
     counts = RowCounts() if counts is None else counts
-    total = len(dataset)
+    size = unit or 1
+    total = len(dataset) // size
     wanted = total if num_batches == -1 else min(total, num_batches * batch_size)
-    chosen = []
+    chosen, lengths = [], {}
     for place in range(wanted):
-        example = dataset[place * total // wanted]
-        if counts.add(example, max_seq_length):
-            chosen.append(example)
+        start = size * (place * total // wanted)
+        if length := counts.add_unit(dataset, start, size, max_seq_length):
+            chosen.append(start)
+            lengths[start] = length
     if not chosen:
         refuse_empty(counts, max_seq_length)
-    chosen.sort(key=lambda example: min(len(example[0]), max_seq_length))
-    start = 0
-    while start < len(chosen):
-        size = batch_size
+    chosen.sort(key=lengths.__getitem__)
+    at = 0
+    while at < len(chosen):
+        count = batch_size
         if batch_tokens is not None:
-            size = _rows_that_fit(chosen[start:], batch_tokens, max_seq_length)
-        yield pad_batch(chosen[start : start + size], max_seq_length)
-        start += size
+            rest = [lengths[start] for start in chosen[at:]]
+            count = _rows_that_fit(rest, batch_tokens // size, max_seq_length)
+        here = chosen[at : at + count]
+        if unit is None:
+            yield pad_batch([dataset[start] for start in here], max_seq_length)
+        else:
+            yield unit_batch(dataset, here, unit, max_seq_length)
+        at += count
 
 
 def _rows_that_fit(
-    examples: Sequence[Example], batch_tokens: int, max_seq_length: int
+    lengths: Sequence[int], batch_tokens: int, max_seq_length: int
 ) -> int:
-    """Number of the first examples, of increasing length, that fit into a batch."""
-    for count, (tokens, _) in enumerate(examples):
-        length = min(len(tokens), max_seq_length)
+    """Number of the first rows, of increasing length, that fit into a batch."""
+    for count, length in enumerate(lengths):
         if (count + 1) * padded_width(length, max_seq_length) > batch_tokens:
             return max(count, 1)
-    return len(examples)
+    return len(lengths)

@@ -61,7 +61,7 @@ def check_row(rows: Rows, index: int, format: Format) -> None:
         messages = format.messages(row, rows.config, where)
         _check_messages(rows, messages, f"{where}: {expected[0]!r}")
     for key in (*expected, *format.optional):
-        _check_characters(rows, index, key)
+        check_characters(rows, index, key)
 
 
 def _check_messages(rows: Rows, messages: list[Any], where: str) -> None:
@@ -75,7 +75,7 @@ def _check_messages(rows: Rows, messages: list[Any], where: str) -> None:
     parsed_arguments(messages, where)
 
 
-def _check_characters(rows: Rows, index: int, key: str) -> None:
+def check_characters(rows: Rows, index: int, key: str) -> None:
     """Refuse unpaired surrogates, which no tokenizer can encode."""
     for place, text in _texts(rows.values[index].get(key), key):
         if half := _HALF.search(text):

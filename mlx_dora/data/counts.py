@@ -1,7 +1,7 @@
 """Counts of the rows that were truncated or skipped."""
 
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mlx_dora.data.targets import Example, IncompleteSpans, target_spans
 from mlx_dora.errors import DoRAError
@@ -39,6 +39,26 @@ class RowCounts:
         self.unlocated += is_incomplete
         self.unanswered += targets == () and not is_incomplete
         return usable
+
+    def add_unit(self, dataset: Any, start: int, size: int, max_seq_length: int) -> int:
+        """Count the examples of a unit, which is used only if each has a target left.
+
+        Args:
+            dataset: The examples, as `mlx_dora.data.batches.Examples`.
+            start: Index of the unit's first example.
+            size: Number of examples in the unit.
+            max_seq_length: Rows are cut to this many tokens.
+
+        Returns:
+            Length of its longest row after cutting, in tokens; 0 if it is left out.
+        """
+        skipped = self.skipped
+        examples = [dataset[start + place] for place in range(size)]
+        usable = [self.add(example, max_seq_length) for example in examples]
+        if not all(usable):
+            self.skipped = skipped + size
+            return 0
+        return max(min(len(tokens), max_seq_length) for tokens, _ in examples)
 
     def describe(self, max_seq_length: int) -> str | None:
         """Summarize truncated and skipped rows in one line; None if there are none."""

@@ -1,7 +1,7 @@
 """Rows of text, completions or chats as token sequences, tokenized on first use."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,32 @@ class Parts:
     answer: list[int]
 
 
-class TokenDataset:
+class RowDataset:
+    """A data set made from rows, whose examples can be named in messages.
+
+    Attributes:
+        serves: Names of the objectives that it is made for; empty for any.
+    """
+
+    serves: tuple[str, ...] = ()
+
+    @property
+    def reading(self) -> str:
+        """How rows are read: their format, and the columns used and not used."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int, /) -> Example:
+        raise NotImplementedError
+
+    def where(self, index: int, /) -> str:
+        """Name an example by file and line, for use in messages."""
+        raise NotImplementedError
+
+
+class TokenDataset(RowDataset):
     """A sequence of ``(tokens, first_target)``, tokenized row by row on first use.
 
     ``first_target`` is 0, or with ``mask_prompt`` the position where the completion
@@ -44,6 +69,8 @@ class TokenDataset:
         DoRAError: If a row does not have the form of the first row; the message names
             the file, the line, the expected keys and the actual keys.
     """
+
+    serves = ("sft",)
 
     def __init__(self, rows: Rows, tokenizer: Any) -> None:
         self.rows = rows
@@ -78,6 +105,16 @@ class TokenDataset:
         if example is None:
             example = self._cache[index] = self._encode(index)
         return example
+
+    @property
+    def reading(self) -> str:
+        """How rows are read: their format, and the columns used and not used."""
+        if self.format is TOKENS:
+            return self.format.title
+        used = self.format.required(self.rows.config)
+        return describe_columns(
+            self.format.title, self.rows.values[0], used, self.format.optional
+        )
 
     @property
     def has_answers(self) -> bool:
@@ -131,11 +168,31 @@ class TokenDataset:
         return tokens, IncompleteSpans() if start is None else start
 
 
-class JoinedDataset:
+def describe_columns(
+    title: str,
+    first: Mapping[str, Any],
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+) -> str:
+    """Describe a format and the columns of the first row that it uses or does not."""
+    used = (*required, *(name for name in optional if name in first))
+    rest = [name for name in first if name not in used]
+    unused = f", without {', '.join(rest)}" if rest else ""
+    return f"{title} ({', '.join(used)}{unused})"
+
+
+class JoinedDataset(RowDataset):
     """Several data sets, concatenated."""
 
-    def __init__(self, parts: Sequence[TokenDataset]) -> None:
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._parts = parts
+        self.serves = parts[0].serves
         self._places = [(part, i) for part in parts for i in range(len(part))]
+
+    @property
+    def reading(self) -> str:
+        """How the rows of the first part are read."""
+        return self._parts[0].reading
 
     def __len__(self) -> int:
         return len(self._places)
@@ -148,6 +205,16 @@ class JoinedDataset:
         """Name a row by its origin, as `TokenDataset.where`."""
         part, i = self._places[index]
         return part.where(i)
+
+    def prompt(self, index: int) -> Any:
+        """The prompt of a row, as `PromptDataset.prompt`."""
+        part, i = self._places[index]
+        return part.prompt(i)
+
+    def label(self, index: int) -> bool:
+        """Whether an answer is desirable, as `LabeledDataset.label`."""
+        part, i = self._places[index]
+        return part.label(i)
 
     def answer(self, index: int) -> str | None:
         """The last answer of a row, as `TokenDataset.answer`."""

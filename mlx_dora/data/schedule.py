@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_dora.data.batches import Batch, Examples, pack_batch, pad_batch, padded_width
+from mlx_dora.data.batches import (
+    EMPTY,
+    Batch,
+    Examples,
+    pack_batch,
+    pad_batch,
+    padded_width,
+    unit_batch,
+)
 from mlx_dora.data.counts import RowCounts, refuse_empty
 from mlx_dora.data.packing import best_fit
 from mlx_dora.data.targets import Example
@@ -16,7 +24,10 @@ from mlx_dora.errors import DoRAError
 logger = logging.getLogger(__name__)
 
 Row = tuple[int, ...]
-"""Indices of the examples in a row: one, several if packed, none if it is empty."""
+"""Indices of the examples in a row: one, several if packed, none if it is empty.
+
+Of a unit, the index of its first example.
+"""
 
 Plan = tuple[list[Row], int | None]
 """The rows of a batch, and their width if the batch does not determine it."""
@@ -52,6 +63,11 @@ class Schedule:
     16 shapes of batches. Every process gets rows of the same shape; rows without a
     target fill up its share.
 
+    With `unit`, so many consecutive examples stay together in every batch, such as the
+    chosen and the rejected answer of a pair: `batch_size` counts units, the longest
+    example decides the width of a unit, and a unit is used if each of its examples is
+    usable. See `unit_batch` for the batches.
+
     With `packing`, examples are concatenated into rows of up to `max_seq_length`
     tokens, longest first, each into the row where it leaves the least space (best fit).
 
@@ -63,6 +79,7 @@ class Schedule:
         packing: Whether to pack several examples into a row.
         batch_tokens: Maximum number of tokens per batch, instead of `batch_size`.
         ranks: Number of processes that share each batch.
+        unit: Number of examples in a unit; None for single rows.
         counts: Updated with the number of truncated and skipped examples.
 
     Raises:
@@ -80,8 +97,10 @@ class Schedule:
         packing: bool = False,
         batch_tokens: int | None = None,
         ranks: int = 1,
+        unit: int | None = None,
         counts: RowCounts | None = None,
     ) -> None:
+        assert unit is None or not packing, "units are not packed"
         counts = RowCounts() if counts is None else counts
         self._dataset = dataset
         self._batch_size = batch_size
@@ -89,12 +108,12 @@ class Schedule:
         self._seed = seed
         self._packing = packing
         self._ranks = ranks
+        self._unit, size = unit, unit or 1
         usable, lengths = [], []
-        for index in range(len(dataset)):
-            example = dataset[index]
-            if counts.add(example, max_seq_length):
-                usable.append(index)
-                lengths.append(min(len(example[0]), max_seq_length))
+        for start in range(0, len(dataset), size):
+            if length := counts.add_unit(dataset, start, size, max_seq_length):
+                usable.append(start)
+                lengths.append(length)
         if not usable:
             refuse_empty(counts, max_seq_length)
         if line := counts.describe(max_seq_length):
@@ -104,14 +123,15 @@ class Schedule:
         self._widths = np.array([padded_width(n, max_seq_length) for n in lengths])
         self._groups = []
         if batch_tokens is not None:
-            if max(lengths) * ranks > batch_tokens:
+            if max(lengths) * ranks * size > batch_tokens:
                 share = f" / {ranks} processes" if ranks > 1 else ""
+                share += f" / {size} rows a pair" if size > 1 else ""
                 raise DoRAError(
                     f"batch_tokens {batch_tokens}{share} holds no row of "
                     f"{max(lengths)} tokens, the longest: raise it to at least "
-                    f"{max(lengths) * ranks}, or lower max_seq_length."
+                    f"{max(lengths) * ranks * size}, or lower max_seq_length."
                 )
-            self._groups = group_by_width(lengths, batch_tokens, ranks)
+            self._groups = group_by_width(lengths, batch_tokens // size, ranks)
 
     def epoch(self, number: int) -> list[list[Row]]:
         """The batches of an epoch, in order."""
@@ -168,16 +188,22 @@ class Schedule:
     def usage(self, number: int = 0) -> "Usage":
         """Measure the batches of an epoch, before the processes share their rows."""
         lengths = dict(zip(self._usable.tolist(), self._lengths.tolist(), strict=True))
-        shapes, tokens = set(), 0
+        shapes, tokens, size = set(), 0, self._unit or 1
         epoch = self._epoch(number)
         for rows, width in epoch:
             longest = max(sum(lengths[index] for index in row) for row in rows)
             width = width or padded_width(longest, self._max_seq_length)
-            shapes.add((len(rows), width))
-            tokens += len(rows) * (width - 1)
+            shapes.add((size * len(rows), width))
+            tokens += size * len(rows) * (width - 1)
         # A row's first token is no input beside the others: it has no predecessor.
         rows = sum(len(rows) - rows.count(()) for rows, _ in epoch)
         real = int(self._lengths.sum()) - rows
+        if size > 1:
+            real = sum(
+                min(len(self._dataset[start + place][0]), self._max_seq_length) - 1
+                for start in self._usable.tolist()
+                for place in range(size)
+            )
         return Usage(
             batches=len(epoch), shapes=frozenset(shapes), padding=1 - real / tokens
         )
@@ -192,7 +218,9 @@ class Schedule:
                 ends.append(done)
         return ends
 
-    def batches(self, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    def batches(
+        self, start: int = 0, rank: int = 0, ranks: int = 1, *, alike: bool = False
+    ) -> Iterator[Batch]:
         """Yield batches indefinitely.
 
         Args:
@@ -200,26 +228,41 @@ class Schedule:
             rank: Rank of this process among those that share each batch's rows.
             ranks: Number of processes. A process that gets no row of a small batch
                 gets a row without targets.
+            alike: Give every process a batch of the same shape.
         """
         number = 0
         assert not self._groups or ranks == self._ranks
         while True:
             epoch = self._epoch(number)
             for rows, width in epoch[start:]:
+                if alike:
+                    width = width or self._width(rows)
+                    rows = [*rows, *[()] * (-len(rows) % ranks)]
                 yield self._make(rows[rank::ranks], width)
             start = max(start - len(epoch), 0)
             number += 1
 
+    def _width(self, rows: Sequence[Row]) -> int:
+        """Width of a batch of these rows."""
+        most = self._max_seq_length
+        lengths = [
+            sum(min(len(self._dataset[index][0]), most) for index in row)
+            for row in rows
+        ]
+        return padded_width(max(lengths), most)
+
     def _make(self, rows: Sequence[Row], width: int | None) -> Batch:
+        if self._unit is not None:
+            starts = [row[0] if row else -1 for row in rows] or [-1]
+            return unit_batch(
+                self._dataset, starts, self._unit, self._max_seq_length, width
+            )
         examples = [[self._dataset[index] for index in row] for row in rows]
-        examples = examples or [[_EMPTY]]
+        examples = examples or [[EMPTY]]
         if self._packing:
-            return pack_batch(examples, self._max_seq_length)
+            return pack_batch(examples, self._max_seq_length, width)
         # Targets of empty rows have the form of the others', for marks of one shape.
         is_spans = any(row and not isinstance(row[0][1], int) for row in examples)
-        empty: Example = (_EMPTY[0], ()) if is_spans else _EMPTY
+        empty: Example = (EMPTY[0], ()) if is_spans else EMPTY
         single = [row[0] if row else empty for row in examples]
         return pad_batch(single, self._max_seq_length, width)
-
-
-_EMPTY: Example = ([0, 0], 2)  # a row without targets

@@ -34,7 +34,7 @@ class SplitSurvey:
     Args:
         name: ``"train"``, ``"valid"`` or ``"test"``.
         lengths: Tokens of each row before cutting.
-        trained: Tokens of each row that is not skipped.
+        trained: Tokens of each row that is not skipped; of pairs, of the longer row.
         tokens: Number of tokens after cutting.
         targets: Number of tokens that count in the loss, after cutting.
         notes: Rows that are cut, skipped or shown incompletely by the chat template.
@@ -99,6 +99,7 @@ def take_survey(
     *,
     max_seq_length: int,
     samples: int,
+    unit: int = 1,
 ) -> Survey:
     """Tokenize every row and describe what training would make of it.
 
@@ -107,6 +108,8 @@ def take_survey(
         tokenizer: mlx-lm's tokenizer.
         max_seq_length: Number of tokens after which rows are cut.
         samples: Number of samples per split.
+        unit: Number of consecutive examples that are used or left out together, such as
+            the two of a pair.
     """
     splits, repeats = [], []
     seen: dict[tuple[int, ...], tuple[str, str]] = {}
@@ -114,12 +117,14 @@ def take_survey(
         if data is None:
             continue
         notes, trained, tokens, targets = [], [], 0, 0
+        counts = RowCounts()
         for index in range(len(data)):
             example, where = data[index], data.where(index)
             note = _note(example, where, max_seq_length)
             notes += [note] if note is not None else []
-            if note is None or not note.is_skipped:
-                trained.append(len(example[0]))
+            if index % unit == 0 and counts.add_unit(data, index, unit, max_seq_length):
+                own = range(index, index + unit)
+                trained.append(max(len(data[place][0]) for place in own))
             length = min(len(example[0]), max_seq_length)
             spans = target_spans(example[1], length)
             tokens += length
@@ -128,8 +133,10 @@ def take_survey(
             if first != where:
                 leaks = split != name
                 repeats.append(Repeat(first=first, second=where, leaks=leaks))
-        count = min(samples, len(data))
-        chosen = [place * len(data) // count for place in range(count)]
+        total = len(data) // unit
+        count = min(samples, total)
+        starts = [unit * (place * total // count) for place in range(count)]
+        chosen = [start + place for start in starts for place in range(unit)]
         splits.append(
             SplitSurvey(
                 name=name,

@@ -1,9 +1,6 @@
 """Compares a base, an adapter and a fused model on the same data."""
 
-import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +11,18 @@ from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load, model_folder
 from mlx_dora.adapters.recorded_base import recorded_base
-from mlx_dora.data.dataset import Dataset
-from mlx_dora.data.loading import make_datasets
-from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.agreement import Agreement, compare_probe, take_probe
 from mlx_dora.evaluate.config import EvaluateConfig
-from mlx_dora.evaluate.generation import Prompt, generate_samples, sample_prompts
-from mlx_dora.evaluate.labels import LabelAccuracy, find_labels, label_accuracy
-from mlx_dora.evaluate.loss import LossResult, evaluate_loss
+from mlx_dora.evaluate.generation import Prompt
+from mlx_dora.evaluate.measure import (
+    ModelResult,
+    measure_model,
+    open_task,
+    read_task,
+)
 from mlx_dora.notebook import Shown
 from mlx_dora.progress import Progress
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelResult:
-    """Results of one model.
-
-    Args:
-        name: ``"base"``, ``"adapter"`` or ``"fused"``.
-        loss: Loss on the data.
-        labels: Label accuracy; None if the answers are not labels.
-        samples: Continuations of the prompts.
-    """
-
-    name: str
-    loss: LossResult
-    labels: LabelAccuracy | None
-    samples: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -108,21 +87,16 @@ def compare_models(
     adapter = None if config.adapter_path is None else read_adapter(config.adapter_path)
     if config.fused_path is not None:
         model_folder(config.fused_path)
-    split, splits = _read_split(config)
+    read = read_task(config)
     if (name := config.model) is None:
         if config.adapter_path is None:
             raise DoRAError("model is not given: name a folder or a Hugging Face id.")
         name = recorded_base(config.adapter_path)
     model, tokenizer = load(name, trust_remote_code=config.trust_remote_code)
-    data = make_datasets(splits, tokenizer)[split]
-    assert data is not None
-    prompts = sample_prompts(
-        data, tokenizer, config.samples, max_tokens=config.max_seq_length
-    )
-    labels = find_labels(data) if config.labels else None
+    task = open_task(read, tokenizer, config)
 
     def measure(name: str, model: nn.Module) -> ModelResult:
-        return _measure(name, model, tokenizer, data, prompts, labels, config, progress)
+        return measure_model(name, model, tokenizer, task, config, progress)
 
     results = [measure("base", model)]
     probe = None
@@ -132,7 +106,7 @@ def compare_models(
         results.append(measure("adapter", model))
         if config.fused_path is not None:
             length = min(config.max_seq_length, 256)
-            probe = take_probe(model, data, max_seq_length=length)
+            probe = take_probe(model, task.dataset, max_seq_length=length)
     agreement = None
     if config.fused_path is not None:
         del model
@@ -143,57 +117,8 @@ def compare_models(
         results.append(measure("fused", fused))
         agreement = compare_probe(fused, probe) if probe is not None else None
     return Comparison(
-        split=split,
+        split=task.split,
         results=tuple(results),
-        prompts=tuple(prompts),
+        prompts=tuple(task.prompts),
         agreement=agreement,
     )
-
-
-def _read_split(config: EvaluateConfig) -> tuple[str, dict[str, Any]]:
-    wanted = [config.split] if config.split else ["test", "valid"]
-    for name in wanted:
-        splits = read_splits(config, [name])
-        if splits[name]:
-            return name, splits
-    raise DoRAError(f"{config.data} has no {' or '.join(wanted)} data.")
-
-
-def _measure(
-    name: str,
-    model: nn.Module,
-    tokenizer: Any,
-    data: Dataset,
-    prompts: list[Prompt],
-    labels: tuple[str, ...] | None,
-    config: EvaluateConfig,
-    progress: Progress | None,
-) -> ModelResult:
-    rows = len(data)
-    if config.num_batches != -1:
-        rows = min(rows, config.num_batches * config.batch_size)
-
-    def reporter(what: str) -> Callable[[int], None] | None:
-        return None if progress is None else partial(progress, f"{name}: {what}", rows)
-
-    loss = evaluate_loss(
-        model,
-        data,
-        batch_size=config.batch_size,
-        max_seq_length=config.max_seq_length,
-        num_batches=config.num_batches,
-        progress=reporter("loss"),
-    )
-    accuracy = None
-    if labels is not None:
-        accuracy = label_accuracy(
-            model,
-            data,
-            labels,
-            batch_size=config.batch_size,
-            max_seq_length=config.max_seq_length,
-            num_rows=rows,
-            progress=reporter("labels"),
-        )
-    texts = generate_samples(model, tokenizer, prompts, max_tokens=config.max_tokens)
-    return ModelResult(name=name, loss=loss, labels=accuracy, samples=tuple(texts))

@@ -11,7 +11,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_dora.layers import is_traced
+from mlx_dora.layers import held_whole, is_traced
+from mlx_dora.matrix.sharded import pause_order
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class _StandIn:
         if self.hidden is not None:
             return self.hidden
         self.returned.append(self.trunk(*args, **kwargs))
+        pause_order(True)  # the logits after it are not evaluated
         return self.returned[-1]
 
     def __getattr__(self, name: str) -> Any:
@@ -101,28 +103,29 @@ def summed_loss(
         The sum, float32. If the model's trunk is unknown, all logits are computed at
         once, with one warning.
     """
-    logits, split = _split(model, inputs, cache)
+    logits, split = split_head(model, inputs, cache)
     if split is None:
-        return _whole(model, logits, targets, mask)
+        warn_of_whole(model)
+        return token_losses(logits, targets, mask).sum()
     targets, mask = targets.flatten(), mask.flatten()
-    if (places := _target_places(mask)) is not None:
+    if (places := target_places(mask)) is not None:
         targets, mask = targets[places], mask[places]
         split = replace(split, hidden=split.hidden[places])
     hidden, size = split.hidden, split.chunk(logits.shape[-1])
 
     def of_chunk(start: int, hidden: mx.array) -> mx.array:
         here = slice(start, start + size)
-        return _losses(split.head(hidden), targets[here], mask[here]).sum()
+        return token_losses(split.head(hidden), targets[here], mask[here]).sum()
 
     starts = range(0, targets.size, size)
-    if not model.training:
-        return _in_turn(hidden, starts, size, of_chunk)
-    return _with_gradient(
-        model, f"{split.path}.layers.", hidden, starts, size, of_chunk
-    )
+    # A head whose rows are divided among processes is gathered once for all chunks.
+    with held_whole(model, hidden):
+        if not model.training:
+            return _in_turn(hidden, starts, size, of_chunk)
+        return _with_gradient(model, split.blocks, hidden, starts, size, of_chunk)
 
 
-def _target_places(mask: mx.array) -> mx.array | None:
+def target_places(mask: mx.array) -> mx.array | None:
     """Return the indices of a flat mask's targets; None if unknown, or for none."""
     if is_traced([mask]):
         return None
@@ -141,7 +144,7 @@ def sample_targets(model: nn.Module, inputs: mx.array, key: mx.array) -> mx.arra
     Returns:
         Evaluated tokens, ``(rows, length)``. Logits are computed in chunks.
     """
-    logits, split = _split(model, inputs, None)
+    logits, split = split_head(model, inputs, None)
     if split is None:
         drawn = mx.random.categorical(logits.astype(mx.float32), key=key)
         mx.eval(drawn)
@@ -156,12 +159,17 @@ def sample_targets(model: nn.Module, inputs: mx.array, key: mx.array) -> mx.arra
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Split:
+class Split:
     """A model split before its head: hidden states ``(tokens, width)`` and head."""
 
     path: str
     hidden: mx.array
     head: Callable[[mx.array], mx.array]
+
+    @property
+    def blocks(self) -> str:
+        """Prefix of the names of the parameters in the trunk's blocks."""
+        return f"{self.path}.layers."
 
     def chunk(self, vocabulary: int) -> int:
         """Number of tokens per chunk, for chunks of about equal size."""
@@ -169,9 +177,9 @@ class _Split:
         return -(-tokens // -(-tokens // chunk_size(vocabulary)))
 
 
-def _split(
+def split_head(
     model: nn.Module, inputs: mx.array, cache: Any
-) -> tuple[mx.array, _Split | None]:
+) -> tuple[mx.array, Split | None]:
     """The unevaluated logits, and the model in two parts if its trunk is known."""
     arguments = {} if cache is None else {"cache": cache}
     trunk = _trunk(model)
@@ -179,8 +187,11 @@ def _split(
         return model(inputs, **arguments), None
     path, inner = trunk
     noted = _StandIn(inner)
-    with _in_place_of(model, path, noted):
-        logits = model(inputs, **arguments)  # not evaluated if split into chunks
+    try:
+        with _in_place_of(model, path, noted):
+            logits = model(inputs, **arguments)  # not evaluated if split into chunks
+    finally:
+        pause_order(False)
     hidden = noted.returned[0] if len(noted.returned) == 1 else None
     if not isinstance(hidden, mx.array) or hidden.shape[:-1] != inputs.shape:
         return logits, None
@@ -190,25 +201,24 @@ def _split(
         with _in_place_of(model, path, _StandIn(inner, hidden[None])):
             return model(tokens, **arguments).flatten(0, 1)
 
-    return logits, _Split(path=path, hidden=hidden.flatten(0, 1), head=head)
+    return logits, Split(path=path, hidden=hidden.flatten(0, 1), head=head)
 
 
-def _losses(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
+def token_losses(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
+    """Cross-entropy of each target in float32, 0 outside the mask."""
     if mx.default_device() == mx.cpu:  # the CPU reduces in the logits' dtype
         logits = logits.astype(mx.float32)
     return mx.where(mask, mx.fast.cross_entropy(logits, targets), 0.0)
 
 
-def _whole(
-    model: nn.Module, logits: mx.array, targets: mx.array, mask: mx.array
-) -> mx.array:
+def warn_of_whole(model: nn.Module) -> None:
+    """Warn, once per class, that all logits of a batch are computed at once."""
     if type(model) not in _warned:
         _warned.add(type(model))
         logger.warning(
             "%s: no known trunk, so the logits of a whole batch are in memory at once",
             type(model).__name__,
         )
-    return _losses(logits, targets, mask).sum()
 
 
 def _in_turn(
@@ -224,6 +234,17 @@ def _in_turn(
     return total
 
 
+def head_parameters(model: nn.Module, blocks: str) -> list[tuple[str, Any]]:
+    """The trainable parameters outside the trunk's blocks, by name.
+
+    Args:
+        model: The model.
+        blocks: Prefix of the names of the blocks' parameters.
+    """
+    flat = tree_flatten(model.trainable_parameters())
+    return [(name, value) for name, value in flat if not name.startswith(blocks)]
+
+
 def _with_gradient(
     model: nn.Module,
     blocks: str,
@@ -232,8 +253,7 @@ def _with_gradient(
     size: int,
     of_chunk: Callable[[int, mx.array], mx.array],
 ) -> mx.array:
-    flat = tree_flatten(model.trainable_parameters())
-    named = [(name, value) for name, value in flat if not name.startswith(blocks)]
+    named = head_parameters(model, blocks)
     names = [name for name, _ in named]
 
     def value(parameters: list[mx.array], hidden: mx.array, start: int) -> mx.array:

@@ -4,18 +4,25 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dora.data.batches import Examples, batches_once
+from mlx_dora.data.batches import Batch, Examples, batches_once
 from mlx_dora.data.counts import RowCounts
 from mlx_dora.data.documents import document_caches
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.cross_entropy import summed_loss
+from mlx_dora.layers import sharded_modules
+from mlx_dora.matrix.sharded import in_order
 
 Loss = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
 """``(model, tokens, marks) -> (mean loss of the targets, number of targets)``."""
+
+
+_Counted = tuple[mx.array, mx.array, int]
+"""A batch and the number of its rows that come from the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,14 +149,17 @@ def evaluate_loss(
         batches = batches_once(
             dataset, batch_size, max_seq_length, num_batches, counts, batch_tokens
         )
-        for number, (batch, lengths) in enumerate(batches):
+        is_sharded = ranks > 1 and bool(sharded_modules(model))
+        rounds = _of_equal_shapes(batches, ranks) if is_sharded else _counted(batches)
+        for number, (batch, lengths, rows) in enumerate(rounds):
             if number % ranks == rank:
-                value, count = loss(model, batch, lengths)
+                with in_order():
+                    value, count = loss(model, batch, lengths)
                 mx.eval(value, count)
                 total += float(value) * int(count)
                 tokens += int(count)
-            if progress is not None:
-                progress(batch.shape[0] + (0 if number else counts.skipped))
+            if progress is not None and rows:
+                progress(rows + (0 if number else counts.skipped))
     if ranks > 1:
         total = float(mx.distributed.all_sum(mx.array(total), group=group))
         tokens = int(mx.distributed.all_sum(mx.array(tokens), group=group))
@@ -160,3 +170,29 @@ def evaluate_loss(
         rows_truncated=counts.truncated,
         rows_skipped=counts.skipped,
     )
+
+
+def _counted(batches: Iterator[Batch]) -> Iterator[_Counted]:
+    return ((tokens, marks, tokens.shape[0]) for tokens, marks in batches)
+
+
+def _of_equal_shapes(batches: Iterator[Batch], ranks: int) -> Iterator[_Counted]:
+    """Pad each round of `ranks` batches to one shape, and fill up the last round.
+
+    Processes that divide a model's weights communicate within each pass, so that each
+    needs a batch in each round, of the same shape. Added rows have no target.
+    """
+    while members := list(islice(batches, ranks)):
+        rows = max(tokens.shape[0] for tokens, _ in members)
+        width = max(tokens.shape[1] for tokens, _ in members)
+        for tokens, marks in members:
+            more = [(0, rows - tokens.shape[0]), (0, width - tokens.shape[1])]
+            in_marks = [more[0], (0, 0)]
+            if marks.ndim == 3:
+                in_marks = [*more, (0, 0)]
+            yield mx.pad(tokens, more), mx.pad(marks, in_marks), tokens.shape[0]
+        first = mx.zeros_like(members[0][1])
+        empty = mx.zeros((rows, width), members[0][0].dtype)
+        shape = (rows, width if first.ndim == 3 else 2, *first.shape[2:])
+        for _ in range(ranks - len(members)):
+            yield empty, mx.zeros(shape, first.dtype), 0

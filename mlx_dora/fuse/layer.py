@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_dora.fuse.report import Survival
 from mlx_dora.io.finite import all_finite
@@ -21,14 +22,30 @@ from mlx_dora.matrix.weight import (
     dense_dtype,
     exact_float32_rows,
     row_blocks,
+    row_dot,
     row_norms,
     unpacked_dtype,
 )
 
 # Elements of a block. Its dozen float32 copies are small compared to a large tensor.
 _BLOCK = 1 << 16
+# Between these, float32 squares of the rows' changes and lengths are exact.
+_LEAST, _GREATEST = 1e-30, 1e30
 # Bits supported by MLX in mode affine, smallest first.
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+
+
+def measured_fused(
+    weight: mx.array, adapted: Adapted, dtype: mx.Dtype
+) -> tuple[mx.array, Survival]:
+    """Fuse a dense weight, and measure on the way how much of its update is kept."""
+    total = Survival()
+
+    def measure(base: mx.array, full: mx.array, fused: mx.array) -> None:
+        nonlocal total
+        total += _survival_of(base, full, fused)
+
+    return dense_fused(weight, adapted, dtype, measure), total
 
 
 def why_not_finite(weight: Weight) -> str:
@@ -118,6 +135,30 @@ def survival(
 
 def _survival_of(base: mx.array, adapted: mx.array, fused: mx.array) -> Survival:
     """Compare fused − base with adapted − base; all float32 ``(rows, in)``."""
+    exact, left = adapted - base, fused - base
+    mx.eval(exact, left, adapted, fused)
+    due, done, before, after = (
+        np.array(values, copy=False) for values in (exact, left, adapted, fused)
+    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = [row_dot(values, values) for values in (due, done, before, after)]
+        product = row_dot(due, done).sum()
+    # Of changes only the largest counts; of lengths, each is divided by.
+    smallest = min(*(v.max() for v in squares[:2]), *(v.min() for v in squares[2:]))
+    if not (smallest > _LEAST and max(v.max() for v in squares) < _GREATEST):
+        return _extreme_survival(base, adapted, fused)
+    length, now = np.sqrt(squares[2]), np.sqrt(squares[3])
+    return Survival(
+        exact_square=float(squares[0].sum()),
+        product=float(product),
+        kept_square=float(squares[1].sum()),
+        row_square=float(np.square(now / length - 1).sum()),
+        rows=base.shape[0],
+    )
+
+
+def _extreme_survival(base: mx.array, adapted: mx.array, fused: mx.array) -> Survival:
+    """Return `_survival_of` for any finite values, and for NaN and inf."""
     exact, left = adapted - base, fused - base
     length = row_norms(adapted)
     off = row_norms(fused) - length

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_dora.fuse.config import FuseConfig
-from mlx_dora.fuse.layer import requantized, survival
+from mlx_dora.fuse.layer import measured_fused, requantized, survival
 from mlx_dora.fuse.report import Survival, sum_survivals
 from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels.fusing import dense_fused, packed_fused, scaled_packing
@@ -77,7 +77,9 @@ def fuse_matrices(
     rest: list[dict[str, mx.array]] = []
     for before, adapter in zip(befores, adapted, strict=True):
         plain, packed = None, as_packed(before)
-        if packed is None or config.mode == "dequantize":
+        if isinstance(before, mx.array):
+            after, survived = measured_fused(before, adapter, before.dtype)
+        elif packed is None or config.mode == "dequantize":
             after = dense_fused(before, adapter, unpacked_dtype(before, own))
             survived = survival(before, after, adapter)
         elif config.mode == "lossless":

@@ -17,6 +17,7 @@ from mlx_dora.adapters.files import load_adapter, save_adapter
 from mlx_dora.adapters.fingerprint import base_tensors, fingerprint_of
 from mlx_dora.adapters.format import PARENT
 from mlx_dora.adapters.hosting import load_lazily, load_with_config, model_folder
+from mlx_dora.adapters.origins import origins_of
 from mlx_dora.adapters.recorded_base import recorded_base
 from mlx_dora.adapters.surgery import (
     adapter_layers,
@@ -189,7 +190,7 @@ def fuse_model(
     inputs = (folder, *given)
     with atomic_directory(save_path, inputs=inputs, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
-            fused = stream_fused(base, adapter, config, writer.add, progress)
+            fused = stream_fused(base, adapter, config, writer.add_blocks, progress)
             for name, value in carried_tensors(folder, carried, packing):
                 writer.add(name, value)
         if fused.packing:
@@ -268,10 +269,11 @@ def _check_fit(
     """Make the checks of `attach_adapter`, holding one tensor at a time."""
     model = load_lazily(folder, trust_remote_code=trust_remote_code)
     problems = fit_problems(model, adapter)
-    tensors = base_tensors(model)
+    tensors, origins = base_tensors(model), origins_of(model)
     del model
     expected = adapter.base.fingerprint
-    if check_base and expected is not None and fingerprint_of(tensors) != expected:
+    is_checked = check_base and expected is not None
+    if is_checked and fingerprint_of(tensors, origins) != expected:
         problems.append(other_base(adapter))
     if problems:
         raise DoRAError(

@@ -1,6 +1,6 @@
 """Fuses a model tensor by tensor, and frees each tensor once it is written."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from mlx_dora.adapters.fingerprint import digest_of, sample_of, tensor_line
 from mlx_dora.adapters.key_form import with_key_form
 from mlx_dora.adapters.keys import takes_lora
 from mlx_dora.adapters.matrices import adapted_matrices, adapter_tensors
+from mlx_dora.adapters.origins import Origins, origins_of
 from mlx_dora.errors import DoRAError
 from mlx_dora.fuse.config import FuseConfig
 from mlx_dora.fuse.full import replace_parts
@@ -34,6 +35,9 @@ from mlx_dora.progress import Progress
 Parts = dict[str, mx.array]
 """The arrays of a module by name."""
 
+Write = Callable[[str, mx.Dtype, tuple[int, ...], Iterable[mx.array]], None]
+
+_BLOCK = 1 << 21  # elements of a tensor that is only copied, read at a time
 _WEIGHT = ("weight", "scales", "biases")
 
 
@@ -56,7 +60,7 @@ def stream_fused(
     model: nn.Module,
     adapter: Adapter,
     config: FuseConfig,
-    write: Callable[[str, mx.array], None],
+    write: Write,
     progress: Progress | None = None,
 ) -> Fused:
     """Fuse a lazily loaded model, module by module, and consume it.
@@ -65,8 +69,8 @@ def stream_fused(
         model: The base, not evaluated; its parameters are removed.
         adapter: A DoRA, LoRA or full fine-tuning adapter that fits the base.
         config: How to fuse packed weights.
-        write: Called with the name and value of each tensor; the value is not used
-            afterwards.
+        write: Called with the name, dtype, shape and blocks of each tensor; see
+            `ShardWriter.add_blocks`.
         progress: Called after each module.
 
     Raises:
@@ -83,7 +87,7 @@ def stream_fused(
     layers: list[FusedLayer] = []
     packing: dict[str, dict[str, Any] | bool] = {}
     rest: Parts = {}
-    seen, own = _Fingerprint(), model_dtype(model)
+    seen, own, origins = _Fingerprint(), model_dtype(model), origins_of(model)
     for count, path, parts in _taken_out(model):
         module = modules[path]
         if is_full:
@@ -106,18 +110,39 @@ def stream_fused(
         while parts:
             leaf = next(iter(parts))
             name = f"{path}.{leaf}" if path else leaf
-            if not all_finite(parts[leaf]):
-                raise DoRAError(f"{name} of the base holds NaN or inf.")
-            write(name, parts[leaf])
+            if path in adapted and leaf in _WEIGHT:  # checked already
+                blocks = iter([parts[leaf]])
+            else:
+                blocks = _finite_blocks(name, parts[leaf], origins)
+            write(name, parts[leaf].dtype, parts[leaf].shape, blocks)
             if config.mode == "lossless":
-                seen.add(name, parts[leaf])
-            del parts[leaf]
+                seen.add(name, parts[leaf], origins)
+            del parts[leaf], blocks
         if progress is not None:
             progress("fuse", count, 1)
     beside = None
     if rest:
         beside = _rest_adapter(model, adapter, rest, seen.digest())
     return Fused(layers=tuple(layers), packing=packing, rest=beside)
+
+
+def _finite_blocks(name: str, tensor: mx.array, origins: Origins) -> Iterator[mx.array]:
+    """Yield a tensor to copy: a block of its file at a time if it was not changed.
+
+    Raises:
+        DoRAError: If the tensor holds NaN or inf.
+    """
+    stored = origins.stored(tensor)
+    if stored is None:
+        blocks: Iterable[mx.array] = [tensor]
+    else:
+        flat = stored.reshape(-1)
+        starts = range(0, flat.size, _BLOCK)
+        blocks = (flat[start : start + _BLOCK] for start in starts)
+    for block in blocks:
+        if not all_finite(block):
+            raise DoRAError(f"{name} of the base holds NaN or inf.")
+        yield block
 
 
 def model_dtype(model: nn.Module) -> mx.Dtype:
@@ -157,10 +182,10 @@ class _Fingerprint:
     lines: dict[str, bytes] = field(default_factory=dict)
     samples: dict[str, bytes] = field(default_factory=dict)
 
-    def add(self, name: str, tensor: mx.array) -> None:
+    def add(self, name: str, tensor: mx.array, origins: Origins) -> None:
         self.lines[name] = tensor_line(name, tensor)
         if tensor.ndim > 1 and tensor.size:
-            self.samples[name] = sample_of(tensor)
+            self.samples[name] = sample_of(tensor, origins)
 
     def digest(self) -> str:
         return digest_of(self.lines, self.samples.__getitem__)
@@ -187,7 +212,9 @@ def _fuse_module(
     after, packing = result.weight, None
     before, packed = as_packed(weight), as_packed(after)
     new = {"weight": cast(mx.array, after)} if packed is None else packed.parts
-    if not all(map(all_finite, new.values())) or not result.is_finite:
+    # A dense weight was compared with its base, which shows any NaN or inf.
+    is_checked = before is None or all(map(all_finite, new.values()))
+    if not is_checked or not result.is_finite:
         raise DoRAError(f"{path}: {why_not_finite(weight)}")
     if before is not None and config.mode == "requantize":
         packing = _packing(before, packed)

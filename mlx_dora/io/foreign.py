@@ -3,7 +3,8 @@
 mlx-lm, transformers, tokenizers, huggingface_hub and MLX raise many kinds of errors for
 a damaged or hostile file: a plain ``Exception`` (tokenizers), a ``RuntimeError`` (MLX),
 an ``AttributeError`` or ``ZeroDivisionError`` (a config that they do not check). No
-list of kinds is complete, so this is the only place that catches every exception.
+list of kinds is complete, so this is the only place that catches every exception. So
+may a function that the user wrote, such as a reward.
 """
 
 import contextlib
@@ -39,6 +40,24 @@ def foreign(
         if is_system or (by is not None and not by(error)):
             raise
         raise DoRAError(f"cannot load {source}: {_reason(error)}.") from error
+
+
+@contextlib.contextmanager
+def user_code(name: str) -> Iterator[None]:
+    """Turn an exception of a function that the user wrote into one line.
+
+    Args:
+        name: What the line calls the function.
+
+    Raises:
+        DoRAError: In place of any exception.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split()).rstrip(".")
+        kind = "" if isinstance(error, DoRAError) else f"{type(error).__name__}: "
+        raise DoRAError(f"{name} failed: {kind}{text}") from error
 
 
 def _reason(error: Exception) -> str:

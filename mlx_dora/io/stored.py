@@ -32,6 +32,8 @@ DTYPES: dict[str, tuple[str, mx.Dtype]] = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes accepted for weights; F64 is rounded to float32."""
 
+_COMPARED = 1 << 21  # bytes compared at a time
+
 
 class _Owner:
     """Keeps a file open for as long as this object exists."""
@@ -72,16 +74,43 @@ class StoredTensor(SlicedTensor):
         kind, dtype = DTYPES[self._info.dtype]
         block = np.empty((max(end - first, 0), *self.shape[1:]), kind)
         width = block.itemsize * math.prod(self.shape[1:])
-        place = self._info.start + first * width
-        rest = block.reshape(-1).view(np.uint8).data
+        self._read(block.reshape(-1).view(np.uint8).data, first * width)
+        if self._info.dtype == "F64":
+            return mx.array(_rounded(block, f"{self._path}: {self._name}"))
+        return mx.array(block).view(dtype)
+
+    def every(self, step: int, count: int) -> bytes:
+        """Return every `step`-th element as stored, at most `count` of them."""
+        width = self._info.nbytes // max(self.size, 1)
+        places = range(0, self.size, step)[:count]
+        values = bytearray(width * len(places))
+        view = memoryview(values)
+        for i, place in enumerate(places):
+            self._read(view[i * width : (i + 1) * width], place * width)
+        return bytes(values)
+
+    def holds_same_bytes(self, other: "StoredTensor") -> bool:
+        """Whether two tensors of one size are equal, byte by byte."""
+        size = self._info.nbytes
+        if size != other._info.nbytes:
+            return False
+        buffers = [np.empty(min(size, _COMPARED), np.uint8) for _ in range(2)]
+        for start in range(0, size, _COMPARED):
+            own, theirs = (buffer[: size - start] for buffer in buffers)
+            self._read(own.data, start)
+            other._read(theirs.data, start)
+            if not np.array_equal(own, theirs):
+                return False
+        return True
+
+    def _read(self, into: memoryview, start: int) -> None:
+        """Fill a buffer from the tensor's bytes at `start`."""
+        place, rest = self._info.start + start, into
         while rest.nbytes:
             got = os.preadv(self._file, [rest], place)
             if not got:
                 raise DoRAError(f"{self._path} became shorter while it was read.")
             place, rest = place + got, rest[got:]
-        if self._info.dtype == "F64":
-            return mx.array(_rounded(block, f"{self._path}: {self._name}"))
-        return mx.array(block).view(dtype)
 
     def whole(self) -> mx.array:
         """Read the whole tensor."""

@@ -14,6 +14,7 @@ from mlx_dora.kernels.plans import (
 from mlx_dora.kernels.trial import Job, normal
 from mlx_dora.matrix.low_rank import LowRank
 from mlx_dora.matrix.packed import QuantizedWeight
+from mlx_dora.matrix.sharded import ShardedWeight
 from mlx_dora.matrix.weight import Weight, are_ordinary, row_squares
 
 _DENSE = KERNELS["adapted_norm"]
@@ -56,6 +57,8 @@ def adapted_norm(
         DoRAError: If the shapes do not fit together.
     """
     LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale).check_fits(weight.shape)
+    if isinstance(weight, ShardedWeight):
+        return weight.gathered(own_norm(weight, lora_a, lora_b, scale))
     return row_norm(weight, lora_a, lora_b, scale, squared_base=squared_base)
 
 
@@ -77,7 +80,7 @@ def _takes(
 
 def _case(weight: Weight, rank: int) -> Case | None:
     """Return the case of a call; None for a stack, and a packing without a kernel."""
-    if len(weight.shape) != 2:
+    if len(weight.shape) != 2 or isinstance(weight, ShardedWeight):
         return None
     out, width = weight.shape[0], weight.shape[1]
     if not isinstance(weight, QuantizedWeight):
@@ -101,6 +104,7 @@ def launched(
 
     The kernel sums the squares itself, so that `squared_base` is not used.
     """
+    assert not isinstance(weight, ShardedWeight)
     out, width = weight.shape
     r = lora_a.shape[1]
     # s is multiplied into B on the device: MLX's CUDA build keeps arrays of up to 8
@@ -121,7 +125,26 @@ def launched(
 
 
 row_norm = select(plain.adapted_norm, launched, _takes)
-"""Compute `adapted_norm` without checking shapes, for layers; also for stacks."""
+"""Compute `adapted_norm` without checking shapes, for layers; also for stacks.
+
+The weight must not be divided among processes; see `own_norm`.
+"""
+
+
+def own_norm(
+    weight: ShardedWeight,
+    lora_a: mx.array,
+    lora_b: mx.array,
+    scale: float,
+) -> mx.array:
+    """Compute `adapted_norm` of the rows that this process holds.
+
+    The arguments are those of the whole weight. Shape ``(out / processes,)``.
+    """
+    own = weight.own
+    return row_norm(
+        weight.part, lora_a, lora_b[:, own], scale, squared_base=weight.squares[own]
+    )
 
 
 def job(case: Case) -> Job:

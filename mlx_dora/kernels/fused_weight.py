@@ -10,6 +10,7 @@ from mlx_dora.kernels.plans import plan_fused_weight
 from mlx_dora.kernels.trial import Job, normal
 from mlx_dora.matrix.low_rank import LowRank
 from mlx_dora.matrix.packed import QuantizedWeight
+from mlx_dora.matrix.sharded import ShardedWeight
 from mlx_dora.matrix.weight import Weight, row_blocks
 
 _KERNEL = KERNELS["fused_weight"]
@@ -40,6 +41,7 @@ def fused_weight(
         DoRAError: If the shapes do not fit together.
     """
     LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale).check_fits(weight.shape)
+    assert not isinstance(weight, ShardedWeight)  # layers refuse to fuse it
     out, width = weight.shape
     is_packed = isinstance(weight, QuantizedWeight)
     dtype = weight.scales.dtype if is_packed else weight.dtype

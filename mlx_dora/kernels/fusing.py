@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
+from mlx_dora import openblas
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels.fused_weight import fused_weight
 from mlx_dora.matrix.low_rank import Adapted
@@ -16,15 +17,35 @@ from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.matrix.weight import Weight, row_blocks
 
 # Elements of a block. Its dozen float32 copies are small compared to a large tensor.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 18
+
+Seen = Callable[[mx.array, mx.array, mx.array], None]
+"""Called with rows of the base, and of the adapted weight before and after rounding."""
 
 
-def dense_fused(weight: Weight, adapted: Adapted, dtype: mx.Dtype) -> mx.array:
-    """Return the adapted weight in `dtype`, rounded once. Shape ``(out, in)``."""
+@openblas.one_thread()
+def dense_fused(
+    weight: Weight, adapted: Adapted, dtype: mx.Dtype, seen: Seen | None = None
+) -> mx.array:
+    """Return the adapted weight in `dtype`, rounded once. Shape ``(out, in)``.
+
+    Args:
+        weight: The base weight. Shape ``(out, in)``.
+        adapted: The adapter of this weight.
+        dtype: Dtype of the result.
+        seen: Called with each block of rows, all evaluated and in float32.
+    """
     rows = []
     for index, block in row_blocks(weight, _BLOCK):
-        rows.append(_fused_rows(block, adapted, index).astype(dtype))
-        mx.eval(rows[-1])
+        full = block.astype(mx.float32)
+        fused = _fused_rows(full, adapted, index)
+        rows.append(fused.astype(dtype))
+        if seen is None:
+            mx.eval(rows[-1])
+        else:
+            rounded = rows[-1].astype(mx.float32)
+            mx.eval(rows[-1], full, fused, rounded)
+            seen(full, fused, rounded)
     return rows[0] if len(rows) == 1 else mx.concatenate(rows)
 
 

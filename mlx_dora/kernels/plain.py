@@ -108,6 +108,16 @@ def _scaled_norm(weight: Weight, update: LowRank) -> mx.array:
     return floored_norm(shared) * larger
 
 
+# Elements of a block of s·BA. OpenBLAS sums in an order that depends on its number of
+# rows, and a fuse is to give the same bits again.
+_PRODUCT = 1 << 16
+
+
+def _shifted(part: slice, index: slice) -> slice:
+    """Rows `part` of the rows `index`."""
+    return slice(index.start + part.start, index.start + part.stop)
+
+
 def fused_weight(
     weight: Weight, lora_a: mx.array, lora_b: mx.array, scale: float, m: mx.array
 ) -> mx.array:
@@ -115,7 +125,12 @@ def fused_weight(
     update = LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale)
     rows = []
     for index, block in row_blocks(weight):
-        adapted = block.astype(mx.float32) + update.rows(index)
+        adapted = mx.concatenate(
+            [
+                update.added_to(rows.astype(mx.float32), _shifted(part, index))
+                for part, rows in row_blocks(block, _PRODUCT)
+            ]
+        )
         rescaled, _ = normalize_rows(adapted, m[index].astype(mx.float32))
         rows.append(rescaled.astype(block.dtype))
     return rows[0] if len(rows) == 1 else mx.concatenate(rows)
@@ -130,46 +145,75 @@ def _rounded_once(
 
 
 def compose(
-    y: mx.array, h: mx.array, up: mx.array, gain: mx.array, offset: mx.array | None
+    y: mx.array,
+    h: mx.array,
+    up: mx.array,
+    gain: mx.array,
+    offset: mx.array | None,
+    scale: float = 1.0,
 ) -> mx.array:
-    """Return ``g∘(y + h·up) + offset`` like `rescale`, with MLX's own gradients."""
+    """Return ``g∘(y + s·h·up) + offset`` like `rescale`, with MLX's own gradients."""
     h = h.astype(mx.float32)
     if y.dtype != mx.float32:
-        return _rounded_once(y, h @ up, gain, offset)
-    out = gain * mx.addmm(y, h, up)  # the sum needs no separate pass
+        return _rounded_once(y, _scaled(h, scale) @ up, gain, offset)
+    # The sum and s need no separate pass.
+    out = gain * mx.addmm(y, h, up, alpha=scale)
     return out if offset is None else out + offset
+
+
+def _scaled(h: mx.array, scale: float) -> mx.array:
+    return h if scale == 1 else scale * h
 
 
 _rescale = mx.custom_function(compose)
 
 
-@_rescale.vjp
 def _rescale_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-    y, h, up, gain, offset = primals
-    axes = list(range(y.ndim - 1))
+    _, h, up, gain, offset, *rest = primals
+    scale = rest[0] if rest else 1.0
+    axes = list(range(cotangent.ndim - 1))
     dy = cotangent.astype(mx.float32)
     scaled = gain * dy
     rows = scaled.reshape(-1, scaled.shape[-1])
-    low = h.reshape(-1, h.shape[-1]).astype(mx.float32)
+    low = _scaled(h.reshape(-1, h.shape[-1]).astype(mx.float32), scale)
     # dg = Σ dy·u, and g·u is the output before the offset: only the output is needed.
     out = output.astype(mx.float32)
     unscaled = dy * (out if offset is None else out - offset)
     safe = mx.where(gain != 0, gain, 1.0)
     return (
-        scaled.astype(y.dtype),
-        (scaled @ up.T).astype(h.dtype),
+        scaled.astype(cotangent.dtype),
+        _scaled(scaled @ up.T, scale).astype(h.dtype),
         low.T @ rows,
         mx.where(gain != 0, unscaled.sum(axis=axes) / safe, 0.0),
         None if offset is None else dy.sum(axis=axes),
     )
 
 
-rescale = cast(
-    Callable[[mx.array, mx.array, mx.array, mx.array, mx.array | None], mx.array],
-    _rescale,
-)
-"""``g∘(y + h·up) + offset`` in float32, rounded once to the dtype of `y`.
+_rescale.vjp(_rescale_vjp)
 
-It is differentiable in all arguments. The gradient of g needs only the output, and is 0
-where g is 0. `up`, `gain` and `offset` are float32; `offset` may be None.
+
+@mx.custom_function
+def _rescale_known(*arguments: Any) -> mx.array:
+    return arguments[-1]
+
+
+@_rescale_known.vjp
+def _(primals: Any, cotangent: mx.array, _output: mx.array) -> Any:
+    *inputs, known = primals
+    return *_rescale_vjp(inputs, cotangent, known), mx.zeros_like(known)
+
+
+rescale_known = cast(Callable[..., mx.array], _rescale_known)
+"""`rescale` where its output is known already: the last argument, a constant.
+
+The gradients are those of `rescale`. Where only they are needed, y is not computed.
+"""
+
+rescale = cast(Callable[..., mx.array], _rescale)
+"""``g∘(y + s·h·up) + offset`` in float32, rounded once to the dtype of `y`.
+
+The arguments are those of `compose`, in their order. It is differentiable in all
+arrays. The gradient of g needs only the output, and is 0 where g is 0. `up`, `gain` and
+`offset` are float32; `offset` may be None. s·up is not built, since it would be kept
+for the backward pass.
 """

@@ -29,11 +29,13 @@ def launched(
     up: mx.array,
     gain: mx.array,
     offset: mx.array | None = None,
+    scale: float = 1.0,
 ) -> mx.array:
     """Run the kernel for any size; differentiable."""
     r, out = up.shape
     rows, low = y.reshape(-1, out), h.astype(y.dtype).reshape(-1, r)
-    composed = cast(mx.array, _differentiable(rows, low, up, gain, offset))
+    scaled = up if scale == 1 else scale * up
+    composed = cast(mx.array, _differentiable(rows, low, scaled, gain, offset))
     return composed.reshape(y.shape)
 
 
@@ -139,6 +141,7 @@ def _takes(has_gradients: bool) -> Callable[..., bool]:
         up: mx.array,
         gain: mx.array,
         offset: mx.array | None,
+        _scale: float = 1.0,
     ) -> bool:
         if gain.ndim != 1:  # a variant with one gain for all rows
             return False
@@ -156,18 +159,19 @@ def _takes(has_gradients: bool) -> Callable[..., bool]:
 rescale = select(plain.rescale, launched, _takes(True))
 r"""Add the low-rank part, rescale every output, and add an offset.
 
-.. math:: o = g \circ (y + h\,U) + \mathrm{offset}
+.. math:: o = g \circ (y + s\,h\,U) + \mathrm{offset}
 
-It is differentiable in all arguments. The gradient of g needs only the output:
+It is differentiable in all arrays. The gradient of g needs only the output:
 :math:`dg_j = \sum_t do_{tj} (o_{tj} - \mathrm{offset}_j) / g_j`; at g = 0 it is defined
 as 0.
 
 Args:
     y: Base output. Shape ``(..., out)``, any float dtype.
     h: Low-rank activation x·A. Shape ``(..., r)``.
-    up: s·B. Shape ``(r, out)``, float32.
+    up: Up projection B. Shape ``(r, out)``, float32.
     gain: g = m/n. Shape ``(out,)``, float32.
     offset: Offset to add, shape ``(out,)``, float32, or None.
+    scale: Multiplier s of the low-rank part.
 
 Returns:
     Output, shape ``(..., out)``, in the dtype of `y`; computed in float32 and rounded
@@ -212,10 +216,9 @@ def dora_scale(
         DoRAError: If the shapes do not fit together.
     """
     _check_shapes(y, h, lora_b, m, norm, bias)
-    up = scale * lora_b.astype(mx.float32)
     gain = row_gain(m, mx.stop_gradient(norm.astype(mx.float32)))
     offset = None if bias is None else bias.astype(mx.float32)
-    return rescale(y, h, up, gain, offset)
+    return rescale(y, h, lora_b.astype(mx.float32), gain, offset, scale)
 
 
 def _check_shapes(

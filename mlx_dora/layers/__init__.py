@@ -6,7 +6,8 @@ from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers.embedding import DoRAEmbedding
 from mlx_dora.layers.linear import DoRALinear
 from mlx_dora.layers.multi import DoRAMultiLinear
-from mlx_dora.layers.norms import held_norms
+from mlx_dora.layers.norms import held_norms, shared_pass
+from mlx_dora.layers.sharded import held_whole, sharded_modules
 from mlx_dora.layers.switch import DoRASwitchLinear
 from mlx_dora.layers.wrap import adapt, check_adaptable, dora_class
 from mlx_dora.matrix.weight import weight_of
@@ -22,6 +23,9 @@ __all__ = [
     "dora_class",
     "fused_module",
     "held_norms",
+    "held_whole",
     "is_traced",
+    "sharded_modules",
+    "shared_pass",
     "weight_of",
 ]

@@ -10,6 +10,7 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.finite import all_finite
 from mlx_dora.kernels.fusing import dense_fused, packed_fused
 from mlx_dora.matrix.low_rank import Adapted
+from mlx_dora.matrix.sharded import ShardedWeight
 from mlx_dora.matrix.weight import (
     Weight,
     as_packed,
@@ -45,6 +46,11 @@ def fused_module(
         DoRAError: If the adapted weight holds NaN or inf.
     """
     weight = weight_of(base)
+    if isinstance(weight, ShardedWeight):
+        raise DoRAError(
+            "a model whose weights are divided among processes cannot be fused: save "
+            "the adapter, and fuse it into the model's files (mlx_dora.fuse)."
+        )
     fused: list[Weight] = []
     for matrix, adapter in zip(matrices(weight), adapted, strict=True):
         packed = as_packed(matrix)

@@ -9,11 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.kernels.adapted_norm import row_norm
+from mlx_dora.kernels.adapted_norm import own_norm, row_norm
 from mlx_dora.layers._cache import Epilogue, EvalCache, Sources, is_traced
 from mlx_dora.layers._fuse import fused_module
+from mlx_dora.layers._shared import SharedPass
 from mlx_dora.layers.layout import Layout, rearranged
 from mlx_dora.matrix.low_rank import Adapted, LowRank
+from mlx_dora.matrix.sharded import ShardedWeight
 from mlx_dora.matrix.terms import exact_terms, row_gain
 from mlx_dora.matrix.weight import matrices, row_squares, weight_from, weight_of
 
@@ -76,6 +78,7 @@ class DoRALayer(nn.Module):
     kind: Any = Kind()  # a variant's own code knows its subclass
     _cache: EvalCache | None
     _measured: mx.array
+    _shared: SharedPass | None = None
 
     @classmethod
     def base_types(cls) -> tuple[type[nn.Module], ...]:
@@ -210,12 +213,27 @@ class DoRALayer(nn.Module):
         if "_norm" in self:
             return self["_norm"]
         base = self[self.base_name]
-        return row_norm(
+        if "_row_squares" in base:  # divided among processes
+            return base.whole_weight.gathered(self.own_norm())
+        norm = row_norm(
             weight_from(base, base),
             *self.factors(),
             self.scale,
             squared_base=self["_squared_base"],
         )
+        return norm if self._shared is None else self.keep_norm(norm)
+
+    def keep_norm(self, norm: mx.array) -> mx.array:
+        """Return a norm computed by a call, and hold it in a shared pass."""
+        if self._shared is not None:
+            self._norm = norm
+        return norm
+
+    def own_norm(self) -> mx.array:
+        """Return `norm` of the rows that this process holds of a divided weight."""
+        weight = weight_of(self.base)
+        assert isinstance(weight, ShardedWeight)
+        return own_norm(weight, *self.factors(), self.scale)
 
     def gain(self) -> mx.array:
         """Return the gain g = m/n of every row, float32; exact, cached in eval mode."""

@@ -8,8 +8,9 @@ import mlx.nn as nn
 from mlx_dora.kernels.rescale import rescale
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers.linear import project, project_with_norm
+from mlx_dora.layers.sharded import ShardedEmbedding
 from mlx_dora.matrix.low_rank import LowRank
-from mlx_dora.matrix.terms import floored_norm, row_gain, terms_of
+from mlx_dora.matrix.terms import floored_norm, row_gain, terms_of, trained_gain
 
 
 class DoRAEmbedding(DoRALayer):
@@ -40,7 +41,7 @@ class DoRAEmbedding(DoRALayer):
 
     base_name: ClassVar[str] = "embedding"
     layout = "embedding"
-    embedding: nn.Embedding | nn.QuantizedEmbedding
+    embedding: nn.Embedding | nn.QuantizedEmbedding | ShardedEmbedding
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class DoRAEmbedding(DoRALayer):
     @classmethod
     def base_types(cls) -> tuple[type[nn.Module], ...]:
         """Return the classes of modules that this layer can wrap."""
-        return nn.Embedding, nn.QuantizedEmbedding
+        return nn.Embedding, nn.QuantizedEmbedding, ShardedEmbedding
 
     set_embedding = DoRALayer.set_base
 
@@ -89,7 +90,7 @@ class DoRAEmbedding(DoRALayer):
         if not self.training and (rest := self.epilogue(x.dtype)) is not None:
             return rest.apply(project(self.embedding, x), x)
         y, n = project_with_norm(self, x)  # E·x, ‖E + s·AB‖
-        g = row_gain(self.m, n)
+        g = trained_gain(self.m, n)
         a, b = self.factors()
         h = self.dropout(x) @ a.astype(x.dtype)
-        return rescale(y, h, self.scale * b.astype(mx.float32), g, None)
+        return rescale(y, h, b.astype(mx.float32), g, None, self.scale)

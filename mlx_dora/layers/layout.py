@@ -9,6 +9,8 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dora.matrix.weight import weight_of
+
 Layout = Literal["linear", "embedding", "stack"]
 """How an adapter stores its factors.
 
@@ -45,9 +47,7 @@ def layout_of(module: nn.Module, stacked: int) -> Layout:
 
 def leaf_shapes(module: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a module's adapter of this rank, in mlx-lm's layout."""
-    *experts, rows, width = module["weight"].shape
-    if "scales" in module:
-        width = width * 32 // module.bits
+    *experts, rows, width = weight_of(module).shape
     if experts:
         return {
             "lora_a": (*experts, rank, width),

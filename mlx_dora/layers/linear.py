@@ -9,10 +9,11 @@ from mlx_dora.kernels.dispatch import chosen_mode
 from mlx_dora.kernels.plain import product_and_norm
 from mlx_dora.kernels.rescale import rescale
 from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.layers.sharded import ShardedLinear
 from mlx_dora.matrix.low_rank import Adapted
 from mlx_dora.matrix.packed import unpacks
 from mlx_dora.matrix.riding import rides
-from mlx_dora.matrix.terms import row_gain
+from mlx_dora.matrix.terms import trained_gain
 from mlx_dora.matrix.weight import as_packed, weight_from, weight_of
 
 _PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
@@ -46,7 +47,7 @@ def project_with_norm(layer: DoRALayer, x: mx.array) -> tuple[mx.array, mx.array
         return project(base, x), layer.norm()
     weight, squared = weight_from(base, base), layer["_squared_base"]
     y, n = product_and_norm(x, weight, *layer.factors(), layer.scale, squared)
-    return (y + base["bias"] if "bias" in base else y), n
+    return (y + base["bias"] if "bias" in base else y), layer.keep_norm(n)
 
 
 class DoRALinear(DoRALayer):
@@ -83,7 +84,7 @@ class DoRALinear(DoRALayer):
     """
 
     base_name: ClassVar[str] = "linear"
-    linear: nn.Linear | nn.QuantizedLinear
+    linear: nn.Linear | nn.QuantizedLinear | ShardedLinear
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class DoRALinear(DoRALayer):
     @classmethod
     def base_types(cls) -> tuple[type[nn.Module], ...]:
         """Return the classes of modules that this layer can wrap."""
-        return nn.Linear, nn.QuantizedLinear
+        return nn.Linear, nn.QuantizedLinear, ShardedLinear
 
     @classmethod
     def from_parts(
@@ -146,8 +147,11 @@ class DoRALinear(DoRALayer):
         if not self.training and (rest := self.epilogue(x.dtype)) is not None:
             return rest.apply(project(self.linear, x), x)
         y, n = project_with_norm(self, x)  # W0·x + b, ‖W0 + s·BA‖
-        g = row_gain(self.m, n)
+        g = trained_gain(self.m, n)
         h = self.dropout(x) @ self.lora_a.astype(x.dtype)
-        up = self.scale * self.lora_b.astype(mx.float32)
+        up = self.lora_b.astype(mx.float32)
         # g∘(W0·x + b + s·B(Ax)) + (1 − g)∘b
-        return rescale(y, h, up, g, self.bias_offset(g))
+        if (shared := self._shared) is not None:
+            arguments = y, h, up, g, self.bias_offset(g), self.scale
+            return shared.rescale(self, x, *arguments)
+        return rescale(y, h, up, g, self.bias_offset(g), self.scale)

@@ -1,11 +1,19 @@
-"""Computes all norms of a model once per step."""
+"""Computes the norms of a model once for several passes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_dora.layers._layer import DoRALayer
+from mlx_dora.layers._shared import SharedPass
+from mlx_dora.layers.sharded import ShardedModule
+from mlx_dora.matrix.sharded import ShardedWeight
+from mlx_dora.matrix.weight import weight_of
+
+_OUTPUT = ".output"
 
 
 @contextmanager
@@ -13,14 +21,77 @@ def held_norms(model: nn.Module) -> Iterator[None]:
     """Compute every adapted norm on entry and reuse it until exit.
 
     Norms depend only on the parameters. One computation therefore serves all
-    micro-batches of a step and the recomputed forward passes of gradient checkpointing.
-    Leave the context before the optimizer changes the parameters.
+    micro-batches of a step. Leave the context before the optimizer changes the
+    parameters.
+
+    Norms of weights that are divided among processes are evaluated on entry: inside the
+    context, a process may use them while others do not.
     """
     layers = [m for m in model.modules() if isinstance(m, DoRALayer)]
+    divided = [layer for layer in layers if isinstance(layer.base, ShardedModule)]
     for layer in layers:
-        layer.hold_norm()
+        if not isinstance(layer.base, ShardedModule):
+            layer.hold_norm()
+    if divided:
+        _gather_norms(divided)
     try:
         yield
     finally:
         for layer in layers:
             layer.release_norm()
+
+
+@contextmanager
+def shared_pass(
+    layers: Sequence[DoRALayer], known: dict[str, mx.array]
+) -> Iterator[dict[str, mx.array]]:
+    """Share constants between two passes with the same parameters and inputs.
+
+    The first pass computes each norm where it is needed, with the product of the tokens
+    if that is faster, and the second pass uses these norms. Norms that are held already
+    are not shared. Of few tokens, the output of the last layer is shared too
+    (`SharedPass`).
+
+    Args:
+        layers: The layers, in the same order for both passes.
+        known: What the first pass kept, for the second; empty for the first.
+
+    Yields:
+        What is kept, by the position of the layer; complete on exit.
+    """
+    places = {str(i): layer for i, layer in enumerate(layers)}
+    free = {place: layer for place, layer in places.items() if "_norm" not in layer}
+    shared = SharedPass()
+    kept: dict[str, mx.array] = {}
+    for place, layer in places.items():
+        layer._shared = shared
+        if place in known and place in free:
+            layer._norm = known[place]
+        if (output := known.get(place + _OUTPUT)) is not None:
+            shared.known[id(layer)] = output
+    try:
+        yield kept
+        if (last := shared.last()) is not None:
+            place = next(p for p, layer in places.items() if layer is last[0])
+            kept[place + _OUTPUT] = last[1]
+    finally:
+        for layer in layers:
+            layer._shared = None
+        for place, layer in free.items():
+            if "_norm" in layer:
+                kept[place] = layer.pop("_norm")
+
+
+def _gather_norms(layers: list[DoRALayer]) -> None:
+    """Hold the norms of layers over divided weights, gathered in one message."""
+    own = [layer.own_norm() for layer in layers]
+    ends = np.cumsum([norm.size for norm in own]).tolist()
+    first = weight_of(layers[0].base)
+    assert isinstance(first, ShardedWeight)
+    every = first.gathered(mx.concatenate(own)[None])
+    norms = [
+        mx.contiguous(norm.reshape(-1)) for norm in mx.split(every, ends[:-1], axis=1)
+    ]
+    mx.eval(norms)
+    for layer, norm in zip(layers, norms, strict=True):
+        layer._norm = norm

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.matrix.low_rank import Adapted, LowRank, row_inner
+from mlx_dora.matrix.low_rank import Adapted, LowRank
 from mlx_dora.matrix.terms import (
     ExactTerms,
     Terms,
@@ -96,8 +96,7 @@ def blend(weight: Weight, parts: Sequence[tuple[float, Measured]]) -> Measured:
         lora_b=mx.concatenate(all_b),
         scale=1.0,
     )
-    a, b = update.lora_a, update.lora_b.T
-    p = row_inner(a, b, a, b)
+    p = update.squared_rows()
     terms = Terms(q0=parts[0][1].terms.q0, c=cross, p=p, scale=1.0)
     # The products are too inaccurate or outside the range of float32: read W0 again.
     if mx.any(terms.cancelled) or not are_ordinary(terms.parts):

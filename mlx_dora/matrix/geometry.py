@@ -13,7 +13,13 @@ import numpy as np
 from mlx_dora.errors import DoRAError
 from mlx_dora.matrix.low_rank import Adapted, Factors
 from mlx_dora.matrix.terms import Terms, cancels
-from mlx_dora.matrix.weight import Weight, base_products, float32_rows, row_blocks
+from mlx_dora.matrix.weight import (
+    Weight,
+    base_products,
+    float32_rows,
+    row_blocks,
+    row_dot,
+)
 
 # Elements of a float64 block of rows that are computed densely.
 _BLOCK = 1 << 18
@@ -170,13 +176,13 @@ def blocks_geometry(
         full = before.astype(np.float64)
         delta = after.astype(np.float64)
         delta -= full
-        q0 = np.einsum("ij,ij->i", full, full)
-        c = np.einsum("ij,ij->i", full, delta)
-        p = np.einsum("ij,ij->i", delta, delta)
+        q0 = row_dot(full, full)
+        c = row_dot(full, delta)
+        p = row_dot(delta, delta)
         share = np.divide(c, q0, out=np.zeros_like(c), where=q0 > 0)
         full *= share[:, None]
         delta -= full
-        away = np.sqrt(np.einsum("ij,ij->i", delta, delta) * q0)
+        away = np.sqrt(row_dot(delta, delta) * q0)
         # Where 2c + p cancels, the row nearly vanished. Its parts parallel and
         # orthogonal to the base row still give its length.
         norm = np.hypot((1 + share) * np.sqrt(q0), np.sqrt(_across(away, q0, p)))

@@ -16,7 +16,8 @@ from mlx_dora.matrix.weight import Weight, as_packed
 # used there, whose results are bit-identical to the base's.
 _SMALL_WORK = 1 << 21
 # Stacking copies x. With more tokens per row of a dense W0, the copy takes as long as
-# reading W0 again.
+# reading W0 again: benchmarks/bench_riding.py times whole steps with and without riders
+# (docs/training.md, "Few tokens").
 _TOKENS_PER_ROW = 0.25
 
 
@@ -31,6 +32,8 @@ def rides(base: Any, x: mx.array) -> bool:
         base: A module with a matrix ``weight``, dense or packed.
         x: Activations, shape ``(..., in)``.
     """
+    if "_row_squares" in base:  # the rows of other processes are not here
+        return False
     if x.dtype != mx.float32 or mx.default_device().type != mx.DeviceType.cpu:
         return False
     weight, width = base["weight"], x.shape[-1]

@@ -7,13 +7,15 @@ with :math:`q_0 = \lVert W_0\rVert^2`, :math:`c = \langle W_0, BA\rangle` and
 same formulas serve MLX's float32 and NumPy's float64.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic
+from typing import Any, Generic, cast
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_dora.matrix.low_rank import Adapted, Array, LowRank, row_inner
+from mlx_dora.matrix.low_rank import Adapted, Array, LowRank
+from mlx_dora.matrix.sharded import ShardedWeight
 from mlx_dora.matrix.weight import (
     Weight,
     are_ordinary,
@@ -41,6 +43,25 @@ def row_gain(magnitude: mx.array, norm: mx.array) -> mx.array:
     return mx.where(
         lives, magnitude.astype(mx.float32) / mx.where(lives, norm, 1.0), 0.0
     )
+
+
+_constant_norm_gain = mx.custom_function(row_gain)
+
+
+@_constant_norm_gain.vjp
+def _gain_vjp(primals: Any, cotangent: mx.array, gain: mx.array) -> Any:
+    # 1/n from the gain, which the backward pass needs anyway: n need not be kept.
+    magnitude, norm = primals
+    m = magnitude.astype(mx.float32)
+    inverse = mx.where(m != 0, gain / mx.where(m != 0, m, 1.0), 0.0)
+    return (cotangent * inverse).astype(magnitude.dtype), mx.zeros_like(norm)
+
+
+trained_gain = cast(Callable[[mx.array, mx.array], mx.array], _constant_norm_gain)
+"""`row_gain` for training, where the norm is a constant (section 4.3 of DoRA).
+
+The gradient of a magnitude of 0 is 0: such a magnitude stays 0.
+"""
 
 
 def one_minus_cosine(base: mx.array, norm: mx.array, update: mx.array) -> mx.array:
@@ -105,10 +126,10 @@ def terms_of(q0: mx.array, product: mx.array, update: LowRank) -> Terms[mx.array
         product: U = W0·A, shape ``(..., out, r)``, float32.
         update: The update, with A ``(..., in, r)`` and B ``(..., r, out)``.
     """
-    a = update.lora_a.astype(mx.float32)
-    b = update.lora_b.astype(mx.float32).swapaxes(-1, -2)  # (..., out, r)
-    p = row_inner(a, b, a, b)
-    return Terms(q0=q0, c=(product * b).sum(-1), p=p, scale=update.scale)
+    # In the layout of B, not of Bᵀ: the sum then runs along rows of memory.
+    b = update.lora_b.astype(mx.float32)  # (..., r, out)
+    c = (product.swapaxes(-1, -2) * b).sum(-2)
+    return Terms(q0=q0, c=c, p=update.squared_rows(), scale=update.scale)
 
 
 def floored_norm(terms: Terms[mx.array]) -> mx.array:
@@ -145,9 +166,23 @@ def exact_terms(weight: Weight, update: LowRank) -> ExactTerms:
         DoRAError: If the shapes do not fit together.
     """
     update.check_fits(weight.shape)
+    if isinstance(weight, ShardedWeight):
+        return _gathered_terms(weight, update)
     scaled = update.with_unit_columns()
     q0, product = base_products(weight, scaled.lora_a)
     return with_exact_norm(weight, update, terms_of(q0, product, scaled))
+
+
+def _gathered_terms(weight: ShardedWeight, update: LowRank) -> ExactTerms:
+    """Compute the terms of the own rows, dense rows included, and gather them."""
+    own = exact_terms(weight.part, update.for_rows(weight.own))
+    columns = mx.stack([own.q0, own.c, own.p, own.norm], axis=1)
+    count = mx.distributed.all_sum(mx.array(own.recomputed), group=weight.group)
+    q0, c, p, norm = weight.gathered(columns).T
+    mx.eval(q0, c, p, norm, count)
+    return ExactTerms(
+        q0=q0, c=c, p=p, scale=update.scale, norm=norm, recomputed=int(count)
+    )
 
 
 def with_exact_norm(

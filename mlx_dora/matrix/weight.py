@@ -1,7 +1,7 @@
 """A frozen weight W0, dense or packed: its rows, blocks and products.
 
-Through these functions, the rest of the package treats a dense array and a
-`QuantizedWeight` alike. Only this module reads W0 in blocks.
+Through these functions, the rest of the package treats a dense array, a
+`QuantizedWeight` and a `ShardedWeight` alike. Only this module reads W0 in blocks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,14 +13,18 @@ import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.matrix.packed import QuantizedWeight
+from mlx_dora.matrix.sharded import ShardedWeight
 
-Weight = mx.array | QuantizedWeight
-"""A matrix ``(out, in)``, or a stack of them ``(n, out, in)``."""
+Weight = mx.array | QuantizedWeight | ShardedWeight
+"""A matrix ``(out, in)``, or a stack of them ``(n, out, in)``.
+
+A `ShardedWeight` is a matrix. All processes of its group must make the same calls.
+"""
 
 # Elements of a block, whose float32 copy takes 4 MB.
 _BLOCK = 1 << 20
 # Elements of a block that is also copied to float64.
-_SMALL_BLOCK = 1 << 18
+_SMALL_BLOCK = 1 << 20
 # Between these bounds, a sum of squares is not affected by underflow or overflow.
 _LEAST_SQUARE = 2.0**-60
 _LARGEST_SQUARE = 2.0**120
@@ -30,27 +34,35 @@ def weight_from(parts: Mapping[str, Any], packing: Any) -> Weight:
     """Return the weight of a module from its arrays.
 
     Args:
-        parts: ``weight`` and, if packed, ``scales`` and ``biases``.
-        packing: The module, with ``group_size``, ``bits`` and ``mode``.
+        parts: ``weight`` and, if packed, ``scales`` and ``biases``; ``_row_squares``
+            if they are a process's share of the rows.
+        packing: The module, with ``group_size``, ``bits`` and ``mode``; with ``group``
+            if its rows are shared.
 
     Raises:
         DoRAError: If the weight is packed with a global scale.
     """
+    part: mx.array | QuantizedWeight
     if "scales" not in parts:
-        return parts["weight"]
-    if parts.get("global_scale") is not None:
+        part = parts["weight"]
+    elif parts.get("global_scale") is not None:
         raise DoRAError(
             f"{type(packing).__name__} has weights with a global scale, to which DoRA "
             "cannot be applied."
         )
-    return QuantizedWeight(
-        weight=parts["weight"],
-        scales=parts["scales"],
-        biases=parts.get("biases"),
-        group_size=cast(int, packing.group_size),
-        bits=cast(int, packing.bits),
-        mode=cast(str, packing.mode),
-    )
+    else:
+        part = QuantizedWeight(
+            weight=parts["weight"],
+            scales=parts["scales"],
+            biases=parts.get("biases"),
+            group_size=cast(int, packing.group_size),
+            bits=cast(int, packing.bits),
+            mode=cast(str, packing.mode),
+        )
+    squares = parts.get("_row_squares")
+    if squares is None:
+        return part
+    return ShardedWeight(part=part, group=packing.group, squares=squares)
 
 
 def weight_of(module: Any) -> Weight:
@@ -69,6 +81,8 @@ def as_packed(weight: Weight) -> QuantizedWeight | None:
 
 def take_rows(weight: Weight, index: slice | mx.array) -> Weight:
     """Return some output rows, packed if the weight is packed."""
+    if isinstance(weight, ShardedWeight):
+        weight = weight.whole()
     if isinstance(weight, QuantizedWeight):
         return weight.rows(index)
     return weight[index]
@@ -76,11 +90,15 @@ def take_rows(weight: Weight, index: slice | mx.array) -> Weight:
 
 def dense(weight: Weight) -> mx.array:
     """Return the whole weight, unpacked in its own dtype."""
+    if isinstance(weight, ShardedWeight):
+        weight = weight.whole()
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
 
 
 def dense_dtype(weight: Weight) -> mx.Dtype:
     """Return the dtype of the unpacked weight."""
+    if isinstance(weight, ShardedWeight):
+        weight = weight.part
     return dense(take_rows(weight, slice(0, 1))).dtype
 
 
@@ -90,6 +108,8 @@ def unpacked_dtype(weight: Weight, own: mx.Dtype) -> mx.Dtype:
     Scales in mode ``affine`` have the model's dtype. In other modes they are bytes,
     which MLX always unpacks to bfloat16; the result is then `own`.
     """
+    if isinstance(weight, ShardedWeight):
+        weight = weight.part
     if isinstance(weight, QuantizedWeight) and weight.biases is None:
         return own
     return dense_dtype(weight)
@@ -121,6 +141,8 @@ def row_blocks(
         weight: Dense or packed. Shape ``(out, in)``.
         elements: Greatest number of elements per block; None for about one million.
     """
+    if isinstance(weight, ShardedWeight):
+        weight = weight.whole()
     out, width = weight.shape
     step = max(1, (elements or _BLOCK) // max(width, 1))
     for start in range(0, out, step):
@@ -130,6 +152,8 @@ def row_blocks(
 
 def row_squares(weight: Weight) -> mx.array:
     """Return ‖W0‖² of each output row, summed in float32. Shape ``(..., out)``."""
+    if isinstance(weight, ShardedWeight):
+        return weight.squares
     if len(weight.shape) > 2:
         squares = [row_squares(matrix) for matrix in matrices(weight)]
         mx.eval(squares)
@@ -227,6 +251,8 @@ def product(weight: Weight, lora_a: mx.array) -> mx.array:
     Returns:
         The product U, shape ``(..., out, r)``, float32.
     """
+    if isinstance(weight, ShardedWeight):
+        return weight.gathered(product(weight.part, lora_a))
     if isinstance(weight, QuantizedWeight):
         rows = lora_a.astype(mx.float32).swapaxes(-1, -2)
         multiply = weight.matmul if lora_a.ndim == 2 else weight.packed_matmul
@@ -252,6 +278,9 @@ def base_products(
         ‖W0‖², shape ``(out,)``, and U, shape ``(out, R)``, in float32 unless
         `in_float64`.
     """
+    if isinstance(weight, ShardedWeight) and not in_float64:
+        own = base_products(weight.part, lora_a)
+        return weight.squares, weight.gathered(own[1])
     a, columns = lora_a.astype(mx.float32), None
     if in_float64:
         a, columns = scaled_to_unit(a, axis=-2)
@@ -279,13 +308,26 @@ def _products_in_float64(
     """‖W0‖² and W0·A of a float32 block; rows are scaled if a square leaves float32."""
     product = block @ lora_a
     mx.eval(block, product)
-    view = np.array(block, copy=False)
-    squares = np.einsum("ij,ij->i", view, view, dtype=np.float64)
+    wide = np.array(block, copy=False).astype(np.float64)
+    squares = row_dot(wide, wide)
     if not block.size or _within(squares):
         return squares, np.array(product, np.float64)
     block, power = scaled_to_unit(block, axis=-1)
     factor = np.array(power, np.float64)
     return squares, np.array(block @ lora_a, np.float64) * factor
+
+
+def row_dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the inner product of each pair of rows, summed in the dtype of the rows.
+
+    Args:
+        first: Rows, float32 or float64. Shape ``(out, in)``.
+        second: Rows of the same dtype and shape.
+
+    Returns:
+        Inner products in float64. Shape ``(out,)``.
+    """
+    return np.einsum("ij,ij->i", first, second).astype(np.float64, copy=False)
 
 
 def _within(squares: np.ndarray) -> bool:
@@ -299,6 +341,7 @@ def matrices(weight: Weight) -> list[Weight]:
     """
     if len(weight.shape) == 2:
         return [weight]
+    assert not isinstance(weight, ShardedWeight)
     if not isinstance(weight, QuantizedWeight):
         return list(_slices(weight))
     none = [None] * weight.shape[0]

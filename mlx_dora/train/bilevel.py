@@ -133,7 +133,7 @@ class BilevelStepper(Stepper):
         """
         super().apply(self.part(gradient, is_direction))
         ahead = super().gradient(self._held_out)
-        if ahead.tokens and math.isfinite(ahead.loss) and math.isfinite(ahead.norm):
+        if ahead.count and math.isfinite(ahead.loss) and math.isfinite(ahead.norm):
             total = self.hypergradient(ahead)
             if math.isfinite(total.norm):
                 self._upper.apply(total)

@@ -9,6 +9,8 @@ from mlx_dora.options import option
 
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
 FineTuneType = Literal["dora", "lora", "full"]
+ObjectiveName = Literal["sft", "dpo", "orpo", "kto", "simpo", "grpo"]
+Shard = Literal["full"]
 SERVICES = ("wandb", "swanlab")
 
 
@@ -41,6 +43,13 @@ class TrainConfig(DataConfig):
         help="Kind of training: a DoRA or LoRA adapter, or the full weights of "
         "the blocks.",
         recorded=True,
+        group="Common options",
+    )
+    objective: ObjectiveName = option(
+        "sft",
+        help="What to minimize: sft, the cross-entropy of examples; dpo, orpo, kto or "
+        "simpo, a loss of preferences; grpo, a reward.",
+        may_change=True,  # recorded by the objective itself
         group="Common options",
     )
     optimizer: Optimizer = option(
@@ -240,6 +249,12 @@ class TrainConfig(DataConfig):
         least=1,
         recorded=True,
         group="Training",
+    )
+    shard: Shard | None = option(
+        None,
+        help="Divide the frozen weights among the processes of mlx.launch, for models "
+        "larger than one machine; full: each holds a share of the rows.",
+        group="Memory",
     )
     clear_cache_threshold: int = option(
         0,

@@ -9,7 +9,6 @@ import numpy as np
 
 from mlx_dora.adapters.surgery import dora_layers
 from mlx_dora.layers import DoRALayer
-from mlx_dora.matrix.low_rank import row_inner
 from mlx_dora.matrix.terms import one_minus_cosine, row_gain
 
 
@@ -50,10 +49,8 @@ def measure_geometry(model: nn.Module) -> dict[str, LayerGeometry]:
 
 def _measure(layer: DoRALayer) -> mx.array:
     base, norm, m = mx.sqrt(layer["_squared_base"]), layer.norm(), layer["m"]
-    a, b = (factor.astype(mx.float32) for factor in layer.factors())
-    b = b.swapaxes(-1, -2)
-    update = row_inner(a, b, a, b)  # ‖BA‖² of each row
-    moved = one_minus_cosine(base, norm, abs(layer.scale) * mx.sqrt(update))
+    update = mx.sqrt(layer.adapted().update.squared_rows())  # ‖BA‖
+    moved = one_minus_cosine(base, norm, abs(layer.scale) * update)
     moved = mx.where(m < 0, 2 - moved, moved)
     lives = norm > 0  # a zero row stays zero for every m
     length = mx.where(lives, mx.abs(m), 0.0)

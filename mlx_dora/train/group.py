@@ -5,14 +5,18 @@ on machines that do not have it.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_dora.data.batches import Batch
 from mlx_dora.errors import DoRAError
+
+_MOST_COMPARED = 64
+"""Batches of an update whose shapes are compared between processes."""
 
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
@@ -87,6 +91,32 @@ def share_tensors(
         mx.eval(words)
         shared[name] = mx.view(words, value.dtype).reshape(value.shape)
     return shared
+
+
+def check_same_shapes(window: Sequence[Batch], group: mx.distributed.Group) -> None:
+    """Refuse batches whose shapes differ between processes.
+
+    Processes that divide a model's weights communicate within each pass.
+
+    Raises:
+        SharedError: If shapes differ.
+    """
+    if group.size() == 1:
+        return
+    shapes = np.zeros((_MOST_COMPARED, 2), np.int32)
+    for place, (tokens, *_) in enumerate(window[:_MOST_COMPARED]):
+        shapes[place] = tokens.shape
+    every = mx.distributed.all_gather(mx.array(shapes)[None], group=group)
+    found = np.array(every).tolist()
+    if any(own != found[0] for own in found):
+        listed = "; ".join(
+            f"{[tuple(shape) for shape in own if any(shape)]} in process {rank}"
+            for rank, own in enumerate(found)
+        )
+        raise SharedError(
+            f"with shard, batches must have the same shape in every process: {listed}. "
+            "Make such batches, or train without shard."
+        )
 
 
 def check_alike(settings: dict[str, Any], group: mx.distributed.Group) -> None:

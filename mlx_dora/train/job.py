@@ -8,24 +8,30 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_dora.adapters.attach import attach_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load, model_folder
+from mlx_dora.adapters.sharding import PendingDivision, load_sharded
 from mlx_dora.data.loading import make_datasets
 from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.loss import LossResult
 from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import together
+from mlx_dora.train.grpo.config import RewardConfig
+from mlx_dora.train.objectives.config import PreferenceConfig
+from mlx_dora.train.objectives.make import make_objective
+from mlx_dora.train.objectives.objective import Measured, Objective
 from mlx_dora.train.optimizers import build_optimizer
 from mlx_dora.train.peers import watched_peers
 from mlx_dora.train.plot import PLOT_NAME, can_plot, plot_losses
 from mlx_dora.train.run.finetune import finetune
 from mlx_dora.train.run.journal import StepReport, TrainReport
-from mlx_dora.train.run.run import measure_loss
+from mlx_dora.train.run.run import measure
 from mlx_dora.train.run.start import check_folder
 from mlx_dora.train.services import HostCallback, check_services
+from mlx_dora.train.sharded import finish
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +45,14 @@ class JobResult:
 
     Args:
         train: Report of the training; None if there was only a test.
-        test: Loss on the test set; None without a test.
+        test: The objective on the test set; None without a test.
         plot: Path of the loss plot; None without matplotlib or training.
         splits: Names of the data sets that were read and have rows.
         chats: Whether the model has a chat template.
     """
 
     train: TrainReport | None
-    test: LossResult | None
+    test: Measured | None
     plot: Path | None
     splits: tuple[str, ...] = ()
     chats: bool = False
@@ -56,6 +62,8 @@ def run_job(
     train: TrainConfig,
     dora: DoRAConfig,
     *,
+    preference: PreferenceConfig | None = None,
+    reward: RewardConfig | None = None,
     callback: Callable[[StepReport], None] | HostCallback | None = None,
     progress: Progress | None = None,
 ) -> JobResult:
@@ -69,6 +77,8 @@ def run_job(
     Args:
         train: Settings of the training; names model, data and adapter folder.
         dora: Settings of the adapter.
+        preference: Settings of the objectives dpo, orpo, kto and simpo.
+        reward: Settings of the objective grpo.
         callback: Called with each report, or an mlx-lm ``TrainingCallback``.
         progress: Called after every step and during validations and the test.
 
@@ -77,28 +87,39 @@ def run_job(
         KeyboardInterrupt: After Ctrl-C, once the step is done and the adapter is saved.
     """
     group = mx.distributed.init()
-    try:
-        with watched_peers(group):
-            return _run(train, dora, group, callback, progress)
-    except RuntimeError as error:
-        if group.size() == 1 or _PEER_LOST not in str(error):
-            raise
-        raise DoRAError(
-            f"another process of this training has ended ({error}): see its output; "
-            "--resume continues from the last checkpoint."
-        ) from error
+    with watched_peers(group) as ended:
+        try:
+            objective = make_objective(train, preference, reward=reward)
+            return _run(train, dora, objective, group, callback, progress)
+        except RuntimeError as error:
+            if group.size() == 1 or _PEER_LOST not in str(error):
+                raise
+            ranks = ", ".join(map(str, ended()))
+            what = f"process {ranks}" if ranks else "another process"
+            raise DoRAError(
+                f"{what} of this training has ended ({error}): see its output; "
+                "--resume continues from the last checkpoint."
+            ) from error
 
 
 def _run(
     train: TrainConfig,
     dora: DoRAConfig,
+    objective: Objective,
     group: mx.distributed.Group,
     callback: Callable[[StepReport], None] | HostCallback | None,
     progress: Progress | None,
 ) -> JobResult:
     folder = Path(train.adapter_path).expanduser()
     with together(group):
-        model, tokenizer, data = _load(train, folder, is_first=group.rank() == 0)
+        objective.check(train, dora)
+        model, tokenizer, data = _load(train, objective, folder, group)
+    if isinstance(model, PendingDivision):
+        model = finish(model)
+        if not train.trains and train.adapter_path:
+            with together(group):
+                attach_adapter(model, read_adapter(folder), name=str(folder))
+                model.eval()
     report, plot = None, None
     if train.trains:
         report = finetune(
@@ -111,6 +132,7 @@ def _run(
             adapter_path=folder,
             callback=callback,
             progress=progress,
+            objective=objective,
         )
         with together(group):
             if can_plot() and group.rank() == 0:
@@ -118,7 +140,10 @@ def _run(
                 plot_losses(report.history, plot)
     test = None
     if train.test:
-        test = measure_loss(model, data["test"], train, "test", progress, group)
+        test_set = objective.limited(data["test"], train.max_seq_length)
+        if not train.trains:
+            objective.adapting(model)
+        test = measure(objective, model, test_set, train, "test", progress, group)
     return JobResult(
         train=report,
         test=test,
@@ -128,8 +153,16 @@ def _run(
     )
 
 
-def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any, Any]:
-    """Load model, tokenizer and data; quick checks precede the slow loading."""
+def _load(
+    train: TrainConfig,
+    objective: Objective,
+    folder: Path,
+    group: mx.distributed.Group,
+) -> tuple[Any, Any, Any]:
+    """Load model, tokenizer and data; quick checks precede the slow loading.
+
+    With ``shard`` on several processes, the model is a `PendingDivision`.
+    """
     if train.model is None:
         raise DoRAError("model is not given: name a folder or a Hugging Face id.")
     if not train.trains and not train.test:
@@ -139,7 +172,7 @@ def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any
     if train.trains:
         if not train.adapter_path:
             raise DoRAError("adapter_path is empty: name a folder for the adapter.")
-        if is_first:
+        if group.rank() == 0:
             data = train.data if train.hf_dataset is None else None
             check_folder(folder, train, inputs=(data,))
             check_services(train)
@@ -154,10 +187,12 @@ def _load(train: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Any, Any
             raise DoRAError(f"{train.data} has no {name} data.")
         logger.warning("there is no validation data: training without validation")
     model_folder(train.model)
-    model, tokenizer = load(
-        train.model, tested, trust_remote_code=train.trust_remote_code
-    )
-    return model, tokenizer, make_datasets(splits, tokenizer)
+    trust = train.trust_remote_code
+    if train.shard and group.size() > 1:
+        model, tokenizer = load_sharded(train.model, group, trust_remote_code=trust)
+    else:
+        model, tokenizer = load(train.model, tested, trust_remote_code=trust)
+    return model, tokenizer, make_datasets(splits, tokenizer, objective.dataset)
 
 
 def _check_tested(path: str) -> None:

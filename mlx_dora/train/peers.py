@@ -27,6 +27,9 @@ TIMEOUT_VARIABLE = "MLX_DORA_PEER_TIMEOUT"
 DEFAULT_TIMEOUT = 120.0
 """Seconds of silence after which a process counts as stopped."""
 
+_PROBES = 3
+_PROBE_PAUSE = 0.1  # seconds
+
 logger = logging.getLogger(__name__)
 
 Address = tuple[str, int]
@@ -52,13 +55,17 @@ def peer_timeout() -> float:
 
 
 @contextmanager
-def watched_peers(group: mx.distributed.Group) -> Iterator[None]:
+def watched_peers(group: mx.distributed.Group) -> Iterator[Callable[[], list[int]]]:
     """Exit with a one-line error and code 1 if another process falls silent.
 
     A process that has never sent a datagram (a firewall may drop them) is not watched.
 
     Args:
         group: The processes; all of them must make this call.
+
+    Yields:
+        A function that returns the ranks of processes that have ended, as far as their
+        machines tell; see `PeerWatch.ended`.
     """
     seconds = 0.0
     with together(group):
@@ -67,7 +74,7 @@ def watched_peers(group: mx.distributed.Group) -> Iterator[None]:
     # All use the first process's limit, so that all take part or none does.
     seconds = share(seconds, group)
     if not seconds:
-        yield
+        yield list
         return
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
         own = _own_host(group.rank())
@@ -84,7 +91,7 @@ def watched_peers(group: mx.distributed.Group) -> Iterator[None]:
             on_silence=_end,
         )
         with watch:
-            yield
+            yield watch.ended
 
 
 class PeerWatch:
@@ -130,6 +137,24 @@ class PeerWatch:
         self._channel.sendto(b"", self._channel.getsockname())  # wakes the thread
         self._thread.join()
         self._send("end")
+
+    def ended(self) -> list[int]:
+        """Return the ranks of processes whose machines refuse datagrams for them.
+
+        A process that was killed no longer has a socket. A machine that is unreachable
+        gives no answer, so its processes are not listed.
+        """
+        refused = []
+        for rank, address in self._others.items():
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                try:
+                    probe.connect(address)
+                    for _ in range(_PROBES):  # the refusal of one fails the next
+                        probe.send(b"")
+                        time.sleep(_PROBE_PAUSE)
+                except OSError:
+                    refused.append(rank)
+        return refused
 
     def _run(self) -> None:
         sent = checked = time.monotonic()

@@ -1,6 +1,6 @@
 """Gradient checkpointing of a model's blocks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.layers import DoRALayer, shared_pass
 
 
 class _KeyedDropout(nn.Dropout):
@@ -31,7 +32,8 @@ def recomputed_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     Inside the context, each block of ``model.layers`` (and each dropout in it) is an
     instance of a subclass of its class; the classes themselves do not change. Plain
     `mx.checkpoint` would draw new dropout masks when it recomputes, and thus return the
-    gradient of a different function.
+    gradient of a different function; and it would compute the norms of adapted rows
+    twice. Here the first pass keeps them, one number per row.
 
     Args:
         model: A model with blocks in ``layers``.
@@ -82,12 +84,22 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
             limit = 2**32 - 1
             keys = mx.random.randint(0, limit, (len(dropouts), 2), dtype=mx.uint32)
 
-        def inner(parameters: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+        layers = [m for m in block.modules() if isinstance(m, DoRALayer)]
+
+        def inner(
+            known: dict[str, mx.array],
+            parameters: Any,
+            keys: Any,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[Any, dict[str, mx.array]]:
             block.update(parameters)
             for i, dropout in enumerate(dropouts):
                 # Bypasses the module's state, where the key would be a parameter.
                 object.__setattr__(dropout, "_key", None if keys is None else keys[i])
-            return plain(block, *args, **kwargs)
+            with shared_pass(layers, known) as kept:
+                output = plain(block, *args, **kwargs)
+            return output, kept
 
         parameters = block.trainable_parameters()
         return recomputed(inner, parameters, keys, *args, **kwargs)
@@ -95,7 +107,11 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
-def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def recomputed(
+    function: Callable[..., tuple[mx.array, dict[str, mx.array]]],
+    *args: Any,
+    **kwargs: Any,
+) -> mx.array:
     """Call a function, and recompute it in the backward pass.
 
     With `mx.checkpoint` the recomputation may begin as soon as the forward pass has
@@ -103,10 +119,15 @@ def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     recomputation waits for the gradient of the function's output.
 
     Args:
-        function: Returns an array. Only floating-point arrays among its arguments
-            receive gradients.
+        function: Takes a dictionary of constants, then the arguments; returns an array
+            and a dictionary of constants. The first call gets an empty one, and the
+            recomputation what the first call returned. Only floating-point arrays among
+            the arguments receive gradients.
         args: Trees of arrays and other values.
         kwargs: Trees of arrays and other values.
+
+    Returns:
+        The array that `function` returns.
     """
     # kwargs first: flattening drops an empty tree only at the end of a list.
     flat = cast(list[tuple[str, Any]], tree_flatten([kwargs, list(args)]))
@@ -116,20 +137,28 @@ def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
     ]
 
-    def of_arrays(*arrays: mx.array) -> mx.array:
+    def of_arrays(
+        known: dict[str, mx.array], arrays: Sequence[mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
         values = list(flat)
         for place, array in zip(places, arrays, strict=True):
             values[place] = (flat[place][0], array)
         new_kwargs, new_args = tree_unflatten(values)
-        return function(*new_args, **new_kwargs)
+        return function(known, *new_args, **new_kwargs)
 
-    forward = mx.custom_function(of_arrays)
+    @mx.custom_function
+    def forward(arrays: list[mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
+        return of_arrays({}, arrays)
 
     @forward.vjp
-    def _(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-        primals = mx.depends(list(primals), [cotangent])
-        _, gradients = mx.vjp(of_arrays, primals, [cotangent])
+    def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        (cotangent, _), (_, known) = cotangents, outputs
+        primals = mx.depends(primals, [cotangent])
+        _, gradients = mx.vjp(
+            lambda *arrays: of_arrays(known, arrays)[0], primals, [cotangent]
+        )
         # Release all gradients together, since each keeps recomputed arrays alive.
-        return tuple(mx.depends(gradients, gradients))
+        return mx.depends(gradients, gradients)
 
-    return forward(*(flat[place][1] for place in places))
+    output, _ = cast(Any, forward([flat[place][1] for place in places]))
+    return output

@@ -100,6 +100,7 @@ def report_to_host(callback: Any, report: StepReport) -> None:
         "tokens_per_second": report.tokens_per_second,
         "trained_tokens": report.trained_tokens,
         "peak_memory": report.peak_memory_bytes / 1e9,
+        **(report.metrics or {}),
     }
     info = {name: value for name, value in info.items() if value is not None}
     if report.val_loss is not None:

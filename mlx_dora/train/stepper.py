@@ -1,6 +1,6 @@
 """An update of the weights, from the gradients of some batches on all processes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,9 +13,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_dora.data.batches import Batch, Examples, shape_of
-from mlx_dora.evaluate.loss import Loss
-from mlx_dora.layers import held_norms
+from mlx_dora.layers import held_norms, sharded_modules
+from mlx_dora.matrix.sharded import in_order
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.group import check_same_shapes
 from mlx_dora.train.optimizers import build_optimizer
 
 B_NAME = "lora_b"
@@ -30,15 +31,19 @@ class Gradient:
             the mean loss.
         scale: Divisor that turns `total` into the mean gradient, a scalar.
         loss: Sum of the losses.
+        count: Number of what the losses are summed over: targets, or pairs.
         tokens: Number of targets.
         norm: Norm of the mean gradient over all parameters.
+        table: Sum and weight of each metric of the objective, as a flat list.
     """
 
     total: Any
     scale: mx.array
     loss: float
+    count: int
     tokens: int
     norm: float
+    table: tuple[float, ...] = ()
 
 
 def is_up_factor(name: str) -> bool:
@@ -69,7 +74,11 @@ class Stepper:
         model: The model to train, in train mode.
         optimizer: From `make_optimizer`, initialized for the model or restored.
         held_out: Batches of each level after the first; empty in plain training.
-        loss: Returns the mean loss of a batch and its number of targets.
+        loss: Returns the mean loss of a batch and the number of what it is a mean of;
+            of some objectives, also the number of targets and a table of metrics (see
+            `mlx_dora.train.objectives.objective.Outputs`).
+        complete: Adds to the batches of an update what is computed without a gradient;
+            or None.
         group: The processes that share each batch.
         settings: Settings of the training.
         noted: Called with the outputs of a batch of a new shape, before they are
@@ -92,12 +101,14 @@ class Stepper:
         optimizer: optim.Optimizer,
         held_out: Sequence[Iterator[Batch]] = (),
         *,
-        loss: Loss,
+        loss: Callable[..., tuple[mx.array, ...]],
+        complete: Callable[[Sequence[Batch]], Iterable[Batch]] | None = None,
         group: mx.distributed.Group,
         settings: TrainConfig,
         noted: Callable[[Any], None] | None = None,
     ) -> None:
         self._noted = noted
+        self._complete = complete
         self._shapes: set[tuple[int, ...]] = set()
         self._model = model
         self._group = group
@@ -107,9 +118,10 @@ class Stepper:
         forward = [model.state, mx.random.state]
         changed = [model.state, optimizer.state]
 
-        def differentiate(batch: mx.array, lengths: mx.array) -> tuple[Any, ...]:
-            (value, tokens), gradient = value_and_grad(model, batch, lengths)
-            return _weighted(value, tokens), tokens, gradient
+        def differentiate(*batch: mx.array) -> tuple[Any, ...]:
+            with in_order():
+                (value, count, *more), gradient = value_and_grad(model, *batch)
+            return _weighted(value, count), count, gradient, more
 
         if not settings.packing:  # each packed batch has documents of its own lengths
             differentiate = mx.compile(differentiate, inputs=forward, outputs=forward)
@@ -139,26 +151,34 @@ class Stepper:
         self._measure = measure
         self._apply = apply
         self._limit = settings.max_grad_norm
-        self._recomputes = settings.grad_checkpoint
+        self._is_sharded = bool(sharded_modules(model))
 
     def gradient(self, window: Sequence[Batch]) -> Gradient:
-        """Gradient of the mean loss over the targets of `window`, on all processes."""
+        """Gradient of the mean loss over all of `window`, on all processes."""
         loss, count, total = mx.array(0.0), mx.array(0), None
+        sums: list[mx.array] = []
         is_weighted = len(window) > 1 or self._group.size() > 1
         # Norms are constant until the weights change. A pass that needs them only once
-        # gets them cheaper from its own products.
-        reuses = len(window) > 1 or self._recomputes
+        # gets them cheaper from its own products; so does one that recomputes blocks.
+        reuses = len(window) > 1 or self._is_sharded
+        if self._is_sharded:
+            check_same_shapes(window, self._group)
         with held_norms(self._model) if reuses else nullcontext():
-            for batch, lengths in window:
-                value, tokens, gradient = self._differentiate(batch, lengths)
-                if self._noted is not None and shape_of(batch) not in self._shapes:
-                    self._shapes.add(shape_of(batch))
+            whole = window if self._complete is None else self._complete(window)
+            for batch in whole:
+                value, size, gradient, more = self._differentiate(*batch)
+                shape = shape_of(batch[0])
+                if self._noted is not None and shape not in self._shapes:
+                    self._shapes.add(shape)
                     self._noted([value, gradient])
-                loss, count = loss + value, count + tokens
+                loss, count = loss + value, count + size
+                sums = (
+                    [a + b for a, b in zip(sums, more, strict=True)] if sums else more
+                )
                 if is_weighted:
-                    new = tree_map(lambda g, n=tokens: _weighted(g, n), gradient)
+                    new = tree_map(lambda g, n=size: _weighted(g, n), gradient)
                     total = new if total is None else tree_map(mx.add, total, new)
-                    mx.eval(total, loss, count)
+                    mx.eval(total, loss, count, sums)
                 else:
                     total = gradient
                 mx.eval(mx.random.state)
@@ -167,17 +187,21 @@ class Stepper:
             total = tree_map(lambda g: g * self._group.size(), total)
             loss = mx.distributed.all_sum(loss, group=self._group)
             count = mx.distributed.all_sum(count, group=self._group)
+            sums = [mx.distributed.all_sum(part, group=self._group) for part in sums]
         scale = (
             mx.maximum(count, 1).astype(mx.float32) if is_weighted else mx.array(1.0)
         )
         norm = self._measure(total, scale)
-        mx.eval(total, scale, loss, count, norm)
+        mx.eval(total, scale, loss, count, norm, sums)
+        tokens, *table = sums or [count]
         return Gradient(
             total=total,
             scale=scale,
             loss=float(loss),
-            tokens=int(count),
+            count=int(count),
+            tokens=int(tokens),
             norm=float(norm),
+            table=tuple(float(value) for part in table for value in np.ravel(part)),
         )
 
     def part(self, gradient: Gradient, keep: Callable[[str], bool]) -> Gradient:
@@ -218,6 +242,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     mx.random.seed(int(state[0]))
 
 
-def _weighted(mean: mx.array, tokens: mx.array) -> mx.array:
+def _weighted(mean: mx.array, count: mx.array) -> mx.array:
     # With mlx-lm's loss, the mean of a batch without targets is 0 / 0.
-    return mx.where(tokens > 0, mean.astype(mx.float32) * tokens, 0.0)
+    return mx.where(count > 0, mean.astype(mx.float32) * count, 0.0)

@@ -1,6 +1,7 @@
 """Complete models with experts: adapted, trained, saved, loaded, fused, compared."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,10 @@ def test_trains_saves_loads_and_fuses(
     assert mx.array_equal(model(TOKENS), base)
 
 
+def joined(blocks: Iterable[mx.array], shape: tuple[int, ...]) -> mx.array:
+    return mx.concatenate([block.reshape(-1) for block in blocks]).reshape(shape)
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 def test_streamed_fuse_equals_the_one_in_memory(
     bits: int | None, tmp_path: Path
@@ -114,7 +119,7 @@ def test_streamed_fuse_equals_the_one_in_memory(
         make_model("qwen3_moe", bits),
         adapter,
         FuseConfig(keep=0.0),
-        lambda name, value: written.update({name: mx.array(value)}),
+        lambda name, _, shape, blocks: written.update({name: joined(blocks, shape)}),
     )
     assert not fused.packing
     assert written.keys() == expected.keys()
@@ -130,7 +135,7 @@ def test_packed_experts_get_more_bits_until_enough_is_kept(tmp_path: Path) -> No
         make_model("qwen3_moe", 2),
         adapter,
         FuseConfig(keep=0.95),
-        lambda name, value: written.update({name: mx.array(value)}),
+        lambda name, _, shape, blocks: written.update({name: joined(blocks, shape)}),
     )
     layers = {layer.path: layer for layer in fused.layers}
     stacks = [path for path in layers if "switch_mlp" in path]
@@ -342,7 +347,8 @@ def test_fuse_makes_no_float32_array_as_large_as_the_experts(
     else:
         remove_dora(model)
         fuse_config = FuseConfig(mode=mode, keep=0.0)
-        stream_fused(model, adapter, fuse_config, lambda _, value: mx.eval(value))
+        write = lambda _, __, ___, blocks: mx.eval(list(blocks))  # noqa: E731
+        stream_fused(model, adapter, fuse_config, write)
     # The fused experts, a second copy while they are stacked, and blocks of an expert.
     own = 64 * 256 * 256 * (2 if bits is None else 5 / 8)
     assert mx.get_peak_memory() - before < 2.7 * own

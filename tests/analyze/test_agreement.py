@@ -7,10 +7,13 @@ import pytest
 
 from mlx_dora.analyze.agreement import PairAgreement, comparison_advice
 from mlx_dora.analyze.compare import AdapterComparison
+from mlx_dora.analyze.guidance import INDEPENDENT, SPACE, STRONG, Advice
 from mlx_dora.analyze.table import comparison_lines
 
 
-def agreement(name: str, first: int, second: int, cosine: float) -> PairAgreement:
+def agreement(
+    name: str, first: int, second: int, cosine: float, size: float = 0.01
+) -> PairAgreement:
     """Return a pair of adapters on one matrix with this cosine."""
     return PairAgreement(
         name=name,
@@ -22,6 +25,7 @@ def agreement(name: str, first: int, second: int, cosine: float) -> PairAgreemen
         delta_m_correlation=0.1,
         sign_conflict=0.25,
         size_ratio=1.0,
+        relative_size=size,
         input_overlap=0.5,
         output_overlap=0.5,
         disturbs_first=0.3,
@@ -34,26 +38,63 @@ def pairs_of(cosines: dict[tuple[int, int], float]) -> list[PairAgreement]:
     return [agreement("q_proj", *pair, cosine) for pair, cosine in cosines.items()]
 
 
-def test_advice_on_three_names_the_two_that_agree() -> None:
-    pairs = pairs_of({(0, 1): 0.98, (0, 2): 0.01, (1, 2): -0.03})
-    method, groups = comparison_advice(pairs, ["a", "b", "c"], 0)
-    assert "mean cosine +0.32, from -0.03 to +0.98" in method.sentence
-    assert groups.rule == "groups"
-    assert "b and c have cosine -0.03, a and b have cosine +0.98" in groups.sentence
-    assert "a with b; c." in groups.sentence
+def advice(cosines: dict[tuple[int, int], float], names: str) -> Advice:
+    return comparison_advice(pairs_of(cosines), [*names], 0)[0]
+
+
+def test_a_third_adapter_is_not_hidden_by_two_that_agree() -> None:
+    method = advice({(0, 1): 0.98, (0, 2): 0.01, (1, 2): -0.03}, "abc")
+    assert (method.rule, method.method) == ("groups", INDEPENDENT)
+    assert "b and c have cosine -0.03, a and b cosine +0.98" in method.sentence
+    assert "a with b; c:" in method.sentence
+    assert method.weights == pytest.approx((3**-0.25,) * 3, abs=1e-4)
 
 
 def test_groups_join_through_a_common_member() -> None:
-    cosines = {(0, 1): 0.9, (2, 3): 0.9, (0, 2): 0.0, (0, 3): 0.0, (1, 2): 0.3}
-    (_, groups) = comparison_advice(pairs_of({**cosines, (1, 3): 0.0}), "abcd", 0)
-    assert "a with b with c with d." in groups.sentence
+    cosines = {(0, 1): 0.9, (2, 3): 0.9, (0, 2): 0.0, (0, 3): 0.0, (1, 3): 0.0}
+    apart = advice({**cosines, (1, 2): 0.1}, "abcd")
+    assert "a with b; c with d:" in apart.sentence
+    joined = advice({**cosines, (1, 2): 0.3}, "abcd")
+    assert (joined.rule, joined.method) == ("agree", "karcher")
+    assert joined.weights == (0.25,) * 4
 
 
-def test_pairs_of_one_kind_need_no_groups() -> None:
-    pairs = pairs_of({(0, 1): 0.5, (0, 2): 0.6, (1, 2): 0.7})
-    assert [a.rule for a in comparison_advice(pairs, "abc", 0)] == ["agree"]
-    (alone,) = comparison_advice(pairs_of({(0, 1): 0.5}), "ab", 0)
-    assert "(cosine +0.50)" in alone.sentence
+def test_a_single_group_gets_a_mean() -> None:
+    assert advice({(0, 1): 0.5, (0, 2): 0.6, (1, 2): 0.7}, "abc").method == "karcher"
+    two = advice({(0, 1): 0.5}, "ab")
+    assert (two.method, two.weights) == ("slerp", (0.5, 0.5))
+    assert "(cosine +0.50)" in two.sentence
+
+
+def test_independent_adapters_get_weights_between_a_mean_and_a_sum() -> None:
+    four = advice({(i, k): 0.1 for i in range(4) for k in range(i + 1, 4)}, "abcd")
+    assert (four.rule, four.weights) == ("independent", (0.7071,) * 4)
+    assert (four.method, four.space) == (INDEPENDENT, SPACE)
+
+
+def test_large_updates_get_a_mean() -> None:
+    def rule(size: float) -> Advice:
+        pairs = [agreement("q_proj", 0, 1, 0.1, size)]
+        return comparison_advice(pairs, ["a", "b"], 0)[0]
+
+    assert rule(STRONG - 1e-6).rule == "independent"
+    strong = rule(STRONG)
+    assert (strong.rule, strong.method) == ("strong", "slerp")
+    assert strong.weights == (0.5, 0.5)
+    assert "2.0% of the weights" in strong.sentence
+
+
+def test_a_single_opposed_pair_suggests_no_method() -> None:
+    opposed = advice({(0, 1): 0.9, (0, 2): 0.0, (1, 2): -0.3}, "abc")
+    assert (opposed.rule, opposed.method) == ("opposed", None)
+    assert "b and c oppose each other (cosine -0.30)" in opposed.sentence
+
+
+def test_a_suggested_method_is_to_be_tested() -> None:
+    rules = [a.rule for a in comparison_advice(pairs_of({(0, 1): 0.0}), "ab", 4)]
+    assert rules == ["independent", "rank", "test"]
+    rules = [a.rule for a in comparison_advice(pairs_of({(0, 1): -0.9}), "ab", 4)]
+    assert rules == ["opposed", "rank"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from mlx_dora.analyze import (
     analyze_finetune,
     compare_adapters,
 )
+from mlx_dora.analyze.guidance import INDEPENDENT, STRONG
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.header import read_header
 
@@ -130,7 +131,7 @@ def test_folders_give_what_arrays_give(tmp_path, dtype):
     assert result.delta_m_relative == pytest.approx(0.25, rel=1e-2)
 
 
-def adapted(model, *, change_m=1.0, rows=None, seed=0, sign=1.0) -> Adapter:
+def adapted(model, *, change_m=1.0, rows=None, seed=0, sign=1.0, size=1.0) -> Adapter:
     """Return an adapter of q_proj that looks trained; `model` stays plain."""
     apply_dora(
         model, DoRAConfig(rank=4, scale=1.5, keys=("self_attn.q_proj",), num_layers=-1)
@@ -141,7 +142,7 @@ def adapted(model, *, change_m=1.0, rows=None, seed=0, sign=1.0) -> Adapter:
     tensors = dict(adapter.tensors)
     for name, value in adapter.tensors.items():
         if name.endswith("lora_b"):
-            draw = 0.05 * sign * rng.standard_normal(value.shape)
+            draw = 0.05 * size * sign * rng.standard_normal(value.shape)
             if rows is not None:
                 draw[:, [j for j in range(value.shape[1]) if j not in rows]] = 0
             tensors[name] = mx.array(draw.astype(np.float32))
@@ -209,14 +210,26 @@ def test_an_adapter_agrees_with_itself(tiny_model):
 
 def test_disjoint_rows_are_independent(tiny_model):
     low, high = set(range(16)), set(range(16, 32))
-    pair = [adapted(tiny_model, rows=low), adapted(tiny_model, rows=high, seed=1)]
+    pair = [
+        adapted(tiny_model, rows=low, size=0.01),
+        adapted(tiny_model, rows=high, seed=1, size=0.01),
+    ]
     result = compare_adapters(pair, tiny_model)
+    base = np.linalg.norm(np.array(dict(tiny_model.named_modules())[PATH].weight))
+    norms = [
+        np.linalg.norm(1.5 * np.array(a.tensors[f"{PATH}.lora_a"], np.float64)
+                       @ np.array(a.tensors[f"{PATH}.lora_b"], np.float64))
+        for a in pair
+    ]  # fmt: skip
+    size = np.sqrt(norms[0] * norms[1]) / base
+    assert result.pairs[0].relative_size == pytest.approx(size, rel=1e-5)
+    assert size < STRONG
     assert result.pairs[0].update_cosine == 0
     assert result.pairs[0].output_overlap == pytest.approx(0, abs=1e-12)
     assert (result.pairs[0].row_update_cosine == 0).all()
     advice = result.guidance[0]
-    assert (advice.rule, advice.method) == ("independent", "task_arithmetic")
-    assert advice.weights == (1.0, 1.0)
+    assert (advice.rule, advice.method) == ("independent", INDEPENDENT)
+    assert advice.weights == pytest.approx((2**-0.25,) * 2, abs=1e-4)
 
 
 def test_opposite_signs_conflict(tiny_model):

@@ -85,6 +85,53 @@ def test_a_report_draws_every_matrix(browser: Browser, tmp_path: Path):
     assert "10.0" not in steps
 
 
+SAMPLES = [
+    {"step": step, "set": of, "prompt": "P", "completion": f"<b>{step}</b>",
+     "reward": reward, "rewards": {}, "tokens": 1, "stopped": True}
+    for step, of, reward in [(0, "valid", 0.25), (0, "train", 0.5), (0, "train", None),
+                             (4, "train", 1.0), (4, "train", 0.5)]
+]  # fmt: skip
+
+
+def test_a_report_shows_rewards_and_samples(browser: Browser, tmp_path: Path):
+    lines = "\n".join(map(json.dumps, SAMPLES))
+    (tmp_path / "samples.jsonl").write_text(lines)
+    analysis = analyze_finetune(*two_models())
+    tab = browser.open(write(tmp_path, analysis.to_dict(), log=True))
+    assert (tab.problems, tab.requests) == ([], [])
+    tips = tab.evaluate(
+        "[...document.querySelectorAll('#rewards [data-tip]')].map(t => t.dataset.tip)"
+    )
+    assert tips == [
+        "training reward\nstep 0: 0.50000",
+        "training reward\nstep 4: 0.75000",
+        "validation reward\nstep 0: 0.25000",
+    ]
+    assert column(tab, "samples", 3) == ["<b>4</b>", "<b>4</b>", *["<b>0</b>"] * 3]
+    assert column(tab, "samples", 4) == ["0.500", "1.00", "–", "0.500", "0.250"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"step": -1}, "step must be a whole number"),
+        ({"set": "test"}, "set must be train or valid, got 'test'"),
+        ({"reward": "1"}, "reward must be a number"),
+        ({"reward": float("nan")}, "reward must be a number"),
+        ({"completion": 3}, "completion must be text"),
+    ],
+)
+def test_a_bad_sample_is_named_with_its_line(
+    tmp_path: Path, change: dict[str, Any], reason: str
+):
+    rows = [SAMPLES[0], SAMPLES[1] | change]
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "train_loss": 1.0}\n')
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DoRAError, match=reason) as caught:
+        render_report({"kind": "models"}, tmp_path / "log.jsonl")
+    assert "samples.jsonl, line 2" in str(caught.value)
+
+
 def test_unchanged_matrices_count_in_no_number(browser: Browser, tmp_path: Path):
     whole = analyze_finetune(*two_models(layers=6, unchanged=4))
     tuned_alone = analyze_finetune(

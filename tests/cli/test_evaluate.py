@@ -124,3 +124,28 @@ def test_model_or_adapter_is_required(data: Path) -> None:
     result = invoke("--data", data)
     assert result.exit_code == 2
     assert "--model" in result.stderr
+
+
+def test_a_fused_model_has_no_table(
+    tiny_model_folder: Path, adapter: Path, data: Path
+) -> None:
+    words = ("--adapter-path", adapter, "--data", data, "--data", data)
+    result = invoke(*words, "--fused-path", tiny_model_folder)
+    assert result.exit_code == 2
+    assert "--fused-path is compared with one adapter" in result.stderr
+
+
+def test_a_file_names_one_adapter_or_several(
+    tiny_model_folder: Path, adapter: Path, data: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "evaluate.yaml"
+    common = f"model: {tiny_model_folder}\ndata: {data}\nsamples: 0\n"
+    config.write_text(f"{common}adapter_path: {adapter}\n")
+    one = invoke("-c", config)
+    assert one.exit_code == 0, one.output
+    assert "perplexity" in one.stdout
+    config.write_text(f"{common}adapter_path: [{adapter}, {adapter}]\n")
+    two = invoke("-c", config)
+    assert two.exit_code == 0, two.output
+    assert [line.split()[0] for line in two.stdout.splitlines() if "adapter" in line]
+    assert "adapter (2)" in two.stdout

@@ -25,6 +25,16 @@ def report(**extra: Any) -> TrainReport:
     )
 
 
+def test_a_training_by_reward_counts_prompts_and_rewards() -> None:
+    train = TrainConfig(model="m", objective="grpo", batch_size=3, adapter_path="a")
+    lines = describe_start(train, DoRAConfig())
+    assert "steps of 3 prompts, " in lines[1]
+    assert "validation loss: minus the mean reward" in lines[2]
+    assert not any("evaluate" in line for line in next_commands(train))
+    other = TrainConfig(model="m", adapter_path="a")
+    assert any("evaluate" in line for line in next_commands(other))
+
+
 def test_summary_reports_the_training() -> None:
     lines = describe_training(
         report(first_val_loss=2.0, val_loss=1.5, rows_truncated=3)

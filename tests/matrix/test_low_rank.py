@@ -60,6 +60,15 @@ def test_row_inner_products_are_those_of_dense_rows() -> None:
     np.testing.assert_allclose(first.inner(other), exact, atol=1e-12)
 
 
+@pytest.mark.parametrize("r", [3, 12])  # below and above the width
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_squared_rows_are_those_of_dense_rows(r: int, stack: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((*stack, 7, r)), rng.standard_normal((*stack, r, 5))
+    update = LowRank(lora_a=mx.array(a), lora_b=mx.array(b), scale=3.0)
+    assert_close(update.squared_rows(), np.square(a @ b).sum(-2))
+
+
 def test_updates_side_by_side_sum_and_share_an_equal_a() -> None:
     first, other = factors(), factors(r=2, seed=1)
     third = Factors(a=first.a, b=factors(seed=2).b)

@@ -15,6 +15,10 @@ TOLERANCE = 1e-3
 def matrix(kind: str, shape: tuple[int, int]) -> np.ndarray:
     rng = np.random.default_rng(0)
     count = min(shape)
+    if kind == "a fine-tune":  # directions of falling size that sink into noise
+        left = rng.normal(size=(shape[0], 32)) * 0.85 ** np.arange(32)
+        right = 0.02 * rng.normal(size=(32, shape[1])) / shape[1] ** 0.5
+        return (left @ right + 2e-3 * rng.normal(size=shape)).astype(np.float32)
     left = np.linalg.qr(rng.normal(size=(shape[0], count)))[0]
     right = np.linalg.qr(rng.normal(size=(shape[1], count)))[0]
     index = np.arange(count)
@@ -56,6 +60,41 @@ def test_error_is_within_the_tolerance_of_the_least(
     assert a.shape == (shape[1], rank) and b.shape == (rank, shape[0])
     measured = residual_energy(lambda: row_blocks(weight, 640), a, b)
     assert measured == pytest.approx(error, rel=1e-3, abs=1e-11 * part.energy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("a fine-tune", 16), ("random", 1), ("random", 4)]
+)
+@pytest.mark.parametrize("key", [0, 1, 2])
+def test_slow_convergence_does_not_end_the_search_early(
+    kind: str, rank: int, key: int
+) -> None:
+    whole = matrix(kind, (400, 300))
+    part = principal_part(
+        lambda: row_blocks(mx.array(whole)), (400, 300), rank, key=mx.random.key(key)
+    )
+    values = np.linalg.svd(whole.astype(np.float64), compute_uv=False)
+    kept = (part.outputs * part.values) @ part.inputs.T
+    error = np.square(whole - kept).sum()
+    assert error <= (1 + TOLERANCE) * np.square(values[rank:]).sum()
+    assert part.excess < TOLERANCE
+
+
+def test_search_starts_from_the_part_of_a_similar_matrix() -> None:
+    whole = matrix("a fine-tune", (400, 300)).astype(np.float32)
+    gain = 1 + 1e-3 * np.random.default_rng(1).normal(size=(400, 1))
+    similar = (gain * whole).astype(np.float32)
+    read = lambda m: lambda: row_blocks(mx.array(m), 4096)  # noqa: E731
+    first = principal_part(read(whole), (400, 300), 8, key=mx.random.key(0))
+    cold = principal_part(read(similar), (400, 300), 8, key=mx.random.key(0))
+    warm = principal_part(
+        read(similar), (400, 300), 8, key=mx.random.key(0), near=first
+    )
+    assert warm.passes == 2 < cold.passes
+    values = np.linalg.svd(similar.astype(np.float64), compute_uv=False)
+    kept = (warm.outputs * warm.values) @ warm.inputs.T
+    error = np.square(similar - kept).sum()
+    assert error <= (1 + TOLERANCE) * np.square(values[8:]).sum()
 
 
 def test_zero_matrix_has_no_part() -> None:

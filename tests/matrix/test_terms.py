@@ -5,7 +5,7 @@ import pytest
 from mlx_dora.errors import DoRAError
 from mlx_dora.kernels import QuantizedWeight
 from mlx_dora.matrix import Adapted, LowRank, exact_terms, row_geometry
-from mlx_dora.matrix.terms import Terms, floored_norm, terms_of
+from mlx_dora.matrix.terms import Terms, floored_norm, terms_of, trained_gain
 from mlx_dora.matrix.weight import dense as unpacked
 from mlx_dora.matrix.weight import product, row_squares
 from tests.checks import assert_close, to_numpy
@@ -127,3 +127,41 @@ def test_factors_that_do_not_fit_are_refused_with_their_shapes(wrong):
     b = b[:, 1:] if wrong == "out" else b[1:] if wrong == "rank" else b
     with pytest.raises(DoRAError, match=r"of shape \(40, 96\); expected \(96, r\)"):
         exact_terms(weight, low_rank(a, b, 1.0))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_gain_of_training_has_the_gradient_of_m_alone(dtype):
+    m = mx.array([3.0, -2.0, 0.0, 1.0]).astype(dtype)
+    norm = mx.array([2.0, 3.0, 5.0, 0.0])  # m frozen at 0, and a row without direction
+    pull = mx.array([1.5, 2.0, 7.0, 7.0])
+
+    def loss(m, norm):
+        return (trained_gain(m, norm) * pull).sum()
+
+    assert_close(trained_gain(m, norm), np.array([1.5, -2 / 3, 0.0, 0.0]))
+    dm, dn = mx.grad(loss, argnums=(0, 1))(m, norm)
+    assert dm.dtype == dtype
+    bound = 1e-6 if dtype == mx.float32 else 4e-3
+    assert_close(dm, np.array([0.75, 2 / 3, 0.0, 0.0]), bound=bound)
+    assert not dn.any()
+
+
+def test_the_gain_of_training_keeps_no_norm_for_the_backward_pass():
+    """Of the arrays that the gradient needs, only the gain is as large as a norm."""
+    size = 1 << 20
+    m, squares = mx.ones((size,)), mx.ones((size,))
+    mx.eval(m, squares)
+
+    def gain_of(m):
+        return trained_gain(m, mx.stop_gradient(mx.sqrt(squares)))
+
+    def held():
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        gain, pulled = mx.vjp(gain_of, [m], [m])
+        mx.eval(gain)
+        kept = mx.get_active_memory() - before
+        mx.eval(pulled)
+        return kept
+
+    assert held() < 1.5 * 4 * size

@@ -13,8 +13,10 @@ UNNORMALIZED = [
 ]  # fmt: skip
 """Sums of changes: N copies with weights 1/N give the copy back."""
 RANDOM = [value.name for value in METHODS.values() if "seed" in value.parameters]
-CHOOSING = ["arcee_fusion"]
-"""Take over some entries of the other model, never all: no copy comes back."""
+CHOOSING = ["arcee_fusion", "iso"]
+"""No copy comes back: they take over some entries only, or set singular values."""
+SPECTRAL = ["tsv", "iso"]
+"""Merge matrices as a whole."""
 _LARGE = {"nearswap": {"t": 1e6}}
 
 

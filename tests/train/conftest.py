@@ -8,14 +8,32 @@ import mlx.nn as nn
 import pytest
 
 from mlx_dora import DoRAConfig
+from mlx_dora.data.dataset import RowDataset
+from mlx_dora.data.targets import Example
 from mlx_dora.evaluate.loss import loss_fn
 from mlx_dora.train import TrainConfig, TrainReport, finetune
 from mlx_dora.train.optimizers import build_optimizer
 from mlx_dora.train.stepper import Stepper
 
-EXAMPLES = [
+EXAMPLES: list[tuple[list[int], int]] = [
     ([1, *range(10 + i, 10 + i + 6 + 5 * (i % 4)), 2], 1 + i % 3) for i in range(12)
 ]
+
+
+class ExampleSet(RowDataset):
+    """`EXAMPLES` for any objective: pairs of neighbors, labels in turn."""
+
+    def __len__(self) -> int:
+        return len(EXAMPLES)
+
+    def __getitem__(self, index: int, /) -> Example:
+        return EXAMPLES[index]
+
+    def where(self, index: int, /) -> str:
+        return f"example {index}"
+
+    def label(self, index: int) -> bool:
+        return index % 3 == 0
 
 
 def plain_stepper(model: nn.Module, settings: TrainConfig) -> Stepper:

@@ -1,7 +1,8 @@
 """A training in its own process, which tests can kill.
 
 Run ``python -m tests.train.resumable FOLDER JSON``. The JSON object holds fields of
-`TrainConfig` and three more. ``dropout`` is the adapter's. ``die`` names a moment in
+`TrainConfig` and four more. ``dropout`` is the adapter's. ``preference`` holds fields
+of `PreferenceConfig`. ``die`` names a moment in
 the writing of a checkpoint, and the occurrence at which the process kills itself.
 ``largest_file`` is the file size in bytes at which the system stops a write.
 """
@@ -21,8 +22,9 @@ from mlx_lm.models import llama
 from mlx_dora import DoRAConfig
 from mlx_dora.io import atomic
 from mlx_dora.train import TrainConfig, finetune
+from mlx_dora.train.objectives.config import PreferenceConfig
 from mlx_dora.train.run import checkpoint
-from tests.train.conftest import EXAMPLES
+from tests.train.conftest import EXAMPLES, ExampleSet
 
 SETTINGS: dict[str, Any] = {
     "iters": 24,
@@ -91,15 +93,19 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
             sys.stdout.write("step\n")
             sys.stdout.flush()
 
+    rows: tuple[Any, Any] = (EXAMPLES, EXAMPLES[:4])
+    preference = settings.pop("preference", None)
+    if settings.get("objective", "sft") != "sft":
+        rows = (ExampleSet(), ExampleSet())
     finetune(
         model,
         None,
-        EXAMPLES,
-        EXAMPLES[:4],
+        *rows,
         train=TrainConfig(**{**SETTINGS, **settings}),
         dora=DoRAConfig(rank=4, scale=2.0, num_layers=-1, dropout=dropout),
         adapter_path=folder,
         progress=announce,
+        preference=PreferenceConfig(**preference) if preference else None,
     )
 
 

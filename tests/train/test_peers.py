@@ -62,6 +62,13 @@ def test_a_process_that_announces_its_end_is_not_missed(
         assert not ring.complained.wait(1)
 
 
+def test_a_process_without_a_socket_has_ended(channels: list[socket.socket]) -> None:
+    ring = Ring(channels, seconds=60)
+    assert ring.watches[0].ended() == []
+    channels[2].close()
+    assert ring.watches[0].ended() == [2]
+
+
 def test_invalid_messages_are_ignored(channels: list[socket.socket]) -> None:
     ring = Ring(channels[:2], seconds=0.3)
     with ring.watches[0]:

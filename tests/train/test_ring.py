@@ -101,8 +101,9 @@ def test_killed_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     assert_same_run(whole, folder)
     assert not elsewhere.exists()
     process = run(resumable(folder, resume=True, iters=30))
-    assert process.returncode == 1
+    assert process.returncode == 0
     assert "processes was 2, is 1" in process.stderr
+    assert "up to rounding, not bit for bit; dropout draws other" in process.stderr
 
 
 def test_an_error_in_one_process_ends_all_with_one_line(

@@ -53,8 +53,8 @@ class Parametrisation(Kind):
         a, b = self.factors(layer)
         g = self.gain(layer)
         h = layer.dropout(x) @ a.astype(x.dtype)
-        up = layer.scale * b.astype(mx.float32)
-        return rescale(y, h, up, g, layer.bias_offset(g))
+        up = b.astype(mx.float32)
+        return rescale(y, h, up, g, layer.bias_offset(g), layer.scale)
 
     def export(self, layer: "VariantLinear") -> tuple[mx.array, mx.array, mx.array]:
         """Return A, B and m of the equivalent plain DoRA adapter, with the same scale.

@@ -1,6 +1,5 @@
 """A DoRA adapter from a base and a fine-tuned model."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from mlx_dora.adapters.hosting import load_lazily
 from mlx_dora.adapters.key_form import with_key_form
 from mlx_dora.adapters.keys import natural_order, resolve_keys
 from mlx_dora.adapters.matrices import adapter_tensors, named_matrices
+from mlx_dora.adapters.origins import Origins, origins_of
 from mlx_dora.adapters.refusals import check_cut
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.atomic import check_output
@@ -31,7 +31,6 @@ from mlx_dora.notebook import Shown
 from mlx_dora.progress import Progress
 
 _LEAVES = ("weight", "scales", "biases")
-_LARGE = 1 << 26  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +152,11 @@ def extract_adapter(
             progress("extract", len(paths), 1)
     if not layers:
         raise DoRAError(f"{tuned} does not differ from {base} in any adapted matrix.")
-    mark = fingerprint_of(base_tensors(load_lazily(base)))
     config = DoRAConfig(scale=1.0).with_ranks(ranks_in(tensors))
     adapter = Adapter(
         config=with_key_form(config, start),
         tensors=tensors,
-        base=BaseModel(model=str(base), fingerprint=mark),
+        base=BaseModel(model=str(base), fingerprint=_fingerprint(base)),
         training={"extracted": {"tuned": str(tuned), "rank": rank, "energy": energy}},
     )
     refuse_not_finite(tensors, "the extracted adapter")
@@ -166,6 +164,14 @@ def extract_adapter(
         save_adapter(adapter, save_path, inputs=(base, tuned), overwrite=overwrite)
     left_out = _left_out(load_lazily(base), load_lazily(tuned), set(paths))
     return Extraction(adapter=adapter, layers=tuple(layers), left_out=left_out)
+
+
+def _fingerprint(base: str | Path) -> str:
+    """The base's fingerprint; frees the model first, so that one tensor is held."""
+    model = load_lazily(base)
+    tensors, origins = base_tensors(model), origins_of(model)
+    del model
+    return fingerprint_of(tensors, origins)
 
 
 def _check_size(rank: int | None, energy: float | None) -> None:
@@ -253,6 +259,7 @@ def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> tuple[str,
 
     Consumes the models, which hold one tensor each at a time.
     """
+    origins = origins_of(start), origins_of(end)
     before, after = base_tensors(start), base_tensors(end)
     for model in (start, end):
         _release(*(module for _, module in model.named_modules()))
@@ -260,29 +267,19 @@ def _left_out(start: nn.Module, end: nn.Module, covered: set[str]) -> tuple[str,
     names = sorted((before.keys() | after.keys()) - inside, key=natural_order)
     changed = []
     for name in names:
-        pair = [before.pop(name, None), after.pop(name, None)]
-        if not _are_equal(pair):
+        first, second = before.pop(name, None), after.pop(name, None)
+        if first is None or second is None or not _are_equal(first, second, *origins):
             changed.append(name)
     return tuple(changed)
 
 
-def _are_equal(pair: list[mx.array | None]) -> bool:
-    """Whether two lazily read arrays are equal; takes large ones from the list.
-
-    Large arrays of one dtype are hashed in turn, so that only one is in memory.
-    """
-    first, second = pair
-    if first is None or second is None or first.shape != second.shape:
+def _are_equal(
+    first: mx.array, second: mx.array, before: Origins, after: Origins
+) -> bool:
+    """Whether two lazy arrays are equal, compared in their files if possible."""
+    if first.shape != second.shape:
         return False
-    if first.dtype != second.dtype or first.nbytes < _LARGE:
+    stored = before.stored(first), after.stored(second)
+    if first.dtype != second.dtype or stored[0] is None or stored[1] is None:
         return bool(mx.array_equal(first, second))
-    del first, second
-    digests = []
-    while pair:
-        array = pair.pop()
-        assert array is not None
-        view = np.array(array.view(mx.uint8), copy=False)
-        digests.append(hashlib.blake2b(view.data).digest())
-        del array, view
-        mx.clear_cache()
-    return digests[0] == digests[1]
+    return stored[0].holds_same_bytes(stored[1])

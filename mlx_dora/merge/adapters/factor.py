@@ -5,7 +5,7 @@ import numpy as np
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.matrix.weight import row_norms
-from mlx_dora.merge.adapters.factored import NOT_FINITE, MergedMatrix, single
+from mlx_dora.merge.adapters.factored import NOT_FINITE, MergedMatrix, gains, single
 
 # If the projection onto W0 is below this share of ‖W0‖, the direction is too far from
 # W0 to be scaled to it.
@@ -45,7 +45,7 @@ def factor(
     m = np.where(norm > 0, _float64(magnitude), 0.0)
     along = (start * unit).sum(1)
     target = _first_lengths(start, along, m) if rescale else norm
-    gain = _gains(m, target)
+    gain = gains(m, target)[:, None]
 
     def truncated(length: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
         change = np.where(norm[:, None] > 0, length[:, None] * unit - start, 0.0)
@@ -78,12 +78,6 @@ def _finite(values: mx.array) -> np.ndarray:
     if not np.isfinite(array := _float64(values)).all():
         raise DoRAError(NOT_FINITE)
     return array
-
-
-def _gains(m: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Weight of each row's error: m over the direction's length; positive."""
-    gain = np.where(target > 0, np.abs(m) / np.where(target > 0, target, 1.0), 1.0)
-    return np.maximum(gain, 1e-6 * max(float(gain.max()), 1e-30))[:, None]
 
 
 def _first_lengths(start: np.ndarray, along: np.ndarray, m: np.ndarray) -> np.ndarray:

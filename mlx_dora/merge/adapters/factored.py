@@ -19,6 +19,7 @@ from mlx_dora.matrix import Adapted, Factors, LowRank, RowGrams, Weight, row_gra
 from mlx_dora.matrix.low_rank import side_by_side
 from mlx_dora.matrix.weight import float32_rows
 from mlx_dora.merge.methods import METHODS
+from mlx_dora.merge.methods.lengths import LengthRule
 from mlx_dora.merge.methods.rows import Combination, Rows, heaviest, of_changes
 
 # Where the β cancel to less than this share, W0 drops out of the sum and W0 + BA cannot
@@ -64,6 +65,11 @@ class MergedMatrix:
         return self.lora_a.shape[1]
 
     @property
+    def update(self) -> LowRank:
+        """The update s·BA."""
+        return LowRank(lora_a=self.lora_a, lora_b=self.lora_b, scale=self.scale)
+
+    @property
     def tensors(self) -> dict[str, mx.array]:
         """A, B and m, by their names in an adapter."""
         return {"lora_a": self.lora_a, "lora_b": self.lora_b, "m": self.m}
@@ -77,11 +83,13 @@ def merge_matrix(
     method: str,
     scale: float,
     rank: int | None = None,
+    rule: LengthRule | None = None,
 ) -> MergedMatrix:
     """Merge the adapters of one matrix by a row method.
 
     The base weight ``(out, in)`` is read once. The inputs' weights are ``(out, N)``;
     for means each row sums to 1. `scale`, not 0, is the merged adapter's multiplier.
+    `rule` merges their lengths; None for the method's own rule.
 
     Raises:
         DoRAError: If the base holds NaN or inf, or an adapted row overflows float32.
@@ -90,7 +98,7 @@ def merge_matrix(
         The merged adapter: exact to float32 precision, except for a cut to `rank`.
         Inputs with the same A share it.
     """
-    entry, inputs = METHODS[method], list(inputs)
+    entry, inputs, given = METHODS[method], list(inputs), weights
     of_base = entry.base == "changes"
     if of_base:  # W0 + Σ β_i (W_i − W0): the base is the last of the rows
         inputs.append(_unchanged(weight))
@@ -114,11 +122,13 @@ def merge_matrix(
         dense = np.array(float32_rows(weight, mx.array(recomputed)), np.float64)
         dense = dense + merged.rows(np.array(recomputed))
         length[recomputed] = np.linalg.norm(share[recomputed, None] * dense, axis=1)
-    discarded = 0.0
-    if rank is not None and rank < merged.a.shape[1]:
-        if not (np.isfinite(merged.a).all() and np.isfinite(merged.b).all()):
-            raise DoRAError(NOT_FINITE)
-        merged, discarded = merged.cut(rank, np.where(is_zero, 1.0, np.abs(share)))
+    gain = np.where(is_zero, 1.0, np.abs(share))
+    if rule is not None:
+        own = length / gain  # of W0 + BA
+        inputs_only = _signed(rows)[:, : given.shape[1]]
+        length = rule.merged(grams.base_norm, inputs_only, given, own)
+        gain = gains(length, own)
+    merged, discarded = cut(merged, rank, gain)
     return MergedMatrix(
         lora_a=single(merged.a),
         lora_b=single((merged.b / scale).T),
@@ -129,6 +139,27 @@ def merge_matrix(
         zero=int((length == 0).sum()),
         discarded=discarded,
     )
+
+
+def cut(update: Factors, rank: int | None, gain: np.ndarray) -> tuple[Factors, float]:
+    """Cut an update to a rank, if it is larger, by the error of its rows times `gain`.
+
+    Returns:
+        The update, and the lost share of the squared norm.
+
+    Raises:
+        DoRAError: If the update is not finite.
+    """
+    if rank is None or rank >= update.a.shape[1]:
+        return update, 0.0
+    if not (np.isfinite(update.a).all() and np.isfinite(update.b).all()):
+        raise DoRAError(NOT_FINITE)
+    return update.cut(rank, gain)
+
+
+def _signed(rows: Rows) -> np.ndarray:
+    """Magnitudes of the inputs, 0 for zero rows. Shape ``(rows, N)``."""
+    return np.where(rows.norm > 0, rows.magnitude, 0.0)
 
 
 def _rows(grams: RowGrams, inputs: Sequence[Adapted], weights: np.ndarray) -> Rows:
@@ -173,3 +204,9 @@ def _keep_base(
         reach = np.where(norm > 0, length[:, None] / np.where(norm > 0, norm, 1), 0.0)
         beta = np.where(lost[:, None], chosen * reach, beta)
     return beta, combination.opposed | lost
+
+
+def gains(m: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Weight of each row's error: |m| over the direction's length; positive."""
+    gain = np.where(target > 0, np.abs(m) / np.where(target > 0, target, 1.0), 1.0)
+    return np.maximum(gain, 1e-6 * max(float(gain.max()), 1e-30))

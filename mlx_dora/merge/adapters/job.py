@@ -19,11 +19,21 @@ from mlx_dora.adapters.matrices import (
 from mlx_dora.errors import DoRAError
 from mlx_dora.matrix import Adapted, Weight
 from mlx_dora.matrix.weight import weight_of
+from mlx_dora.merge.adapters.calibrate import (
+    calibrated,
+    restored,
+    with_own_lengths,
+)
 from mlx_dora.merge.adapters.dense import Options, merge_dense, merge_informed
 from mlx_dora.merge.adapters.factored import MergedMatrix, merge_matrix
+from mlx_dora.merge.adapters.in_space import merge_in_space
 from mlx_dora.merge.adapters.report import AdapterMerge, MergedLayer
 from mlx_dora.merge.fisher.information import Fisher
 from mlx_dora.merge.methods import MergeMethod
+from mlx_dora.merge.methods.calibrations import CALIBRATIONS
+from mlx_dora.merge.methods.lengths import LengthRule
+from mlx_dora.merge.methods.magnitudes import RULES
+from mlx_dora.merge.methods.spaces import SPACES, Space
 from mlx_dora.merge.weights import row_weights
 from mlx_dora.progress import Progress
 
@@ -70,6 +80,19 @@ class Job:
         rows = {path: self.modules[path]["weight"].shape[-2] for path in self.paths}
         return row_weights(self.weights, rows, normalize=self.method.is_mean)
 
+    @cached_property
+    def space(self) -> Space | None:
+        """The space to merge in; None for a method of rows."""
+        chosen = self.options.space
+        if chosen is None and self.method.is_exact:
+            return None
+        return SPACES[chosen or self.method.space]
+
+    @cached_property
+    def rule(self) -> LengthRule | None:
+        """The rule for magnitudes; None for the method's own."""
+        return self.options.rule()
+
     def merged(self, rank: int | None) -> AdapterMerge:
         """Merge every module; cut the updates to `rank` if it is not None."""
         adapted = {path: self.modules[path] for path in self.paths}
@@ -87,6 +110,7 @@ class Job:
             method=self.method.name,
             layers=tuple(layers),
             count=len(self.adapters),
+            settings=self.options.named,
             notes=() if note is None else (note,),
         )
 
@@ -134,32 +158,77 @@ class Job:
         rank: int | None,
     ) -> MergedMatrix:
         """Merge the adapters of one matrix with weights ``(out, N)``."""
-        method, scale = self.method, self.scale
+        method, scale, options = self.method, self.scale, self.options
         if method.is_mean:  # adapters with weight 0 do not count
             used = np.flatnonzero(shares.any(0)).tolist()
             inputs, shares = [inputs[i] for i in used], shares[:, used]
             known = [known[i] for i in used] if known else known
             m, update = inputs[0].m, inputs[0].update
-            if len(inputs) == 1 and rank is None and m is not None:
+            is_kept = options.magnitudes is None and rank is None
+            if len(inputs) == 1 and is_kept and m is not None:
                 up = update.lora_b
                 if update.scale != scale:
                     up = up * (update.scale / scale)
                 return MergedMatrix(lora_a=update.lora_a, lora_b=up, m=m, scale=scale)
-        if method.needs_fisher:
-            return merge_informed(weight, inputs, shares, known, scale=scale, rank=rank)
-        if method.is_exact:
-            shares = self.options.scale * shares
-            return merge_matrix(
-                weight, inputs, shares, method=method.name, scale=scale, rank=rank
+        if options.calibrate is None:
+            merged = self._by_method(weight, inputs, shares, known, rank)
+        else:
+            calibration = CALIBRATIONS[options.calibrate]
+            merged = self._by_method(
+                weight,
+                calibrated(weight, inputs, shares, calibration),
+                shares,
+                known,
+                rank,
             )
-        return merge_dense(
+            merged = restored(merged, inputs, shares, options.scale)
+        if options.magnitudes is not None and RULES[options.magnitudes].of_result:
+            merged = with_own_lengths(weight, merged)
+        return merged
+
+    def _by_method(
+        self,
+        weight: Weight,
+        inputs: Sequence[Adapted],
+        shares: np.ndarray,
+        known: Sequence[mx.array | None],
+        rank: int | None,
+    ) -> MergedMatrix:
+        """Merge the adapters of one matrix, calibrated or not, by the method."""
+        method, scale, options = self.method, self.scale, self.options
+        if method.needs_fisher:
+            return merge_informed(
+                weight, inputs, shares, known, scale=scale, rank=rank, options=options
+            )
+        if self.space is None:
+            return merge_matrix(
+                weight,
+                inputs,
+                options.scale * shares,
+                method=method.name,
+                scale=scale,
+                rank=rank,
+                rule=self.rule,
+            )
+        if not self.space.coordinates:
+            return merge_dense(
+                weight,
+                inputs,
+                shares,
+                method=method.name,
+                scale=scale,
+                rank=rank,
+                options=options,
+            )
+        return merge_in_space(
             weight,
             inputs,
             shares,
             method=method.name,
+            space=self.space,
             scale=scale,
             rank=rank,
-            options=self.options,
+            options=options,
         )
 
     def _adapter(self, tensors: dict[str, mx.array]) -> Adapter:
@@ -175,12 +244,18 @@ class Job:
                 model=models.pop() if len(models) == 1 else None,
                 fingerprint=fingerprints.pop() if len(fingerprints) == 1 else None,
             ),
-            training={"merged": {"method": self.method.name, "adapters": self.names}},
+            training={
+                "merged": {
+                    "method": self.method.name,
+                    **self.options.named,
+                    "adapters": self.names,
+                }
+            },
         )
 
     def only_one(self) -> Adapter | None:
         """The only adapter with nonzero weights in a mean; None for several."""
-        if not self.method.is_mean:
+        if not self.method.is_mean or self.options.magnitudes is not None:
             return None
         used = {
             i for share in self.shares.values() for i in np.flatnonzero(share.any(0))

@@ -24,6 +24,8 @@ from mlx_dora.merge.adapters.report import AdapterMerge
 from mlx_dora.merge.fisher.estimate import estimate_on_data
 from mlx_dora.merge.fisher.information import Fisher, check_fishers, check_paths
 from mlx_dora.merge.methods import DEFAULT, MergeMethod, method_named
+from mlx_dora.merge.methods.spaces import SPACES, space_named
+from mlx_dora.merge.methods.table import names_in_spaces
 from mlx_dora.merge.weights import Weights, check_weights
 from mlx_dora.progress import Progress
 
@@ -42,13 +44,17 @@ def merge_adapters(
     seed: int = 0,
     scale: float = 1.0,
     parameters: Mapping[str, float] | None = None,
+    space: str | None = None,
+    magnitudes: str | None = None,
+    calibrate: str | None = None,
     fisher: Sequence[Fisher | str | Path] | None = None,
 ) -> Adapter:
     """Merge DoRA and LoRA adapters of one base into one DoRA adapter.
 
-    Row methods are exact and build no dense weight. The others, and ``fisher`` by
-    element, build one dense matrix at a time and use a truncated SVD. See
-    ``docs/merging.md`` for the definitions.
+    Row methods are exact and build no dense weight, and nor do the others in a space
+    such as ``core``. In the space ``weight``, and ``fisher`` by element, one dense
+    matrix at a time is built and cut by a truncated SVD. See ``docs/merging.md`` for
+    the definitions.
 
     Args:
         adapters: Folders or adapters; ranks, scales and modules may differ. An adapter
@@ -70,6 +76,12 @@ def merge_adapters(
         scale: Factor λ on the merged task vectors, for methods that use them.
         parameters: Parameters that only the method has, such as ``gamma`` of
             ``breadcrumbs``.
+        space: Coordinates in which the method merges the updates, such as ``core``;
+            None for the method's own.
+        magnitudes: Rule for the merged magnitudes, such as ``mean``; None for the
+            method's own.
+        calibrate: Calibration of the updates before the merge, such as ``pico``; None
+            for none.
         fisher: Fisher information of each adapter, for method ``fisher``: results of
             `mlx_dora.merge.estimate_fisher`, or folders.
 
@@ -90,7 +102,13 @@ def merge_adapters(
         overwrite=overwrite,
         check_base=check_base,
         options=Options(
-            density=density, seed=seed, scale=scale, own=dict(parameters or {})
+            density=density,
+            seed=seed,
+            scale=scale,
+            own=dict(parameters or {}),
+            space=space,
+            magnitudes=magnitudes,
+            calibrate=calibrate,
         ),
         fisher=fisher,
     ).adapter
@@ -126,6 +144,11 @@ def merge_adapters_report(
         )
     if probe is not None and rank is None:
         raise DoRAError("logit_error measures a rank cut: give a rank.")
+    if probe is not None and options.space and space_named(options.space).needs_rank:
+        raise DoRAError(
+            f"logit_error measures a rank cut, and space {options.space} makes none: "
+            "leave logit_error out."
+        )
     fishers = [] if data else check_fishers(method, fisher, len(adapters))
     read = (*adapters, model, probe, *(fisher or ()), *data)
     inputs = tuple(source for source in read if isinstance(source, str | Path))
@@ -139,7 +162,7 @@ def merge_adapters_report(
     base, probe = _opened(model, probe, bool(data))
     if data and not isinstance(model, nn.Module):
         fishers = estimate_on_data(model, loaded, names, data, check_base, progress)
-    _check_fit(base, loaded, names, check_base)
+    check_fit(base, loaded, names, check_base)
     modules = dict(base.named_modules())
     job = Job(loaded, names, modules, entry, given, options, fishers, progress)
     check_paths(fishers, job.modules)
@@ -188,16 +211,32 @@ def _checked(
         raise DoRAError("give at least one adapter to merge.")
     # Any mean accepts a single adapter, and returns it unchanged.
     method.check_count(count, least=1 if method.is_mean else None)
-    method.check_settings(options.given(), weights)
+    method.check_settings(options.beside_rule(), weights)
+    _check_space(method, options.space, rank)
     if rank is not None and (type(rank) is not int or rank < 1):
         raise DoRAError(f"rank must be a whole number of at least 1, got {rank!r}.")
     return check_weights(weights, count)
 
 
-def _check_fit(
+def _check_space(method: MergeMethod, space: str | None, rank: int | None) -> None:
+    """Refuse a space that the method cannot use, or one without its rank."""
+    if space is not None and not method.takes_space:
+        raise DoRAError(
+            f"space {space} has no effect on {method.name}; it is for "
+            f"{', '.join(names_in_spaces())}."
+        )
+    if space is not None or not method.is_exact:
+        SPACES[space or method.space].check_rank(rank)
+
+
+def check_fit(
     model: nn.Module, adapters: Sequence[Adapter], names: Sequence[str], check: bool
 ) -> None:
-    """Refuse adapters that do not belong to the base, naming all of their problems."""
+    """Refuse adapters that do not belong to the base.
+
+    Raises:
+        DoRAError: Naming all problems of the first such adapter.
+    """
     for i, (adapter, name) in enumerate(zip(adapters, names, strict=True), 1):
         name = name or f"adapter {i}"
         if adapter.fine_tune_type == "full":

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_dora import openblas
 from mlx_dora.matrix.subspace import PrincipalPart, principal_part
-from mlx_dora.matrix.weight import Weight, row_blocks
+from mlx_dora.matrix.weight import Weight, row_blocks, row_dot
 from mlx_dora.merge.adapters.factored import MergedMatrix, single
 
 LARGE = 512
@@ -20,33 +21,65 @@ LARGE = 512
 TOLERANCE = 1e-3
 """How far the squared error may be above the least possible, as a share of it."""
 _SHARE = 4  # of the smaller side, directions may be this part at most
-_FIRST = 32  # rank of the first try for an energy
+_FIRST = 8  # rank of the first try for an energy
 _LEANS = 0.1
 _SWEEPS = 2
 _LEAST, _GREATEST = 1e-12, 1e12  # lengths of rows whose squares float32 holds
-_ELEMENTS = 1 << 21
+_ELEMENTS = 1 << 19  # of a block of rows, whose float32 copy takes 2 MB
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """The rows of both matrices, and their lengths and products, each ``(out,)``."""
+    """The rows of both matrices, and their lengths and products, each ``(out,)``.
+
+    Attributes:
+        old: The base.
+        new: The tuned matrix.
+        base_norm: Length of each row of the base.
+        norm: Length of each row of the tuned matrix, summed in float64.
+        along: Inner product of each row of the base and the tuned row's direction.
+        moved: ‖tuned − base‖², a number.
+    """
 
     old: Weight
     new: Weight
     base_norm: np.ndarray
     norm: np.ndarray
     along: np.ndarray
+    moved: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    """The weighted change M = e∘tuned − g∘base, whose principal part is the update.
+
+    Attributes:
+        rows: Both matrices.
+        gain: g: length of the tuned row over the length given to its direction.
+        stretch: e: 1 but where the gain was raised to its least value.
+    """
+
+    rows: _Rows
+    gain: np.ndarray
+    stretch: np.ndarray
+
+    def blocks(self) -> Iterator[tuple[slice, mx.array]]:
+        """Yield slices, and rows of M in float32."""
+        for index, block, _ in self.pairs():
+            yield index, block
 
     def pairs(self) -> Iterator[tuple[slice, mx.array, mx.array]]:
-        """Yield slices, and float32 rows of the base and of the tuned matrix."""
-        return _pairs(self.old, self.new)
+        """Yield slices, rows of M, and rows of e∘tuned."""
+        # A row that is 0 in the tuned matrix has no direction: its change counts as 0.
+        of_base = np.where(self.rows.norm > 0, self.gain, 0.0)
+        is_plain = bool((self.stretch == 1).all())
+        for index, start, goal in _pairs(self.rows.old, self.rows.new):
+            if not is_plain:
+                goal = goal * _column(self.stretch[index])
+            yield index, goal - start * _column(of_base[index]), goal
 
-    def units(self, index: slice, goal: mx.array) -> mx.array:
-        """Unit directions of tuned rows; 0 for zero rows."""
-        norm = self.norm[index]
-        return goal * _column(np.where(norm > 0, 1 / np.where(norm > 0, norm, 1), 0.0))
 
-
+@openblas.one_thread()
 def nearest(
     old: Weight, new: Weight, *, rank: int | None, energy: float | None
 ) -> tuple[MergedMatrix, float] | None:
@@ -72,24 +105,24 @@ def nearest(
     norm, base_norm = rows.norm, rows.base_norm
     target = np.where(rows.along > _LEANS * base_norm, rows.along, base_norm)
     target = np.where(base_norm > 0, target, norm)
-    update = _update(rows, target, rank, energy)
+    change = _change(rows, target)
+    part = _principal(change, rank, energy)
     for _ in range(_SWEEPS):
-        if update is None:
+        if part is None:
             return None
-        part, gain = update
-        best = _fitting(rows, target, part, gain)
+        best = _fitting(rows, target, part, change.gain)
         # For this update, the loss falls by exactly so much with the new lengths.
-        fall = float(np.square(gain * (best - target)).sum())
+        fall = float(np.square(change.gain * (best - target)).sum())
         if fall < 0.01 * _lost(part) * part.energy:
             break
-        better = _update(rows, best, part.values.size, None)
-        if better is None or _lost(better[0]) >= 0.99 * _lost(part):
+        refitted = _change(rows, best)
+        better = _principal(refitted, part.values.size, None, part)
+        if better is None or _lost(better) >= 0.99 * _lost(part):
             break
-        target, update = best, better
-    if update is None:
+        target, change, part = best, refitted, better
+    if part is None:
         return None
-    part, gain = update
-    lora_a, up = _factors(part, gain)
+    lora_a, up = _factors(part, change.gain)
     merged = MergedMatrix(
         lora_a=single(lora_a),
         lora_b=single(up.T),
@@ -98,7 +131,7 @@ def nearest(
         zero=int((norm == 0).sum()),
         discarded=_lost(part),
     )
-    return merged, _error(rows, merged)
+    return merged, _error(change, merged)
 
 
 def _pairs(old: Weight, new: Weight) -> Iterator[tuple[slice, mx.array, mx.array]]:
@@ -114,20 +147,26 @@ def _column(values: np.ndarray) -> mx.array:
 def _measured(old: Weight, new: Weight) -> _Rows | None:
     """Measure the rows; None if they are equal, not finite, or of extreme size."""
     parts: list[list[np.ndarray]] = [[], [], []]
-    changed = is_lost = False
+    moved, changed, is_lost = 0.0, False, False
     for _, start, goal in _pairs(old, new):
-        norm = mx.sqrt(mx.square(goal).sum(1))
-        unit = goal / mx.where(norm > 0, norm, 1.0)[:, None]
-        sums = [mx.sqrt(mx.square(start).sum(1)), norm, (start * unit).sum(1)]
-        moved = mx.any(start != goal)
-        lost = [  # squares below float32's range
-            mx.any((size == 0) & mx.any(block != 0, axis=1))
-            for size, block in ((sums[0], start), (norm, goal))
-        ]
-        mx.eval(sums, moved, lost)
-        changed, is_lost = changed or bool(moved), is_lost or any(map(bool, lost))
-        for part, values in zip(parts, sums, strict=True):
-            part.append(np.array(values, np.float64))
+        delta = goal - start
+        mx.eval(start, goal, delta)
+        before, after, apart = (
+            np.array(block, copy=False) for block in (start, goal, delta)
+        )
+        wide = after.astype(np.float64)  # the magnitudes are these norms
+        norm = np.sqrt(row_dot(wide, wide))
+        base_norm = np.sqrt(row_dot(before, before))
+        across = row_dot(before, after)
+        parts[0].append(base_norm)
+        parts[1].append(norm)
+        parts[2].append(np.divide(across, norm, out=across, where=norm > 0))
+        square = float(row_dot(apart, apart).sum())
+        moved, changed = moved + square, changed or square > 0 or bool(apart.any())
+        is_lost = is_lost or any(  # squares below float32's range
+            bool(block[size == 0].any())
+            for size, block in ((base_norm, before), (norm, after))
+        )
     base_norm, norm, along = (np.concatenate(part) for part in parts)
     sizes = np.concatenate([base_norm, norm])
     sizes = sizes[sizes != 0]
@@ -136,45 +175,50 @@ def _measured(old: Weight, new: Weight) -> _Rows | None:
     )
     if not changed or is_lost or not is_plain:
         return None
-    return _Rows(old=old, new=new, base_norm=base_norm, norm=norm, along=along)
+    return _Rows(
+        old=old, new=new, base_norm=base_norm, norm=norm, along=along, moved=moved
+    )
 
 
-def _update(
-    rows: _Rows, target: np.ndarray, rank: int | None, energy: float | None
-) -> tuple[PrincipalPart, np.ndarray] | None:
-    """The principal part of the weighted change, and the weights of its rows.
+def _change(rows: _Rows, target: np.ndarray) -> _Change:
+    """The weighted change if the tuned directions are given the lengths `target`."""
+    raw = np.where(target > 0, rows.norm / np.where(target > 0, target, 1.0), 1.0)
+    gain = np.maximum(raw, 1e-6 * max(float(raw.max()), 1e-30))
+    is_raised = (gain > raw) & (rows.norm > 0)
+    stretch = np.where(is_raised, gain / np.where(is_raised, raw, 1.0), 1.0)
+    return _Change(rows=rows, gain=gain, stretch=stretch)
+
+
+def _principal(
+    change: _Change,
+    rank: int | None,
+    energy: float | None,
+    near: PrincipalPart | None = None,
+) -> PrincipalPart | None:
+    """The principal part of the weighted change, of the rank or the share of energy.
 
     None if more directions are needed than a dense decomposition is good for.
     """
-    gain = np.where(target > 0, rows.norm / np.where(target > 0, target, 1.0), 1.0)
-    gain = np.maximum(gain, 1e-6 * max(float(gain.max()), 1e-30))
-    shape = (rows.old.shape[0], rows.old.shape[1])
-
-    # A row that is 0 in the tuned matrix has no direction: its change counts as 0.
-    of_base = np.where(rows.norm > 0, gain, 0.0)
-    of_goal = of_base * target / np.where(rows.norm > 0, rows.norm, 1.0)
-
-    def blocks() -> Iterator[tuple[slice, mx.array]]:
-        for index, start, goal in rows.pairs():
-            yield (
-                index,
-                goal * _column(of_goal[index]) - start * _column(of_base[index]),
-            )
-
+    shape = (change.rows.old.shape[0], change.rows.old.shape[1])
     most = min(shape) // (2 * _SHARE)
     if rank is not None:
         most = min(most, rank)
     count = most if energy is None else min(_FIRST, most)
     while True:
         key = mx.random.key(0)
-        part = principal_part(blocks, shape, count, tolerance=TOLERANCE, key=key)
+        near = principal_part(
+            change.blocks, shape, count, tolerance=TOLERANCE, key=key, near=near
+        )
         if energy is None:
-            return part, gain
-        kept = np.cumsum(np.square(part.values))
-        if kept[-1] >= energy * part.energy * (1 - 1e-12) or count == rank:
-            enough = int(np.searchsorted(kept, energy * part.energy * (1 - 1e-12)))
-            return _first(part, min(enough + 1, kept.size)), gain
-        if count == most:
+            return near
+        kept = np.cumsum(np.square(near.values))
+        least = energy * near.energy * (1 - 1e-12)
+        if kept[-1] >= least or count == rank:
+            enough = int(np.searchsorted(kept, least))
+            return _first(near, min(enough + 1, kept.size))
+        # No direction beyond these holds more than the last of them.
+        within_reach = kept[-1] + (most - count) * near.values[-1] ** 2
+        if count == most or (rank is None and within_reach < least):
             return None
         count = min(2 * count, most)
 
@@ -206,23 +250,41 @@ def _fitting(
 ) -> np.ndarray:
     """The lengths at which an update fits each direction best."""
     lora_a, up = _factors(part, gain)
-    down = mx.array(lora_a.astype(np.float32))
-    fitting = rows.along.copy()
-    for index, _, goal in rows.pairs():
-        left = np.array(rows.units(index, goal) @ down, np.float64)
-        fitting[index] += (left * up[index]).sum(1)
+    down = single(lora_a)
+    across = np.empty(rows.norm.size)
+    for index, block in row_blocks(rows.new, _ELEMENTS):
+        left = np.array(block.astype(mx.float32) @ down, np.float64)
+        across[index] = (left * up[index]).sum(1)
+    norm = np.where(rows.norm > 0, rows.norm, 1.0)
+    fitting = rows.along + np.where(rows.norm > 0, across / norm, 0.0)
     return np.where(fitting > _LEANS * target, fitting, target)
 
 
-def _error(rows: _Rows, merged: MergedMatrix) -> float:
-    """‖adapted − tuned‖ over ‖tuned − base‖."""
-    apart = moved = 0.0
-    for index, start, goal in rows.pairs():
-        adapted = start + merged.lora_b.T[index] @ merged.lora_a.T
-        norm = mx.sqrt(mx.square(adapted).sum(1, keepdims=True))
-        unit = adapted / mx.where(norm > 0, norm, 1.0)
-        rest = merged.m[index][:, None] * unit - goal
-        sums = mx.square(rest).sum(), mx.square(goal - start).sum()
-        mx.eval(sums)
-        apart, moved = apart + float(sums[0]), moved + float(sums[1])
-    return float(np.sqrt(apart / moved))
+def _error(change: _Change, merged: MergedMatrix) -> float:
+    r"""‖adapted − tuned‖ over ‖tuned − base‖.
+
+    With :math:`R = M - g \circ BA`, the adapted row has the direction of
+    :math:`y - R`, y the row of e∘tuned. With n its length and t = ‖y‖/n, the row's
+    error :math:`\lVert t(y - R) - y \rVert^2` is a sum of terms as small as R²: no
+    digits are lost, however small the change.
+    """
+    a = merged.lora_a.T
+    left = single(-change.gain[:, None] * np.array(merged.lora_b.T, np.float64))
+    total = 0.0
+    for index, block, goal in change.pairs():
+        rest = mx.addmm(block, left[index], a)
+        mx.eval(rest, goal)
+        seen, y = np.array(rest, copy=False), np.array(goal, copy=False)
+        q, c, square = row_dot(seen, seen), row_dot(y, seen), row_dot(y, y)
+        length = np.sqrt(np.maximum(square - 2 * c + q, 0.0))
+        lives = (length > 0) & (square > 0)
+        # t − 1, without the cancellation of ‖y‖ − n
+        beyond = np.where(
+            lives,
+            (2 * c - q) / np.where(lives, length * (np.sqrt(square) + length), 1.0),
+            -1.0,
+        )
+        t = 1 + beyond
+        squares = beyond**2 * square - 2 * t * beyond * c + t**2 * q
+        total += float((np.maximum(squares, 0.0) / change.stretch[index] ** 2).sum())
+    return float(np.sqrt(total / change.rows.moved))

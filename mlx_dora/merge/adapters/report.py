@@ -1,6 +1,7 @@
 """Report on a merge of adapters, layer by layer."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mlx_dora.adapters.adapter import Adapter
@@ -46,6 +47,8 @@ class AdapterMerge(Shown):
         count: Number of inputs.
         logit_error: Relative change of the logits if all layers are cut; None if it
             was not measured.
+        settings: Choices besides the method, by option: the space, the rule for
+            magnitudes.
         notes: Notes about the settings, one sentence each.
     """
 
@@ -54,6 +57,7 @@ class AdapterMerge(Shown):
     layers: tuple[MergedLayer, ...]
     count: int
     logit_error: float | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def details(self) -> list[str]:
@@ -103,9 +107,10 @@ class AdapterMerge(Shown):
             text.append(f"All layers cut: logits off by {self.logit_error:.2e}")
         ranks = sorted({layer.rank for layer in self.layers})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        chosen = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         text.append(
             f"Merged {self.count} adapters on {len(self.layers)} matrices by "
-            f"{self.method}: rank {span}."
+            f"{self.method}{f' ({chosen})' if chosen else ''}: rank {span}."
         )
         return text
 
@@ -125,6 +130,7 @@ class AdapterMerge(Shown):
         """Return JSON values, without the adapter."""
         return {
             "method": self.method,
+            "settings": dict(self.settings),
             "count": self.count,
             "notes": list(self.notes),
             "logit_error": self.logit_error,

@@ -65,6 +65,15 @@ BLOCK_ENTRIES = (
         parameters=("lambda",),
     ),
     MergeMethod(
+        name="iso",
+        summary="the sum of the changes, all singular values set to their mean",
+        paper="arXiv:2502.04959",
+        blocks="spectral:iso",
+        base="changes",
+        parameters=("lambda",),
+        space="core",
+    ),
+    MergeMethod(
         name="breadcrumbs",
         summary="changes without the largest and the smallest entries",
         paper="arXiv:2312.06795",
@@ -148,7 +157,8 @@ BLOCK_ENTRIES = (
         inputs=(1, 1),
         base="changes",
         takes_weights=False,
+        reads_base=True,
         mergekit=[Mergekit("arcee_fusion", "equal")],
     ),
 )
-"""They merge models, and adapters through a dense matrix."""
+"""They merge models, and adapters in a space."""

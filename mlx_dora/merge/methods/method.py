@@ -109,6 +109,10 @@ class MergeMethod:
         own: Parameters that only this method has.
         density: Default fraction of the changes to keep.
         takes_weights: Whether it accepts weights of the inputs.
+        reads_base: Whether it uses the values of W0, not only the changes from it, so
+            that it cannot merge adapters in another space.
+        space: Space (`mlx_dora.merge.methods.spaces`) in which it merges adapters if
+            none is chosen, unless it is a function of rows.
         mergekit: Its forms in mergekit's YAML.
     """
 
@@ -128,6 +132,8 @@ class MergeMethod:
     own: tuple[Parameter, ...] = ()
     density: float | None = None
     takes_weights: bool = True
+    reads_base: bool = False
+    space: str = "weight"
     mergekit: Sequence[Mergekit] = ()
 
     @cached_property
@@ -139,6 +145,11 @@ class MergeMethod:
     def is_exact(self) -> bool:
         """Whether it merges adapters exactly, without a dense weight."""
         return bool(self.rows)
+
+    @cached_property
+    def takes_space(self) -> bool:
+        """Whether it merges the changes of adapters in any space."""
+        return bool(self.blocks) and self.base == "changes" and not self.reads_base
 
     @cached_property
     def uses(self) -> tuple[str, ...]:
@@ -172,17 +183,17 @@ class MergeMethod:
     @cached_property
     def row_function(self) -> Any:
         """The function of rows."""
-        return _load(self.rows)
+        return function_at(self.rows)
 
     @cached_property
     def whole_function(self) -> Any:
         """The function of a tensor treated as one row."""
-        return _load(self.whole or self.rows)
+        return function_at(self.whole or self.rows)
 
     @cached_property
     def block_function(self) -> Any:
         """The function on dense tensors."""
-        return _load(self.blocks)
+        return function_at(self.blocks)
 
     def check_count(self, count: int, least: int | None = None) -> None:
         """Refuse a number of inputs that the method cannot merge.
@@ -228,6 +239,7 @@ class MergeMethod:
         return f"{self.name} with density 1 drops nothing."
 
 
-def _load(where: str) -> Any:
+def function_at(where: str) -> Any:
+    """Import ``module:function`` of `mlx_dora.merge.methods`."""
     module, _, name = where.partition(":")
     return getattr(import_module(f"mlx_dora.merge.methods.{module}"), name)

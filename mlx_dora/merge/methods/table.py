@@ -3,8 +3,9 @@
 To add a method, write one function and add one entry. A function of rows
 (`methods.rows`, entry in `row_entries`) merges models, and adapters exactly without a
 dense weight. A function of blocks (`methods.elementwise`, `methods.sparse`,
-`methods.importance`, entry in `block_entries`) merges models, and adapters through a
-dense matrix. Entries name their functions, which are imported on use.
+`methods.importance`, `methods.spectral`, entry in `block_entries`) merges models, and
+adapters in a space (`methods.spaces`): as a dense matrix, or in coordinates. Entries
+name their functions, which are imported on use.
 """
 
 from mlx_dora.errors import DoRAError
@@ -45,6 +46,11 @@ def densities() -> str:
 def exact_names() -> str:
     """Names of the methods that merge adapters exactly, for a help text."""
     return ", ".join(name for name, entry in METHODS.items() if entry.is_exact)
+
+
+def names_in_spaces() -> list[str]:
+    """Names of the methods that merge adapters in any space."""
+    return [name for name, entry in METHODS.items() if entry.takes_space]
 
 
 def names_with(parameter: str) -> str:

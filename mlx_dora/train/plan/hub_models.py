@@ -46,7 +46,11 @@ class HubModel:
 
 
 def fitting_models(
-    train: TrainConfig, dora: DoRAConfig, lengths: Sequence[int], limit: int
+    train: TrainConfig,
+    dora: DoRAConfig,
+    lengths: Sequence[int],
+    limit: int,
+    rows_per_unit: int = 1,
 ) -> list[HubModel]:
     """Predict for 20 models of the Hub whether a training fits.
 
@@ -55,8 +59,9 @@ def fitting_models(
         dora: Settings of the adapter.
         lengths: Tokens of each row, as some tokenizer counts them.
         limit: Bytes to fit into.
+        rows_per_unit: Rows of a batch for each of `lengths`: 2 for pairs.
     """
-    steps = largest_batches(train, lengths)
+    steps = largest_batches(train, lengths, rows_per_unit)
     device = this_device()
 
     def largest(shapes: ModelShapes, **changes: Any) -> MemoryPlan:
@@ -72,6 +77,7 @@ def fitting_models(
         layers = min(dora.num_layers, config["num_hidden_layers"])
         settings = replace(dora, num_layers=layers)
         dense = shapes_of(empty, config, settings, train.fine_tune_type)
+        dense = replace(dense, rows_per_unit=rows_per_unit)
         packed = replace(dense, weight_bytes=int(sum(map(_packed_bytes, sizes))))
         at_16, at_4 = largest(dense), largest(packed)
         ways = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,10 @@ from mlx_dora.data.config import DEFAULT_DATA
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.cross_entropy import chunk_size
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.grpo.config import RewardConfig
+from mlx_dora.train.objectives.config import PreferenceConfig
+from mlx_dora.train.objectives.make import make_objective
+from mlx_dora.train.objectives.objective import Objective
 from mlx_dora.train.plan.attention import (
     BLOCK,
     Device,
@@ -19,6 +24,7 @@ from mlx_dora.train.plan.attention import (
 )
 from mlx_dora.train.plan.rows import largest_batches, row_lengths
 from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
+from mlx_dora.train.plan.traffic import Traffic, divided_by, traffic_of
 
 # Number of arrays of a chunk's size, or of a block's width, that exist at a time: MLX
 # allocates up to ten tasks ahead of the computation. See docs/memory.md.
@@ -29,6 +35,8 @@ _RECOMPUTED_IN_FLIGHT = 12
 _SCORES_IN_FLIGHT = 2
 # Arrays of a block of scores in a fused backward pass: scores and their gradient.
 _FUSED_IN_FLIGHT = 2
+# Gathered weights of a block that exist at a time, where processes divide them.
+_GATHERS_IN_FLIGHT = 2
 # Copies of the trained parameters that an optimizer keeps.
 _OPTIMIZER_COPIES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 1}
 
@@ -47,6 +55,8 @@ class MemoryPlan:
         packed: Whether short rows are joined into rows of `length` tokens.
         grad_checkpoint: Whether blocks are recomputed.
         weights: Bytes of the model as stored.
+        rows_per_unit: Rows for each row of ``batch_size``: 2 for pairs.
+        reference: Bytes of an objective's reference beside the model.
         adapter: Bytes of the trained parameters, in float32 (in full training, a part
             of the weights).
         optimizer: Bytes of the optimizer's state.
@@ -59,6 +69,10 @@ class MemoryPlan:
             on the CPU; on an Apple GPU those that MLX has no fused backward pass for.
         device: Backend of MLX that the plan is for: cpu, metal or cuda.
         logits: Bytes of the chunks of logits in flight.
+        gathered: Bytes of the largest weight that is gathered whole; 0 unless weights
+            are divided among processes.
+        processes: Number of processes; all numbers are for one of them.
+        traffic: Bytes that a process sends per batch; None for one process.
         peak: Predicted peak. Activations and logits do not peak together.
         limit: Bytes that MLX may use on this machine.
         longest: Longest rows that fit at this batch size, in tokens; 0 for none.
@@ -81,8 +95,13 @@ class MemoryPlan:
     scored_blocks: int
     device: str
     logits: int
+    gathered: int = 0
+    processes: int = 1
+    traffic: Traffic | None = None
     peak: int
     limit: int
+    reference: int = 0
+    rows_per_unit: int = 1
     longest: int = 0
     largest_batch: int = 0
     advice: tuple[str, ...] = ()
@@ -100,6 +119,10 @@ def plan_memory(
     limit: int | None = None,
     lengths: Sequence[int] | None = None,
     device: Device | None = None,
+    preference: PreferenceConfig | None = None,
+    reward: RewardConfig | None = None,
+    objective: Objective | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """Predict the peak memory of a training, which its longest rows determine.
 
@@ -114,6 +137,12 @@ def plan_memory(
         lengths: Tokens of each training row, instead of reading the data.
         device: Where to train; default: this machine's device. With `metal_device` and
             `limit`, the plan is for a Mac wherever it is made.
+        preference: Settings of the objectives dpo, orpo, kto and simpo.
+        reward: Settings of the objective grpo.
+        objective: What to minimize; default: made from ``train.objective`` and its
+            settings.
+        processes: Number of processes that share each batch and, with ``shard``, the
+            weights. The plan is for one of them.
 
     Raises:
         DoRAError: If the model or the data does not exist, or the model has blocks
@@ -126,17 +155,27 @@ def plan_memory(
             "no memory plan for variants, init pissa or magnitude_keys: only DoRA, "
             "LoRA and full fine-tuning have one."
         )
-    shapes = read_shapes(Path(train.model), dora, train.fine_tune_type)
+    objective = objective or make_objective(train, preference, reward=reward)
+    objective.check(train, dora)
+    is_divided = train.shard is not None and processes > 1
+    shapes = read_shapes(
+        Path(train.model), dora, train.fine_tune_type, is_divided=is_divided
+    )
     if lengths is None and (train.data != DEFAULT_DATA or train.hf_dataset):
-        lengths = row_lengths(train)
+        lengths = row_lengths(train, objective)
     limit = memory_limit() if limit is None else limit
     device = this_device() if device is None else device
     document = None
     if train.packing and lengths is not None:
         document = min(max(lengths), train.max_seq_length)
-    how = limit, device, document
+    shapes = replace(
+        shapes,
+        rows_per_unit=objective.rows_per_unit,
+        held=partial(objective.held_bytes, train),
+    )
+    how = limit, device, document, processes
     step = max(
-        largest_batches(train, lengths),
+        largest_batches(train, lengths, objective.rows_per_unit),
         key=lambda step: plan_step(shapes, step, *how).peak,
     )
     plan = predict(shapes, step, *how)
@@ -165,10 +204,11 @@ def predict(
     limit: int,
     device: Device | None = None,
     document: int | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """Make the plan of a training, without advice. The arguments are `plan_step`'s."""
     device = this_device() if device is None else device
-    how = limit, device, document
+    how = limit, device, document, processes
 
     def fitting(change: Callable[[int], TrainConfig], most: int) -> int:
         least = 0
@@ -192,6 +232,7 @@ def plan_step(
     limit: int,
     device: Device,
     document: int | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """The terms and the peak, without the largest sizes that fit.
 
@@ -202,16 +243,25 @@ def plan_step(
         limit: Bytes to fit into.
         device: Where to train.
         document: Tokens of the longest document in packed rows.
+        processes: Number of processes that share a batch.
     """
-    length = train.max_seq_length
-    tokens = train.batch_size * (length - 1)
+    length, rows = train.max_seq_length, train.batch_size
+    train = replace(train, batch_size=-(-rows // processes))
+    tokens = train.batch_size * shapes.rows_per_unit * (length - 1)
     size = shapes.element_bytes
     # 1. Held throughout the step.
     is_full = train.fine_tune_type == "full"
     trained = shapes.trainable * (size if is_full else 4)
     optimizer = trained * _OPTIMIZER_COPIES[train.optimizer]
     gradients = trained + 4 * shapes.trainable * (train.grad_accumulation_steps > 1)
-    always = shapes.weight_bytes + (0 if is_full else trained) + optimizer + gradients
+    reference = shapes.held(trained)
+    divided = divided_by(shapes.modules, processes)
+    away = sum(m.nbytes * (processes - 1) // processes for m in divided)
+    in_blocks = [m.nbytes for m in divided if m.block is not None]
+    heads = [m.nbytes for m in divided if m.is_head]
+    weights = shapes.weight_bytes - away
+    always = weights + (0 if is_full else trained) + optimizer + gradients
+    always += reference
     # 2. Kept by the forward pass.
     count = len(shapes.block_elements)
     scored, score, blocks = _scores(shapes, train, device, document)
@@ -231,12 +281,26 @@ def plan_step(
     chunks = min(_IN_FLIGHT, 3 * -(-tokens // chunk))
     wide = 4 if device.kind == "cpu" else size
     logits = chunks * chunk * shapes.vocabulary * wide
-    backward = working + working_scores * score + blocks
+    # A divided weight is whole while it is used: the head's for all chunks.
+    logits += max(heads, default=0)
+    gathers = _GATHERS_IN_FLIGHT * max(in_blocks, default=0)
+    backward = working + working_scores * score + blocks + gathers
+    traffic = None
+    if processes > 1:
+        traffic = traffic_of(
+            shapes.modules,
+            processes=processes,
+            tokens=tokens,
+            trainable=shapes.trainable,
+            has_norms=train.fine_tune_type == "dora",
+            grad_checkpoint=train.grad_checkpoint,
+            accumulation=train.grad_accumulation_steps,
+        )
     return MemoryPlan(
-        batch_size=train.batch_size,
+        batch_size=rows,
         length=length,
         grad_checkpoint=train.grad_checkpoint,
-        weights=shapes.weight_bytes,
+        weights=weights,
         adapter=trained,
         optimizer=optimizer,
         gradients=gradients,
@@ -245,8 +309,13 @@ def plan_step(
         scored_blocks=scored,
         device=device.kind,
         logits=logits,
+        gathered=max([*heads, *in_blocks], default=0),
+        processes=processes,
+        traffic=traffic,
         peak=always + kept + kept_scores * score + max(logits, backward),
         limit=limit,
+        reference=reference,
+        rows_per_unit=shapes.rows_per_unit,
     )
 
 
@@ -255,7 +324,8 @@ def _scores(
 ) -> tuple[int, int, int]:
     """Blocks that keep their scores, bytes of those of one, and of fused blocks."""
     inputs = train.max_seq_length - 1
-    per_head = train.batch_size * shapes.heads * shapes.element_bytes
+    rows = train.batch_size * shapes.rows_per_unit
+    per_head = rows * shapes.heads * shapes.element_bytes
     calls = shapes.attention(inputs)
     trained = len(shapes.block_elements)
     scored = count_scored(calls, shapes.blocks, trained, device)
@@ -276,6 +346,7 @@ def _advise(
     limit: int,
     device: Device,
     document: int | None,
+    processes: int,
     *,
     by_tokens: bool,
 ) -> tuple[str, ...]:
@@ -284,7 +355,7 @@ def _advise(
     if not train.grad_checkpoint:
         train = replace(train, grad_checkpoint=True)
         advice.append("--grad-checkpoint")
-    how = limit, device, document
+    how = limit, device, document, processes
     while plan_step(shapes, train, *how).peak > limit and train.batch_size > 1:
         half = train.batch_size // 2
         steps = train.grad_accumulation_steps * train.batch_size // half

@@ -12,6 +12,9 @@ from mlx_dora.data.survey import Survey, take_survey
 from mlx_dora.errors import DoRAError
 from mlx_dora.page import name_of, provenance, render_page
 from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.grpo.config import RewardConfig
+from mlx_dora.train.objectives.config import PreferenceConfig
+from mlx_dora.train.objectives.make import make_objective
 from mlx_dora.train.plan.hub_models import HubModel, fitting_models
 from mlx_dora.train.plan.predict import MemoryPlan, memory_limit, plan_memory
 
@@ -66,7 +69,13 @@ class Preview:
 
 
 def preview_training(
-    train: TrainConfig, dora: DoRAConfig, *, samples: int = 3, limit: int | None = None
+    train: TrainConfig,
+    dora: DoRAConfig,
+    *,
+    samples: int = 3,
+    limit: int | None = None,
+    preference: PreferenceConfig | None = None,
+    reward: RewardConfig | None = None,
 ) -> Preview:
     """Show what would be trained, without loading weights.
 
@@ -75,6 +84,8 @@ def preview_training(
         dora: Settings of the adapter.
         samples: Number of rows to show per split.
         limit: Bytes to fit into; default: this machine's limit.
+        preference: Settings of the objectives dpo, orpo, kto and simpo.
+        reward: Settings of the objective grpo.
 
     Raises:
         DoRAError: If the model or the data does not exist, or a row is malformed.
@@ -82,18 +93,23 @@ def preview_training(
     if train.model is None:
         raise DoRAError("model is not given: name a folder or a Hugging Face id.")
     limit = memory_limit() if limit is None else limit
+    objective = make_objective(train, preference, reward=reward)
+    objective.check(train, dora)
     tokenizer = load_tokenizer(train.model, trust_remote_code=train.trust_remote_code)
     survey = take_survey(
-        load_datasets(train, tokenizer),
+        load_datasets(train, tokenizer, make=objective.dataset),
         tokenizer,
         max_seq_length=train.max_seq_length,
         samples=samples,
+        unit=objective.unit or 1,
     )
-    lengths = survey.splits[0].trained
+    lengths = [n + objective.added_tokens for n in survey.splits[0].trained]
     whole = replace(train, max_seq_length=max(8 * -(-max(lengths, default=8) // 8), 8))
     plan, problem, flags = None, None, ()
     try:
-        plan = plan_memory(whole, dora, limit=limit, lengths=lengths)
+        plan = plan_memory(
+            whole, dora, limit=limit, lengths=lengths, objective=objective
+        )
         flags = _suggest(whole, plan)
     except DoRAError as error:
         problem = str(error)
@@ -105,7 +121,9 @@ def preview_training(
         plan=plan,
         problem=problem,
         flags=flags,
-        models=tuple(fitting_models(train, dora, lengths, limit)),
+        models=tuple(
+            fitting_models(train, dora, lengths, limit, objective.rows_per_unit)
+        ),
     )
 
 

@@ -20,6 +20,7 @@ from mlx_dora.io.foreign import foreign
 from mlx_dora.layers import DoRAEmbedding, dora_class
 from mlx_dora.train.config import FineTuneType
 from mlx_dora.train.plan.attention import AttentionCall, attention_calls
+from mlx_dora.train.plan.traffic import DividedModule, read_modules
 
 # Config keys for the number of experts per token.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
@@ -54,6 +55,11 @@ class ModelShapes:
         trainable: Number of trainable parameters.
         attention: The calls of attention for a number of tokens per row, one per block;
             others, or none, if the model computes attention itself.
+        rows_per_unit: Rows that a step computes for each row of ``batch_size``: 2 for
+            pairs.
+        held: Bytes that the objective holds beside the model, from those of the trained
+            parameters.
+        modules: The linear layers and embeddings, if the model is to be divided.
     """
 
     name: str
@@ -67,10 +73,17 @@ class ModelShapes:
     trainable: int
     blocks: int
     attention: Callable[[int], Sequence[AttentionCall]] = lambda length: ()
+    rows_per_unit: int = 1
+    held: Callable[[int], int] = lambda trained: 0
+    modules: tuple[DividedModule, ...] = ()
 
 
 def read_shapes(
-    model: str | Path, dora: DoRAConfig, fine_tune_type: FineTuneType
+    model: str | Path,
+    dora: DoRAConfig,
+    fine_tune_type: FineTuneType,
+    *,
+    is_divided: bool = False,
 ) -> ModelShapes:
     """Read the shapes of a model to be trained.
 
@@ -78,6 +91,7 @@ def read_shapes(
         model: Folder or Hugging Face id of the model.
         dora: Settings of the adapter.
         fine_tune_type: Kind of the training.
+        is_divided: Whether processes divide the weights.
 
     Raises:
         DoRAError: If the model's blocks are not attention and an MLP (dense or of
@@ -92,11 +106,18 @@ def read_shapes(
     infos = [checkpoint.info(name) for name in checkpoint.names]
     # The norms' weights have the dtype of the activations, even on a quantized base.
     norm = next(i for n, i in zip(checkpoint.names, infos, strict=True) if "norm" in n)
-    shapes = shapes_of(build_empty(config, folder), config, dora, fine_tune_type)
+    empty = build_empty(config, folder)
+    shapes = shapes_of(empty, config, dora, fine_tune_type)
+    size = 4 if norm.dtype == "F32" else 2
+    modules: tuple[DividedModule, ...] = ()
+    if is_divided:
+        by_name = dict(zip(checkpoint.names, infos, strict=True))
+        modules = read_modules(empty, by_name, adaptable_paths(empty, dora), size)
     return replace(
         shapes,
         weight_bytes=sum(info.nbytes for info in infos),
-        element_bytes=4 if norm.dtype == "F32" else 2,
+        element_bytes=size,
+        modules=modules,
     )
 
 

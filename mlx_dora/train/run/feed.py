@@ -23,9 +23,14 @@ class Feed:
         train: Settings of the training.
         make: Makes the batches instead of `Schedule`, see `finetune`; may be None.
         processes: Number of processes that share each batch.
+        unit: Number of consecutive examples that stay together in a batch; None for
+            single rows.
+        passes: How often the batches of an update are repeated, in consecutive updates.
+        alike: Give every process a batch of the same shape.
 
     Raises:
-        DoRAError: If `make` is given and the settings count in epochs or tokens.
+        DoRAError: If `make` is given and the settings count in epochs or tokens, or
+            the batches are of units.
     """
 
     def __init__(
@@ -34,11 +39,16 @@ class Feed:
         train: TrainConfig,
         make: MakeBatches | None,
         processes: int = 1,
+        unit: int | None = None,
+        passes: int = 1,
+        *,
+        alike: bool = False,
     ) -> None:
         self.counts = RowCounts()
-        self._levels, self._make = levels, make
+        self._levels, self._make, self._alike = levels, make, alike
         self._limits = train.batch_size, train.max_seq_length
         self._seed = train.seed
+        self._passes, self._window = passes, train.grad_accumulation_steps
         self._schedules: list[Schedule] = []
         if make is None:
             self._schedules = [
@@ -49,10 +59,16 @@ class Feed:
                     packing=train.packing,
                     batch_tokens=train.batch_tokens,
                     ranks=processes,
+                    unit=unit,
                     counts=self.counts,
                 )
                 for rows in levels
             ]
+        elif unit is not None:
+            raise DoRAError(
+                f"custom batches are for objective sft, not {train.objective}: leave "
+                "them out."
+            )
         elif train.epochs or train.epochs_per_eval:
             raise DoRAError(
                 "epochs and epochs_per_eval cannot count custom batches: set iters and "
@@ -74,7 +90,7 @@ class Feed:
 
     def length(self, epochs: int) -> int:
         """Number of batches in `epochs` passes over the training rows."""
-        return self._schedules[0].length(epochs)
+        return self._schedules[0].length(epochs) * self._passes
 
     def epoch_ends(self, every: int, iters: int) -> Sequence[int]:
         """The steps up to `iters` at which another `every` passes are complete."""
@@ -86,8 +102,9 @@ class Feed:
         Custom batches are made for the training alone, so every width is expected.
         """
         if self._make is None:
-            batches = self._schedules[0].batches(0, group.rank(), group.size())
-            return (tokens.shape for tokens, _ in batches)
+            place = 0, group.rank(), group.size()
+            batches = self._schedules[0].batches(*place, alike=self._alike)
+            return (batch[0].shape for batch in batches)
         rows, longest = self._limits
         widths = (1 << power for power in range(longest.bit_length()))
         return ((rows, width + 1) for width in widths)
@@ -100,13 +117,27 @@ class Feed:
         Raises:
             DoRAError: If a level has no row with a target.
         """
+        assert step % (self._passes * self._window) == 0 or self._passes == 1
+        step //= self._passes
         if self._make is None:
             place = step, group.rank(), group.size()
-            streams = [schedule.batches(*place) for schedule in self._schedules]
+            streams = [
+                schedule.batches(*place, alike=self._alike)
+                for schedule in self._schedules
+            ]
         else:
             make = partial(self._make, seed=self._seed, counts=self.counts)
             streams = [
                 islice(make(rows, *self._limits), step, None) for rows in self._levels
             ]
         # Make the first batch now, so that bad data is refused before the first step.
-        return tuple(chain([next(stream)], stream) for stream in streams)
+        whole = (chain([next(stream)], stream) for stream in streams)
+        return tuple(map(self._repeated, whole))
+
+    def _repeated(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        if self._passes == 1:
+            return stream
+        windows = iter(lambda: [*islice(stream, self._window)], [])
+        return chain.from_iterable(
+            chain(*[window] * self._passes) for window in windows
+        )

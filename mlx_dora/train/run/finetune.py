@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.config import DoRAConfig, Variant
 from mlx_dora.adapters.fingerprint import fingerprint
+from mlx_dora.adapters.sharding import parameter_count
 from mlx_dora.adapters.surgery import apply_layers, dora_layers, export_variants
 from mlx_dora.data.batches import Batch, Examples
 from mlx_dora.data.documents import check_packable, mask_bytes
@@ -24,7 +25,11 @@ from mlx_dora.progress import Progress
 from mlx_dora.train.bilevel import BilevelStepper
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.group import check_alike, together
+from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.metal import check_gradients
+from mlx_dora.train.objectives.config import PreferenceConfig
+from mlx_dora.train.objectives.make import make_objective
+from mlx_dora.train.objectives.objective import Objective, Surroundings
 from mlx_dora.train.optimizers import describe_training, describe_variant
 from mlx_dora.train.ranks import AdaptiveStepper
 from mlx_dora.train.run.feed import Feed, MakeBatches
@@ -50,6 +55,7 @@ from mlx_dora.train.services import (
     listener_of,
     service_listener,
 )
+from mlx_dora.train.sharded import check_shardable, divide
 from mlx_dora.train.stepper import Stepper
 
 logger = logging.getLogger(__name__)
@@ -74,6 +80,9 @@ def finetune(
     progress: Progress | None = None,
     loss: Loss = loss_fn,
     batches: Callable[..., Iterator[Batch]] | None = None,
+    preference: PreferenceConfig | None = None,
+    reward: RewardConfig | None = None,
+    objective: Objective | None = None,
 ) -> TrainReport:
     """Fine-tune a model in place and write its adapter.
 
@@ -103,11 +112,16 @@ def finetune(
             a notebook shows a live table below the cell (unless `progress` is given),
             and elsewhere the reports are logged at level info.
         progress: Called after every step and during validations.
-        loss: Returns the mean loss of a batch and its number of targets.
+        loss: Of supervised fine-tuning: returns the mean loss of a batch and its number
+            of targets.
         batches: Makes an endless stream of batches from the data, batch size, maximum
             length, ``seed`` and ``counts``, instead of `Schedule`. `train` must then
             set iters, not epochs. For an exact resume, the batches must depend on these
             arguments only.
+        preference: Settings of the objectives dpo, orpo, kto and simpo.
+        reward: Settings of the objective grpo.
+        objective: What to minimize; default: made from ``train.objective`` and the
+            settings of it.
 
     Raises:
         DoRAError: If a setting, the data or the model is invalid (nothing is written),
@@ -121,15 +135,23 @@ def finetune(
     """
     group, folder = mx.distributed.init(), Path(adapter_path).expanduser()
     with together(group):
+        if objective is None:
+            objective = make_objective(train, preference, loss, reward)
+        objective.check(train, dora)
         if group.rank() == 0:
             check_folder(folder, train)
             check_services(train)
-        data = as_dataset(train_set, tokenizer, train, "the training data")
-        valid_data = None
+
+        def read(rows: Any, name: str) -> Any:
+            made = as_dataset(rows, tokenizer, train, name, objective.dataset)
+            objective.check_data(made, name)
+            return objective.limited(made, train.max_seq_length)
+
+        data, valid_data = read(train_set, "the training data"), None
         if valid_set is not None and len(valid_set) and train.val_batches:
-            valid_data = as_dataset(valid_set, tokenizer, train, "the validation data")
+            valid_data = read(valid_set, "the validation data")
     listeners = [] if callback is None else [listener_of(callback)]
-    run = _prepare(model, train, dora, data, valid_data, folder, loss, batches)
+    run = _prepare(model, train, dora, data, valid_data, folder, objective, batches)
     run.progress = progress
     if train.services and run.is_writer:
         listeners.append(service_listener(train, folder, run.summary))
@@ -141,6 +163,19 @@ def finetune(
         with run.together():
             if run.is_writer:
                 stack.enter_context(training_lock(run.folder))
+        objective.begin(
+            Surroundings(
+                model=model,
+                train=run.train,
+                folder=folder,
+                group=group,
+                base=str(run.base.fingerprint),
+                train_set=data,
+                valid_set=valid_data,
+                tokenizer=tokenizer,
+                progress=progress,
+            )
+        )
         resume(run)
         first_step = run.step
         _describe_start(run)
@@ -167,14 +202,27 @@ def _prepare(
     data: Examples,
     valid_data: Examples | None,
     folder: Path,
-    loss: Loss,
+    objective: Objective,
     batches: MakeBatches | None,
 ) -> Run:
     """Make the model trainable and assemble a run."""
     group = mx.distributed.init()
     with together(group):
+        check_shardable(train, dora, group)
+    if train.shard:
+        divide(model, group)
+    with together(group):
         kind = _STEPPERS.get(dora.variant, Stepper)
-        feed = Feed(kind.levels(data, train), train, batches, group.size())
+        levels = kind.levels(data, train)
+        feed = Feed(
+            levels,
+            train,
+            batches,
+            group.size(),
+            objective.unit,
+            objective.passes,
+            alike=train.shard is not None,
+        )
         if train.epochs is not None:
             train = replace(train, iters=feed.length(train.epochs))
         epoch_ends = None
@@ -183,6 +231,7 @@ def _prepare(
         optimizer = kind.make_optimizer(train)
         check_gradients(model)
         base = BaseModel(model=train.model, fingerprint=fingerprint(model))
+        objective.adapting(model)
         mx.random.seed(train.seed)
         modules = _adapt(model, train, dora)
         check_lora_plus(model, train.lora_plus_ratio)
@@ -200,14 +249,15 @@ def _prepare(
                 )
         optimizer.init(model.trainable_parameters())
         settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
-    watch = watch_memory(train, dora, data)
+        settings |= objective.settings(data)
+    watch = watch_memory(train, dora, data, objective)
     check_alike({**settings, "iters": train.iters, "epochs": train.epochs}, group)
     return Run(
         model=model,
         train=train,
         folder=folder,
         group=group,
-        loss=loss,
+        objective=objective,
         feed=feed,
         valid_data=valid_data,
         watch=watch,
@@ -215,13 +265,20 @@ def _prepare(
         optimizer=optimizer,
         base=base,
         settings=settings,
-        summary={**describe_training(train), **describe_variant(dora, train)},
+        summary={
+            **describe_training(train),
+            **describe_variant(dora, train),
+            **objective.summary(),
+        },
         modules=tuple(modules),
         make_stepper=partial(
             kind,
             model,
             optimizer,
-            loss=loss,
+            loss=objective.loss,
+            complete=None
+            if objective.unit is None
+            else partial(objective.completed, model, data),
             group=group,
             settings=train,
             noted=watch.count if watch.buffers else None,
@@ -251,12 +308,10 @@ def _adapt(model: nn.Module, train: TrainConfig, dora: DoRAConfig) -> list[str]:
 
 def _describe_start(run: Run) -> None:
     """Log what will be trained."""
-    from mlx_lm.utils import get_total_parameters
-
     if not run.is_writer:
         return
     trained = sum(value.size for value in trainable_tensors(run.model).values())
-    total = get_total_parameters(run.model) or 1
+    total = parameter_count(run.model) or 1
     logger.info(
         "Trainable: %s of %s parameters (%.3g %%) in %d modules",
         f"{trained:,}",

@@ -63,7 +63,8 @@ class Best(Saved):
     Args:
         patience: Number of validations without improvement before stopping; 0 for no
             early stop.
-        loss: Best validation loss; None before the first validation.
+        loss: Lowest score (`Objective.score`: the validation loss, unless another
+            metric decides); None before the first validation.
         step: Step of the best validation.
         since: Number of validations since the best.
     """
@@ -76,7 +77,7 @@ class Best(Saved):
     since: int = 0
 
     def take(self, step: int, loss: float) -> bool:
-        """Record a validation; return True if it is the best so far."""
+        """Record a validation's score; return True if it is the best so far."""
         if not math.isfinite(loss) or (self.loss is not None and loss >= self.loss):
             self.since += 1
             return False

@@ -1,7 +1,5 @@
 """Reports of a training, and the log that stores them."""
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.json import parse
 from mlx_dora.notebook import Shown
+from mlx_dora.train.run.lines import Lines
 
 LOG_NAME = "log.jsonl"
 
@@ -27,6 +26,8 @@ class StepReport:
         tokens_per_second: Target tokens (without padding and prompts) per second spent
             on steps.
         steps_per_second: Batches per second spent on steps.
+        metrics: Means of the objective's metrics since the previous report, or on the
+            validation data; None for supervised fine-tuning.
         skipped_steps: Number of steps so far that had no target, or whose loss or
             gradient was not finite; None if zero. They did not change the weights.
         trained_tokens: Number of target tokens so far.
@@ -56,6 +57,7 @@ class StepReport:
     learning_rate: float | None = None
     tokens_per_second: float | None = None
     steps_per_second: float | None = None
+    metrics: dict[str, float] | None = None
     skipped_steps: int | None = None
     trained_tokens: int
     seconds: float
@@ -193,7 +195,7 @@ def _report(row: Any, where: str) -> StepReport:
         if value is None:
             if kind.default is MISSING:
                 problems.append(f"{name} is missing")
-        elif name in ("layers", "kernels"):
+        elif name in ("layers", "kernels", "metrics"):
             if not isinstance(value, dict):
                 problems.append(f"{name} must be an object, got {value!r:.40}")
         elif name in _WHOLE and (type(value) is not int or value < 0):
@@ -219,7 +221,7 @@ class Journal:
     ) -> None:
         self.history: list[StepReport] = []
         self._kernels: dict[str, Any] | None = None
-        self._path = None if folder is None else folder / LOG_NAME
+        self._lines = Lines(None if folder is None else folder / LOG_NAME)
         self._listeners = listeners
 
     def note(self, kernels: dict[str, Any]) -> None:
@@ -230,22 +232,14 @@ class Journal:
         """Record a report."""
         if self._kernels is not None:
             report, self._kernels = replace(report, kernels=self._kernels), None
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            mode = "a" if self.history else "w"
-            with self._path.open(mode, encoding="utf-8") as file:
-                file.write(json.dumps(report.to_dict()) + "\n")
+        self._lines.append([report.to_dict()])
         self.history.append(report)
         for listener in self._listeners:
             listener(report)
 
     def position(self) -> int:
         """Flush the log to disk and return its length in bytes."""
-        if self._path is None or not self.history:
-            return 0
-        with self._path.open("rb") as file:
-            os.fsync(file.fileno())
-            return os.fstat(file.fileno()).st_size
+        return self._lines.position()
 
     def restore(self, folder: Path, position: int) -> None:
         """Continue the log after its first `position` bytes; discard the rest.
@@ -258,16 +252,7 @@ class Journal:
             DoRAError: If the log is shorter than `position`, or malformed.
         """
         path = folder / LOG_NAME
-        content = path.read_bytes()[:position] if path.exists() else b""
-        if len(content) < position:
-            raise DoRAError(
-                f"{path} has {len(content)} bytes, but had {position} when the "
-                "checkpoint was written: restore the log, or start over with "
-                "--overwrite."
-            )
-        self.history = read_log(content, path)
-        if self._path is not None and position:
-            os.truncate(path, position)
+        self.history = read_log(self._lines.restore(path, position), path)
 
     def has(self, name: str, step: int) -> bool:
         """Whether a field was reported at this step."""

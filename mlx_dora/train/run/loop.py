@@ -88,12 +88,12 @@ def _update(run: Run) -> None:
     gradient = run.stepper.gradient(window)
     with run.together():
         passes = run.guard.passes(
-            run.step, gradient.loss, gradient.norm, gradient.tokens
+            run.step, gradient.loss, gradient.norm, gradient.count
         )
     if passes:
         run.stepper.apply(gradient)
         run.stepper.after_update(gradient, before, run.step)
-        run.meter.add(gradient.loss, gradient.tokens)
+        run.meter.add(gradient)
     run.meter.end_step(len(window))
     trim_cache(train.clear_cache_threshold)
     run.watch.look(window)

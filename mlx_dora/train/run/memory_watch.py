@@ -17,7 +17,9 @@ from mlx_dora.data.widths import MOST_SHAPES
 from mlx_dora.errors import DoRAError
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.memory import system_memory
+from mlx_dora.train.objectives.objective import Objective
 from mlx_dora.train.plan.predict import memory_limit, plan_memory
+from mlx_dora.train.plan.rows import unit_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ class MemoryWatch:
 
     def look(self, window: Sequence[Batch]) -> None:
         """Note the batches of an update, and whether memory is about to end."""
-        shapes = [shape_of(tokens) for tokens, _ in window]
+        shapes = [shape_of(tokens) for tokens, *_ in window]
         self.shapes.update(shapes)
         self._recent.update(shapes)
         if len(self._recent) > MOST_SHAPES:
@@ -117,10 +119,12 @@ class MemoryWatch:
         )
 
 
-def watch_memory(train: TrainConfig, dora: DoRAConfig, data: Examples) -> MemoryWatch:
+def watch_memory(
+    train: TrainConfig, dora: DoRAConfig, data: Examples, objective: Objective
+) -> MemoryWatch:
     """Watch the memory of a training on these examples."""
     limit = memory_limit() if train.memory_limit is None else train.memory_limit
-    advise = partial(_fitting_flags, train, dora, data)
+    advise = partial(_fitting_flags, train, dora, data, objective)
     buffers = int(mx.device_info().get("resource_limit", 0))  # Metal's
     return MemoryWatch(
         limit=limit, buffers=buffers, advise=advise, system=system_memory
@@ -141,7 +145,12 @@ def count_live(*trees: object) -> int:
 
 
 def _fitting_flags(
-    train: TrainConfig, dora: DoRAConfig, data: Examples, peak: int, fitting: int
+    train: TrainConfig,
+    dora: DoRAConfig,
+    data: Examples,
+    objective: Objective,
+    peak: int,
+    fitting: int,
 ) -> Sequence[str]:
     """Flags with which a training fits into some bytes.
 
@@ -149,14 +158,22 @@ def _fitting_flags(
         train: Settings of the training.
         dora: Settings of the adapter.
         data: The training examples.
+        objective: What the training minimizes.
         peak: Measured peak; the plan is scaled so that it predicts this.
         fitting: Bytes to fit into.
     """
-    lengths = [len(data[index][0]) for index in range(len(data))]
+    lengths = unit_lengths(data, objective.unit or 1, train.max_seq_length)
+    plan = partial(
+        plan_memory,
+        train,
+        dora,
+        lengths=lengths,
+        objective=objective,
+        processes=mx.distributed.init().size(),
+    )
     try:
-        planned = plan_memory(train, dora, lengths=lengths, limit=fitting).peak
-        scaled = int(fitting * planned / peak)
-        flags = plan_memory(train, dora, lengths=lengths, limit=scaled).advice
+        scaled = int(fitting * plan(limit=fitting).peak / peak)
+        flags = plan(limit=scaled).advice
     except DoRAError as error:
         logger.info("no plan of the memory: %s", error)
         flags = ()

@@ -1,20 +1,26 @@
 """Sums losses, tokens and time between reports."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_dora.train.geometry import LayerGeometry, summarise
 from mlx_dora.train.run.journal import StepReport
 from mlx_dora.train.run.state import Saved
+from mlx_dora.train.stepper import Gradient
 
 
 class Meter(Saved):
     """Sums over the steps since the last report, and over the whole training."""
 
-    saved = ("loss", "tokens", "batches", "step_seconds", "trained_tokens", "seconds")
+    saved = (
+        *("loss", "count", "tokens", "table", "batches", "step_seconds"),
+        *("trained_tokens", "seconds"),
+    )
 
     def __init__(self) -> None:
         self.trained_tokens = 0
@@ -40,15 +46,17 @@ class Meter(Saved):
         self.step_seconds += time.perf_counter() - self._last
         self.batches += batches
 
-    def add(self, loss: float, tokens: int) -> None:
-        """Add the loss of a step.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore the values of `state`; version 0.1 summed over targets alone."""
+        super().restore({"count": state["tokens"], "table": [], **state})
 
-        Args:
-            loss: Sum of the losses of the target tokens.
-            tokens: Number of target tokens.
-        """
-        self.loss += loss
-        self.tokens += tokens
+    def add(self, gradient: Gradient) -> None:
+        """Add the losses of a step."""
+        self.loss += gradient.loss
+        self.count += gradient.count
+        self.tokens += gradient.tokens
+        pairs = zip_longest(self.table, gradient.table, fillvalue=0.0)
+        self.table = [total + value for total, value in pairs]
 
     def report(
         self,
@@ -61,6 +69,7 @@ class Meter(Saved):
         batch_shapes: int | None = None,
         step_arrays: int | None = None,
         live_arrays: int | None = None,
+        values: Callable[[Sequence[float]], dict[str, float]] = lambda _: {},
     ) -> StepReport:
         """Report the steps since the last report, and reset the sums.
 
@@ -73,13 +82,15 @@ class Meter(Saved):
             batch_shapes: Number of shapes of batches so far.
             step_arrays: Number of arrays in the largest step, if counted.
             live_arrays: Number of arrays held between steps.
+            values: Makes the objective's metrics of their table.
         """
         self.trained_tokens += self.tokens
         seconds = max(self.step_seconds, 1e-9)
         layers = {path: asdict(layer) for path, layer in geometry.items()}
         report = StepReport(
             step=step,
-            train_loss=self.loss / self.tokens if self.tokens else None,
+            train_loss=self.loss / self.count if self.count else None,
+            metrics=values(self.table) or None,
             learning_rate=float(learning_rate),
             tokens_per_second=self.tokens / seconds,
             steps_per_second=self.batches / seconds,
@@ -97,11 +108,18 @@ class Meter(Saved):
         self._clear()
         return report
 
-    def validation(self, step: int, loss: float, began: float) -> StepReport:
+    def validation(
+        self,
+        step: int,
+        loss: float,
+        began: float,
+        metrics: Mapping[str, float] | None = None,
+    ) -> StepReport:
         """Report a validation that began when `seconds` was `began`."""
         return StepReport(
             step=step,
             val_loss=loss,
+            metrics=dict(metrics) if metrics else None,
             trained_tokens=self.trained_tokens,
             seconds=self.seconds,
             val_seconds=self.seconds - began,
@@ -109,5 +127,6 @@ class Meter(Saved):
         )
 
     def _clear(self) -> None:
-        self.loss, self.tokens = 0.0, 0
+        self.loss, self.count, self.tokens = 0.0, 0, 0
+        self.table: list[float] = []
         self.step_seconds, self.batches = 0.0, 0

@@ -49,6 +49,8 @@ def resume(run: Run) -> None:
         run.guard.restore(state["guard"])
         run.best.restore(state["best"])
         run.kernels = state["kernels"]
+        with run.together():
+            run.objective.restore(state["objective"])
     if checkpoint is not None:
         _describe(run)
     with run.together():
@@ -82,9 +84,7 @@ def _newest(run: Run) -> Checkpoint | None:
     discard_fragments(run.folder)
     if not run.train.resume:
         return None
-    checkpoint = newest_checkpoint(
-        run.folder, multiple_of=run.train.grad_accumulation_steps
-    )
+    checkpoint = newest_checkpoint(run.folder, multiple_of=run.block)
     if checkpoint is None:
         logger.warning("%s has no checkpoint: training starts at step 0", run.folder)
     return checkpoint

@@ -1,7 +1,7 @@
 """A training run: its parts, and its actions between updates."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,12 @@ import mlx.optimizers as optim
 from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.files import write_adapter_files
 from mlx_dora.data.batches import Batch, Examples
-from mlx_dora.evaluate.loss import Loss, LossResult, evaluate_loss, loss_fn
+from mlx_dora.layers import held_norms, sharded_modules
 from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.geometry import measure_geometry
 from mlx_dora.train.group import together
+from mlx_dora.train.objectives.objective import Measured, Objective
 from mlx_dora.train.run.checkpoint import TrainState, write_checkpoint
 from mlx_dora.train.run.feed import Feed
 from mlx_dora.train.run.guard import Best, Guard
@@ -30,29 +31,27 @@ from mlx_dora.train.run.start import BEST_NAME, kept_tensors
 from mlx_dora.train.stepper import Stepper
 
 
-def measure_loss(
+def measure(
+    objective: Objective,
     model: nn.Module,
     data: Examples,
     train: TrainConfig,
     phase: Literal["validate", "test"],
     progress: Progress | None,
     group: mx.distributed.Group,
-    loss: Loss = loss_fn,
-) -> LossResult:
-    """Measure the loss on validation or test data, in batches like those of training.
+) -> Measured:
+    """Measure the objective on validation or test data, in batches as in training.
 
     The arguments are those of `Run`; `phase` names the data.
     """
     count = train.val_batches if phase == "validate" else train.test_batches
-    rows = len(data) if count == -1 else min(len(data), count * train.batch_size)
-    return evaluate_loss(
+    most = count * train.batch_size * (objective.unit or 1)
+    rows = len(data) if count == -1 else min(len(data), most)
+    return objective.measure(
         model,
         data,
-        batch_size=train.batch_size,
-        max_seq_length=train.max_seq_length,
+        train=train,
         num_batches=count,
-        batch_tokens=train.batch_tokens,
-        loss=loss,
         progress=progress and partial(progress, phase, rows),
         group=group,
     )
@@ -71,7 +70,7 @@ class Run:
         train: Settings of the training, with ``iters`` set.
         folder: Folder of the adapter, the log and the checkpoints.
         group: The processes that share each batch. Only the first writes files.
-        loss: Returns the mean loss of a batch and its number of targets.
+        objective: What the training minimizes.
         feed: The training batches.
         valid_data: Validation examples; None for no validation.
         watch: Stops the training before memory ends.
@@ -98,7 +97,7 @@ class Run:
     train: TrainConfig
     folder: Path
     group: mx.distributed.Group
-    loss: Loss
+    objective: Objective
     feed: Feed
     valid_data: Examples | None
     watch: MemoryWatch
@@ -128,21 +127,34 @@ class Run:
         """Whether this process reads and writes the adapter's folder."""
         return self.group.rank() == 0
 
+    @property
+    def block(self) -> int:
+        """Number of batches between steps that can be resumed from."""
+        return self.train.grad_accumulation_steps * self.objective.passes
+
     def together(self) -> AbstractContextManager[None]:
         """A block that every process completes, or none."""
         return together(self.group)
 
+    def exchanged_norms(self) -> AbstractContextManager[None]:
+        """A block in which no norm needs another process, where weights are divided."""
+        is_sharded = self.group.size() > 1 and bool(sharded_modules(self.model))
+        return held_norms(self.model) if is_sharded else nullcontext()
+
     def report(self, *, with_layers: bool) -> None:
         """Report the steps since the last report."""
+        with self.exchanged_norms():
+            geometry = measure_geometry(self.model)
         entry = self.meter.report(
             self.step,
             self.optimizer.learning_rate,
-            measure_geometry(self.model),
+            geometry,
             with_layers=with_layers,
             skipped=self.guard.empty + self.guard.not_finite,
             batch_shapes=len(self.watch.shapes),
             step_arrays=self.watch.step_arrays,
             live_arrays=count_live(self.model.state, self.optimizer.state),
+            values=self.objective.values,
         )
         with self.together():
             self.journal.add(entry)
@@ -166,14 +178,16 @@ class Run:
                 raise _ValidationStopped
 
         try:
-            result = measure_loss(
-                self.model, data, train, "validate", advance, self.group, self.loss
+            result = measure(
+                self.objective, self.model, data, train, "validate", advance, self.group
             )
         except _ValidationStopped:
             return
         with self.together():
-            self.journal.add(self.meter.validation(self.step, result.loss, began))
-        if self.best.take(self.step, result.loss) and self.step:
+            self.journal.add(
+                self.meter.validation(self.step, result.loss, began, result.metrics)
+            )
+        if self.best.take(self.step, self.objective.score(result)) and self.step:
             self.save(self.folder / BEST_NAME)
 
     def save(self, folder: Path, *, warn: bool = False) -> None:
@@ -184,7 +198,8 @@ class Run:
             warn: Whether to warn of parts that mlx-lm itself cannot load.
         """
         losses = {name: self.journal.last(name) for name in ("train_loss", "val_loss")}
-        with self.together():
+        # The writer's check of the norms must not wait for other processes.
+        with self.exchanged_norms(), self.together():
             if self.is_writer:
                 write_adapter_files(
                     self.model,
@@ -196,12 +211,12 @@ class Run:
                 )
 
     def checkpoint(self) -> None:
-        """Write a checkpoint, unless the step lies inside an update.
+        """Write a checkpoint, unless the step lies inside an update or a sampling.
 
         A longer run would not make the shortened last update, so it could not resume
         from such a step.
         """
-        if self.step % self.train.grad_accumulation_steps:
+        if self.step % self.block:
             return
         state = TrainState(
             step=self.step,
@@ -211,6 +226,7 @@ class Run:
             best=self.best.state(),
             settings=self.settings,
             kernels=self.kernels,
+            objective=self.objective.state(),
         )
         weights, moments = kept_tensors(self.model), optimizer_tensors(self.optimizer)
         with self.together():

@@ -18,6 +18,9 @@ from mlx_dora.train.run.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
+_TO_ROUNDING = ("processes", "shard")
+"""Settings that change the order in which numbers are added, and dropout's masks."""
+
 
 def run_settings(
     train: TrainConfig, dora: DoRAConfig, base: str, data: Examples, processes: int
@@ -58,14 +61,25 @@ def check_settings(
         DoRAError: If settings differ and `force` is not set; lists the differences.
     """
     before = checkpoint.state.settings
-    differences = [
-        f"{name} was {_short(before.get(name))}, is {_short(settings.get(name))}"
+    changed = [
+        name
         for name in sorted({*before, *settings})
         if before.get(name) != settings.get(name)
     ]
-    if not differences:
+    if not changed:
         return
-    listed = "; ".join(differences)
+    listed = "; ".join(
+        f"{name} was {_short(before.get(name))}, is {_short(settings.get(name))}"
+        for name in changed
+    )
+    if set(changed) <= {*_TO_ROUNDING}:
+        logger.warning(
+            "%s: the result equals that of the old settings up to rounding, not bit "
+            "for bit%s",
+            listed,
+            "; dropout draws other masks" if settings.get("adapter.dropout") else "",
+        )
+        return
     if not force:
         raise DoRAError(
             f"{checkpoint.path} belongs to a training with other settings: {listed}. "

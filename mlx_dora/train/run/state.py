@@ -22,6 +22,7 @@ class TrainState:
         settings: Settings that must be unchanged when the run is resumed.
         kernels: What the ops used (`Decisions` as a dict); empty in checkpoints of
             version 0.1, which did not record it.
+        objective: State of the objective, from `Objective.state`.
     """
 
     step: int
@@ -31,6 +32,7 @@ class TrainState:
     best: dict[str, Any]
     settings: dict[str, Any]
     kernels: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
 
 
 class Saved:
@@ -71,6 +73,10 @@ _SECONDS: _Check = (
     "a number of at least 0",
     lambda value: _is_number(value) and value >= 0,
 )
+_NUMBERS: _Check = (
+    "a list of finite numbers",
+    lambda value: isinstance(value, list) and all(map(_is_number, value)),
+)
 _OBJECT: _Check = ("an object", lambda value: isinstance(value, dict))
 
 _FIELDS: dict[str, _Check] = {
@@ -91,6 +97,9 @@ _FIELDS: dict[str, _Check] = {
     "settings": _OBJECT,
 }
 
+_LATER: dict[str, _Check] = {"meter.count": _COUNT, "meter.table": _NUMBERS}
+"""Fields that checkpoints of version 0.1 lack."""
+
 
 def parse_state(content: Mapping[str, Any], step: int) -> TrainState:
     """Read the content of ``state.json``, and check the type and range of each field.
@@ -103,9 +112,11 @@ def parse_state(content: Mapping[str, Any], step: int) -> TrainState:
         DoRAError: If fields are missing or invalid; names them all.
     """
     problems = []
-    for name, (must_be, is_good) in _FIELDS.items():
+    for name, (must_be, is_good) in (_FIELDS | _LATER).items():
         group, _, key = name.rpartition(".")
         inside = content.get(group) if group else content
+        if name in _LATER and isinstance(inside, Mapping) and key not in inside:
+            continue
         if not isinstance(inside, Mapping) or key not in inside:
             problems.append(f"{name} is missing")
         elif not is_good(inside[key]):
@@ -113,12 +124,16 @@ def parse_state(content: Mapping[str, Any], step: int) -> TrainState:
     kernels = content.get("kernels", {})
     if not _are_decisions(kernels):
         problems.append(f"kernels must be what the ops used, got {kernels!r:.40}")
+    objective = content.get("objective", {})
+    if not isinstance(objective, dict) or not all(map(_is_count, objective.values())):
+        problems.append(f"objective must hold whole numbers, got {objective!r:.40}")
     if not problems and content["step"] != step:
         problems.append(f"step is {content['step']} in the folder of step {step}")
     if problems:
         raise DoRAError("; ".join(problems))
     names = ("step", "log_bytes", "meter", "guard", "best", "settings")
-    return TrainState(**{name: content[name] for name in names}, kernels=kernels)
+    state = {name: content[name] for name in names}
+    return TrainState(**state, kernels=kernels, objective=objective)
 
 
 def _are_decisions(kernels: Any) -> bool:

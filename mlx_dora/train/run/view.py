@@ -12,7 +12,10 @@ from mlx_dora.train.run.journal import StepReport
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = ("step", "loss", "validation loss", "tokens/s", "ΔM", "ΔD")
+_COLUMNS = (
+    *("step", "loss", "validation loss", "accuracy", "margin", "reward"),
+    *("tokens/s", "ΔM", "ΔD"),
+)
 _SHOWN = 12
 """Number of reports in the table."""
 _INTERVAL = 0.25
@@ -43,11 +46,15 @@ class TrainingView:
     def report(self, report: StepReport) -> None:
         """Add a report to the table; a validation shares the row of its step."""
         row = self._rows.setdefault(report.step, {"step": str(report.step)})
+        metrics = report.metrics or {}
         row |= {
             name: f"{value:{form}}"
             for name, value, form in (
                 ("loss", report.train_loss, ".4f"),
                 ("validation loss", report.val_loss, ".4f"),
+                ("accuracy", metrics.get("rewards/accuracies"), ".3f"),
+                ("margin", metrics.get("rewards/margins"), ".3f"),
+                ("reward", metrics.get("reward"), ".3f"),
                 ("tokens/s", report.tokens_per_second, ".0f"),
                 ("ΔM", report.delta_m, ".2g"),
                 ("ΔD", report.delta_d, ".2g"),

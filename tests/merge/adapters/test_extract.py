@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from mlx_dora import DoRAConfig, DoRAError, save_adapter
 from mlx_dora.adapters.hosting import load
+from mlx_dora.adapters.origins import Origins
 from mlx_dora.cli.extract import command
 from mlx_dora.fuse.config import FuseConfig
 from mlx_dora.fuse.model import fuse_model
@@ -99,12 +100,14 @@ def test_energy_chooses_ranks_and_a_rank_is_kept(make_tuned, bits: int | None) -
     assert {layer.rank for layer in capped.layers} == {2}
 
 
-@pytest.mark.parametrize("large", [1 << 26, 1])
+@pytest.mark.parametrize("in_files", [True, False])
 def test_uncovered_tensors_are_named(
-    make_tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int
+    make_tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_files: bool
 ) -> None:
-    """Compared by their values or, if large, by a hash of their bytes."""
-    monkeypatch.setattr("mlx_dora.merge.adapters.extract._LARGE", large)
+    """Compared in their files or, if the model changed them on loading, in memory."""
+    if not in_files:
+        monkeypatch.setattr(Origins, "stored", lambda *_: None)
+    monkeypatch.setattr("mlx_dora.io.stored._COMPARED", 100)
     base, tuned, _ = make_tuned()
     result = extract_adapter(base, tuned, rank=2, keys=["self_attn.q_proj"])
     names = [f"model.layers.{i}.self_attn.v_proj.weight" for i in (0, 1)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_dora.kernels import QuantizedWeight
+from mlx_dora.matrix.subspace import principal_part
 from mlx_dora.merge.adapters import nearest as module
 from mlx_dora.merge.adapters.factor import factor, row_norm
 from mlx_dora.merge.adapters.nearest import nearest
@@ -66,6 +67,31 @@ def test_the_error_is_that_of_the_dense_decomposition(
     assert merged.discarded == pytest.approx(actual**2, rel=0.1)
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-5])
+@pytest.mark.parametrize("shrunk", [False, True])
+def test_the_error_keeps_its_digits_for_small_changes(
+    size: float, shrunk: bool
+) -> None:
+    """Against float64; a row that nearly vanishes gets the least weight."""
+    rng = np.random.default_rng(1)
+    base = rng.standard_normal((OUT, WIDTH)).astype(np.float32)
+    left = rng.standard_normal((OUT, RANK + 2)) * 0.1 ** np.arange(RANK + 2)
+    goal = base + size * left @ rng.standard_normal((RANK + 2, WIDTH))
+    if shrunk:
+        goal[5] = 1e-8 * rng.standard_normal(WIDTH)
+    goal = goal.astype(np.float32)
+    found = nearest(mx.array(base), mx.array(goal), rank=RANK, energy=None)
+    assert found is not None
+    merged, error = found
+    rows = base + (to_numpy(merged.lora_a) @ to_numpy(merged.lora_b)).T
+    rows *= to_numpy(merged.m)[:, None] / np.linalg.norm(rows, axis=1, keepdims=True)
+    exact, moved = goal.astype(np.float64), goal.astype(np.float64) - base
+    actual = np.linalg.norm(rows - exact) / np.linalg.norm(moved)
+    # float32 rows and magnitudes of 1 cannot be nearer than 1e-7.
+    floor = float(1e-7 * np.linalg.norm(exact) / np.linalg.norm(moved))
+    assert error == pytest.approx(actual, rel=1e-3, abs=floor)
+
+
 @pytest.mark.parametrize("energy", [0.3, 0.5])
 def test_an_energy_chooses_the_least_rank(energy: float) -> None:
     base, tuned = make("falling")
@@ -89,6 +115,22 @@ def test_it_declines_what_a_dense_decomposition_does_better() -> None:
         assert nearest(base * factor_, tuned * factor_, rank=4, energy=None) is None
     bad = mx.where(mx.arange(WIDTH) == 5, float("nan"), tuned)
     assert nearest(base, bad, rank=4, energy=None) is None
+
+
+def test_an_energy_out_of_reach_is_declined_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The eight directions of a try show that the 24 allowed cannot be enough."""
+    base, tuned = make("noise", (192, 256))
+    counts = []
+
+    def counted(*args, **kw):
+        counts.append(args[2])
+        return principal_part(*args, **kw)
+
+    monkeypatch.setattr(module, "principal_part", counted)
+    assert nearest(base, tuned, rank=None, energy=0.9) is None
+    assert counts == [8]
 
 
 def test_zero_rows_have_no_direction() -> None:

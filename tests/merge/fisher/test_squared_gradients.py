@@ -8,6 +8,7 @@ import pytest
 from mlx_dora import DoRAConfig, DoRAError, apply_dora
 from mlx_dora.adapters.surgery import adapter_layers
 from mlx_dora.layers import weight_of
+from mlx_dora.matrix.weight import dense
 from mlx_dora.merge.fisher.config import FisherConfig
 from mlx_dora.merge.fisher.squared_gradients import SquaredGradients
 from tests.checks import assert_close, to_numpy
@@ -27,12 +28,12 @@ def acting(model: Toy) -> list[np.ndarray]:
     for layer in model.model.layers:
         module = layer.proj
         base = weight_of(module.get("linear", module))
-        dense = to_numpy(base if isinstance(base, mx.array) else base.dequantize())
+        matrix = to_numpy(dense(base))
         if "lora_a" in module:
             a, b, m = (to_numpy(module[leaf]) for leaf in ("lora_a", "lora_b", "m"))
-            dense = dense + module.scale * (a @ b).T
-            dense *= (m / np.linalg.norm(dense, axis=1))[:, None]
-        result.append(dense)
+            matrix = matrix + module.scale * (a @ b).T
+            matrix *= (m / np.linalg.norm(matrix, axis=1))[:, None]
+        result.append(matrix)
     return result
 
 

@@ -12,7 +12,7 @@ from mlx_dora import DoRAError
 from mlx_dora.cli.merge import command
 from mlx_dora.merge import merge_adapters, merge_models
 from mlx_dora.merge.methods import MERGEKIT, METHODS, method_named
-from mlx_dora.merge.methods.page import docs_table
+from mlx_dora.merge.methods.page import TABLES, put_tables
 from mlx_dora.merge.models import plan_models, read_mergekit
 from tests.merge.models.test_merge import MATRIX, read
 
@@ -40,9 +40,11 @@ def test_only_the_table_compares_method_names() -> None:
     assert result == []
 
 
-def test_the_docs_page_contains_the_table() -> None:
+def test_the_docs_page_contains_the_tables() -> None:
     page = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
-    assert docs_table() in page, "run: python -m mlx_dora.merge.methods.page"
+    for table in TABLES:
+        assert table() in page, "run: python -m mlx_dora.merge.methods.page"
+    assert put_tables(page) == page
 
 
 def test_help_lists_the_default_densities() -> None:

@@ -17,7 +17,7 @@ from mlx_dora.merge.models import read_mergekit, run_merge
 from mlx_dora.merge.models.dry_run import dry_run
 from mlx_dora.merge.models.plan import plan_models
 from tests.checks import assert_close, to_numpy
-from tests.merge.names import ALL, most, needed
+from tests.merge.names import ALL, SPECTRAL, most, needed
 
 STACK = "model.layers.0.block_sparse_moe.switch_mlp.up_proj.weight"
 EXPERTS, ROWS, WIDTH = 3, 8, 64
@@ -43,7 +43,7 @@ def stacks(tmp_path: Path, count: int) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    "method", [m for m in ALL if not METHODS[m].needs_fisher and m != "tsv"]
+    "method", [m for m in ALL if not METHODS[m].needs_fisher and m not in SPECTRAL]
 )
 def test_a_stack_of_experts_is_merged_as_its_rows(tmp_path: Path, method: str) -> None:
     """Row by row, or by element: as a matrix of all experts' rows."""

@@ -14,6 +14,7 @@ from mlx_dora.cli._train_text import describe_plan
 from mlx_dora.cli.train import command
 from mlx_dora.errors import DoRAError
 from mlx_dora.train import TrainConfig, plan_memory
+from mlx_dora.train.objectives.make import make_objective
 from mlx_dora.train.plan.predict import predict
 from mlx_dora.train.plan.preview import preview_training
 from mlx_dora.train.plan.rows import row_lengths
@@ -180,7 +181,7 @@ def test_the_longest_rows_after_cutting_are_planned(
     )
     named = config(tiny_model_folder, data=str(data), max_seq_length=2048)
     plan = plan_memory(named, dora)
-    assert row_lengths(named) == [3, 3, 3, 10]
+    assert row_lengths(named, make_objective(named)) == [3, 3, 3, 10]
     given = plan_memory(replace(named, data="none"), dora, lengths=[3, 3, 3, 10])
     assert plan.rows == given.rows == 4
     assert plan.length == given.length == 17  # 10 tokens, padded

@@ -17,6 +17,7 @@ from mlx_dora.data.batches import pad_batch
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import target_mask
 from mlx_dora.train import TrainConfig, memory, plan_memory
+from mlx_dora.train.objectives.make import make_objective
 from mlx_dora.train.run import memory_watch as home
 from mlx_dora.train.run.memory_watch import MemoryWatch, watch_memory
 from tests.cli.training_data import write_data
@@ -105,7 +106,7 @@ def test_flags_come_from_the_plan_scaled_to_what_was_measured(
         grad_checkpoint=True,
     )
     smaller = plan_memory(light, dora, lengths=lengths, limit=1).peak
-    advise = watch_memory(train, dora, EXAMPLES).advise
+    advise = watch_memory(train, dora, EXAMPLES, make_objective(train)).advise
     assert smaller < planned
     # Measured twice the plan: what fits into twice the smaller plan fits.
     assert list(advise(2 * planned, 2 * smaller + 100)) == ["--grad-checkpoint"]
@@ -133,7 +134,7 @@ def test_a_model_without_a_plan_gets_smaller_steps(
     settings: dict[str, Any], flags: str
 ) -> None:
     train = TrainConfig(**settings)  # no model, so no plan
-    advise = watch_memory(train, DoRAConfig(), EXAMPLES).advise
+    advise = watch_memory(train, DoRAConfig(), EXAMPLES, make_objective(train)).advise
     assert " ".join(advise(1000, 900)) == flags
 
 

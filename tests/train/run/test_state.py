@@ -37,6 +37,8 @@ def test_a_written_state_is_read_back() -> None:
         ("step", 10**9, "step is 1000000000 in the folder of step 6"),
         ("log_bytes", -1, "log_bytes must be"),
         ("meter", {}, "meter.loss is missing"),
+        ("meter.count", "3", "meter.count must be a whole number"),
+        ("meter.table", [1.0, "2"], "meter.table must be a list of finite numbers"),
         ("meter.loss", float("nan"), "meter.loss must be a finite number"),
         ("meter.seconds", -1.0, "meter.seconds must be"),
         ("guard", {}, "guard.in_a_row is missing"),
@@ -55,3 +57,12 @@ def test_a_field_of_wrong_type_or_range_is_named(
     with pytest.raises(DoRAError) as caught:
         parse_state(content, 6)
     assert reason in str(caught.value)
+
+
+def test_a_meter_of_version_0_1_is_continued() -> None:
+    content = good()
+    content["meter"] |= {"loss": 3.0, "tokens": 4}
+    del content["meter"]["count"], content["meter"]["table"]
+    meter = Meter()
+    meter.restore(parse_state(content, 6).meter)
+    assert (meter.loss, meter.count, meter.tokens, meter.table) == (3.0, 4, 4, [])

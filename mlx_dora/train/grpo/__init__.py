@@ -1,0 +1,1 @@
+"""GRPO: groups of sampled completions, their rewards, advantages and loss."""
