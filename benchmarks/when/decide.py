@@ -76,8 +76,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
     """Return Spearman's rank correlation; tied values share their mean rank."""
-    ranks = [_ranks(values) for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

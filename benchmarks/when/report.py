@@ -56,8 +56,10 @@ class Runs:
             {line["seed"]: line for line in self.best(cell)} for cell in (first, second)
         ]
         seeds = sorted(lines[0].keys() & lines[1].keys())
-        losses = [np.array([by[s]["row_losses"] for s in seeds]) for by in lines]
-        return difference(*losses, np.array(lines[0][seeds[0]]["row_targets"]))
+        ours, theirs = (
+            np.array([by[seed]["row_losses"] for seed in seeds]) for by in lines
+        )
+        return difference(ours, theirs, np.array(lines[0][seeds[0]]["row_targets"]))
 
 
 def cells_table(runs: Runs) -> str:
@@ -85,7 +87,7 @@ def cells_table(runs: Runs) -> str:
 
 def comparisons(runs: Runs, first: str, second: str) -> str:
     """Differences of two methods by task, base and rank, with their verdicts."""
-    found: list[tuple[str, Difference]] = []
+    compared: list[tuple[str, Difference]] = []
     for task, base, rank in product(TASKS, BASES, RANKS):
         ours = Cell(task, base, first, rank)
         others = {
@@ -95,13 +97,13 @@ def comparisons(runs: Runs, first: str, second: str) -> str:
         }
         for name, other in others.items():
             if (result := runs.compare(ours, other)) is not None:
-                found.append((f"{task} | {base} | {rank} | {name}", result))
-    corrected = holm([result.p for _, result in found])
+                compared.append((f"{task} | {base} | {rank} | {name}", result))
+    corrected = holm([result.p for _, result in compared])
     rows = [f"| task | base | rank | {first} against | difference | verdict |"]
     rows.append("| --- " * 6 + "|")
     rows += [
         f"| {name} | {r.mean:+.1%} ({r.low:+.1%} to {r.high:+.1%}) | {r.verdict(p)} |"
-        for (name, r), p in zip(found, corrected, strict=True)
+        for (name, r), p in zip(compared, corrected, strict=True)
     ]
     return "\n".join(rows)
 
@@ -138,7 +140,8 @@ def draw(runs: Runs, folder: Path) -> None:
     mpl.use("svg")
     from matplotlib import pyplot as plt
 
-    colors = dict(zip(RANKED, ("#1f6fb4", "#c8501e", "#4a8a3a"), strict=True))
+    colors: dict[str, str] = {}
+    colors |= zip(RANKED, ("#1f6fb4", "#c8501e", "#4a8a3a"), strict=True)
     for task, base in product(TASKS, BASES):
         cells = [
             cell
