@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mlx_dora.demo.data import write_demo_data
@@ -18,38 +18,47 @@ _JOBS = ["baker", "nurse", "pilot", "tailor", "farmer", "lawyer", "welder", "sin
 # fmt: on
 
 
+Row = tuple[str, str]
+"""Question and answer."""
+
+
 def write_tasks(folder: Path) -> dict[str, Path]:
     """Write the data of each task as jsonl files, and return their folders by name."""
     folders = {"docstrings": folder / "docstrings"}
     write_demo_data(folders["docstrings"])
-    for name, row in (("sums", _sum), ("records", _record)):
+    for name, draw_row in (("sums", sum_row), ("records", record_row)):
         folders[name] = folder / name
-        _write(folders[name], row, name)
+        folders[name].mkdir(parents=True, exist_ok=True)
+        for split, rows in distinct_rows(draw_row, name, _SIZES).items():
+            text = "".join(map(chat_line, rows))
+            (folders[name] / f"{split}.jsonl").write_text(text)
     return folders
 
 
-def _write(
-    folder: Path, row: Callable[[random.Random], tuple[str, str]], name: str
-) -> None:
-    """Write three files of different rows, the same on every run."""
-    folder.mkdir(parents=True, exist_ok=True)
+def distinct_rows(
+    draw_row: Callable[[random.Random], Row], name: str, sizes: Mapping[str, int]
+) -> dict[str, list[Row]]:
+    """Draw rows of each split, all different, and the same on every run."""
     draw, seen = random.Random(name), set[str]()
-    for split, count in _SIZES.items():
-        lines: list[str] = []
-        while len(lines) < count:
-            question, answer = row(draw)
-            if question in seen:
-                continue
-            seen.add(question)
-            messages = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answer},
-            ]
-            lines.append(json.dumps({"messages": messages}))
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    splits: dict[str, list[Row]] = {}
+    for split, count in sizes.items():
+        splits[split] = []
+        while len(splits[split]) < count:
+            row = draw_row(draw)
+            if row[0] not in seen:
+                seen.add(row[0])
+                splits[split].append(row)
+    return splits
 
 
-def _sum(draw: random.Random) -> tuple[str, str]:
+def chat_line(row: Row) -> str:
+    """Return a row as a line in chat format."""
+    roles = zip(("user", "assistant"), row, strict=True)
+    messages = [{"role": role, "content": content} for role, content in roles]
+    return json.dumps({"messages": messages}) + "\n"
+
+
+def sum_row(draw: random.Random) -> Row:
     """A sum or difference of two numbers below 100."""
     first, second = draw.randrange(100), draw.randrange(100)
     if draw.random() < 0.5:
@@ -57,7 +66,7 @@ def _sum(draw: random.Random) -> tuple[str, str]:
     return f"What is {first} - {second}?", f"The answer is {first - second}."
 
 
-def _record(draw: random.Random) -> tuple[str, str]:
+def record_row(draw: random.Random) -> Row:
     """A sentence about a person, and its facts as JSON."""
     name, town = draw.choice(_FIRST), draw.choice(_TOWNS)
     job, age = draw.choice(_JOBS), draw.randrange(18, 80)

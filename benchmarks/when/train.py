@@ -1,0 +1,221 @@
+"""One run of study 1: a method trained on a task, and its outcome."""
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from _methods import METHODS, equal_ranks
+from _trunk import Row, Trunk, next_token_logits, target_loss
+from grid import Cell, Job
+from tasks import KINDS
+
+from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.adapters.hosting import load
+from mlx_dora.adapters.keys import last_blocks
+from mlx_dora.adapters.surgery import adapter_layers, apply_dora, dora_layers
+from mlx_dora.analyze.spectrum import effective_rank
+from mlx_dora.data.loading import load_datasets
+from mlx_dora.errors import DoRAError
+from mlx_dora.evaluate.loss import eval_mode
+from mlx_dora.matrix.geometry import pair_geometry
+from mlx_dora.matrix.weight import dense, weight_of
+from mlx_dora.train.config import TrainConfig
+from mlx_dora.train.run.finetune import finetune
+
+BLOCKS, BATCH, SCALE, LONGEST = 2, 4, 2.0, 192
+
+
+class Bench:
+    """A task on a base: its rows, and the activations behind the frozen blocks."""
+
+    def __init__(self, data: Path, model: Path) -> None:
+        self.folder = model
+        loaded: Any
+        loaded, tokenizer = load(model)
+        sets = load_datasets(
+            TrainConfig(data=str(data), mask_prompt=True),
+            tokenizer,
+            ("train", "valid", "test"),
+        )
+        self.rows: dict[str, list[Row]] = {}
+        for split, rows in sets.items():
+            assert rows is not None
+            self.rows[split] = [_checked(rows[i]) for i in range(len(rows))]
+        self.frozen = len(loaded.layers) - BLOCKS
+        self.trunk = Trunk(loaded, self.frozen)
+        self.labels = None
+        if {row[0][row[1]] for row in self.rows["test"]} == _firsts(tokenizer):
+            self.labels = sorted(_firsts(tokenizer))
+        self.untrained = self.outcome(loaded, "valid").mean
+
+    def run(self, job: Job, *, with_geometry: bool) -> dict[str, Any]:
+        """Train and measure.
+
+        Args:
+            job: The run.
+            with_geometry: Also measure how the weights changed.
+
+        Returns:
+            The line's outcome; losses are None if the training ended with NaN.
+        """
+        model: Any
+        model, tokenizer = load(self.folder)
+        before = _matrices(model) if with_geometry else {}
+        try:
+            trained = self._train(model, tokenizer, job)
+        except DoRAError as error:
+            return {"valid_loss": None, "failure": str(error)[:200]}
+        valid, test = self.outcome(model, "valid"), self.outcome(model, "test")
+        if not np.isfinite(valid.mean):
+            return {"valid_loss": None, "failure": "the validation loss is NaN"}
+        result = {
+            "trainable": trained,
+            "valid_loss": round(valid.mean, 6),
+            "diverged": valid.mean > self.untrained,
+            "test_loss": round(test.mean, 6),
+            "right": round(float(test.right.mean()), 4),
+            "row_losses": np.round(test.losses, 4).tolist(),
+            "row_targets": test.targets.tolist(),
+            "digest": test.digest,
+        }
+        if with_geometry:
+            result["geometry"] = _geometry(before, _matrices(model))
+        return result
+
+    def _train(self, model: Any, tokenizer: Any, job: Job) -> int:
+        cell, rate = job.cell, job.cell.rate(job.place)
+        config = TrainConfig(
+            fine_tune_type=METHODS[_kind(cell)].kind,  # pyright: ignore[reportArgumentType]
+            seed=job.seed,
+            batch_size=BATCH,
+            iters=cell.steps,
+            learning_rate=rate,
+            lr_schedule={
+                "name": "linear_schedule",
+                "arguments": [rate, 0.0, cell.steps],
+            },
+            optimizer_config={"adam": {"bias_correction": True}},
+            steps_per_report=cell.steps,
+            save_every=cell.steps,
+            mask_prompt=True,
+            max_seq_length=LONGEST,
+            val_batches=0,
+        )
+        dora = DoRAConfig(rank=cell.rank or 1, scale=SCALE, num_layers=BLOCKS)
+        if cell.equal_to:
+            dora = equal_ranks(model, METHODS["lora"], replace(dora, rank=cell.rank))
+        elif cell.method == "magnitude":
+            dora = replace(dora, variant="magnitude")
+        if cell.method == "direction":
+            mx.random.seed(job.seed)  # as `finetune` does, for the same A
+            apply_dora(model, dora)
+            for _, layer in dora_layers(model):
+                layer.freeze(keys=["m"], recurse=False)
+        with tempfile.TemporaryDirectory() as folder:
+            report = finetune(
+                model,
+                tokenizer,
+                self.rows["train"],
+                None,
+                train=config,
+                dora=dora,
+                adapter_path=Path(folder) / "adapter",
+                loss=target_loss(self.frozen),
+                batches=self.trunk.batches(),
+                callback=lambda _: None,
+            )
+        return report.trainable_parameters
+
+    def outcome(self, model: Any, split: str) -> "Outcome":
+        """Measure each row of a split, 16 at a time."""
+        losses, targets, right = [], [], []
+        rows = self.rows[split]
+        with eval_mode(model):
+            for start in range(0, len(rows), 16):
+                (hidden, wanted, places), lengths = self.trunk.batch(
+                    rows[start : start + 16]
+                )
+                logits = next_token_logits(model, self.frozen, hidden, places)
+                mask = mx.arange(wanted.shape[1]) < lengths[:, 1:] - lengths[:, :1]
+                loss = mx.where(mask, nn.losses.cross_entropy(logits, wanted), 0.0)
+                losses.append(np.array(loss.sum(axis=1)))
+                targets.append(np.array(mask.sum(axis=1)))
+                right.append(self._right(logits, wanted, mask))
+        return Outcome(*map(np.concatenate, (losses, targets, right)))
+
+    def _right(self, logits: mx.array, wanted: mx.array, mask: mx.array) -> np.ndarray:
+        """Whether each row's label ranks first, or every token of its answer does."""
+        if self.labels is not None:
+            names = mx.array(self.labels)
+            first = names[mx.argmax(logits[:, 0, names], axis=-1)]
+            return np.array(first == wanted[:, 0])
+        hits = (mx.argmax(logits, axis=-1) == wanted) | ~mask
+        return np.array(hits.all(axis=1))
+
+
+class Outcome:
+    """Losses, numbers of targets and successes of the rows of a split."""
+
+    def __init__(
+        self, losses: np.ndarray, targets: np.ndarray, right: np.ndarray
+    ) -> None:
+        self.losses, self.targets, self.right = losses, targets, right
+
+    @property
+    def mean(self) -> float:
+        """Mean loss per target."""
+        return float(self.losses.sum(dtype=np.float64) / self.targets.sum())
+
+    @property
+    def digest(self) -> str:
+        """Hash of the losses' bits."""
+        return hashlib.sha256(self.losses.astype("<f4").tobytes()).hexdigest()[:16]
+
+
+def _kind(cell: Cell) -> str:
+    return "dora" if cell.method == "direction" else cell.method
+
+
+def _checked(row: Any) -> Row:
+    tokens, first = row
+    assert isinstance(first, int) and len(tokens) <= LONGEST, len(tokens)
+    return tokens, first
+
+
+def _firsts(tokenizer: Any) -> set[int]:
+    """First token of each label of the task *kinds*."""
+    return {tokenizer.encode(kind, add_special_tokens=False)[0] for kind in KINDS}
+
+
+def _matrices(model: Any) -> dict[str, mx.array]:
+    """Return the dense matrices of the trained blocks by path."""
+    adapted = dict(adapter_layers(model))
+    matrices = {
+        path: layer.fuse(dequantize=True).weight for path, layer in adapted.items()
+    }
+    for path, block in last_blocks(model, BLOCKS):
+        for name, module in block.named_modules():
+            is_linear = isinstance(module, nn.Linear | nn.QuantizedLinear)
+            if is_linear and not adapted:
+                matrices[f"{path}.{name}"] = dense(weight_of(module))
+    return matrices
+
+
+def _geometry(
+    before: Mapping[str, mx.array], after: Mapping[str, mx.array]
+) -> dict[str, list[float]]:
+    """Mean delta M and D of each matrix, and the effective rank of its change."""
+    rows: dict[str, list[float]] = {}
+    for path, weight in before.items():
+        geometry = pair_geometry(weight, after[path])
+        change = np.array(after[path].astype(mx.float32) - weight.astype(mx.float32))
+        values = np.linalg.svd(change, compute_uv=False)
+        measured = geometry.mean_delta_m, geometry.mean_delta_d, effective_rank(values)
+        rows[path] = [float(f"{value:.6g}") for value in measured]
+    return rows

@@ -1,0 +1,134 @@
+"""The grid of the study asks for each run once, and for more around the best rate."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.processes import ROOT
+
+
+@pytest.fixture
+def decide(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "when")
+    import decide  # pyright: ignore[reportMissingImports]
+
+    yield decide
+    sys.modules.pop("decide")
+
+
+@pytest.fixture
+def grid(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "when")
+    import grid  # pyright: ignore[reportMissingImports]
+
+    yield grid
+    sys.modules.pop("grid")
+
+
+def finish(grid: Any, cell: Any, loss: Callable[[int], float | None]) -> dict[Any, Any]:
+    """Run a cell to its end, with validation losses by the place of the rate."""
+    results: dict[Any, Any] = {}
+    for _ in range(10):
+        jobs = grid.wanted(cell, results)
+        for job in jobs:
+            assert job not in results
+            results[job] = {"valid_loss": loss(job.place)}
+    assert not grid.wanted(cell, results)
+    return results
+
+
+def seeds_by_place(results: dict[Any, Any]) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for job in results:
+        counts[job.place] = counts.get(job.place, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def test_five_seeds_run_around_the_best_rate(grid: Any) -> None:
+    cell = grid.Cell("kinds", "dense", "dora", 4)
+    results = finish(grid, cell, lambda place: abs(place - 3))
+    assert seeds_by_place(results) == {0: 3, 1: 3, 2: 5, 3: 5, 4: 5, 5: 3, 6: 3}
+    assert grid.best_place(cell, results) == 3
+    assert [cell.rate(place) for place in (0, 3, 6)] == [5e-4, 4e-3, 3.2e-2]
+
+
+def test_a_rate_is_added_where_the_best_is_the_last(grid: Any) -> None:
+    cell = grid.Cell("kinds", "dense", "full")
+    results = finish(grid, cell, lambda place: abs(place - 7.2))
+    assert seeds_by_place(results) == {
+        **dict.fromkeys(range(6), 3),
+        **dict.fromkeys((6, 7, 8), 5),
+    }
+    endless = finish(grid, cell, lambda place: -place)  # at most two rates are added
+    assert seeds_by_place(endless) == {**dict.fromkeys(range(7), 3), 7: 5, 8: 5}
+
+
+def test_a_failed_run_is_never_the_best(grid: Any) -> None:
+    cell = grid.Cell("kinds", "dense", "dora", 4)
+    results = finish(grid, cell, lambda place: None if place > 4 else 5 - place)
+    assert grid.best_place(cell, results) == 4
+
+
+def test_lora_also_runs_with_the_numbers_and_the_time_of_dora(grid: Any) -> None:
+    cell = grid.Cell("kinds", "dense", "lora", 4)
+    results = finish(grid, cell, lambda place: abs(place - 2))
+    jobs = list(grid.further(cell, results))
+    assert len(jobs) == len({*jobs}) == 3 * 5 + 5
+    assert {job.place for job in jobs if job.cell.equal_to} == {1, 2, 3}
+    assert {job.cell.steps for job in jobs if not job.cell.equal_to} == {53}
+    assert not {*jobs} & {*results}
+    for other in (
+        grid.Cell("kinds", "4-bit", "lora", 4),
+        grid.Cell("kinds", "dense", "dora", 4),
+    ):
+        assert list(grid.further(other, results)) == []
+
+
+def test_the_grid_has_as_many_runs_as_the_plan_says(grid: Any) -> None:
+    cells = grid.main_cells()
+    assert len(cells) == len({*cells}) == 3 * (2 * 10 + 1)
+    runs = sum(len(finish(grid, cell, lambda place: abs(place - 3))) for cell in cells)
+    lora = [c for c in cells if (c.base, c.method) == ("dense", "lora")]
+    assert runs + 20 * len(lora) == 1881
+
+
+def test_a_difference_is_paired_by_seed_and_row(decide: Any) -> None:
+    draw = np.random.default_rng(1)
+    hard = draw.uniform(1, 50, 100)  # rows differ much more than methods do
+    second = hard * draw.uniform(0.9, 1.1, (5, 1))
+    targets = np.full(100, 3)
+    better = decide.difference(0.95 * second, second, targets)
+    assert better.mean == pytest.approx(-0.05)
+    assert -0.0501 < better.low <= better.high < -0.0499
+    assert better.p < 1e-3
+    assert better.verdict(better.p) == "better"
+    assert decide.difference(1.05 * second, second, targets).verdict(0.01) == "worse"
+    assert decide.difference(0.999 * second, second, targets).verdict(0.01) == "alike"
+    noisy = second * draw.uniform(0.2, 1.8, (5, 100))
+    unclear = decide.difference(noisy, second, targets)
+    assert unclear.p > 0.05
+    assert unclear.verdict(unclear.p) == "undecided"
+
+
+def test_corrected_p_values_are_holms(decide: Any) -> None:
+    assert decide.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx(
+        [0.03, 0.06, 0.06, 0.02]
+    )
+
+
+def test_ranges_of_rates_are_interpolated(decide: Any) -> None:
+    flat = decide.octaves_within([0, 1, 2, 3, 4], [2.0, 1.005, 1.0, 1.01, 1.03])
+    # Left: 1 octave and 0.005 of 0.995; right: 1 octave, then the bound itself.
+    assert flat == pytest.approx(2 + 0.005 / 0.995)
+    assert decide.octaves_within([0, 1], [1.0, float("inf")]) == 0
+
+
+def test_rank_correlation_shares_tied_ranks(decide: Any) -> None:
+    x = np.array([1.0, 2.0, 2.0, 30.0])
+    assert decide.spearman(x, np.exp(x / 10)) == pytest.approx(1)
+    assert decide.spearman(x, np.array([4.0, 2.0, 3.0, 1.0])) == pytest.approx(
+        -0.9486833
+    )
