@@ -39,9 +39,9 @@ held 1e-5.
 GRADIENTS = 5e-4
 """Bound of the gradients' relative error.
 
-Not 1e-4: the two rows of a pair nearly cancel, and MLX's CPU differs from float64 by
-2.2e-4 there (sigmoid), where torch in float32 differs by 4e-6. The gradients of the
-losses themselves hold 1e-5 against NumPy in tests/train/objectives/test_losses.py.
+Not 1e-4, for a reason not yet known: ours differs from float64 by 2.2e-4 (sigmoid),
+where torch in float32 differs by 4e-6. The gradients of the losses themselves hold 1e-5
+against NumPy in tests/train/objectives/test_losses.py.
 """
 TURNS = [
     ("What is a lock?", "A thing that one thread holds.", "A key."),
