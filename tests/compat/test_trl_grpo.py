@@ -22,7 +22,7 @@ GRADIENTS = 3e-4
 """Bound of the gradients' relative error, over the whole adapter.
 
 Not 1e-4: it is 6e-5 to 8e-5 on one choice of advantages and 1.7e-4 on another, the
-rounding of thirty blocks in float32 on MLX's CPU (see test_trl.py). The gradient of the
+which is not yet explained (see test_trl.py). The gradient of the
 loss itself holds 1e-5 against NumPy in tests/train/grpo/test_loss.py.
 """
 TEMPERATURE = 0.8
