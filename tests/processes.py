@@ -5,6 +5,7 @@ Where the imports, or the environment while they run, are what is tested, use
 `subprocess`.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -120,7 +121,8 @@ class Process:
     def send_signal(self, number: int) -> None:
         """Send a signal, unless the process is known to have ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended just now
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Send SIGKILL."""

@@ -53,8 +53,10 @@ def product(a: mx.array, b: mx.array, **_: Any) -> mx.array:
     return _product(a, b)  # pyright: ignore[reportReturnType]
 
 
-def _sum(c: mx.array, a: mx.array, b: mx.array, *_: Any, **__: Any) -> mx.array:
-    return c + product(a, b)
+def _sum(
+    c: mx.array, a: mx.array, b: mx.array, alpha: float = 1.0, beta: float = 1.0
+) -> mx.array:
+    return beta * c + alpha * product(a, b)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

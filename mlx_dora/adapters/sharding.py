@@ -5,6 +5,7 @@ memory of one process.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +35,10 @@ from mlx_dora.layers.sharded import (
     ShardedEmbedding,
     ShardedLinear,
     ShardedModule,
+    sharded_modules,
 )
 from mlx_dora.matrix.sharded import Part, own_rows
-from mlx_dora.matrix.weight import row_squares, weight_from
+from mlx_dora.matrix.weight import row_squares, weight_from, weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -257,14 +259,17 @@ def parameter_count(model: nn.Module) -> int:
     """Number of parameters of a model, all rows of divided weights included."""
     from mlx_lm.utils import get_total_parameters
 
-    def count(module: nn.Module) -> int:
-        if isinstance(module, ShardedModule):
-            out, width = module.whole_weight.shape
-            return out * width + (module["bias"].size if "bias" in module else 0)
-        return get_total_parameters(module)
-
+    if not sharded_modules(model):
+        return get_total_parameters(model)
     leaves = tree_flatten(
         model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module)
     )
-    modules = cast(Sequence[tuple[str, nn.Module]], leaves)
-    return sum(count(module) for _, module in modules)
+    return sum(_count(module) for _, module in cast(Sequence[Any], leaves))
+
+
+def _count(module: nn.Module) -> int:
+    """Number of parameters of a module, those of packed weights unpacked."""
+    arrays = cast(Sequence[tuple[str, mx.array]], tree_flatten(module.parameters()))
+    others = (array.size for name, array in arrays if name not in _WEIGHTS)
+    matrix = math.prod(weight_of(module).shape) if "weight" in module else 0
+    return matrix + sum(others)

@@ -23,8 +23,6 @@ A `ShardedWeight` is a matrix. All processes of its group must make the same cal
 
 # Elements of a block, whose float32 copy takes 4 MB.
 _BLOCK = 1 << 20
-# Elements of a block that is also copied to float64.
-_SMALL_BLOCK = 1 << 20
 # Between these bounds, a sum of squares is not affected by underflow or overflow.
 _LEAST_SQUARE = 2.0**-60
 _LARGEST_SQUARE = 2.0**120
@@ -286,7 +284,7 @@ def base_products(
         a, columns = scaled_to_unit(a, axis=-2)
     squares: list[Any] = []
     products: list[Any] = []
-    for _, block in row_blocks(weight, _SMALL_BLOCK if in_float64 else None):
+    for _, block in row_blocks(weight):
         full = block.astype(mx.float32)
         if in_float64:
             square, product = _products_in_float64(full, a)

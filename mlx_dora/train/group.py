@@ -18,6 +18,12 @@ from mlx_dora.errors import DoRAError
 _MOST_COMPARED = 64
 """Batches of an update whose shapes are compared between processes."""
 
+_MARK = 0x5AFE
+"""Ends the shapes of a process, to tell them from those of a lost connection."""
+
+PEER_LOST = "connection to a peer was lost"
+"""Message of MLX's ring backend when another process has ended."""
+
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
@@ -103,15 +109,19 @@ def check_same_shapes(window: Sequence[Batch], group: mx.distributed.Group) -> N
     """
     if group.size() == 1:
         return
-    shapes = np.zeros((_MOST_COMPARED, 2), np.int32)
+    shapes = np.zeros((_MOST_COMPARED + 1, 2), np.int32)
+    shapes[-1] = _MARK
     for place, (tokens, *_) in enumerate(window[:_MOST_COMPARED]):
         shapes[place] = tokens.shape
     every = mx.distributed.all_gather(mx.array(shapes)[None], group=group)
-    found = np.array(every).tolist()
-    if any(own != found[0] for own in found):
+    shared = np.array(every)
+    if (shared[:, -1] != _MARK).any():  # what MLX gives when a process has ended
+        raise RuntimeError(PEER_LOST)
+    all_shapes = shared[:, :-1].tolist()
+    if any(own != all_shapes[0] for own in all_shapes):
         listed = "; ".join(
             f"{[tuple(shape) for shape in own if any(shape)]} in process {rank}"
-            for rank, own in enumerate(found)
+            for rank, own in enumerate(all_shapes)
         )
         raise SharedError(
             f"with shard, batches must have the same shape in every process: {listed}. "

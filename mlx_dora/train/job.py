@@ -18,7 +18,7 @@ from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
 from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.group import together
+from mlx_dora.train.group import PEER_LOST, together
 from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.objectives.config import PreferenceConfig
 from mlx_dora.train.objectives.make import make_objective
@@ -34,9 +34,6 @@ from mlx_dora.train.services import HostCallback, check_services
 from mlx_dora.train.sharded import finish
 
 logger = logging.getLogger(__name__)
-
-_PEER_LOST = "connection to a peer was lost"
-"""Message of MLX's ring backend when another process has ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +89,7 @@ def run_job(
             objective = make_objective(train, preference, reward=reward)
             return _run(train, dora, objective, group, callback, progress)
         except RuntimeError as error:
-            if group.size() == 1 or _PEER_LOST not in str(error):
+            if group.size() == 1 or PEER_LOST not in str(error):
                 raise
             ranks = ", ".join(map(str, ended()))
             what = f"process {ranks}" if ranks else "another process"

@@ -81,6 +81,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_layers": -1,
         "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0},
     }
+    pairs = [
+        {"prompt": "the fox", "chosen": f" runs {i}", "rejected": " sleeps"}
+        for i in range(4)
+    ]
+    (folder / FOLDER / "pairs").mkdir()
+    (folder / FOLDER / "pairs" / "train.jsonl").write_text(
+        "".join(json.dumps(pair) + "\n" for pair in pairs)
+    )
     path = folder / FOLDER / "settings" / "train.yaml"
     path.write_text(yaml.safe_dump(settings))
     return folder
@@ -91,6 +99,8 @@ data @data --model @m0 --num-layers -1 --json @data.json --html @data.html
 train -c @settings/train.yaml --model @m0 --data @data --adapter-path @trained
     --resume-adapter-file @a1 --keys self_attn.q_proj,mlp.up_proj --num-layers -1
     --batch-size 2 --val-batches 0 --json @0.json
+train --model @m0 --data @pairs --objective dpo --reference-adapter @a1 --iters 1
+    --num-layers -1 --batch-size 2 --val-batches 0 --adapter-path @preferred
 fuse --model @m0 --adapter-path @a1 --save-path @fused --json @1.json
 convert @a1 @to-peft --to peft --model @m0 --base-model @m0 --json @2.json
 convert @a1 @to-lora --to lora --rank 2 --model @m0 --data @data --json @2l.json

@@ -21,9 +21,9 @@ from tests.compat.peer_process import peers_python, run_peer
 GRADIENTS = 3e-4
 """Bound of the gradients' relative error, over the whole adapter.
 
-Not 1e-4: it is 6e-5 to 8e-5 on one choice of advantages and 1.7e-4 on another, the
-which is not yet explained (see test_trl.py). The gradient of the
-loss itself holds 1e-5 against NumPy in tests/train/grpo/test_loss.py.
+Not 1e-4: it is 6e-5 to 8e-5 on one choice of advantages and 1.7e-4 on another, which is
+not yet explained (see test_trl.py). The gradient of the loss itself holds 1e-5 against
+NumPy in tests/train/grpo/test_loss.py.
 """
 TEMPERATURE = 0.8
 LONGEST = 9  # max_completion_length

@@ -18,6 +18,8 @@ OURS = {
     "all_turns",
     "resume",
     "force",
+    "objective",
+    "shard",
     "keep_last",
     "early_stop",
     "max_grad_norm",

@@ -80,8 +80,14 @@ def test_bad_settings_are_refused_before_the_model_is_loaded(
         run_job(TrainConfig(**{**bad, "model": None}), DORA)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize(
+    ("ended", "named"), [([], "another process"), ([1], "process 1")]
+)
 def test_a_lost_process_is_an_error(
-    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    ended: list[int],
+    named: str,
+    settings: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Two:
         def rank(self) -> int:
@@ -95,7 +101,7 @@ def test_a_lost_process_is_an_error(
 
     monkeypatch.setattr(mx.distributed, "init", Two)
     monkeypatch.setattr(job, "together", lambda _group: nullcontext())
-    monkeypatch.setattr(job, "watched_peers", lambda _group: nullcontext())
+    monkeypatch.setattr(job, "watched_peers", lambda _group: nullcontext(lambda: ended))
     monkeypatch.setattr(job, "finetune", lose)
-    with pytest.raises(DoRAError, match="another process of this training has ended"):
+    with pytest.raises(DoRAError, match=f"^{named} of this training has ended"):
         run_job(TrainConfig(**settings), DORA)  # pyright: ignore[reportArgumentType]

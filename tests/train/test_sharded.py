@@ -60,8 +60,11 @@ def run(work: Path, folder: Path, processes: int, *cases: Case) -> None:
 
 @pytest.mark.parametrize(
     ("processes", "cases"),
-    [(2, CASES + FEEDS[:1]), (4, CASES[:2])],
-    ids=["two", "four"],
+    [
+        pytest.param(2, CASES + FEEDS[:1], id="two"),
+        pytest.param(4, CASES[:1], id="four"),
+        pytest.param(4, CASES[1:2], id="four-packed", marks=pytest.mark.slow),
+    ],
 )
 def test_losses_and_gradients_equal_those_of_a_single_process(
     tmp_path: Path, processes: int, cases: tuple[Case, ...]

@@ -316,7 +316,7 @@ def test_weights_by_row_and_a_missing_rank_are_refused() -> None:
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("space", FACTORED)
 def test_no_array_has_the_size_of_the_matrix(space: str, bits: int | None) -> None:
-    rows = width = 1536
+    rows = width = 2560  # several blocks of rows
     weight, dense = make_weight(rows, width, bits)
     inputs = [make_input(dense, 8, 1.0, seed) for seed in range(2)]
     merge(weight, inputs, "ties", space)  # allocates what libraries keep
