@@ -29,6 +29,7 @@ NOT_MEASURED = {  # sections whose figures are settings, sizes or limits
     "docs/memory.md": {"Before memory ends"},
     "docs/merging.md": {"Magnitude and direction apart"},
     "docs/method.md": {"Fuse"},
+    "docs/studies/when.md": {"What counts"},
     "docs/training.md": {"Against mlx-lm's trainer"},
 }
 
