@@ -106,6 +106,8 @@ convert @a1 @to-peft --to peft --model @m0 --base-model @m0 --json @2.json
 convert @a1 @to-lora --to lora --rank 2 --model @m0 --data @data --json @2l.json
 evaluate -c @settings/evaluate.yaml --model @m0 --adapter-path @a1
     --fused-path @fused --data @data --samples 0 --num-batches 1 --json @evaluated.json
+evaluate --model @m0 --adapter-path @a1 --adapter-path @a2 --data @data --samples 0
+    --num-batches 1 --report @tasks.html
 extract @m0 @fused --rank 2 --save-path @extracted --json @3.json
 merge adapters @a1 @a2 --model @m0 --rank 2 --logit-error @data --save-path @both
     --json @4.json
