@@ -1,6 +1,6 @@
 """Write a preference set about Python's standard library: right answers and others.
 
-    python examples/make_preferences.py FOLDER
+    python examples/make_preferences.py [FOLDER]
 
 A prompt asks what a function or class of the standard library does. The chosen answer
 is the first sentence of its docstring; the rejected answer is that of another member of
@@ -49,7 +49,6 @@ def write_preferences(folder: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python examples/make_preferences.py FOLDER")
-    for split, count in write_preferences(Path(sys.argv[1])).items():
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "preferences")
+    for split, count in write_preferences(folder).items():
         print(f"{split}: {count} pairs")

@@ -1,6 +1,6 @@
 """Does DPO raise the accuracy of preferences on held-out pairs? SmolLM2-135M-Instruct.
 
-    python benchmarks/bench_preference.py --work FOLDER
+    python benchmarks/compare_preferences.py --work FOLDER
 
 The pairs are those of examples/make_preferences.py: the right docstring of a member of
 the standard library, or that of its neighbor; test modules do not occur in training.

@@ -1,6 +1,6 @@
 """Peak memory of a step of each objective of preferences, against SFT's.
 
-    python benchmarks/bench_preference_memory.py
+    python benchmarks/preference_memory.py
 
 SmolLM2-135M with every linear layer of every block adapted. Each objective makes a few
 steps on the same rows of tokens: as 4 pairs, as 8 labeled answers, and for SFT as 8

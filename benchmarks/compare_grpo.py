@@ -1,6 +1,6 @@
 """GRPO on a task that a 135M model can learn: DoRA, and LoRA at equal parameters.
 
-    python benchmarks/bench_grpo.py --output grpo.jsonl
+    python benchmarks/compare_grpo.py --output grpo.jsonl
 
 The task: of two numbers between 10 and 99, reply with the larger and nothing else,
 within 6 tokens. The reward is the mean of two shipped rewards: ``regex_match`` (two
