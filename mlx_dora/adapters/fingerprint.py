@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 from mlx_dora.adapters.keys import natural_order
 from mlx_dora.adapters.origins import Origins, origins_of
 from mlx_dora.adapters.surgery import adapter_layers, base_of
-from mlx_dora.io.stored import StoredTensor
 
 # Number of sampled tensors, and of values sampled from each.
 _SAMPLED_TENSORS = 16
@@ -113,13 +112,4 @@ def sample_of(tensor: mx.array, origins: Origins | None = None) -> bytes:
     if stored is not None:
         return stored.every(step, _SAMPLED_VALUES)
     values = mx.contiguous(tensor.reshape(-1)[::step][:_SAMPLED_VALUES])
-    return np.array(values.view(mx.uint8)).tobytes()
-
-
-def sample_stored(tensor: StoredTensor) -> bytes:
-    """Return `sample_of` a tensor in a file, of which only the sample is read."""
-    flat = tensor.reshape(-1)
-    step = max(1, flat.size // _SAMPLED_VALUES)
-    places = range(0, flat.size, step)[:_SAMPLED_VALUES]
-    values = mx.concatenate([flat[place : place + 1] for place in places])
     return np.array(values.view(mx.uint8)).tobytes()

@@ -16,18 +16,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.adapter import remember_source
-from mlx_dora.adapters.fingerprint import (
-    base_tensors,
-    digest_of,
-    fingerprint,
-    remember_fingerprint,
-    sample_of,
-    sample_stored,
-    tensor_line,
-)
+from mlx_dora.adapters.fingerprint import fingerprint, remember_fingerprint
 from mlx_dora.adapters.hosting import load, model_folder
 from mlx_dora.adapters.keys import natural_order, shortened, takes_lora
-from mlx_dora.adapters.noted import noted_tensors
+from mlx_dora.adapters.origins import origins_of
 from mlx_dora.adapters.surgery import adapted_already, put_modules
 from mlx_dora.errors import DoRAError
 from mlx_dora.layers.sharded import (
@@ -183,19 +175,11 @@ def load_sharded(
         DoRAError: If the model cannot be loaded, or has experts.
     """
     folder = model_folder(model)
-    with noted_tensors() as noted:
-        loaded, tokenizer = load(folder, lazy=True, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load(folder, lazy=True, trust_remote_code=trust_remote_code)
+    origins = origins_of(loaded)
     remember_source(loaded, str(model))
     modules, division = _divide(loaded, group)
-    tensors = base_tensors(loaded)
-    lines = {name: tensor_line(name, tensor) for name, tensor in tensors.items()}
-
-    def sample(name: str) -> bytes:
-        stored = noted.stored(tensors[name])
-        return sample_of(tensors[name]) if stored is None else sample_stored(stored)
-
-    remember_fingerprint(loaded, digest_of(lines, sample))
-    tensors.clear()
+    remember_fingerprint(loaded, fingerprint(loaded))
     pending = PendingDivision(model=loaded, group=group, division=division)
     read_whole = []
     for path, module in modules:
@@ -204,7 +188,7 @@ def load_sharded(
             if (array := module.get(name)) is None:
                 continue
             own = own_rows(array.shape[0], group)
-            stored = noted.stored(array)
+            stored = origins.stored(array)
             if stored is None:
                 read_whole.append(f"{path}.{name}")
                 arrays[name] = mx.contiguous(array[own])
