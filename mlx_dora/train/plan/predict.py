@@ -285,17 +285,6 @@ def plan_step(
     logits += max(heads, default=0)
     gathers = _GATHERS_IN_FLIGHT * max(in_blocks, default=0)
     backward = working + working_scores * score + blocks + gathers
-    traffic = None
-    if processes > 1:
-        traffic = traffic_of(
-            shapes.modules,
-            processes=processes,
-            tokens=tokens,
-            trainable=shapes.trainable,
-            has_norms=train.fine_tune_type == "dora",
-            grad_checkpoint=train.grad_checkpoint,
-            accumulation=train.grad_accumulation_steps,
-        )
     return MemoryPlan(
         batch_size=rows,
         length=length,
@@ -311,11 +300,28 @@ def plan_step(
         logits=logits,
         gathered=max([*heads, *in_blocks], default=0),
         processes=processes,
-        traffic=traffic,
+        traffic=_traffic(shapes, train, tokens, processes),
         peak=always + kept + kept_scores * score + max(logits, backward),
         limit=limit,
         reference=reference,
         rows_per_unit=shapes.rows_per_unit,
+    )
+
+
+def _traffic(
+    shapes: ModelShapes, train: TrainConfig, tokens: int, processes: int
+) -> Traffic | None:
+    """What each process sends in a step of this many tokens; None for one process."""
+    if processes == 1:
+        return None
+    return traffic_of(
+        shapes.modules,
+        processes=processes,
+        tokens=tokens,
+        trainable=shapes.trainable,
+        has_norms=train.fine_tune_type == "dora",
+        grad_checkpoint=train.grad_checkpoint,
+        accumulation=train.grad_accumulation_steps,
     )
 
 
