@@ -213,9 +213,8 @@ def _prepare(
         divide(model, group)
     with together(group):
         kind = _STEPPERS.get(dora.variant, Stepper)
-        levels = kind.levels(data, train)
         feed = Feed(
-            levels,
+            kind.levels(data, train),
             train,
             batches,
             group.size(),
@@ -236,17 +235,7 @@ def _prepare(
         modules = _adapt(model, train, dora)
         check_lora_plus(model, train.lora_plus_ratio)
         if train.packing:
-            check_packable(model)
-            if size := mask_bytes(model, train.batch_size, train.max_seq_length):
-                logger.warning(
-                    "packing: %s computes its own attention, which takes a mask of %d "
-                    "MB for %d rows of %d tokens, and scores of as many numbers for "
-                    "each head; batch_tokens needs no mask",
-                    type(model).__module__.rpartition(".")[2],
-                    -(-size // 10**6),
-                    train.batch_size,
-                    train.max_seq_length,
-                )
+            _check_packing(model, train)
         optimizer.init(model.trainable_parameters())
         settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
         settings |= objective.settings(data)
@@ -284,6 +273,21 @@ def _prepare(
             noted=watch.count if watch.buffers else None,
         ),
     )
+
+
+def _check_packing(model: nn.Module, train: TrainConfig) -> None:
+    """Refuse a model that cannot take packed rows; warn if it needs a mask for them."""
+    check_packable(model)
+    if size := mask_bytes(model, train.batch_size, train.max_seq_length):
+        logger.warning(
+            "packing: %s computes its own attention, which takes a mask of %d "
+            "MB for %d rows of %d tokens, and scores of as many numbers for "
+            "each head; batch_tokens needs no mask",
+            type(model).__module__.rpartition(".")[2],
+            -(-size // 10**6),
+            train.batch_size,
+            train.max_seq_length,
+        )
 
 
 def _adapt(model: nn.Module, train: TrainConfig, dora: DoRAConfig) -> list[str]:
