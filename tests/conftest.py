@@ -1,9 +1,15 @@
+import os
+
+# OpenBLAS reads it when it is loaded. Its threads spin while they wait for each other,
+# so two workers with two threads each on two cores take several times as long as with
+# one. `OPENBLAS_NUM_THREADS=2 pytest` tries products that are divided among threads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from mlx_dora import openblas
 
 openblas.preload()  # before anything imports mlx: a hundredfold on Linux
 
-import json  # noqa: E402 - the two lines above come first
-import os  # noqa: E402
+import json  # noqa: E402 - the lines above come first
 from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402

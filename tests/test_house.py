@@ -22,11 +22,17 @@ def places(pattern: str) -> list[str]:
     return [name for name, text in SOURCES.items() for _ in re.findall(pattern, text)]
 
 
-def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     for name, text in SOURCES.items():
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield f"{name}::{node.name}", node
+
+
+def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function's statements: without its signature and docstring."""
+    first = node.body[ast.get_docstring(node) is not None :]
+    return (node.end_lineno or 0) - first[0].lineno + 1 if first else 0
 
 
 def called(node: ast.AST) -> set[str]:
@@ -81,6 +87,12 @@ def test_a_function_fits_on_a_screen(room: str) -> None:
         if name.startswith(room) and (node.end_lineno or 0) - node.lineno >= 60
     ]
     assert long == []
+
+
+def test_no_function_has_more_than_60_lines_of_statements() -> None:
+    lengths = [(name, body_lines(node)) for name, node in functions()]
+    assert len(lengths) > 2000
+    assert [(name, lines) for name, lines in lengths if lines > 60] == []
 
 
 def depth(name: str, bases: dict[str, list[str]]) -> int:

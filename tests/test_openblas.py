@@ -126,18 +126,25 @@ def test_a_preloaded_library_makes_float32_products_fast() -> None:
 
 
 def test_one_thread_is_restored_after_the_last_user() -> None:
-    counts = [getter for _, getter in openblas._loaded()]
-    if not counts:
+    libraries = openblas._loaded()
+    if not libraries:
         pytest.skip("no OpenBLAS in this process")
-    before = [get() for get in counts]
-    with openblas.one_thread():
+    counts = [getter for _, getter in libraries]
+    before = [get() for get in counts]  # 1 in tests
+    for set_threads, _ in libraries:
+        set_threads(2)
+    try:
         with openblas.one_thread():
+            with openblas.one_thread():
+                assert {get() for get in counts} == {1}
             assert {get() for get in counts} == {1}
-        assert {get() for get in counts} == {1}
-    assert [get() for get in counts] == before
-    with pytest.raises(KeyError), openblas.one_thread():
-        raise KeyError
-    assert [get() for get in counts] == before
+        assert {get() for get in counts} == {2}
+        with pytest.raises(KeyError), openblas.one_thread():
+            raise KeyError
+        assert {get() for get in counts} == {2}
+    finally:
+        for (set_threads, _), number in zip(libraries, before, strict=True):
+            set_threads(number)
 
 
 def test_one_thread_limits_every_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ from mlx_dora.merge.methods.table import exact_names
 
 if TYPE_CHECKING:
     from mlx_dora.analyze.guidance import Advice
+    from mlx_dora.merge.adapters.dense import Options
     from mlx_dora.merge.choice import MergeChoice
 
 AUTO = "auto"
@@ -179,19 +180,10 @@ def adapters_command(
         calibrate=calibrate,
     )
     tries = method == AUTO and bool(data)
-    informed = [name for name, entry in METHODS.items() if entry.needs_fisher]
-    if data and not tries and (fisher or method not in informed):
-        raise click.UsageError(
-            "--data needs --method auto, or --method fisher without --fisher"
-        )
-    if rows is not None and not tries:
-        raise click.UsageError("--rows needs --method auto with --data")
-    if tries and (weights or options.given() or options.named):
-        raise click.UsageError(
-            "--method auto with --data chooses the settings: leave out --weights, "
-            "--density, --scale, --set, --space, --magnitudes and --calibrate, or name "
-            "a --method"
-        )
+    if tries:
+        _check_free(weights, options)
+    else:
+        _check_untried(method, fisher, data, rows)
     if logit_error and rank is None:
         raise click.UsageError("--logit-error needs --rank")
     model = model or recorded_base(adapters[0])
@@ -229,6 +221,29 @@ def adapters_command(
         )
     show_report(report, save_path)
     json_output.write({**report.to_dict(), **chosen, "save_path": save_path})
+
+
+def _check_free(weights: Weights | None, options: "Options") -> None:
+    """Refuse settings that trying merges on data would choose."""
+    if weights or options.given() or options.named:
+        raise click.UsageError(
+            "--method auto with --data chooses the settings: leave out --weights, "
+            "--density, --scale, --set, --space, --magnitudes and --calibrate, or name "
+            "a --method"
+        )
+
+
+def _check_untried(
+    method: str | None, fisher: Sequence[str], data: Sequence[str], rows: int | None
+) -> None:
+    """Refuse data and rows that no merge would be tried on."""
+    informed = [name for name, entry in METHODS.items() if entry.needs_fisher]
+    if data and (fisher or method not in informed):
+        raise click.UsageError(
+            "--data needs --method auto, or --method fisher without --fisher"
+        )
+    if rows is not None:
+        raise click.UsageError("--rows needs --method auto with --data")
 
 
 def _tried(

@@ -260,8 +260,7 @@ def plan_step(
     in_blocks = [m.nbytes for m in divided if m.block is not None]
     heads = [m.nbytes for m in divided if m.is_head]
     weights = shapes.weight_bytes - away
-    always = weights + (0 if is_full else trained) + optimizer + gradients
-    always += reference
+    always = weights + (0 if is_full else trained) + optimizer + gradients + reference
     # 2. Kept by the forward pass.
     count = len(shapes.block_elements)
     scored, score, blocks = _scores(shapes, train, device, document)

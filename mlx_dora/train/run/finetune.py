@@ -213,15 +213,7 @@ def _prepare(
         divide(model, group)
     with together(group):
         kind = _STEPPERS.get(dora.variant, Stepper)
-        feed = Feed(
-            kind.levels(data, train),
-            train,
-            batches,
-            group.size(),
-            objective.unit,
-            objective.passes,
-            alike=train.shard is not None,
-        )
+        feed = _feed(kind, train, data, objective, batches, group.size())
         if train.epochs is not None:
             train = replace(train, iters=feed.length(train.epochs))
         epoch_ends = None
@@ -272,6 +264,26 @@ def _prepare(
             settings=train,
             noted=watch.count if watch.buffers else None,
         ),
+    )
+
+
+def _feed(
+    stepper: type[Stepper],
+    train: TrainConfig,
+    data: Examples,
+    objective: Objective,
+    batches: MakeBatches | None,
+    processes: int,
+) -> Feed:
+    """Return the source of a training's batches."""
+    return Feed(
+        stepper.levels(data, train),
+        train,
+        batches,
+        processes,
+        objective.unit,
+        objective.passes,
+        alike=train.shard is not None,
     )
 
 
