@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -10,14 +9,12 @@ from mlx.utils import tree_flatten
 
 from mlx_dora import DoRAConfig, apply_dora
 from mlx_dora.data.batches import pad_batch
-from mlx_dora.evaluate import cross_entropy
 from mlx_dora.evaluate.cross_entropy import summed_loss
 from mlx_dora.evaluate.loss import loss_fn
-from mlx_dora.train.run.start import trainable_tensors
 from tests.checks import assert_close, to_numpy
+from tests.evaluate.heads import EVERY_HEAD, assert_same_gradients
 
 BATCH = pad_batch([(list(range(3, 40)), 0), (list(range(50, 71)), 6)], 64)
-KEYS = ("self_attn.q_proj", "mlp.up_proj")
 
 
 def whole_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> Any:
@@ -28,33 +25,12 @@ def whole_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> Any:
     return (losses * mask).sum() / mask.sum(), mask.sum()
 
 
-def gradients(
-    model: nn.Module, loss: Callable[..., Any], compiled: bool = False
-) -> tuple[mx.array, dict[str, Any]]:
-    differentiate = partial(nn.value_and_grad(model, loss), model)
-    if compiled:
-        differentiate = mx.compile(
-            differentiate, inputs=model.state, outputs=model.state
-        )
-    (value, _), gradient = differentiate(*BATCH)
-    return value, dict(tree_flatten(gradient))
-
-
-@pytest.fixture
-def few_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 1)
-    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 17)
-
-
 @pytest.mark.usefixtures("few_logits")
 @pytest.mark.parametrize(
     "compiled", [False, pytest.param(True, marks=pytest.mark.compiled)]
 )
 @pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize(
-    ("tied", "keys"),
-    [(True, KEYS), (True, (*KEYS, "model.embed_tokens")), (False, (*KEYS, "lm_head"))],
-)
+@EVERY_HEAD
 def test_gradients_equal_those_from_all_logits(
     make_tiny_model: Callable[..., nn.Module],
     tied: bool,
@@ -63,17 +39,7 @@ def test_gradients_equal_those_from_all_logits(
     compiled: bool,
 ) -> None:
     model = make_tiny_model(tie_word_embeddings=tied, bits=bits)
-    apply_dora(model, DoRAConfig(rank=4, scale=2.0, keys=keys, num_layers=-1))
-    flat = trainable_tensors(model).items()
-    noise = [(n, v + 0.1 * mx.random.normal(v.shape)) for n, v in flat]
-    model.load_weights(noise, strict=False)
-    model.train()
-    loss, expected = gradients(model, whole_loss)
-    value, actual = gradients(model, loss_fn, compiled)
-    assert_close(value, to_numpy(loss))
-    assert actual.keys() == expected.keys()
-    for name, gradient in actual.items():
-        assert_close(gradient, to_numpy(expected[name]), bound=2e-5)
+    assert_same_gradients(model, keys, loss_fn, whole_loss, BATCH, compiled)
 
 
 @pytest.mark.usefixtures("few_logits")

@@ -1,22 +1,18 @@
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from mlx_dora import DoRAConfig, apply_dora
 from mlx_dora.data.batches import pad_batch
-from mlx_dora.evaluate import cross_entropy
 from mlx_dora.evaluate.log_probabilities import row_log_probs
-from mlx_dora.train.run.start import trainable_tensors
 from tests.checks import assert_close, to_numpy
+from tests.evaluate.heads import EVERY_HEAD, KEYS, assert_same_gradients
 
 BATCH = pad_batch([(list(range(3, 40)), 9), (list(range(50, 71)), 6)], 64)
-KEYS = ("self_attn.q_proj", "mlp.up_proj")
 WEIGHTS = mx.array([0.7, -1.3])
 """Some derivative of a loss with respect to the rows' log-probabilities."""
 
@@ -36,33 +32,12 @@ def weighted_by_definition(model: nn.Module, tokens: mx.array, marks: mx.array) 
     return (WEIGHTS * total).sum() + 0.1 * mx.square(each).sum(), each
 
 
-def gradients(
-    model: nn.Module, function: Callable[..., Any], compiled: bool = False
-) -> tuple[mx.array, mx.array, dict[str, Any]]:
-    differentiate = partial(nn.value_and_grad(model, function), model)
-    if compiled:
-        differentiate = mx.compile(
-            differentiate, inputs=model.state, outputs=model.state
-        )
-    (value, each), gradient = differentiate(*BATCH)
-    return value, each, dict(tree_flatten(gradient))
-
-
-@pytest.fixture
-def few_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 1)
-    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 7)
-
-
 @pytest.mark.usefixtures("few_logits")
 @pytest.mark.parametrize(
     "compiled", [False, pytest.param(True, marks=pytest.mark.compiled)]
 )
 @pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize(
-    ("tied", "keys"),
-    [(True, KEYS), (True, (*KEYS, "model.embed_tokens")), (False, (*KEYS, "lm_head"))],
-)
+@EVERY_HEAD
 def test_gradients_equal_those_from_all_logits(
     make_tiny_model: Callable[..., nn.Module],
     tied: bool,
@@ -71,18 +46,9 @@ def test_gradients_equal_those_from_all_logits(
     compiled: bool,
 ) -> None:
     model = make_tiny_model(tie_word_embeddings=tied, bits=bits)
-    apply_dora(model, DoRAConfig(rank=4, scale=2.0, keys=keys, num_layers=-1))
-    flat = trainable_tensors(model).items()
-    noise = [(n, v + 0.1 * mx.random.normal(v.shape)) for n, v in flat]
-    model.load_weights(noise, strict=False)
-    model.train()
-    value, each, expected = gradients(model, weighted_by_definition)
-    found, each_found, actual = gradients(model, weighted, compiled)
-    assert_close(found, to_numpy(value))
-    assert_close(each_found, to_numpy(each))
-    assert actual.keys() == expected.keys()
-    for name, gradient in actual.items():
-        assert_close(gradient, to_numpy(expected[name]), bound=2e-5)
+    assert_same_gradients(
+        model, keys, weighted, weighted_by_definition, BATCH, compiled
+    )
 
 
 @pytest.mark.usefixtures("few_logits")

@@ -69,3 +69,12 @@ def started(folder: Path, *commands: Sequence[str]) -> Iterator[list[Process]]:
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def both(work: Path, first: list[str], second: list[str]) -> list[tuple[int, str]]:
+    """Exit code and errors of two processes of a training."""
+    with started(work, first, second) as processes:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    return [
+        (process.wait(), text) for process, text in zip(processes, errors, strict=True)
+    ]

@@ -16,10 +16,10 @@ from mlx_dora.evaluate.loss import evaluate_loss
 from mlx_dora.train import TrainConfig
 from mlx_dora.train.stepper import Gradient
 from tests.checks import assert_close, to_numpy
+from tests.train import ring
 from tests.train.conftest import EXAMPLES, plain_stepper
-from tests.train.run.test_resume import assert_same_run, finish, kill_at_step
+from tests.train.killed import PLAIN, assert_same_run
 from tests.train.saved import log, tensors
-from tests.train.test_ring import both, resumable
 
 Run = Callable[..., Any]
 
@@ -92,9 +92,9 @@ def test_what_does_not_go_together_is_refused(run: Run) -> None:
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = {"batch_tokens": 60}
-    finish(whole, **settings)
-    kill_at_step(killed, 5, 0.02, **settings)
-    finish(killed, resume=True, **settings)
+    PLAIN.finish(whole, **settings)
+    PLAIN.kill_at_step(killed, 5, 0.02, **settings)
+    PLAIN.finish(killed, resume=True, **settings)
     assert_same_run(whole, killed)
 
 
@@ -113,9 +113,9 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
         }
         for count in counts
     ]
-    finish(alone, **each[0])
-    command = resumable(shared, **each[1])
-    for code, errors in both(tmp_path, command, command):
+    PLAIN.finish(alone, **each[0])
+    command = PLAIN.words(shared, **each[1])
+    for code, errors in ring.both(tmp_path, command, command):
         assert code == 0, errors
     for name, value in tensors(shared).items():
         assert_close(value, to_numpy(tensors(alone)[name]), bound=2e-4)

@@ -1,6 +1,5 @@
 """Training with two processes."""
 
-import json
 import re
 import signal
 from collections.abc import Callable
@@ -13,23 +12,10 @@ from tests.checks import assert_close, to_numpy
 from tests.cli.training_data import write_data
 from tests.processes import run
 from tests.train import ring
-from tests.train.run.test_resume import assert_same_run
+from tests.train.killed import PLAIN, assert_same_run
 from tests.train.saved import log, tensors
 
 Run = Callable[..., Any]
-
-
-def resumable(folder: Path, **settings: Any) -> list[str]:
-    return ["-m", "tests.train.resumable", str(folder), json.dumps(settings)]
-
-
-def both(work: Path, first: list[str], second: list[str]) -> list[tuple[int, str]]:
-    """Exit code and errors of two processes of a training."""
-    with ring.started(work, first, second) as processes:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    return [
-        (process.wait(), text) for process, text in zip(processes, errors, strict=True)
-    ]
 
 
 @pytest.fixture
@@ -85,9 +71,9 @@ def test_mlx_launch_trains_like_a_single_process(
 
 def test_killed_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "folder"
-    for code, errors in both(tmp_path, *[resumable(whole)] * 2):
+    for code, errors in ring.both(tmp_path, *[PLAIN.words(whole)] * 2):
         assert code == 0, errors
-    with ring.started(tmp_path, *[resumable(folder)] * 2) as processes:
+    with ring.started(tmp_path, *[PLAIN.words(folder)] * 2) as processes:
         assert processes[0].stdout is not None
         for _ in range(5):  # updates of two batches; saved at batches 4 and 8
             assert processes[0].stdout.readline()
@@ -95,12 +81,12 @@ def test_killed_processes_resume_bit_for_bit(tmp_path: Path) -> None:
             process.send_signal(signal.SIGKILL)
     # The second machine may have another disk, without the checkpoints.
     elsewhere = tmp_path / "elsewhere"
-    resumed = resumable(folder, resume=True), resumable(elsewhere, resume=True)
-    for code, errors in both(tmp_path, *resumed):
+    resumed = PLAIN.words(folder, resume=True), PLAIN.words(elsewhere, resume=True)
+    for code, errors in ring.both(tmp_path, *resumed):
         assert code == 0, errors
     assert_same_run(whole, folder)
     assert not elsewhere.exists()
-    process = run(resumable(folder, resume=True, iters=30))
+    process = run(PLAIN.words(folder, resume=True, iters=30))
     assert process.returncode == 0
     assert "processes was 2, is 1" in process.stderr
     assert "up to rounding, not bit for bit; dropout draws other" in process.stderr
@@ -112,20 +98,22 @@ def test_an_error_in_one_process_ends_all_with_one_line(
     arguments = [*arguments, "--quiet"]
     there = [*arguments, "--adapter-path", str(tmp_path / "out")]
     other = [*there, "--data", str(tmp_path / "nowhere")]
-    (first, errors), (second, silence) = both(tmp_path, there, other)
+    (first, errors), (second, silence) = ring.both(tmp_path, there, other)
     assert (first, second, silence) == (1, 1, "")
     (error,) = (line for line in errors.splitlines() if line.startswith("Error: "))
     assert error.startswith("Error: process 1: ")
     assert "nowhere does not exist" in errors
 
-    (first, errors), (second, silence) = both(tmp_path, there, [*there, "--iters", "7"])
+    (first, errors), (second, silence) = ring.both(
+        tmp_path, there, [*there, "--iters", "7"]
+    )
     assert (first, second, silence) == (1, 1, "")
     assert "iters is 5 in process 0 and 7 here" in errors
 
     # Only the first process, which writes the folder, checks it.
     (tmp_path / "file").touch()
     taken = [*arguments, "--adapter-path", str(tmp_path / "file")]
-    (first, errors), (second, silence) = both(tmp_path, taken, there)
+    (first, errors), (second, silence) = ring.both(tmp_path, taken, there)
     assert (first, second, silence) == (1, 1, "")
     assert errors.splitlines()[-1].startswith("Error: adapter_path ")
     assert not (tmp_path / "out").exists()

@@ -12,9 +12,8 @@ from tests.checks import assert_close, to_numpy
 from tests.cli.training_data import write_data
 from tests.processes import run
 from tests.train import ring
-from tests.train.run.test_resume import assert_same_run
+from tests.train.killed import PLAIN, assert_same_run
 from tests.train.saved import log, tensors
-from tests.train.test_ring import both, resumable
 
 MB = 1 << 20
 
@@ -35,7 +34,7 @@ def test_the_command_trains_like_a_single_process(
 ) -> None:
     there, alone = tmp_path / "ring", tmp_path / "alone"
     command = [*arguments, "--shard", "full", "--adapter-path", str(there)]
-    (code, errors), other = both(tmp_path, command, command)
+    (code, errors), other = ring.both(tmp_path, command, command)
     assert (code, other[0]) == (0, 0), errors + other[1]
     assert "each of 2 processes holds 1/2 of the rows of 15 modules" in errors
     run([*arguments, "--adapter-path", str(alone)], check=True)
@@ -58,30 +57,30 @@ def test_the_command_trains_like_a_single_process(
 
 def test_killed_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "folder"
-    for code, errors in both(tmp_path, *[resumable(whole, shard="full")] * 2):
+    for code, errors in ring.both(tmp_path, *[PLAIN.words(whole, shard="full")] * 2):
         assert code == 0, errors
-    with ring.started(tmp_path, *[resumable(folder, shard="full")] * 2) as processes:
+    with ring.started(tmp_path, *[PLAIN.words(folder, shard="full")] * 2) as processes:
         assert processes[0].stdout is not None
         for _ in range(5):  # updates of two batches; saved at batches 4 and 8
             assert processes[0].stdout.readline()
         for process in processes:
             process.send_signal(signal.SIGKILL)
-    resumed = resumable(folder, shard="full", resume=True)
-    for code, errors in both(tmp_path, resumed, resumed):
+    resumed = PLAIN.words(folder, shard="full", resume=True)
+    for code, errors in ring.both(tmp_path, resumed, resumed):
         assert code == 0, errors
     assert_same_run(whole, folder)
 
 
 def test_a_run_moves_from_one_process_to_two_and_back(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "folder"
-    run(resumable(whole, dropout=0.0), check=True)
-    run(resumable(folder, dropout=0.0, iters=8), check=True)
-    two = resumable(folder, dropout=0.0, iters=16, resume=True, shard="full")
-    (code, errors), (other, _) = both(tmp_path, two, two)
+    run(PLAIN.words(whole, dropout=0.0), check=True)
+    run(PLAIN.words(folder, dropout=0.0, iters=8), check=True)
+    two = PLAIN.words(folder, dropout=0.0, iters=16, resume=True, shard="full")
+    (code, errors), (other, _) = ring.both(tmp_path, two, two)
     assert (code, other) == (0, 0), errors
     assert "processes was 1, is 2; shard was null, is" in errors
     assert "up to rounding, not bit for bit" in errors
-    back = run(resumable(folder, dropout=0.0, resume=True), check=True)
+    back = run(PLAIN.words(folder, dropout=0.0, resume=True), check=True)
     assert "processes was 2, is 1" in back.stderr
     assert len(log(folder)) == len(log(whole))
     for expected, line in zip(log(whole), log(folder), strict=True):

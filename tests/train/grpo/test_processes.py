@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.train import ring
-from tests.train.run.test_resume import lines
+from tests.train.killed import GRPO, lines
 from tests.train.saved import same_bits, tensors
 
 
@@ -18,14 +18,11 @@ def test_two_processes_share_prompts_and_compare_all_rewards(tmp_path: Path) -> 
             **{"iters": iters, "resume": True, "steps_per_eval": 8},
             "reward": {"scale_rewards": "batch"},
         }
-        words = json.dumps(settings)
         commands = [  # the second process has no such folder
-            ["-m", "tests.train.grpo.resumable", str(place), words]
-            for place in (folder, tmp_path / "elsewhere")
+            GRPO.words(place, **settings) for place in (folder, tmp_path / "elsewhere")
         ]
-        with ring.started(tmp_path, *commands) as processes:
-            errors = [process.communicate(timeout=120)[1] for process in processes]
-        assert [process.wait() for process in processes] == [0, 0], errors
+        ends = ring.both(tmp_path, *commands)
+        assert [code for code, _ in ends] == [0, 0], ends
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole, 16)
@@ -49,12 +46,7 @@ def test_two_processes_share_prompts_and_compare_all_rewards(tmp_path: Path) -> 
 
 def test_a_reward_that_fails_in_one_process_ends_both(tmp_path: Path) -> None:
     settings = {"reward": {"reward_funcs": ("tests.train.grpo.letters.fails_for_abc",)}}
-    command = [
-        *("-m", "tests.train.grpo.resumable", str(tmp_path / "adapter")),
-        json.dumps(settings),
-    ]
-    with ring.started(tmp_path, command, command) as processes:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.wait() for process in processes] == [1, 1]
-    for text in errors:
+    command = GRPO.words(tmp_path / "adapter", **settings)
+    for code, text in ring.both(tmp_path, command, command):
+        assert code == 1
         assert re.search(r"reward \S+ failed: ValueError: no abc, for the prompt", text)

@@ -2,40 +2,14 @@
 
 import json
 import random
-import signal
 from pathlib import Path
-from subprocess import TimeoutExpired
 from typing import Any
 
 import pytest
 
-from tests.processes import Process
-from tests.train.run.test_resume import assert_same_run
+from tests.train.killed import GRPO, assert_same_run
 
 PASSES: dict[str, Any] = {"reward": {"num_iterations": 2, "beta": 0.1}}
-
-
-def start(folder: Path, **settings: Any) -> Process:
-    return Process(["-m", "tests.train.grpo.resumable", folder, json.dumps(settings)])
-
-
-def finish(folder: Path, **settings: Any) -> None:
-    process = start(folder, **settings)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-
-
-def kill(folder: Path, step: int, wait: float, **settings: Any) -> None:
-    process = start(folder, resume=True, **settings)
-    assert process.stdout is not None
-    for _ in range(step):
-        if not process.stdout.readline():
-            break
-    try:
-        process.wait(wait)
-    except TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-    process.communicate()
 
 
 def samples(folder: Path) -> list[str]:
@@ -51,16 +25,13 @@ def assert_same(first: Path, second: Path) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "adapter"
-    finish(folder)
+    GRPO.finish(folder)
     return folder
 
 
 def test_kills_at_random_moments_change_nothing(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    chance = random.Random(0)
-    for step in (3, 4):
-        kill(folder, step, chance.uniform(0, 0.2))
-    finish(folder, resume=True)
+    GRPO.kill_at_random(folder, (3, 4), 0.2, random.Random(0))
     assert_same(whole, folder)
     rows = [json.loads(line) for line in samples(folder)]
     trained = [row for row in rows if row["set"] == "train"]
@@ -75,9 +46,10 @@ def test_kills_at_random_moments_change_nothing(whole: Path, tmp_path: Path) -> 
 
 def test_a_kill_between_passes_changes_nothing(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "adapter"
-    finish(whole, **PASSES)
-    kill(folder, 3, 0.0, **PASSES)  # in the second pass over the second sampling
-    finish(folder, resume=True, **PASSES)
+    GRPO.finish(whole, **PASSES)
+    # In the second pass over the second sampling.
+    GRPO.kill_at_step(folder, 3, 0.0, **PASSES)
+    GRPO.finish(folder, resume=True, **PASSES)
     assert_same(whole, folder)
 
 
@@ -88,7 +60,6 @@ def test_many_kills_at_random_moments_change_nothing(
 ) -> None:
     folder = tmp_path / "adapter"
     chance = random.Random(seed)
-    for _ in range(3):
-        kill(folder, chance.randrange(1, 6), chance.uniform(0, 0.3))
-    finish(folder, resume=True)
+    steps = [chance.randrange(1, 6) for _ in range(3)]
+    GRPO.kill_at_random(folder, steps, 0.3, chance)
     assert_same(whole, folder)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.train.run.test_resume import assert_same_run, finish, kill_at_step
+from tests.train.killed import PLAIN, assert_same_run
 from tests.train.saved import log
 
 CASES: dict[str, dict[str, Any]] = {
@@ -31,9 +31,9 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_kill_changes_nothing(name: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = {"dropout": 0.0, **CASES[name]}
-    finish(whole, **settings)
-    kill_at_step(killed, 5, 0.02, **settings)
-    errors = finish(killed, **settings, resume=True)
+    PLAIN.finish(whole, **settings)
+    PLAIN.kill_at_step(killed, 5, 0.02, **settings)
+    errors = PLAIN.finish(killed, **settings, resume=True)
     assert_same_run(whole, killed)
     assert (killed / "checkpoints").is_dir(), errors
     metrics = log(whole)[-1]["metrics"]

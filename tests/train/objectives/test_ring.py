@@ -1,6 +1,5 @@
 """Objectives of preferences on two processes, compared with one."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 
 from tests.checks import assert_close, to_numpy
 from tests.train import ring
-from tests.train.run.test_resume import finish
+from tests.train.killed import PLAIN
 from tests.train.saved import log, tensors
 
 CASES: dict[str, dict[str, Any]] = {
@@ -25,11 +24,10 @@ CASES: dict[str, dict[str, Any]] = {
 def test_two_processes_train_like_one(name: str, tmp_path: Path) -> None:
     settings = {"dropout": 0.0, "iters": 8, **CASES[name]}
     both, alone = tmp_path / "both", tmp_path / "alone"
-    launched = ring.launch(
-        ["-m", "tests.train.resumable", str(both), json.dumps(settings)]
-    )
-    finish(alone, **settings)
-    assert (both / "log.jsonl").exists(), launched.stdout + launched.stderr
+    command = PLAIN.words(both, **settings)
+    for code, errors in ring.both(tmp_path, command, command):
+        assert code == 0, errors
+    PLAIN.finish(alone, **settings)
     ours, theirs = log(both), log(alone)
     assert len(ours) == len(theirs)
     for line, expected in zip(ours, theirs, strict=True):
@@ -50,10 +48,10 @@ def test_two_processes_train_like_one(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_divergence_of_kto_is_shared(tmp_path: Path) -> None:
     settings = {"dropout": 0.0, "iters": 8, "objective": "kto"}
-    launched = ring.launch(
-        ["-m", "tests.train.resumable", str(tmp_path / "both"), json.dumps(settings)]
-    )
+    command = PLAIN.words(tmp_path / "both", **settings)
+    for code, errors in ring.both(tmp_path, command, command):
+        assert code == 0, errors
     lines = [line for line in log(tmp_path / "both") if "train_loss" in line]
-    assert lines, launched.stdout + launched.stderr
+    assert lines
     assert all(line["metrics"]["kl"] >= 0 for line in lines)
     assert any(line["metrics"]["kl"] > 0 for line in lines)

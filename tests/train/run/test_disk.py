@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlx_dora.train.run.checkpoint import newest_checkpoint
-from tests.train.run.test_resume import assert_same_run, finish, start
+from tests.train.killed import PLAIN, assert_same_run
 from tests.train.saved import tensors
 
 Run = Callable[..., Any]
@@ -37,7 +37,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def fail(folder: Path, **settings: Any) -> str:
-    process = start(folder, **settings)
+    process = PLAIN.start(folder, **settings)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     return errors.splitlines()[-1]
@@ -47,7 +47,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     mounted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     whole = tmp_path / "whole"
-    finish(whole, keep_last=1)
+    PLAIN.finish(whole, keep_last=1)
     size = sum(path.stat().st_size for path in (whole / "checkpoints/24").iterdir())
     folder = mounted(f"size={5 * size // 1024}k") / "adapter"
     message = fail(folder, keep_last=100)
@@ -57,21 +57,21 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert 0 < checkpoint.state.step < 24
     tensors(folder)
     shutil.copytree(folder, tmp_path / "adapter")
-    finish(tmp_path / "adapter", resume=True)
+    PLAIN.finish(tmp_path / "adapter", resume=True)
     assert_same_run(whole, tmp_path / "adapter")
 
 
 def test_a_limit_on_files_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "adapter"
-    finish(whole)
-    finish(folder, iters=8)
+    PLAIN.finish(whole)
+    PLAIN.finish(folder, iters=8)
     limit = (folder / "checkpoints/8/optimizer.safetensors").stat().st_size - 1
     message = fail(folder, resume=True, largest_file=limit)
     assert message.startswith("OSError: ")
     assert "could not be written whole" in message
     assert str(folder / "checkpoints/12") in message
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"4", "8", ".lock"}
-    finish(folder, resume=True)
+    PLAIN.finish(folder, resume=True)
     assert_same_run(whole, folder)
 
 

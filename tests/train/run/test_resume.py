@@ -6,7 +6,6 @@ import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import TimeoutExpired
 from typing import Any
 
 import mlx.core as mx
@@ -14,76 +13,24 @@ import pytest
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.train.run.checkpoint import newest_checkpoint
-from tests.processes import Process
 from tests.train.conftest import EXAMPLES
-from tests.train.saved import log, same_bits, tensors
+from tests.train.killed import PLAIN, assert_same_run, lines
+from tests.train.saved import same_bits, tensors
 
-# Times and memory differ between any two runs.
-TIMES = {
-    "seconds", "val_seconds", "tokens_per_second", "steps_per_second",
-    "peak_memory_bytes", "batch_shapes",
-}  # fmt: skip
 Run = Callable[..., Any]
-
-
-def start(folder: Path, **settings: Any) -> Process:
-    return Process(["-m", "tests.train.resumable", folder, json.dumps(settings)])
-
-
-def finish(folder: Path, **settings: Any) -> str:
-    process = start(folder, **settings)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return errors
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    kept = [name for name in log(folder)[0] if name not in TIMES]
-    assert kept
-    return [
-        {name: value for name, value in line.items() if name not in TIMES}
-        for line in log(folder)
-    ]
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    assert same_bits(tensors(first), tensors(second))
-    assert same_bits(tensors(first / "best"), tensors(second / "best"))
-    assert lines(first) == lines(second)
-    states = [newest_checkpoint(path, multiple_of=2) for path in (first, second)]
-    assert states[0] is not None
-    assert states[1] is not None
-    assert states[0].state.step == states[1].state.step
-    assert same_bits(states[0].optimizer, states[1].optimizer)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "adapter"
-    finish(folder)
+    PLAIN.finish(folder)
     return folder
-
-
-def kill_at_step(folder: Path, step: int, wait: float, **settings: Any) -> None:
-    process = start(folder, resume=True, **settings)
-    assert process.stdout is not None
-    for _ in range(step):
-        if not process.stdout.readline():
-            break
-    try:
-        process.wait(wait)
-    except TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-    process.communicate()
 
 
 def test_kills_at_random_moments_change_nothing(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    chance = random.Random(0)
-    for step in (3, 4):
-        kill_at_step(folder, step, chance.uniform(0, 0.05))
-    finish(folder, resume=True)
+    PLAIN.kill_at_random(folder, (3, 4), 0.05, random.Random(0))
     assert_same_run(whole, folder)
 
 
@@ -94,9 +41,8 @@ def test_many_kills_at_random_moments_change_nothing(
 ) -> None:
     folder = tmp_path / "adapter"
     chance = random.Random(seed)
-    for _ in range(3):
-        kill_at_step(folder, chance.randrange(1, 8), chance.uniform(0, 0.1))
-    finish(folder, resume=True)
+    steps = [chance.randrange(1, 8) for _ in range(3)]
+    PLAIN.kill_at_random(folder, steps, 0.1, chance)
     assert_same_run(whole, folder)
 
 
@@ -122,10 +68,10 @@ def test_a_kill_inside_a_write_changes_nothing(
     whole: Path, tmp_path: Path, moment: str, count: int
 ) -> None:
     folder = tmp_path / "adapter"
-    process = start(folder, die=[moment, count])
+    process = PLAIN.start(folder, die=[moment, count])
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
-    finish(folder, resume=True)
+    PLAIN.finish(folder, resume=True)
     assert_same_run(whole, folder)
     left = [p.name for p in (folder / "checkpoints").iterdir() if p.name != ".lock"]
     assert sorted(left) == ["20", "24"]
@@ -133,8 +79,8 @@ def test_a_kill_inside_a_write_changes_nothing(
 
 def test_an_extended_run_equals_the_longer_run(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    finish(folder, iters=13)  # its last update has one batch instead of two
-    finish(folder, resume=True)
+    PLAIN.finish(folder, iters=13)  # its last update has one batch instead of two
+    PLAIN.finish(folder, resume=True)
     assert_same_run(whole, folder)
 
 
@@ -268,12 +214,12 @@ def test_a_damaged_log_is_named_with_its_line(
 
 def test_a_second_training_in_the_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    process = start(folder, iters=100_000, save_every=2)
+    process = PLAIN.start(folder, iters=100_000, save_every=2)
     try:
         assert process.stdout is not None
         while not (folder / "checkpoints" / "2").exists():
             assert process.stdout.readline()
-        second = start(folder, iters=100_000, save_every=2, resume=True)
+        second = PLAIN.start(folder, iters=100_000, save_every=2, resume=True)
         _, errors = second.communicate(timeout=60)
         assert second.returncode == 1
         assert "another training is running in" in errors
