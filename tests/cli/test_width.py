@@ -4,14 +4,13 @@ import fcntl
 import os
 import re
 import struct
-import subprocess
-import sys
 import termios
 from pathlib import Path
 
 import pytest
 
 from tests.cli.material import make_material
+from tests.processes import Process
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 LINES = (
@@ -44,10 +43,9 @@ def on_a_terminal(folder: Path, words: list[str]) -> str:
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_dora", *words],
+    process = Process(
+        ["-m", "mlx_dora", *words],
         cwd=folder,
-        stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         env={**environment, "TERM": "xterm", "PYTHONPATH": str(Path.cwd())},

@@ -87,11 +87,11 @@ def test_clean_under_both_sanitizers_in_every_dtype(
 
 @pytest.mark.parametrize("kernel", KERNELS_TESTED)
 def test_the_order_of_threads_does_not_matter(kernel, prepared: Prepare, in_half):
-    host = prepared("plain", in_half)
+    host = prepared("check")  # compiled for other tests already
     cases = [case for case in of(kernel, in_half) if case.is_small]
     orders = []
     for seed in range(4):
-        with host.running("plain", seed=seed):
+        with host.running("check", seed=seed):
             results = [result for case in cases for result in case.run(call)]
         assert all(worst_error(o, t) <= bound for o, t, bound in results), seed
         orders.append([to_numpy(output).tobytes() for output, _, _ in results])
@@ -107,8 +107,8 @@ def test_flushed_denormals_change_nothing(kernel, prepared: Prepare, every_case)
 
 
 def test_threadgroup_memory_fits_every_chip(prepared: Prepare, in_half):
-    host = prepared("plain", in_half)
-    with host.running("plain"):
+    host = prepared("check")
+    with host.running("check"):
         for case in in_half:
             case.run(call)
         used = {r.name: o.threadgroup_bytes for r, o in host.outcomes}

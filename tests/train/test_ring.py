@@ -71,9 +71,9 @@ def test_mlx_launch_trains_like_a_single_process(
 
 def test_killed_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "folder"
-    for code, errors in ring.both(tmp_path, *[PLAIN.words(whole)] * 2):
+    for code, errors in ring.both(tmp_path, *[PLAIN.words(whole, iters=12)] * 2):
         assert code == 0, errors
-    with ring.started(tmp_path, *[PLAIN.words(folder)] * 2) as processes:
+    with ring.started(tmp_path, *[PLAIN.words(folder, iters=12)] * 2) as processes:
         assert processes[0].stdout is not None
         for _ in range(5):  # updates of two batches; saved at batches 4 and 8
             assert processes[0].stdout.readline()
@@ -81,12 +81,14 @@ def test_killed_processes_resume_bit_for_bit(tmp_path: Path) -> None:
             process.send_signal(signal.SIGKILL)
     # The second machine may have another disk, without the checkpoints.
     elsewhere = tmp_path / "elsewhere"
-    resumed = PLAIN.words(folder, resume=True), PLAIN.words(elsewhere, resume=True)
+    resumed = [
+        PLAIN.words(place, iters=12, resume=True) for place in (folder, elsewhere)
+    ]
     for code, errors in ring.both(tmp_path, *resumed):
         assert code == 0, errors
     assert_same_run(whole, folder)
     assert not elsewhere.exists()
-    process = run(PLAIN.words(folder, resume=True, iters=30))
+    process = run(PLAIN.words(folder, resume=True, iters=14))
     assert process.returncode == 0
     assert "processes was 2, is 1" in process.stderr
     assert "up to rounding, not bit for bit; dropout draws other" in process.stderr

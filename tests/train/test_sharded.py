@@ -129,10 +129,9 @@ def test_what_a_step_sends_is_what_the_plan_says(
     make_tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     quiet = {
-        "steps_per_report": STEPS,
-        "steps_per_eval": STEPS,
+        "steps_per_report": STEPS + 1,  # reports are sent, too
+        "steps_per_eval": STEPS + 1,
         "max_seq_length": LENGTH,
-        "iters": 6,
         "val_batches": 0,
     }
     cases = [

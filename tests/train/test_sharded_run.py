@@ -57,15 +57,16 @@ def test_the_command_trains_like_a_single_process(
 
 def test_killed_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "folder"
-    for code, errors in ring.both(tmp_path, *[PLAIN.words(whole, shard="full")] * 2):
+    settings = {"shard": "full", "iters": 12}
+    for code, errors in ring.both(tmp_path, *[PLAIN.words(whole, **settings)] * 2):
         assert code == 0, errors
-    with ring.started(tmp_path, *[PLAIN.words(folder, shard="full")] * 2) as processes:
+    with ring.started(tmp_path, *[PLAIN.words(folder, **settings)] * 2) as processes:
         assert processes[0].stdout is not None
         for _ in range(5):  # updates of two batches; saved at batches 4 and 8
             assert processes[0].stdout.readline()
         for process in processes:
             process.send_signal(signal.SIGKILL)
-    resumed = PLAIN.words(folder, shard="full", resume=True)
+    resumed = PLAIN.words(folder, **settings, resume=True)
     for code, errors in ring.both(tmp_path, resumed, resumed):
         assert code == 0, errors
     assert_same_run(whole, folder)
@@ -73,14 +74,14 @@ def test_killed_processes_resume_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_run_moves_from_one_process_to_two_and_back(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "folder"
-    run(PLAIN.words(whole, dropout=0.0), check=True)
-    run(PLAIN.words(folder, dropout=0.0, iters=8), check=True)
-    two = PLAIN.words(folder, dropout=0.0, iters=16, resume=True, shard="full")
+    run(PLAIN.words(whole, dropout=0.0, iters=12), check=True)
+    run(PLAIN.words(folder, dropout=0.0, iters=4), check=True)
+    two = PLAIN.words(folder, dropout=0.0, iters=8, resume=True, shard="full")
     (code, errors), (other, _) = ring.both(tmp_path, two, two)
     assert (code, other) == (0, 0), errors
     assert "processes was 1, is 2; shard was null, is" in errors
     assert "up to rounding, not bit for bit" in errors
-    back = run(PLAIN.words(folder, dropout=0.0, resume=True), check=True)
+    back = run(PLAIN.words(folder, dropout=0.0, iters=12, resume=True), check=True)
     assert "processes was 2, is 1" in back.stderr
     assert len(log(folder)) == len(log(whole))
     for expected, line in zip(log(whole), log(folder), strict=True):
@@ -122,7 +123,7 @@ def test_a_killed_process_ends_the_others_with_a_line_that_names_it(
 ) -> None:
     # MLX may report the lost connection at once, or wait forever for the message that
     # was under way; then the silence ends the training.
-    monkeypatch.setenv("MLX_DORA_PEER_TIMEOUT", "20")
+    monkeypatch.setenv("MLX_DORA_PEER_TIMEOUT", "10")
     folder = tmp_path / "out"
     command = endless(arguments, folder)
     with ring.started(tmp_path, *[command] * processes) as started:
@@ -138,7 +139,7 @@ def test_a_killed_process_ends_the_others_with_a_line_that_names_it(
     ] * (processes - 1)
     last = errors.splitlines()[-1]
     lost = r"process (\d, )*1(, \d)* of this training has ended"
-    silent = "process 1 of this training has given no sign of life for 20 seconds"
+    silent = "process 1 of this training has given no sign of life for 10 seconds"
     assert re.search(f"{lost}|{silent}", last), errors
     assert "--resume" in last
     resumes(arguments, folder)
