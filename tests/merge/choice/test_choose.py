@@ -1,6 +1,7 @@
 """A choice among merges, by what they do to two tiny tasks."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,21 @@ def trained(base: Path, task: Path, save_path: Path, seed: int) -> Path:
     return save_path
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the adapters of the first test are kept for the others."""
+    return tmp_path_factory.mktemp("adapters")
+
+
 @pytest.fixture
-def material(tiny_model_folder: Path, tmp_path: Path) -> dict[str, Any]:
+def material(tiny_model_folder: Path, tmp_path: Path, kept: Path) -> dict[str, Any]:
     tasks = [write_task(tmp_path / name, words) for name, words in TASKS.items()]
-    adapters = [
-        trained(tiny_model_folder, task, tmp_path / f"for_{task.name}", seed)
-        for seed, task in enumerate(tasks)
-    ]
+    adapters = []
+    for seed, task in enumerate(tasks):
+        if not (kept / task.name).exists():
+            trained(tiny_model_folder, task, kept / task.name, seed)
+        adapters.append(tmp_path / f"for_{task.name}")
+        shutil.copytree(kept / task.name, adapters[-1])
     return {"base": tiny_model_folder, "tasks": tasks, "adapters": adapters}
 
 
