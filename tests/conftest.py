@@ -185,6 +185,18 @@ def tiny_model_folder(make_tiny_folder: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def kept_folder(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Folders by name, kept from run to run in pytest's cache.
+
+    Without that cache (``-p no:cacheprovider``) they are kept for this run only.
+    """
+    cache: pytest.Cache | None = getattr(pytestconfig, "cache", None)
+    return tmp_path_factory.mktemp if cache is None else cache.mkdir
+
+
+@pytest.fixture(scope="session")
 def smollm() -> Path:
     """The folder of SmolLM2-135M-Instruct; mark its tests ``real_model``."""
     from mlx_dora.demo.model import demo_model

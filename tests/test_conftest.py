@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,3 +29,14 @@ def test_tiny_folder_generates_through_its_chat_template(
     )
     assert prompt[0] == 1  # <|im_start|>
     assert isinstance(generate(model, tokenizer, prompt, max_tokens=4), str)
+
+
+def test_pytests_cache_is_used_where_it_may_be_missing() -> None:
+    """``-p no:cacheprovider`` leaves pytest without it: use `kept_folder`."""
+    here = Path(__file__).parent
+    users = [
+        path.relative_to(here).as_posix()
+        for path in here.rglob("*.py")
+        if re.search(r"config\.cache\b|cache\.mkdir", path.read_text(encoding="utf-8"))
+    ]
+    assert users == ["conftest.py"]

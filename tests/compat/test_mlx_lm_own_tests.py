@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tarfile
 import unittest
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -18,13 +19,9 @@ MEMBER = f"mlx_lm-{VERSION}/tests/test_finetune.py"
 
 
 @pytest.fixture(scope="module")
-def own_tests(
-    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def own_tests(kept_folder: Callable[[str], Path]) -> Path:
     """Its ``tests/test_finetune.py``, fetched once and kept in pytest's cache."""
-    cache = pytestconfig.cache
-    name = f"mlx_lm-{VERSION}"
-    folder = cache.mkdir(name) if cache else tmp_path_factory.mktemp(name)
+    folder = kept_folder(f"mlx_lm-{VERSION}")
     found = folder / "test_finetune.py"
     if found.exists():
         return found

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -30,20 +31,22 @@ CONFIG = DoRAConfig(rank=4, scale=2.0, num_layers=2, keys=("self_attn.q_proj",))
 TOKENS = mx.array([[1, 5, 9, 200, 7, 3, 11, 40], [2, 2, 8, 64, 30, 31, 5, 17]])
 
 
+@pytest.fixture(scope="module")
+def builder(kept_folder: Callable[[str], Path]) -> Builder:
+    """Makes the kernels' programs."""
+    return Builder(kept_folder("metal_host"))
+
+
 @pytest.fixture
-def device(
-    pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Host]:
+def device(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """Every call goes to its kernel, which must run without a finding."""
-    cache = pytestconfig.cache
-    assert cache is not None
     monkeypatch.setattr(dispatch, "device_backend", lambda: "metal")
     # The test is the check.
     monkeypatch.setattr(choice, "_is_right", lambda *_: True)
     monkeypatch.setenv("MLX_DORA_KERNELS", "metal")
     choice.forget()
     dispatch.backend_of.cache_clear()
-    with Host(Builder(cache.mkdir("metal_host"))).running() as host:
+    with Host(builder).running() as host:
         yield host
     choice.forget()
     dispatch.backend_of.cache_clear()

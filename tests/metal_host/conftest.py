@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -9,17 +10,11 @@ from tests.metal_host.host import Host, call, launched
 
 
 @pytest.fixture(scope="session")
-def host(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Host:
-    """The stand-in device; its programs are kept from run to run, by content.
-
-    Without pytest's cache (``-p no:cacheprovider``) they are kept for this run only.
-    """
+def host(kept_folder: Callable[[str], Path]) -> Host:
+    """The stand-in device; its programs are kept from run to run, by content."""
     if COMPILER is None:
         pytest.skip("no g++: the kernels cannot be compiled for this machine")
-    cache: pytest.Cache | None = getattr(pytestconfig, "cache", None)
-    if cache is None:
-        return Host(Builder(tmp_path_factory.mktemp("metal_host")))
-    return Host(Builder(cache.mkdir("metal_host")))
+    return Host(Builder(kept_folder("metal_host")))
 
 
 @pytest.fixture(scope="session")
