@@ -62,6 +62,7 @@ def real_jobs(work: Path) -> dict[str, list[str]]:
         "mlx_dora.analyze compare": [adapter, adapter],
         "mlx_dora.analyze models": [base, base],
         "mlx_dora.chat --adapter-path": [adapter],
+        "mlx_dora.chat --model": [base, "--adapter-path", adapter],
         "mlx_dora.convert --to lora": [adapter, str(work / "lora"), "--rank", "4"],
         "mlx_dora.convert --to peft": [adapter, str(work / "peft")],
         "mlx_dora.data": [data, "--model", base],
@@ -76,6 +77,7 @@ def real_jobs(work: Path) -> dict[str, list[str]]:
         "mlx_dora.merge models": [base, base, *out],
         "mlx_dora.server --adapter": [f"a={adapter}", "--port", "0"],
         "mlx_dora.server --adapter-path": [adapter, "--port", "0"],
+        "mlx_dora.server --model": [base, "--port", "0"],
         "mlx_dora.train": train,
         "mlx_dora.train --plan": train,
     }
@@ -86,7 +88,7 @@ def seconds(words: list[str], *, to_the_end: bool) -> tuple[float, str]:
     screen, terminal = pty.openpty()
     start = time.monotonic()
     process = subprocess.Popen(
-        words, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+        words, stdin=terminal, stdout=terminal, stderr=terminal, process_group=0
     )
     os.close(terminal)
     shown, end = b"", float("nan")
