@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlx_dora.adapters.surgery import apply_dora, disabled, remove_dora
     from mlx_dora.analyze.adapter import analyze_adapter
     from mlx_dora.analyze.compare import compare_adapters
+    from mlx_dora.analyze.decomposition import DoRADecomposition
     from mlx_dora.analyze.finetune import analyze_finetune
     from mlx_dora.data.loading import load_datasets
     from mlx_dora.decomposition import dora_decompose, dora_merge
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from mlx_dora.train.config import TrainConfig
     from mlx_dora.train.grpo.config import RewardConfig
     from mlx_dora.train.objectives.config import PreferenceConfig
+    from mlx_dora.train.plan.predict import plan_memory
     from mlx_dora.train.run.finetune import finetune
 
 preload()
@@ -44,6 +46,7 @@ __version__ = "0.2.0"
 _HOME = {
     "Adapter": "mlx_dora.adapters.files",
     "DoRAConfig": "mlx_dora.adapters.config",
+    "DoRADecomposition": "mlx_dora.analyze.decomposition",
     "DoRAEmbedding": "mlx_dora.layers",
     "DoRAError": "mlx_dora.errors",
     "DoRALinear": "mlx_dora.layers",
@@ -70,6 +73,7 @@ _HOME = {
     "load_datasets": "mlx_dora.data.loading",
     "merge_adapters": "mlx_dora.merge.adapters.merge",
     "merge_models": "mlx_dora.merge.models.merge",
+    "plan_memory": "mlx_dora.train.plan.predict",
     "remove_dora": "mlx_dora.adapters.surgery",
     "save_adapter": "mlx_dora.adapters.files",
     "to_peft": "mlx_dora.peft",
@@ -79,6 +83,7 @@ _HOME = {
 __all__ = [
     "Adapter",
     "DoRAConfig",
+    "DoRADecomposition",
     "DoRAEmbedding",
     "DoRAError",
     "DoRALinear",
@@ -105,6 +110,7 @@ __all__ = [
     "load_datasets",
     "merge_adapters",
     "merge_models",
+    "plan_memory",
     "remove_dora",
     "save_adapter",
     "to_peft",

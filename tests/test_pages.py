@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+from mlx_dora.analyze.table import ANALYSIS_LEGEND, COMPARISON_LEGEND
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("metal/*.md")]
@@ -39,6 +41,18 @@ def test_the_index_lists_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"\]\((\w+\.md)\)", index))
     assert listed == {path.name for path in ROOT.glob("docs/*.md")} - {"README.md"}
+
+
+def test_the_glossary_has_every_word_of_the_tables_legends() -> None:
+    text = (ROOT / "docs" / "concepts" / "glossary.md").read_text(encoding="utf-8")
+    words = set(
+        re.split(r", | \(|\)", ", ".join(re.findall(r"^\| (.+?) \|", text, re.M)))
+    )
+    legend = " ".join([*ANALYSIS_LEGEND, *COMPARISON_LEGEND])
+    explained = re.findall(r"([\wΔ]+(?:, \w+| and \w+)?): ", legend)
+    named = {word for each in explained for word in re.split(", | and ", each)}
+    assert {"ΔM", "reads", "disturbance", "kind", "Pearson"} <= named
+    assert named - words <= {"rel", "angle"}  # in the line of ΔM; a plain word
 
 
 def test_the_readme_leads_to_the_index() -> None:

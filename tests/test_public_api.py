@@ -13,6 +13,7 @@ NAMES = {
     "mlx_dora": [
         "Adapter",
         "DoRAConfig",
+        "DoRADecomposition",
         "DoRAEmbedding",
         "DoRAError",
         "DoRALinear",
@@ -39,6 +40,7 @@ NAMES = {
         "load_datasets",
         "merge_adapters",
         "merge_models",
+        "plan_memory",
         "remove_dora",
         "save_adapter",
         "to_peft",

@@ -69,3 +69,13 @@ def test_the_colors_follow_the_readers_system_at_every_visit(
         tab = browser.open(f"{site}/index.html", dark=dark)
         scheme = tab.evaluate("document.body.dataset.mdColorScheme")
         assert scheme == ("slate" if dark else "default")
+
+
+def test_what_was_not_verified_is_a_page(browser: Browser, site: str) -> None:
+    tab = browser.open(f"{site}/index.html")
+    links = "[...document.querySelectorAll('article a')].map(a => a.href)"
+    assert f"{site}/not-verified.html" in tab.evaluate(links)
+    page = browser.open(f"{site}/not-verified.html")
+    text = page.evaluate("document.querySelector('article').textContent")
+    assert "never run any of this on a Mac" in text
+    assert f"{site}/gpu.html" in page.evaluate(links)

@@ -89,7 +89,7 @@ function grid(w, measure, title) {
     line.forEach((v, k) => {
       if (v === null) return;
       s += `<rect x="${L + k * c + 1}" y="${i * c + 1}" width="${c - 2}" height="${c - 2}" rx="4" fill="${tint(v, lo, 1)}" ${tip(`${data.labels[i]}\n${data.labels[k]}\n${title} ${num(v, 5)}`)}/>`;
-      if (c >= 34) s += `<text x="${L + k * c + c / 2}" y="${i * c + c / 2 + 4}" text-anchor="middle" style="fill:${Math.abs(v) > .8 ? "var(--card)" : Math.abs(v) > .5 ? "#15171a" : "var(--ink)"};pointer-events:none">${lo < 0 ? signed(v) : v.toFixed(2)}</text>`;
+      if (c >= 34) s += `<text x="${L + k * c + c / 2}" y="${i * c + c / 2 + 4}" text-anchor="middle" style="fill:${Math.abs(v) > .8 ? "var(--card)" : Math.abs(v) > .62 ? "#15171a" : "var(--ink)"};pointer-events:none">${lo < 0 ? signed(v) : v.toFixed(2)}</text>`;
     });
   });
   return svg(w, h, s + colorBar(L, n * c + below + 4, Math.min(240, w - L - 10), lo, 1, v => v && lo < 0 ? signed(v, 1) : num(v, 2), title), title + " of each pair of adapters");

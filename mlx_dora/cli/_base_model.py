@@ -14,7 +14,7 @@ check_base_option = click.option(
 
 
 def with_recorded_base(args: Sequence[str]) -> list[str]:
-    """Add ``--model`` to arguments that name an adapter but no model.
+    """Add ``--model`` to arguments that name an adapter but no model; say what loads.
 
     Without it, mlx-lm would apply the adapter to its own default model.
 
@@ -24,8 +24,11 @@ def with_recorded_base(args: Sequence[str]) -> list[str]:
     Raises:
         DoRAError: If the adapter's folder is invalid or records no base.
     """
-    adapter = _value(args, "--adapter-path")
-    if adapter is None or _value(args, "--model") is not None:
+    adapter, model = _value(args, "--adapter-path"), _value(args, "--model")
+    if {"-h", "--help"} & set(args):
+        return list(args)
+    if adapter is None or model is not None:
+        note(f"Loading {model or 'the default model of mlx-lm'} ...")
         return list(args)
     return ["--model", announced_base(adapter), *args]
 

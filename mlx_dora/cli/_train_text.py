@@ -23,18 +23,19 @@ DORA_LEGEND = "; ΔM, ΔD: mean changes of the rows' lengths and directions"
 
 def describe_start(train: TrainConfig, dora: DoRAConfig) -> list[str]:
     """Return the model and the settings as lines of text."""
-    blocks = (
-        "all blocks" if dora.num_layers < 0 else f"the last {dora.num_layers} blocks"
-    )
+    last = "block" if dora.num_layers == 1 else f"{dora.num_layers} blocks"
+    blocks = "all blocks" if dora.num_layers < 0 else f"the last {last}"
     what = "all weights"
     goal = "" if train.objective == "sft" else f"{train.objective}, "
     if train.fine_tune_type != "full":
         kind = train.fine_tune_type.replace("dora", dora.variant)
         what = f"{kind}, rank {dora.rank}, scale {dora.scale:g}"
     length = (
-        f"{train.iters} steps" if train.epochs is None else f"{train.epochs} epochs"
+        count(train.iters, "step")
+        if train.epochs is None
+        else count(train.epochs, "epoch")
     )
-    rows = f"{train.batch_size} {'prompts' if train.objective == 'grpo' else 'rows'}"
+    rows = count(train.batch_size, "prompt" if train.objective == "grpo" else "row")
     if train.batch_tokens is not None:
         rows = f"up to {train.batch_tokens:,} tokens"
     rate = "a schedule" if train.lr_schedule else f"{train.learning_rate:g}"
@@ -74,9 +75,10 @@ def describe_test(test: "Measured", train: TrainConfig) -> str:
 
 def describe_training(report: TrainReport) -> list[str]:
     """Summarize a training run as lines of text."""
-    steps = f"{report.steps} steps"
+    steps = count(report.steps, "step")
     if report.first_step:
-        steps = f"{report.steps - report.first_step} more steps, {report.steps} in all"
+        more = count(report.steps - report.first_step, "more step")
+        steps = f"{more}, {report.steps} in all"
     lines = [
         f"Trained {steps}: {report.trained_tokens:,} target tokens, "
         f"{duration(report.seconds)}, peak memory {size(report.peak_memory_bytes)}."
@@ -93,6 +95,11 @@ def describe_training(report: TrainReport) -> list[str]:
         )
     lines.append(f"Adapter: {report.adapter_path}")
     return lines
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def describe_plan(plan: "MemoryPlan") -> list[str]:

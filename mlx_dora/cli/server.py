@@ -6,6 +6,7 @@ import click
 from click.core import ParameterSource
 
 from mlx_dora.cli._base_model import announced_base, with_recorded_base
+from mlx_dora.cli._echo import note
 from mlx_dora.cli._framework import PassThrough, verb
 from mlx_dora.cli._help import added_options
 from mlx_dora.cli._host import run_host_command
@@ -36,13 +37,15 @@ def command(ctx: click.Context, config: ServeConfig) -> None:
     args = list(ctx.args)
     wants_help = bool({"-h", "--help"} & set(args))
     if config.adapter:
-        from mlx_dora.serve.many import main as serve_many
-
-        if "--model" not in {arg.partition("=")[0] for arg in args} and not wants_help:
-            first = next(iter(config.folders().values()))
-            args = ["--model", announced_base(str(first)), *args]
+        if not wants_help:
+            note(f"Loading adapters {', '.join(config.folders())} and their base ...")
+            if "--model" not in {arg.partition("=")[0] for arg in args}:
+                first = next(iter(config.folders().values()))
+                args = ["--model", announced_base(str(first)), *args]
 
         def main() -> None:
+            from mlx_dora.serve.many import main as serve_many
+
             serve_many(config)
 
     else:

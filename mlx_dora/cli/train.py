@@ -101,6 +101,8 @@ def command(
             "mlx.launch."
         )
     if plan:
+        for line in describe_start(train, dora)[:2]:  # all but the legend of reports
+            note(line)
         from mlx_dora.train.plan.predict import plan_memory
 
         predicted = plan_memory(

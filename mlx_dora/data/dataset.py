@@ -112,9 +112,12 @@ class TokenDataset(RowDataset):
         if self.format is TOKENS:
             return self.format.title
         used = self.format.required(self.rows.config)
-        return describe_columns(
+        columns = describe_columns(
             self.format.title, self.rows.values[0], used, self.format.optional
         )
+        if self._masks or not self.has_answers:
+            return columns
+        return f"{columns}; the loss counts prompts, too (mask_prompt: answers only)"
 
     @property
     def has_answers(self) -> bool:

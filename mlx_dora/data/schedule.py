@@ -118,6 +118,14 @@ class Schedule:
             refuse_empty(counts, max_seq_length)
         if line := counts.describe(max_seq_length):
             logger.warning("%s", line)
+        if len(usable) < batch_size and batch_tokens is None and not packing:
+            logger.warning(
+                "batch_size is %d, but there are only %d %s to learn from: every batch "
+                "holds all of them",
+                batch_size,
+                len(usable),
+                "rows" if unit is None else "groups of rows",
+            )
         self._usable = np.array(usable)
         self._lengths = np.array(lengths)
         self._widths = np.array([padded_width(n, max_seq_length) for n in lengths])

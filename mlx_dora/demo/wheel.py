@@ -88,7 +88,7 @@ def _download(folder: Path) -> Path:
         attempts.append([uv, "pip", "install", "--quiet", *wanted, *place])
     complaints = []
     for command in attempts:
-        _log.info("fetching %s %s: %s", PACKAGE, VERSION, " ".join(command))
+        _log.debug("fetching %s %s: %s", PACKAGE, VERSION, " ".join(command))
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         for path in (*folder.glob("*.whl"), folder / MEMBER):
             if done.returncode == 0 and path.exists():

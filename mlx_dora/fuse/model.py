@@ -35,6 +35,7 @@ from mlx_dora.io.atomic import atomic_directory, check_output
 from mlx_dora.io.checkpoint import MAX_SHARD_BYTES, ShardWriter
 from mlx_dora.io.finite import all_finite
 from mlx_dora.io.foreign import foreign
+from mlx_dora.io.output import check_room
 from mlx_dora.layers import DoRALayer, fused_module, weight_of
 from mlx_dora.matrix.weight import as_packed, dense_dtype, matrices
 from mlx_dora.progress import Progress
@@ -188,6 +189,7 @@ def fuse_model(
     carried = carried_along(folder, trust_remote_code=trust_remote_code)
     has_vision = _has_vision(base) or not carried.left_out
     inputs = (folder, *given)
+    check_room(save_path, _bytes_of(base))
     with atomic_directory(save_path, inputs=inputs, overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             fused = stream_fused(base, adapter, config, writer.add_blocks, progress)
@@ -247,6 +249,7 @@ def save_fused(
     is_custom = type(model).__module__ == "custom_model"
     carried = carried_along(folder, trust_remote_code=is_custom)
     has_vision = _has_vision(model) or not carried.left_out
+    check_room(save_path, _bytes_of(model))
     with atomic_directory(save_path, inputs=(folder,), overwrite=overwrite) as out:
         with ShardWriter(out, max_shard_bytes=max_shard_bytes) as writer:
             for name, value in tree_flatten(model.parameters()):
@@ -257,6 +260,16 @@ def save_fused(
                 writer.add(name, value)
         _write_rest(out, content, tokenizer, folder, has_vision)
     carried.warn()
+
+
+def _bytes_of(model: nn.Module) -> int:
+    """Return the least size of a fused model, without reading a tensor.
+
+    Scales and biases of packed weights may get another dtype, so they do not count.
+    """
+    tensors = tree_flatten(model.parameters())
+    kept = [v for name, v in tensors if not name.endswith((".scales", ".biases"))]
+    return sum(cast(mx.array, value).nbytes for value in kept)
 
 
 def _check_fit(

@@ -1,6 +1,9 @@
 """Checks where a command may write: never over, around or inside its inputs."""
 
+import errno
+import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -62,6 +65,24 @@ def check_output(path: str | Path, *, inputs: Inputs, overwrite: bool = False) -
         if kept.resolve().is_relative_to(target):
             raise DoRAError(f"{path} holds {kept}; refusing to overwrite it.")
     _refuse_foreign(path, target)
+
+
+def check_room(path: str | Path, nbytes: int) -> None:
+    """Refuse an output that is too large for its disk, before any work.
+
+    Args:
+        path: The folder to create.
+        nbytes: At least how many bytes it will have.
+
+    Raises:
+        OSError: If fewer bytes are free; the error names `path`.
+    """
+    target = Path(path).expanduser().resolve()
+    place = next(parent for parent in target.parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        why = f"{nbytes / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {why}", str(path))
 
 
 def refuse_inputs(path: str | Path, inputs: Inputs) -> None:

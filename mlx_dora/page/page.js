@@ -16,7 +16,8 @@ const cut = (t, n) => t.length > n ? t.slice(0, n - 1) + "…" : t;
 const card = (title, note, body, wide, pick) => `<section class="card${wide ? " wide" : ""}"><div class="head"><div><h2>${title}</h2><p class="soft">${note}</p></div>${pick || ""}</div>${body}</section>`;
 const tile = (value, text) => `<div class="tile"><b>${value}</b><span>${text}</span></div>`;
 const tiles = list => `<div class="tiles">${list.map(t => tile(...t)).join("")}</div>`;
-const bullets = list => `<ul>${list.map(t => `<li>${esc(t)}</li>`).join("")}</ul>`;
+const flags = text => text.replace(/(^|[\s(])(--[a-z][\w-]*)/g, '$1<span class="flag">$2</span>');
+const bullets = list => `<ul>${list.map(t => `<li>${flags(esc(t))}</li>`).join("")}</ul>`;
 
 // Tables that sort, filter and copy. A column is [title, value of a row, text of a value, help].
 const tables = {}, MOST = 2000; // rows drawn at once

@@ -22,6 +22,7 @@ from mlx_dora.serve.jobs import Kept
 from mlx_dora.serve.paths import NotServedError, ServedPaths
 from mlx_dora.serve.prompt_cache import PromptCache
 from mlx_dora.serve.request import check_for_vocabulary, check_request
+from mlx_dora.serve.threads import join
 
 MAX_BYTES = 64 * 2**20
 """Maximum size of a request in bytes; images are part of the request."""
@@ -104,10 +105,7 @@ class Generator(server.ResponseGenerator):
     def stop_and_join(self) -> None:
         """Stop generating, and wait for the thread to end."""
         super().stop_and_join()
-        # MLX frees Python objects of a thread after Python counts it as ended. If the
-        # interpreter ends first, the process aborts (exit code 134). Sleeping hands
-        # the interpreter's lock to that thread.
-        time.sleep(0.2)
+        join(self._generation_thread)
 
     def raise_failure(self) -> None:
         """Raise the error that ended the thread, if any."""

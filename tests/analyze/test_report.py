@@ -198,6 +198,44 @@ def test_a_comparison_names_its_adapters(browser: Browser, tmp_path: Path):
     assert "docs (rank 8) · docs_again (rank 8) · spam (rank 4)" in text
 
 
+CONTRASTS = """(() => {
+  const rgb = c => getComputedStyle(c).color.match(/[\\d.]+/g).map(Number);
+  const probe = document.body.appendChild(document.createElement("i"));
+  const color = css => { probe.style.color = css; return rgb(probe); };
+  const light = c => [0.2126, 0.7152, 0.0722].reduce((s, k, i) => s + k *
+    (c[i] > 10 ? ((c[i] / 255 + .055) / 1.055) ** 2.4 : c[i] / 255 / 12.92), 0);
+  const values = [...Array(101).keys()].map(i => i / 100), card = color("var(--card)");
+  data.labels = values.map(String);
+  data.matrices.test = [values, ...values.slice(1).map(() => values.map(() => null))];
+  const drawn = grid(9999, "test", "");
+  document.body.insertAdjacentHTML("beforeend", `<div id="t">${drawn}</div>`);
+  const texts = [...document.querySelectorAll("#t text[style]")];
+  return [...document.querySelectorAll("#t rect[fill^=rgba]")].map((rect, i) => {
+    const [r, g, b, a = 1] = color(rect.getAttribute("fill"));
+    const back = light([r, g, b].map((c, k) => a * c + (1 - a) * card[k]));
+    const fore = light(color(texts[i].style.fill));
+    return (Math.max(fore, back) + .05) / (Math.min(fore, back) + .05);
+  });
+})()"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_numbers_on_the_grid_can_be_read(browser: Browser, tmp_path: Path, dark: bool):
+    page = write(tmp_path, three_adapters().to_dict())
+    contrasts = browser.open(page, dark=dark).evaluate(CONTRASTS)
+    assert len(contrasts) == 101
+    assert min(contrasts) >= 3.5
+    assert sorted(contrasts)[len(contrasts) // 10] >= 4
+
+
+def test_a_flag_is_not_broken_across_lines(browser: Browser, tmp_path: Path):
+    tab = browser.open(write(tmp_path, three_adapters().to_dict()))
+    flags = "[...document.querySelectorAll('li .flag')].map(f => f.textContent)"
+    assert {"--method", "--data"} <= {*tab.evaluate(flags)}
+    breaks = "getComputedStyle(document.querySelector('.flag')).whiteSpace"
+    assert tab.evaluate(breaks) == "nowrap"
+
+
 @pytest.mark.parametrize("kind", ["models", "comparison"])
 def test_a_narrow_report_is_legible(browser: Browser, tmp_path: Path, kind: str):
     models = analyze_finetune(*two_models(layers=12))

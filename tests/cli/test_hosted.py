@@ -115,18 +115,22 @@ def test_bad_input_is_one_line(tiny_model_folder: Path, adapter: Path) -> None:
     ):
         code, output, errors = generate(*args, "--prompt", "a")
         assert (code, output) == (1, ""), args
-        assert len(errors.strip().splitlines()) == 1, args
+        loading, error = errors.strip().splitlines()
+        assert loading == f"Loading {args[1]} ..."
+        assert error.startswith("Error: ")
     weights.write_bytes(weights.read_bytes()[:-4])
-    code, _, errors = generate(*model, "--adapter-path", str(adapter), "--prompt", "a")
+    adapted = (*model, "--adapter-path", str(adapter))
+    code, _, errors = generate("-q", *adapted, "--prompt", "a")
     assert code == 1
-    assert len(errors.strip().splitlines()) == 1
+    assert len(errors.strip().splitlines()) == 1  # the error
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
 def test_a_truncated_model_is_one_line(tiny_model_folder: Path, file: str) -> None:
     path = tiny_model_folder / file
     path.write_bytes(path.read_bytes()[:-40])
-    code, output, errors = generate("--model", str(tiny_model_folder), "--prompt", "a")
+    words = ("-q", "--model", str(tiny_model_folder), "--prompt", "a")
+    code, output, errors = generate(*words)
     assert (code, output) == (1, "")
     assert errors.startswith("Error: ")
     assert len(errors.strip().splitlines()) == 1

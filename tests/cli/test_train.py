@@ -212,7 +212,7 @@ def test_rows_are_held_out_and_said_if_no_file_validates(
     assert "2 of 20 training rows" in result.stderr
     assert (
         f"Data: 18 train rows ({data}/train.jsonl), 2 valid rows ({data}/train.jsonl); "
-        "prompt and completion (prompt, completion)\n" in result.stderr
+        "prompt and completion (prompt, completion); " in result.stderr
     )
     assert "validation loss" in result.stderr
 
@@ -359,12 +359,13 @@ def test_model_data_settings_and_parameters_precede_the_first_step(
     lines = invoke(*small, "--learning-rate", "1e-3").stderr.splitlines()
     assert lines[0] == f"Model: {small[1]}"
     assert lines[1] == (
-        "Training: dora, rank 2, scale 20 in the last 1 blocks; 3 steps of 4 rows, "
+        "Training: dora, rank 2, scale 20 in the last block; 3 steps of 4 rows, "
         "adam, learning rate 0.001"
     )
     assert lines[3] == (
         f"Data: 20 train rows ({data}/train.jsonl), 4 valid rows ({data}/valid.jsonl); "
-        "prompt and completion (prompt, completion)"
+        "prompt and completion (prompt, completion); the loss counts prompts, too "
+        "(mask_prompt: answers only)"
     )
     assert re.fullmatch(
         r"Trainable: [\d,]+ of [\d,]+ parameters \([\d.]+ %\) in 7 modules", lines[4]

@@ -3,6 +3,7 @@ from typing import Any
 
 from mlx_dora import DoRAConfig
 from mlx_dora.cli._train_text import (
+    count,
     describe_start,
     describe_training,
     next_commands,
@@ -54,6 +55,13 @@ def test_the_start_names_the_size_of_a_batch() -> None:
     tokens = describe_start(TrainConfig(model="m", batch_tokens=4096), dora)
     assert "1000 steps of 3 rows, adam" in rows[1]
     assert "1000 steps of up to 4,096 tokens, adam" in tokens[1]
+
+
+def test_one_of_a_kind_is_in_the_singular() -> None:
+    train = TrainConfig(model="m", batch_size=1, iters=1)
+    line = describe_start(train, DoRAConfig(num_layers=1))[1]
+    assert "in the last block; 1 step of 1 row, adam" in line
+    assert count(2, "step") == "2 steps"
 
 
 def test_next_commands_are_quoted_for_the_shell() -> None:

@@ -168,10 +168,14 @@ def test_reading_says_the_format_and_the_columns(
     caplog.set_level(logging.INFO, "mlx_dora.data")
     path = tmp_path / "a.csv"
     path.write_text("id,instruction,input,output\n1,add,2 2,4\n2,add,1 1,2\n")
-    load_datasets(DataConfig(data=str(path)), load_tokenizer(tiny_model_folder))
-    assert caplog.messages == [
+    tokenizer = load_tokenizer(tiny_model_folder)
+    load_datasets(DataConfig(data=str(path)), tokenizer)
+    load_datasets(DataConfig(data=str(path), mask_prompt=True), tokenizer)
+    read = (
         f"Data: 2 train rows ({path}); Alpaca (instruction, output, input, without id)"
-    ]
+    )
+    counted = "; the loss counts prompts, too (mask_prompt: answers only)"
+    assert caplog.messages == [read + counted, read]
 
 
 def test_a_column_named_by_a_flag_decides_the_format(

@@ -40,6 +40,21 @@ def test_only_batches_between_two_buckets_mix_lengths() -> None:
     assert targets / tokens > 0.95
 
 
+def test_a_batch_larger_than_the_data_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    schedule = Schedule(rows_of([5, 6, 7]), 4, 64)
+    expected = "batch_size is 4, but there are only 3 rows to learn from: every batch"
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert expected in caplog.text
+    assert [len(batch) for batch in schedule.epoch(0)] == [3]
+    caplog.clear()
+    Schedule(rows_of([5, 6, 7]), 3, 64)
+    Schedule(rows_of([5, 6, 7]), 4, 64, batch_tokens=64)
+    Schedule(rows_of([5, 6, 7]), 4, 64, packing=True)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_epochs_have_every_example_once_in_different_batches(
     packing: bool,

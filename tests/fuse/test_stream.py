@@ -1,5 +1,6 @@
 """A fuse holds few tensors at a time, and leaves no model if it is killed."""
 
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from mlx_dora.adapters.files import save_adapter
 from mlx_dora.adapters.hosting import load
 from mlx_dora.adapters.surgery import apply_dora
 from mlx_dora.errors import DoRAError
+from mlx_dora.fuse import stream
 from mlx_dora.fuse.config import FuseConfig
 from mlx_dora.fuse.model import fuse_model
 from mlx_dora.io.header import read_header
@@ -81,6 +83,7 @@ def test_peak_memory_is_four_tensors_and_a_shard(
 FUSE = """
 import sys
 from mlx_dora.fuse.model import fuse_model
+from mlx_dora.fuse import stream
 from mlx_dora.fuse.config import FuseConfig
 base, adapter, out = sys.argv[1:]
 config = FuseConfig(mode="lossless")
@@ -117,3 +120,19 @@ def test_kill_leaves_no_folder_that_loads(
         if out.exists():  # the kill came too late: the model is complete
             assert load(out, out / "adapter")[0](TOKENS).shape[-1] == 320
     assert len(seen) > 1
+
+
+def test_a_disk_without_room_is_refused_before_any_work(
+    make_large: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, adapter = make_large(vocabulary=512)
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    usage = type(shutil.disk_usage(tmp_path))(size, 0, size // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(stream, "_fuse_module", None)  # not called
+    with pytest.raises(OSError, match="MB are needed") as caught:
+        fuse_model(base, adapter, tmp_path / "fused")
+    assert caught.value.filename == str(tmp_path / "fused")
+    assert {p.name for p in tmp_path.iterdir()} == {base.name, adapter.name}

@@ -1,11 +1,13 @@
 """Where outputs may be written, and which files they may replace."""
 
+import errno
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.io.output import check_output, check_output_file
+from mlx_dora.io.output import check_output, check_output_file, check_room
 
 
 @pytest.fixture
@@ -139,3 +141,18 @@ def test_an_output_file_does_not_replace_an_input(given: Path, tmp_path: Path) -
     ):
         with pytest.raises(DoRAError, match=message):
             check_output_file(path, inputs=inputs, overwrite=True)
+
+
+def test_a_disk_without_room_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_room(tmp_path / "a" / "new", 1000)
+    usage = type(shutil.disk_usage(tmp_path))(100, 90, 10_000_000)
+    asked: list[Path] = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: asked.append(Path(p)) or usage)
+    check_room(tmp_path / "new", 10_000_000)
+    with pytest.raises(OSError, match="12 MB are needed, 10 MB are free") as caught:
+        check_room(tmp_path / "a" / "new", 12_000_000)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path / "a" / "new")
+    assert asked == [tmp_path, tmp_path]  # the nearest folder that exists
