@@ -162,11 +162,20 @@ def test_signs_are_tested_with_the_binomial_distribution(decide: Any) -> None:
 
 def test_a_correlation_draws_whole_groups(decide: Any) -> None:
     draw = np.random.default_rng(5)
-    x = np.repeat(draw.normal(size=6), 20)  # six groups of twenty equal runs
-    y = x + np.repeat(draw.normal(size=6), 20)
-    groups = np.repeat(range(6), 20).tolist()
+    x = np.repeat(draw.normal(size=15), 20)  # fifteen groups of twenty equal runs
+    y = x + np.repeat(draw.normal(size=15), 20)
+    groups = np.repeat(range(15), 20).tolist()
+    values = []
+    for _ in range(2000):
+        drawn = np.concatenate(
+            [np.arange(20) + 20 * g for g in draw.integers(15, size=15)]
+        )
+        values.append(decide.spearman(x[drawn], y[drawn]))
     grouped = decide.correlation(x, y, groups)
-    single = decide.correlation(x, y, range(120))
+    low, high = np.quantile(values, [0.025, 0.975])
+    assert grouped.low == pytest.approx(low, abs=0.06)
+    assert grouped.high == pytest.approx(high, abs=0.06)
+    single = decide.correlation(x, y, range(300))
     assert grouped.rho == single.rho
     assert grouped.high - grouped.low > 2 * (single.high - single.low)
     sure = decide.correlation(x, -x, groups)

@@ -149,7 +149,7 @@ def test_a_complete_study_gets_the_known_verdicts(
     assert "wider in 18 cells and narrower in 0" in text["H5"]
     assert f"p = {2 / 2**18:.2g}" in text["H5"]
     ratios = {row[3]: row[4:] for row in rows_of(text["H7"]) if row[0] == "kinds"}
-    assert ratios["correlation of ΔM and ΔD"][0].startswith("-0.9")
+    assert ratios["correlation of ΔM and ΔD"][0].startswith("-1.00")
     assert ratios["correlation of ΔM and ΔD"][1] == "yes"
     assert "higher in 18 cells and lower in 0" in text["En"]
     assert "missing" not in text["H1"] + text["H4"]

@@ -141,29 +141,44 @@ def correlation(
         groups: What each run belongs to; runs of a group are not independent.
         seed: Seed of the bootstrap.
     """
-    members: dict[object, list[int]] = {}
-    for index, group in enumerate(groups):
-        members.setdefault(group, []).append(index)
-    indices = [np.array(own) for own in members.values()]
+    _, group = np.unique([repr(group) for group in groups], return_inverse=True)
+    count = int(group.max()) + 1
     draw = np.random.default_rng(seed)
-    values = []
-    for _ in range(REPLICATES):
-        chosen = draw.integers(len(indices), size=len(indices))
-        runs = np.concatenate([indices[group] for group in chosen])
-        if len({*first[runs]}) > 1 and len({*second[runs]}) > 1:
-            values.append(spearman(first[runs], second[runs]))
-    low, high = np.quantile(values, [LEVEL / 2, 1 - LEVEL / 2])
+    drawn = draw.multinomial(count, np.full(count, 1 / count), REPLICATES)
+    values = _weighted_spearman(first, second, drawn[:, group])
+    # A replicate of one distinct value has no correlation.
+    low, high = np.nanquantile(values, [LEVEL / 2, 1 - LEVEL / 2])
     return Correlation(spearman(first, second), float(low), float(high))
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
     """Return Spearman's rank correlation; tied values share their mean rank."""
-    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+    [value] = _weighted_spearman(first, second, np.ones((1, len(first))))
+    return float(value)
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+def _weighted_spearman(
+    first: np.ndarray, second: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Correlations of replicates, where ``weights`` says how often each has a run."""
+    count = weights.sum(axis=1, keepdims=True)
+
+    def centered(values: np.ndarray) -> np.ndarray:
+        ranks = _ranks(values, weights)
+        return ranks - (weights * ranks).sum(axis=1, keepdims=True) / count
+
+    x, y = centered(first), centered(second)
+    products = [(weights * pair).sum(axis=1) for pair in (x * y, x * x, y * y)]
+    with np.errstate(invalid="ignore"):
+        return products[0] / np.sqrt(products[1] * products[2])
+
+
+def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Ranks of runs that each replicate has several times, shape of ``weights``."""
+    distinct, place = np.unique(values, return_inverse=True)
+    counts = np.zeros((len(distinct), len(weights)))
+    np.add.at(counts, place, weights.T)
+    return (counts.cumsum(axis=0) - (counts - 1) / 2)[place].T
 
 
 def octaves_within(
