@@ -124,6 +124,11 @@ def test_a_complete_study_gets_the_known_verdicts(
     lines = study(grid, grid.main_cells())
     text = report(lines)
     assert text[""].startswith(f"{len(lines) - 1} runs, ")
+    failed = [line for line in lines if line.get("valid_loss", 0) is None]
+    diverged = [line for line in lines if line.get("valid_loss", 0) == 140]
+    assert len(failed) == 18 * 3
+    assert len(diverged) == 6 * 3
+    assert f"{len(failed)} failed, {len(diverged)} more diverged" in text[""]
     assert "63 are complete, 0 begun and 0 missing" in text[""]
     verdicts = {
         (task, base, rank): (shown, verdict)
@@ -190,17 +195,26 @@ def test_a_figure_has_a_curve_for_each_method_and_rank(
     dense = [cell for cell in grid.main_cells() if cell.base == "dense"]
     report(study(grid, dense, more=False))
     files = sorted((tmp_path / "figures").iterdir())
+    names = ["correlation", "docstrings-dense", "entropy", "kinds-dense"]
     assert [file.stem for file in files] == [
-        f"when-{task}-dense" for task in sorted(grid.TASKS)
+        f"when-{name}" for name in (*names, "records-dense")
     ]
-    tree = ET.parse(files[1])
-    paths = [
-        element.get("class", "") for element in tree.iter() if "path" in element.tag
-    ]
-    legend = 2  # pieces of a line
+    paths = classes(files[3])
+    panels_and_legend = 3 + 1
     for method in ("lora", "dora", "direction", "magnitude", "full"):
-        assert paths.count(f"line {method}") == 3 + legend
+        assert paths.count(f"line {method}") == panels_and_legend
     # Seven rates at each rank, and the mark in the legend.
     assert paths.count("lora-mark") == 3 * 7 + 1
     assert paths.count("magnitude-mark") == 3 * 6 + 1  # a rate far above is cut off
-    assert "prefers-color-scheme: dark" in files[0].read_text()
+    assert "prefers-color-scheme: dark" in files[3].read_text()
+    # Three rates of two seeds for each of eleven cells of a task, and the legend.
+    for file in (files[0], files[2]):
+        marks = [name for name in classes(file) if name.endswith("-mark")]
+        assert len(marks) == 3 * 11 * 3 * 2 + 5
+        assert not any(name.startswith("line") for name in classes(file))
+
+
+def classes(figure: Path) -> list[str]:
+    """The classes of a figure's paths."""
+    paths = [element for element in ET.parse(figure).iter() if "path" in element.tag]
+    return [path.get("class", "") for path in paths]

@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 330, 64, 16, 58, 46
+WIDTH, HEIGHT, LEFT, RIGHT, TOP = 900, 330, 64, 16, 58
+FLOOR = HEIGHT - 46  # the horizontal axis
 GAP = 22  # between panels
 
 STYLES = {  # of a method: color on light, on dark; dash; mark
@@ -32,6 +33,7 @@ _MARKS = {
     "diamond": "M0,-4.6L4.6,0L0,4.6L-4.6,0z",
     "cross": "M-4,-1.2h2.8v-2.8h2.4v2.8h2.8v2.4h-2.8v2.8h-2.4v-2.8h-2.8z",
 }
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _STYLE = """\
   text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #1f2430; }
   .title { font-size: 14px; font-weight: 600; }
@@ -51,80 +53,127 @@ _DARK = """\
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over the learning rate.
+    """Points of methods.
 
     Attributes:
         title: Title.
-        curves: By method, points (rate, value), by rate.
+        points: By method, points (x, y); those of a curve by x.
     """
 
     title: str
-    curves: Mapping[str, Sequence[tuple[float, float]]]
+    points: Mapping[str, Sequence[tuple[float, float]]]
 
 
-def draw(title: str, label: str, panels: Sequence[Panel], most: float) -> str:
-    """Draw panels that share their axes.
+@dataclass(frozen=True)
+class Plot:
+    """What panels of a figure share.
 
-    Args:
+    Attributes:
         title: Title of the figure.
-        label: What the vertical axis shows.
-        panels: The panels, from left to right.
-        most: Largest value shown; a curve leaves the panel there.
+        across, down: What the axes show.
+        most: Largest y shown; a curve leaves the panel there.
+        is_curve: Whether points are linked, over the logarithm of x. Otherwise they are
+            single marks over x itself.
     """
-    points = [p for panel in panels for curve in panel.curves.values() for p in curve]
-    rates = [math.log2(rate) for rate, _ in points]
-    values = [min(value, most) for _, value in points]
-    span = max(values) - min(values) or abs(max(values)) or 1.0
-    low, high = min(values) - 0.06 * span, max(values) + 0.06 * span
-    start, end = min(rates) - 0.4, max(rates) + 0.4
-    size = (WIDTH - LEFT - RIGHT - GAP * (len(panels) - 1)) / len(panels)
 
-    def down(value: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
+    title: str
+    across: str
+    down: str
+    most: float
+    is_curve: bool = True
 
-    parts = [f'<text class="title" x="{LEFT}" y="20">{title}</text>', _legend(panels)]
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(
-        f'<text class="small" transform="translate(14,{middle:.0f}) rotate(-90)" '
-        f'text-anchor="middle">{label}</text>'
-    )
-    for number, panel in enumerate(panels):
-        left = LEFT + number * (size + GAP)
+    def draw(self, panels: Sequence[Panel]) -> str:
+        """Draw panels from left to right."""
+        points = [p for panel in panels for of in panel.points.values() for p in of]
+        xs = [self._place(x) for x, _ in points]
+        ys = [min(y, self.most) for _, y in points]
+        low, high = _widened(ys, 0.06)
+        start, end = _widened(xs, 0.05)
+        size = (WIDTH - LEFT - RIGHT - GAP * (len(panels) - 1)) / len(panels)
+        parts = [
+            f'<text class="title" x="{LEFT}" y="20">{self.title}</text>',
+            self._legend(panels),
+            f'<text class="small" transform="translate(14,{(TOP + FLOOR) / 2:.0f}) '
+            f'rotate(-90)" text-anchor="middle">{self.down}</text>',
+        ]
+        for number, panel in enumerate(panels):
+            frame = _Frame(
+                LEFT + number * (size + GAP), size, (start, end), (low, high)
+            )
+            parts.append(frame.axes(panel.title, self, with_labels=number == 0))
+            for method, of in panel.points.items():
+                places = [
+                    (frame.x(self._place(x)), frame.y(min(y, high)), y <= high)
+                    for x, y in of
+                ]
+                parts.append(_points(method, places, is_linked=self.is_curve))
+        return _page(parts, f"{self.title}: {self.down} over {self.across}")
 
-        def across(rate: float, left: float = left) -> float:
-            return left + size * (math.log2(rate) - start) / (end - start)
+    def ticks(self, low: float, high: float) -> list[tuple[float, str]]:
+        """Places and labels of the horizontal axis."""
+        if not self.is_curve:
+            return [(tick, _shown(tick)) for tick in _ticks(low, high)]
+        powers = range(math.ceil(low), math.floor(high) + 1)
+        return [(power, f"10{str(power).translate(_RAISED)}") for power in powers]
 
-        parts.append(f'<text class="panel" x="{left:.1f}" y="{TOP - 6}">')
-        parts.append(f"{panel.title}</text>")
-        for tick in _ticks(low, high):
-            y = f"{down(tick):.1f}"
-            parts.append(f'<path class="grid" d="M{left:.1f},{y}h{size:.1f}"/>')
-            if number == 0:
+    def _place(self, x: float) -> float:
+        return math.log10(x) if self.is_curve else x
+
+    def _legend(self, panels: Sequence[Panel]) -> str:
+        """The methods that occur, at the right of the title."""
+        names = [n for n in STYLES if any(n in panel.points for panel in panels)]
+        widths = [46 + 6.6 * len(NAMES[name]) for name in names]
+        parts, x = [], WIDTH - RIGHT - sum(widths)
+        for name, width in zip(names, widths, strict=True):
+            places = [(x, 16, False), (x + 13, 16, True), (x + 26, 16, False)]
+            parts.append(_points(name, places, is_linked=self.is_curve))
+            parts.append(f'<text x="{x + 32:.1f}" y="20">{NAMES[name]}</text>')
+            x += width
+        return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The place of a panel, and the ranges of its axes."""
+
+    left: float
+    size: float
+    across: tuple[float, float]
+    down: tuple[float, float]
+
+    def x(self, value: float) -> float:
+        start, end = self.across
+        return self.left + self.size * (value - start) / (end - start)
+
+    def y(self, value: float) -> float:
+        low, high = self.down
+        return TOP + (FLOOR - TOP) * (high - value) / (high - low)
+
+    def axes(self, title: str, plot: Plot, *, with_labels: bool) -> str:
+        """The title, the grid and the labels."""
+        left, size = self.left, self.size
+        parts = [f'<text class="panel" x="{left:.1f}" y="{TOP - 6}">{title}</text>']
+        for tick in _ticks(*self.down):
+            y = self.y(tick)
+            parts.append(f'<path class="grid" d="M{left:.1f},{y:.1f}h{size:.1f}"/>')
+            if with_labels:
                 parts.append(
-                    f'<text class="small" x="{left - 6:.1f}" y="{down(tick) + 4:.1f}" '
-                    f'text-anchor="end">{tick:.6g}</text>'
+                    f'<text class="small" x="{left - 6:.1f}" y="{y + 4:.1f}" '
+                    f'text-anchor="end">{_shown(tick)}</text>'
                 )
-        floor = HEIGHT - BOTTOM
-        parts.append(f'<path class="axis" d="M{left:.1f},{floor}h{size:.1f}"/>')
-        for power in range(math.ceil(start / math.log2(10)), 1):
-            rate = 10.0**power
-            if start <= math.log2(rate) <= end:
-                x = f"{across(rate):.1f}"
-                parts.append(f'<path class="axis" d="M{x},{floor}v5"/>')
-                parts.append(f'<text class="small" x="{x}" y="{floor + 19}" ')
-                parts.append(f'text-anchor="middle">{rate:g}</text>')
-        middle = left + size / 2
+        parts.append(f'<path class="axis" d="M{left:.1f},{FLOOR}h{size:.1f}"/>')
+        for tick, label in plot.ticks(*self.across):
+            x = f"{self.x(tick):.1f}"
+            parts.append(f'<path class="axis" d="M{x},{FLOOR}v5"/>')
+            parts.append(
+                f'<text class="small" x="{x}" y="{FLOOR + 19}" '
+                f'text-anchor="middle">{label}</text>'
+            )
         parts.append(
-            f'<text class="small" x="{middle:.1f}" y="{HEIGHT - 8}" '
-            'text-anchor="middle">learning rate</text>'
+            f'<text class="small" x="{left + size / 2:.1f}" y="{HEIGHT - 8}" '
+            f'text-anchor="middle">{plot.across}</text>'
         )
-        for method, curve in panel.curves.items():
-            inside = [
-                (across(rate), down(min(value, high)), value <= high)
-                for rate, value in curve
-            ]
-            parts.append(_curve(method, inside))
-    return _page(parts, f"{title}: {label} over the learning rate")
+        return "\n".join(parts)
 
 
 def _page(parts: Sequence[str], description: str) -> str:
@@ -146,30 +195,32 @@ def _page(parts: Sequence[str], description: str) -> str:
     )
 
 
-def _legend(panels: Sequence[Panel]) -> str:
-    """The methods that occur, on one line at the right of the title."""
-    names = [name for name in STYLES if any(name in panel.curves for panel in panels)]
-    parts, x = [], WIDTH - RIGHT - sum(46 + 6.6 * len(NAMES[name]) for name in names)
-    for name in names:
-        parts.append(_curve(name, [(x, 16, False), (x + 13, 16, True)]))
-        parts.append(_curve(name, [(x + 13, 16, False), (x + 26, 16, False)]))
-        parts.append(f'<text x="{x + 32:.1f}" y="20">{NAMES[name]}</text>')
-        x += 46 + 6.6 * len(NAMES[name])
-    return "\n".join(parts)
-
-
-def _curve(method: str, points: Sequence[tuple[float, float, bool]]) -> str:
-    """A line through points (x, y, whether it has a mark there)."""
-    path = "L".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
-    parts = [f'<path class="line {method}" d="M{path}"/>']
-    mark = _MARKS[STYLES[method][3]]
+def _points(
+    method: str, places: Sequence[tuple[float, float, bool]], *, is_linked: bool
+) -> str:
+    """Points (x, y, whether it has a mark), perhaps with a line through them."""
+    parts = []
+    if is_linked:
+        path = "L".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
+        parts.append(f'<path class="line {method}" d="M{path}"/>')
     parts += [
         f'<path class="{method}-mark" transform="translate({x:.1f},{y:.1f})" '
-        f'd="{mark}"/>'
-        for x, y, is_marked in points
+        f'd="{_MARKS[STYLES[method][3]]}"/>'
+        for x, y, is_marked in places
         if is_marked
     ]
     return "\n".join(parts)
+
+
+def _widened(values: Sequence[float], share: float) -> tuple[float, float]:
+    """The range of values, and a share of it on both sides."""
+    low, high = min(values), max(values)
+    margin = share * (high - low) or abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _shown(value: float) -> str:
+    return f"{value:.6g}".replace("-", "−")
 
 
 def _ticks(low: float, high: float) -> list[float]:

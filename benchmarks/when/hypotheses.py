@@ -14,7 +14,7 @@ from decide import (
     sign_test,
 )
 from grid import BASES, LONGER_STEPS, RANKS, TABLES, TASKS, Cell
-from runs import Runs
+from runs import Line, Runs
 
 Compared = tuple[str, Difference | None]
 """Cells of a table, and a difference; None where runs are missing."""
@@ -115,27 +115,31 @@ MEASURES: dict[str, Measure] = {
 }
 
 
+def measured(runs: Runs, task: str, base: str) -> list[tuple[Line, np.ndarray]]:
+    """The runs with measures, and these by matrix, shape ``(matrices, 3)``."""
+    return [
+        (line, np.array([*line["geometry"].values()]))
+        for cell in runs.cells
+        if (cell.task, cell.base) == (task, base)
+        for line in runs.of(cell)
+        if "geometry" in line
+    ]
+
+
 def geometry(runs: Runs) -> str:
     """Rank correlation of measures of the change with the test loss, by task (H7)."""
     rows = ["| task | runs | cells | measure | Spearman's ρ | decided |"]
     rows.append("| --- " * 6 + "|")
     for task in TASKS:
-        lines = [
-            line
-            for cell in runs.cells
-            if cell.task == task
-            for line in runs.of(cell)
-            if "geometry" in line
-        ]
+        found = [each for base in BASES for each in measured(runs, task, base)]
+        lines = [line for line, _ in found]
         groups = [tuple(line["cell"].values()) for line in lines]
         if len({*groups}) < 5:
             rows.append(f"| {task} | {len(lines)} | {len({*groups})} | - | - | - |")
             continue
         losses = np.array([line["test_loss"] for line in lines])
         for name, measure in MEASURES.items():
-            values = np.array(
-                [measure(np.array([*line["geometry"].values()])) for line in lines]
-            )
+            values = np.array([measure(matrices) for _, matrices in found])
             usable = np.isfinite(values)
             own = [group for group, use in zip(groups, usable, strict=True) if use]
             start = f"| {task} | {len(own)} | {len({*own})} | {name} | "

@@ -3,7 +3,8 @@
     python benchmarks/when/report.py [--results FILE] [--figures docs/studies]
 
 Prints Markdown, also while runs are missing, and says how many. With ``--figures``, it
-also draws the mean validation loss over learning rates, by task and base, as SVG.
+also draws the mean validation loss over learning rates, by task and base, and the test
+loss over measures of how the weights changed, as SVG.
 """
 
 from pathlib import Path
@@ -11,19 +12,21 @@ from pathlib import Path
 import click
 import numpy as np
 from decide import octaves_within
-from draw import Panel, draw
-from grid import RANKS, STEPS, TABLES, Cell
+from draw import Panel, Plot
+from grid import BASES, RANKS, STEPS, TABLES, TASKS, Cell
 from hypotheses import (
+    MEASURES,
     entropy,
     geometry,
     low_ranks,
+    measured,
     packed_bases,
     same_cost,
     same_rank,
     table,
     widths,
 )
-from runs import Runs, read_lines
+from runs import Runs, is_lost, read_lines
 
 RESULTS = Path(__file__).parents[1] / "results" / "when.jsonl"
 
@@ -34,7 +37,7 @@ def cells_table(runs: Runs) -> str:
     rows = [f"| {head} | diverged |", "| --- " * 10 + "|"]
     for cell in runs.cells:
         lines, every = runs.best(cell), runs.of(cell)
-        failed = sum(line.get("diverged", True) for line in every)
+        failed = sum(map(is_lost, every))
         full = not cell.equal_to and cell.steps == STEPS
         name = cell.method + (" (equal parameters)" if cell.equal_to else "")
         name += f" ({cell.steps} steps)" if cell.steps != STEPS else ""
@@ -86,7 +89,37 @@ def figures(runs: Runs, folder: Path) -> list[Path]:
         missing = sum(not runs.is_complete(cell) for cell in cells)
         title = f"{task}, {base} base" + (" (runs are missing)" if missing else "")
         file = folder / f"when-{task}-{base}.svg"
-        file.write_text(draw(title, "validation loss", panels, most))
+        plot = Plot(title, "learning rate", "validation loss", most)
+        file.write_text(plot.draw(panels))
+        files.append(file)
+    return files
+
+
+def geometry_figures(runs: Runs, folder: Path) -> list[Path]:
+    """Draw the test loss over measures of the change; return the files."""
+    files = []
+    for name, measure in (
+        ("correlation", "correlation of ΔM and ΔD"),
+        ("entropy", "mean entropy"),
+    ):
+        panels = []
+        for task in TASKS:
+            points: dict[str, list[tuple[float, float]]] = {}
+            for base in BASES:
+                lines = measured(runs, task, base)
+                best = min((line["test_loss"] for line, _ in lines), default=1.0)
+                for line, values in lines:
+                    if np.isfinite(x := MEASURES[measure](values)):
+                        point = x, line["test_loss"] / best
+                        points.setdefault(line["cell"]["method"], []).append(point)
+            panels.append(Panel(task, points))
+        if not any(panel.points for panel in panels):
+            continue
+        plot = Plot(
+            "Geometry and quality", measure, "test loss ÷ best", 2.0, is_curve=False
+        )
+        file = folder / f"when-{name}.svg"
+        file.write_text(plot.draw(panels))
         files.append(file)
     return files
 
@@ -111,7 +144,7 @@ def main(results: Path, folder: Path | None) -> None:
     click.echo(f"\n## Entropy of the singular values\n\n{entropy(runs)}")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in figures(runs, folder):
+        for file in (*figures(runs, folder), *geometry_figures(runs, folder)):
             click.echo(f"drawn: {file}", err=True)
 
 

@@ -103,12 +103,17 @@ class Runs:
         begun = sum(cell in self._of for cell in cells) - complete
         hours = sum(line["cpu_seconds"] for line in self.lines) / 3600
         failed = sum(line["valid_loss"] is None for line in self.lines)
-        diverged = sum(line.get("diverged", True) for line in self.lines) - failed
+        diverged = sum(map(is_lost, self.lines)) - failed
         return (
             f"{len(self.lines)} runs, {failed} failed, {diverged} more diverged, "
             f"{hours:.1f} core-hours. Of {len(cells)} cells, {complete} are complete, "
             f"{begun} begun and {len(cells) - complete - begun} missing."
         )
+
+
+def is_lost(line: Line) -> bool:
+    """Whether a run failed or diverged."""
+    return line["valid_loss"] is None or line["diverged"]
 
 
 def _loss(line: Line) -> float:
