@@ -134,6 +134,7 @@ import train
 from grid import Cell, Job
 from mlx_dora.evaluate.loss import evaluate_loss
 from mlx_dora.adapters.hosting import load
+from mlx_dora.errors import DoRAError
 
 bench = train.Bench(Path(DATA), Path(MODEL))
 def job(method, rank=0, place=4):
@@ -152,6 +153,19 @@ assert len(first["row_losses"]) == len(bench.test_targets) == 12
 mean = sum(first["row_losses"]) / sum(bench.test_targets)
 assert abs(mean / first["test_loss"] - 1) < 1e-4
 assert len(first["geometry"]) == 14
+assert first["skipped_steps"] == 0
+# The same steps lead nowhere at an absurd rate, which is an outcome of its own.
+lost = bench.run(job("full", place=120), with_geometry=False)
+assert lost["valid_loss"] is None, lost
+assert "finite" in lost["failure"] or "NaN" in lost["failure"], lost
+def broken(*_, **__): raise DoRAError("the disk is full")
+train.finetune = broken
+try:
+    bench.run(job("dora", 2), with_geometry=False)
+except DoRAError:
+    pass
+else:
+    raise AssertionError("an error that is no outcome was recorded as one")
 print(json.dumps(first))
 """
 

@@ -29,6 +29,7 @@ from mlx_dora.matrix.geometry import pair_geometry
 from mlx_dora.matrix.weight import dense, weight_of
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.run.finetune import finetune
+from mlx_dora.train.run.journal import TrainReport
 
 BLOCKS, BATCH, SCALE, LONGEST = 2, 4, 2.0, 192
 
@@ -85,17 +86,20 @@ class Bench:
         Returns:
             The line's outcome; losses are None if the training ended with NaN.
         """
-        model = _copy(self._model)
+        model = copy_model(self._model)
         before = _matrices(model) if with_geometry else {}
         try:
-            trained = self._train(model, job)
+            report = self._train(model, job)
         except DoRAError as error:
+            if "was not finite" not in str(error):  # no outcome of the method
+                raise
             return {"valid_loss": None, "failure": str(error)[:200]}
         valid, test = self.outcome(model, "valid"), self.outcome(model, "test")
         if not np.isfinite(valid.mean):
             return {"valid_loss": None, "failure": "the validation loss is NaN"}
         result = {
-            "trainable": trained,
+            "trainable": report.trainable_parameters,
+            "skipped_steps": report.steps_skipped,
             "valid_loss": round(valid.mean, 6),
             "diverged": valid.mean > self.untrained,
             "test_loss": round(test.mean, 6),
@@ -107,7 +111,7 @@ class Bench:
             result["geometry"] = _geometry(before, _matrices(model))
         return result
 
-    def _train(self, model: Any, job: Job) -> int:
+    def _train(self, model: Any, job: Job) -> TrainReport:
         cell, rate = job.cell, job.cell.rate(job.place)
         config = TrainConfig(
             fine_tune_type=METHODS[_kind(cell)].kind,  # pyright: ignore[reportArgumentType]
@@ -125,6 +129,7 @@ class Bench:
             mask_prompt=True,
             max_seq_length=LONGEST,
             val_batches=0,
+            memory_limit=0,  # whatever else runs here
         )
         dora = DoRAConfig(rank=cell.rank or 1, scale=SCALE, num_layers=BLOCKS)
         if cell.equal_to:
@@ -132,12 +137,9 @@ class Bench:
         elif cell.method == "magnitude":
             dora = replace(dora, variant="magnitude")
         if cell.method == "direction":
-            mx.random.seed(job.seed)  # as `finetune` does, for the same A
-            apply_dora(model, dora)
-            for _, layer in dora_layers(model):
-                layer.freeze(keys=["m"], recurse=False)
+            apply_direction(model, dora, job.seed)
         with tempfile.TemporaryDirectory() as folder:
-            report = finetune(
+            return finetune(
                 model,
                 self._tokenizer,
                 self.rows["train"],
@@ -149,7 +151,6 @@ class Bench:
                 batches=self._packed.batches(),
                 callback=lambda _: None,
             )
-        return report.trainable_parameters
 
     def outcome(self, model: Any, split: str) -> "Outcome":
         """Measure each row of a split."""
@@ -205,7 +206,15 @@ class Outcome:
         return hashlib.sha256(self.losses.astype("<f8").tobytes()).hexdigest()[:16]
 
 
-def _copy(model: Any) -> Any:
+def apply_direction(model: Any, dora: DoRAConfig, seed: int) -> None:
+    """Adapt a model by DoRA with frozen magnitudes; `finetune` then trains it."""
+    mx.random.seed(seed)  # as `finetune` does, for the same A
+    apply_dora(model, dora)
+    for _, layer in dora_layers(model):
+        layer.freeze(keys=["m"], recurse=False)
+
+
+def copy_model(model: Any) -> Any:
     """Copy the modules of a model; the arrays, which never change, are shared."""
     arrays = [array for _, array in tree_flatten(model.parameters())]
     return deepcopy(model, {id(array): array for array in arrays})
