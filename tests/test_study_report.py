@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +95,19 @@ def study(grid: Any, cells: list[Any], *, more: bool = True) -> list[dict[str, A
     return [task, *results.values()]
 
 
-@pytest.fixture
-def report(tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """Run the command on lines; return its text by heading."""
-
-    def make(lines: list[dict[str, Any]]) -> dict[str, str]:
-        file = tmp_path / "when.jsonl"
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        command = [sys.executable, WHEN / "report.py", "--results", file]
-        command += ["--figures", tmp_path / "figures"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        first, *parts = done.stdout.split("\n## ")
-        return {"": first} | {part[:2]: part for part in parts}
-
-    return make
+def report(
+    folder: Path, lines: list[dict[str, Any]], rewards: Sequence[dict[str, Any]] = ()
+) -> dict[str, str]:
+    """Run the command on lines; return its text by heading. It draws into `figures`."""
+    for name, part in (("when", lines), ("when_reward", rewards)):
+        text = "".join(json.dumps(line) + "\n" for line in part)
+        (folder / f"{name}.jsonl").write_text(text)
+    command = [sys.executable, WHEN / "report.py", "--results", folder]
+    command += ["--figures", folder / "figures"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, *parts = done.stdout.split("\n## ")
+    return {"": first} | {part[:2]: part for part in parts}
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -118,11 +116,9 @@ def rows_of(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 
-def test_a_complete_study_gets_the_known_verdicts(
-    grid: Any, report: Callable[..., dict[str, str]], tmp_path: Path
-) -> None:
+def test_a_complete_study_gets_the_known_verdicts(grid: Any, tmp_path: Path) -> None:
     lines = study(grid, grid.main_cells())
-    text = report(lines)
+    text = report(tmp_path, lines)
     assert text[""].startswith(f"{len(lines) - 1} runs, ")
     failed = [line for line in lines if line.get("valid_loss", 0) is None]
     diverged = [line for line in lines if line.get("valid_loss", 0) == 140]
@@ -160,9 +156,7 @@ def test_a_complete_study_gets_the_known_verdicts(
     assert "missing" not in text["H1"] + text["H4"]
 
 
-def test_a_partial_study_says_what_is_missing(
-    grid: Any, report: Callable[..., dict[str, str]], tmp_path: Path
-) -> None:
+def test_a_partial_study_says_what_is_missing(grid: Any, tmp_path: Path) -> None:
     cells = [
         grid.Cell("kinds", "dense", method, rank)
         for method in ("lora", "dora")
@@ -170,7 +164,7 @@ def test_a_partial_study_says_what_is_missing(
     ]
     lines = study(grid, cells, more=False)
     unfinished = [line(grid.Job(grid.Cell("kinds", "dense", "direction", 1), 0, 0))]
-    text = report(lines + unfinished)
+    text = report(tmp_path, lines + unfinished)
     assert "4 are complete, 1 begun and 58 missing" in text[""]
     [direction] = [row for row in rows_of(text[""]) if row[2].startswith("direction")]
     assert direction[2] == "direction *(runs are missing)*"
@@ -185,15 +179,15 @@ def test_a_partial_study_says_what_is_missing(
     )
 
 
-def test_no_result_is_no_error(report: Callable[..., dict[str, str]]) -> None:
-    assert report([])[""].startswith("0 runs, 0 failed")
+def test_no_result_is_no_error(tmp_path: Path) -> None:
+    assert report(tmp_path, [])[""].startswith("0 runs, 0 failed")
 
 
 def test_a_figure_has_a_curve_for_each_method_and_rank(
-    grid: Any, report: Callable[..., dict[str, str]], tmp_path: Path
+    grid: Any, tmp_path: Path
 ) -> None:
     dense = [cell for cell in grid.main_cells() if cell.base == "dense"]
-    report(study(grid, dense, more=False))
+    report(tmp_path, study(grid, dense, more=False))
     files = sorted((tmp_path / "figures").iterdir())
     names = ["correlation", "docstrings-dense", "entropy", "kinds-dense"]
     assert [file.stem for file in files] == [

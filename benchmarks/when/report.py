@@ -1,6 +1,6 @@
 """Tables and figures of the study, from its results.
 
-    python benchmarks/when/report.py [--results FILE] [--figures docs/studies]
+    python benchmarks/when/report.py [--figures docs/studies]
 
 Prints Markdown, also while runs are missing, and says how many. With ``--figures``, it
 also draws the mean validation loss over learning rates, by task and base, and the test
@@ -26,9 +26,11 @@ from hypotheses import (
     table,
     widths,
 )
+from reward_grid import read
+from rewards import reward_tables
 from runs import Runs, is_lost, read_lines
 
-RESULTS = Path(__file__).parents[1] / "results" / "when.jsonl"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def cells_table(runs: Runs) -> str:
@@ -125,10 +127,15 @@ def geometry_figures(runs: Runs, folder: Path) -> list[Path]:
 
 
 @click.command(help=__doc__)
-@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=RESULTS,
+    help="Folder of when.jsonl and when_reward.jsonl.",
+)
 @click.option("--figures", "folder", type=click.Path(path_type=Path))
 def main(results: Path, folder: Path | None) -> None:
-    runs = Runs(read_lines(results))
+    runs = Runs(read_lines(results / "when.jsonl"))
     click.echo(f"{runs.progress()}\n\n{cells_table(runs)}")
     three = "task | base | rank"
     for title, head, compared in (
@@ -142,6 +149,8 @@ def main(results: Path, folder: Path | None) -> None:
     click.echo(f"\n## H5: octaves of rates within 1 %\n\n{widths(runs)}")
     click.echo(f"\n## H7: geometry and test loss\n\n{geometry(runs)}")
     click.echo(f"\n## Entropy of the singular values\n\n{entropy(runs)}")
+    rewards = reward_tables(read(results / "when_reward.jsonl"))
+    click.echo(f"\n## H8: rewards under GRPO\n\n{rewards}")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         for file in (*figures(runs, folder), *geometry_figures(runs, folder)):
