@@ -1,7 +1,7 @@
 """Study 2: which runs are asked for, and what the report says of known rewards."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 
 from tests.processes import ROOT
 from tests.test_study_report import report, rows_of
+from tests.test_study_runs import run
 
 
 @pytest.fixture
@@ -82,3 +83,37 @@ def test_rewards_are_shown_while_runs_are_missing(grid: Any, tmp_path: Path) -> 
     assert "No run yet at the chosen rate: magnitude, full." in text
     means, _ = text.split("| against LoRA", 1)
     assert [row[5] for row in rows_of(means)] == ["2 of 5"] * 3
+
+
+RUNS = """
+import sys
+sys.path.insert(0, "when")
+import _harness
+import mlx.core as mx
+from pathlib import Path
+mx.disable_compile()
+import reward
+from reward_grid import METHODS, Job
+
+reward.BLOCKS, reward.PROMPTS = 2, {"train": 20, "valid": 3, "test": 5}
+bench = reward.Bench(Path(MODEL), updates=2)
+runs = [bench.run(Job(method, rates[-1], 1)) for method, rates in METHODS.items()]
+again = bench.run(Job("dora", METHODS["dora"][-1], 1))
+facts = ("digest", "curve", "rewards", "valid_reward", "trainable")
+assert all(again[fact] == runs[1][fact] for fact in facts)
+assert "rewards" not in bench.run(Job("lora", 1e-3, 100))
+assert len({line["digest"] for line in runs}) == 5
+lora, dora, direction, magnitude, full = (line["trainable"] for line in runs)
+assert direction == lora < dora == lora + magnitude < full
+for line in runs:
+    assert len(line["curve"]) == 2 and line["skipped_steps"] == 0
+    assert len(line["rewards"]) == 5
+    assert {*line["rewards"]} <= {0, 0.5, 1}
+"""
+
+
+def test_a_run_of_each_method_repeats_to_the_bit(
+    make_tiny_folder: Callable[..., Path],
+) -> None:
+    script = RUNS.replace("MODEL", repr(str(make_tiny_folder())))
+    run(script)

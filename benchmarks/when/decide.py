@@ -47,7 +47,7 @@ class Difference:
         return "undecided"
 
 
-def difference(pair: Pair, seed: int = 0) -> Difference:
+def difference(pair: Pair, *, seed: int = 0) -> Difference:
     """Compare the first method of a pair with the second, by seed and row.
 
     The loss per target is the sum over rows divided by the number of targets, which is
@@ -56,7 +56,7 @@ def difference(pair: Pair, seed: int = 0) -> Difference:
     return _bootstrap(lambda s, r: _share(pair, s, r), pair[0].shape, seed)
 
 
-def contrast(first: Pair, second: Pair, seed: int = 0) -> Difference:
+def contrast(first: Pair, second: Pair, *, seed: int = 0) -> Difference:
     """Compare the difference of one pair with that of another, by seed and row."""
     return _bootstrap(
         lambda s, r: _share(first, s, r) - _share(second, s, r),
@@ -65,7 +65,7 @@ def contrast(first: Pair, second: Pair, seed: int = 0) -> Difference:
     )
 
 
-def shortfall(pair: Pair, seed: int = 0) -> Difference:
+def shortfall(pair: Pair, *, seed: int = 0) -> Difference:
     """Compare mean rewards of shape ``(seeds, prompts)``, by seed and prompt.
 
     The difference is absolute, and negative if the first method gains more.

@@ -23,10 +23,8 @@ Compared = tuple[str, Difference | None]
 def same_rank(runs: Runs, first: str, second: str) -> Iterator[Compared]:
     """Two methods at equal rank (H1, H6)."""
     for (task, base), rank in product(TABLES, RANKS):
-        pairs = runs.pairs(
-            (Cell(task, base, first, rank), Cell(task, base, second, rank))
-        )
-        yield f"{task} | {base} | {rank}", pairs and difference(pairs[0])
+        cells = Cell(task, base, first, rank), Cell(task, base, second, rank)
+        yield f"{task} | {base} | {rank}", _compare(runs, cells)
 
 
 def same_cost(runs: Runs) -> Iterator[Compared]:
@@ -37,32 +35,33 @@ def same_cost(runs: Runs) -> Iterator[Compared]:
             ("parameters", Cell(task, "dense", "lora", rank, rank)),
             ("time", Cell(task, "dense", "lora", rank, 0, LONGER_STEPS)),
         ):
-            pairs = runs.pairs((dora, lora))
-            yield f"{task} | {name} | {rank}", pairs and difference(pairs[0])
+            yield f"{task} | {name} | {rank}", _compare(runs, (dora, lora))
 
 
 def low_ranks(runs: Runs) -> Iterator[Compared]:
     """DoRA's gain at the lowest rank, less that at the highest (H3)."""
     for task, base in TABLES:
-        pairs = runs.pairs(
-            *(
-                (Cell(task, base, "dora", rank), Cell(task, base, "lora", rank))
-                for rank in (RANKS[0], RANKS[-1])
-            )
-        )
-        yield f"{task} | {base}", pairs and contrast(*pairs)
+        gains = (_gain(task, base, rank) for rank in (RANKS[0], RANKS[-1]))
+        yield f"{task} | {base}", _compare(runs, *gains)
 
 
 def packed_bases(runs: Runs) -> Iterator[Compared]:
     """DoRA's gain on the 4-bit base, less that on the dense one (H4)."""
     for task, rank in product(TASKS, RANKS):
-        pairs = runs.pairs(
-            *(
-                (Cell(task, base, "dora", rank), Cell(task, base, "lora", rank))
-                for base in reversed(BASES)
-            )
-        )
-        yield f"{task} | {rank}", pairs and contrast(*pairs)
+        gains = (_gain(task, base, rank) for base in ("4-bit", "dense"))
+        yield f"{task} | {rank}", _compare(runs, *gains)
+
+
+def _gain(task: str, base: str, rank: int) -> tuple[Cell, Cell]:
+    return Cell(task, base, "dora", rank), Cell(task, base, "lora", rank)
+
+
+def _compare(runs: Runs, *pairs: tuple[Cell, Cell]) -> Difference | None:
+    """The difference of a pair of cells, or of two pairs' differences."""
+    losses = runs.pairs(*pairs)
+    if losses is None:
+        return None
+    return difference(*losses) if len(pairs) == 1 else contrast(*losses)
 
 
 def table(head: str, compared: Sequence[Compared]) -> str:

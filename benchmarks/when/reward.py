@@ -4,10 +4,10 @@
     python benchmarks/when/reward.py --repeat 2
 
 Each run is a line of ``benchmarks/results/when_reward.jsonl``, written when it ends.
-The task and the rewards are those of ``compare_grpo.py``. Each method's learning rate
-is chosen from three by a run with a separate seed; then five seeds run at that rate.
-Runs use one thread. ``--repeat`` repeats runs drawn at random, and fails if a bit
-differs.
+The task: of four numbers between 100 and 999, reply with the largest and nothing else.
+Each method's learning rate is chosen from three by a run with a separate seed; then
+five seeds run at that rate. Runs use one thread. ``--repeat`` repeats runs drawn at
+random, and fails if a bit differs.
 """
 
 import os
@@ -31,7 +31,6 @@ import click
 import mlx.core as mx
 import numpy as np
 from _machine import describe_machine
-from compare_grpo import REWARD, rows
 from mlx.utils import tree_flatten
 from reward_grid import CHOOSING_SEED, Job, jobs, read
 from run import append_line
@@ -44,13 +43,33 @@ from mlx_dora.demo.model import demo_model
 from mlx_dora.evaluate.loss import eval_mode
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.grpo.advantages import total_rewards
+from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.grpo.generation import Generator
 from mlx_dora.train.objectives.grpo import Grpo
 from mlx_dora.train.run.finetune import finetune
 
 RESULTS = Path(__file__).parents[1] / "results" / "when_reward.jsonl"
 PROMPTS = {"train": 400, "valid": 64, "test": 64}
+REWARD = RewardConfig(
+    reward_funcs=("regex_match", "number_match"),
+    reward_weights=(0.5, 0.5),
+    reward_arguments={"regex_match": {"pattern": "[0-9]{3}[.]?"}},
+    num_generations=8,
+    max_completion_length=6,
+    stop_words=("\n",),
+)
 UPDATES, BATCH, BLOCKS, RANK, SCALE = 24, 2, 8, 8, 10.0
+
+
+def prompts(seed: int, count: int) -> list[dict[str, Any]]:
+    """Prompts of the task with their answers."""
+    chance, made = random.Random(seed), []
+    for _ in range(count):
+        *first, last = numbers = chance.sample(range(100, 1000), 4)
+        question = f"which is the largest, {', '.join(map(str, first))} or {last}?"
+        prompt = f"Question: {question}\nAnswer:"
+        made.append({"prompt": prompt, "answer": max(numbers)})
+    return made
 
 
 class Bench:
@@ -61,7 +80,7 @@ class Bench:
         self._updates = updates
         self._objective = Grpo(replace(REWARD, top_k=1, num_generations_eval=1))
         self._prompts = {
-            split: rows(number, count)
+            split: prompts(number, count)
             for number, (split, count) in enumerate(PROMPTS.items(), 1)
         }
         self._machine = describe_machine()
@@ -117,7 +136,7 @@ class Bench:
                     batch_size=BATCH,
                     learning_rate=job.rate,
                     max_grad_norm=1.0,
-                    max_seq_length=32,
+                    max_seq_length=64,
                     steps_per_report=1,
                     save_every=self._updates,
                     val_batches=0,
@@ -131,9 +150,9 @@ class Bench:
 
     def _rewards(self, model: Any, split: str) -> np.ndarray:
         """Reward of the greedy completion of each prompt."""
-        prompts, objective = self._prompts[split], self._objective
+        asked, objective = self._prompts[split], self._objective
         data = as_dataset(
-            prompts,
+            asked,
             self._tokenizer,
             TrainConfig(objective="grpo"),
             split,
@@ -143,7 +162,7 @@ class Bench:
             model, self._tokenizer, objective.rewards, objective.config
         )
         with eval_mode(model):
-            made = generator.generate(data, range(len(prompts)), [0], 1)
+            made = generator.generate(data, range(len(asked)), [0], 1)
         return total_rewards(made.rewards, objective.config)
 
 
