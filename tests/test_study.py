@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,34 @@ def test_the_grid_has_as_many_runs_as_the_plan_says(grid: Any) -> None:
     runs = sum(len(finish(grid, cell, lambda place: abs(place - 3))) for cell in cells)
     lora = [c for c in cells if (c.base, c.method) == ("dense", "lora")]
     assert runs + 20 * len(lora) == 1881
+
+
+def run_part(grid: Any, part: str, most: int = 10_000) -> dict[Any, Any]:
+    results: dict[Any, Any] = {}
+    for job, _ in zip(grid.jobs(results, part), range(most), strict=False):
+        assert job not in results
+        results[job] = {"valid_loss": abs(job.place - 3.2)}
+    return results
+
+
+def test_parts_share_the_runs_of_the_whole(grid: Any) -> None:
+    whole = run_part(grid, "0/1")
+    assert len(whole) == 1881
+    parts = [run_part(grid, part) for part in ("0/2", "1/2")]
+    assert parts[0].keys() | parts[1].keys() == whole.keys()
+    assert not parts[0].keys() & parts[1].keys()
+    assert abs(len(parts[0]) - len(parts[1])) < 0.1 * len(whole)
+
+
+def test_a_task_ends_before_the_next_and_equal_time_comes_last(grid: Any) -> None:
+    order = [*run_part(grid, "0/1")]
+    tables = [(job.cell.task, job.cell.base) for job in order if job.cell.steps == 48]
+    changes = [b for a, b in pairwise(tables) if a != b]
+    assert (tables[0], *changes) == grid.TABLES
+    assert {job.cell.steps for job in order[-45:]} == {53}
+    # An interrupted study goes on where it stopped.
+    begun = run_part(grid, "0/1", 700)
+    assert next(grid.jobs(begun)) == order[700]
 
 
 def test_a_difference_is_paired_by_seed_and_row(decide: Any) -> None:

@@ -1,6 +1,6 @@
 """The grid of study 1: cells, learning rates and seeds (docs/studies/when.md)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -83,6 +83,30 @@ def wanted(cell: Cell, results: Results) -> list[Job]:
             return _missing(cell, sorted(around), (*SEEDS, *MORE_SEEDS), results)
         places = sorted([*places, best - 1 if best == min(places) else best + 1])
     return missing
+
+
+def jobs(results: Results, part: str = "0/1") -> Iterator[Job]:
+    """Yield the runs of a part such as ``0/2`` that are not done.
+
+    A task and base is finished before the next; equal time, which the plan drops first,
+    comes last. Later runs of a cell depend on the results of earlier ones.
+
+    Args:
+        results: The runs that are done; the caller adds each yielded one.
+        part: Number of this part, and how many there are.
+    """
+    number, count = map(int, part.split("/"))
+    cells, own = main_cells(), list[Cell]()
+    for table in TABLES:
+        here = [cell for cell in cells if (cell.task, cell.base) == table]
+        for cell in here[number::count]:
+            while missing := wanted(cell, results):
+                yield from missing
+        for cell in here[number::count]:
+            yield from equal_parameters(cell, results)
+        own += here[number::count]
+    for cell in own:
+        yield from equal_time(cell, results)
 
 
 def equal_parameters(cell: Cell, results: Results) -> list[Job]:

@@ -33,7 +33,7 @@ from typing import Any
 import click
 import mlx.core as mx
 from _machine import describe_machine
-from grid import Cell, Job, equal_parameters, equal_time, main_cells, wanted
+from grid import Cell, Job, jobs
 from tasks import write_task
 from train import Bench
 
@@ -151,22 +151,6 @@ def _has_geometry(job: Job) -> bool:
     return job.seed >= 3
 
 
-def _jobs(study: Study, part: str) -> Iterator[Job]:
-    """Yield the runs of a part such as ``0/2`` that are not done.
-
-    What the plan drops first, if the time runs out, comes last. Later runs of a cell
-    depend on the results of earlier ones.
-    """
-    number, count = map(int, part.split("/"))
-    cells = main_cells()[number::count]
-    for cell in cells:
-        while jobs := wanted(cell, study.results):
-            yield from jobs
-        yield from equal_parameters(cell, study.results)
-    for cell in cells:
-        yield from equal_time(cell, study.results)
-
-
 def _repeat(study: Study, count: int) -> None:
     """Repeat runs drawn at random, and compare the bits of their losses."""
     done = [job for job, line in study.results.items() if line["valid_loss"]]
@@ -199,7 +183,7 @@ def main(
     if repeat:
         _repeat(study, repeat)
         return
-    for number, job in enumerate(_jobs(study, part)):
+    for number, job in enumerate(jobs(study.results, part)):
         late = minutes is not None and time.monotonic() - start > 60 * minutes
         if late or number == most:
             break
