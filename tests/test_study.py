@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,10 @@ def test_a_failed_run_is_never_the_best(grid: Any) -> None:
 def test_lora_also_runs_with_the_numbers_and_the_time_of_dora(grid: Any) -> None:
     cell = grid.Cell("kinds", "dense", "lora", 4)
     results = finish(grid, cell, lambda place: abs(place - 2))
-    jobs = list(grid.further(cell, results))
+    jobs = [
+        *grid.equal_parameters(cell, results),
+        *grid.equal_time(cell, results),
+    ]
     assert len(jobs) == len({*jobs}) == 3 * 5 + 5
     assert {job.place for job in jobs if job.cell.equal_to} == {1, 2, 3}
     assert {job.cell.steps for job in jobs if not job.cell.equal_to} == {53}
@@ -84,7 +88,8 @@ def test_lora_also_runs_with_the_numbers_and_the_time_of_dora(grid: Any) -> None
         grid.Cell("kinds", "4-bit", "lora", 4),
         grid.Cell("kinds", "dense", "dora", 4),
     ):
-        assert list(grid.further(other, results)) == []
+        assert grid.equal_parameters(other, results) == []
+        assert grid.equal_time(other, results) == []
 
 
 def test_the_grid_has_as_many_runs_as_the_plan_says(grid: Any) -> None:
@@ -95,22 +100,116 @@ def test_the_grid_has_as_many_runs_as_the_plan_says(grid: Any) -> None:
     assert runs + 20 * len(lora) == 1881
 
 
+def run_part(grid: Any, part: str, most: int = 10_000) -> dict[Any, Any]:
+    results: dict[Any, Any] = {}
+    for job, _ in zip(grid.jobs(results, part), range(most), strict=False):
+        assert job not in results
+        results[job] = {"valid_loss": abs(job.place - 3.2)}
+    return results
+
+
+def test_parts_share_the_runs_of_the_whole(grid: Any) -> None:
+    whole = run_part(grid, "0/1")
+    assert len(whole) == 1881
+    parts = [run_part(grid, part) for part in ("0/2", "1/2")]
+    assert parts[0].keys() | parts[1].keys() == whole.keys()
+    assert not parts[0].keys() & parts[1].keys()
+    assert abs(len(parts[0]) - len(parts[1])) < 0.1 * len(whole)
+
+
+def test_a_task_ends_before_the_next_and_equal_time_comes_last(grid: Any) -> None:
+    order = [*run_part(grid, "0/1")]
+    tables = [(job.cell.task, job.cell.base) for job in order if job.cell.steps == 48]
+    changes = [b for a, b in pairwise(tables) if a != b]
+    assert (tables[0], *changes) == grid.TABLES
+    assert {job.cell.steps for job in order[-45:]} == {53}
+    # An interrupted study goes on where it stopped.
+    begun = run_part(grid, "0/1", 700)
+    assert next(grid.jobs(begun)) == order[700]
+
+
 def test_a_difference_is_paired_by_seed_and_row(decide: Any) -> None:
     draw = np.random.default_rng(1)
     hard = draw.uniform(1, 50, 100)  # rows differ much more than methods do
     second = hard * draw.uniform(0.9, 1.1, (5, 1))
-    targets = np.full(100, 3)
-    better = decide.difference(0.95 * second, second, targets)
+    better = decide.difference((0.95 * second, second))
     assert better.mean == pytest.approx(-0.05)
     assert -0.0501 < better.low <= better.high < -0.0499
     assert better.p < 1e-3
     assert better.verdict(better.p) == "better"
-    assert decide.difference(1.05 * second, second, targets).verdict(0.01) == "worse"
-    assert decide.difference(0.999 * second, second, targets).verdict(0.01) == "alike"
+    assert decide.difference((1.05 * second, second)).verdict(0.01) == "worse"
+    assert decide.difference((0.999 * second, second)).verdict(0.01) == "alike"
     noisy = second * draw.uniform(0.2, 1.8, (5, 100))
-    unclear = decide.difference(noisy, second, targets)
+    unclear = decide.difference((noisy, second))
     assert unclear.p > 0.05
     assert unclear.verdict(unclear.p) == "undecided"
+
+
+def test_an_interval_is_that_of_drawing_seeds_and_rows(decide: Any) -> None:
+    draw = np.random.default_rng(2)
+    second = draw.uniform(1, 3, (8, 30))
+    first = second + draw.normal(0, 0.3, (8, 1)) + draw.normal(0, 0.3, (8, 30))
+    shares = []
+    for _ in range(10_000):
+        s, r = draw.integers(8, size=8), draw.integers(30, size=30)
+        ours, theirs = first[s][:, r].sum(), second[s][:, r].sum()
+        shares.append((ours - theirs) / theirs)
+    result = decide.difference((first, second))
+    low, high = np.quantile(shares, [0.025, 0.975])
+    assert result.low == pytest.approx(low, abs=0.04 * (high - low))
+    assert result.high == pytest.approx(high, abs=0.04 * (high - low))
+    assert result.mean == pytest.approx(first.sum() / second.sum() - 1)
+
+
+def test_a_contrast_is_the_difference_of_two_paired_differences(decide: Any) -> None:
+    draw = np.random.default_rng(3)
+    lora = draw.uniform(1, 50, (5, 100))
+    common = draw.uniform(0.5, 1.5, (5, 100))  # noise that both pairs share
+    low = (0.9 * common * lora, common * lora)
+    high = (0.97 * common * lora, common * lora)
+    more = decide.contrast(low, high)
+    assert more.mean == pytest.approx(-0.07)
+    assert more.high - more.low < 1e-9
+    assert more.verdict(more.p) == "better"
+    assert decide.contrast(high, low).verdict(0.01) == "worse"
+    assert decide.contrast(low, low).verdict(1.0) == "alike"
+
+
+def test_rewards_are_compared_without_a_share(decide: Any) -> None:
+    base = np.random.default_rng(4).uniform(0, 0.5, (5, 64))
+    more = decide.shortfall((base + 0.1, base))
+    assert (more.mean, more.low, more.high) == pytest.approx((-0.1, -0.1, -0.1))
+    assert more.verdict(more.p, 0.02) == "better"
+
+
+def test_signs_are_tested_with_the_binomial_distribution(decide: Any) -> None:
+    assert decide.sign_test(0, 0) == 1
+    assert decide.sign_test(3, 3) == 1
+    assert decide.sign_test(10, 0) == decide.sign_test(0, 10) == 2 / 2**10
+    assert decide.sign_test(8, 2) == pytest.approx(2 * (45 + 10 + 1) / 2**10)
+
+
+def test_a_correlation_draws_whole_groups(decide: Any) -> None:
+    draw = np.random.default_rng(5)
+    x = np.repeat(draw.normal(size=15), 20)  # fifteen groups of twenty equal runs
+    y = x + np.repeat(draw.normal(size=15), 20)
+    groups = np.repeat(range(15), 20).tolist()
+    values = []
+    for _ in range(2000):
+        drawn = np.concatenate(
+            [np.arange(20) + 20 * g for g in draw.integers(15, size=15)]
+        )
+        values.append(decide.spearman(x[drawn], y[drawn]))
+    grouped = decide.correlation(x, y, groups)
+    low, high = np.quantile(values, [0.025, 0.975])
+    assert grouped.low == pytest.approx(low, abs=0.06)
+    assert grouped.high == pytest.approx(high, abs=0.06)
+    single = decide.correlation(x, y, range(300))
+    assert grouped.rho == single.rho
+    assert grouped.high - grouped.low > 2 * (single.high - single.low)
+    sure = decide.correlation(x, -x, groups)
+    assert (sure.rho, sure.low, sure.high) == pytest.approx((-1, -1, -1))
+    assert sure.is_decided
 
 
 def test_corrected_p_values_are_holms(decide: Any) -> None:

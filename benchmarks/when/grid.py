@@ -7,6 +7,10 @@ from typing import Any
 
 TASKS = ("kinds", "docstrings", "records")
 BASES = ("dense", "4-bit")
+TABLES = tuple((task, BASES[0]) for task in TASKS) + tuple(
+    (task, BASES[1]) for task in (*TASKS[1:], TASKS[0])
+)
+"""Tasks and bases in the order of the runs."""
 RANKS = (1, 4, 16)
 RANKED = ("lora", "dora", "direction")
 STEPS = 48
@@ -52,10 +56,10 @@ Results = Mapping[Job, Mapping[str, Any]]
 
 
 def main_cells() -> list[Cell]:
-    """Return the cells whose seven rates are tried."""
+    """Return the cells whose seven rates are tried, the most important ones first."""
     return [
         Cell(task, base, method, rank)
-        for task, base in product(TASKS, BASES)
+        for task, base in TABLES
         for method, ranks in (
             *((name, RANKS) for name in RANKED),
             ("magnitude", (0,)),
@@ -81,16 +85,46 @@ def wanted(cell: Cell, results: Results) -> list[Job]:
     return missing
 
 
-def further(cell: Cell, results: Results) -> Iterator[Job]:
-    """Yield the runs of LoRA at DoRA's number of parameters, and at DoRA's time."""
+def jobs(results: Results, part: str = "0/1") -> Iterator[Job]:
+    """Yield the runs of a part such as ``0/2`` that are not done.
+
+    A task and base is finished before the next; equal time, which the plan drops first,
+    comes last. Later runs of a cell depend on the results of earlier ones.
+
+    Args:
+        results: The runs that are done; the caller adds each yielded one.
+        part: Number of this part, and how many there are.
+    """
+    number, count = map(int, part.split("/"))
+    cells, own = main_cells(), list[Cell]()
+    for table in TABLES:
+        here = [cell for cell in cells if (cell.task, cell.base) == table]
+        for cell in here[number::count]:
+            while missing := wanted(cell, results):
+                yield from missing
+        for cell in here[number::count]:
+            yield from equal_parameters(cell, results)
+        own += here[number::count]
+    for cell in own:
+        yield from equal_time(cell, results)
+
+
+def equal_parameters(cell: Cell, results: Results) -> list[Job]:
+    """Return the missing runs of LoRA with DoRA's number of parameters."""
     if (cell.base, cell.method) != ("dense", "lora"):
-        return
-    seeds = (*SEEDS, *MORE_SEEDS)
+        return []
     best = best_place(cell, results)
     equal = Cell(cell.task, cell.base, "lora", cell.rank, equal_to=cell.rank)
-    yield from _missing(equal, [best - 1, best, best + 1], seeds, results)
+    return _missing(equal, [best - 1, best, best + 1], (*SEEDS, *MORE_SEEDS), results)
+
+
+def equal_time(cell: Cell, results: Results) -> list[Job]:
+    """Return the missing runs of LoRA in DoRA's time."""
+    if (cell.base, cell.method) != ("dense", "lora"):
+        return []
     longer = Cell(cell.task, cell.base, "lora", cell.rank, steps=LONGER_STEPS)
-    yield from _missing(longer, [best], seeds, results)
+    best = best_place(cell, results)
+    return _missing(longer, [best], (*SEEDS, *MORE_SEEDS), results)
 
 
 def best_place(

@@ -5,9 +5,10 @@
     python benchmarks/when/run.py --work FOLDER --repeat 10
 
 Each run is a line of ``benchmarks/results/when.jsonl``, written when it ends. An
-interrupted study continues where it stopped. Runs use one thread. Data and the 4-bit
-base are kept in the work folder. ``--part`` divides the cells among processes.
-``--repeat`` draws runs from the results, repeats them, and fails if a bit differs.
+interrupted study continues where it stopped. Runs use one thread. Data, the 4-bit base
+and the activations of frozen blocks are kept in the work folder. ``--part`` divides the
+cells among processes, which may append to the same file. ``--repeat`` draws runs from
+the results, repeats them, and fails if a bit differs.
 """
 
 import os
@@ -19,19 +20,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import _harness as bench  # isort: skip - OpenBLAS before mlx
 
+import fcntl
 import json
 import logging
 import random
 import time
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import click
 import mlx.core as mx
 from _machine import describe_machine
-from grid import Cell, Job, further, main_cells, wanted
+from grid import Cell, Job, jobs
 from tasks import write_task
 from train import Bench
 
@@ -51,11 +53,16 @@ class Study:
     def __init__(self, work: Path, path: Path) -> None:
         self.work, self.path = work, path
         self.results: dict[Job, dict[str, Any]] = {}
+        self._tasks: set[str] = set()
         for line in path.read_text().splitlines() if path.exists() else ():
             entry = json.loads(line)
-            cell = Cell(**entry["cell"])
-            self.results[Job(cell, entry["place"], entry["seed"])] = entry
+            if "cell" in entry:
+                cell = Cell(**entry["cell"])
+                self.results[Job(cell, entry["place"], entry["seed"])] = entry
+            else:
+                self._tasks.add(entry["task"])
         self._opened: tuple[tuple[str, str], Bench, str] | None = None
+        self._machine = describe_machine()  # now: this is the code that runs
 
     def run(self, job: Job) -> dict[str, Any]:
         """Run a job; its line is not written."""
@@ -72,15 +79,16 @@ class Study:
             "untrained_loss": round(bench_.untrained, 6),
             **result,
             "cpu_seconds": seconds,
+            "nice": os.nice(0),
             "blas": bench.BLAS.state,
-            **describe_machine(),
+            **self._machine,
         }
 
     def add(self, job: Job) -> None:
         """Run a job and write its line at once."""
         line = self.run(job)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._describe_task(job.cell.task)
+        append_line(self.path, line)
         self.results[job] = line
         cell = job.cell
         click.echo(
@@ -90,13 +98,39 @@ class Study:
             err=True,
         )
 
+    def _describe_task(self, task: str) -> None:
+        """Write what all runs of a task share, once (or once for each process)."""
+        if task not in self._tasks and self._opened is not None:
+            _, bench_, data = self._opened
+            shared = {"task": task, "data": data, "row_targets": bench_.test_targets}
+            append_line(self.path, shared)
+            self._tasks.add(task)
+
     def _bench(self, cell: Cell) -> tuple[Bench, str]:
         key = cell.task, cell.base
         if self._opened is None or self._opened[0] != key:
-            folder = self.work / cell.task
-            data = write_task(cell.task, folder)
-            self._opened = key, Bench(folder, _base(self.work, cell.base)), data
+            with _alone(self.work):
+                folder = self.work / cell.task
+                data = write_task(cell.task, folder)
+                self._opened = key, Bench(folder, _base(self.work, cell.base)), data
         return self._opened[1:]
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Append a line of JSON by a single write, so that processes never mix lines."""
+    text = (json.dumps(line, separators=(",", ":")) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        if file.write(text) < len(text):
+            raise OSError(f"{path}: the last line is not complete: is the disk full?")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _base(work: Path, name: str) -> Path:
@@ -115,24 +149,6 @@ def _base(work: Path, name: str) -> Path:
 def _has_geometry(job: Job) -> bool:
     """Whether five seeds run at the job's rate, so that study 3 reads the run."""
     return job.seed >= 3
-
-
-def _cells(part: str) -> list[Cell]:
-    """Return the cells of a part such as ``0/2``, task by task."""
-    number, count = map(int, part.split("/"))
-    return [
-        cell
-        for cell in main_cells()
-        if zlib.crc32(repr(cell).encode()) % count == number
-    ]
-
-
-def _jobs(study: Study, part: str) -> Iterator[Job]:
-    """Yield the runs that are not done, cell by cell; later ones depend on earlier."""
-    for cell in _cells(part):
-        while jobs := wanted(cell, study.results):
-            yield from jobs
-        yield from further(cell, study.results)
 
 
 def _repeat(study: Study, count: int) -> None:
@@ -167,7 +183,7 @@ def main(
     if repeat:
         _repeat(study, repeat)
         return
-    for number, job in enumerate(_jobs(study, part)):
+    for number, job in enumerate(jobs(study.results, part)):
         late = minutes is not None and time.monotonic() - start > 60 * minutes
         if late or number == most:
             break

@@ -3,7 +3,8 @@
 import hashlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from _methods import METHODS, equal_ranks
-from _trunk import Row, Trunk, next_token_logits, target_loss
+from _packed import ROWS, Packed, Row, packed_loss, target_logits
 from grid import Cell, Job
+from mlx.utils import tree_flatten
 from tasks import KINDS
 
 from mlx_dora.adapters.config import DoRAConfig
@@ -27,32 +29,52 @@ from mlx_dora.matrix.geometry import pair_geometry
 from mlx_dora.matrix.weight import dense, weight_of
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.run.finetune import finetune
+from mlx_dora.train.run.journal import TrainReport
 
 BLOCKS, BATCH, SCALE, LONGEST = 2, 4, 2.0, 192
 
 
 class Bench:
-    """A task on a base: its rows, and the activations behind the frozen blocks."""
+    """A task on a base: its rows, and the activations behind the frozen blocks.
+
+    A packed base is dequantized first, which changes no result but rounding: a product
+    of packed weights takes some twenty times as long on a CPU.
+
+    Args:
+        data: Folder of the task; the activations are kept in it.
+        model: Folder of the base.
+    """
 
     def __init__(self, data: Path, model: Path) -> None:
-        self.folder = model
-        loaded: Any
-        loaded, tokenizer = load(model)
+        from mlx_lm.utils import dequantize_model
+
+        loaded, self._tokenizer = load(model)
+        self._model: Any = dequantize_model(loaded)
         sets = load_datasets(
             TrainConfig(data=str(data), mask_prompt=True),
-            tokenizer,
+            self._tokenizer,
             ("train", "valid", "test"),
         )
         self.rows: dict[str, list[Row]] = {}
         for split, rows in sets.items():
             assert rows is not None
             self.rows[split] = [_checked(rows[i]) for i in range(len(rows))]
-        self.frozen = len(loaded.layers) - BLOCKS
-        self.trunk = Trunk(loaded, self.frozen)
-        self.labels = None
-        if {row[0][row[1]] for row in self.rows["test"]} == _firsts(tokenizer):
-            self.labels = sorted(_firsts(tokenizer))
-        self.untrained = self.outcome(loaded, "valid").mean
+        self._frozen = len(self._model.layers) - BLOCKS
+        self._packed = Packed(
+            self._model,
+            self._frozen,
+            [row for rows in self.rows.values() for row in rows],
+            data / f"activations-{model.name}.npy",
+        )
+        self._labels = None
+        if {row[0][row[1]] for row in self.rows["test"]} == _firsts(self._tokenizer):
+            self._labels = sorted(_firsts(self._tokenizer))
+        self.untrained = self.outcome(self._model, "valid").mean
+
+    @property
+    def test_targets(self) -> list[int]:
+        """Number of targets of each test row."""
+        return [len(tokens) - first for tokens, first in self.rows["test"]]
 
     def run(self, job: Job, *, with_geometry: bool) -> dict[str, Any]:
         """Train and measure.
@@ -64,31 +86,32 @@ class Bench:
         Returns:
             The line's outcome; losses are None if the training ended with NaN.
         """
-        model: Any
-        model, tokenizer = load(self.folder)
+        model = copy_model(self._model)
         before = _matrices(model) if with_geometry else {}
         try:
-            trained = self._train(model, tokenizer, job)
+            report = self._train(model, job)
         except DoRAError as error:
+            if "was not finite" not in str(error):  # no outcome of the method
+                raise
             return {"valid_loss": None, "failure": str(error)[:200]}
         valid, test = self.outcome(model, "valid"), self.outcome(model, "test")
         if not np.isfinite(valid.mean):
             return {"valid_loss": None, "failure": "the validation loss is NaN"}
         result = {
-            "trainable": trained,
+            "trainable": report.trainable_parameters,
+            "skipped_steps": report.steps_skipped,
             "valid_loss": round(valid.mean, 6),
             "diverged": valid.mean > self.untrained,
             "test_loss": round(test.mean, 6),
             "right": round(float(test.right.mean()), 4),
-            "row_losses": np.round(test.losses, 4).tolist(),
-            "row_targets": test.targets.tolist(),
+            "row_losses": [round(float(loss), 4) for loss in test.losses],
             "digest": test.digest,
         }
         if with_geometry:
             result["geometry"] = _geometry(before, _matrices(model))
         return result
 
-    def _train(self, model: Any, tokenizer: Any, job: Job) -> int:
+    def _train(self, model: Any, job: Job) -> TrainReport:
         cell, rate = job.cell, job.cell.rate(job.place)
         config = TrainConfig(
             fine_tune_type=METHODS[_kind(cell)].kind,  # pyright: ignore[reportArgumentType]
@@ -106,6 +129,7 @@ class Bench:
             mask_prompt=True,
             max_seq_length=LONGEST,
             val_batches=0,
+            memory_limit=0,  # whatever else runs here
         )
         dora = DoRAConfig(rank=cell.rank or 1, scale=SCALE, num_layers=BLOCKS)
         if cell.equal_to:
@@ -113,69 +137,87 @@ class Bench:
         elif cell.method == "magnitude":
             dora = replace(dora, variant="magnitude")
         if cell.method == "direction":
-            mx.random.seed(job.seed)  # as `finetune` does, for the same A
-            apply_dora(model, dora)
-            for _, layer in dora_layers(model):
-                layer.freeze(keys=["m"], recurse=False)
+            apply_direction(model, dora, job.seed)
         with tempfile.TemporaryDirectory() as folder:
-            report = finetune(
+            return finetune(
                 model,
-                tokenizer,
+                self._tokenizer,
                 self.rows["train"],
                 None,
                 train=config,
                 dora=dora,
                 adapter_path=Path(folder) / "adapter",
-                loss=target_loss(self.frozen),
-                batches=self.trunk.batches(),
+                loss=packed_loss(self._frozen),
+                batches=self._packed.batches(),
                 callback=lambda _: None,
             )
-        return report.trainable_parameters
 
     def outcome(self, model: Any, split: str) -> "Outcome":
-        """Measure each row of a split, 16 at a time."""
-        losses, targets, right = [], [], []
+        """Measure each row of a split."""
+        losses, right = [], []
         rows = self.rows[split]
         with eval_mode(model):
-            for start in range(0, len(rows), 16):
-                (hidden, wanted, places), lengths = self.trunk.batch(
-                    rows[start : start + 16]
-                )
-                logits = next_token_logits(model, self.frozen, hidden, places)
-                mask = mx.arange(wanted.shape[1]) < lengths[:, 1:] - lengths[:, :1]
-                loss = mx.where(mask, nn.losses.cross_entropy(logits, wanted), 0.0)
-                losses.append(np.array(loss.sum(axis=1)))
-                targets.append(np.array(mask.sum(axis=1)))
-                right.append(self._right(logits, wanted, mask))
-        return Outcome(*map(np.concatenate, (losses, targets, right)))
+            for start in range(0, len(rows), ROWS):
+                some = rows[start : start + ROWS]
+                batch = self._packed.batch(some)
+                logits = target_logits(model, self._frozen, batch)
+                each = nn.losses.cross_entropy(logits, batch.targets)
+                counts = [len(tokens) - first for tokens, first in some]
+                firsts = np.cumsum([0, *counts[:-1]])
+                losses.append(np.add.reduceat(np.array(each, np.float64), firsts))
+                right.append(self._right(logits, batch.targets, firsts))
+        count = sum(len(tokens) - first for tokens, first in rows)
+        return Outcome(np.concatenate(losses), np.concatenate(right), count)
 
-    def _right(self, logits: mx.array, wanted: mx.array, mask: mx.array) -> np.ndarray:
+    def _right(
+        self, logits: mx.array, targets: mx.array, firsts: np.ndarray
+    ) -> np.ndarray:
         """Whether each row's label ranks first, or every token of its answer does."""
-        if self.labels is not None:
-            names = mx.array(self.labels)
-            first = names[mx.argmax(logits[:, 0, names], axis=-1)]
-            return np.array(first == wanted[:, 0])
-        hits = (mx.argmax(logits, axis=-1) == wanted) | ~mask
-        return np.array(hits.all(axis=1))
+        if self._labels is not None:
+            names, places = mx.array(self._labels), mx.array(firsts)
+            first = names[mx.argmax(logits[places][:, names], axis=-1)]
+            return np.array(first == targets[places])
+        hits = np.array(mx.argmax(logits, axis=-1) == targets)
+        return np.logical_and.reduceat(hits, firsts)
 
 
+@dataclass(frozen=True)
 class Outcome:
-    """Losses, numbers of targets and successes of the rows of a split."""
+    """Summed losses (float64) and successes of the rows of a split.
 
-    def __init__(
-        self, losses: np.ndarray, targets: np.ndarray, right: np.ndarray
-    ) -> None:
-        self.losses, self.targets, self.right = losses, targets, right
+    Attributes:
+        losses: Loss of each row, summed over its targets.
+        right: Whether each row is right.
+        count: Number of targets.
+    """
+
+    losses: np.ndarray
+    right: np.ndarray
+    count: int
 
     @property
     def mean(self) -> float:
         """Mean loss per target."""
-        return float(self.losses.sum(dtype=np.float64) / self.targets.sum())
+        return float(self.losses.sum() / self.count)
 
     @property
     def digest(self) -> str:
         """Hash of the losses' bits."""
-        return hashlib.sha256(self.losses.astype("<f4").tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.losses.astype("<f8").tobytes()).hexdigest()[:16]
+
+
+def apply_direction(model: Any, dora: DoRAConfig, seed: int) -> None:
+    """Adapt a model by DoRA with frozen magnitudes; `finetune` then trains it."""
+    mx.random.seed(seed)  # as `finetune` does, for the same A
+    apply_dora(model, dora)
+    for _, layer in dora_layers(model):
+        layer.freeze(keys=["m"], recurse=False)
+
+
+def copy_model(model: Any) -> Any:
+    """Copy the modules of a model; the arrays, which never change, are shared."""
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    return deepcopy(model, {id(array): array for array in arrays})
 
 
 def _kind(cell: Cell) -> str:
