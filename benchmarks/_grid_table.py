@@ -8,6 +8,8 @@ from typing import Any
 ALONE = "(alone)"
 BASE = "(base)"
 ADVICE = "(advice)"
+AUTO = "(auto)"
+TRAINED = "(trained)"
 CLOSE = 0.02
 """Difference of mean losses that counts as a tie with the best."""
 
@@ -84,6 +86,8 @@ def combinations(lines: Sequence[Line]) -> list[Combination]:
     """Group results by combination, in their order."""
     found: dict[tuple[str, ...], dict[str, Line]] = {}
     for line in lines:
+        if line["contender"] == TRAINED:
+            continue
         found.setdefault(tuple(line["of"]), {})[line["contender"]] = line
     return [Combination(names, by_name) for names, by_name in found.items()]
 

@@ -2,8 +2,9 @@
 
 If only the last blocks learn, the other blocks give the same output for the same row in
 every step, method and learning rate. Rows are padded on the right and attention is
-causal, so a row's activations do not depend on the other rows of its batch. The head is
-computed only at the positions of targets.
+causal, so a row's activations do not depend on the other rows of its batch. Tokens that
+all rows of a batch begin with (the chat template's system prompt) are computed once.
+The head is computed only at the positions of targets.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +42,9 @@ class Trunk:
         new = [key for key in keys if key not in self._known]
         if new:
             tokens, _ = pad_batch([([*key], 0) for key in new], 1 << 30)
+            blocks = self._inner.layers[: self.frozen]
             hidden = np.array(
-                run_blocks(
-                    self._inner.layers[: self.frozen], self._inner.embed_tokens(tokens)
-                )
+                run_rows(blocks, self._inner.embed_tokens(tokens), shared_tokens(new))
             )
             for row, key in enumerate(new):
                 self._known[key] = hidden[row, : len(key)].copy()
@@ -88,11 +88,66 @@ class Trunk:
         return make
 
 
-def run_blocks(blocks: Sequence[nn.Module], hidden: mx.array) -> mx.array:
-    """Run some blocks with causal attention."""
-    for block in blocks:
-        hidden = block(hidden, "causal", None)
+class SharedPrefix:
+    """Keys and values of the tokens that all rows begin with, for one block.
+
+    An attention cache: the first call keeps the keys and values of one row, and later
+    calls put them before those of every row, without keeping more.
+
+    Attributes:
+        offset: Number of shared tokens.
+    """
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self._kept: tuple[mx.array, mx.array] | None = None
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Return keys and values, both ``(rows, heads, tokens, width)``."""
+        if self._kept is None:
+            self._kept, self.offset = (keys, values), keys.shape[2]
+            return keys, values
+        first, second = (
+            mx.concatenate(
+                [mx.broadcast_to(kept, (new.shape[0], *kept.shape[1:])), new], axis=2
+            )
+            for kept, new in zip(self._kept, (keys, values), strict=True)
+        )
+        return first, second
+
+
+def shared_tokens(texts: Sequence[Sequence[int]]) -> int:
+    """Count the tokens that all rows begin with, but for the last of each row."""
+    most = min(map(len, texts)) - 1
+    columns = zip(*(text[:most] for text in texts), strict=True)
+    return next((i for i, tokens in enumerate(columns) if len({*tokens}) > 1), most)
+
+
+def run_blocks(
+    blocks: Sequence[nn.Module],
+    hidden: mx.array,
+    prefixes: Sequence[SharedPrefix] | None = None,
+) -> mx.array:
+    """Run some blocks with causal attention, after the shared prefix of each block."""
+    for block, prefix in zip(blocks, prefixes or [None] * len(blocks), strict=True):
+        hidden = block(hidden, "causal", prefix)
     return hidden
+
+
+def run_rows(blocks: Sequence[nn.Module], hidden: mx.array, shared: int) -> mx.array:
+    """Run blocks on rows ``(rows, tokens, width)`` that share their first tokens.
+
+    The `shared` first tokens are computed for one row, and repeated in the result.
+    """
+    rows, _, width = hidden.shape
+    if rows == 1 or not shared:
+        return run_blocks(blocks, hidden)
+    prefixes = [SharedPrefix() for _ in blocks]
+    first = run_blocks(blocks, hidden[:1, :shared], prefixes)
+    rest = run_blocks(blocks, hidden[:, shared:], prefixes)
+    return mx.concatenate([mx.broadcast_to(first, (rows, shared, width)), rest], axis=1)
 
 
 def next_token_logits(

@@ -159,10 +159,11 @@ class Job:
     ) -> MergedMatrix:
         """Merge the adapters of one matrix with weights ``(out, N)``."""
         method, scale, options = self.method, self.scale, self.options
-        if method.is_mean:  # adapters with weight 0 do not count
-            used = np.flatnonzero(shares.any(0)).tolist()
+        # Adapters with weight 0 do not count, nor do they share in a space or a rank.
+        if used := np.flatnonzero(shares.any(0)).tolist():
             inputs, shares = [inputs[i] for i in used], shares[:, used]
             known = [known[i] for i in used] if known else known
+        if method.is_mean:
             m, update = inputs[0].m, inputs[0].update
             is_kept = options.magnitudes is None and rank is None
             if len(inputs) == 1 and is_kept and m is not None:
