@@ -41,7 +41,7 @@ ADAPTERS = {
     "docs-hot": Recipe("docstrings", bias_correction=False),
     "sums-hot": Recipe("sums", bias_correction=False),
     "sort": Recipe("sorting", iters=40, seed=2),
-    "docs-long": Recipe("docstrings", rank=16, iters=80, seed=2),
+    "docs-long": Recipe("docstrings", rank=16, iters=60, seed=2),
     "spam-lora": Recipe("spam", rank=4, iters=40, kind="lora", seed=2),
     "records": Recipe("records", rank=4, seed=2),
     "talk-hot": Recipe("dialogue", iters=20, seed=2, bias_correction=False),
@@ -147,8 +147,12 @@ class Contender:
         tasks: Sequence[str],
         model: Any,
         fisher: Sequence[Fisher | str | Path] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> Adapter:
-        """Merge adapters of these tasks and of a loaded base."""
+        """Merge adapters of these tasks and of a loaded base.
+
+        `weights` are used in place of those of the contender.
+        """
         options = Options(
             density=self.density,
             space=self.space,
@@ -159,7 +163,7 @@ class Contender:
             adapters,
             model=model,
             method=self.method,
-            weights=self.weights(tasks),
+            weights=weights or self.weights(tasks),
             rank=self.rank,
             check_base=False,
             options=options,

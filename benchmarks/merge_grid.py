@@ -11,8 +11,9 @@ combination on test rows. It notes what `compare_adapters` advises, and what
 sorting are made by `_made_tasks`; the other tasks are data folders. The frozen blocks
 are computed once per row, and the tokens that a task's rows begin with once per merge.
 Everything is kept in FOLDER and nothing is computed twice, so an interrupted run
-continues where it stopped; several runs may share a folder if one trains. ``--table``
-prints the tables of ``docs/merging.md``.
+continues where it stopped. Several runs can work in one folder at a time, each on its
+``--share``, with ``--trained-only`` or ``--train-only``. ``--table`` prints the tables
+of ``docs/merging.md``.
 """
 
 import _harness as bench  # isort: skip - OpenBLAS before mlx
@@ -20,7 +21,7 @@ import _harness as bench  # isort: skip - OpenBLAS before mlx
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -341,6 +342,11 @@ def mean_loss(model: Any, trunk: Trunk, rows: Sequence[Row]) -> float:
     return total / count
 
 
+def every(things: Iterable[Any], share: tuple[int, int]) -> list[Any]:
+    """Return every N-th thing from the I-th."""
+    return [*things][share[0] :: share[1]]
+
+
 def batched(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
     """Yield the rows, `size` at a time."""
     for start in range(0, len(rows), size):
@@ -385,6 +391,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 )
 @click.option("--train-only", is_flag=True, help="Train the adapters, merge nothing.")
 @click.option(
+    "--share",
+    type=(int, int),
+    default=(0, 1),
+    help="I N: only every N-th adapter or combination, from the I-th (0 is the first).",
+)
+@click.option(
     "--advice", is_flag=True, help="Add what compare advises for each combination."
 )
 @click.option(
@@ -398,6 +410,7 @@ def main(
     minutes: float | None,
     trained_only: bool,
     train_only: bool,
+    share: tuple[int, int],
     advice: bool,
     table: Path | None,
 ) -> None:
@@ -408,14 +421,14 @@ def main(
         raise click.UsageError("give --work or --table")
     grid = open_grid(work, tasks)
     if train_only:
-        for name in ADAPTERS:
+        for name in every(ADAPTERS, share):
             grid.adapter(name)
         return
     click.echo(f"BLAS: {bench.BLAS.state}", err=True)
     started = time.perf_counter()
     passes: list[Any] = [*range(len(contenders(SAMPLE[0])))]
     passes.insert(3, AUTO)
-    for number, names in product(passes, COMBINATIONS):
+    for number, names in product(passes, every(COMBINATIONS, share)):
         if trained_only and not all(map(grid.is_trained, names)):
             continue
         if minutes is not None and time.perf_counter() - started > 60 * minutes:
