@@ -174,6 +174,47 @@ def target_loss(frozen: int) -> Loss:
     return loss
 
 
+def mean_loss(model: Any, trunk: Trunk, rows: Sequence[Row]) -> float:
+    """Return the mean loss of the rows' targets.
+
+    Logits are computed at the places of targets only, and the tokens that all rows
+    begin with once.
+    """
+    total, count = 0.0, 0
+    ordered = sorted(rows, key=lambda row: len(row[0]))
+    blocks = model.model.layers[trunk.frozen :]
+    shared = min(shared_tokens([t for t, _ in rows]), min(f for _, f in rows) - 1)
+    prefixes = [SharedPrefix() for _ in blocks]
+    with eval_mode(model):
+        start = trunk.activations([ordered[0][0][:-1]])[:, :shared]
+        run_blocks(blocks, start, prefixes)
+        for some in batched(ordered, 8):
+            hidden = trunk.activations([tokens[:-1] for tokens, _ in some])
+            last = run_blocks(blocks, hidden[:, shared:], prefixes)
+            places = [
+                last[row, first - 1 - shared : len(tokens) - 1 - shared]
+                for row, (tokens, first) in enumerate(some)
+            ]
+            targets = mx.array([t for tokens, first in some for t in tokens[first:]])
+            logits = model.model.embed_tokens.as_linear(
+                model.model.norm(mx.concatenate(places))
+            )
+            total += float(nn.losses.cross_entropy(logits, targets).sum())
+            count += targets.size
+    return total / count
+
+
+def batched(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    """Yield the rows, `size` at a time."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def count_targets(rows: Sequence[Row]) -> int:
+    """Count the targets of rows."""
+    return sum(len(tokens) - first for tokens, first in rows)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """Mean loss per target, and the share of targets or labels predicted right."""

@@ -21,27 +21,25 @@ import _harness as bench  # isort: skip - OpenBLAS before mlx
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import product
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import click
-import mlx.core as mx
-import mlx.nn as nn
 from _grid_entries import (
     ADAPTERS,
-    COMBINATIONS,
-    SAMPLE,
+    HELD_OUT,
     Contender,
     Recipe,
     contenders,
+    schedule,
 )
 from _grid_table import ADVICE, ALONE, AUTO, BASE, TRAINED, tables
 from _made_tasks import write_tasks
-from _trunk import Row, SharedPrefix, Trunk, run_blocks, shared_tokens, target_loss
+from _trunk import Row, Trunk, count_targets, mean_loss, target_loss
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import attach_adapter
@@ -52,7 +50,7 @@ from mlx_dora.adapters.surgery import remove_dora
 from mlx_dora.analyze.compare import compare_adapters
 from mlx_dora.data.loading import load_datasets
 from mlx_dora.demo.model import demo_model
-from mlx_dora.evaluate.loss import LossResult, eval_mode
+from mlx_dora.evaluate.loss import LossResult
 from mlx_dora.merge.adapters.merge import merge_adapters_report
 from mlx_dora.merge.choice.choose import choose_by
 from mlx_dora.merge.fisher.config import FisherConfig
@@ -67,20 +65,27 @@ ROWS = {"train": 160, "valid": 8, "test": 12}
 
 @dataclass
 class Grid:
-    """The base, the rows of every task, and the files of a run."""
+    """The base, the rows that were read, and the files of a run."""
 
     work: Path
     model: Any
     tokenizer: Any
-    rows: dict[str, dict[str, list[Row]]]
     trunk: Trunk
     folders: dict[str, Path]
     lines: list[dict[str, Any]] = field(default_factory=list)
+    known: dict[tuple[str, str], list[Row]] = field(default_factory=dict)
 
     @property
     def results(self) -> Path:
         """The file of results."""
         return self.work / "merge_grid.jsonl"
+
+    def rows(self, task: str, split: str) -> list[Row]:
+        """Return the rows of a split of a task."""
+        if (task, split) not in self.known:
+            found = read_rows(self.folders[task], split, self.tokenizer)
+            self.known[task, split] = found
+        return self.known[task, split]
 
     def is_trained(self, name: str) -> bool:
         """Whether an adapter is in the folder."""
@@ -115,7 +120,7 @@ class Grid:
         finetune(
             model,
             tokenizer,
-            self.rows[recipe.task]["train"],
+            self.rows(recipe.task, "train"),
             None,
             train=config,
             dora=DoRAConfig(rank=recipe.rank, scale=2.0, num_layers=BLOCKS),
@@ -136,7 +141,7 @@ class Grid:
         if adapter is not None:
             attach_adapter(self.model, adapter, check_base=False)
         try:
-            every = [self.rows[task][split] for task in tasks]
+            every = [self.rows(task, split) for task in tasks]
             return [mean_loss(self.model, self.trunk, rows) for rows in every]
         finally:
             remove_dora(self.model)
@@ -217,8 +222,8 @@ class Grid:
             return [
                 LossResult(
                     loss=loss,
-                    rows=len(self.rows[task]["valid"]),
-                    tokens=count_targets(self.rows[task]["valid"]),
+                    rows=len(self.rows(task, "valid")),
+                    tokens=count_targets(self.rows(task, "valid")),
                 )
                 for task, loss in zip(tasks, losses, strict=True)
             ]
@@ -300,79 +305,27 @@ def open_grid(work: Path, tasks: Sequence[tuple[str, str]]) -> Grid:
     model: Any
     model, tokenizer = load(str(work / "model"))
     folders = write_tasks(work / "data") | {name: Path(f) for name, f in tasks}
-    rows = {
-        name: read_rows(folder, tokenizer)
-        for name, folder in folders.items()
-    }  # fmt: skip
-    if lacking := {recipe.task for recipe in ADAPTERS.values()} - rows.keys():
+    if lacking := {recipe.task for recipe in ADAPTERS.values()} - folders.keys():
         raise click.ClickException(f"give the data of {', '.join(sorted(lacking))}.")
     trunk = Trunk(model, len(model.layers) - BLOCKS)
-    grid = Grid(work, model, tokenizer, rows, trunk, folders)
+    grid = Grid(work, model, tokenizer, trunk, folders)
     grid.lines = read_lines(grid.results)
     return grid
 
 
-def mean_loss(model: Any, trunk: Trunk, rows: Sequence[Row]) -> float:
-    """Return the mean loss of the rows' targets.
-
-    Logits are computed at the places of targets only, and the tokens that all rows
-    begin with once.
-    """
-    total, count = 0.0, 0
-    ordered = sorted(rows, key=lambda row: len(row[0]))
-    blocks = model.model.layers[trunk.frozen :]
-    shared = min(shared_tokens([t for t, _ in rows]), min(f for _, f in rows) - 1)
-    prefixes = [SharedPrefix() for _ in blocks]
-    with eval_mode(model):
-        start = trunk.activations([ordered[0][0][:-1]])[:, :shared]
-        run_blocks(blocks, start, prefixes)
-        for some in batched(ordered, 8):
-            hidden = trunk.activations([tokens[:-1] for tokens, _ in some])
-            last = run_blocks(blocks, hidden[:, shared:], prefixes)
-            places = [
-                last[row, first - 1 - shared : len(tokens) - 1 - shared]
-                for row, (tokens, first) in enumerate(some)
-            ]
-            targets = mx.array([t for tokens, first in some for t in tokens[first:]])
-            logits = model.model.embed_tokens.as_linear(
-                model.model.norm(mx.concatenate(places))
-            )
-            total += float(nn.losses.cross_entropy(logits, targets).sum())
-            count += targets.size
-    return total / count
-
-
-def every(things: Iterable[Any], share: tuple[int, int]) -> list[Any]:
-    """Return every N-th thing from the I-th."""
-    return [*things][share[0] :: share[1]]
-
-
-def batched(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
-    """Yield the rows, `size` at a time."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
-def count_targets(rows: Sequence[Row]) -> int:
-    """Count the targets of rows."""
-    return sum(len(tokens) - first for tokens, first in rows)
-
-
-def read_rows(folder: Path, tokenizer: Any) -> dict[str, list[Row]]:
-    """Return the rows of each split that have at most `LENGTH` tokens."""
+def read_rows(folder: Path, split: str, tokenizer: Any) -> list[Row]:
+    """Return the first rows of a split that have at most `LENGTH` tokens."""
     config = TrainConfig(data=str(folder), mask_prompt=True)
-    rows: dict[str, list[Row]] = {}
-    for split, data in load_datasets(config, tokenizer, tuple(ROWS)).items():
-        if data is None:
-            raise click.ClickException(f"{folder} has no {split}.jsonl.")
-        every = (data[i] for i in range(len(data)))
-        short = [
-            (tokens, first)
-            for tokens, first in every
-            if isinstance(first, int) and len(tokens) <= LENGTH
-        ]
-        rows[split] = short[: ROWS[split]]
-    return rows
+    data = load_datasets(config, tokenizer, (split,))[split]
+    if data is None:
+        raise click.ClickException(f"{folder} has no {split}.jsonl.")
+    examples = (data[i] for i in range(len(data)))
+    short = (
+        (tokens, first)
+        for tokens, first in examples
+        if isinstance(first, int) and len(tokens) <= LENGTH
+    )
+    return [*islice(short, ROWS[split])]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -415,20 +368,18 @@ def main(
     table: Path | None,
 ) -> None:
     if table is not None:
-        click.echo("\n".join(tables(read_lines(table))))
+        click.echo("\n".join(tables(read_lines(table), HELD_OUT)))
         return
     if work is None:
         raise click.UsageError("give --work or --table")
     grid = open_grid(work, tasks)
     if train_only:
-        for name in every(ADAPTERS, share):
+        for name in [*ADAPTERS][share[0] :: share[1]]:
             grid.adapter(name)
         return
     click.echo(f"BLAS: {bench.BLAS.state}", err=True)
     started = time.perf_counter()
-    passes: list[Any] = [*range(len(contenders(SAMPLE[0])))]
-    passes.insert(3, AUTO)
-    for number, names in product(passes, every(COMBINATIONS, share)):
+    for number, names in schedule(share):
         if trained_only and not all(map(grid.is_trained, names)):
             continue
         if minutes is not None and time.perf_counter() - started > 60 * minutes:

@@ -22,8 +22,8 @@ from typing import Any
 
 import click
 from _grid_entries import Contender
-from _trunk import Row, Trunk, target_loss
-from merge_grid import count_targets, mean_loss, read_lines
+from _trunk import Row, Trunk, count_targets, mean_loss, target_loss
+from merge_grid import read_lines
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import attach_adapter
