@@ -191,6 +191,7 @@ def contenders(names: Sequence[str]) -> list[list[Contender]]:
         Contender("task_arithmetic", total=whole),
         Contender("tsv", total=root, space="core"),
         tsv,
+        replace(tsv, total=whole),
     ]
     if len({*tasks}) < count:
         first += [replace(one, total=None, grouped=True) for one in (added, tsv)]
@@ -201,7 +202,6 @@ def contenders(names: Sequence[str]) -> list[list[Contender]]:
         replace(tsv, rank=8),
         *(replace(tsv, magnitudes=rule) for rule in RULES if rule != "mean"),
         Contender("ties", 0.5, space="knots"),
-        Contender("tsv", total=whole, space="core"),
         Contender("ties", 0.5, space="core"),
         replace(tsv, calibrate="pico"),
         Contender("iso", total=whole),

@@ -70,13 +70,14 @@ class Combination:
 
 
 def combinations(lines: Sequence[Line]) -> list[Combination]:
-    """Group results by combination, in their order."""
+    """Group results by combination, in their order, where a merge was measured."""
     found: dict[tuple[str, ...], dict[str, Line]] = {}
     for line in lines:
         if line["contender"] == TRAINED:
             continue
         found.setdefault(tuple(line["of"]), {})[line["contender"]] = line
-    return [Combination(names, by_name) for names, by_name in found.items()]
+    grid = [Combination(names, by_name) for names, by_name in found.items()]
+    return [one for one in grid if one.contenders]
 
 
 def general(contender: str, count: int) -> str:

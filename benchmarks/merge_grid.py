@@ -201,11 +201,8 @@ class Grid:
         """Estimate the Fisher information of an adapter on 16 training rows, once."""
         folder, recipe = self.work / "fisher" / name, ADAPTERS[name]
         if not folder.exists():
-            config = FisherConfig(
-                data=str(self.folders[recipe.task]),
-                num_batches=4,
-                max_seq_length=LENGTH,
-            )
+            data = str(self.folders[recipe.task])
+            config = FisherConfig(data=data, num_batches=4, max_seq_length=LENGTH)
             adapter = self.work / "adapters" / name
             folder.parent.mkdir(exist_ok=True)
             write_fisher(self.work / "model", folder, adapter=adapter, config=config)
@@ -248,7 +245,12 @@ class Grid:
         losses = dict(zip(tasks, self.losses(merged, tasks, "test"), strict=True))
         facts = {
             "chosen": best.name,
-            "tried": len(choice.trials),
+            "valid_base": [round(loss, 4) for loss in choice.base],
+            "valid_alone": [[round(x, 4) for x in own] for own in choice.alone],
+            "tried": {
+                trial.candidate.name: [round(loss, 4) for loss in trial.losses]
+                for trial in choice.trials
+            },
             "worst_share": round(choice.score(choice.best), 4),
             "warns_of": [tasks[i] for i in choice.worse],
         }
@@ -293,8 +295,7 @@ class Grid:
         self.lines.append(line)
         with self.results.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        shown = {task: round(loss, 4) for task, loss in losses.items()}
-        click.echo(f"{' + '.join(names)}: {contender}: {shown}", err=True)
+        click.echo(f"{' + '.join(names)}: {contender}: {line['tasks']}", err=True)
 
 
 def open_grid(work: Path, tasks: Sequence[tuple[str, str]]) -> Grid:
