@@ -2,13 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
 from typing import Any
+
+from _grid_table import AUTO
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.merge.adapters.dense import Options
 from mlx_dora.merge.adapters.merge import merge_adapters_report
+from mlx_dora.merge.fisher.information import Fisher
 from mlx_dora.merge.methods import METHODS
+from mlx_dora.merge.methods.magnitudes import RULES
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,13 @@ ADAPTERS = {
     "records-lora": Recipe("records", rank=32, iters=40, kind="lora", seed=1),
     "docs-hot": Recipe("docstrings", bias_correction=False),
     "sums-hot": Recipe("sums", bias_correction=False),
+    "sort": Recipe("sorting", iters=30, seed=2),
+    "records": Recipe("records", rank=4, iters=20, seed=2),
+    "spam-lora": Recipe("spam", rank=4, kind="lora", seed=2),
+    "talk-hot": Recipe("dialogue", iters=15, seed=2, bias_correction=False),
+    "docs-long": Recipe("docstrings", rank=16, iters=60, seed=2),
 }
-COMBINATIONS = (
+MADE_ON = (
     ("docs", "spam"),
     ("docs", "sums"),
     ("docs", "spam", "talk"),
@@ -54,6 +65,28 @@ COMBINATIONS = (
     ("docs", "spam", "talk", "sums-lora"),
     ("docs", "spam", "sums", "records-lora"),
 )
+"""Combinations on which the rule of `compare` was made."""
+HELD_OUT = (
+    ("spam", "records-lora"),
+    ("docs-again", "talk", "sums"),
+    ("docs-hot", "spam"),
+    ("sort", "records"),
+    ("docs", "sort"),
+    ("spam-lora", "sort", "records"),
+    ("docs", "talk", "spam-lora", "records"),
+    ("talk-hot", "sums-hot"),
+    ("docs-long", "spam-lora"),
+)
+"""Combinations on which the rule is tested; the last six have an adapter that was
+trained after the rule was made."""
+COMBINATIONS = (*MADE_ON, *HELD_OUT)
+SAMPLE = (
+    ("docs", "spam"),
+    ("docs", "spam", "talk"),
+    ("docs-hot", "sums-hot"),
+    ("spam-lora", "sort", "records"),
+)
+"""Combinations on which all methods and settings are measured."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +145,17 @@ class Contender:
         return [self.total / len(tasks)] * len(tasks)
 
     def merge(
-        self, adapters: Sequence[Adapter], tasks: Sequence[str], model: Any
+        self,
+        adapters: Sequence[Adapter],
+        tasks: Sequence[str],
+        model: Any,
+        fisher: Sequence[Fisher | str | Path] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> Adapter:
-        """Merge adapters of these tasks and of a loaded base."""
+        """Merge adapters of these tasks and of a loaded base.
+
+        `weights` are used in place of those of the contender.
+        """
         options = Options(
             density=self.density,
             space=self.space,
@@ -125,73 +166,98 @@ class Contender:
             adapters,
             model=model,
             method=self.method,
-            weights=self.weights(tasks),
+            weights=weights or self.weights(tasks),
             rank=self.rank,
             check_base=False,
             options=options,
+            fisher=fisher,
         ).adapter
 
 
-def contenders(tasks: Sequence[str]) -> list[list[Contender]]:
-    """Return the contenders for adapters of these tasks, in passes.
+def contenders(names: Sequence[str]) -> list[list[Contender]]:
+    """Return the contenders for a combination of adapters, in passes.
 
-    A pass is over all combinations. The first has the likeliest contenders, each other
-    pass a single one (none, if it cannot merge so many adapters).
+    A pass is over all combinations. All but the first have a single contender, or none:
+    if it cannot merge so many adapters, and where only those of `SAMPLE` are measured.
     """
-    count = len(tasks)
+    tasks = [ADAPTERS[name].task for name in names]
+    count = len(names)
     root, more, whole = math.sqrt(count), count**0.75, float(count)
-    repeats = len({*tasks}) < count
-    by_task = [
-        Contender("task_arithmetic", grouped=True),
-        Contender("tsv", space="core", grouped=True),
-    ]
+    tsv = Contender("tsv", total=more, space="core")
+    added = Contender("task_arithmetic", total=root)
     first = [
-        *(by_task if repeats else ()),
         Contender("karcher"),
-        Contender("task_arithmetic", total=root),
+        added,
         Contender("task_arithmetic", total=whole),
         Contender("tsv", total=root, space="core"),
+        tsv,
+        replace(tsv, total=whole),
     ]
-    second = [
-        Contender("tsv", total=more, space="core"),
-        Contender("tsv", total=whole, space="core"),
+    if len({*tasks}) < count:
+        first += [replace(one, total=None, grouped=True) for one in (added, tsv)]
+    widely = [
         Contender("iso", total=root),
-        Contender("task_arithmetic", total=root, calibrate="pico"),
-        Contender("task_arithmetic", total=root, magnitudes="mean"),
-        Contender("task_arithmetic", total=root, magnitudes="mover"),
-        Contender("task_arithmetic", total=root, magnitudes="ties"),
-        Contender("task_arithmetic", total=root, magnitudes="base"),
+        replace(added, calibrate="pico"),
+        replace(tsv, space="ctm", rank=8),
+        replace(tsv, rank=8),
+        *(replace(tsv, magnitudes=rule) for rule in RULES if rule != "mean"),
+        Contender("ties", 0.5, space="knots"),
         Contender("ties", 0.5, space="core"),
+        replace(tsv, calibrate="pico"),
+        Contender("iso", total=whole),
         Contender("ties", 0.5),
-        Contender("magnitude_weighted"),
+    ]
+    sampled = _sampled(added, root) if tuple(names) in SAMPLE else []
+    rest = [*widely, *sampled]
+    return [first, *([one] if merges(one.method, count) else [] for one in rest)]
+
+
+def _sampled(added: Contender, root: float) -> list[Contender]:
+    """Contenders that are measured on the combinations of `SAMPLE` only."""
+    return [
+        *(replace(added, magnitudes=rule) for rule in RULES if rule != "own"),
+        replace(added, rank=8),
+        replace(added, space="ctm", rank=8),
         Contender("ties", 0.2, space="core"),
         Contender("dare_ties", 0.5, space="core"),
-        Contender("task_arithmetic", total=root, rank=8),
-        Contender("task_arithmetic", total=root, space="ctm", rank=8),
-        Contender("tsv", total=1.0, space="core"),
         Contender("dare", 0.5, root, space="core"),
         Contender("sce", space="core"),
-        Contender("ties", 0.5, space="knots"),
+        Contender("breadcrumbs", 0.9, root, space="core"),
+        Contender("breadcrumbs_ties", 0.9, root, space="core"),
+        Contender("della", 0.5, space="core"),
+        Contender("della_linear", 0.5, root, space="core"),
+        Contender("magnitude_weighted"),
         Contender("model_stock"),
         Contender("linear"),
+        Contender("nmean"),
         Contender("slerp"),
         Contender("nuslerp"),
-        Contender("nmean"),
-        Contender("dare_ties", 0.5),
+        Contender("fisher"),
         Contender("ties", 0.2),
-        Contender("sce"),
+        Contender("dare_ties", 0.5),
         Contender("dare", 0.5, root),
-        Contender("tsv", total=root),
-        Contender("breadcrumbs_ties", 0.9, root),
+        Contender("sce"),
         Contender("breadcrumbs", 0.9, root),
+        Contender("breadcrumbs_ties", 0.9, root),
         Contender("della", 0.5),
         Contender("della_linear", 0.5, root),
+        Contender("tsv", total=root),
     ]
-    single = [[one] if merges(one.method, count) else [] for one in second]
-    return [first, *single]
 
 
 def merges(method: str, count: int) -> bool:
     """Whether a method can merge `count` adapters."""
     fewest, most = METHODS[method].inputs
     return fewest <= count and (most is None or count <= most)
+
+
+def schedule(share: tuple[int, int]) -> list[tuple[Any, tuple[str, ...]]]:
+    """Return passes and combinations in order: the likeliest contenders, then samples.
+
+    A pass is a number of `contenders`, or `AUTO`.
+    """
+    first, step = share
+    passes = [*range(1, len(contenders(SAMPLE[0])))]
+    order = [(0, names) for names in COMBINATIONS[first::step]]
+    order += product(passes, SAMPLE[first::step])
+    return [*order, *product([AUTO, *passes], COMBINATIONS[first::step])]

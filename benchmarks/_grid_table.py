@@ -1,13 +1,15 @@
 """Tables of the results of `merge_grid.py`, in Markdown."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 ALONE = "(alone)"
 BASE = "(base)"
 ADVICE = "(advice)"
+AUTO = "(auto)"
+TRAINED = "(trained)"
 CLOSE = 0.02
 """Difference of mean losses that counts as a tie with the best."""
 
@@ -16,7 +18,7 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Combination:
-    """The results of one combination of adapters.
+    """The test losses of one combination of adapters.
 
     Attributes:
         names: The adapters.
@@ -27,28 +29,24 @@ class Combination:
     names: tuple[str, ...]
     lines: Mapping[str, Line]
 
-    def losses(self, contender: str, split: str = "test") -> list[float]:
+    def losses(self, contender: str) -> list[float]:
         """Losses on the tasks, in alphabetical order."""
         tasks = self.lines[contender]["tasks"]
-        return [tasks[task][split] for task in sorted(tasks)]
+        return [tasks[task]["test"] for task in sorted(tasks)]
 
-    def mean(self, contender: str, split: str = "test") -> float:
+    def mean(self, contender: str) -> float:
         """Mean loss over the tasks."""
-        return statistics.fmean(self.losses(contender, split))
+        return statistics.fmean(self.losses(contender))
 
-    def shares(self, contender: str, split: str = "test") -> list[float]:
+    def shares(self, contender: str) -> list[float]:
         """Gain over the base on each task, as a share of the adapter's own gain."""
-        together = zip(
-            self.losses(BASE, split),
-            self.losses(contender, split),
-            self.losses(ALONE, split),
-            strict=True,
-        )
+        kinds = (BASE, contender, ALONE)
+        together = zip(*map(self.losses, kinds), strict=True)
         return [(base - loss) / (base - own) for base, loss, own in together]
 
-    def worst(self, contender: str, split: str = "test") -> float:
+    def worst(self, contender: str) -> float:
         """The least of `shares`."""
-        return min(self.shares(contender, split))
+        return min(self.shares(contender))
 
     @property
     def contenders(self) -> list[str]:
@@ -61,15 +59,6 @@ class Combination:
         name = self.lines.get(ADVICE, {}).get("advised")
         return name if name in self.lines else None
 
-    def best(self, score: Callable[[str], float], split: str = "test") -> str:
-        """The contender with the least score among those measured on a split."""
-        return min((n for n in self.contenders if self.has(n, split)), key=score)
-
-    def has(self, contender: str, split: str) -> bool:
-        """Whether a contender was measured on a split."""
-        tasks = self.lines[contender]["tasks"].values()
-        return all(split in losses for losses in tasks)
-
     @property
     def least(self) -> float:
         """The least mean loss on the test rows."""
@@ -81,11 +70,14 @@ class Combination:
 
 
 def combinations(lines: Sequence[Line]) -> list[Combination]:
-    """Group results by combination, in their order."""
+    """Group results by combination, in their order, where a merge was measured."""
     found: dict[tuple[str, ...], dict[str, Line]] = {}
     for line in lines:
+        if line["contender"] == TRAINED:
+            continue
         found.setdefault(tuple(line["of"]), {})[line["contender"]] = line
-    return [Combination(names, by_name) for names, by_name in found.items()]
+    grid = [Combination(names, by_name) for names, by_name in found.items()]
+    return [one for one in grid if one.contenders]
 
 
 def general(contender: str, count: int) -> str:
@@ -99,37 +91,24 @@ def general(contender: str, count: int) -> str:
 
 
 def chosen(grid: Sequence[Combination]) -> Iterator[tuple[str, list[str | None]]]:
-    """Yield ways to choose a contender, and what they choose in each combination.
+    """Yield ways to choose a merge, and what they choose in each combination."""
+    yield "*with data*", [AUTO if AUTO in one.lines else None for one in grid]
+    yield "*without data*", [one.advised for one in grid]
 
-    With data, among the contenders that were measured on validation rows, if all
-    combinations were.
+
+def tables(
+    lines: Sequence[Line], held_out: Sequence[tuple[str, ...]] = ()
+) -> list[str]:
+    """Return the tables of ``docs/merging.md``.
+
+    The combinations; the contenders; and those on combinations that were held out when
+    the rule of `compare_adapters` was made.
     """
-    if all(one.has(BASE, "valid") for one in grid):
-        yield (
-            "*data: worst share*",
-            [
-                one.best(lambda n, one=one: -one.worst(n, "valid"), "valid")
-                for one in grid
-            ],
-        )
-        yield (
-            "*data: mean loss*",
-            [
-                one.best(lambda n, one=one: one.mean(n, "valid"), "valid")
-                for one in grid
-            ],
-        )
-    if any(ADVICE in one.lines for one in grid):
-        yield (
-            "*without data*",
-            [one.advised for one in grid],
-        )
-
-
-def tables(lines: Sequence[Line]) -> list[str]:
-    """Return the tables of ``docs/merging.md``: combinations, then contenders."""
     grid = combinations(lines)
-    return [*_legend(grid), "", *_results(grid)]
+    first = [one for one in grid if one.names not in held_out]
+    last = [one for one in grid if one.names in held_out]
+    text = [*_legend([*first, *last]), "", *_results(first, 1)]
+    return [*text, "", *_results(last, len(first) + 1)] if last else text
 
 
 def _legend(grid: Sequence[Combination]) -> Iterator[str]:
@@ -139,7 +118,7 @@ def _legend(grid: Sequence[Combination]) -> Iterator[str]:
         tasks = sorted(one.lines[BASE]["tasks"])
         pairs = zip(tasks, one.losses(BASE), one.losses(ALONE), strict=True)
         values = ", ".join(f"{t} {base:.2f}, {own:.2f}" for t, base, own in pairs)
-        best = one.best(one.mean)
+        best = min(one.contenders, key=one.mean)
         name = general(best, len(one.names))
         yield (
             f"| {place} | {' + '.join(one.names)} | {values} | "
@@ -147,14 +126,14 @@ def _legend(grid: Sequence[Combination]) -> Iterator[str]:
         )
 
 
-def _results(grid: Sequence[Combination]) -> Iterator[str]:
+def _results(grid: Sequence[Combination], start: int) -> Iterator[str]:
     columns: dict[str, list[str | None]] = {}
     for place, one in enumerate(grid):
         for name in one.contenders:
             row = columns.setdefault(general(name, len(one.names)), [None] * len(grid))
             row[place] = name
     rows = [*columns.items(), *chosen(grid)]
-    heads = " | ".join(str(place) for place in range(1, len(grid) + 1))
+    heads = " | ".join(str(start + place) for place in range(len(grid)))
     yield f"| | {heads} | above the best | within {CLOSE:g} | above the base |"
     yield "| --- |" + " --- |" * (len(grid) + 3)
 

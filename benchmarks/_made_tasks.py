@@ -1,4 +1,4 @@
-"""Data of tasks that need no download: docstrings, sums, and records as JSON."""
+"""Data of tasks that need no download: docstrings, sums, records as JSON, sorting."""
 
 import json
 import random
@@ -26,7 +26,8 @@ def write_tasks(folder: Path) -> dict[str, Path]:
     """Write the data of each task as jsonl files, and return their folders by name."""
     folders = {"docstrings": folder / "docstrings"}
     write_demo_data(folders["docstrings"])
-    for name, draw_row in (("sums", sum_row), ("records", record_row)):
+    made = {"sums": sum_row, "records": record_row, "sorting": sorting_row}
+    for name, draw_row in made.items():
         folders[name] = folder / name
         folders[name].mkdir(parents=True, exist_ok=True)
         for split, rows in distinct_rows(draw_row, name, _SIZES).items():
@@ -79,3 +80,10 @@ def record_row(draw: random.Random) -> Row:
         )
     )
     return f"Write as JSON: {text}", json.dumps(facts)
+
+
+def sorting_row(draw: random.Random) -> Row:
+    """Five numbers below 100, and the same in order."""
+    numbers = draw.sample(range(100), 5)
+    answer = ", ".join(map(str, sorted(numbers)))
+    return f"Sort: {', '.join(map(str, numbers))}", f"{answer}."

@@ -2,8 +2,9 @@
 
 If only the last blocks learn, the other blocks give the same output for the same row in
 every step, method and learning rate. Rows are padded on the right and attention is
-causal, so a row's activations do not depend on the other rows of its batch. The head is
-computed only at the positions of targets.
+causal, so a row's activations do not depend on the other rows of its batch. Tokens that
+all rows of a batch begin with (the chat template's system prompt) are computed once.
+The head is computed only at the positions of targets.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +42,9 @@ class Trunk:
         new = [key for key in keys if key not in self._known]
         if new:
             tokens, _ = pad_batch([([*key], 0) for key in new], 1 << 30)
+            blocks = self._inner.layers[: self.frozen]
             hidden = np.array(
-                run_blocks(
-                    self._inner.layers[: self.frozen], self._inner.embed_tokens(tokens)
-                )
+                run_rows(blocks, self._inner.embed_tokens(tokens), shared_tokens(new))
             )
             for row, key in enumerate(new):
                 self._known[key] = hidden[row, : len(key)].copy()
@@ -88,11 +88,66 @@ class Trunk:
         return make
 
 
-def run_blocks(blocks: Sequence[nn.Module], hidden: mx.array) -> mx.array:
-    """Run some blocks with causal attention."""
-    for block in blocks:
-        hidden = block(hidden, "causal", None)
+class SharedPrefix:
+    """Keys and values of the tokens that all rows begin with, for one block.
+
+    An attention cache: the first call keeps the keys and values of one row, and later
+    calls put them before those of every row, without keeping more.
+
+    Attributes:
+        offset: Number of shared tokens.
+    """
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self._kept: tuple[mx.array, mx.array] | None = None
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Return keys and values, both ``(rows, heads, tokens, width)``."""
+        if self._kept is None:
+            self._kept, self.offset = (keys, values), keys.shape[2]
+            return keys, values
+        first, second = (
+            mx.concatenate(
+                [mx.broadcast_to(kept, (new.shape[0], *kept.shape[1:])), new], axis=2
+            )
+            for kept, new in zip(self._kept, (keys, values), strict=True)
+        )
+        return first, second
+
+
+def shared_tokens(texts: Sequence[Sequence[int]]) -> int:
+    """Count the tokens that all rows begin with, but for the last of each row."""
+    most = min(map(len, texts)) - 1
+    columns = zip(*(text[:most] for text in texts), strict=True)
+    return next((i for i, tokens in enumerate(columns) if len({*tokens}) > 1), most)
+
+
+def run_blocks(
+    blocks: Sequence[nn.Module],
+    hidden: mx.array,
+    prefixes: Sequence[SharedPrefix] | None = None,
+) -> mx.array:
+    """Run some blocks with causal attention, after the shared prefix of each block."""
+    for block, prefix in zip(blocks, prefixes or [None] * len(blocks), strict=True):
+        hidden = block(hidden, "causal", prefix)
     return hidden
+
+
+def run_rows(blocks: Sequence[nn.Module], hidden: mx.array, shared: int) -> mx.array:
+    """Run blocks on rows ``(rows, tokens, width)`` that share their first tokens.
+
+    The `shared` first tokens are computed for one row, and repeated in the result.
+    """
+    rows, _, width = hidden.shape
+    if rows == 1 or not shared:
+        return run_blocks(blocks, hidden)
+    prefixes = [SharedPrefix() for _ in blocks]
+    first = run_blocks(blocks, hidden[:1, :shared], prefixes)
+    rest = run_blocks(blocks, hidden[:, shared:], prefixes)
+    return mx.concatenate([mx.broadcast_to(first, (rows, shared, width)), rest], axis=1)
 
 
 def next_token_logits(
@@ -117,6 +172,47 @@ def target_loss(frozen: int) -> Loss:
         return losses.sum() / mx.maximum(count, 1), count
 
     return loss
+
+
+def mean_loss(model: Any, trunk: Trunk, rows: Sequence[Row]) -> float:
+    """Return the mean loss of the rows' targets.
+
+    Logits are computed at the places of targets only, and the tokens that all rows
+    begin with once.
+    """
+    total, count = 0.0, 0
+    ordered = sorted(rows, key=lambda row: len(row[0]))
+    blocks = model.model.layers[trunk.frozen :]
+    shared = min(shared_tokens([t for t, _ in rows]), min(f for _, f in rows) - 1)
+    prefixes = [SharedPrefix() for _ in blocks]
+    with eval_mode(model):
+        start = trunk.activations([ordered[0][0][:-1]])[:, :shared]
+        run_blocks(blocks, start, prefixes)
+        for some in batched(ordered, 8):
+            hidden = trunk.activations([tokens[:-1] for tokens, _ in some])
+            last = run_blocks(blocks, hidden[:, shared:], prefixes)
+            places = [
+                last[row, first - 1 - shared : len(tokens) - 1 - shared]
+                for row, (tokens, first) in enumerate(some)
+            ]
+            targets = mx.array([t for tokens, first in some for t in tokens[first:]])
+            logits = model.model.embed_tokens.as_linear(
+                model.model.norm(mx.concatenate(places))
+            )
+            total += float(nn.losses.cross_entropy(logits, targets).sum())
+            count += targets.size
+    return total / count
+
+
+def batched(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    """Yield the rows, `size` at a time."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def count_targets(rows: Sequence[Row]) -> int:
+    """Count the targets of rows."""
+    return sum(len(tokens) - first for tokens, first in rows)
 
 
 @dataclass(frozen=True, kw_only=True)

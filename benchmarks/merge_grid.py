@@ -6,11 +6,14 @@
 
 Trains the adapters of `ADAPTERS` on SmolLM2-135M (the last six blocks), merges every
 combination of `COMBINATIONS` by every method, and measures the loss of each task of the
-combination on validation and test rows. Docstrings, sums and records are made by
-`_made_tasks`; the other tasks are data folders. The frozen blocks are computed once per
-row. Everything is kept in FOLDER and nothing is computed twice, so an interrupted run
-continues where it stopped. ``--table`` prints
-the tables of ``docs/merging.md``.
+combination on test rows. It notes what `compare_adapters` advises, and what
+``--method auto --data`` chooses by validation rows. Docstrings, sums, records and
+sorting are made by `_made_tasks`; the other tasks are data folders. The frozen blocks
+are computed once per row, and the tokens that a task's rows begin with once per merge.
+Everything is kept in FOLDER and nothing is computed twice, so an interrupted run
+continues where it stopped. Several runs can work in one folder at a time, each on its
+``--share``, with ``--trained-only`` or ``--train-only``. ``--table`` prints the tables
+of ``docs/merging.md``.
 """
 
 import _harness as bench  # isort: skip - OpenBLAS before mlx
@@ -18,19 +21,25 @@ import _harness as bench  # isort: skip - OpenBLAS before mlx
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import click
-import mlx.core as mx
-import mlx.nn as nn
-from _grid_entries import ADAPTERS, COMBINATIONS, Contender, Recipe, contenders
-from _grid_table import ADVICE, ALONE, BASE, tables
+from _grid_entries import (
+    ADAPTERS,
+    HELD_OUT,
+    Contender,
+    Recipe,
+    contenders,
+    schedule,
+)
+from _grid_table import ADVICE, ALONE, AUTO, BASE, TRAINED, tables
 from _made_tasks import write_tasks
-from _trunk import Row, Trunk, run_blocks, target_loss
+from _trunk import Row, Trunk, count_targets, mean_loss, target_loss
 
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.attach import attach_adapter
@@ -41,32 +50,42 @@ from mlx_dora.adapters.surgery import remove_dora
 from mlx_dora.analyze.compare import compare_adapters
 from mlx_dora.data.loading import load_datasets
 from mlx_dora.demo.model import demo_model
-from mlx_dora.evaluate.loss import eval_mode
+from mlx_dora.evaluate.loss import LossResult
+from mlx_dora.merge.adapters.merge import merge_adapters_report
+from mlx_dora.merge.choice.choose import choose_by
+from mlx_dora.merge.fisher.config import FisherConfig
+from mlx_dora.merge.fisher.estimate import write_fisher
 from mlx_dora.merge.methods import METHODS
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.run.finetune import finetune
 
 BLOCKS, LENGTH, BATCH = 6, 112, 4
-ROWS = {"train": 160, "valid": 6, "test": 12}
-SPLITS = ("valid", "test")
+ROWS = {"train": 160, "valid": 8, "test": 12}
 
 
 @dataclass
 class Grid:
-    """The base, the rows of every task, and the files of a run."""
+    """The base, the rows that were read, and the files of a run."""
 
     work: Path
     model: Any
     tokenizer: Any
-    rows: dict[str, dict[str, list[Row]]]
     trunk: Trunk
-    splits: tuple[str, ...] = SPLITS
+    folders: dict[str, Path]
     lines: list[dict[str, Any]] = field(default_factory=list)
+    known: dict[tuple[str, str], list[Row]] = field(default_factory=dict)
 
     @property
     def results(self) -> Path:
         """The file of results."""
         return self.work / "merge_grid.jsonl"
+
+    def rows(self, task: str, split: str) -> list[Row]:
+        """Return the rows of a split of a task."""
+        if (task, split) not in self.known:
+            found = read_rows(self.folders[task], split, self.tokenizer)
+            self.known[task, split] = found
+        return self.known[task, split]
 
     def is_trained(self, name: str) -> bool:
         """Whether an adapter is in the folder."""
@@ -76,11 +95,11 @@ class Grid:
         """Return an adapter, trained if it is not in the folder yet."""
         folder, recipe = self.work / "adapters" / name, ADAPTERS[name]
         if not self.is_trained(name):
-            started, unfinished = time.perf_counter(), folder.with_suffix(".part")
+            started, unfinished = time.process_time(), folder.with_suffix(".part")
             shutil.rmtree(unfinished, ignore_errors=True)
             self._train(recipe, unfinished)
             unfinished.rename(folder)
-            click.echo(f"{name}: {time.perf_counter() - started:.0f} s", err=True)
+            self._note((name,), TRAINED, {}, time.process_time() - started)
         return load_adapter(folder)
 
     def _train(self, recipe: Recipe, folder: Path) -> None:
@@ -101,7 +120,7 @@ class Grid:
         finetune(
             model,
             tokenizer,
-            self.rows[recipe.task]["train"],
+            self.rows(recipe.task, "train"),
             None,
             train=config,
             dora=DoRAConfig(rank=recipe.rank, scale=2.0, num_layers=BLOCKS),
@@ -110,55 +129,137 @@ class Grid:
             batches=self.trunk.batches(),
         )
 
+    def loss(self, adapter: Adapter | None, task: str, split: str = "test") -> float:
+        """Return the task's mean loss on the rows of a split."""
+        (loss,) = self.losses(adapter, [task], split)
+        return loss
+
     def losses(
-        self, adapter: Adapter | None, task: str, splits: Sequence[str] = ()
-    ) -> dict[str, float]:
-        """Return the task's loss on the rows of some splits; of all by default."""
+        self, adapter: Adapter | None, tasks: Sequence[str], split: str
+    ) -> list[float]:
+        """Return each task's mean loss on the rows of a split."""
         if adapter is not None:
             attach_adapter(self.model, adapter, check_base=False)
-        rows = self.rows[task]
         try:
-            return {
-                split: round(mean_loss(self.model, self.trunk, rows[split]), 4)
-                for split in splits or self.splits
-            }
+            every = [self.rows(task, split) for task in tasks]
+            return [mean_loss(self.model, self.trunk, rows) for rows in every]
         finally:
             remove_dora(self.model)
 
     def run(self, names: tuple[str, ...], number: int) -> None:
-        """Measure the contenders of a pass that have no result yet.
-
-        All but the first pass measure only the test rows.
-        """
-        adapters = [self.adapter(name) for name in names]
-        done = {(tuple(line["of"]), line["contender"]) for line in self.lines}
+        """Measure the contenders of a pass that have no result yet."""
         tasks = sorted({ADAPTERS[name].task for name in names})
-        if (names, BASE) not in done:
-            self._note(names, BASE, {t: self.losses(None, t) for t in tasks}, 0.0)
-        if (names, ALONE) not in done:
-            own: dict[str, dict[str, float]] = {}
-            for name, adapter in zip(names, adapters, strict=True):
-                own.setdefault(
-                    ADAPTERS[name].task, self.losses(adapter, ADAPTERS[name].task)
-                )
-            self._note(names, ALONE, own, 0.0)
+        if not self.has(names, BASE):
+            self._measure(names, BASE, lambda: None, tasks)
+        if not self.has(names, ALONE):
+            own = {ADAPTERS[n].task: self.adapter(n) for n in reversed(names)}
+            started = time.process_time()
+            losses = {task: self.loss(adapter, task) for task, adapter in own.items()}
+            self._note(names, ALONE, losses, time.process_time() - started)
+        if not self.has(names, ADVICE):
+            self.advise(names)
         of = [ADAPTERS[name].task for name in names]
-        splits = self.splits if number == 0 else ("test",)
-        for contender in contenders(of)[number]:
-            if (names, contender.name) in done:
+        passes = contenders(names)
+        for contender in passes[number] if number < len(passes) else ():
+            if self.has(names, contender.name):
                 continue
-            started = time.perf_counter()
-            merged = contender.merge(adapters, of, self.model)
-            seconds = time.perf_counter() - started
-            tasks_of = {task: self.losses(merged, task, splits) for task in tasks}
+            fisher = None
+            if contender.method == "fisher":
+                fisher = [self.fisher(name) for name in names]
+            merge = partial(
+                contender.merge,
+                [self.adapter(name) for name in names],
+                of,
+                self.model,
+                fisher,
+            )
             settings = {k: v for k, v in asdict(contender).items() if v}
-            self._note(names, contender.name, tasks_of, seconds, settings)
+            self._measure(names, contender.name, merge, tasks, settings)
+
+    def has(self, names: tuple[str, ...], contender: str) -> bool:
+        """Whether there is a result."""
+        key = (names, contender)
+        return any((tuple(x["of"]), x["contender"]) == key for x in self.lines)
+
+    def _measure(
+        self,
+        names: tuple[str, ...],
+        contender: str,
+        merge: Callable[[], Adapter | None],
+        tasks: Sequence[str],
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """Merge, measure the test rows, and note the result and the processor time."""
+        started = time.process_time()
+        losses = self.losses(merge(), tasks, "test")
+        used = time.process_time() - started
+        self._note(
+            names, contender, dict(zip(tasks, losses, strict=True)), used, settings
+        )
+
+    def fisher(self, name: str) -> Path:
+        """Estimate the Fisher information of an adapter on 16 training rows, once."""
+        folder, recipe = self.work / "fisher" / name, ADAPTERS[name]
+        if not folder.exists():
+            data = str(self.folders[recipe.task])
+            config = FisherConfig(data=data, num_batches=4, max_seq_length=LENGTH)
+            adapter = self.work / "adapters" / name
+            folder.parent.mkdir(exist_ok=True)
+            write_fisher(self.work / "model", folder, adapter=adapter, config=config)
+        return folder
+
+    def choose(self, names: tuple[str, ...]) -> None:
+        """Note what ``--method auto --data`` chooses by validation rows."""
+        if self.has(names, AUTO):
+            return
+        tasks = sorted({ADAPTERS[name].task for name in names})
+
+        def measure(adapter: Adapter | None, _: str) -> list[LossResult]:
+            losses = self.losses(adapter, tasks, "valid")
+            return [
+                LossResult(
+                    loss=loss,
+                    rows=len(self.rows(task, "valid")),
+                    tokens=count_targets(self.rows(task, "valid")),
+                )
+                for task, loss in zip(tasks, losses, strict=True)
+            ]
+
+        started = time.process_time()
+        choice = choose_by(
+            [self.adapter(name) for name in names],
+            model=self.model,
+            names=names,
+            tasks=[(task, "valid") for task in tasks],
+            measure=measure,
+        )
+        best = choice.best.candidate
+        merged = merge_adapters_report(
+            [self.adapter(name) for name in names],
+            model=self.model,
+            method=best.method,
+            weights=best.weights,
+            check_base=False,
+            options=best.options(0),
+        ).adapter
+        losses = dict(zip(tasks, self.losses(merged, tasks, "test"), strict=True))
+        facts = {
+            "chosen": best.name,
+            "valid_base": [round(loss, 4) for loss in choice.base],
+            "valid_alone": [[round(x, 4) for x in own] for own in choice.alone],
+            "tried": {
+                trial.candidate.name: [round(loss, 4) for loss in trial.losses]
+                for trial in choice.trials
+            },
+            "worst_share": round(choice.score(choice.best), 4),
+            "warns_of": [tasks[i] for i in choice.worse],
+        }
+        self._note(names, AUTO, losses, time.process_time() - started, facts)
 
     def advise(self, names: tuple[str, ...]) -> None:
         """Note what `compare_adapters` advises for a combination."""
         folders = [self.work / "adapters" / name for name in names]
-        if not all(map(self.is_trained, names)):
-            return
+        started = time.process_time()
         comparison = compare_adapters(folders, self.model, check_base=False)
         advice = next((a for a in comparison.guidance if a.method), None)
         facts: dict[str, Any] = {"advised": None}
@@ -169,18 +270,18 @@ class Grid:
             if not METHODS[method].is_mean:
                 contender = replace(contender, total=sum(advice.weights))
             facts = {"advised": contender.name, "rule": advice.rule}
-        measures = ("update_cosine", "input_overlap", "output_overlap", "size_ratio")
+        measures = ("update_cosine", "relative_size", "size_ratio")
         facts |= {
             name: [[round(float(v), 4) for v in row] for row in comparison.matrix(name)]
             for name in measures
         }
-        self._note(names, ADVICE, {}, 0.0, facts)
+        self._note(names, ADVICE, {}, time.process_time() - started, facts)
 
     def _note(
         self,
         names: tuple[str, ...],
         contender: str,
-        tasks: dict[str, dict[str, float]],
+        losses: Mapping[str, float],
         seconds: float,
         settings: dict[str, Any] | None = None,
     ) -> None:
@@ -188,14 +289,13 @@ class Grid:
             "of": [*names],
             "contender": contender,
             **(settings or {}),
-            "merge_seconds": round(seconds, 2),
-            "tasks": tasks,
+            "cpu_seconds": round(seconds, 2),
+            "tasks": {task: {"test": round(loss, 4)} for task, loss in losses.items()},
         }
         self.lines.append(line)
         with self.results.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        test = {task: values["test"] for task, values in tasks.items()}
-        click.echo(f"{' + '.join(names)}: {contender}: {test}", err=True)
+        click.echo(f"{' + '.join(names)}: {contender}: {line['tasks']}", err=True)
 
 
 def open_grid(work: Path, tasks: Sequence[tuple[str, str]]) -> Grid:
@@ -206,54 +306,27 @@ def open_grid(work: Path, tasks: Sequence[tuple[str, str]]) -> Grid:
     model: Any
     model, tokenizer = load(str(work / "model"))
     folders = write_tasks(work / "data") | {name: Path(f) for name, f in tasks}
-    rows = {
-        name: read_rows(folder, tokenizer)
-        for name, folder in folders.items()
-    }  # fmt: skip
-    if lacking := {recipe.task for recipe in ADAPTERS.values()} - rows.keys():
+    if lacking := {recipe.task for recipe in ADAPTERS.values()} - folders.keys():
         raise click.ClickException(f"give the data of {', '.join(sorted(lacking))}.")
-    grid = Grid(work, model, tokenizer, rows, Trunk(model, len(model.layers) - BLOCKS))
+    trunk = Trunk(model, len(model.layers) - BLOCKS)
+    grid = Grid(work, model, tokenizer, trunk, folders)
     grid.lines = read_lines(grid.results)
     return grid
 
 
-def mean_loss(model: Any, trunk: Trunk, rows: Sequence[Row]) -> float:
-    """Return the mean loss of the rows' targets; only their logits are computed."""
-    total, count = 0.0, 0
-    ordered = sorted(rows, key=lambda row: len(row[0]))
-    with eval_mode(model):
-        for start in range(0, len(ordered), 8):
-            some = ordered[start : start + 8]
-            hidden = trunk.activations([tokens[:-1] for tokens, _ in some])
-            last = run_blocks(model.model.layers[trunk.frozen :], hidden)
-            places = [
-                last[row, first - 1 : len(tokens) - 1]
-                for row, (tokens, first) in enumerate(some)
-            ]
-            targets = mx.array([t for tokens, first in some for t in tokens[first:]])
-            logits = model.model.embed_tokens.as_linear(
-                model.model.norm(mx.concatenate(places))
-            )
-            total += float(nn.losses.cross_entropy(logits, targets).sum())
-            count += targets.size
-    return total / count
-
-
-def read_rows(folder: Path, tokenizer: Any) -> dict[str, list[Row]]:
-    """Return the rows of each split that have at most `LENGTH` tokens."""
+def read_rows(folder: Path, split: str, tokenizer: Any) -> list[Row]:
+    """Return the first rows of a split that have at most `LENGTH` tokens."""
     config = TrainConfig(data=str(folder), mask_prompt=True)
-    rows: dict[str, list[Row]] = {}
-    for split, data in load_datasets(config, tokenizer, tuple(ROWS)).items():
-        if data is None:
-            raise click.ClickException(f"{folder} has no {split}.jsonl.")
-        every = (data[i] for i in range(len(data)))
-        short = [
-            (tokens, first)
-            for tokens, first in every
-            if isinstance(first, int) and len(tokens) <= LENGTH
-        ]
-        rows[split] = short[: ROWS[split]]
-    return rows
+    data = load_datasets(config, tokenizer, (split,))[split]
+    if data is None:
+        raise click.ClickException(f"{folder} has no {split}.jsonl.")
+    examples = (data[i] for i in range(len(data)))
+    short = (
+        (tokens, first)
+        for tokens, first in examples
+        if isinstance(first, int) and len(tokens) <= LENGTH
+    )
+    return [*islice(short, ROWS[split])]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -270,7 +343,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 @click.option(
     "--trained-only", is_flag=True, help="Train nothing; leave out combinations."
 )
-@click.option("--test-only", is_flag=True, help="Measure no validation rows.")
+@click.option("--train-only", is_flag=True, help="Train the adapters, merge nothing.")
+@click.option(
+    "--share",
+    type=(int, int),
+    default=(0, 1),
+    help="I N: only every N-th adapter or combination, from the I-th (0 is the first).",
+)
 @click.option(
     "--advice", is_flag=True, help="Add what compare advises for each combination."
 )
@@ -284,31 +363,34 @@ def main(
     tasks: tuple[tuple[str, str], ...],
     minutes: float | None,
     trained_only: bool,
-    test_only: bool,
+    train_only: bool,
+    share: tuple[int, int],
     advice: bool,
     table: Path | None,
 ) -> None:
     if table is not None:
-        click.echo("\n".join(tables(read_lines(table))))
+        click.echo("\n".join(tables(read_lines(table), HELD_OUT)))
         return
     if work is None:
         raise click.UsageError("give --work or --table")
     grid = open_grid(work, tasks)
-    if test_only:
-        grid.splits = ("test",)
+    if train_only:
+        for name in [*ADAPTERS][share[0] :: share[1]]:
+            grid.adapter(name)
+        return
     click.echo(f"BLAS: {bench.BLAS.state}", err=True)
     started = time.perf_counter()
-    passes = range(len(contenders(["any"])))
-    for number, names in product(passes, COMBINATIONS):
+    for number, names in schedule(share):
         if trained_only and not all(map(grid.is_trained, names)):
             continue
         if minutes is not None and time.perf_counter() - started > 60 * minutes:
             click.echo("stopped by --minutes; run again to continue.", err=True)
             return
-        if advice and number == 0:
-            grid.advise(names)
-        elif advice:
-            return
+        if advice:
+            if number == 0:
+                grid.advise(names)
+        elif number == AUTO:
+            grid.choose(names)
         else:
             grid.run(names, number)
 

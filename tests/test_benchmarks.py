@@ -115,7 +115,7 @@ def test_the_trunk_changes_no_loss(tiny_model_folder: Path) -> None:
     script = """
 import _harness as bench
 import mlx.core as mx
-from _trunk import Trunk, measure, target_loss
+from _trunk import Trunk, mean_loss, measure, shared_tokens, target_loss
 from mlx_dora.adapters.hosting import load
 from mlx_dora.data.batches import pad_batch
 from mlx_dora.evaluate.loss import loss_fn
@@ -129,6 +129,13 @@ assert count.item() == all_count.item() == 11, (count, all_count)
 assert abs(ours.item() - usual.item()) < 1e-5, (ours, usual)
 whole = measure(model, trunk, rows)
 assert abs(whole.loss - usual.item()) < 1e-5, (whole, usual)
+alike = [([5, 7, 9, 11, 13, 2], 3), ([5, 7, 9, 6, 8], 4), ([5, 7, 9, 1, 4, 1, 2], 5)]
+assert shared_tokens([tokens for tokens, _ in alike]) == 3
+usual, _ = loss_fn(model, *pad_batch(alike, 99))
+for rows in (alike, alike[::-1]):
+    loss = mean_loss(model, Trunk(model, 1), rows)
+    assert abs(loss - usual.item()) < 1e-5, (loss, usual)
+assert shared_tokens([[1, 2], [1, 2, 3]]) == 1  # a row keeps a token of its own
 """
     script = script.replace("FOLDER", repr(str(tiny_model_folder)))
     done = run("-c", script, cwd=ROOT / "benchmarks")
@@ -170,8 +177,12 @@ def test_the_first_output_of_a_command_is_timed_and_shown() -> None:
         assert shown in row
 
 
+HELD_OUT = ["sort", "records"]
+"""A combination of `_grid_entries.HELD_OUT`."""
+
+
 def grid_line(of: list[str], contender: str, **losses: float) -> str:
-    tasks = {task: {"valid": loss, "test": loss} for task, loss in losses.items()}
+    tasks = {task: {"test": loss} for task, loss in losses.items()}
     return json.dumps({"of": of, "contender": contender, "tasks": tasks})
 
 
@@ -188,6 +199,14 @@ def test_the_grid_of_merges_shows_regret_and_tasks_above_the_base(
         grid_line(three, "(alone)", x=2.0, y=1.0, z=0.5),
         grid_line(three, "karcher", x=3.0, y=1.5, z=0.8),
         grid_line(three, "tsv, total 1.73", x=2.0, y=1.0, z=1.2),
+        grid_line(three, "(auto)", x=2.5, y=1.5, z=0.8),
+        grid_line(["a"], "(trained)"),
+        grid_line(HELD_OUT, "(base)", x=4.0, y=2.0),
+        grid_line(HELD_OUT, "(alone)", x=2.0, y=1.0),
+        grid_line(HELD_OUT, "karcher", x=3.0, y=1.6),
+        json.dumps(
+            {**json.loads(grid_line(HELD_OUT, "(advice)")), "advised": "karcher"}
+        ),
     ]
     results = tmp_path / "grid.jsonl"
     results.write_text("\n".join(lines) + "\n")
@@ -201,10 +220,13 @@ def test_the_grid_of_merges_shows_regret_and_tasks_above_the_base(
     assert rows["karcher"][3:] == ["0 of 2", "0 |"]
     # One row for any number of adapters; z is above the base by two fifths of .5.
     assert rows["tsv, sum √N"][1:] == ["1.40 (-40%)", "0.000 ± 0.000", "2 of 2", "1 |"]
-    # By the worst share the other method is taken in the second combination.
-    assert rows["*data: worst share*"][:2] == ["1.85 (75%)", "1.77 (40%)"]
-    assert rows["*data: mean loss*"][:2] == ["1.85 (75%)", "1.40 (-40%)"]
+    # What data choose is no contender: its loss does not make the least.
+    assert rows["*with data*"] == ["", "1.60 (40%)", "0.200 ± 0.000", "0 of 1", "0 |"]
     assert "| 2 | a + b + c | x 4.00, 2.00, y 2.00, 1.00, z 1.00, 0.50 |" in done.stdout
+    # Combinations that were held out have a table of their own.
+    held = done.stdout.strip().split("\n\n")[2].splitlines()
+    assert held[0].startswith("| | 3 | above the best |")
+    assert held[-1] == "| *without data* | 2.30 (40%) | 0.000 ± 0.000 | 1 of 1 | 0 |"
 
 
 def test_the_page_has_the_tables_of_the_grids_results() -> None:

@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from mlx_dora.analyze.guidance import AGREE, INDEPENDENT, SPACE, STRONG, Advice
+from mlx_dora.analyze.guidance import (
+    AGREE,
+    INDEPENDENT,
+    OPPOSE,
+    SPACE,
+    STRONG,
+    Advice,
+)
 from mlx_dora.analyze.metrics import number
 
 
@@ -150,8 +157,8 @@ def groups_that_agree(
 def _method_advice(pairs: Sequence[PairAgreement], names: Sequence[str]) -> Advice:
     """Suggest a merge method from the cosines of the pairs.
 
-    The weights N^-¼ are between those of a mean of N directions and of their sum; the
-    benchmark of ``docs/merging.md`` is behind them.
+    The benchmark of ``docs/merging.md`` is behind the method, its weights and the
+    limits.
     """
     cosines = pair_cosines(pairs)
     least, most = (end(cosines, key=cosines.__getitem__) for end in (min, max))
@@ -162,7 +169,7 @@ def _method_advice(pairs: Sequence[PairAgreement], names: Sequence[str]) -> Advi
             f"{names[least[0]]} and {names[least[1]]} have {said[least]}, "
             f"{names[most[0]]} and {names[most[1]]} {said[most]}"
         )
-    if cosines[least] <= -AGREE:
+    if cosines[least] <= OPPOSE:
         return Advice(
             rule="opposed",
             sentence=f"The updates of {names[least[0]]} and {names[least[1]]} oppose "
@@ -191,10 +198,9 @@ def _method_advice(pairs: Sequence[PairAgreement], names: Sequence[str]) -> Advi
             f"({strength:.1%} of the weights): a mean, {mean.method} with equal "
             "weights, loses less than a sum, in which each disturbs the others.",
         )
-    weight = round(len(names) ** -0.25, 4)
     suggestion = (
-        f"{INDEPENDENT} in space {SPACE} with weights {weight:.3g} keeps most of each "
-        "and makes their directions orthogonal, so that they disturb each other little."
+        f"{INDEPENDENT} in space {SPACE} with weights 1 keeps each whole and makes "
+        "their directions orthogonal, so that they disturb each other little."
     )
     if len(groups) == len(names):
         rule, seen = "independent", f"The updates do different things ({size})"
@@ -208,7 +214,7 @@ def _method_advice(pairs: Sequence[PairAgreement], names: Sequence[str]) -> Advi
     return Advice(
         rule=rule,
         method=INDEPENDENT,
-        weights=(weight,) * len(names),
+        weights=(1.0,) * len(names),
         space=SPACE,
         sentence=f"{seen}: {suggestion}",
     )

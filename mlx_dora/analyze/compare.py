@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_dora import openblas
 from mlx_dora.adapters.adapter import Adapter
 from mlx_dora.adapters.keys import natural_order
 from mlx_dora.adapters.labels import short_names
@@ -144,6 +145,7 @@ class AdapterComparison(Shown):
         }
 
 
+@openblas.one_thread()
 def compare_adapters(
     adapters: Sequence[Adapter | str | Path],
     model: nn.Module | str | Path | None = None,

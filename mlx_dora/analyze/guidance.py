@@ -11,8 +11,10 @@ from mlx_dora.errors import DoRAError
 
 ENERGY = 0.99
 """Share of the update's energy that a suggested rank keeps."""
-AGREE = 0.2
-"""Least cosine at which two updates agree; its negative is where they oppose."""
+AGREE = 0.5
+"""Least cosine at which two updates agree."""
+OPPOSE = -0.2
+"""Greatest cosine at which two updates oppose each other."""
 STRONG = 0.02
 """Least size of updates, relative to the weights, at which sums of them do harm."""
 INDEPENDENT, SPACE = "tsv", "core"

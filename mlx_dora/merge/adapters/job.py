@@ -1,6 +1,7 @@
 """Merges loaded adapters, module by module, by any method."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_dora import openblas
 from mlx_dora.adapters.adapter import Adapter, BaseModel, ranks_in
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.keys import natural_order
@@ -93,8 +95,21 @@ class Job:
         """The rule for magnitudes; None for the method's own."""
         return self.options.rule()
 
+    @cached_property
+    def is_thin(self) -> bool:
+        """Whether all products have a thin factor, so that one BLAS thread is best."""
+        if self.space is None:
+            return not any(
+                fisher.facts.granularity == "element" for fisher in self.fishers
+            )
+        return bool(self.space.coordinates)
+
     def merged(self, rank: int | None) -> AdapterMerge:
         """Merge every module; cut the updates to `rank` if it is not None."""
+        with openblas.one_thread() if self.is_thin else nullcontext():
+            return self._merged(rank)
+
+    def _merged(self, rank: int | None) -> AdapterMerge:
         adapted = {path: self.modules[path] for path in self.paths}
         inputs = [adapted_modules(adapter, adapted) for adapter in self.adapters]
         tensors: dict[str, mx.array] = {}
@@ -159,10 +174,11 @@ class Job:
     ) -> MergedMatrix:
         """Merge the adapters of one matrix with weights ``(out, N)``."""
         method, scale, options = self.method, self.scale, self.options
-        if method.is_mean:  # adapters with weight 0 do not count
-            used = np.flatnonzero(shares.any(0)).tolist()
+        # Adapters with weight 0 do not count, nor do they share in a space or a rank.
+        if used := np.flatnonzero(shares.any(0)).tolist():
             inputs, shares = [inputs[i] for i in used], shares[:, used]
             known = [known[i] for i in used] if known else known
+        if method.is_mean:
             m, update = inputs[0].m, inputs[0].update
             is_kept = options.magnitudes is None and rank is None
             if len(inputs) == 1 and is_kept and m is not None:

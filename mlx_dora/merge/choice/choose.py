@@ -37,6 +37,9 @@ _BATCH = 4
 _SPLITS = ("valid", "test", "train")
 """Where rows are taken from: the first of these that exists."""
 
+Measure = Callable[[Adapter | None, str], list[LossResult]]
+"""``(adapter or None for the base, its name) -> loss on each task``."""
+
 
 def choose_merge(
     adapters: Sequence[Adapter | str | Path],
@@ -93,25 +96,62 @@ def choose_merge(
     base, tokenizer = load(model)
     check_fit(base, loaded, names, check_base)
     tasks = [_read_task(name, tokenizer) for name in data]
+    return choose_by(
+        loaded,
+        model=base,
+        names=names,
+        tasks=[(name, split) for name, (split, _) in zip(data, tasks, strict=True)],
+        measure=partial(_measure, base, tasks, rows, max_seq_length, progress),
+        candidates=candidates,
+        rank=rank,
+        seed=seed,
+    )
+
+
+def choose_by(
+    adapters: Sequence[Adapter],
+    *,
+    model: nn.Module,
+    names: Sequence[str],
+    tasks: Sequence[tuple[str, str]],
+    measure: Measure,
+    candidates: Sequence[Candidate] | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+) -> MergeChoice:
+    """Choose a merge as `choose_merge` does, by losses that `measure` returns.
+
+    Args:
+        adapters: Adapters of the model.
+        model: The base.
+        names: A name for each adapter.
+        tasks: Name of the data and of the split of each task.
+        measure: Returns the loss on each task, of an adapter or (for None) of the base.
+            The second argument is a name for progress.
+        candidates: As in `choose_merge`.
+        rank: As in `choose_merge`.
+        seed: As in `choose_merge`.
+
+    Raises:
+        DoRAError: If a loss of the base or of an adapter is not finite.
+    """
     wanted = default_candidates(len(adapters)) if candidates is None else candidates
-    measure = partial(_measure, base, tasks, rows, max_seq_length, progress)
     first = measure(None, "base")
+    labels = short_names([name for name, _ in tasks])
     choice = MergeChoice(
-        adapters=tuple(short_names(names)),
+        adapters=tuple(short_names([*names])),
         tasks=tuple(
-            TaskRows(name=short, split=split, rows=result.rows, tokens=result.tokens)
-            for short, (split, _), result in zip(
-                short_names([*data]), tasks, first, strict=True
-            )
+            TaskRows(name=label, split=split, rows=result.rows, tokens=result.tokens)
+            for label, (_, split), result in zip(labels, tasks, first, strict=True)
         ),
         base=_finite(first, "the base"),
         alone=tuple(
             _finite(measure(adapter, name), name)
-            for adapter, name in zip(loaded, names, strict=True)
+            for adapter, name in zip(adapters, names, strict=True)
         ),
         trials=(),
     )
-    attempt = partial(_attempt, loaded, base, rank, seed, measure)
+    attempt = partial(_attempt, adapters, model, rank, seed, measure)
     for candidate in wanted:
         choice = _with(choice, attempt(candidate))
     choice = _tilted(choice, attempt)
@@ -146,7 +186,7 @@ def _attempt(
     base: nn.Module,
     rank: int | None,
     seed: int,
-    measure: Callable[[Adapter, str], list[LossResult]],
+    measure: Measure,
     candidate: Candidate,
 ) -> Trial:
     """Merge and measure a candidate; a failure is recorded with its reason."""

@@ -55,9 +55,10 @@ def task_arithmetic(
 def tsv(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Blocks:
     r"""TSV-Merge: keep some singular vectors of each task and make them orthogonal.
 
-    Each :math:`w_i\tau_i` keeps its min(out, in) / N largest singular triples. The
-    concatenated vectors of all tasks are replaced by the nearest orthonormal vectors
-    (Procrustes: :math:`U \to P Q^\top` for :math:`U = P\Sigma Q^\top`). The result is
+    Each :math:`w_i\tau_i` keeps its min(out, in) / N largest singular triples; N counts
+    the inputs whose weight is not 0. The concatenated vectors of all tasks are replaced
+    by the nearest orthonormal vectors (Procrustes: :math:`U \to P Q^\top` for
+    :math:`U = P\Sigma Q^\top`). The result is
     :math:`W_0 + \lambda \hat U \hat\Sigma \hat V^\top` (arXiv:2412.00081). Tensors that
     are not matrices get the weighted mean of the task vectors, times λ. All tensors are
     held in memory.
@@ -69,16 +70,18 @@ def tsv(base: Tensor, tensors: Sequence[Tensor], settings: TensorSettings) -> Bl
         np.array(blockwise.held(tensor).astype(mx.float32), np.float64)
         for tensor in (base, *tensors)
     )
-    share = max(1, min(start.shape) // len(tensors))
+    pairs = zip(others, settings.plain_weights(), strict=True)
+    used = [(other, weight) for other, weight in pairs if weight]
+    share = max(1, min(start.shape) // max(len(used), 1))
     lefts, sizes, rights = [], [], []
-    for other, weight in zip(others, settings.plain_weights(), strict=True):
+    for other, weight in used:
         u, s, v = np.linalg.svd(weight * (other - start), full_matrices=False)
         kept = min(share, int((s > _TSV_NOISE * s[0]).sum()))
         lefts.append(u[:, :kept])
         sizes.append(s[:kept])
         rights.append(v[:kept].T)
     merged = start
-    if any(values.size for values in sizes):
+    if any(values.size for values in sizes):  # not if all weights are 0
         u, v = (_orthonormal(np.concatenate(part, axis=1)) for part in (lefts, rights))
         merged = start + settings.scale * (u * np.concatenate(sizes)) @ v.T
     yield mx.array(merged.astype(np.float32)).reshape(-1)

@@ -12,6 +12,7 @@ from mlx_dora import Adapter, DoRAError
 from mlx_dora.layers import weight_of
 from mlx_dora.merge import merge_adapters
 from mlx_dora.merge.methods import METHODS
+from mlx_dora.merge.methods.spaces import SPACES
 from tests.checks import assert_close
 from tests.merge.adapters.test_merge import dense_rows, known_of, train
 from tests.merge.names import (
@@ -64,8 +65,6 @@ def test_copies_give_the_adapter_back(
     fewest = METHODS[method].inputs[0]
     if not fewest <= count <= most(method, count):
         pytest.skip("takes more or fewer adapters")
-    if method == "tsv" and count > 5:
-        pytest.skip("of v_proj's 16 singular vectors tsv keeps 16 / N, under rank 3")
     model = make_tiny_model(bits=bits)
     first = train(model, 1)
     weights = [1 / count] * count
@@ -78,6 +77,29 @@ def test_copies_give_the_adapter_back(
     for rank in (None, 3):
         merged = merge_adapters(copies, rank=rank, **kw)
         assert_same(model, merged, first, 1e-6)
+
+
+@pytest.mark.parametrize("space", [None, *SPACES])
+@pytest.mark.parametrize("method", ALL)
+def test_an_adapter_of_weight_0_changes_nothing(
+    tiny_model: nn.Module, method: str, space: str | None
+) -> None:
+    """It takes no share of the rank, the space or the random numbers either."""
+    entry = METHODS[method]
+    if not entry.takes_weights or entry.inputs[1] is not None:
+        pytest.skip("takes no weights, or no third adapter")
+    if space is not None and not entry.takes_space:
+        pytest.skip("merges in no space")
+    adapters = [train(tiny_model, i, rank=2 + i) for i in range(3)]
+    rank = 3 if space == "ctm" else None
+    kw = {**settings(method, tiny_model, adapters), "rank": rank, "space": space}
+    if entry.density is not None:
+        kw["density"] = 0.4
+    with_it = merge_adapters(adapters, weights=[0.4, 0, 0.6], **kw)
+    if method == "fisher":
+        kw["fisher"] = kw["fisher"][::2]
+    without = merge_adapters(adapters[::2], weights=[0.4, 0.6], **kw)
+    assert_same(tiny_model, with_it, without, 1e-7)
 
 
 @pytest.mark.parametrize("method", [m for m in ALL if m not in RANDOM])

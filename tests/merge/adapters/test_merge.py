@@ -331,7 +331,7 @@ def test_auto_uses_the_suggestion_of_the_comparison(
             [first, second],
             model=model,
             method=chosen,
-            weights=[0.8409, 0.8409],
+            weights=[1.0, 1.0],
             space=SPACE,
         )
         saved = load_adapter(tmp_path / "out")

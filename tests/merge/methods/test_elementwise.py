@@ -191,6 +191,15 @@ def test_tsv_joins_orthogonal_tasks_without_loss():
     assert_close(result, base + total(deltas), bound=1e-4)
 
 
+def test_tsv_does_not_count_tasks_of_weight_0():
+    base, tuned = make()
+    start, changed = mx.array(base), arrays(*tuned)
+    result = methods.tsv(start, changed, [1.0, 0.0, 0.5])
+    expected = methods.tsv(start, changed[::2], [1.0, 0.5])
+    assert_close(result, to_numpy(expected), bound=1e-7)
+    assert_close(methods.tsv(start, changed, [0.0] * 3), base.astype(float), bound=0)
+
+
 def test_tsv_whitens_what_the_tasks_share():
     """Two equal tasks of rank 1: the task once, with the norm of both together."""
     base = np.zeros((6, 6), np.float32)
