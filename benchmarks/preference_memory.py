@@ -88,13 +88,16 @@ def peak(name: str, length: int, steps: int) -> dict[str, Any]:
 @click.option("--only", default=None, help="One objective, in this process.")
 @click.option("--length", default=129, help="Tokens of a row.")
 @click.option("--steps", default=2)
-def main(only: str | None, length: int, steps: int) -> None:
+@click.option("--smoke", is_flag=True, help="One short step of SFT and of DPO.")
+def main(only: str | None, length: int, steps: int, smoke: bool) -> None:
     """Measure every objective, each in a process of its own."""
+    names = OBJECTIVES[:2] if smoke else OBJECTIVES
+    length, steps = (9, 1) if smoke else (length, steps)
     if only is not None:
         print(json.dumps(peak(only, length, steps)))
         return
     found = {}
-    for name in OBJECTIVES:
+    for name in names:
         words = [sys.executable, __file__, "--only", name, "--length", str(length),
                  "--steps", str(steps)]  # fmt: skip
         done = subprocess.run(words, capture_output=True, text=True, check=True)

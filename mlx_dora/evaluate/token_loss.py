@@ -14,7 +14,7 @@ def token_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     (0.32) adds the exponentials of a row in sequence, in float32: over 49,152 columns
     the probabilities then add up to 1 only within 1e-4 to 2e-4, and the loss and the
     gradient of the hidden state have an error of that size. Here the CPU adds blocks of
-    256 columns, and then the blocks. The backward pass is :math:`e^{z_v - \log\sum e^z}`
+    256 columns, and then the blocks. The gradient is :math:`e^{z_v - \log\sum e^z}`,
     minus 1 at the target.
 
     Args:

@@ -20,7 +20,7 @@ from mlx_dora.data.config import DataConfig
 from mlx_dora.data.loading import as_dataset
 from mlx_dora.train import TrainConfig
 from mlx_dora.train.objectives.config import PreferenceConfig
-from mlx_dora.train.objectives.dpo_losses import LOSSES
+from mlx_dora.train.objectives.dpo_losses import LOSSES, SMOOTHED
 from mlx_dora.train.objectives.kto import Kto
 from mlx_dora.train.objectives.make import make_objective
 from mlx_dora.train.run.start import trainable_tensors
@@ -30,6 +30,19 @@ from tests.hosts import version_in
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 BETA, SMOOTHING = 0.3, 0.1
+DPO: dict[str, dict[str, Any]] = {
+    **{name: {"loss_type": name} for name in LOSSES},
+    **{
+        f"sigmoid {kind}": {"loss_type": "sigmoid", "f_divergence_type": kind}
+        for kind in ("forward_kl", "js_divergence", "alpha_divergence")
+    },
+    "ipo alpha_divergence 0.8": {
+        "loss_type": "ipo",
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 0.8,
+    },
+    "sigmoid ld_alpha": {"loss_type": "sigmoid", "ld_alpha": 0.4},
+}
 VALUES = 3e-5
 """Bound of the losses' relative error: squares of log-ratios amplify rounding.
 
@@ -170,7 +183,7 @@ def test_pairs_train_as_in_trl(adapted: tuple[Any, Any, Path], smollm: Path) -> 
     raw = unit_batch(data, [0, 2, 4], 2, 512)
     order = [0, 2, 4, 1, 3, 5]
     lengths = [len(data[index][0]) for index in order]
-    more = {"pairs": PAIRS, "dpo": [*LOSSES], "lengths": lengths}
+    more = {"pairs": PAIRS, "dpo": DPO, "lengths": lengths}
     found = run_peer(
         "trl_peer.py", "pairs", folder / "a", job(smollm, folder, **more), {}
     )
@@ -182,10 +195,11 @@ def test_pairs_train_as_in_trl(adapted: tuple[Any, Any, Path], smollm: Path) -> 
         assert theirs[row, : len(tokens)].tolist() == tokens
         assert np.flatnonzero(mask[row]).tolist() == [*range(first, len(tokens))]
 
-    batch = any_dpo.complete(model, data, raw)
-    for name in LOSSES:
-        smoothing = SMOOTHING if name in ("robust", "exo_pair") else 0.0
-        objective = make("dpo", loss_type=(name,), label_smoothing=smoothing)
+    for name, case in DPO.items():
+        own = {**case, "loss_type": (case["loss_type"],)}
+        smoothing = SMOOTHING if case["loss_type"] in SMOOTHED else 0.0
+        objective = make("dpo", label_smoothing=smoothing, **own)
+        batch = objective.complete(model, data, raw)
         compare(f"dpo/{name}", model, objective, batch, found)
     pair = raw[:2]
     compare("orpo", model, make("orpo"), pair, found)

@@ -45,7 +45,7 @@ def test_loss_and_gradient_equal_float64(columns: int) -> None:
     gradient = mx.grad(total)(logits)
     if columns > 1:
         assert_close(gradient, slopes, bound=3e-6)
-    # The probabilities add up to 1: else each hidden state's gradient has a common part.
+    # The probabilities add up to 1, or every hidden state gets a common gradient.
     assert np.abs(to_numpy(gradient).sum(axis=1)).max() < 4e-6
 
 
