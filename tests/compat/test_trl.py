@@ -43,18 +43,12 @@ DPO: dict[str, dict[str, Any]] = {
     },
     "sigmoid ld_alpha": {"loss_type": "sigmoid", "ld_alpha": 0.4},
 }
-VALUES = 3e-5
-"""Bound of the losses' relative error: squares of log-ratios amplify rounding.
-
-sppo_hard was 1.2e-5 off; sigmoid, hinge, ipo, exo_pair, nca_pair, robust and bco_pair
-held 1e-5.
-"""
-GRADIENTS = 5e-4
+VALUES = 1e-5
+"""Bound of the losses' relative error."""
+GRADIENTS = 1e-4
 """Bound of the gradients' relative error.
 
-Not 1e-4, for a reason not yet known: ours differs from float64 by 2.2e-4 (sigmoid),
-where torch in float32 differs by 4e-6. The gradients of the losses themselves hold 1e-5
-against NumPy in tests/train/objectives/test_losses.py.
+With MLX's own cross-entropy on the CPU it was 2.2e-4: see `token_cross_entropy`.
 """
 TURNS = [
     ("What is a lock?", "A thing that one thread holds.", "A key."),
