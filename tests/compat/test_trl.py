@@ -137,13 +137,16 @@ def compare(
     objective: Any,
     batch: Any,
     found: dict[str, mx.array],
+    without: str = "",
 ) -> None:
-    """Compare a loss, its metrics, and the gradient of the adapter."""
+    """Compare a loss, its metrics but for one, and the gradient of the adapter."""
     function = nn.value_and_grad(model, objective.loss)
     (loss, _, _, table), gradient = function(model, *batch)
     assert float(loss) == pytest.approx(float(found[f"{name}/loss"][0]), rel=VALUES)
     metrics = objective.values(np.array(table, np.float64).reshape(-1).tolist())
     for key, value in metrics.items():
+        if key == without:
+            continue
         theirs = float(found[f"{name}/metric/{key}"][0])
         assert value == pytest.approx(theirs, rel=1e-4, abs=1e-4), (name, key)
     difference = total = 0.0
@@ -199,7 +202,8 @@ def test_pairs_train_as_in_trl(adapted: tuple[Any, Any, Path], smollm: Path) -> 
     compare("orpo", model, make("orpo"), pair, found)
     compare("simpo", model, make("simpo", label_smoothing=SMOOTHING), pair, found)
     alone = make("simpo", label_smoothing=SMOOTHING, cpo_alpha=0.0)
-    compare("simpo alone", model, alone, pair, found)
+    # TRL reports 0 for a cross-entropy that does not count; ours is the real figure.
+    compare("simpo alone", model, alone, pair, found, without="nll_loss")
 
 
 def test_labels_train_as_in_trl(adapted: tuple[Any, Any, Path], smollm: Path) -> None:
