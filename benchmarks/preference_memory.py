@@ -8,7 +8,7 @@ rows whose answers alone are targets; GRPO samples 8 completions of one prompt, 
 as these answers unless the model ends them earlier. The script runs each in a process
 of its own, so that no cache is shared, and prints one JSON line: peak bytes with the
 model's own, the median seconds of a step after the first (DPO's with the reference's
-pass, GRPO's with the sampling), and the ratios to SFT's.
+pass, GRPO's with the sampling), wall and CPU, and the ratios to SFT's.
 """
 
 import _harness as bench  # isort: skip - OpenBLAS before mlx
@@ -19,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -78,6 +80,7 @@ def step(name: str, length: int, steps: int) -> dict[str, Any]:
     mx.clear_cache()
     held = mx.get_active_memory()
     units = {"kto": ROWS, "sft": ROWS, "grpo": 1}.get(objective, ROWS // 2)
+    clock: list[float] = []
     rows, reward = sampled(length) if objective == "grpo" else (Rows(length), None)
     with tempfile.TemporaryDirectory() as folder:
         report = finetune(
@@ -97,11 +100,14 @@ def step(name: str, length: int, steps: int) -> dict[str, Any]:
             preference=PreferenceConfig(),
             reward=reward,
             adapter_path=f"{folder}/adapter",
+            callback=lambda _: clock.append(time.process_time()),
         )
+    cpu = [after - before for before, after in pairwise(clock)]
     rates = [one.steps_per_second or math.inf for one in report.history]
     seconds = statistics.median(1 / rate for rate in rates[1:] or rates)
     return {"name": name, "model": held, "peak": report.peak_memory_bytes,
-            "seconds": seconds, "tokens": report.trained_tokens,
+            "seconds": seconds, "cpu": statistics.median(cpu or [0]),
+            "tokens": report.trained_tokens,
             "loss": report.train_loss}  # fmt: skip
 
 
@@ -131,6 +137,9 @@ def main(only: str | None, length: int, steps: int, chosen: tuple[str, ...],
         "length": length, "model_bytes": found["sft"]["model"],
         "peak_bytes": {name: one["peak"] for name, one in found.items()},
         "step_seconds": {name: round(one["seconds"], 2) for name, one in found.items()},
+        "step_cpu_seconds": {name: round(one["cpu"], 2) for name, one in found.items()},
+        "cpu_of_sft": {name: round(one["cpu"] / base["cpu"], 3) if base["cpu"] else None
+                       for name, one in found.items()},
         "of_sft": {name: round(one["peak"] / base["peak"], 4)
                    for name, one in found.items()},
         "seconds_of_sft": {name: round(one["seconds"] / base["seconds"], 3)
