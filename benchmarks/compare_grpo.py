@@ -18,6 +18,7 @@ import _harness as bench  # isort: skip - OpenBLAS before mlx
 import json
 import math
 import random
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,16 @@ REWARD = RewardConfig(
     max_completion_length=6,
     stop_words=("\n",),
 )
+
+
+SMOKE = {
+    "methods": ("dora",),
+    "seeds": (0,),
+    "iters": 1,
+    "batch_size": 1,
+    "num_layers": 1,
+    "held_out": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +159,7 @@ def summarize(lines: list[dict[str, Any]]) -> None:
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), required=True)
+@click.option("--output", type=click.Path(path_type=Path), default=Path("grpo.jsonl"))
 @click.option("--work", type=click.Path(path_type=Path), default=Path("grpo_work"))
 @click.option("--model", default="demo", help="A folder; the demo's model by default.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0, 1, 2))
@@ -160,15 +171,28 @@ def summarize(lines: list[dict[str, Any]]) -> None:
 @click.option("--learning-rate", default=3e-4)
 @click.option("--held-out", default=32)
 @click.option("--summary", is_flag=True, help="Print what the output holds.")
-def main(
+@click.option("--smoke", is_flag=True, help="One small update, kept nowhere.")
+def main(summary: bool, smoke: bool, **settings: Any) -> None:
+    """Run what the output lacks."""
+    if smoke:
+        with tempfile.TemporaryDirectory() as folder:
+            place = {"output": Path(folder, "out.jsonl"), "work": Path(folder)}
+            compare(**{**settings, **place, **SMOKE})
+    else:
+        compare(**settings, summary=summary)
+
+
+def compare(
+    *,
     output: Path,
     work: Path,
     model: str,
     seeds: tuple[int, ...],
-    summary: bool,
+    methods: tuple[str, ...] = ("dora", "lora"),
+    summary: bool = False,
     **settings: Any,
 ) -> None:
-    """Run what the output lacks."""
+    """Run the jobs that the output lacks, or summarize it."""
     lines = []
     if output.exists():
         lines = [json.loads(line) for line in output.read_text().splitlines()]
@@ -177,7 +201,7 @@ def main(
     done = [line["job"] for line in lines]
     model = str(demo_model()) if model == "demo" else model
     for seed in seeds:
-        for method in ("dora", "lora"):
+        for method in methods:
             job = Job(model=Path(model).name, method=method, seed=seed, **settings)
             if asdict(job) in done:
                 continue

@@ -74,6 +74,13 @@ def test_the_drawing_of_the_packages_is_up_to_date() -> None:
     assert drawn == drawing.read_text(encoding="utf-8"), "python docs/_draw_house.py"
 
 
+@pytest.mark.parametrize("name", ["grpo.svg", "preferences.svg"])
+def test_the_curves_are_those_of_the_stored_results(name: str) -> None:
+    drawing = ROOT / "docs" / "assets" / name
+    drawn = script("_draw_curves").DRAWINGS[name]()
+    assert drawn == drawing.read_text(encoding="utf-8"), "python docs/_draw_curves.py"
+
+
 def test_the_link_checker_finds_what_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "b.html").write_text('<h1 id="here">b</h1>')
     (tmp_path / "a.html").write_text(

@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from mlx_dora.data.batches import Batch, Examples, batches_once
 from mlx_dora.evaluate.loss import eval_mode, target_mask
+from mlx_dora.evaluate.token_loss import token_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def compare_probe(model: nn.Module, probe: Probe) -> Agreement:
         return mx.where(mask, values, 0).sum()
 
     def loss(logits: mx.array) -> mx.array:
-        return total(mx.fast.cross_entropy(logits, targets)) / count
+        return total(token_cross_entropy(logits, targets)) / count
 
     difference = other - probe.logits
     square = total(mx.square(difference).mean(axis=-1))

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_dora.evaluate.token_loss import token_cross_entropy
 from mlx_dora.layers import held_whole, is_traced
 from mlx_dora.matrix.sharded import pause_order
 
@@ -206,9 +207,7 @@ def split_head(
 
 def token_losses(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
     """Cross-entropy of each target in float32, 0 outside the mask."""
-    if mx.default_device() == mx.cpu:  # the CPU reduces in the logits' dtype
-        logits = logits.astype(mx.float32)
-    return mx.where(mask, mx.fast.cross_entropy(logits, targets), 0.0)
+    return mx.where(mask, token_cross_entropy(logits, targets), 0.0)
 
 
 def warn_of_whole(model: nn.Module) -> None:

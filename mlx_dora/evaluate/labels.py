@@ -12,6 +12,7 @@ from mlx_dora.data.batches import pad_batch
 from mlx_dora.data.dataset import Dataset, Parts
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import eval_mode, target_mask
+from mlx_dora.evaluate.token_loss import token_cross_entropy
 
 MAX_LABELS = 20
 MAX_LABEL_LENGTH = 40
@@ -159,8 +160,7 @@ def _whole_label_scores(model: nn.Module, batch: list[_Row]) -> np.ndarray:
         examples = [(p.prompt + p.answer, len(p.prompt)) for p in options]
         tokens, lengths = pad_batch(examples, 1 << 30)
         targets = tokens[:, 1:]
-        logits = model(tokens[:, :-1]).astype(mx.float32)
-        losses = mx.fast.cross_entropy(logits, targets)
+        losses = token_cross_entropy(model(tokens[:, :-1]).astype(mx.float32), targets)
         mask = target_mask(lengths, targets.shape[1])
         columns.append(np.array(-mx.where(mask, losses, 0.0).sum(axis=1)))
     return np.stack(columns, axis=1)

@@ -47,7 +47,7 @@ def run_peer(
     mx.save_safetensors(str(folder / "in.safetensors"), given)
     done = subprocess.run(
         [python, str(HERE / script), name, str(folder)],
-        capture_output=True, text=True, env=_environment(), timeout=600,
+        capture_output=True, text=True, env=_environment(), timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = mx.load(str(folder / "out.safetensors"))

@@ -20,7 +20,7 @@ from mlx_dora.data.config import DataConfig
 from mlx_dora.data.loading import as_dataset
 from mlx_dora.train import TrainConfig
 from mlx_dora.train.objectives.config import PreferenceConfig
-from mlx_dora.train.objectives.dpo_losses import LOSSES
+from mlx_dora.train.objectives.dpo_losses import LOSSES, SMOOTHED
 from mlx_dora.train.objectives.kto import Kto
 from mlx_dora.train.objectives.make import make_objective
 from mlx_dora.train.run.start import trainable_tensors
@@ -30,18 +30,25 @@ from tests.hosts import version_in
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 BETA, SMOOTHING = 0.3, 0.1
-VALUES = 3e-5
-"""Bound of the losses' relative error: squares of log-ratios amplify rounding.
-
-sppo_hard was 1.2e-5 off; sigmoid, hinge, ipo, exo_pair, nca_pair, robust and bco_pair
-held 1e-5.
-"""
-GRADIENTS = 5e-4
+DPO: dict[str, dict[str, Any]] = {
+    **{name: {"loss_type": name} for name in LOSSES},
+    **{
+        f"sigmoid {kind}": {"loss_type": "sigmoid", "f_divergence_type": kind}
+        for kind in ("forward_kl", "js_divergence", "alpha_divergence")
+    },
+    "ipo alpha_divergence 0.8": {
+        "loss_type": "ipo",
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 0.8,
+    },
+    "sigmoid ld_alpha": {"loss_type": "sigmoid", "ld_alpha": 0.4},
+}
+VALUES = 1e-5
+"""Bound of the losses' relative error."""
+GRADIENTS = 1e-4
 """Bound of the gradients' relative error.
 
-Not 1e-4, for a reason not yet known: ours differs from float64 by 2.2e-4 (sigmoid),
-where torch in float32 differs by 4e-6. The gradients of the losses themselves hold 1e-5
-against NumPy in tests/train/objectives/test_losses.py.
+With MLX's own cross-entropy on the CPU it was 2.2e-4: see `token_cross_entropy`.
 """
 TURNS = [
     ("What is a lock?", "A thing that one thread holds.", "A key."),
@@ -130,13 +137,16 @@ def compare(
     objective: Any,
     batch: Any,
     found: dict[str, mx.array],
+    without: str = "",
 ) -> None:
-    """Compare a loss, its metrics, and the gradient of the adapter."""
+    """Compare a loss, its metrics but for one, and the gradient of the adapter."""
     function = nn.value_and_grad(model, objective.loss)
     (loss, _, _, table), gradient = function(model, *batch)
     assert float(loss) == pytest.approx(float(found[f"{name}/loss"][0]), rel=VALUES)
     metrics = objective.values(np.array(table, np.float64).reshape(-1).tolist())
     for key, value in metrics.items():
+        if key == without:
+            continue
         theirs = float(found[f"{name}/metric/{key}"][0])
         assert value == pytest.approx(theirs, rel=1e-4, abs=1e-4), (name, key)
     difference = total = 0.0
@@ -170,7 +180,7 @@ def test_pairs_train_as_in_trl(adapted: tuple[Any, Any, Path], smollm: Path) -> 
     raw = unit_batch(data, [0, 2, 4], 2, 512)
     order = [0, 2, 4, 1, 3, 5]
     lengths = [len(data[index][0]) for index in order]
-    more = {"pairs": PAIRS, "dpo": [*LOSSES], "lengths": lengths}
+    more = {"pairs": PAIRS, "dpo": DPO, "lengths": lengths}
     found = run_peer(
         "trl_peer.py", "pairs", folder / "a", job(smollm, folder, **more), {}
     )
@@ -182,16 +192,18 @@ def test_pairs_train_as_in_trl(adapted: tuple[Any, Any, Path], smollm: Path) -> 
         assert theirs[row, : len(tokens)].tolist() == tokens
         assert np.flatnonzero(mask[row]).tolist() == [*range(first, len(tokens))]
 
-    batch = any_dpo.complete(model, data, raw)
-    for name in LOSSES:
-        smoothing = SMOOTHING if name in ("robust", "exo_pair") else 0.0
-        objective = make("dpo", loss_type=(name,), label_smoothing=smoothing)
+    for name, case in DPO.items():
+        own = {**case, "loss_type": (case["loss_type"],)}
+        smoothing = SMOOTHING if case["loss_type"] in SMOOTHED else 0.0
+        objective = make("dpo", label_smoothing=smoothing, **own)
+        batch = objective.complete(model, data, raw)
         compare(f"dpo/{name}", model, objective, batch, found)
     pair = raw[:2]
     compare("orpo", model, make("orpo"), pair, found)
     compare("simpo", model, make("simpo", label_smoothing=SMOOTHING), pair, found)
     alone = make("simpo", label_smoothing=SMOOTHING, cpo_alpha=0.0)
-    compare("simpo alone", model, alone, pair, found)
+    # TRL reports 0 for a cross-entropy that does not count; ours is the real figure.
+    compare("simpo alone", model, alone, pair, found, without="nll_loss")
 
 
 def test_labels_train_as_in_trl(adapted: tuple[Any, Any, Path], smollm: Path) -> None:

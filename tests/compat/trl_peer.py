@@ -83,8 +83,11 @@ def dpo(job: dict[str, Any], out: Path, found: Found) -> None:
         batch["completion_mask"],
     )
     trainer.label_smoothing = job["label_smoothing"]
-    for name in job["dpo"]:
-        trainer.loss_types, trainer.loss_weights = [name], [1.0]
+    for name, case in job["dpo"].items():
+        trainer.loss_types, trainer.loss_weights = [case["loss_type"]], [1.0]
+        trainer.f_divergence_type = case.get("f_divergence_type", "reverse_kl")
+        trainer.f_alpha_divergence_coef = case.get("f_alpha_divergence_coef", 0.5)
+        trainer.ld_alpha = case.get("ld_alpha")
         loss = trainer._compute_loss(trainer.model, batch, False)
         record(found, f"dpo/{name}", trainer, loss)
         note_metrics(found, f"dpo/{name}", trainer._metrics["train"])

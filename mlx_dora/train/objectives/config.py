@@ -8,6 +8,7 @@ from mlx_dora.options import check_options, option
 
 TruncationMode = Literal["keep_start", "keep_end"]
 BestMetric = Literal["loss", "accuracy"]
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +33,9 @@ class PreferenceConfig:
     loss_type: tuple[str, ...] | None = option(
         None,
         help="Loss, or several with loss_weights. dpo: sigmoid (default), hinge, ipo, "
-        "exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down, "
-        "discopop, sft, sigmoid_norm; kto: kto (default), apo_zero_unpaired; simpo: "
-        "simpo; grpo: dapo (default), grpo, bnpo, dr_grpo.",
+        "exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, "
+        "apo_down, discopop, sft, sigmoid_norm; kto: kto (default), apo_zero_unpaired; "
+        "simpo: simpo; grpo: dapo (default), grpo, bnpo, dr_grpo.",
         recorded=True,
         items="names",
     )
@@ -46,13 +47,30 @@ class PreferenceConfig:
     )
     label_smoothing: float = option(
         0.0,
-        help="Probability that a label is wrong, for robust, exo_pair and simpo.",
+        help="Probability that a label is wrong, for robust, exo_pair, aot, "
+        "aot_unpaired and simpo.",
         least=0,
         below=0.5,
         recorded=True,
     )
     discopop_tau: float = option(
         0.05, help="Temperature of discopop.", above=0, recorded=True
+    )
+    f_divergence_type: Divergence = option(
+        "reverse_kl",
+        help="dpo: divergence from the reference that scores answers (f-DPO).",
+        recorded=True,
+    )
+    f_alpha_divergence_coef: float = option(
+        0.5, help="dpo: alpha of alpha_divergence.", least=0, recorded=True
+    )
+    ld_alpha: float | None = option(
+        None,
+        help="dpo: weight of the tokens of the longer answer beyond the length of the "
+        "shorter (LD-DPO); default: 1.",
+        least=0,
+        most=1,
+        recorded=True,
     )
     desirable_weight: float = option(
         1.0, help="kto: weight of the desirable rows.", least=0, recorded=True

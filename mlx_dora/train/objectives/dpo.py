@@ -7,9 +7,15 @@ import mlx.nn as nn
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.log_probabilities import row_log_probs
+from mlx_dora.evaluate.log_probabilities import LogProbs, row_log_probs
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.objectives.dpo_losses import LOSSES, SMOOTHED, PairTerms
+from mlx_dora.train.objectives.config import PreferenceConfig
+from mlx_dora.train.objectives.dpo_losses import (
+    BY_SCORES,
+    LOSSES,
+    SMOOTHED,
+    PairTerms,
+)
 from mlx_dora.train.objectives.objective import Outputs
 from mlx_dora.train.objectives.preference import Preference, pair_table, split_pairs
 
@@ -29,6 +35,9 @@ class Dpo(Preference):
         "loss_weights",
         "label_smoothing",
         "discopop_tau",
+        "f_divergence_type",
+        "f_alpha_divergence_coef",
+        "ld_alpha",
     )
 
     def check(self, train: TrainConfig, dora: DoRAConfig) -> None:
@@ -40,10 +49,31 @@ class Dpo(Preference):
                 f"label_smoothing {smoothing} is not read by loss_type "
                 f"{','.join(types)}: use {' or '.join(SMOOTHED)}, or leave it out."
             )
+        self._check_divergence()
+        if self.config.ld_alpha is not None and self.config.precompute_reference:
+            raise DoRAError(
+                "ld_alpha weighs an answer's tokens by the length of the other of its "
+                "pair, which precompute_reference does not read: leave one out."
+            )
         if "exo_pair" in types and not smoothing:
             raise DoRAError(
                 "loss_type exo_pair takes the logarithm of label_smoothing: set it "
                 "above 0, such as 0.001."
+            )
+
+    def _check_divergence(self) -> None:
+        kind, others = self.config.f_divergence_type, {*self.loss_type} - {*BY_SCORES}
+        if kind != "reverse_kl" and others:
+            raise DoRAError(
+                f"f_divergence_type {kind} does not apply to loss_type "
+                f"{','.join(sorted(others))}: use {', '.join(BY_SCORES)}."
+            )
+        default = PreferenceConfig().f_alpha_divergence_coef
+        given = self.config.f_alpha_divergence_coef
+        if kind != "alpha_divergence" and given != default:
+            raise DoRAError(
+                f"f_alpha_divergence_coef {given} is read with f_divergence_type "
+                f"alpha_divergence alone, not with {kind}: leave it out."
             )
 
     def loss(self, model: nn.Module, *batch: mx.array) -> Outputs:
@@ -56,7 +86,7 @@ class Dpo(Preference):
         """
         tokens, marks, reference = batch
         found = row_log_probs(model, tokens, marks)
-        chosen, rejected = split_pairs(found.total)
+        chosen, rejected = split_pairs(self.row_totals(found))
         chosen_count, rejected_count = split_pairs(found.count)
         base_chosen, base_rejected = split_pairs(reference)
         real = (chosen_count > 0) & (rejected_count > 0)
@@ -65,7 +95,10 @@ class Dpo(Preference):
             rejected=rejected - base_rejected,
             chosen_count=chosen_count,
             rejected_count=rejected_count,
-            cross_entropy=-chosen.sum() / mx.maximum(chosen_count.sum(), 1),
+            cross_entropy=-split_pairs(found.total)[0].sum()
+            / mx.maximum(chosen_count.sum(), 1),
+            reference=base_chosen - base_rejected,
+            real=real,
             **self._settings(),
         )
         count = real.sum()
@@ -74,6 +107,16 @@ class Dpo(Preference):
         )
         total = mx.where(real, self.losses(terms), 0.0).sum()
         return total / mx.maximum(count, 1), count, found.count.sum(), table
+
+    def row_totals(self, found: LogProbs) -> mx.array:
+        """The log-probability of each answer, its tail weighted by `ld_alpha`."""
+        if self.config.ld_alpha is None:
+            return found.total
+        shorter = mx.minimum(*split_pairs(found.count))
+        place = mx.cumsum(found.mask.astype(mx.int32), axis=1)  # from 1 in an answer
+        is_tail = place > mx.concatenate([shorter, shorter])[:, None]
+        each = mx.where(is_tail, self.config.ld_alpha * found.each, found.each)
+        return mx.where(found.mask, each, 0.0).sum(axis=1)
 
     def losses(self, terms: PairTerms) -> mx.array:
         """The loss of each pair: the weighted sum of all loss types."""
@@ -89,4 +132,6 @@ class Dpo(Preference):
             "beta": self.beta,
             "label_smoothing": self.config.label_smoothing,
             "discopop_tau": self.config.discopop_tau,
+            "divergence": self.config.f_divergence_type,
+            "alpha": self.config.f_alpha_divergence_coef,
         }

@@ -3,11 +3,15 @@
 Names and definitions are those of TRL 1.16 (``DPOConfig.loss_type``).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+
+_LARGEST = 80.0
+"""Largest exponent of an alpha-divergence, as in TRL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,10 @@ class PairTerms:
         beta: β.
         label_smoothing: ε.
         discopop_tau: τ of DiscoPOP.
+        reference: log π_ref(chosen) − log π_ref(rejected), which aot sorts.
+        real: Which pairs are not there to fill up the batch; None for all.
+        divergence: The f-divergence whose derivative scores a ratio.
+        alpha: α of ``alpha_divergence``.
     """
 
     chosen: mx.array
@@ -35,17 +43,59 @@ class PairTerms:
     beta: float
     label_smoothing: float = 0.0
     discopop_tau: float = 0.05
+    reference: mx.array | None = None
+    real: mx.array | None = None
+    divergence: str = "reverse_kl"
+    alpha: float = 0.5
+
+    @property
+    def scores(self) -> tuple[mx.array, mx.array]:
+        """Scores of both answers: the log-ratios, for the reverse KL divergence."""
+        score = DIVERGENCES[self.divergence]
+        return score(self.chosen, self.alpha), score(self.rejected, self.alpha)
 
     @property
     def margin(self) -> mx.array:
-        """β times the difference of the log-ratios."""
-        return self.beta * (self.chosen - self.rejected)
+        """β times the difference of the scores."""
+        chosen, rejected = self.scores
+        return self.beta * (chosen - rejected)
 
     @property
     def mean_difference(self) -> mx.array:
-        """Difference of the log-ratios per token."""
-        chosen = self.chosen / mx.maximum(self.chosen_count, 1)
-        return chosen - self.rejected / mx.maximum(self.rejected_count, 1)
+        """Difference of the scores per token."""
+        chosen, rejected = self.scores
+        chosen = chosen / mx.maximum(self.chosen_count, 1)
+        return chosen - rejected / mx.maximum(self.rejected_count, 1)
+
+
+def reverse_kl(ratio: mx.array, alpha: float) -> mx.array:
+    """f'(t) = log t (+ 1): the log-ratio itself."""
+    return ratio
+
+
+def forward_kl(ratio: mx.array, alpha: float) -> mx.array:
+    """f'(t) = 1 − 1/t."""
+    return 1 - mx.exp(-ratio)
+
+
+def js_divergence(ratio: mx.array, alpha: float) -> mx.array:
+    """f'(t) = log(2t/(t + 1)), of Jensen and Shannon."""
+    return math.log(2) + nn.log_sigmoid(ratio)
+
+
+def alpha_divergence(ratio: mx.array, alpha: float) -> mx.array:
+    """f'(t) = (t^(α − 1) − 1)/(α − 1); log t for α = 1."""
+    power = alpha - 1
+    if abs(power) < 1e-6:
+        return ratio
+    return (mx.exp(mx.minimum(power * ratio, _LARGEST)) - 1) / power
+
+
+DIVERGENCES: dict[str, Callable[[mx.array, float], mx.array]] = {
+    function.__name__: function
+    for function in (reverse_kl, forward_kl, js_divergence, alpha_divergence)
+}
+"""f-DPO's scores of a log-ratio log t (arXiv:2309.16240), by ``f_divergence_type``."""
 
 
 def sigmoid(terms: PairTerms) -> mx.array:
@@ -101,6 +151,36 @@ def sppo_hard(terms: PairTerms) -> mx.array:
     return mx.square(terms.chosen - target) + mx.square(terms.rejected + target)
 
 
+def _smoothed(delta: mx.array, terms: PairTerms) -> mx.array:
+    epsilon = terms.label_smoothing
+    right = nn.log_sigmoid(terms.beta * delta)
+    return -(1 - epsilon) * right - epsilon * nn.log_sigmoid(-terms.beta * delta)
+
+
+def _minus_of_same_rank(
+    values: mx.array, others: mx.array, real: mx.array | None
+) -> mx.array:
+    """Subtract from each value the other that has its rank among the real pairs."""
+    last = real if real is None else mx.where(real, 0.0, math.inf)
+    keys = [v if last is None else v + last for v in (values, others)]
+    order, other_order = (mx.argsort(mx.stop_gradient(key)) for key in keys)
+    return values - others[other_order][mx.argsort(order)]
+
+
+def aot(terms: PairTerms) -> mx.array:
+    """AOT (arXiv:2406.05882) for pairs: log-odds compared by rank in the batch."""
+    assert terms.reference is not None
+    policy = terms.chosen - terms.rejected + terms.reference
+    delta = _minus_of_same_rank(policy, terms.reference, terms.real)
+    return _smoothed(delta, terms)
+
+
+def aot_unpaired(terms: PairTerms) -> mx.array:
+    """AOT for unpaired answers: log-ratios compared by rank in the batch."""
+    delta = _minus_of_same_rank(terms.chosen, terms.rejected, terms.real)
+    return _smoothed(delta, terms)
+
+
 def apo_zero(terms: PairTerms) -> mx.array:
     """APO-zero (arXiv:2408.06266, Eq. 7): chosen up, rejected down."""
     return (
@@ -135,9 +215,14 @@ LOSSES: dict[str, Callable[[PairTerms], mx.array]] = {
     function.__name__: function
     for function in (
         *(sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard),
-        *(apo_zero, apo_down, discopop, sft, sigmoid_norm),
+        *(aot, aot_unpaired, apo_zero, apo_down, discopop, sft, sigmoid_norm),
     )
 }
 """By ``loss_type``; the first is the default."""
-SMOOTHED = ("robust", "exo_pair")
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 """Those that read ``label_smoothing``."""
+BY_SCORES = (
+    *("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust"),
+    *("discopop", "sft"),
+)
+"""Those that any f-divergence goes with."""

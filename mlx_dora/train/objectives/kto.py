@@ -146,7 +146,9 @@ class Kto(Preference):
         total, count = mx.array(0.0), mx.array(float(len(examples)))
         if examples:
             batch = pad_batch(mismatched(examples), self.max_seq_length)
-            reference = reference_log_probs(self.reference, model, *batch)
+            reference = reference_log_probs(
+                self.reference, model, *batch, totals=self.row_totals
+            )
             policy = row_log_probs(model, *batch, gradient=False).total
             total = (policy - reference).sum()
         # Only in training do all processes complete batches at the same time.

@@ -1,5 +1,6 @@
 """What the objectives of preferences share: pairs, the reference, and metrics."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from mlx_dora.data.dataset import RowDataset
 from mlx_dora.data.preferences import PairDataset
 from mlx_dora.data.rows import Rows
 from mlx_dora.errors import DoRAError
-from mlx_dora.evaluate.log_probabilities import row_log_probs
+from mlx_dora.evaluate.log_probabilities import LogProbs, row_log_probs
 from mlx_dora.options import names_with
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.objectives.config import PreferenceConfig
@@ -169,7 +170,14 @@ class Preference(Objective):
             return tokens, marks
         if self._table is not None and self._table.has(data):
             return tokens, marks, self._table.look_up(data, indices)
-        return tokens, marks, reference_log_probs(self.reference, model, tokens, marks)
+        found = reference_log_probs(
+            self.reference, model, tokens, marks, totals=self.row_totals
+        )
+        return tokens, marks, found
+
+    def row_totals(self, found: LogProbs) -> mx.array:
+        """The log-probability of each answer. Float32 ``(rows,)``."""
+        return found.total
 
     def score(self, measured: Measured) -> float:
         """The loss; or the number of wrong preferences plus a fraction for the loss."""
@@ -212,10 +220,15 @@ def pair_table(
 
 
 def reference_log_probs(
-    reference: Reference, model: nn.Module, tokens: mx.array, marks: mx.array
+    reference: Reference,
+    model: nn.Module,
+    tokens: mx.array,
+    marks: mx.array,
+    *,
+    totals: Callable[[LogProbs], mx.array],
 ) -> mx.array:
     """The reference's log-probability of each row, evaluated. Float32 ``(rows,)``."""
     with reference.standing_in(model):
-        total = row_log_probs(model, tokens, marks, gradient=False).total
+        total = totals(row_log_probs(model, tokens, marks, gradient=False))
         mx.eval(total)
     return total

@@ -21,13 +21,46 @@ def sigmoid(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
 
 
+def by_rank(values: Array, others: Array) -> Array:
+    """Each value minus the other of its rank."""
+    ranks = [(values < value).sum() for value in values]
+    return values - np.sort(others)[ranks]
+
+
+def derivative(kind: str, ratio: Array, alpha: float) -> Array:
+    """f'(t) of an f-divergence, for log t."""
+    t = np.exp(ratio)
+    return {
+        "reverse_kl": ratio,
+        "forward_kl": 1 - 1 / t,
+        "js_divergence": np.log(2 * t / (t + 1)),
+        "alpha_divergence": ratio
+        if alpha == 1
+        else (t ** (alpha - 1) - 1) / (alpha - 1),
+    }[kind]
+
+
 def dpo(
-    name: str, c: Array, r: Array, count_c: Array, count_r: Array, entropy: float
+    name: str,
+    c: Array,
+    r: Array,
+    count_c: Array,
+    count_r: Array,
+    entropy: float,
+    reference: Any = 0.0,
+    kind: str = "reverse_kl",
+    alpha: float = 0.5,
 ) -> Array:
-    """Loss of each pair, from log-ratios and numbers of tokens."""
-    x, b, e = BETA * (c - r), BETA, SMOOTHING
-    mean = c / count_c - r / count_r
+    """Loss of each pair, from log-ratios, token counts and the reference's odds."""
+    score_c, score_r = (derivative(kind, ratio, alpha) for ratio in (c, r))
+    x, b, e = BETA * (score_c - score_r), BETA, SMOOTHING
+    mean = score_c / count_c - score_r / count_r
     share = sigmoid(x / TAU)
+
+    def smoothed(delta: Array) -> Array:
+        right, wrong = log_sigmoid(b * delta), log_sigmoid(-b * delta)
+        return -(1 - e) * right - e * wrong
+
     q, p = np.array([sigmoid(x), sigmoid(-x)]), np.array([[1 - e], [e]])
     formulas: dict[str, Callable[[], Array]] = {
         "sigmoid": lambda: -log_sigmoid(x),
@@ -42,6 +75,8 @@ def dpo(
         ),
         "bco_pair": lambda: -log_sigmoid(b * c) - log_sigmoid(-b * r),
         "sppo_hard": lambda: (c - 1 / (2 * b)) ** 2 + (r + 1 / (2 * b)) ** 2,
+        "aot": lambda: smoothed(by_rank(c - r + reference, reference)),
+        "aot_unpaired": lambda: smoothed(by_rank(c, r)),
         "apo_zero": lambda: 1 - sigmoid(b * c) + sigmoid(b * r),
         "apo_down": lambda: sigmoid(b * c) + 1 - sigmoid(x),
         "discopop": lambda: -log_sigmoid(x) * (1 - share) + np.exp(-x) * share,

@@ -12,7 +12,12 @@ from mlx_dora.data.batches import unit_batch
 from mlx_dora.data.dataset import RowDataset
 from mlx_dora.train.objectives.config import PreferenceConfig
 from mlx_dora.train.objectives.dpo import Dpo
-from mlx_dora.train.objectives.dpo_losses import LOSSES, PairTerms
+from mlx_dora.train.objectives.dpo_losses import (
+    BY_SCORES,
+    DIVERGENCES,
+    LOSSES,
+    PairTerms,
+)
 from mlx_dora.train.objectives.kto import Kto, kto_losses
 from mlx_dora.train.objectives.orpo import Orpo, odds_ratio
 from mlx_dora.train.objectives.simpo import Simpo, simpo_losses
@@ -22,6 +27,7 @@ from tests.train.objectives.oracle import BETA, GAMMA, SMOOTHING, TAU, Model, Tw
 
 RANDOM = np.random.default_rng(5)
 CHOSEN, REJECTED = RANDOM.normal(0, 3, (2, 7))
+ODDS = RANDOM.normal(0, 5, 7)  # of the reference
 COUNTS = RANDOM.integers(2, 9, (2, 7)).astype(np.float64)
 
 
@@ -29,8 +35,15 @@ def single(value: Any) -> mx.array:
     return mx.array(np.asarray(value, np.float32))
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_of_dpo_and_its_slopes_equal_numpy(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "alpha"),
+    [(name, "reverse_kl", 0.5) for name in LOSSES]
+    + [(name, kind, 0.5) for name in BY_SCORES for kind in DIVERGENCES][1:]
+    + [("sigmoid", "alpha_divergence", alpha) for alpha in (0.0, 1.0, 1.5)],
+)
+def test_a_loss_of_dpo_and_its_slopes_equal_numpy(
+    name: str, kind: str, alpha: float
+) -> None:
     def loss(chosen: mx.array, rejected: mx.array) -> mx.array:
         counts = [single(count) for count in COUNTS]
         terms = PairTerms(
@@ -42,11 +55,15 @@ def test_a_loss_of_dpo_and_its_slopes_equal_numpy(name: str) -> None:
             beta=BETA,
             label_smoothing=SMOOTHING,
             discopop_tau=TAU,
+            reference=single(ODDS),
+            divergence=kind,
+            alpha=alpha,
         )
         return LOSSES[name](terms)
 
     def true(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-        return oracle.dpo(name, chosen, rejected, COUNTS[0], COUNTS[1], 2.5)
+        own = chosen, rejected, COUNTS[0], COUNTS[1], 2.5
+        return oracle.dpo(name, *own, ODDS, kind, alpha)
 
     given = single(CHOSEN), single(REJECTED)
     assert_close(loss(*given), true(CHOSEN, REJECTED))
@@ -198,10 +215,9 @@ def test_dpo_trains_the_adapter_as_numpy_does(name: str, starts: list[int]) -> N
     def true(adapter: Any) -> float:
         x = ratios(adapter)
         entropy = -case.total(adapter)[:half].sum() / counts[:half].sum()
-        parts = [
-            w * oracle.dpo(n, x[:half], x[half:], counts[:half], counts[half:], entropy)
-            for n, w in zip(types, weights, strict=True)
-        ]
+        odds = case.total(None)[:half] - case.total(None)[half:]
+        own = x[:half], x[half:], counts[:half], counts[half:], entropy, odds
+        parts = [w * oracle.dpo(n, *own) for n, w in zip(types, weights, strict=True)]
         return float(np.sum(parts, axis=0).mean())
 
     metrics = case.check(true)
@@ -218,6 +234,28 @@ def test_dpo_trains_the_adapter_as_numpy_does(name: str, starts: list[int]) -> N
         "logps/rejected": logps[half:].mean(),
     }
     assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("starts", [[0, 2, 4], [2, -1, 0]], ids=["full", "filled up"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_the_tail_of_the_longer_answer_is_weighted(
+    alpha: float, starts: list[int]
+) -> None:
+    case = Case(Dpo(PreferenceConfig(beta=BETA, ld_alpha=alpha)), starts)
+    counts = case.answers.sum(1)
+    half = len(counts) // 2
+    assert (counts[:half] != counts[half:]).any()
+    shorter = np.minimum(counts[:half], counts[half:])
+    is_tail = np.cumsum(case.answers, axis=1) > np.tile(shorter, 2)[:, None]
+    weights = np.where(is_tail, alpha, 1.0) * case.answers
+
+    def true(adapter: Any) -> float:
+        x = case.total(adapter, weights) - case.total(None, weights)
+        return float(-oracle.log_sigmoid(BETA * (x[:half] - x[half:])).mean())
+
+    metrics = case.check(true)
+    logps = case.total(case.twin.adapter, weights)
+    assert metrics["logps/chosen"] == pytest.approx(logps[:half].mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("starts", [[0, 1, 2, 4, 5], [1, -1, 0, 3]])

@@ -192,6 +192,13 @@ def test_the_best_adapter_has_the_best_accuracy(dpo: Run) -> None:
     ("settings", "message"),
     [
         ({"label_smoothing": 0.1}, "is not read by loss_type sigmoid: use robust or"),
+        (
+            {"loss_type": ("hinge", "aot"), "f_divergence_type": "forward_kl"},
+            "f_divergence_type forward_kl does not apply to loss_type aot: use sigmoid",
+        ),
+        ({"f_alpha_divergence_coef": 0.7}, "alpha_divergence alone, not with reverse"),
+        ({"ld_alpha": 0.5, "precompute_reference": True}, "ld_alpha weighs an answer"),
+        ({"ld_alpha": 1.5}, "ld_alpha must be"),
         ({"loss_type": ("exo_pair",)}, "takes the logarithm of label_smoothing"),
         ({"loss_type": ("dpo",)}, "loss_type of objective dpo must be sigmoid or "),
         ({"simpo_gamma": 1.0}, "simpo_gamma does not apply to objective dpo"),
@@ -378,10 +385,14 @@ def test_adapters_of_experts_train_on_preferences(dpo: Run) -> None:
 def test_settings_default_to_those_of_trl() -> None:
     config = PreferenceConfig()
     names = ("label_smoothing", "discopop_tau", "desirable_weight", "simpo_gamma")
-    found = {name: getattr(config, name) for name in (*names, "cpo_alpha")}
+    names += ("f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "cpo_alpha")
+    found = {name: getattr(config, name) for name in names}
     assert found == {
         "label_smoothing": 0.0,
         "discopop_tau": 0.05,
+        "f_divergence_type": "reverse_kl",
+        "f_alpha_divergence_coef": 0.5,
+        "ld_alpha": None,
         "desirable_weight": 1.0,
         "simpo_gamma": 0.5,
         "cpo_alpha": 1.0,
