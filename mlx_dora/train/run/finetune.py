@@ -24,7 +24,7 @@ from mlx_dora.evaluate.loss import Loss, loss_fn
 from mlx_dora.progress import Progress
 from mlx_dora.train.bilevel import BilevelStepper
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.group import check_alike, together
+from mlx_dora.train.group import check_alike, row_group, together
 from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.metal import check_gradients
 from mlx_dora.train.objectives.config import PreferenceConfig
@@ -210,14 +210,15 @@ def _prepare(
     with together(group):
         check_shardable(train, dora, group)
     if train.shard:
-        divide(model, group)
+        divide(model, group, train.shard)
+    rows = row_group(group, train.shard)
     with together(group):
         kind = _STEPPERS.get(dora.variant, Stepper)
         feed = Feed(
             kind.levels(data, train),
             train,
             batches,
-            group.size(),
+            rows.size(),
             objective.unit,
             objective.passes,
             alike=train.shard is not None,
@@ -246,6 +247,7 @@ def _prepare(
         train=train,
         folder=folder,
         group=group,
+        rows=rows,
         objective=objective,
         feed=feed,
         valid_data=valid_data,
