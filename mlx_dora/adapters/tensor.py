@@ -4,8 +4,10 @@ mlx-lm knows how: the method ``shard`` of a model divides heads and the MLP's wi
 module refuses by name what that method would divide wrongly, or what no adapter fits.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -21,7 +23,10 @@ from mlx_dora.matrix.sharded import ShardedWeight, own_rows
 from mlx_dora.matrix.weight import row_squares
 
 _DIVIDES = (nn.Linear, nn.QuantizedLinear)
-_HINT = "Use shard full, which divides any linear layer."
+_HINT = (
+    "Train with shard full, which divides any linear layer; generate text in a single "
+    "process."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,29 @@ def share_squares(model: nn.Module) -> None:
     for module, squares in zip(modules, mx.split(every, ends[:-1]), strict=True):
         mx.eval(squares)
         module["_row_squares"] = squares
+
+
+def dividing_loader(
+    own: Callable[..., Any], group: mx.distributed.Group
+) -> Callable[..., Any]:
+    """Wrap mlx-lm's `load_model` so that the processes divide what it loads.
+
+    They also continue from the first process's random numbers, so that all sample the
+    same tokens.
+    """
+
+    @functools.wraps(own)
+    def load_model(path: str | Path, _lazy: bool = False, **settings: Any) -> Any:
+        model, config = own(path, lazy=True, **settings)
+        divide_tensors(model, group)
+        share_squares(model)
+        state = mx.random.state[0]  # pyright: ignore[reportIndexIssue] - a list
+        first = state if group.rank() == 0 else mx.zeros_like(state)
+        high, low = np.array(mx.distributed.all_sum(first, group=group)).tolist()
+        mx.random.seed(high << 32 | low)  # the key of MLX's generator
+        return model, config
+
+    return load_model
 
 
 def describe_division(paths: tuple[str, ...], processes: int) -> str:

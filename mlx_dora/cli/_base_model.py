@@ -24,8 +24,8 @@ def with_recorded_base(args: Sequence[str]) -> list[str]:
     Raises:
         DoRAError: If the adapter's folder is invalid or records no base.
     """
-    adapter = _value(args, "--adapter-path")
-    if adapter is None or _value(args, "--model") is not None:
+    adapter = value_of(args, "--adapter-path")
+    if adapter is None or value_of(args, "--model") is not None:
         return list(args)
     return ["--model", announced_base(adapter), *args]
 
@@ -43,7 +43,8 @@ def announced_base(adapter_path: str) -> str:
     return model
 
 
-def _value(args: Sequence[str], name: str) -> str | None:
+def value_of(args: Sequence[str], name: str) -> str | None:
+    """Return the value of an option among arguments as typed; None without it."""
     for arg, following in zip(args, [*args[1:], None], strict=True):
         if arg == name:
             return following
