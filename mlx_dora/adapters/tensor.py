@@ -178,8 +178,7 @@ def _compare(
             problems += [
                 f"{path}.{name} is {number}, which {processes} does not divide"
                 for name, number in old.numbers.items()
-                if new.numbers.get(name) == number // processes
-                and number % processes
+                if new.numbers.get(name) == number // processes and number % processes
             ]
     if problems:
         raise _refused(model, "; ".join(problems[:3]))
@@ -206,4 +205,6 @@ def _keep_part(
 def _refused(model: nn.Module, reason: str) -> DoRAError:
     kind = type(model)
     name = kind.__module__.rpartition(".")[2]
-    return DoRAError(f"shard tensor cannot divide this model ({name}): {reason}. {_HINT}")
+    return DoRAError(
+        f"shard tensor cannot divide this model ({name}): {reason}. {_HINT}"
+    )

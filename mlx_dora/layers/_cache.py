@@ -44,11 +44,7 @@ class Epilogue:
 
     def apply(self, y: mx.array, x: mx.array) -> mx.array:
         """Return the output for base output `y` ``(..., out)`` and input ``x``."""
-        return self.joined(y, x @ self.lora_a)
-
-    def joined(self, y: mx.array, h: mx.array) -> mx.array:
-        """Return the output for base output `y` and low-rank activation h = x·A."""
-        return compose(y, h, self.up, self.gain, self.offset)
+        return compose(y, x @ self.lora_a, self.up, self.gain, self.offset)
 
 
 def is_traced(arrays: Sequence[mx.array | None]) -> bool:

@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import sum_gradients
 
-from mlx_dora.kernels.rescale import rescale
-from mlx_dora.layers.linear import DoRALinear
+from mlx_dora.kernels.rescale import compose, rescale
+from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.matrix.sharded import ShardedWeight, product_with
 from mlx_dora.matrix.terms import trained_gain
 from mlx_dora.matrix.weight import TENSOR_COLUMNS, TENSOR_ROWS, weight_of
@@ -27,14 +27,19 @@ TENSOR_TYPES = (*TENSOR_ROWS, *TENSOR_COLUMNS)
 """MLX's classes of linear layers for tensor parallelism."""
 
 
-class DoRATensorLinear(DoRALinear):
+class DoRATensorLinear(DoRALayer):
     """DoRA for `nn.AllToShardedLinear`, `nn.ShardedToAllLinear` and quantized ones.
 
     The equation, the parameters and their initial values are those of `DoRALinear`, and
     the parameters are whole in every process.
+
+    Attributes:
+        linear: The frozen base.
+        enabled: If False, the layer computes the output of its base.
     """
 
     base_name: ClassVar[str] = "linear"
+    linear: nn.Module
 
     @classmethod
     def base_types(cls) -> tuple[type[nn.Module], ...]:
@@ -61,7 +66,8 @@ class DoRATensorLinear(DoRALinear):
         if not self.enabled:
             return self.linear(x)
         if not self.training and (rest := self.epilogue(x.dtype)) is not None:
-            return rest.joined(*products(self.linear, x, rest.lora_a, self.dropout))
+            y, h = products(self.linear, x, rest.lora_a, self.dropout)
+            return compose(y, h, rest.up, rest.gain, rest.offset)
         weight = divided_weight(self.linear)
         lora_a, lora_b, m = self.lora_a, self.lora_b, self.m
         if weight.axis:

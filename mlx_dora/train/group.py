@@ -41,9 +41,7 @@ class _Alone:
         return 1
 
 
-def row_group(
-    group: mx.distributed.Group, shard: str | None
-) -> mx.distributed.Group:
+def row_group(group: mx.distributed.Group, shard: str | None) -> mx.distributed.Group:
     """Return the processes that share the rows of a batch.
 
     With tensor parallelism, every process of `group` computes with every row.

@@ -28,7 +28,9 @@ def adapter_of(folder: Path, path: Path, kind: str) -> None:
     write_adapter_files(model, path, fine_tune_type=kind)  # pyright: ignore[reportArgumentType]
 
 
-def generated(work: Path, arguments: list[str], processes: int) -> list[tuple[str, str]]:
+def generated(
+    work: Path, arguments: list[str], processes: int
+) -> list[tuple[str, str]]:
     words = ["-m", "mlx_dora", "generate", *arguments]
     if processes == 1:
         done = run(words, check=True)

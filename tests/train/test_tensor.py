@@ -1,11 +1,17 @@
 """Training with tensor parallelism: every process has the whole batch."""
 
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mlx_dora.train import plan_memory
 from tests.train.sharded import Case
-from tests.train.test_sharded import compare
+from tests.train.test_sharded import compare, run
 
 # Heads and widths that four processes divide, and groups of a packed row too.
 WIDE = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 128}
@@ -67,3 +73,47 @@ def test_losses_and_gradients_equal_those_of_a_single_process(
     tmp_path: Path, processes: int, cases: tuple[Case, ...]
 ) -> None:
     compare(tmp_path, processes, cases)
+
+
+LENGTH = 25
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's counts of TCP")
+@pytest.mark.parametrize(
+    "cases",
+    [CASES[:2], pytest.param(CASES[2:], marks=pytest.mark.slow)],
+    ids=["dora", "others"],
+)
+def test_what_a_step_sends_is_what_the_plan_says(
+    make_tiny_folder: Callable[..., Path], tmp_path: Path, cases: tuple[Case, ...]
+) -> None:
+    quiet = {
+        "steps_per_report": 6,
+        "steps_per_eval": 6,
+        "max_seq_length": LENGTH,
+        "iters": 6,
+        "val_batches": 0,
+    }
+    measured = [
+        replace(
+            case,
+            train={**case.train, **quiet, "packing": False},
+            length=LENGTH,
+            writes_gradients=False,
+        )
+        for case in cases
+    ]
+    run(tmp_path, tmp_path / "ring", 2, *measured)
+    for case in measured:
+        totals = json.loads((tmp_path / "ring" / case.name / "sent.json").read_text())
+        folder = make_tiny_folder(f"model-{case.name}", bits=case.bits, **case.model)
+        plan = plan_memory(
+            replace(case.settings, model=str(folder)),
+            case.adapter,
+            lengths=[LENGTH] * 8,
+            processes=2,
+        )
+        assert plan.traffic is not None
+        per_update = plan.traffic.total * case.settings.grad_accumulation_steps
+        sent = float(np.median(np.diff(totals)))
+        assert sent == pytest.approx(per_update, rel=0.05), case.name
