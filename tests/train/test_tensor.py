@@ -1,6 +1,7 @@
 """Training with tensor parallelism: every process has the whole batch."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,11 @@ import numpy as np
 import pytest
 
 from mlx_dora.train import plan_memory
+from tests.processes import run as run_alone
+from tests.train import ring
+from tests.train.run.test_resume import assert_same_run
 from tests.train.sharded import Case
+from tests.train.test_ring import both, resumable
 from tests.train.test_sharded import compare, run
 
 # Heads and widths that four processes divide, and groups of a packed row too.
@@ -117,3 +122,33 @@ def test_what_a_step_sends_is_what_the_plan_says(
         per_update = plan.traffic.total * case.settings.grad_accumulation_steps
         sent = float(np.median(np.diff(totals)))
         assert sent == pytest.approx(per_update, rel=0.05), case.name
+
+
+@pytest.mark.compiled
+def test_compiled_steps_equal_those_of_a_single_process(tmp_path: Path) -> None:
+    few = {"iters": 5, "save_every": 5, "grad_checkpoint": True, "max_seq_length": 25}
+    train = {**RATE, **few}
+    case = replace(CASES[1], train=train, length=25, compiles=True)
+    compare(tmp_path, 2, (replace(case, writes_gradients=False),))
+
+
+@pytest.mark.slow
+def test_killed_processes_resume_bit_for_bit_and_alone(tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "folder"
+    for code, errors in both(tmp_path, *[resumable(whole, shard="tensor")] * 2):
+        assert code == 0, errors
+    commands = [resumable(folder, shard="tensor")] * 2
+    with ring.started(tmp_path, *commands) as processes:
+        assert processes[0].stdout is not None
+        for _ in range(5):  # updates of two batches; saved at batches 4 and 8
+            assert processes[0].stdout.readline()
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+    resumed = resumable(folder, shard="tensor", resume=True)
+    for code, errors in both(tmp_path, resumed, resumed):
+        assert code == 0, errors
+    assert_same_run(whole, folder)
+    alone = run_alone(resumable(folder, resume=True, iters=30))
+    assert alone.returncode == 0
+    assert "processes was 2, is 1; shard was" in alone.stderr
+    assert "up to rounding, not bit for bit" in alone.stderr
