@@ -1,9 +1,9 @@
 """Memory and traffic of a training whose frozen weights are divided among processes.
 
-Starts one process and then N on this machine, over MLX's ring backend, each with the
-same rows per process. The peak of each process must be at most 1.15 times its share of
-the base, the largest gathered weight and the rest; the rest is the peak of the single
-process less its base. What a process sends per step is the system's own count, and is
+Starts one process and then N on this machine, over MLX's ring backend. With ``--shard
+full``, each has the same rows per process; with ``tensor``, all have the same rows. The
+peak of each process must be at most 1.15 times its share of the base, the largest
+gathered weight and the rest; the rest is the peak of the single process less its base. What a process sends per step is the system's own count, and is
 compared with the plan's. Stops if a loss differs from the single process's, for which a
 batch of all rows is trained too. Each process prints a JSON line.
 """
@@ -28,6 +28,7 @@ from mlx_dora import DoRAConfig, load, remove_dora
 from mlx_dora.adapters.sharding import load_sharded
 from mlx_dora.demo.model import demo_model
 from mlx_dora.train import TrainConfig, finetune, plan_memory
+from mlx_dora.train.sharded import divide
 
 BOUND = 1.15
 LOSS_BOUND = 1e-5
@@ -43,7 +44,7 @@ def settings_of(job: dict[str, Any]) -> tuple[TrainConfig, DoRAConfig]:
         max_seq_length=job["length"] + 1,
         grad_checkpoint=job["grad_checkpoint"],
         fine_tune_type=job["kind"],
-        shard="full" if job["processes"] > 1 else None,
+        shard=job["shard"] if job["processes"] > 1 else None,
         steps_per_report=1,
         memory_limit=0,
     )
@@ -55,7 +56,11 @@ def work(jobs: list[dict[str, Any]]) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     group = mx.distributed.init()
     before = _read()
-    if group.size() > 1:
+    if group.size() > 1 and jobs[0]["shard"] == "tensor":
+        model, _ = load(jobs[0]["model"], lazy=True)
+        divide(model, group, "tensor")
+        read = _read() - before
+    elif group.size() > 1:
         pending, _ = load_sharded(jobs[0]["model"], group)
         read = _read() - before
         model = pending.finish()
@@ -155,7 +160,8 @@ def _ports(count: int) -> list[int]:
 def compare(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure one process and N, and check them against each other."""
     count, rows = job["processes"], job["rows"]
-    shared = {**job, "rows": rows * count}
+    is_tensor = job["shard"] == "tensor"
+    shared = job if is_tensor else {**job, "rows": rows * count}
     single = {"processes": 1}
     ((alone, whole),) = launch({**job, **single}, {**shared, **single})
     train, dora = settings_of(shared)
@@ -168,10 +174,11 @@ def compare(job: dict[str, Any]) -> list[dict[str, Any]]:
             if abs(loss - expected) > LOSS_BOUND * abs(expected):
                 raise click.ClickException(f"loss {loss}, expected {expected}")
         rest = alone["peak"] - alone["base"]
-        bound = alone["base"] / count + plan.gathered + rest
+        share = plan.weights if is_tensor else alone["base"] / count
+        bound = share + plan.gathered + rest
         line = {
             "case": "sharded",
-            **{name: job[name] for name in ("kind", "bits", "rank", "length")},
+            **{name: job[name] for name in ("shard", "kind", "bits", "rank", "length")},
             "grad_checkpoint": job["grad_checkpoint"],
             "rows_per_process": rows,
             "process": result["rank"],
@@ -196,6 +203,7 @@ def compare(job: dict[str, Any]) -> list[dict[str, Any]]:
 @bench.options
 @click.option("--processes", type=click.IntRange(min=2), default=2, show_default=True)
 @click.option("--bits", type=click.Choice(["32", "4"]), default="32", show_default=True)
+@click.option("--shard", type=click.Choice(["full", "tensor"]), default="full")
 @click.option("--kind", type=click.Choice(["dora", "lora"]), default="dora")
 @click.option("--rows", type=int, default=1, help="Rows per process.")
 @click.option("--length", type=int, default=128, help="Tokens per row.")
@@ -206,6 +214,7 @@ def main(
     settings: bench.Settings,
     processes: int,
     bits: str,
+    shard: str,
     kind: str,
     rows: int,
     length: int,
@@ -222,6 +231,7 @@ def main(
         "model": str(demo_model(dtype="q4" if bits == "4" else "float32")),
         "processes": processes,
         "bits": int(bits),
+        "shard": shard,
         "kind": kind,
         "rank": 8,
         "rows": rows,
