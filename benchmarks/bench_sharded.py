@@ -3,9 +3,10 @@
 Starts one process and then N on this machine, over MLX's ring backend. With ``--shard
 full``, each has the same rows per process; with ``tensor``, all have the same rows. The
 peak of each process must be at most 1.15 times its share of the base, the largest
-gathered weight and the rest; the rest is the peak of the single process less its base. What a process sends per step is the system's own count, and is
-compared with the plan's. Stops if a loss differs from the single process's, for which a
-batch of all rows is trained too. Each process prints a JSON line.
+gathered weight and the rest; the rest is the peak of the single process less its base.
+What a process sends per step is the system's own count, and is compared with the
+plan's. Stops if a loss differs from the single process's, for which a batch of all rows
+is trained too. Each process prints a JSON line.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Divides a model's blocks among processes that share each batch (tensor parallelism).
 
-mlx-lm knows how: the method ``shard`` of a model divides heads and the MLP's width. This
-module refuses by name what that method would divide wrongly, or what no adapter fits.
+mlx-lm knows how: the method ``shard`` of a model divides heads and the MLP's width.
+This module refuses by name what that method would divide wrongly, or no adapter fits.
 """
 
 import functools
@@ -137,8 +137,8 @@ def describe_division(paths: tuple[str, ...], processes: int) -> str:
     """Return a line of text for the log."""
     return (
         f"Sharded: each of {processes} processes computes 1/{processes} of the heads "
-        f"and of the MLP's width in {len(paths)} linear layers of the blocks, and holds "
-        "the rest of the model whole"
+        f"and of the MLP's width in {len(paths)} linear layers, and holds the rest of "
+        "the model whole"
     )
 
 

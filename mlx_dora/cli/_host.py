@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -78,8 +79,7 @@ def _processes(
             "the standard input."
         )
     if group.rank():
-        nowhere = stack.enter_context(Path(os.devnull).open("w"))
-        stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
     return group
 
 

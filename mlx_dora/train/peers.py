@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 Address = tuple[str, int]
 OnLoss = Callable[[int, float | None], None]
-"""Called with the rank of a process and the seconds of its silence; None if it ended."""
+"""Called with the rank of a process, and the seconds of its silence or None."""
 
 
 def peer_timeout() -> float:
