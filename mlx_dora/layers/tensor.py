@@ -107,7 +107,7 @@ def products(
         y, h = product_with(weight.part, x), dropout(x) @ lora_a
     else:
         out = weight.shape[0]
-        own = product_with(weight.part, x), _dropped(x, weight, dropout) @ lora_a
+        own = [product_with(weight.part, x), _dropped(x, weight, dropout) @ lora_a]
         # One message for both.
         both = mx.distributed.all_sum(mx.concatenate(own, axis=-1), group=weight.group)
         y, h = both[..., :out], both[..., out:]

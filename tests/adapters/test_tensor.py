@@ -38,7 +38,7 @@ def test_packed_columns_that_split_a_group_are_refused(make_tiny_model: Make) ->
 def test_experts_adapters_and_unknown_models_are_refused(make_tiny_model: Make) -> None:
     from mlx_lm.models import mixtral, qwen3_moe
 
-    small = {
+    small: dict[str, Any] = {
         "vocab_size": 64,
         "hidden_size": 32,
         "intermediate_size": 64,
