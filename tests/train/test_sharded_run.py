@@ -115,8 +115,10 @@ def resumes(arguments: list[str], folder: Path) -> None:
     assert f"Resuming from step {max(steps)}" in resumed.stderr
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shard", ["full", "tensor"])
+@pytest.mark.parametrize(
+    ("shard", "processes"),
+    [("full", 2), ("tensor", 2), pytest.param("full", 4, marks=pytest.mark.slow)],
+)
 def test_a_killed_process_ends_the_others_with_a_line_that_names_it(
     arguments: list[str], tmp_path: Path, processes: int, shard: str
 ) -> None:
