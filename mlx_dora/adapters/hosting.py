@@ -22,6 +22,7 @@ from mlx_dora.adapters.model_view import (
     model_view,
 )
 from mlx_dora.adapters.origins import Origins
+from mlx_dora.adapters.tensor import dividing_loader
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.foreign import foreign
 from mlx_dora.io.gate import check_dtypes
@@ -225,9 +226,13 @@ class Hosting:
     """Context manager returned by `use_in_mlx_lm`; restores mlx-lm on exit.
 
     Models loaded meanwhile keep our layers.
+
+    Args:
+        group: Processes that divide every model that mlx-lm loads, for tensor
+            parallelism; None for a model in a single process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: mx.distributed.Group | None = None) -> None:
         dora = importlib.import_module("mlx_lm.tuner.dora")
         tuner = importlib.import_module("mlx_lm.tuner.utils")
         utils = importlib.import_module("mlx_lm.utils")
@@ -235,7 +240,7 @@ class Hosting:
             (dora.DoRALinear, DoRALinear),
             (dora.DoRAEmbedding, DoRAEmbedding),
             (tuner.load_adapters, load_adapters),
-            (utils.load_model, gated_loader(utils.load_model)),
+            (utils.load_model, _loader(utils.load_model, group)),
         ]
         # If our replacements are active already, there is nothing to do or undo.
         self._swaps = [
@@ -249,6 +254,11 @@ class Hosting:
     def __exit__(self, *_: object) -> None:
         # Also restores modules that were imported meanwhile and hold our replacements.
         _swap([(ours, theirs) for theirs, ours in self._swaps])
+
+
+def _loader(own: Any, group: mx.distributed.Group | None) -> Any:
+    gated = gated_loader(own)
+    return gated if group is None else dividing_loader(gated, group)
 
 
 def _swap(pairs: list[tuple[Any, Any]]) -> None:

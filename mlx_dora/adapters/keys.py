@@ -7,10 +7,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
+from mlx_dora.layers import TENSOR_TYPES
 
 # Modules that mlx-lm adapts without keys. Classes of experts are recognized by their
 # module's name, because importing mlx_lm is slow.
-_LINEARS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+_LINEARS = (
+    *(nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding),
+    *TENSOR_TYPES,
+)
 _EXPERTS = "mlx_lm.models.switch_layers"
 _LISTED = 10
 

@@ -27,10 +27,10 @@ from mlx_dora.layers.sharded import (
     ShardedEmbedding,
     ShardedLinear,
     ShardedModule,
-    sharded_modules,
+    has_divided,
 )
 from mlx_dora.matrix.sharded import Part, own_rows
-from mlx_dora.matrix.weight import row_squares, weight_from, weight_of
+from mlx_dora.matrix.weight import TENSOR_ROWS, row_squares, weight_from, weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ def parameter_count(model: nn.Module) -> int:
     """Number of parameters of a model, all rows of divided weights included."""
     from mlx_lm.utils import get_total_parameters
 
-    if not sharded_modules(model):
+    if not has_divided(model):
         return get_total_parameters(model)
     leaves = tree_flatten(
         model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module)
@@ -254,6 +254,8 @@ def parameter_count(model: nn.Module) -> int:
 def _count(module: nn.Module) -> int:
     """Number of parameters of a module, those of packed weights unpacked."""
     arrays = cast(Sequence[tuple[str, mx.array]], tree_flatten(module.parameters()))
-    others = (array.size for name, array in arrays if name not in _WEIGHTS)
+    others = sum(array.size for name, array in arrays if name not in _WEIGHTS)
+    if isinstance(module, TENSOR_ROWS):  # the bias is divided too
+        others *= module.group.size()
     matrix = math.prod(weight_of(module).shape) if "weight" in module else 0
-    return matrix + sum(others)
+    return matrix + others

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import mlx.nn as nn
@@ -23,7 +24,7 @@ from mlx_dora.adapters.refusals import (
     check_started,
 )
 from mlx_dora.errors import DoRAError
-from mlx_dora.layers import DoRALayer, adapt
+from mlx_dora.layers import TENSOR_TYPES, DoRALayer, adapt, lora_over
 from mlx_dora.layers.variants import VariantLinear
 from mlx_dora.layers.variants.doran_aux import DoRANAux, share_first_layers
 
@@ -31,6 +32,10 @@ FineTuneType = Literal["dora", "lora", "full"]
 
 # mlx-lm's own layers, recognized by module name, because importing it takes a second.
 _HOST_ADAPTERS = ("mlx_lm.tuner.lora", "mlx_lm.tuner.dora")
+
+
+def _is_of_host(module: nn.Module) -> bool:
+    return any(cls.__module__ in _HOST_ADAPTERS for cls in type(module).__mro__)
 
 
 def dora_layers(model: nn.Module) -> list[tuple[str, DoRALayer]]:
@@ -51,7 +56,7 @@ def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
     layers = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, DoRALayer) or type(module).__module__ in _HOST_ADAPTERS
+        if isinstance(module, DoRALayer) or _is_of_host(module)
     ]
     return sorted(layers, key=lambda item: natural_order(item[0]))
 
@@ -300,6 +305,9 @@ def _apply_lora(model: nn.Module, config: DoRAConfig, any_rank: bool) -> list[st
     for path in paths:
         setting = config.rank_of(path), config.scale_of(path)
         settings.setdefault(setting, []).append(path)
+    divided = [m for m in model.modules() if isinstance(m, TENSOR_TYPES)]
+    for module in divided:  # mlx-lm calls this
+        object.__setattr__(module, "to_lora", partial(lora_over, module))
     try:
         for (rank, scale), keys in settings.items():
             parameters = {
@@ -312,6 +320,9 @@ def _apply_lora(model: nn.Module, config: DoRAConfig, any_rank: bool) -> list[st
     except ValueError as error:
         remove_dora(model)
         raise DoRAError(f"LoRA: {error}.") from error
+    finally:
+        for module in divided:
+            object.__delattr__(module, "to_lora")
     for _, layer in adapter_layers(model):
         layer.train(model.training)
     return paths

@@ -24,7 +24,7 @@ def with_recorded_base(args: Sequence[str]) -> list[str]:
     Raises:
         DoRAError: If the adapter's folder is invalid or records no base.
     """
-    adapter, model = _value(args, "--adapter-path"), _value(args, "--model")
+    adapter, model = value_of(args, "--adapter-path"), value_of(args, "--model")
     if {"-h", "--help"} & set(args):
         return list(args)
     if adapter is None or model is not None:
@@ -46,7 +46,8 @@ def announced_base(adapter_path: str) -> str:
     return model
 
 
-def _value(args: Sequence[str], name: str) -> str | None:
+def value_of(args: Sequence[str], name: str) -> str | None:
+    """Return the value of an option among arguments as typed; None without it."""
     for arg, following in zip(args, [*args[1:], None], strict=True):
         if arg == name:
             return following

@@ -2,12 +2,16 @@
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import mlx.core as mx
+
+from mlx_dora.cli._base_model import value_of
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.foreign import foreign
 
@@ -62,11 +66,30 @@ def _check_inputs(args: list[str]) -> None:
             read_adapter(known.adapter_path)
 
 
+def _processes(
+    stack: contextlib.ExitStack, args: list[str]
+) -> mx.distributed.Group | None:
+    """Return the processes of ``mlx.launch``, None for one; silence all but one."""
+    group = mx.distributed.init()
+    if group.size() == 1:
+        return None
+    if "-" in (value_of(args, "--prompt"), value_of(args, "-p")):
+        raise DoRAError(
+            "give the text as --prompt TEXT: only the first of several processes has "
+            "the standard input."
+        )
+    if group.rank():
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    return group
+
+
 def run_host_command(
     name: str,
     command_path: str,
     args: list[str],
     main: Callable[[], None] | None = None,
+    *,
+    is_divided: bool = False,
 ) -> None:
     """Call ``mlx_lm.<name>.main()`` with `args` as the command line.
 
@@ -75,20 +98,25 @@ def run_host_command(
         command_path: Name of the program in mlx-lm's usage text.
         args: The arguments as typed, including ``--help``.
         main: Function to call instead of mlx-lm's.
+        is_divided: Let the processes of ``mlx.launch`` divide the model between them.
+            Only the first prints.
 
     Raises:
         DoRAError: If mlx-lm refuses the model, the adapter or an argument's value.
     """
     from huggingface_hub.errors import HFValidationError
 
-    from mlx_dora.adapters.hosting import use_in_mlx_lm
+    from mlx_dora.adapters.hosting import Hosting
 
     previous = sys.argv
     sys.argv = [command_path, *_with_home(args)]
     try:
         _check_inputs(args)
         what = f"the input of mlx_lm.{name}"
-        with use_in_mlx_lm(), foreign(what, by=_is_unexpected):
+        with contextlib.ExitStack() as stack:
+            group = _processes(stack, args) if is_divided else None
+            stack.enter_context(Hosting(group))
+            stack.enter_context(foreign(what, by=_is_unexpected))
             (main or import_module(f"mlx_lm.{name}").main)()
     except DoRAError:
         raise

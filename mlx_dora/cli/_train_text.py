@@ -151,6 +151,7 @@ def _describe_traffic(traffic: "Traffic") -> list[str]:
     parts = {
         "weights": traffic.weights,
         "embeddings": traffic.tokens,
+        "activations": traffic.activations,
         "norms": traffic.norms,
         "gradients": traffic.gradients,
     }

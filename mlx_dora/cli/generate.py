@@ -17,5 +17,9 @@ from mlx_dora.cli._host import run_host_command
 )
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Generate text, like mlx_lm.generate, using mlx_dora's layers."""
-    run_host_command("generate", ctx.command_path, with_recorded_base(ctx.args))
+    """Generate text, like mlx_lm.generate, using mlx_dora's layers.
+
+    The processes of mlx.launch divide the model between them.
+    """
+    args = with_recorded_base(ctx.args)
+    run_host_command("generate", ctx.command_path, args, is_divided=True)

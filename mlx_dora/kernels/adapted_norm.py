@@ -15,7 +15,8 @@ from mlx_dora.kernels.trial import Job, normal
 from mlx_dora.matrix.low_rank import LowRank
 from mlx_dora.matrix.packed import QuantizedWeight
 from mlx_dora.matrix.sharded import ShardedWeight
-from mlx_dora.matrix.weight import Weight, are_ordinary, row_squares
+from mlx_dora.matrix.terms import Terms, floored_norm, terms_of
+from mlx_dora.matrix.weight import Weight, are_ordinary, product, row_squares
 
 _DENSE = KERNELS["adapted_norm"]
 _PACKED = KERNELS["adapted_norm_packed"]
@@ -58,7 +59,8 @@ def adapted_norm(
     """
     LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale).check_fits(weight.shape)
     if isinstance(weight, ShardedWeight):
-        return weight.gathered(own_norm(weight, lora_a, lora_b, scale))
+        squared = row_squares(weight) if squared_base is None else squared_base
+        return divided_norm(weight, lora_a, lora_b, scale, squared)
     return row_norm(weight, lora_a, lora_b, scale, squared_base=squared_base)
 
 
@@ -131,11 +133,32 @@ The weight must not be divided among processes; see `own_norm`.
 """
 
 
+def divided_norm(
+    weight: ShardedWeight,
+    lora_a: mx.array,
+    lora_b: mx.array,
+    scale: float,
+    squared: mx.array,
+) -> mx.array:
+    """Compute `adapted_norm` of every row of a divided weight, ‖W0‖² being `squared`.
+
+    Of rows, each process computes the norms of its own, and all gather them. Of
+    columns, all sum one number per row.
+    """
+    if not weight.axis:
+        own = own_norm(weight, lora_a, lora_b, scale, squared)
+        return weight.gathered(own)
+    update = LowRank(lora_a=lora_a, lora_b=lora_b, scale=scale)
+    inner = weight.summed(own_inner(weight, update))
+    return norm_by_columns(update, squared, inner)
+
+
 def own_norm(
     weight: ShardedWeight,
     lora_a: mx.array,
     lora_b: mx.array,
     scale: float,
+    squared: mx.array,
 ) -> mx.array:
     """Compute `adapted_norm` of the rows that this process holds.
 
@@ -143,8 +166,23 @@ def own_norm(
     """
     own = weight.own
     return row_norm(
-        weight.part, lora_a, lora_b[:, own], scale, squared_base=weight.squares[own]
+        weight.part, lora_a, lora_b[:, own], scale, squared_base=squared[own]
     )
+
+
+def own_inner(weight: ShardedWeight, update: LowRank) -> mx.array:
+    """Return this process's part of c = ⟨W0, BA⟩ of each row, from its columns."""
+    own = update.for_columns(weight.own)
+    none = mx.zeros(weight.shape[:1])
+    inner = terms_of(none, product(weight.part, own.lora_a), own).c
+    return mx.stop_gradient(inner)
+
+
+def norm_by_columns(update: LowRank, squared: mx.array, inner: mx.array) -> mx.array:
+    """Return `adapted_norm` of an update, given ‖W0‖² and the summed `own_inner`."""
+    p = update.squared_rows()
+    terms = Terms(q0=squared, c=inner, p=p, scale=update.scale)
+    return mx.stop_gradient(floored_norm(terms))
 
 
 def job(case: Case) -> Job:

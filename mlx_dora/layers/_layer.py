@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.kernels.adapted_norm import own_norm, row_norm
+from mlx_dora.kernels.adapted_norm import divided_norm, own_norm, row_norm
 from mlx_dora.layers._cache import Epilogue, EvalCache, Sources, is_traced
 from mlx_dora.layers._fuse import fused_module
 from mlx_dora.layers._shared import SharedPass
@@ -140,6 +140,15 @@ class DoRALayer(nn.Module):
         stored = self["lora_a"], self["lora_b"]
         return stored if self.layout == "linear" else rearranged(self.layout, *stored)
 
+    def computed_with(
+        self, lora_a: mx.array, lora_b: mx.array, rows: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Return the parts of A, B and one value per row that this process uses: all.
+
+        A process that computes a part of the outputs uses less.
+        """
+        return lora_a, lora_b, rows
+
     def adapted(self) -> Adapted:
         """Return the adapter of the base's weight: A, B, s and m."""
         return Adapted(update=self._update(), m=self["m"])
@@ -213,10 +222,12 @@ class DoRALayer(nn.Module):
         if "_norm" in self:
             return self["_norm"]
         base = self[self.base_name]
-        if "_row_squares" in base:  # divided among processes
-            return base.whole_weight.gathered(self.own_norm())
+        weight = weight_from(base, base)
+        if isinstance(weight, ShardedWeight):
+            squared = self["_squared_base"]
+            return divided_norm(weight, *self.factors(), self.scale, squared)
         norm = row_norm(
-            weight_from(base, base),
+            weight,
             *self.factors(),
             self.scale,
             squared_base=self["_squared_base"],
@@ -233,7 +244,8 @@ class DoRALayer(nn.Module):
         """Return `norm` of the rows that this process holds of a divided weight."""
         weight = weight_of(self.base)
         assert isinstance(weight, ShardedWeight)
-        return own_norm(weight, *self.factors(), self.scale)
+        squared = self["_squared_base"]
+        return own_norm(weight, *self.factors(), self.scale, squared)
 
     def gain(self) -> mx.array:
         """Return the gain g = m/n of every row, float32; exact, cached in eval mode."""
@@ -289,12 +301,12 @@ class DoRALayer(nn.Module):
         known = cache.epilogue
         if known is not None and known.lora_a.dtype == dtype:
             return known
-        lora_a, lora_b = self.factors()
+        lora_a, lora_b, gain = self.computed_with(*self.factors(), cache.gain)
         made = Epilogue(
             lora_a=lora_a.astype(dtype),
             up=self.scale * lora_b.astype(mx.float32),
-            gain=cache.gain,
-            offset=self.bias_offset(cache.gain),
+            gain=gain,
+            offset=self.bias_offset(gain),
         )
         mx.eval(made.lora_a, made.up, made.offset)
         self._cache = replace(cache, epilogue=made)

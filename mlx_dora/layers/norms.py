@@ -7,9 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_dora.kernels.adapted_norm import norm_by_columns, own_inner
 from mlx_dora.layers._layer import DoRALayer
 from mlx_dora.layers._shared import SharedPass
-from mlx_dora.layers.sharded import ShardedModule
 from mlx_dora.matrix.sharded import ShardedWeight
 from mlx_dora.matrix.weight import weight_of
 
@@ -28,12 +28,18 @@ def held_norms(model: nn.Module) -> Iterator[None]:
     context, a process may use them while others do not.
     """
     layers = [m for m in model.modules() if isinstance(m, DoRALayer)]
-    divided = [layer for layer in layers if isinstance(layer.base, ShardedModule)]
+    divided: tuple[list[DoRALayer], list[DoRALayer]] = [], []
     for layer in layers:
-        if not isinstance(layer.base, ShardedModule):
+        weight = weight_of(layer.base)
+        if isinstance(weight, ShardedWeight):
+            divided[weight.axis].append(layer)
+        else:
             layer.hold_norm()
-    if divided:
-        _gather_norms(divided)
+    rows, columns = divided
+    if rows:
+        _gather_norms(rows)
+    if columns:
+        _sum_norms(columns)
     try:
         yield
     finally:
@@ -91,6 +97,27 @@ def _gather_norms(layers: list[DoRALayer]) -> None:
     every = first.gathered(mx.concatenate(own)[None])
     norms = [
         mx.contiguous(norm.reshape(-1)) for norm in mx.split(every, ends[:-1], axis=1)
+    ]
+    mx.eval(norms)
+    for layer, norm in zip(layers, norms, strict=True):
+        layer._norm = norm
+
+
+def _sum_norms(layers: list[DoRALayer]) -> None:
+    """Hold the norms of layers whose columns are divided, summed in one message."""
+    weights = [weight_of(layer.base) for layer in layers]
+    updates = [layer.adapted().update for layer in layers]
+    parts = [
+        own_inner(weight, update)
+        for weight, update in zip(weights, updates, strict=True)
+        if isinstance(weight, ShardedWeight)
+    ]
+    ends = np.cumsum([part.size for part in parts]).tolist()
+    assert isinstance(weights[0], ShardedWeight)
+    every = mx.split(weights[0].summed(mx.concatenate(parts)), ends[:-1])
+    norms = [
+        norm_by_columns(update, layer["_squared_base"], inner)
+        for layer, update, inner in zip(layers, updates, every, strict=True)
     ]
     mx.eval(norms)
     for layer, norm in zip(layers, norms, strict=True):

@@ -14,7 +14,12 @@ import mlx.nn as nn
 
 from mlx_dora.errors import DoRAError
 from mlx_dora.matrix.sharded import Part, ShardedWeight, looked_up_in, product_with
-from mlx_dora.matrix.weight import as_packed, weight_of
+from mlx_dora.matrix.weight import (
+    TENSOR_COLUMNS,
+    TENSOR_ROWS,
+    as_packed,
+    weight_of,
+)
 
 SHARDABLE = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 """Classes of modules that can be divided, exactly."""
@@ -162,6 +167,12 @@ class ShardedEmbedding(ShardedModule, nn.Embedding):
         layer = LoRAEmbedding(rows, dims, r=r, dropout=dropout, scale=scale)
         layer.embedding = self
         return layer
+
+
+def has_divided(model: nn.Module) -> bool:
+    """Return whether processes divide the weights of a model, in either way."""
+    kinds = (ShardedModule, *TENSOR_ROWS, *TENSOR_COLUMNS)
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def sharded_modules(model: nn.Module) -> list[ShardedModule]:

@@ -8,6 +8,7 @@ from mlx_dora.layers.embedding import DoRAEmbedding
 from mlx_dora.layers.linear import DoRALinear
 from mlx_dora.layers.multi import DoRAMultiLinear
 from mlx_dora.layers.switch import DoRASwitchLinear
+from mlx_dora.layers.tensor import DoRATensorLinear
 from mlx_dora.layers.variants.adaptive import Adaptive
 from mlx_dora.layers.variants.doran import DoRAN
 from mlx_dora.layers.variants.doran_aux import DoRANAux
@@ -19,7 +20,9 @@ from mlx_dora.layers.variants.pissa import PiSSA
 from mlx_dora.layers.variants.prediag import PreDiag
 
 _LAYERS: dict[type[nn.Module], type[DoRALayer]] = {
-    cls: layer for layer in (DoRALinear, DoRAEmbedding) for cls in layer.base_types()
+    cls: layer
+    for layer in (DoRALinear, DoRAEmbedding, DoRATensorLinear)
+    for cls in layer.base_types()
 }
 _HOST_LAYERS = (DoRASwitchLinear, DoRAMultiLinear)
 """Layers for experts and heads, whose classes are mlx-lm's."""

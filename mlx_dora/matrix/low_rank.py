@@ -87,6 +87,10 @@ class LowRank:
         """Return the update of some output rows."""
         return replace(self, lora_b=self.lora_b[..., index])
 
+    def for_columns(self, index: slice) -> "LowRank":
+        """Return the update of some columns of the weight."""
+        return replace(self, lora_a=self.lora_a[..., index, :])
+
     def with_unit_columns(self) -> "LowRank":
         """Return this update in float32, with columns of A scaled near 1.
 

@@ -1,9 +1,13 @@
-"""A frozen weight whose rows are divided among the processes of a group.
+"""A frozen weight whose rows or columns are divided among the processes of a group.
 
-Each process holds the same number of consecutive rows, dense or packed. The whole
-weight exists only while a product with it is computed: the forward and the backward
-pass each gather it again. What depends on a row alone (its norm) is computed from the
-own rows, and only the result, one number per row, is gathered.
+Each process holds the same number of consecutive rows (or columns), dense or packed.
+What depends on a row alone (its norm) is computed from the own rows, and only the
+result, one number per row, is gathered. Of columns, each process has a part of every
+sum along a row, and the parts are summed.
+
+Where the processes have batches of their own (``shard full``), the whole weight exists
+only while a product with it is computed: the forward and the backward pass each gather
+it again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -76,25 +80,36 @@ class ShardedWeight:
     """A weight of shape ``(out, in)``, of which this process holds some rows.
 
     Attributes:
-        part: This process's rows. Shape ``(out / processes, in)``.
+        part: This process's rows. Shape ``(out / processes, in)``; or its columns,
+            shape ``(out, in / processes)``.
         group: The processes, in the order of their rows.
-        squares: ‖W0‖² of every row. Shape ``(out,)``, float32.
+        squares: ‖W0‖² of every row, shape ``(out,)``, float32; None if not known.
+        axis: The divided axis: 0 for rows, 1 for columns.
     """
 
     part: Part
     group: mx.distributed.Group
-    squares: mx.array
+    squares: mx.array | None = None
+    axis: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape ``(out, in)`` of the whole weight."""
-        rows, width = self.part.shape
-        return rows * self.group.size(), width
+        shape = [*self.part.shape]
+        shape[self.axis] *= self.group.size()
+        return tuple(shape)
 
     @property
     def own(self) -> slice:
-        """The rows of the whole weight that this process holds."""
-        return own_rows(self.shape[0], self.group)
+        """The rows (or columns) of the whole weight that this process holds."""
+        return own_rows(self.shape[self.axis], self.group)
+
+    def summed(self, values: mx.array) -> mx.array:
+        """Sum what each process has computed from its columns.
+
+        No gradient flows through the result.
+        """
+        return mx.stop_gradient(mx.distributed.all_sum(values, group=self.group))
 
     def gathered(self, values: mx.array) -> mx.array:
         """Gather values of the own rows ``(rows, ...)`` to those of all ``(out, ...)``.
@@ -112,7 +127,8 @@ class ShardedWeight:
         """
         parts = _arrays_of(self.part)
         arrays = _in_turn(list(parts.values()), after)
-        whole = gather_rows(arrays, self.group)
+        gather = gather_columns if self.axis else gather_rows
+        whole = gather(arrays, self.group)
         _end_turn(whole[0])
         if isinstance(self.part, QuantizedWeight):
             return replace(self.part, **dict(zip(parts, whole, strict=True)))
@@ -206,6 +222,22 @@ def gather_rows(
         mx.contiguous(part).view(array.dtype)
         for part, array in zip(parts, arrays, strict=True)
     ]
+
+
+def gather_columns(
+    arrays: Sequence[mx.array], group: mx.distributed.Group
+) -> list[mx.array]:
+    """Gather matrices whose columns are divided, each in a message, bit for bit.
+
+    Args:
+        arrays: This process's columns. Shapes ``(rows, columns)``, any dtypes.
+        group: The processes.
+
+    Returns:
+        The columns of all processes. Shapes ``(rows, columns * processes)``.
+    """
+    gathered = [mx.distributed.all_gather(a[None], group=group) for a in arrays]
+    return [every.swapaxes(0, 1).flatten(1) for every in gathered]
 
 
 def own_rows(rows: int, group: mx.distributed.Group) -> slice:

@@ -166,7 +166,7 @@ def exact_terms(weight: Weight, update: LowRank) -> ExactTerms:
         DoRAError: If the shapes do not fit together.
     """
     update.check_fits(weight.shape)
-    if isinstance(weight, ShardedWeight):
+    if isinstance(weight, ShardedWeight) and not weight.axis:
         return _gathered_terms(weight, update)
     scaled = update.with_unit_columns()
     q0, product = base_products(weight, scaled.lora_a)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_dora.errors import DoRAError
@@ -20,6 +21,11 @@ Weight = mx.array | QuantizedWeight | ShardedWeight
 
 A `ShardedWeight` is a matrix. All processes of its group must make the same calls.
 """
+
+TENSOR_ROWS = (nn.AllToShardedLinear, nn.QuantizedAllToShardedLinear)
+"""MLX's linear layers of which a process holds rows, with the whole input."""
+TENSOR_COLUMNS = (nn.ShardedToAllLinear, nn.QuantizedShardedToAllLinear)
+"""MLX's linear layers of which a process holds columns, with its part of the input."""
 
 # Elements of a block, whose float32 copy takes 4 MB.
 _BLOCK = 1 << 20
@@ -35,7 +41,7 @@ def weight_from(parts: Mapping[str, Any], packing: Any) -> Weight:
         parts: ``weight`` and, if packed, ``scales`` and ``biases``; ``_row_squares``
             if they are a process's share of the rows.
         packing: The module, with ``group_size``, ``bits`` and ``mode``; with ``group``
-            if its rows are shared.
+            if processes divide its weight.
 
     Raises:
         DoRAError: If the weight is packed with a global scale.
@@ -58,9 +64,12 @@ def weight_from(parts: Mapping[str, Any], packing: Any) -> Weight:
             mode=cast(str, packing.mode),
         )
     squares = parts.get("_row_squares")
-    if squares is None:
+    has_columns = isinstance(packing, TENSOR_COLUMNS)
+    if squares is None and not (has_columns or isinstance(packing, TENSOR_ROWS)):
         return part
-    return ShardedWeight(part=part, group=packing.group, squares=squares)
+    return ShardedWeight(
+        part=part, group=packing.group, squares=squares, axis=int(has_columns)
+    )
 
 
 def weight_of(module: Any) -> Weight:
@@ -79,6 +88,8 @@ def as_packed(weight: Weight) -> QuantizedWeight | None:
 
 def take_rows(weight: Weight, index: slice | mx.array) -> Weight:
     """Return some output rows, packed if the weight is packed."""
+    if isinstance(weight, ShardedWeight) and weight.axis:
+        return replace(weight, part=take_rows(weight.part, index)).whole()
     if isinstance(weight, ShardedWeight):
         weight = weight.whole()
     if isinstance(weight, QuantizedWeight):
@@ -151,7 +162,10 @@ def row_blocks(
 def row_squares(weight: Weight) -> mx.array:
     """Return ‖W0‖² of each output row, summed in float32. Shape ``(..., out)``."""
     if isinstance(weight, ShardedWeight):
-        return weight.squares
+        if weight.squares is not None:
+            return weight.squares
+        own = row_squares(weight.part)
+        return weight.summed(own) if weight.axis else weight.gathered(own)
     if len(weight.shape) > 2:
         squares = [row_squares(matrix) for matrix in matrices(weight)]
         mx.eval(squares)
@@ -249,6 +263,8 @@ def product(weight: Weight, lora_a: mx.array) -> mx.array:
     Returns:
         The product U, shape ``(..., out, r)``, float32.
     """
+    if isinstance(weight, ShardedWeight) and weight.axis:
+        return weight.summed(product(weight.part, lora_a[weight.own]))
     if isinstance(weight, ShardedWeight):
         return weight.gathered(product(weight.part, lora_a))
     if isinstance(weight, QuantizedWeight):
@@ -277,8 +293,11 @@ def base_products(
         `in_float64`.
     """
     if isinstance(weight, ShardedWeight) and not in_float64:
+        if weight.axis:
+            parts = base_products(weight.part, lora_a[weight.own])
+            return tuple(map(weight.summed, parts))
         own = base_products(weight.part, lora_a)
-        return weight.squares, weight.gathered(own[1])
+        return row_squares(weight), weight.gathered(own[1])
     a, columns = lora_a.astype(mx.float32), None
     if in_float64:
         a, columns = scaled_to_unit(a, axis=-2)

@@ -10,7 +10,7 @@ from mlx_dora.options import option
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
 FineTuneType = Literal["dora", "lora", "full"]
 ObjectiveName = Literal["sft", "dpo", "orpo", "kto", "simpo", "grpo"]
-Shard = Literal["full"]
+Shard = Literal["full", "tensor"]
 SERVICES = ("wandb", "swanlab")
 
 
@@ -253,7 +253,9 @@ class TrainConfig(DataConfig):
     shard: Shard | None = option(
         None,
         help="Divide the frozen weights among the processes of mlx.launch, for models "
-        "larger than one machine; full: each holds a share of the rows.",
+        "larger than one machine; full: each holds a share of the rows and trains on "
+        "rows of its own; tensor: all train on the same rows, and each computes a "
+        "share of the heads and of the MLP's width.",
         group="Memory",
     )
     clear_cache_threshold: int = option(

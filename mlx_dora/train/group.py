@@ -7,7 +7,7 @@ on machines that do not have it.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +29,24 @@ _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 class SharedError(DoRAError):
     """An error in at least one process; every process of the group raises it."""
+
+
+class _Alone:
+    """A group of one process, which communicates with no other."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+def row_group(group: mx.distributed.Group, shard: str | None) -> mx.distributed.Group:
+    """Return the processes that share the rows of a batch.
+
+    With tensor parallelism, every process of `group` computes with every row.
+    """
+    return cast(mx.distributed.Group, _Alone()) if shard == "tensor" else group
 
 
 def greatest(number: int, group: mx.distributed.Group) -> int:

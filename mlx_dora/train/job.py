@@ -8,17 +8,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_dora.adapters.attach import attach_adapter
+from mlx_dora.adapters.attach import all_problems, attach_adapter
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.files import read_adapter
 from mlx_dora.adapters.hosting import load, model_folder
 from mlx_dora.adapters.sharding import PendingDivision, load_sharded
+from mlx_dora.adapters.tensor import share_squares
 from mlx_dora.data.loading import make_datasets
 from mlx_dora.data.splits import read_splits
 from mlx_dora.errors import DoRAError
+from mlx_dora.layers import has_divided
 from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.group import PEER_LOST, together
+from mlx_dora.train.group import PEER_LOST, row_group, together
 from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.objectives.config import PreferenceConfig
 from mlx_dora.train.objectives.make import make_objective
@@ -31,7 +33,7 @@ from mlx_dora.train.run.journal import StepReport, TrainReport
 from mlx_dora.train.run.run import measure
 from mlx_dora.train.run.start import check_folder
 from mlx_dora.train.services import HostCallback, check_services
-from mlx_dora.train.sharded import finish
+from mlx_dora.train.sharded import divide_for_tensors, finish
 
 logger = logging.getLogger(__name__)
 
@@ -113,10 +115,15 @@ def _run(
         model, tokenizer, data = _load(train, objective, folder, group)
     if isinstance(model, PendingDivision):
         model = finish(model)
-        if not train.trains and train.adapter_path:
-            with together(group):
-                attach_adapter(model, read_adapter(folder), name=str(folder))
-                model.eval()
+    elif has_divided(model):
+        share_squares(model)
+    if has_divided(model) and not train.trains and train.adapter_path:
+        with together(group):
+            adapter = read_adapter(folder)
+            if problems := all_problems(model, adapter, check_base=True):
+                raise DoRAError(f"{folder} does not fit: {'; '.join(problems)}.")
+        attach_adapter(model, adapter, name=str(folder))
+        model.eval()
     report, plot = None, None
     if train.trains:
         report = finetune(
@@ -140,7 +147,8 @@ def _run(
         test_set = objective.limited(data["test"], train.max_seq_length)
         if not train.trains:
             objective.adapting(model)
-        test = measure(objective, model, test_set, train, "test", progress, group)
+        rows = row_group(group, train.shard)
+        test = measure(objective, model, test_set, train, "test", progress, rows)
     return JobResult(
         train=report,
         test=test,
@@ -185,8 +193,11 @@ def _load(
         logger.warning("there is no validation data: training without validation")
     model_folder(train.model)
     trust = train.trust_remote_code
-    if train.shard and group.size() > 1:
+    if train.shard == "full" and group.size() > 1:
         model, tokenizer = load_sharded(train.model, group, trust_remote_code=trust)
+    elif train.shard and group.size() > 1:
+        model, tokenizer = load(train.model, lazy=True, trust_remote_code=trust)
+        divide_for_tensors(model, group)
     else:
         model, tokenizer = load(train.model, tested, trust_remote_code=trust)
     return model, tokenizer, make_datasets(splits, tokenizer, objective.dataset)

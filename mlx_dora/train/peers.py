@@ -1,38 +1,48 @@
-"""Watches the other processes of a training, which may hang without ending.
+"""Watches the other processes of a training, which may end or hang.
 
 MLX's collective operations wait forever for a process that is stopped, swapped out or
-unreachable. Therefore each process periodically sends the others a datagram, from a
-separate thread, and exits when another process has been silent for too long. A long
-step does not count as silence, because the thread keeps running during the step.
+unreachable; and where a process has been killed, MLX notices that at the first message,
+but may wait forever at the next. Therefore each process has a connection of its own to
+every other one, which a separate thread watches. It sends a byte periodically, and ends
+this process when a connection has been closed, or another process has been silent for
+too long. A long step does not count as silence, because the thread keeps running.
 """
 
 import json
 import logging
 import os
 import secrets
+import selectors
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_dora.errors import DoRAError
-from mlx_dora.train.group import share, together
+from mlx_dora.train.group import SharedError, share, together
 
 TIMEOUT_VARIABLE = "MLX_DORA_PEER_TIMEOUT"
 DEFAULT_TIMEOUT = 120.0
 """Seconds of silence after which a process counts as stopped."""
 
-_PROBES = 3
-_PROBE_PAUSE = 0.1  # seconds
+PATIENCE = 5.0
+"""Seconds that this process has to end by itself after another one has ended."""
+
+_CONNECTING = 5.0  # seconds
+_ALIVE, _END = b".", b"e"
+# Errors that all processes raise together, each after its last message.
+_SHARED = (SharedError, KeyboardInterrupt)
 
 logger = logging.getLogger(__name__)
 
 Address = tuple[str, int]
+OnLoss = Callable[[int, float | None], None]
+"""Called with the rank of a process, and the seconds of its silence or None."""
 
 
 def peer_timeout() -> float:
@@ -56,16 +66,17 @@ def peer_timeout() -> float:
 
 @contextmanager
 def watched_peers(group: mx.distributed.Group) -> Iterator[Callable[[], list[int]]]:
-    """Exit with a one-line error and code 1 if another process falls silent.
+    """Exit with a one-line error and code 1 if another process ends or falls silent.
 
-    A process that has never sent a datagram (a firewall may drop them) is not watched.
+    A process to which no connection can be made (a firewall may forbid it) is not
+    watched, which is logged.
 
     Args:
         group: The processes; all of them must make this call.
 
     Yields:
-        A function that returns the ranks of processes that have ended, as far as their
-        machines tell; see `PeerWatch.ended`.
+        A function that returns the ranks of processes that have ended; see
+        `PeerWatch.ended`.
     """
     seconds = 0.0
     with together(group):
@@ -76,127 +87,195 @@ def watched_peers(group: mx.distributed.Group) -> Iterator[Callable[[], list[int
     if not seconds:
         yield list
         return
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
+    with ExitStack() as stack:
         own = _own_host(group.rank())
-        channel.bind((own, 0))
-        address = channel.getsockname()[:2]
+        listener = stack.enter_context(socket.create_server((own, 0)))
+        address = listener.getsockname()[:2]
         addresses = [share(address, group, source=r) for r in range(group.size())]
         token = share(secrets.token_hex(16), group)
-        watch = PeerWatch(
-            channel,
+        channels = connect(
+            listener,
             rank=group.rank(),
             addresses=[(str(host), int(port)) for host, port in addresses],
             token=token,
-            seconds=seconds,
-            on_silence=_end,
         )
+        watch = PeerWatch(channels, seconds=seconds, on_loss=_end)
         with watch:
             yield watch.ended
 
 
-class PeerWatch:
-    """Sends heartbeats to the other processes, and notices when theirs stop.
+def connect(
+    listener: socket.socket, *, rank: int, addresses: Sequence[Address], token: str
+) -> dict[int, socket.socket]:
+    """Connect this process with every other one, the higher rank to the lower.
 
     Args:
-        channel: A bound datagram socket.
-        rank: Index of this process in `addresses`.
-        addresses: Address of every process.
+        listener: Listening socket of this process.
+        rank: Rank of this process, its index in `addresses`.
+        addresses: Address of the listener of every process.
         token: Secret that only these processes share.
+
+    Returns:
+        Sockets by rank, without those that could not be connected.
+    """
+    channels: dict[int, socket.socket] = {}
+    for other, address in enumerate(addresses[:rank]):
+        try:
+            channel = socket.create_connection(address, _CONNECTING)
+            channel.sendall(json.dumps([token, rank]).encode() + b"\n")
+            channels[other] = channel
+        except OSError as error:
+            logger.info("no connection to %s: %s", address, error)
+    expected, deadline = len(addresses) - 1, time.monotonic() + 2 * _CONNECTING
+    while len(channels) < expected and (left := deadline - time.monotonic()) > 0:
+        listener.settimeout(left)
+        try:
+            channel, _ = listener.accept()
+        except OSError:  # timeout
+            break
+        channel.settimeout(_CONNECTING)
+        other = _greeting(channel, token)
+        if other in channels or other not in range(rank + 1, len(addresses)):
+            channel.close()
+        else:
+            channels[other] = channel
+    if missing := sorted({*range(len(addresses))} - {rank, *channels}):
+        logger.warning(
+            "process %s cannot be watched from process %d (is there a firewall?): if "
+            "it stops, this process may wait forever",
+            ", ".join(map(str, missing)),
+            rank,
+        )
+    return channels
+
+
+def _greeting(channel: socket.socket, token: str) -> int:
+    """Return the rank that a connected process names; -1 if it is none of ours."""
+    try:
+        with channel.makefile("rb") as stream:
+            given, rank = json.loads(stream.readline(256))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return -1
+    return rank if given == token and type(rank) is int else -1
+
+
+class PeerWatch:
+    """Sends signs of life to other processes, and notices when theirs stop.
+
+    Args:
+        channels: Connected sockets by rank, which this object closes.
         seconds: Longest allowed silence, in seconds.
-        on_silence: Called with the rank of a silent process and `seconds`.
+        on_loss: Called once, from another thread, when a process has been silent for
+            `seconds`, or `patience` after one has ended.
+        patience: Seconds between the end of another process and the call.
     """
 
     def __init__(
         self,
-        channel: socket.socket,
+        channels: Mapping[int, socket.socket],
         *,
-        rank: int,
-        addresses: Sequence[Address],
-        token: str,
         seconds: float,
-        on_silence: Callable[[int, float], None],
+        on_loss: OnLoss,
+        patience: float = PATIENCE,
     ) -> None:
-        self._channel = channel
-        self._others = {r: a for r, a in enumerate(addresses) if r != rank}
-        self._token = token
-        self._rank = rank
-        self._seconds = seconds
+        self._channels = dict(channels)
+        self._seconds, self._patience = seconds, patience
         self._interval = min(seconds / 8, 5.0)
-        self._on_silence = on_silence
+        self._on_loss = on_loss
         self._heard: dict[int, float] = {}
-        self._is_over = threading.Event()
+        self._lost: dict[int, float] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "PeerWatch":
-        self._channel.settimeout(self._interval)
+        self._waking, self._woken = socket.socketpair()
+        self._heard = dict.fromkeys(self._channels, time.monotonic())
+        for channel in self._channels.values():
+            channel.setblocking(False)
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._channel.sendto(b"", self._channel.getsockname())  # wakes the thread
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._waking.close()
         self._thread.join()
-        self._send("end")
+        self._woken.close()
+        if kind is None or issubclass(kind, _SHARED):
+            self._send(_END)  # otherwise, the others must not wait for this process
+        for channel in self._channels.values():
+            channel.close()
 
-    def ended(self) -> list[int]:
-        """Return the ranks of processes whose machines refuse datagrams for them.
+    def ended(self, within: float = 1.0) -> list[int]:
+        """Return the ranks of processes that have ended, the first one first.
 
-        A process that was killed no longer has a socket. A machine that is unreachable
-        gives no answer, so its processes are not listed.
+        Without warning: a process that completes its training says so.
+
+        Args:
+            within: Seconds to wait for the first, which MLX may notice earlier.
         """
-        refused = []
-        for rank, address in self._others.items():
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                try:
-                    probe.connect(address)
-                    for _ in range(_PROBES):  # the refusal of one fails the next
-                        probe.send(b"")
-                        time.sleep(_PROBE_PAUSE)
-                except OSError:
-                    refused.append(rank)
-        return refused
+        deadline = time.monotonic() + within
+        while not self._lost and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return sorted(self._lost, key=lambda rank: self._lost[rank])
 
     def _run(self) -> None:
-        sent = checked = time.monotonic()
-        self._send("alive")
-        while not self._is_over.is_set():
-            self._receive()
-            now = time.monotonic()
-            if now - checked > self._seconds / 2:
-                # This process itself was suspended and could not receive.
-                self._heard = dict.fromkeys(self._heard, now)
-            checked = now
-            if now - sent >= self._interval:
-                self._send("alive")
-                sent = now
-            for rank, last in self._heard.items():
-                if now - last > self._seconds:
-                    self._on_silence(rank, self._seconds)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ, None)
+            for rank, channel in self._channels.items():
+                selector.register(channel, selectors.EVENT_READ, rank)
+            sent = checked = time.monotonic()
+            self._send(_ALIVE)
+            while True:
+                ready = selector.select(min(self._interval, self._patience))
+                now = time.monotonic()
+                for key, _ in ready:
+                    if key.data is None:
+                        return
+                    if not self._receive(key.data, now):
+                        selector.unregister(key.fileobj)
+                if now - checked > self._seconds / 2:
+                    # This process itself was suspended and could not receive.
+                    self._heard = dict.fromkeys(self._heard, now)
+                checked = now
+                if now - sent >= self._interval:
+                    self._send(_ALIVE)
+                    sent = now
+                if self._complains(now):
                     return
 
-    def _send(self, word: str) -> None:
-        message = json.dumps([self._token, self._rank, word]).encode()
-        for address in self._others.values():
-            try:
-                self._channel.sendto(message, address)
-            except OSError as error:
-                logger.info("no heartbeat could be sent to %s: %s", address, error)
+    def _complains(self, now: float) -> bool:
+        """Whether a process was lost, which is then reported."""
+        if self._lost:
+            rank, since = min(self._lost.items(), key=lambda item: item[1])
+            if now - since >= self._patience:
+                self._on_loss(rank, None)
+                return True
+        for rank, last in self._heard.items():
+            if now - last > self._seconds:
+                self._on_loss(rank, self._seconds)
+                return True
+        return False
 
-    def _receive(self) -> None:
+    def _send(self, word: bytes) -> None:
+        for rank, channel in self._channels.items():
+            try:
+                channel.send(word)
+            except OSError as error:  # its buffer is full, or it has ended
+                logger.debug("process %d takes no sign of life: %s", rank, error)
+
+    def _receive(self, rank: int, now: float) -> bool:
+        """Read what a process has sent; return whether it may send more."""
         try:
-            message = self._channel.recv(1024)
-        except OSError:  # timeout, or an undelivered earlier datagram
-            return
-        try:
-            token, rank, word = json.loads(message)
-        except (ValueError, TypeError, RecursionError):
-            return
-        if token != self._token or type(rank) is not int or rank not in self._others:
-            return
-        if word == "end":
-            self._heard.pop(rank, None)
-        else:
-            self._heard[rank] = time.monotonic()
+            content = self._channels[rank].recv(4096)
+        except BlockingIOError:
+            return True
+        except OSError:
+            content = b""
+        if content and _END not in content:
+            self._heard[rank] = now
+            return True
+        self._heard.pop(rank, None)
+        if not content:
+            self._lost[rank] = now
+        return False
 
 
 def _own_host(rank: int) -> str:
@@ -213,12 +292,18 @@ def _own_host(rank: int) -> str:
         return "127.0.0.1"
 
 
-def _end(rank: int, seconds: float) -> None:
+def _end(rank: int, silence: float | None) -> None:
     # The main thread waits inside MLX and cannot be interrupted.
+    what, limit = "has ended: see its output", ""
+    if silence is not None:
+        what = (
+            f"has given no sign of life for {silence:g} seconds (stopped, or its "
+            "machine is unreachable)"
+        )
+        limit = f" ({TIMEOUT_VARIABLE} sets the limit)"
     sys.stderr.write(
-        f"Error: process {rank} of this training has given no sign of life for "
-        f"{seconds:g} seconds (stopped, or its machine is unreachable); --resume "
-        f"continues from the last checkpoint ({TIMEOUT_VARIABLE} sets the limit).\n"
+        f"Error: process {rank} of this training {what}; --resume continues from the "
+        f"last checkpoint{limit}.\n"
     )
     sys.stderr.flush()
     os._exit(1)

@@ -7,9 +7,10 @@ import mlx.nn as nn
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.sharding import PendingDivision, shard_loaded
+from mlx_dora.adapters.tensor import describe_division, divide_tensors, share_squares
 from mlx_dora.errors import DoRAError
-from mlx_dora.layers import sharded_modules
-from mlx_dora.train.config import TrainConfig
+from mlx_dora.layers import has_divided
+from mlx_dora.train.config import Shard, TrainConfig
 from mlx_dora.train.group import together
 
 logger = logging.getLogger(__name__)
@@ -47,17 +48,29 @@ def check_shardable(
         )
 
 
-def divide(model: nn.Module, group: mx.distributed.Group) -> None:
+def divide(model: nn.Module, group: mx.distributed.Group, shard: Shard) -> None:
     """Divide a model that is not divided yet.
 
     Raises:
-        SharedError: If the model has adapters or experts.
+        SharedError: If the model cannot be divided in this way, or has adapters.
     """
-    if group.size() == 1 or sharded_modules(model):
+    if group.size() == 1 or has_divided(model):
+        return
+    if shard == "tensor":
+        with together(group):
+            divide_for_tensors(model, group)
+        share_squares(model)
         return
     with together(group):
         pending = shard_loaded(model, group)
     finish(pending)
+
+
+def divide_for_tensors(model: nn.Module, group: mx.distributed.Group) -> None:
+    """Divide a model for tensor parallelism, and log how; nothing is communicated."""
+    paths = divide_tensors(model, group)
+    if group.rank() == 0:
+        logger.info("%s", describe_division(paths, group.size()))
 
 
 def finish(pending: PendingDivision) -> nn.Module:

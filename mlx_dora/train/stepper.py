@@ -13,10 +13,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_dora.data.batches import Batch, Examples, shape_of
-from mlx_dora.layers import held_norms, sharded_modules
+from mlx_dora.layers import has_divided, held_norms
 from mlx_dora.matrix.sharded import in_order
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.group import check_same_shapes
+from mlx_dora.train.group import check_same_shapes, row_group
 from mlx_dora.train.optimizers import build_optimizer
 
 B_NAME = "lora_b"
@@ -112,6 +112,7 @@ class Stepper:
         self._shapes: set[tuple[int, ...]] = set()
         self._model = model
         self._group = group
+        self._rows = row_group(group, settings.shard)
         self._optimizer = optimizer
         ratio = settings.lora_plus_ratio
         value_and_grad = nn.value_and_grad(model, loss)
@@ -151,13 +152,13 @@ class Stepper:
         self._measure = measure
         self._apply = apply
         self._limit = settings.max_grad_norm
-        self._is_sharded = bool(sharded_modules(model))
+        self._is_sharded = has_divided(model)
 
     def gradient(self, window: Sequence[Batch]) -> Gradient:
         """Gradient of the mean loss over all of `window`, on all processes."""
         loss, count, total = mx.array(0.0), mx.array(0), None
         sums: list[mx.array] = []
-        is_weighted = len(window) > 1 or self._group.size() > 1
+        is_weighted = len(window) > 1 or self._rows.size() > 1
         # Norms are constant until the weights change. A pass that needs them only once
         # gets them cheaper from its own products; so does one that recomputes blocks.
         reuses = len(window) > 1 or self._is_sharded
@@ -184,7 +185,8 @@ class Stepper:
                 mx.eval(mx.random.state)
         if self._group.size() > 1:
             total = nn.average_gradients(total, self._group)
-            total = tree_map(lambda g: g * self._group.size(), total)
+        if self._rows.size() > 1:
+            total = tree_map(lambda g: g * self._rows.size(), total)
             loss = mx.distributed.all_sum(loss, group=self._group)
             count = mx.distributed.all_sum(count, group=self._group)
             sums = [mx.distributed.all_sum(part, group=self._group) for part in sums]

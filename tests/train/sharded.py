@@ -22,11 +22,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from mlx_dora import DoRAConfig
-from mlx_dora.adapters.sharding import shard_loaded
 from mlx_dora.adapters.surgery import apply_layers
 from mlx_dora.data.schedule import Schedule
 from mlx_dora.evaluate.loss import loss_fn
 from mlx_dora.train import TrainConfig, finetune
+from mlx_dora.train.group import row_group
+from mlx_dora.train.sharded import divide
 from mlx_dora.train.stepper import Stepper
 from tests.conftest import TINY_CONFIG
 
@@ -93,9 +94,9 @@ def gradients(case: Case, group: mx.distributed.Group) -> dict[str, mx.array]:
     """Mean gradients of a batch, at a random B."""
     model, train = case.build(), case.settings
     if case.shard and group.size() > 1:
-        shard_loaded(model, group).finish()
+        divide(model, group, train.shard)
+    mx.random.seed(1)  # dividing a model may draw numbers
     apply_layers(model, case.adapter, train.fine_tune_type)
-    mx.random.seed(1)
     flat = tree_flatten(model.trainable_parameters())
     model.load_weights(
         [(n, v + 0.02 * mx.random.normal(v.shape)) for n, v in flat],  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue] - arrays
@@ -104,8 +105,9 @@ def gradients(case: Case, group: mx.distributed.Group) -> dict[str, mx.array]:
     optimizer = Stepper.make_optimizer(train)
     optimizer.init(model.trainable_parameters())
     stepper = Stepper(model, optimizer, loss=loss_fn, group=group, settings=train)
+    rows = row_group(group, train.shard)
     schedule = Schedule(ROWS, 4, 64, seed=0)
-    batch = next(schedule.batches(0, group.rank(), group.size(), alike=True))
+    batch = next(schedule.batches(0, rows.rank(), rows.size(), alike=True))
     model.train()
     gradient = stepper.gradient([batch])
     flat = tree_flatten(gradient.total)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_dora.train.peers import PATIENCE
 from tests.checks import assert_close, to_numpy
 from tests.cli.training_data import write_data
 from tests.processes import run
@@ -114,18 +115,15 @@ def resumes(arguments: list[str], folder: Path) -> None:
     assert f"Resuming from step {max(steps)}" in resumed.stderr
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(
+    ("shard", "processes"),
+    [("full", 2), ("tensor", 2), pytest.param("full", 4, marks=pytest.mark.slow)],
+)
 def test_a_killed_process_ends_the_others_with_a_line_that_names_it(
-    arguments: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    processes: int,
+    arguments: list[str], tmp_path: Path, processes: int, shard: str
 ) -> None:
-    # MLX may report the lost connection at once, or wait forever for the message that
-    # was under way; then the silence ends the training.
-    monkeypatch.setenv("MLX_DORA_PEER_TIMEOUT", "10")
     folder = tmp_path / "out"
-    command = endless(arguments, folder)
+    command = [*endless(arguments, folder), "--shard", shard]
     with ring.started(tmp_path, *[command] * processes) as started:
         until_saved(folder)
         started[1].send_signal(signal.SIGKILL)
@@ -133,14 +131,18 @@ def test_a_killed_process_ends_the_others_with_a_line_that_names_it(
         _, errors = started[0].communicate(timeout=100)
         for process in started[2:]:
             process.communicate(timeout=100)
-    assert time.monotonic() - began < 60
+        seconds = time.monotonic() - began
+    # PATIENCE, and what a busy machine adds.
+    assert seconds < PATIENCE + 10
     assert [process.returncode for process in started if process is not started[1]] == [
         1
     ] * (processes - 1)
-    last = errors.splitlines()[-1]
-    lost = r"process (\d, )*1(, \d)* of this training has ended"
-    silent = "process 1 of this training has given no sign of life for 10 seconds"
-    assert re.search(f"{lost}|{silent}", last), errors
+    # MLX's ring may still write a line of its own.
+    (last,) = (line for line in errors.splitlines() if line.startswith("Error: "))
+    # In a ring of four, a neighbor of the killed process may have ended too.
+    assert re.search(r"process (\d, )*1(, \d)* of this training has ended", last), (
+        errors
+    )
     assert "--resume" in last
     resumes(arguments, folder)
 

@@ -24,6 +24,7 @@ from mlx_dora.train.plan.attention import (
 )
 from mlx_dora.train.plan.rows import largest_batches, row_lengths
 from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
+from mlx_dora.train.plan.tensor import tensor_traffic
 from mlx_dora.train.plan.traffic import Traffic, divided_by, traffic_of
 
 # Number of arrays of a chunk's size, or of a block's width, that exist at a time: MLX
@@ -157,9 +158,12 @@ def plan_memory(
         )
     objective = objective or make_objective(train, preference, reward=reward)
     objective.check(train, dora)
-    is_divided = train.shard is not None and processes > 1
     shapes = read_shapes(
-        Path(train.model), dora, train.fine_tune_type, is_divided=is_divided
+        Path(train.model),
+        dora,
+        train.fine_tune_type,
+        shard=train.shard,
+        processes=processes,
     )
     if lengths is None and (train.data != DEFAULT_DATA or train.hf_dataset):
         lengths = row_lengths(train, objective)
@@ -246,7 +250,9 @@ def plan_step(
         processes: Number of processes that share a batch.
     """
     length, rows = train.max_seq_length, train.batch_size
-    train = replace(train, batch_size=-(-rows // processes))
+    is_tensor = train.shard == "tensor"
+    if not is_tensor:
+        train = replace(train, batch_size=-(-rows // processes))
     tokens = train.batch_size * shapes.rows_per_unit * (length - 1)
     size = shapes.element_bytes
     # 1. Held throughout the step.
@@ -256,9 +262,12 @@ def plan_step(
     gradients = trained + 4 * shapes.trainable * (train.grad_accumulation_steps > 1)
     reference = shapes.held(trained)
     divided = divided_by(shapes.modules, processes)
+    if is_tensor:
+        divided = [module for module in shapes.modules if module.axis is not None]
     away = sum(m.nbytes * (processes - 1) // processes for m in divided)
-    in_blocks = [m.nbytes for m in divided if m.block is not None]
-    heads = [m.nbytes for m in divided if m.is_head]
+    gathered = [] if is_tensor else divided
+    in_blocks = [m.nbytes for m in gathered if m.block is not None]
+    heads = [m.nbytes for m in gathered if m.is_head]
     weights = shapes.weight_bytes - away
     always = weights + (0 if is_full else trained) + optimizer + gradients + reference
     # 2. Kept by the forward pass.
@@ -313,7 +322,10 @@ def _traffic(
     """What each process sends in a step of this many tokens; None for one process."""
     if processes == 1:
         return None
-    return traffic_of(
+    calculate = traffic_of
+    if train.shard == "tensor":
+        calculate = partial(tensor_traffic, element_bytes=shapes.element_bytes)
+    return calculate(
         shapes.modules,
         processes=processes,
         tokens=tokens,

@@ -18,8 +18,9 @@ from mlx_dora.errors import DoRAError
 from mlx_dora.io.checkpoint import Checkpoint
 from mlx_dora.io.foreign import foreign
 from mlx_dora.layers import DoRAEmbedding, dora_class
-from mlx_dora.train.config import FineTuneType
+from mlx_dora.train.config import FineTuneType, Shard
 from mlx_dora.train.plan.attention import AttentionCall, attention_calls
+from mlx_dora.train.plan.tensor import divided_config, divided_kinds, with_axes
 from mlx_dora.train.plan.traffic import DividedModule, read_modules
 
 # Config keys for the number of experts per token.
@@ -83,7 +84,8 @@ def read_shapes(
     dora: DoRAConfig,
     fine_tune_type: FineTuneType,
     *,
-    is_divided: bool = False,
+    shard: Shard | None = None,
+    processes: int = 1,
 ) -> ModelShapes:
     """Read the shapes of a model to be trained.
 
@@ -91,7 +93,9 @@ def read_shapes(
         model: Folder or Hugging Face id of the model.
         dora: Settings of the adapter.
         fine_tune_type: Kind of the training.
-        is_divided: Whether processes divide the weights.
+        shard: How processes divide the weights; None if they do not.
+        processes: Number of processes; with tensor parallelism, the sizes of what is
+            divided are those of one of them.
 
     Raises:
         DoRAError: If the model's blocks are not attention and an MLP (dense or of
@@ -110,9 +114,15 @@ def read_shapes(
     shapes = shapes_of(empty, config, dora, fine_tune_type)
     size = 4 if norm.dtype == "F32" else 2
     modules: tuple[DividedModule, ...] = ()
-    if is_divided:
+    if shard is not None and processes > 1:
         by_name = dict(zip(checkpoint.names, infos, strict=True))
         modules = read_modules(empty, by_name, adaptable_paths(empty, dora), size)
+    if modules and shard == "tensor":
+        ranks = {m.path: dora.rank_of(m.path) for m in modules if m.is_adapted}
+        text = divided_config(_text_config(config), processes)
+        divided = build_empty(config, folder)
+        modules = with_axes(modules, divided_kinds(divided, processes), ranks)
+        shapes = _of_one(shapes, divided, text, dora, fine_tune_type)
     return replace(
         shapes,
         weight_bytes=sum(info.nbytes for info in infos),
@@ -173,6 +183,26 @@ def shapes_of(
         trainable=trainable,
         blocks=len(blocks(empty)),
         attention=cache(partial(attention_calls, empty)),
+    )
+
+
+def _of_one(
+    shapes: ModelShapes,
+    divided: nn.Module,
+    text: dict[str, Any],
+    dora: DoRAConfig,
+    kind: FineTuneType,
+) -> ModelShapes:
+    """The shapes of one process with tensor parallelism, from the divided model."""
+    width = text["intermediate_size"]
+    dense = _MLP(hidden=width, width=width)
+    mlps = dict.fromkeys((path for path, _ in blocks(divided)), dense)
+    kept, _ = _kept(divided, text, mlps, dora, kind)
+    return replace(
+        shapes,
+        heads=text["num_attention_heads"],
+        block_width=max(text["hidden_size"], width),
+        block_elements=tuple(kept),
     )
 
 

@@ -47,6 +47,8 @@ class DividedModule:
         is_embedding: Whether tokens are looked up in it.
         is_head: Whether logits are computed with it.
         is_adapted: Whether it has an adapter.
+        axis: With tensor parallelism, the divided axis; None if it stays whole.
+        rank: With tensor parallelism, rank of its adapter.
     """
 
     path: str
@@ -58,6 +60,8 @@ class DividedModule:
     is_embedding: bool
     is_head: bool
     is_adapted: bool
+    axis: int | None = None
+    rank: int = 0
 
     @property
     def stage(self) -> int:
@@ -72,7 +76,8 @@ class Traffic:
     Args:
         weights: To gather divided weights.
         tokens: To look up the embeddings of the tokens.
-        norms: To gather the norms of adapted rows, once per update.
+        activations: To sum activations and their gradients (tensor parallelism).
+        norms: To share the norms of adapted rows, once per update.
         gradients: To sum the gradients, once per update.
         messages: Number of messages that every process waits for, without sums of a
             few numbers.
@@ -81,6 +86,7 @@ class Traffic:
 
     weights: int = 0
     tokens: int = 0
+    activations: int = 0
     norms: int = 0
     gradients: int = 0
     messages: int = 0
@@ -94,7 +100,8 @@ class Traffic:
     @property
     def total(self) -> int:
         """All bytes that a process sends per batch."""
-        return self.weights + self.tokens + self.norms + self.gradients
+        shared = self.weights + self.tokens + self.activations
+        return shared + self.norms + self.gradients
 
 
 def read_modules(
@@ -172,7 +179,7 @@ def traffic_of(
         grad_checkpoint: Whether blocks are recomputed.
         accumulation: Number of batches per update.
     """
-    first = _first_trained(modules)
+    first = first_trained(modules)
     weights = looked_up = norms = messages = 0
     for module in divided_by(modules, processes):
         gather = gather_bytes(module.nbytes, processes)
@@ -200,7 +207,7 @@ def traffic_of(
     )
 
 
-def _first_trained(modules: Sequence[DividedModule]) -> tuple[int, int]:
+def first_trained(modules: Sequence[DividedModule]) -> tuple[int, int]:
     """Block and stage from which on gradients pass through the model."""
     adapted = [module for module in modules if module.is_adapted]
     if any(m.is_embedding and not m.is_head for m in adapted):

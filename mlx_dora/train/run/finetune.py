@@ -24,7 +24,7 @@ from mlx_dora.evaluate.loss import Loss, loss_fn
 from mlx_dora.progress import Progress
 from mlx_dora.train.bilevel import BilevelStepper
 from mlx_dora.train.config import TrainConfig
-from mlx_dora.train.group import check_alike, together
+from mlx_dora.train.group import check_alike, row_group, together
 from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.metal import check_gradients
 from mlx_dora.train.objectives.config import PreferenceConfig
@@ -210,10 +210,11 @@ def _prepare(
     with together(group):
         check_shardable(train, dora, group)
     if train.shard:
-        divide(model, group)
+        divide(model, group, train.shard)
+    rows = row_group(group, train.shard)
     with together(group):
         kind = _STEPPERS.get(dora.variant, Stepper)
-        feed = _feed(kind, train, data, objective, batches, group.size())
+        feed = _feed(kind, train, data, objective, batches, rows.size())
         if train.epochs is not None:
             train = replace(train, iters=feed.length(train.epochs))
         epoch_ends = None
@@ -238,6 +239,7 @@ def _prepare(
         train=train,
         folder=folder,
         group=group,
+        rows=rows,
         objective=objective,
         feed=feed,
         valid_data=valid_data,

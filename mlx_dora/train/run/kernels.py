@@ -46,6 +46,6 @@ def _sizes(run: Run) -> list[int]:
     """Return the numbers of tokens of the first batches; none without a choice."""
     if chosen_mode() != "auto":
         return []
-    first = {*islice(run.feed.shapes(run.group), _SAMPLE)}
+    first = {*islice(run.feed.shapes(run.rows), _SAMPLE)}
     shapes = {step for shape in first for step in run.objective.step_shapes(shape)}
     return sorted({rows * max(width - 1, 1) for rows, width in shapes})

@@ -83,7 +83,7 @@ def _update(run: Run) -> None:
     count = min(train.grad_accumulation_steps, train.iters - before)
     window = list(islice(run.source, count))
     run.meter.start_step()
-    seed_step(train.seed, before, run.group.rank())
+    seed_step(train.seed, before, run.rows.rank())
     run.step = before + len(window)
     gradient = run.stepper.gradient(window)
     with run.together():

@@ -54,7 +54,7 @@ def resume(run: Run) -> None:
     if checkpoint is not None:
         _describe(run)
     with run.together():
-        run.source, *held_out = run.feed.streams(run.step, run.group)
+        run.source, *held_out = run.feed.streams(run.step, run.rows)
         run.stepper = run.make_stepper(held_out)
         if run.is_writer and not state:
             discard_checkpoints(run.folder)

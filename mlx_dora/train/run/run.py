@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 from mlx_dora.adapters.adapter import BaseModel
 from mlx_dora.adapters.files import write_adapter_files
 from mlx_dora.data.batches import Batch, Examples
-from mlx_dora.layers import held_norms, sharded_modules
+from mlx_dora.layers import has_divided, held_norms
 from mlx_dora.progress import Progress
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.geometry import measure_geometry
@@ -69,7 +69,8 @@ class Run:
         model: The model, made trainable.
         train: Settings of the training, with ``iters`` set.
         folder: Folder of the adapter, the log and the checkpoints.
-        group: The processes that share each batch. Only the first writes files.
+        group: The processes of the training. Only the first writes files.
+        rows: The processes that share the rows of each batch.
         objective: What the training minimizes.
         feed: The training batches.
         valid_data: Validation examples; None for no validation.
@@ -97,6 +98,7 @@ class Run:
     train: TrainConfig
     folder: Path
     group: mx.distributed.Group
+    rows: mx.distributed.Group
     objective: Objective
     feed: Feed
     valid_data: Examples | None
@@ -138,7 +140,7 @@ class Run:
 
     def exchanged_norms(self) -> AbstractContextManager[None]:
         """A block in which no norm needs another process, where weights are divided."""
-        is_sharded = self.group.size() > 1 and bool(sharded_modules(self.model))
+        is_sharded = self.group.size() > 1 and has_divided(self.model)
         return held_norms(self.model) if is_sharded else nullcontext()
 
     def report(self, *, with_layers: bool) -> None:
@@ -179,7 +181,7 @@ class Run:
 
         try:
             result = measure(
-                self.objective, self.model, data, train, "validate", advance, self.group
+                self.objective, self.model, data, train, "validate", advance, self.rows
             )
         except _ValidationStopped:
             return
