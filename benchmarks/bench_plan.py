@@ -5,11 +5,13 @@ of the full length. Each setting prints a JSON line to stdout and a table row to
 The exit code is 1 if a prediction is more than 15 % off (not with --smoke, whose model
 is too small to plan). With --experts N, the model is a Mixtral with N experts, made
 from the demo model's first eight blocks in float32. With --documents N, the rows are
-packed with documents of N tokens.
+packed with documents of N tokens. With --targets N, only each row's last N tokens are
+targets, as with masked prompts; nothing is compiled, as in commands on a Linux CPU.
 """
 
 import gc
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from _machine import describe_machine
 from _upcycle import upcycle
 
 from mlx_dora import DoRAConfig, load
+from mlx_dora.data.counts import RowSizes
 from mlx_dora.demo.model import demo_model
 from mlx_dora.train import TrainConfig, finetune, plan_memory
 
@@ -45,9 +48,16 @@ SMOKE = [(32, 2, 4, 1, False, False, "dora"), (32, 2, 4, 1, True, False, "lora")
 
 
 def compare(
-    model: Path, setting: tuple[Any, ...], document: int | None
+    model: Path, setting: tuple[Any, ...], document: int | None, targets: int | None
 ) -> dict[str, Any]:
-    """Plan and train one setting, with rows of one document or packed documents."""
+    """Plan and train one setting, with rows of one document or packed documents.
+
+    Args:
+        model: Folder of the model.
+        setting: An entry of `SETTINGS`.
+        document: Tokens of each document in packed rows; None for one document a row.
+        targets: Number of each row's last tokens that are targets; None for all.
+    """
     length, rows, rank, num_layers, checkpoint, _, kind = setting
     train = TrainConfig(
         model=str(model),
@@ -61,9 +71,11 @@ def compare(
     dora = DoRAConfig(rank=rank, num_layers=num_layers)
     each = document or length + 1
     count = rows * ((length + 1) // each)
-    plan = plan_memory(train, dora, lengths=[each] * count)
+    first = 0 if targets is None else each - targets
+    sizes = RowSizes(lengths=(each,) * count, targets=(each - first,) * count)
+    plan = plan_memory(train, dora, lengths=sizes)
     base, _ = load(str(model))
-    data = [([1 + i % 200 for i in range(each)], 0)] * count
+    data = [([1 + i % 200 for i in range(each)], first)] * count
     with tempfile.TemporaryDirectory() as folder:
         report = finetune(
             base, None, data, None, train=train, dora=dora, adapter_path=f"{folder}/a"
@@ -86,6 +98,7 @@ def compare(
 @click.option(
     "--documents", "document", type=int, help="Tokens of each document in packed rows."
 )
+@click.option("--targets", type=int, help="Targets of each row, at its end.")
 @click.option(
     "--experts", type=click.IntRange(min=2), help="Number of experts of a Mixtral."
 )
@@ -94,8 +107,12 @@ def main(
     folder: Path | None,
     only: tuple[int, ...],
     document: int | None,
+    targets: int | None,
     experts: int | None,
 ) -> None:
+    if targets is not None:
+        mx.disable_compile()
+        os.environ["MLX_DISABLE_COMPILE"] = "1"  # read by the plan
     names = ("tokens", "rows", "rank", "num_layers", "grad_checkpoint", "4-bit", "type")
     worst = 0.0
     chosen = SMOKE if settings.smoke else SETTINGS
@@ -108,13 +125,14 @@ def main(
         gc.collect()
         mx.clear_cache()
         model = folder or demo_model(dtype="q4" if setting[5] else "float32")
-        result = compare(model, setting, document)
+        result = compare(model, setting, document, targets)
         facts = dict(zip(names, setting, strict=True))
         worst = max(worst, abs(result["off"]))
         line = json.dumps(
             {
                 "case": "plan",
                 "document": document,
+                "targets": targets,
                 **facts,
                 **result,
                 **describe_machine(),

@@ -33,8 +33,8 @@ from mlx_dora.io.json import read_object
 from mlx_dora.train import TrainConfig, plan_memory
 from mlx_dora.train.plan import hub_models
 from mlx_dora.train.plan.attention import Device, metal_device
-from mlx_dora.train.plan.predict import plan_step
 from mlx_dora.train.plan.shapes import build_empty, shapes_of
+from mlx_dora.train.plan.step import plan_step
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = """

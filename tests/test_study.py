@@ -49,7 +49,7 @@ def seeds_by_place(results: dict[Any, Any]) -> dict[int, int]:
 
 
 def test_five_seeds_run_around_the_best_rate(grid: Any) -> None:
-    cell = grid.Cell("kinds", "dense", "dora", 4)
+    cell = grid.Cell("topics", "dense", "dora", 4)
     results = finish(grid, cell, lambda place: abs(place - 3))
     assert seeds_by_place(results) == {0: 3, 1: 3, 2: 5, 3: 5, 4: 5, 5: 3, 6: 3}
     assert grid.best_place(cell, results) == 3
@@ -57,7 +57,7 @@ def test_five_seeds_run_around_the_best_rate(grid: Any) -> None:
 
 
 def test_a_rate_is_added_where_the_best_is_the_last(grid: Any) -> None:
-    cell = grid.Cell("kinds", "dense", "full")
+    cell = grid.Cell("topics", "dense", "full")
     results = finish(grid, cell, lambda place: abs(place - 7.2))
     assert seeds_by_place(results) == {
         **dict.fromkeys(range(6), 3),
@@ -68,13 +68,13 @@ def test_a_rate_is_added_where_the_best_is_the_last(grid: Any) -> None:
 
 
 def test_a_failed_run_is_never_the_best(grid: Any) -> None:
-    cell = grid.Cell("kinds", "dense", "dora", 4)
+    cell = grid.Cell("topics", "dense", "dora", 4)
     results = finish(grid, cell, lambda place: None if place > 4 else 5 - place)
     assert grid.best_place(cell, results) == 4
 
 
 def test_lora_also_runs_with_the_numbers_and_the_time_of_dora(grid: Any) -> None:
-    cell = grid.Cell("kinds", "dense", "lora", 4)
+    cell = grid.Cell("topics", "dense", "lora", 4)
     results = finish(grid, cell, lambda place: abs(place - 2))
     jobs = [
         *grid.equal_parameters(cell, results),
@@ -85,8 +85,8 @@ def test_lora_also_runs_with_the_numbers_and_the_time_of_dora(grid: Any) -> None
     assert {job.cell.steps for job in jobs if not job.cell.equal_to} == {53}
     assert not {*jobs} & {*results}
     for other in (
-        grid.Cell("kinds", "4-bit", "lora", 4),
-        grid.Cell("kinds", "dense", "dora", 4),
+        grid.Cell("topics", "4-bit", "lora", 4),
+        grid.Cell("topics", "dense", "dora", 4),
     ):
         assert grid.equal_parameters(other, results) == []
         assert grid.equal_time(other, results) == []
@@ -126,6 +126,25 @@ def test_a_task_ends_before_the_next_and_equal_time_comes_last(grid: Any) -> Non
     # An interrupted study goes on where it stopped.
     begun = run_part(grid, "0/1", 700)
     assert next(grid.jobs(begun)) == order[700]
+
+
+def test_topics_are_balanced_and_split_by_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "when")
+    import tasks  # pyright: ignore[reportMissingImports]
+
+    splits = tasks.topics()
+    assert {name: len(rows) for name, rows in splits.items()} == tasks.SIZES
+    asked = [question for rows in splits.values() for question, _ in rows]
+    assert len(asked) == len({*asked})
+    for rows in splits.values():
+        labels = [label for _, label in rows]
+        assert {labels.count(topic) for topic in tasks.TOPICS} == {len(rows) // 4}
+    assert tasks.topics() == splits
+    for name in ("tasks", "_made_tasks"):
+        sys.modules.pop(name)
 
 
 def test_a_difference_is_paired_by_seed_and_row(decide: Any) -> None:

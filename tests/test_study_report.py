@@ -91,7 +91,7 @@ def study(grid: Any, cells: list[Any], *, more: bool = True) -> list[dict[str, A
             further = grid.equal_parameters(cell, own) + grid.equal_time(cell, own)
             own |= {job: line(job) for job in further}
         results |= own
-    task = {"task": "kinds", "data": "0", "row_targets": [1] * 20}
+    task = {"task": "topics", "data": "0", "row_targets": [1] * 20}
     return [task, *results.values()]
 
 
@@ -149,7 +149,7 @@ def test_a_complete_study_gets_the_known_verdicts(grid: Any, tmp_path: Path) -> 
     assert {row[-1] for row in rows_of(text["H6"])} == {"better"}
     assert "wider in 18 cells and narrower in 0" in text["H5"]
     assert f"p = {2 / 2**18:.2g}" in text["H5"]
-    ratios = {row[3]: row[4:] for row in rows_of(text["H7"]) if row[0] == "kinds"}
+    ratios = {row[3]: row[4:] for row in rows_of(text["H7"]) if row[0] == "topics"}
     assert ratios["correlation of ΔM and ΔD"][0].startswith("-1.00")
     assert ratios["correlation of ΔM and ΔD"][1] == "yes"
     assert "higher in 18 cells and lower in 0" in text["En"]
@@ -158,12 +158,12 @@ def test_a_complete_study_gets_the_known_verdicts(grid: Any, tmp_path: Path) -> 
 
 def test_a_partial_study_says_what_is_missing(grid: Any, tmp_path: Path) -> None:
     cells = [
-        grid.Cell("kinds", "dense", method, rank)
+        grid.Cell("topics", "dense", method, rank)
         for method in ("lora", "dora")
         for rank in (1, 4)
     ]
     lines = study(grid, cells, more=False)
-    unfinished = [line(grid.Job(grid.Cell("kinds", "dense", "direction", 1), 0, 0))]
+    unfinished = [line(grid.Job(grid.Cell("topics", "dense", "direction", 1), 0, 0))]
     text = report(tmp_path, lines + unfinished)
     assert "4 are complete, 1 begun and 58 missing" in text[""]
     [direction] = [row for row in rows_of(text[""]) if row[2].startswith("direction")]
@@ -175,7 +175,7 @@ def test_a_partial_study_says_what_is_missing(grid: Any, tmp_path: Path) -> None
         assert {row[-1] for row in rows_of(text[name])} == {"-"}
         assert f"{count} of {count} comparisons lack runs." in text[name]
     assert (
-        "(runs are missing)" in (tmp_path / "figures/when-kinds-dense.svg").read_text()
+        "(runs are missing)" in (tmp_path / "figures/when-topics-dense.svg").read_text()
     )
 
 
@@ -189,18 +189,18 @@ def test_a_figure_has_a_curve_for_each_method_and_rank(
     dense = [cell for cell in grid.main_cells() if cell.base == "dense"]
     report(tmp_path, study(grid, dense, more=False))
     files = sorted((tmp_path / "figures").iterdir())
-    names = ["correlation", "docstrings-dense", "entropy", "kinds-dense"]
+    names = ["correlation", "docstrings-dense", "entropy", "records-dense"]
     assert [file.stem for file in files] == [
-        f"when-{name}" for name in (*names, "records-dense")
+        f"when-{name}" for name in (*names, "topics-dense")
     ]
-    paths = classes(files[3])
+    paths = classes(files[4])
     panels_and_legend = 3 + 1
     for method in ("lora", "dora", "direction", "magnitude", "full"):
         assert paths.count(f"line {method}") == panels_and_legend
     # Seven rates at each rank, and the mark in the legend.
     assert paths.count("lora-mark") == 3 * 7 + 1
     assert paths.count("magnitude-mark") == 3 * 6 + 1  # a rate far above is cut off
-    assert "prefers-color-scheme: dark" in files[3].read_text()
+    assert "prefers-color-scheme: dark" in files[4].read_text()
     # Three rates of two seeds for each of eleven cells of a task, and the legend.
     for file in (files[0], files[2]):
         marks = [name for name in classes(file) if name.endswith("-mark")]

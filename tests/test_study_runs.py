@@ -138,7 +138,7 @@ from mlx_dora.errors import DoRAError
 
 bench = train.Bench(Path(DATA), Path(MODEL))
 def job(method, rank=0, place=4):
-    return Job(Cell("kinds", "dense", method, rank, steps=6), place, 3)
+    return Job(Cell("topics", "dense", method, rank, steps=6), place, 3)
 first = bench.run(job("dora", 2), with_geometry=True)
 others = [bench.run(job(*a), with_geometry=False)
     for a in (("lora", 2), ("direction", 2), ("magnitude",), ("full",))]

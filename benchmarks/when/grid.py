@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-TASKS = ("kinds", "docstrings", "records")
+TASKS = ("topics", "docstrings", "records")
 BASES = ("dense", "4-bit")
 TABLES = tuple((task, BASES[0]) for task in TASKS) + tuple(
     (task, BASES[1]) for task in (*TASKS[1:], TASKS[0])

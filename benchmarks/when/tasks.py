@@ -8,20 +8,30 @@ import hashlib
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+import numpy as np
 from _made_tasks import Row, chat_line, distinct_rows, record_row, sum_row
 
 from mlx_dora.demo.data import (
-    MODULES,
     _first_sentence,  # pyright: ignore[reportPrivateUsage] - the demo's own rule
     _public_members,  # pyright: ignore[reportPrivateUsage]
     demo_rows,
 )
 
 SIZES = {"train": 480, "valid": 64, "test": 128}
-KINDS = ("class", "function", "method")
+_TOPICS = {  # labels, and the modules that their sentences document
+    "code": "ast bdb cmd code dis doctest inspect pdb symtable traceback "
+    "unittest.case unittest.mock unittest.result",
+    "files": "bz2 csv fileinput genericpath glob gzip io linecache lzma ntpath pathlib "
+    "posixpath shutil tarfile tempfile zipfile zlib",
+    "networks": "ftplib http.client http.cookiejar http.cookies http.server imaplib "
+    "ipaddress poplib smtplib socket socketserver ssl urllib.parse urllib.request "
+    "urllib.robotparser xmlrpc.client",
+    "numbers": "cmath decimal fractions math numbers random statistics",
+}
+TOPICS = {topic: tuple(names.split()) for topic, names in _TOPICS.items()}
 
 
 def write_task(name: str, folder: Path) -> str:
@@ -41,29 +51,30 @@ def write_task(name: str, folder: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def kinds() -> dict[str, list[Row]]:
-    """Rows that ask whether a sentence documents a class, a function or a method.
+def topics() -> dict[str, list[Row]]:
+    """Rows that ask which topic a documented sentence of a module is about.
 
-    Balanced; all sentences of a module are in the same split.
+    Balanced; no sentence is in two splits.
     """
-    sentences: dict[str, dict[str, list[str]]] = {
-        split: {kind: [] for kind in KINDS} for split in SIZES
-    }
+    sentences: dict[str, list[str]] = {topic: [] for topic in TOPICS}
+    of = {module: topic for topic, modules in TOPICS.items() for module in modules}
     seen: set[str] = set()
-    for module, kind, sentence in _documented():
+    for module, sentence in _documented(of):
         if sentence not in seen:
             seen.add(sentence)
-            sentences[_split_of(module)][kind].append(sentence)
-    splits: dict[str, list[Row]] = {}
-    for split, by_kind in sentences.items():
-        ordered = [sorted(texts, key=_draw) for texts in by_kind.values()]
-        balanced = zip(*ordered, strict=False)
-        splits[split] = [
-            (f'"{text}"\nDoes this document a class, a function or a method?', kind)
-            for texts in balanced
-            for kind, text in zip(KINDS, texts, strict=True)
-        ]
-    return splits
+            sentences[of[module]].append(sentence)
+    drawn = [sorted(texts, key=_draw) for texts in sentences.values()]
+    asked = f"Is this about {', '.join([*TOPICS][:-1])} or {[*TOPICS][-1]}?"
+    rows = [
+        (f'"{text}"\n{asked}', topic)
+        for texts in zip(*drawn, strict=False)
+        for topic, text in zip(TOPICS, texts, strict=True)
+    ]
+    ends = np.cumsum([0, *SIZES.values()])
+    return {
+        split: rows[start:end]
+        for split, start, end in zip(SIZES, ends, ends[1:], strict=False)
+    }
 
 
 def docstrings() -> dict[str, list[Row]]:
@@ -85,31 +96,25 @@ def sums() -> dict[str, list[Row]]:
 
 
 TASKS: dict[str, Callable[[], dict[str, list[Row]]]] = {
-    "kinds": kinds,
+    "topics": topics,
     "docstrings": docstrings,
     "records": records,
     "sums": sums,
 }
 
 
-def _documented() -> Iterator[tuple[str, str, str]]:
-    """Yield module, kind and first sentence of the standard library's members."""
+def _documented(modules: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield module and first sentence of the members of standard modules."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        for name in sorted(MODULES):
+        for name in sorted(modules):
             try:
                 module = importlib.import_module(name)
             except ImportError:  # missing on this platform
                 continue
-            for path, member in _public_members(module):
+            for _, member in _public_members(module):
                 if sentence := _first_sentence(inspect.getdoc(member) or ""):
-                    is_method = "method" if "." in path else "function"
-                    kind = "class" if inspect.isclass(member) else is_method
-                    yield name, kind, sentence
-
-
-def _split_of(module: str) -> str:
-    return {0: "valid", 1: "test", 2: "test"}.get(_draw(module)[0] % 9, "train")
+                    yield name, sentence
 
 
 def _draw(text: str) -> bytes:

@@ -15,7 +15,7 @@ from _methods import METHODS, equal_ranks
 from _packed import ROWS, Packed, Row, packed_loss, target_logits
 from grid import Cell, Job
 from mlx.utils import tree_flatten
-from tasks import KINDS
+from tasks import TOPICS
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.adapters.hosting import load
@@ -231,8 +231,8 @@ def _checked(row: Any) -> Row:
 
 
 def _firsts(tokenizer: Any) -> set[int]:
-    """First token of each label of the task *kinds*."""
-    return {tokenizer.encode(kind, add_special_tokens=False)[0] for kind in KINDS}
+    """First token of each label of the task *topics*."""
+    return {tokenizer.encode(topic, add_special_tokens=False)[0] for topic in TOPICS}
 
 
 def _matrices(model: Any) -> dict[str, mx.array]:

@@ -14,7 +14,7 @@ from mlx_dora.train.run.journal import TrainReport
 
 if TYPE_CHECKING:
     from mlx_dora.train.objectives.objective import Measured
-    from mlx_dora.train.plan.predict import MemoryPlan
+    from mlx_dora.train.plan.step import MemoryPlan
     from mlx_dora.train.plan.traffic import Traffic
 
 LEGEND = "loss: mean over target tokens, in nats; tok/s: target tokens a second"

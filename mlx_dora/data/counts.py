@@ -1,10 +1,45 @@
 """Counts of the rows that were truncated or skipped."""
 
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, Self
 
-from mlx_dora.data.targets import Example, IncompleteSpans, target_spans
+from mlx_dora.data.targets import (
+    Example,
+    IncompleteSpans,
+    count_targets,
+    target_spans,
+)
 from mlx_dora.errors import DoRAError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSizes:
+    """Sizes of the rows that are trained; of units such as pairs, one entry for each.
+
+    Args:
+        lengths: Tokens of each row; of a unit, of its longest row.
+        targets: Number of targets of each row; of a unit, of all its rows.
+        unit: Number of rows in a unit.
+    """
+
+    lengths: tuple[int, ...]
+    targets: tuple[int, ...]
+    unit: int = 1
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int]) -> Self:
+        """The sizes of rows in which every token but the first is a target."""
+        targets = tuple(max(length - 1, 0) for length in lengths)
+        return cls(lengths=tuple(lengths), targets=targets)
+
+    def lengthened(self, added: int) -> Self:
+        """The sizes after a training step adds tokens, which are then the targets."""
+        if not added:
+            return self
+        lengths = tuple(length + added for length in self.lengths)
+        targets = (self.unit * (added + 1),) * len(lengths)
+        return replace(self, lengths=lengths, targets=targets)
 
 
 @dataclass
@@ -86,6 +121,24 @@ class RowCounts:
                 f"{max_seq_length} tokens and were left out"
             )
         return "; ".join(parts) or None
+
+
+def measure_rows(data: Any, unit: int, max_seq_length: int) -> RowSizes:
+    """Measure the units whose rows all have a target, uncut.
+
+    Args:
+        data: The examples, as `mlx_dora.data.batches.Examples`.
+        unit: Number of consecutive examples that are used or left out together.
+        max_seq_length: Rows are cut to this many tokens, and need a target in them.
+    """
+    counts = RowCounts()
+    lengths, targets = [], []
+    for start in range(0, len(data), unit):
+        if counts.add_unit(data, start, unit, max_seq_length):
+            rows = [data[start + place] for place in range(unit)]
+            lengths.append(max(len(tokens) for tokens, _ in rows))
+            targets.append(sum(map(count_targets, rows)))
+    return RowSizes(lengths=tuple(lengths), targets=tuple(targets), unit=unit)
 
 
 def refuse_empty(counts: RowCounts, max_seq_length: int) -> NoReturn:

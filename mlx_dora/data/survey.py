@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlx_dora.data.counts import RowCounts
+from mlx_dora.data.counts import RowCounts, RowSizes, measure_rows
 from mlx_dora.data.dataset import Dataset
 from mlx_dora.data.samples import Sample, sample
-from mlx_dora.data.targets import Example, target_spans
+from mlx_dora.data.targets import Example, count_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class SplitSurvey:
     Args:
         name: ``"train"``, ``"valid"`` or ``"test"``.
         lengths: Tokens of each row before cutting.
-        trained: Tokens of each row that is not skipped; of pairs, of the longer row.
+        trained: Sizes of the rows that are not skipped.
         tokens: Number of tokens after cutting.
         targets: Number of tokens that count in the loss, after cutting.
         notes: Rows that are cut, skipped or shown incompletely by the chat template.
@@ -43,7 +43,7 @@ class SplitSurvey:
 
     name: str
     lengths: tuple[int, ...]
-    trained: tuple[int, ...]
+    trained: RowSizes
     tokens: int
     targets: int
     notes: tuple[Note, ...]
@@ -116,19 +116,13 @@ def take_survey(
     for name, data in sets.items():
         if data is None:
             continue
-        notes, trained, tokens, targets = [], [], 0, 0
-        counts = RowCounts()
+        notes, tokens, targets = [], 0, 0
         for index in range(len(data)):
             example, where = data[index], data.where(index)
             note = _note(example, where, max_seq_length)
             notes += [note] if note is not None else []
-            if index % unit == 0 and counts.add_unit(data, index, unit, max_seq_length):
-                own = range(index, index + unit)
-                trained.append(max(len(data[place][0]) for place in own))
-            length = min(len(example[0]), max_seq_length)
-            spans = target_spans(example[1], length)
-            tokens += length
-            targets += sum(end - start for start, end in spans)
+            tokens += min(len(example[0]), max_seq_length)
+            targets += count_targets(example, max_seq_length)
             split, first = seen.setdefault(tuple(example[0]), (name, where))
             if first != where:
                 leaks = split != name
@@ -141,7 +135,7 @@ def take_survey(
             SplitSurvey(
                 name=name,
                 lengths=tuple(len(data[index][0]) for index in range(len(data))),
-                trained=tuple(trained),
+                trained=measure_rows(data, unit, max_seq_length),
                 tokens=tokens,
                 targets=targets,
                 notes=tuple(notes),

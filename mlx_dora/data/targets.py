@@ -22,6 +22,13 @@ def target_spans(targets: int | Spans, length: int) -> Spans:
     return tuple((start, end) for start, end in cut if start < end)
 
 
+def count_targets(example: Example, most: int | None = None) -> int:
+    """Number of targets among an example's first `most` tokens, or among all."""
+    tokens, targets = example
+    length = len(tokens) if most is None else min(len(tokens), most)
+    return sum(end - start for start, end in target_spans(targets, length))
+
+
 def token_row(row: Any) -> Example:
     """Read a row of token ids, or a pair of token ids and targets."""
     if len(row) != 2 or not isinstance(row[0], Sequence):

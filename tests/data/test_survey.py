@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from mlx_dora.data import DataConfig, as_dataset
+from mlx_dora.data.counts import RowSizes
 from mlx_dora.data.survey import Repeat, Survey, histogram, take_survey
 
 
@@ -73,7 +74,8 @@ def test_skipped_rows_say_why_and_are_not_counted_as_trained(tokenizer: Any) -> 
             True,
         ),
     ]
-    assert (split.trained, split.targets, split.samples) == ((), 0, ())
+    assert split.trained == RowSizes(lengths=(), targets=())
+    assert (split.targets, split.samples) == (0, ())
 
 
 def test_rows_that_stand_twice_are_listed_and_those_in_two_splits_leak(
@@ -93,7 +95,8 @@ def test_counts_are_after_cutting(tokenizer: Any) -> None:
         {"text": "the quick brown fox jumps over the lazy dog"},
     ]
     (split,) = survey(tokenizer, 6, 2, {"train": rows}).splits
-    assert split.lengths == split.trained == (3, 10)
+    assert split.lengths == (3, 10)
+    assert split.trained == RowSizes(lengths=(3, 10), targets=(2, 9))
     assert (split.tokens, split.targets) == (3 + 6, 2 + 5)
     content = split.to_dict()
     assert (content["rows"], content["longest"], content["skipped"]) == (2, 10, 0)

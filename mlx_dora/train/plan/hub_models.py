@@ -4,7 +4,6 @@
 `tests` compares the resulting numbers of parameters with the published ones.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.config import DoRAConfig
+from mlx_dora.data.counts import RowSizes
 from mlx_dora.io.json import read_object
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.plan.attention import this_device
-from mlx_dora.train.plan.predict import MemoryPlan, plan_step
 from mlx_dora.train.plan.rows import largest_batches
 from mlx_dora.train.plan.shapes import ModelShapes, build_empty, shapes_of
+from mlx_dora.train.plan.step import MemoryPlan, plan_step
 
 _CONFIGS = Path(__file__).with_name("hub_models.json")
 _GROUP = 64  # weights that share a scale and a bias of 16 bits each
@@ -48,7 +48,7 @@ class HubModel:
 def fitting_models(
     train: TrainConfig,
     dora: DoRAConfig,
-    lengths: Sequence[int],
+    sizes: RowSizes,
     limit: int,
     rows_per_unit: int = 1,
 ) -> list[HubModel]:
@@ -57,16 +57,22 @@ def fitting_models(
     Args:
         train: Settings of the training; its model does not matter.
         dora: Settings of the adapter.
-        lengths: Tokens of each row, as some tokenizer counts them.
+        sizes: Sizes of the rows, as some tokenizer counts them.
         limit: Bytes to fit into.
-        rows_per_unit: Rows of a batch for each of `lengths`: 2 for pairs.
+        rows_per_unit: Rows of a batch for each of `sizes`: 2 for pairs.
     """
-    steps = largest_batches(train, lengths, rows_per_unit)
+    steps = largest_batches(train, sizes, rows_per_unit)
     device = this_device()
 
     def largest(shapes: ModelShapes, **changes: Any) -> MemoryPlan:
         plans = (
-            plan_step(shapes, replace(step, **changes), limit, device) for step in steps
+            plan_step(
+                replace(shapes, target_share=share),
+                replace(step, **changes),
+                limit,
+                device,
+            )
+            for step, share in steps
         )
         return max(plans, key=lambda plan: plan.peak)
 

@@ -16,7 +16,8 @@ from mlx_dora.train.grpo.config import RewardConfig
 from mlx_dora.train.objectives.config import PreferenceConfig
 from mlx_dora.train.objectives.make import make_objective
 from mlx_dora.train.plan.hub_models import HubModel, fitting_models
-from mlx_dora.train.plan.predict import MemoryPlan, memory_limit, plan_memory
+from mlx_dora.train.plan.predict import memory_limit, plan_memory
+from mlx_dora.train.plan.step import MemoryPlan
 
 _SCRIPT = Path(__file__).with_name("preview.js")
 _LARGEST_BATCH = 32  # of a suggestion
@@ -103,13 +104,12 @@ def preview_training(
         samples=samples,
         unit=objective.unit or 1,
     )
-    lengths = [n + objective.added_tokens for n in survey.splits[0].trained]
-    whole = replace(train, max_seq_length=max(8 * -(-max(lengths, default=8) // 8), 8))
+    sizes = survey.splits[0].trained.lengthened(objective.added_tokens)
+    longest = max(sizes.lengths, default=8)
+    whole = replace(train, max_seq_length=max(8 * -(-longest // 8), 8))
     plan, problem, flags = None, None, ()
     try:
-        plan = plan_memory(
-            whole, dora, limit=limit, lengths=lengths, objective=objective
-        )
+        plan = plan_memory(whole, dora, limit=limit, lengths=sizes, objective=objective)
         flags = _suggest(whole, plan)
     except DoRAError as error:
         problem = str(error)
@@ -122,7 +122,7 @@ def preview_training(
         problem=problem,
         flags=flags,
         models=tuple(
-            fitting_models(train, dora, lengths, limit, objective.rows_per_unit)
+            fitting_models(train, dora, sizes, limit, objective.rows_per_unit)
         ),
     )
 

@@ -1,20 +1,24 @@
-"""The lengths of the training rows, and the largest batches that they fill."""
+"""The sizes of the training rows, and the largest batches that they fill."""
 
-from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 from mlx_dora.adapters.hosting import load_tokenizer
-from mlx_dora.data.batches import Examples, padded_width
-from mlx_dora.data.counts import RowCounts
+from mlx_dora.data.batches import padded_width
+from mlx_dora.data.counts import RowSizes, measure_rows
 from mlx_dora.data.loading import load_datasets
 from mlx_dora.data.widths import group_by_width
 from mlx_dora.errors import DoRAError
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.objectives.objective import Objective
 
+Step = tuple[TrainConfig, float]
+"""Settings whose batches have ``batch_size`` rows of ``max_seq_length`` tokens, and the
+largest share of a batch's positions that are targets."""
 
-def row_lengths(train: TrainConfig, objective: Objective) -> list[int]:
-    """Tokens of each row of the training data that has a target; of units, the longest.
+
+def row_sizes(train: TrainConfig, objective: Objective) -> RowSizes:
+    """Sizes of the rows, or units, of the training data that have targets.
 
     Raises:
         DoRAError: If there is no training data, or a row is malformed.
@@ -26,40 +30,29 @@ def row_lengths(train: TrainConfig, objective: Objective) -> list[int]:
     data = load_datasets(train, tokenizer, ["train"], make)["train"]
     if data is None:
         raise DoRAError(f"{train.data} has no train data.")
-    lengths = unit_lengths(data, objective.unit or 1, train.max_seq_length)
-    return [length + objective.added_tokens for length in lengths]
-
-
-def unit_lengths(data: Examples, unit: int, max_seq_length: int) -> list[int]:
-    """Tokens of the longest row of each unit whose rows all have a target, uncut."""
-    counts = RowCounts()
-    return [
-        max(len(data[start + place][0]) for place in range(unit))
-        for start in range(0, len(data), unit)
-        if counts.add_unit(data, start, unit, max_seq_length)
-    ]
+    sizes = measure_rows(data, objective.unit or 1, train.max_seq_length)
+    return sizes.lengthened(objective.added_tokens)
 
 
 def largest_batches(
-    train: TrainConfig, lengths: Sequence[int] | None, rows_per_unit: int = 1
-) -> list[TrainConfig]:
-    """The settings with the batches that may need the most memory.
+    train: TrainConfig, sizes: RowSizes | None, rows_per_unit: int = 1
+) -> list[Step]:
+    """The steps that may need the most memory.
 
     Args:
         train: Settings of the training.
-        lengths: Tokens of each row; None if every row has the maximum length.
-        rows_per_unit: Rows of the batches for each of `lengths`.
+        sizes: Sizes of the rows; None if every row has the maximum length.
+        rows_per_unit: Rows of the batches for each of `sizes`.
 
     Returns:
-        Settings without ``batch_tokens``, whose batches have ``batch_size`` rows of
-        ``max_seq_length`` tokens: one, or with ``batch_tokens`` one for each width.
+        One step, or with ``batch_tokens`` one for each width, none of which sets it.
 
     Raises:
         DoRAError: If a row is longer than ``batch_tokens``.
     """
     most = train.max_seq_length
     if train.batch_tokens is not None:
-        cut = [min(length, most) for length in lengths or [most]]
+        cut = [min(length, most) for length in (sizes.lengths if sizes else [most])]
         room = train.batch_tokens // rows_per_unit
         if max(cut) > room:
             pair = f" / {rows_per_unit} rows a pair" if rows_per_unit > 1 else ""
@@ -68,20 +61,26 @@ def largest_batches(
                 "tokens, the longest: raise it, or lower max_seq_length."
             )
         shapes = [(room // most, most)]
-        if lengths is not None:
+        if sizes is not None:
             groups = group_by_width(cut, room)
             shapes = [(max(group.sizes), group.width) for group in groups]
-        return [
-            replace(train, batch_tokens=None, batch_size=rows, max_seq_length=width)
-            for rows, width in shapes
-        ]
-    if lengths is None:
-        return [train]
+        train = replace(train, batch_tokens=None)
+        return [_step(train, sizes, rows, width) for rows, width in shapes]
+    if sizes is None:
+        return [(train, 1.0)]
+    lengths = sizes.lengths
     longest = max(sum(lengths) if train.packing else max(lengths, default=2), 2)
-    return [
-        replace(
-            train,
-            max_seq_length=padded_width(min(longest, most), most),
-            batch_size=max(min(train.batch_size, len(lengths)), 1),
-        )
-    ]
+    rows = max(min(train.batch_size, len(lengths)), 1)
+    return [_step(train, sizes, rows, padded_width(min(longest, most), most))]
+
+
+def _step(train: TrainConfig, sizes: RowSizes | None, rows: int, width: int) -> Step:
+    """The step whose batch has the most targets that rows up to a width can have."""
+    share = 1.0
+    if sizes is not None and not train.packing:
+        pairs = zip(sizes.lengths, sizes.targets, strict=True)
+        is_cut = width == train.max_seq_length
+        fitting = (count for length, count in pairs if length <= width or is_cut)
+        targets = sum(islice(sorted(fitting, reverse=True), rows))
+        share = min(targets / (rows * sizes.unit * (width - 1)), 1.0)
+    return replace(train, batch_size=rows, max_seq_length=width), share

@@ -58,6 +58,7 @@ class ModelShapes:
             others, or none, if the model computes attention itself.
         rows_per_unit: Rows that a step computes for each row of ``batch_size``: 2 for
             pairs.
+        target_share: Largest share of a batch's positions that are targets.
         held: Bytes that the objective holds beside the model, from those of the trained
             parameters.
         modules: The linear layers and embeddings, if the model is to be divided.
@@ -75,6 +76,7 @@ class ModelShapes:
     blocks: int
     attention: Callable[[int], Sequence[AttentionCall]] = lambda length: ()
     rows_per_unit: int = 1
+    target_share: float = 1.0
     held: Callable[[int], int] = lambda trained: 0
     modules: tuple[DividedModule, ...] = ()
 

@@ -13,13 +13,13 @@ from mlx.utils import tree_flatten
 
 from mlx_dora.adapters.config import DoRAConfig
 from mlx_dora.data.batches import Batch, Examples, shape_of
+from mlx_dora.data.counts import measure_rows
 from mlx_dora.data.widths import MOST_SHAPES
 from mlx_dora.errors import DoRAError
 from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.memory import system_memory
 from mlx_dora.train.objectives.objective import Objective
 from mlx_dora.train.plan.predict import memory_limit, plan_memory
-from mlx_dora.train.plan.rows import unit_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -162,12 +162,13 @@ def _fitting_flags(
         peak: Measured peak; the plan is scaled so that it predicts this.
         fitting: Bytes to fit into.
     """
-    lengths = unit_lengths(data, objective.unit or 1, train.max_seq_length)
+    sizes = measure_rows(data, objective.unit or 1, train.max_seq_length)
+    sizes = sizes.lengthened(objective.added_tokens)
     plan = partial(
         plan_memory,
         train,
         dora,
-        lengths=lengths,
+        lengths=sizes,
         objective=objective,
         processes=mx.distributed.init().size(),
     )

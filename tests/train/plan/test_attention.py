@@ -19,7 +19,8 @@ from mlx_dora.train.plan.attention import (
     metal_device,
     this_device,
 )
-from mlx_dora.train.plan.predict import plan_step, predict
+from mlx_dora.train.plan.predict import predict
+from mlx_dora.train.plan.step import plan_step
 from tests.compat.tiny_models import build
 from tests.data.test_documents import make
 from tests.train.plan.test_predict import BIG, config

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 from mlx_dora import DoRAConfig
+from mlx_dora.data.counts import RowSizes
 from mlx_dora.train import TrainConfig
 from mlx_dora.train.plan.hub_models import fitting_models
 
@@ -31,7 +32,8 @@ PARAMETERS = {
 
 def test_twenty_models_are_planned_from_their_published_sizes() -> None:
     train, dora, limit = TrainConfig(), DoRAConfig(), 20 * 10**9
-    models = fitting_models(train, dora, [200] * 8, limit)
+    sizes = RowSizes.of_lengths([200] * 8)
+    models = fitting_models(train, dora, sizes, limit)
     assert {model.name: model.parameters for model in models} == PARAMETERS
     for model in models:
         weights = 2 * model.parameters
@@ -48,5 +50,6 @@ def test_twenty_models_are_planned_from_their_published_sizes() -> None:
     assert fits["SmolLM2-135M-Instruct"] == "16-bit"
     assert fits["Llama-3.1-8B-Instruct"] == "4-bit"
     assert fits["Llama-3.3-70B-Instruct"] is None
-    longer = fitting_models(replace(train, max_seq_length=400), dora, [900] * 8, limit)
+    sizes = RowSizes.of_lengths([900] * 8)
+    longer = fitting_models(replace(train, max_seq_length=400), dora, sizes, limit)
     assert all(a.peak_4bit < b.peak_4bit for a, b in zip(models, longer, strict=True))

@@ -12,12 +12,13 @@ from mlx_dora import DoRAConfig, apply_dora, load
 from mlx_dora.adapters.surgery import FineTuneType, apply_layers
 from mlx_dora.cli._train_text import describe_plan
 from mlx_dora.cli.train import command
+from mlx_dora.data.counts import RowSizes
 from mlx_dora.errors import DoRAError
 from mlx_dora.train import TrainConfig, plan_memory
 from mlx_dora.train.objectives.make import make_objective
 from mlx_dora.train.plan.predict import predict
 from mlx_dora.train.plan.preview import preview_training
-from mlx_dora.train.plan.rows import row_lengths
+from mlx_dora.train.plan.rows import row_sizes
 from mlx_dora.train.plan.shapes import ModelShapes, read_shapes
 from mlx_dora.train.run.start import trainable_tensors
 from tests.adapters.stacks import write_folder
@@ -181,7 +182,8 @@ def test_the_longest_rows_after_cutting_are_planned(
     )
     named = config(tiny_model_folder, data=str(data), max_seq_length=2048)
     plan = plan_memory(named, dora)
-    assert row_lengths(named, make_objective(named)) == [3, 3, 3, 10]
+    sizes = RowSizes(lengths=(3, 3, 3, 10), targets=(2, 2, 2, 9))
+    assert row_sizes(named, make_objective(named)) == sizes
     given = plan_memory(replace(named, data="none"), dora, lengths=[3, 3, 3, 10])
     assert plan.rows == given.rows == 4
     assert plan.length == given.length == 17  # 10 tokens, padded
@@ -245,3 +247,27 @@ def test_the_command_prints_a_plan_and_does_not_train(
     assert "fits into this machine's" in result.stdout
     assert "attention scores" in result.stdout
     assert not out.exists()
+
+
+def test_only_targets_need_logits_where_nothing_is_compiled(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = config(tiny_model_folder, batch_size=2, max_seq_length=2048)
+    dora = DoRAConfig(rank=4, num_layers=1)
+    masked = RowSizes(lengths=(65, 65, 33), targets=(5, 30, 20))
+    vocabulary = read_shapes(tiny_model_folder, dora, "dora").vocabulary
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+
+    def logits(lengths: Any, **changes: Any) -> int:
+        return plan_memory(replace(train, **changes), dora, lengths=lengths).logits
+
+    # Two rows of at most 30 + 20 targets, in three chunks of 50.
+    assert logits(masked) == 3 * 50 * vocabulary * 4
+    # 64 inputs in each of two rows: a chunk of 128.
+    assert logits([65, 65, 33]) == 3 * 128 * vocabulary * 4
+    # By width: one row of 64 inputs with 30 targets, or of 32 inputs with 20.
+    assert logits(masked, batch_tokens=65) == 3 * 30 * vocabulary * 4
+    # A row cut to 25 inputs can keep all of its 30 targets but those.
+    assert logits(masked, max_seq_length=26) == 3 * 50 * vocabulary * 4
+    monkeypatch.delenv("MLX_DISABLE_COMPILE")
+    assert logits(masked) == logits([65, 65, 33])

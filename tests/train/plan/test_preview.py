@@ -30,7 +30,7 @@ def train(tiny_model_folder: Path, tmp_path: Path) -> TrainConfig:
 def test_the_suggested_flags_cut_no_row_and_fit(train: TrainConfig) -> None:
     preview = preview_training(train, DORA)
     length, batch = (int(flag.split()[1]) for flag in preview.flags)
-    lengths = preview.survey.splits[0].trained
+    lengths = preview.survey.splits[0].trained.lengths
     assert length - 8 < max(lengths) <= length
     assert batch == 32  # of 36 rows, on a machine that has room for all
     suggested = replace(train, max_seq_length=length, batch_size=batch)
