@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,7 +11,12 @@ from mlx_dora.train.config import TrainConfig
 from mlx_dora.train.plan.attention import BLOCK, Device, count_scored
 from mlx_dora.train.plan.shapes import ModelShapes
 from mlx_dora.train.plan.tensor import tensor_traffic
-from mlx_dora.train.plan.traffic import Traffic, divided_by, traffic_of
+from mlx_dora.train.plan.traffic import (
+    DividedModule,
+    Traffic,
+    divided_by,
+    traffic_of,
+)
 
 # Number of arrays of a chunk's size, or of a block's width, that exist at a time: MLX
 # allocates up to ten tasks ahead of the computation. See docs/memory.md.
@@ -118,8 +124,7 @@ def plan_step(
         processes: Number of processes that share a batch.
     """
     length, rows = train.max_seq_length, train.batch_size
-    is_tensor = train.shard == "tensor"
-    if not is_tensor:
+    if train.shard != "tensor":
         train = replace(train, batch_size=-(-rows // processes))
     tokens = train.batch_size * shapes.rows_per_unit * (length - 1)
     size = shapes.element_bytes
@@ -129,11 +134,8 @@ def plan_step(
     optimizer = trained * _OPTIMIZER_COPIES[train.optimizer]
     gradients = trained + 4 * shapes.trainable * (train.grad_accumulation_steps > 1)
     reference = shapes.held(trained)
-    divided = divided_by(shapes.modules, processes)
-    if is_tensor:
-        divided = [module for module in shapes.modules if module.axis is not None]
+    divided, gathered = _divided(shapes, train, processes)
     away = sum(m.nbytes * (processes - 1) // processes for m in divided)
-    gathered = [] if is_tensor else divided
     in_blocks = [m.nbytes for m in gathered if m.block is not None]
     heads = [m.nbytes for m in gathered if m.is_head]
     weights = shapes.weight_bytes - away
@@ -180,6 +182,16 @@ def plan_step(
         reference=reference,
         rows_per_unit=shapes.rows_per_unit,
     )
+
+
+def _divided(
+    shapes: ModelShapes, train: TrainConfig, processes: int
+) -> tuple[Sequence[DividedModule], Sequence[DividedModule]]:
+    """Modules whose weights the processes divide, and those gathered to be used."""
+    if train.shard == "tensor":
+        return [module for module in shapes.modules if module.axis is not None], []
+    divided = divided_by(shapes.modules, processes)
+    return divided, divided
 
 
 def _logits(

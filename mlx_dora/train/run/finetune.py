@@ -232,7 +232,6 @@ def _prepare(
         optimizer.init(model.trainable_parameters())
         settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
         settings |= objective.settings(data)
-    watch = watch_memory(train, dora, data, objective)
     check_alike({**settings, "iters": train.iters, "epochs": train.epochs}, group)
     return Run(
         model=model,
@@ -243,7 +242,7 @@ def _prepare(
         objective=objective,
         feed=feed,
         valid_data=valid_data,
-        watch=watch,
+        watch=watch_memory(train, dora, data, objective),
         epoch_ends=epoch_ends,
         optimizer=optimizer,
         base=base,
