@@ -227,11 +227,11 @@ def _prepare(
         mx.random.seed(train.seed)
         modules = _adapt(model, train, dora)
         check_lora_plus(model, train.lora_plus_ratio)
-        if train.packing:
-            _check_packing(model, train)
+        _check_packing(model, train)
         optimizer.init(model.trainable_parameters())
         settings = run_settings(train, dora, str(base.fingerprint), data, group.size())
         settings |= objective.settings(data)
+    watch = watch_memory(train, dora, data, objective)
     check_alike({**settings, "iters": train.iters, "epochs": train.epochs}, group)
     return Run(
         model=model,
@@ -242,7 +242,7 @@ def _prepare(
         objective=objective,
         feed=feed,
         valid_data=valid_data,
-        watch=watch_memory(train, dora, data, objective),
+        watch=watch,
         epoch_ends=epoch_ends,
         optimizer=optimizer,
         base=base,
@@ -290,6 +290,8 @@ def _feed(
 
 def _check_packing(model: nn.Module, train: TrainConfig) -> None:
     """Refuse a model that cannot take packed rows; warn if it needs a mask for them."""
+    if not train.packing:
+        return
     check_packable(model)
     if size := mask_bytes(model, train.batch_size, train.max_seq_length):
         logger.warning(
