@@ -179,9 +179,11 @@ class Stepper:
                 if is_weighted:
                     new = tree_map(lambda g, n=size: _weighted(g, n), gradient)
                     total = new if total is None else tree_map(mx.add, total, new)
-                    mx.eval(total, loss, count, sums)
                 else:
                     total = gradient
+                # Before anything is computed from all gradients, such as their norm:
+                # MLX then frees a block's arrays as soon as the block is done.
+                mx.eval(total, loss, count, sums)
                 mx.eval(mx.random.state)
         if self._group.size() > 1:
             total = nn.average_gradients(total, self._group)
