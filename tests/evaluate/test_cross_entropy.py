@@ -27,15 +27,9 @@ def whole_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> Any:
 
 @pytest.mark.usefixtures("few_logits")
 @pytest.mark.parametrize(
-    ("bits", "compiled"),
-    [
-        (None, False),
-        (4, False),
-        pytest.param(None, True, marks=pytest.mark.compiled),
-        # Quick: the same with test_log_probabilities.py, on the same chunks of logits.
-        pytest.param(4, True, marks=[pytest.mark.compiled, pytest.mark.slow]),
-    ],
+    "compiled", [False, pytest.param(True, marks=pytest.mark.compiled)]
 )
+@pytest.mark.parametrize("bits", [None, 4])
 @EVERY_HEAD
 def test_gradients_equal_those_from_all_logits(
     make_tiny_model: Callable[..., nn.Module],

@@ -34,15 +34,9 @@ def weighted_by_definition(model: nn.Module, tokens: mx.array, marks: mx.array) 
 
 @pytest.mark.usefixtures("few_logits")
 @pytest.mark.parametrize(
-    ("bits", "compiled"),
-    [
-        (None, False),
-        (4, False),
-        pytest.param(4, True, marks=pytest.mark.compiled),
-        # Quick: the same with test_cross_entropy.py, on the same chunks of logits.
-        pytest.param(None, True, marks=[pytest.mark.compiled, pytest.mark.slow]),
-    ],
+    "compiled", [False, pytest.param(True, marks=pytest.mark.compiled)]
 )
+@pytest.mark.parametrize("bits", [None, 4])
 @EVERY_HEAD
 def test_gradients_equal_those_from_all_logits(
     make_tiny_model: Callable[..., nn.Module],

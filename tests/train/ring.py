@@ -74,7 +74,7 @@ def started(folder: Path, *commands: Sequence[str]) -> Iterator[list[Process]]:
 def both(work: Path, first: list[str], second: list[str]) -> list[tuple[int, str]]:
     """Exit code and errors of two processes of a training."""
     with started(work, first, second) as processes:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
     return [
         (process.wait(), text) for process, text in zip(processes, errors, strict=True)
     ]
