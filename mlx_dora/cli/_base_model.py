@@ -13,13 +13,16 @@ check_base_option = click.option(
 )
 
 
-def with_recorded_base(args: Sequence[str]) -> list[str]:
+def with_recorded_base(
+    args: Sequence[str], *, otherwise: str = "Loading the default model of mlx-lm ..."
+) -> list[str]:
     """Add ``--model`` to arguments that name an adapter but no model; say what loads.
 
     Without it, mlx-lm would apply the adapter to its own default model.
 
     Args:
         args: Arguments of ``mlx_lm.generate`` or ``mlx_lm.chat`` as typed.
+        otherwise: What is said if the arguments name neither.
 
     Raises:
         DoRAError: If the adapter's folder is invalid or records no base.
@@ -28,7 +31,7 @@ def with_recorded_base(args: Sequence[str]) -> list[str]:
     if {"-h", "--help"} & set(args):
         return list(args)
     if adapter is None or model is not None:
-        note(f"Loading {model or 'the default model of mlx-lm'} ...")
+        note(otherwise if model is None else f"Loading {model} ...")
         return list(args)
     return ["--model", announced_base(adapter), *args]
 

