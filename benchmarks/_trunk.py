@@ -184,10 +184,11 @@ def mean_loss(model: Any, trunk: Trunk, rows: Sequence[Row]) -> float:
     ordered = sorted(rows, key=lambda row: len(row[0]))
     blocks = model.model.layers[trunk.frozen :]
     shared = min(shared_tokens([t for t, _ in rows]), min(f for _, f in rows) - 1)
-    prefixes = [SharedPrefix() for _ in blocks]
+    prefixes = [SharedPrefix() for _ in blocks] if shared else None
     with eval_mode(model):
-        start = trunk.activations([ordered[0][0][:-1]])[:, :shared]
-        run_blocks(blocks, start, prefixes)
+        if prefixes is not None:
+            start = trunk.activations([ordered[0][0][:-1]])[:, :shared]
+            run_blocks(blocks, start, prefixes)
         for some in batched(ordered, 8):
             hidden = trunk.activations([tokens[:-1] for tokens, _ in some])
             last = run_blocks(blocks, hidden[:, shared:], prefixes)

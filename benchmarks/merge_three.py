@@ -192,23 +192,23 @@ class Three:
         count = len(adapters)
         tsv = Contender("tsv", space="core", rank=RANK)
         contenders = {
-            "advised": self.advised(),
             "karcher": Contender("karcher", rank=RANK),
-            "tsv, sum N^¾": replace(tsv, total=count**0.75),
             "tsv, sum √N": replace(tsv, total=count**0.5),
+            "tsv, sum N": replace(tsv, total=float(count)),
             "task_arithmetic, sum √N": Contender(
                 "task_arithmetic", total=count**0.5, rank=RANK
             ),
         }
+        advised = self.advised()
         for name, one in contenders.items():
             if name not in done:
                 merged = one.merge(adapters, [*RECIPES], self.model)
-                self.measure(name, merged, is_=one.name)
+                self.measure(name, merged, advised=one == advised)
         if "chosen by data" not in done:
             best, tried = self.chosen(adapters)
             one = Contender(best.method, best.density, None, best.space, rank=RANK)
             merged = one.merge(adapters, [*RECIPES], self.model, weights=best.weights)
-            self.measure("chosen by data", merged, is_=best.name, tried=tried)
+            self.measure("chosen by data", merged, chosen=best.name, tried=tried)
         for name, adapter in zip(RECIPES, adapters, strict=True):
             if name not in done:
                 self.measure(name, adapter)

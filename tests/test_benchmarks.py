@@ -135,6 +135,9 @@ usual, _ = loss_fn(model, *pad_batch(alike, 99))
 for rows in (alike, alike[::-1]):
     loss = mean_loss(model, Trunk(model, 1), rows)
     assert abs(loss - usual.item()) < 1e-5, (loss, usual)
+whole = [(tokens, 1) for tokens, _ in alike]  # no token without a target
+usual, _ = loss_fn(model, *pad_batch(whole, 99))
+assert abs(mean_loss(model, Trunk(model, 1), whole) - usual.item()) < 1e-5
 assert shared_tokens([[1, 2], [1, 2, 3]]) == 1  # a row keeps a token of its own
 """
     script = script.replace("FOLDER", repr(str(tiny_model_folder)))
