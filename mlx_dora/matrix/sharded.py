@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_dora.matrix.packed import QuantizedWeight
 
@@ -129,7 +128,7 @@ class ShardedWeight:
         arrays = _in_turn(list(parts.values()), after)
         gather = gather_columns if self.axis else gather_rows
         whole = gather(arrays, self.group)
-        _end_turn(whole[0])
+        _end_turn(whole[-1])
         if isinstance(self.part, QuantizedWeight):
             return replace(self.part, **dict(zip(parts, whole, strict=True)))
         return whole[0]
@@ -203,7 +202,10 @@ def _arrays_of(part: Part) -> dict[str, mx.array]:
 def gather_rows(
     arrays: Sequence[mx.array], group: mx.distributed.Group
 ) -> list[mx.array]:
-    """Gather matrices with the same number of rows in one message, bit for bit.
+    """Gather matrices with the same number of rows, bit for bit.
+
+    Each is a message of its own, which waits for the one before. A message of all of
+    them would have to be taken apart again, so that the whole weight existed twice.
 
     Args:
         arrays: This process's rows. Shapes ``(rows, ...)``, any dtypes.
@@ -212,16 +214,11 @@ def gather_rows(
     Returns:
         The rows of all processes. Shapes ``(rows * processes, ...)``.
     """
-    if len(arrays) == 1:
-        return [mx.distributed.all_gather(arrays[0], group=group)]
-    words = [array.view(mx.uint8) for array in arrays]
-    ends = np.cumsum([word.shape[1] for word in words]).tolist()
-    every = mx.distributed.all_gather(mx.concatenate(words, axis=1), group=group)
-    parts = mx.split(every, ends[:-1], axis=1)
-    return [
-        mx.contiguous(part).view(array.dtype)
-        for part, array in zip(parts, arrays, strict=True)
-    ]
+    gathered: list[mx.array] = []
+    for array in arrays:
+        (own,) = mx.depends([array], gathered[-1:]) if gathered else [array]
+        gathered.append(mx.distributed.all_gather(own, group=group))
+    return gathered
 
 
 def gather_columns(

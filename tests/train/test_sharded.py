@@ -153,7 +153,10 @@ def test_what_a_step_sends_is_what_the_plan_says(
     run(tmp_path, tmp_path / "ring", 2, *cases, data_parallel)
     for case in (*cases, data_parallel):
         totals = json.loads((tmp_path / "ring" / case.name / "sent.json").read_text())
-        sent = float(np.median(np.diff(totals)))
+        # Before each update, the processes compare shapes: 65 pairs of four bytes. The
+        # plan leaves them out; they are 2 % of what the smallest case sends.
+        compared = 520 if case.shard else 0
+        sent = float(np.median(np.diff(totals))) - compared
         folder = make_tiny_folder(f"model-{case.name}", bits=case.bits, **case.model)
         plan = plan_memory(
             replace(case.settings, model=str(folder)),

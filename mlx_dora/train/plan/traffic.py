@@ -43,6 +43,7 @@ class DividedModule:
         width: Number of columns.
         nbytes: Bytes of its weight, as stored.
         row_bytes: Bytes of an unpacked row.
+        arrays: Number of arrays of its weight: three if it is packed.
         block: Index of its block; None outside the blocks.
         is_embedding: Whether tokens are looked up in it.
         is_head: Whether logits are computed with it.
@@ -56,6 +57,7 @@ class DividedModule:
     width: int
     nbytes: int
     row_bytes: int
+    arrays: int
     block: int | None
     is_embedding: bool
     is_head: bool
@@ -144,6 +146,7 @@ def read_modules(
                 width=width,
                 nbytes=sum(info.nbytes for info in arrays),
                 row_bytes=width * element_bytes,
+                arrays=len(arrays),
                 block=block,
                 is_embedding=is_embedding,
                 is_head=block is None and (not has_head or not is_embedding),
@@ -189,13 +192,13 @@ def traffic_of(
         elif module.is_head:
             times = 1  # held for all chunks, backward included
         weights += times * gather
-        messages += times
+        messages += times * module.arrays
         if module.is_embedding:
             # Every process sends its tokens, and adds the rows that it has of all.
             exchange = gather_bytes(4 * tokens * processes, processes)
             exchange += sum_bytes(processes * tokens * module.row_bytes, processes)
             looked_up += min(exchange, gather)
-            messages += 2 if exchange <= gather else 1
+            messages += 2 if exchange <= gather else module.arrays
         if module.is_adapted and has_norms:
             norms += gather_bytes(4 * module.rows, processes)
     return Traffic(
