@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
-from _made_tasks import Row, chat_line, distinct_rows, record_row, sum_row
+from _made_tasks import Row, chat_line, distinct_rows, record_row
 
 from mlx_dora.demo.data import (
     _first_sentence,  # pyright: ignore[reportPrivateUsage] - the demo's own rule
@@ -91,16 +91,10 @@ def records() -> dict[str, list[Row]]:
     return distinct_rows(record_row, "records", SIZES)
 
 
-def sums() -> dict[str, list[Row]]:
-    """Rows with a sum or difference of two numbers below 100."""
-    return distinct_rows(sum_row, "sums", SIZES)
-
-
 TASKS: dict[str, Callable[[], dict[str, list[Row]]]] = {
     "topics": topics,
     "docstrings": docstrings,
     "records": records,
-    "sums": sums,
 }
 
 
