@@ -158,12 +158,14 @@ def test_a_complete_study_gets_the_known_verdicts(grid: Any, tmp_path: Path) -> 
 
 def test_a_partial_study_says_what_is_missing(grid: Any, tmp_path: Path) -> None:
     cells = [
-        grid.Cell("topics", "dense", method, rank)
+        grid.Cell("docstrings", "dense", method, rank)
         for method in ("lora", "dora")
         for rank in (1, 4)
     ]
     lines = study(grid, cells, more=False)
-    unfinished = [line(grid.Job(grid.Cell("topics", "dense", "direction", 1), 0, 0))]
+    unfinished = [
+        line(grid.Job(grid.Cell("docstrings", "dense", "direction", 1), 0, 0))
+    ]
     text = report(tmp_path, lines + unfinished)
     assert "4 are complete, 1 begun and 58 missing" in text[""]
     [direction] = [row for row in rows_of(text[""]) if row[2].startswith("direction")]
@@ -175,7 +177,8 @@ def test_a_partial_study_says_what_is_missing(grid: Any, tmp_path: Path) -> None
         assert {row[-1] for row in rows_of(text[name])} == {"-"}
         assert f"{count} of {count} comparisons lack runs." in text[name]
     assert (
-        "(runs are missing)" in (tmp_path / "figures/when-topics-dense.svg").read_text()
+        "(runs are missing)"
+        in (tmp_path / "figures/when-docstrings-dense.svg").read_text()
     )
 
 

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-TASKS = ("topics", "docstrings", "records")
+TASKS = ("docstrings", "records", "topics")
 BASES = ("dense", "4-bit")
-TABLES = tuple((task, BASES[0]) for task in TASKS) + tuple(
-    (task, BASES[1]) for task in (*TASKS[1:], TASKS[0])
-)
+TABLES = tuple((task, base) for base, task in product(BASES, TASKS))
 """Tasks and bases in the order of the runs."""
 RANKS = (1, 4, 16)
 RANKED = ("lora", "dora", "direction")

@@ -12,10 +12,11 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
-from _made_tasks import Row, chat_line, distinct_rows, record_row, sum_row
+from _made_tasks import Row, chat_line, distinct_rows, record_row
 
 from mlx_dora.demo.data import (
     _first_sentence,  # pyright: ignore[reportPrivateUsage] - the demo's own rule
+    _parameters,  # pyright: ignore[reportPrivateUsage]
     _public_members,  # pyright: ignore[reportPrivateUsage]
     demo_rows,
 )
@@ -52,21 +53,21 @@ def write_task(name: str, folder: Path) -> str:
 
 
 def topics() -> dict[str, list[Row]]:
-    """Rows that ask which topic a documented sentence of a module is about.
+    """Rows that ask which topic a call, with its sentence, is about.
 
     Balanced; no sentence is in two splits.
     """
     sentences: dict[str, list[str]] = {topic: [] for topic in TOPICS}
     of = {module: topic for topic, modules in TOPICS.items() for module in modules}
     seen: set[str] = set()
-    for module, sentence in _documented(of):
+    for module, call, sentence in _documented(of):
         if sentence not in seen:
             seen.add(sentence)
-            sentences[of[module]].append(sentence)
+            sentences[of[module]].append(f"`{call}` {sentence}")
     drawn = [sorted(texts, key=_draw) for texts in sentences.values()]
     asked = f"Is this about {', '.join([*TOPICS][:-1])} or {[*TOPICS][-1]}?"
     rows = [
-        (f'"{text}"\n{asked}', topic)
+        (f"{text}\n{asked}", topic)
         for texts in zip(*drawn, strict=False)
         for topic, text in zip(TOPICS, texts, strict=True)
     ]
@@ -90,21 +91,15 @@ def records() -> dict[str, list[Row]]:
     return distinct_rows(record_row, "records", SIZES)
 
 
-def sums() -> dict[str, list[Row]]:
-    """Rows with a sum or difference of two numbers below 100."""
-    return distinct_rows(sum_row, "sums", SIZES)
-
-
 TASKS: dict[str, Callable[[], dict[str, list[Row]]]] = {
     "topics": topics,
     "docstrings": docstrings,
     "records": records,
-    "sums": sums,
 }
 
 
-def _documented(modules: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield module and first sentence of the members of standard modules."""
+def _documented(modules: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield module, call and first sentence of the members of standard modules."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         for name in sorted(modules):
@@ -112,9 +107,9 @@ def _documented(modules: Collection[str]) -> Iterator[tuple[str, str]]:
                 module = importlib.import_module(name)
             except ImportError:  # missing on this platform
                 continue
-            for _, member in _public_members(module):
+            for path, member in _public_members(module):
                 if sentence := _first_sentence(inspect.getdoc(member) or ""):
-                    yield name, sentence
+                    yield name, f"{path}{_parameters(member)}", sentence
 
 
 def _draw(text: str) -> bytes:
