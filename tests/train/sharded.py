@@ -93,7 +93,7 @@ class Case:
 def gradients(case: Case, group: mx.distributed.Group) -> dict[str, mx.array]:
     """Mean gradients of a batch, at a random B."""
     model, train = case.build(), case.settings
-    if case.shard and group.size() > 1:
+    if train.shard and group.size() > 1:
         divide(model, group, train.shard)
     mx.random.seed(1)  # dividing a model may draw numbers
     apply_layers(model, case.adapter, train.fine_tune_type)

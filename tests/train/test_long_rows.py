@@ -36,6 +36,7 @@ def peak(
     assert batch[0].size == tokens
     stepper = plain_stepper(model, settings)
     mx.eval(model.state, batch)
+
     def step() -> None:
         with recomputed_blocks(model, recompute):
             stepper.gradient([batch])

@@ -13,9 +13,8 @@ import pytest
 from mlx_dora.train import plan_memory
 from tests.processes import run as run_alone
 from tests.train import ring
-from tests.train.run.test_resume import assert_same_run
+from tests.train.killed import PLAIN, assert_same_run
 from tests.train.sharded import Case
-from tests.train.test_ring import both, resumable
 from tests.train.test_sharded import compare, run
 
 # Heads and widths that four processes divide, and groups of a packed row too.
@@ -135,20 +134,20 @@ def test_compiled_steps_equal_those_of_a_single_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_processes_resume_bit_for_bit_and_alone(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "folder"
-    for code, errors in both(tmp_path, *[resumable(whole, shard="tensor")] * 2):
+    for code, errors in ring.both(tmp_path, *[PLAIN.words(whole, shard="tensor")] * 2):
         assert code == 0, errors
-    commands = [resumable(folder, shard="tensor")] * 2
+    commands = [PLAIN.words(folder, shard="tensor")] * 2
     with ring.started(tmp_path, *commands) as processes:
         assert processes[0].stdout is not None
         for _ in range(5):  # updates of two batches; saved at batches 4 and 8
             assert processes[0].stdout.readline()
         for process in processes:
             process.send_signal(signal.SIGKILL)
-    resumed = resumable(folder, shard="tensor", resume=True)
-    for code, errors in both(tmp_path, resumed, resumed):
+    resumed = PLAIN.words(folder, shard="tensor", resume=True)
+    for code, errors in ring.both(tmp_path, resumed, resumed):
         assert code == 0, errors
     assert_same_run(whole, folder)
-    alone = run_alone(resumable(folder, resume=True, iters=30))
+    alone = run_alone(PLAIN.words(folder, resume=True, iters=30))
     assert alone.returncode == 0
     assert "processes was 2, is 1; shard was" in alone.stderr
     assert "up to rounding, not bit for bit" in alone.stderr

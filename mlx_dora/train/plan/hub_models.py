@@ -79,12 +79,12 @@ def fitting_models(
     models = []
     for name, config in read_object(_CONFIGS).items():
         empty = build_empty(config, name)
-        sizes = [value.shape for _, value in tree_flatten(empty.parameters())]  # pyright: ignore[reportAttributeAccessIssue] - arrays
+        arrays = [value.shape for _, value in tree_flatten(empty.parameters())]  # pyright: ignore[reportAttributeAccessIssue] - arrays
         layers = min(dora.num_layers, config["num_hidden_layers"])
         settings = replace(dora, num_layers=layers)
         dense = shapes_of(empty, config, settings, train.fine_tune_type)
         dense = replace(dense, rows_per_unit=rows_per_unit)
-        packed = replace(dense, weight_bytes=int(sum(map(_packed_bytes, sizes))))
+        packed = replace(dense, weight_bytes=int(sum(map(_packed_bytes, arrays))))
         at_16, at_4 = largest(dense), largest(packed)
         ways = {
             "16-bit": at_16,
@@ -94,7 +94,7 @@ def fitting_models(
         models.append(
             HubModel(
                 name=name,
-                parameters=sum(map(prod, sizes)),
+                parameters=sum(map(prod, arrays)),
                 peak_16bit=at_16.peak,
                 peak_4bit=at_4.peak,
                 fits=next((way for way, plan in ways.items() if plan.fits), None),

@@ -75,11 +75,12 @@ def plan_memory(
         shard=train.shard,
         processes=processes,
     )
-    sizes = lengths
-    if lengths is None and (train.data != DEFAULT_DATA or train.hf_dataset):
-        sizes = row_sizes(train, objective)
-    elif lengths is not None and not isinstance(lengths, RowSizes):
+    if isinstance(lengths, RowSizes) or lengths is None:
+        sizes = lengths
+    else:
         sizes = RowSizes.of_lengths(lengths)
+    if sizes is None and (train.data != DEFAULT_DATA or train.hf_dataset):
+        sizes = row_sizes(train, objective)
     limit = memory_limit() if limit is None else limit
     device = this_device() if device is None else device
     document = None
