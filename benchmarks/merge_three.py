@@ -143,6 +143,7 @@ class Three:
         line = {
             "contender": name,
             **facts,
+            "rows": self.test,
             "losses": [round(loss, 4) for loss in losses],
             "mean": round(sum(losses) / len(losses), 4),
             "cpu_seconds": round(time.process_time() - started, 1),
@@ -204,16 +205,16 @@ class Three:
             if name not in done:
                 merged = one.merge(adapters, [*RECIPES], self.model)
                 self.measure(name, merged, advised=one == advised)
-        if "chosen by data" not in done:
-            best, tried = self.chosen(adapters)
-            one = Contender(best.method, best.density, None, best.space, rank=RANK)
-            merged = one.merge(adapters, [*RECIPES], self.model, weights=best.weights)
-            self.measure("chosen by data", merged, chosen=best.name, tried=tried)
         for name, adapter in zip(RECIPES, adapters, strict=True):
             if name not in done:
                 self.measure(name, adapter)
         if "base" not in done:
             self.measure("base", None)
+        if "chosen by data" not in done:
+            best, tried = self.chosen(adapters)
+            one = Contender(best.method, best.density, None, best.space, rank=RANK)
+            merged = one.merge(adapters, [*RECIPES], self.model, weights=best.weights)
+            self.measure("chosen by data", merged, chosen=best.name, tried=tried)
 
 
 @click.command(help=__doc__)
