@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-
-import mlx.core as mx
+from typing import TYPE_CHECKING
 
 from mlx_dora.cli._base_model import value_of
 from mlx_dora.errors import DoRAError
 from mlx_dora.io.foreign import foreign
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 # An error raised in these packages concerns the user's model, adapter or arguments. An
 # error raised in our own layers is our bug and keeps its traceback.
@@ -68,8 +70,10 @@ def _check_inputs(args: list[str]) -> None:
 
 def _processes(
     stack: contextlib.ExitStack, args: list[str]
-) -> mx.distributed.Group | None:
+) -> "mx.distributed.Group | None":
     """Return the processes of ``mlx.launch``, None for one; silence all but one."""
+    import mlx.core as mx
+
     group = mx.distributed.init()
     if group.size() == 1:
         return None

@@ -112,7 +112,7 @@ class Stepper:
         self._shapes: set[tuple[int, ...]] = set()
         self._model = model
         self._group = group
-        self._rows = row_group(group, settings.shard)
+        self._row_group = row_group(group, settings.shard)
         self._optimizer = optimizer
         ratio = settings.lora_plus_ratio
         value_and_grad = nn.value_and_grad(model, loss)
@@ -158,7 +158,7 @@ class Stepper:
         """Gradient of the mean loss over all of `window`, on all processes."""
         loss, count, total = mx.array(0.0), mx.array(0), None
         sums: list[mx.array] = []
-        is_weighted = len(window) > 1 or self._rows.size() > 1
+        is_weighted = len(window) > 1 or self._row_group.size() > 1
         # Norms are constant until the weights change. A pass that needs them only once
         # gets them cheaper from its own products; so does one that recomputes blocks.
         reuses = len(window) > 1 or self._is_sharded
@@ -187,8 +187,8 @@ class Stepper:
                 mx.eval(mx.random.state)
         if self._group.size() > 1:
             total = nn.average_gradients(total, self._group)
-        if self._rows.size() > 1:
-            total = tree_map(lambda g: g * self._rows.size(), total)
+        if self._row_group.size() > 1:
+            total = tree_map(lambda g: g * self._row_group.size(), total)
             loss = mx.distributed.all_sum(loss, group=self._group)
             count = mx.distributed.all_sum(count, group=self._group)
             sums = [mx.distributed.all_sum(part, group=self._group) for part in sums]

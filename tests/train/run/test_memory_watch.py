@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_dora import DoRAConfig
 from mlx_dora.data.batches import pad_batch
+from mlx_dora.data.counts import measure_rows
 from mlx_dora.errors import DoRAError
 from mlx_dora.evaluate.loss import target_mask
 from mlx_dora.train import TrainConfig, memory, plan_memory
@@ -97,15 +98,15 @@ def test_flags_come_from_the_plan_scaled_to_what_was_measured(
 ) -> None:
     dora = DoRAConfig(rank=4, num_layers=-1)
     train = TrainConfig(model=str(tiny_model_folder), batch_size=4, max_seq_length=64)
-    lengths = [len(tokens) for tokens, _ in EXAMPLES]
-    planned = plan_memory(train, dora, lengths=lengths, limit=1).peak
+    sizes = measure_rows(EXAMPLES, 1, 64)
+    planned = plan_memory(train, dora, lengths=sizes, limit=1).peak
     light = TrainConfig(
         model=str(tiny_model_folder),
         batch_size=4,
         max_seq_length=64,
         grad_checkpoint=True,
     )
-    smaller = plan_memory(light, dora, lengths=lengths, limit=1).peak
+    smaller = plan_memory(light, dora, lengths=sizes, limit=1).peak
     advise = watch_memory(train, dora, EXAMPLES, make_objective(train)).advise
     assert smaller < planned
     # Measured twice the plan: what fits into twice the smaller plan fits.
