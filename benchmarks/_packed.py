@@ -15,12 +15,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from _trunk import Row, endless_batches
 
-from mlx_dora.data.schedule import Schedule
 from mlx_dora.evaluate.loss import Loss
-
-Row = tuple[list[int], int]
-"""Tokens of a row, and the index of its first target."""
 
 ROWS = 8
 """Rows of a batch outside training: attention grows with their square."""
@@ -85,18 +82,11 @@ class Packed:
     def batches(self) -> Callable[..., Iterator[Any]]:
         """Return the batches function for `finetune`, for use with `packed_loss`."""
 
-        def make(
-            data: Any, size: int, limit: int, *, seed: int, counts: Any
-        ) -> Iterator[Any]:
-            schedule = Schedule(data, size, limit, seed=seed, counts=counts)
-            number = 0
-            while True:
-                for rows in schedule.epoch(number):
-                    batch = self.batch([data[row[0]] for row in rows])
-                    yield batch, mx.array(batch.targets.size)
-                number += 1
+        def make(rows: Sequence[Row]) -> tuple[Batch, mx.array]:
+            batch = self.batch(rows)
+            return batch, mx.array(batch.targets.size)
 
-        return make
+        return endless_batches(make)
 
     def _length(self, row: Row) -> int:
         return len(row[0]) - 1 - self._shared  # the last token predicts nothing

@@ -7,6 +7,7 @@ all rows of a batch begin with (the chat template's system prompt) are computed 
 The head is computed only at the positions of targets.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,24 @@ from mlx_dora.evaluate.loss import Loss, eval_mode
 
 Row = tuple[list[int], int]
 """Tokens of a row, and the index of its first target."""
+
+
+def endless_batches(make: Callable[[Sequence[Row]], Any]) -> Callable[..., Any]:
+    """Return a batches function for `finetune`, whose batches are made of plain rows.
+
+    Args:
+        make: Makes a batch of some rows.
+    """
+
+    def batches(
+        data: Any, size: int, limit: int, *, seed: int, counts: Any
+    ) -> Iterator[Any]:
+        schedule = Schedule(data, size, limit, seed=seed, counts=counts)
+        for number in itertools.count():
+            for rows in schedule.epoch(number):
+                yield make([data[row[0]] for row in rows])
+
+    return batches
 
 
 class Trunk:
@@ -74,18 +93,7 @@ class Trunk:
 
     def batches(self) -> Callable[..., Iterator[Any]]:
         """Return the batches function for `finetune`, for use with `target_loss`."""
-
-        def make(
-            data: Any, size: int, limit: int, *, seed: int, counts: Any
-        ) -> Iterator[Any]:
-            schedule = Schedule(data, size, limit, seed=seed, counts=counts)
-            number = 0
-            while True:
-                for rows in schedule.epoch(number):
-                    yield self.batch([data[row[0]] for row in rows])
-                number += 1
-
-        return make
+        return endless_batches(self.batch)
 
 
 class SharedPrefix:

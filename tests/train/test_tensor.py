@@ -1,21 +1,18 @@
 """Training with tensor parallelism: every process has the whole batch."""
 
-import json
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from mlx_dora.train import plan_memory
 from tests.processes import run as run_alone
 from tests.train import ring
 from tests.train.killed import PLAIN, assert_same_run
 from tests.train.sharded import Case
-from tests.train.test_sharded import compare, run
+from tests.train.test_sharded import compare, run, sent_and_planned
 
 # Heads and widths that four processes divide, and groups of a packed row too.
 WIDE = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 128}
@@ -109,18 +106,8 @@ def test_what_a_step_sends_is_what_the_plan_says(
     ]
     run(tmp_path, tmp_path / "ring", 2, *measured)
     for case in measured:
-        totals = json.loads((tmp_path / "ring" / case.name / "sent.json").read_text())
-        folder = make_tiny_folder(f"model-{case.name}", bits=case.bits, **case.model)
-        plan = plan_memory(
-            replace(case.settings, model=str(folder)),
-            case.adapter,
-            lengths=[LENGTH] * 8,
-            processes=2,
-        )
-        assert plan.traffic is not None
-        per_update = plan.traffic.total * case.settings.grad_accumulation_steps
-        sent = float(np.median(np.diff(totals)))
-        assert sent == pytest.approx(per_update, rel=0.05), case.name
+        sent, planned = sent_and_planned(case, tmp_path / "ring", make_tiny_folder)
+        assert sent == pytest.approx(planned, rel=0.05), case.name
 
 
 @pytest.mark.compiled
